@@ -1,0 +1,60 @@
+# make demo    denoise a real photograph: sets everything up on the first call
+# make test    run the tests                 make lint    style, types
+# make bench   CPU speed beside other runtimes    make format    apply the style
+# make dist    source distribution and wheel      make clean    remove everything that make made
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed only where $(PYTHON) has no PyTorch of its own. Pinned: a range would fetch whatever is newest.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+# The constraint keeps pip from replacing the PyTorch that is there.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
+CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
+
+.PHONY: demo test lint format bench dist clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.base
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CUDA_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CUDA_SOURCES))
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CUDA_SOURCES),$(BIN)/clang-format -i $(CUDA_SOURCES))
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/bench_cpu.py
+
+dist: $(VENV)/.dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch: scripts/setup_venv.py
+	$(PYTHON) scripts/setup_venv.py $(VENV) --torch "$(TORCH)"
+	touch $@
+
+$(VENV)/.base: $(VENV)/.torch pyproject.toml setup.py
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
+	$(INSTALL) -e ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py
+	$(INSTALL) -e ".[bench]"
+	touch $@

@@ -1,0 +1,71 @@
+"""Fast, exact image denoising with PyTorch: one network, its composed form, trained weights, one command.
+
+    >>> import fastden
+    >>> clean = fastden.denoise("noisy.jpg")  # a NumPy array
+
+Names are imported on first use: ``import fastden`` alone loads no PyTorch and starts no CUDA.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastden import ops
+    from fastden.api import denoise
+    from fastden.errors import UserError
+    from fastden.fused import FusedDenoiser, fuse
+    from fastden.hub import models
+    from fastden.model import Denoiser
+    from fastden.noise import estimate_sigma
+
+    __version__: str
+
+__all__ = [
+    "Denoiser",
+    "FusedDenoiser",
+    "UserError",
+    "__version__",
+    "denoise",
+    "estimate_sigma",
+    "fuse",
+    "models",
+    "ops",
+]
+
+_MODULES = {
+    "Denoiser": "fastden.model",
+    "FusedDenoiser": "fastden.fused",
+    "UserError": "fastden.errors",
+    "denoise": "fastden.api",
+    "estimate_sigma": "fastden.noise",
+    "fuse": "fastden.fused",
+    "models": "fastden.hub",
+}
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fastden")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name == "ops":
+        value = import_module("fastden.ops")
+    elif name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
+    else:
+        raise AttributeError(f"module 'fastden' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,331 @@
+"""The command ``fastden``. Heavy imports wait inside the commands: ``fastden --help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from fastden.batch import Run, clean_termination, in_one_line, say
+from fastden.errors import UserError
+
+
+class _Group(TyperGroup):
+    """Turns the user's mistakes into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            say(f"error: {in_one_line(error)}", error=True)
+            raise typer.Exit(1) from error
+
+
+def _takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperCommand]:
+    """A command whose ``option`` takes every following word that ``belongs`` says is a value of it."""
+
+    class Several(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            expanded: list[str] = []
+            inside = False
+            for word in args:
+                if inside and expanded[-1] != option and belongs(word):
+                    expanded.append(option)
+                elif word == "--":
+                    return super().parse_args(ctx, expanded + args[args.index("--") :])
+                elif inside and expanded[-1] != option:
+                    inside = False
+                inside = inside or word == option
+                expanded.append(word)
+            return super().parse_args(ctx, expanded)
+
+    return Several
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turns an argument's ValueError or TypeError, or what a model's files cause, into the user's error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = in_one_line(error)
+        raise UserError(text if text.startswith(what) else f"{what}: {text}") from error
+
+
+def _is_number_list(word: str) -> bool:
+    try:
+        return all(math.isfinite(float(part)) for part in word.split(","))
+    except ValueError:
+        return False
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Fast, exact image denoising.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Format(str, Enum):
+    """Formats that can be written."""
+
+    jpeg = "jpeg"
+    png = "png"
+    tiff = "tiff"
+    webp = "webp"
+    avif = "avif"
+
+
+class Dtype(str, Enum):
+    """Dtypes to compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import fastden
+
+        typer.echo(f"fastden {fastden.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+ModelOption = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hugging Face Hub id.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default CUDA if there is any.")
+]
+
+
+@app.command()
+def denoise(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders or glob patterns.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A file for one input file, else a folder.")],
+    sigma: Annotated[
+        str, typer.Option(help="Noise level on the 0-255 scale, 0 to 75 for the bundled models; auto estimates it.")
+    ] = "auto",
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: bfloat16 for 8-bit images where the machine has it natively, else float32.")
+    ] = Dtype.auto,
+    tile: Annotated[
+        str, typer.Option(help="Side of the tiles in pixels, auto, or none. The result is the same.")
+    ] = "auto",
+    max_memory: Annotated[str | None, typer.Option(help="Limit of the working memory, such as 2GiB.")] = None,
+    strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,
+    format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Descend into folders, keeping their structure.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    strip_metadata: Annotated[
+        bool, typer.Option("--strip-metadata", help="Drop EXIF, XMP, IPTC and comments (the ICC profile stays).")
+    ] = False,
+    max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 500.0,
+) -> None:
+    """Denoise image files. EXIF, ICC profile, alpha and bit depth are kept.
+
+    A file that fails is reported and skipped; the exit code is then 1.
+    """
+    from fastden import loading
+    from fastden.jobs import plan
+
+    def load(eight_bit: bool) -> Any:
+        return _load(model, device, dtype, eight_bit)
+
+    level = _parse_sigma(sigma)
+    with _naming("strength"):
+        loading.check_strength(strength)
+    with _naming("max_memory"):
+        memory = loading.parse_memory(max_memory)
+    run = Run(
+        sigma=level,
+        load=load,
+        options={"tile": _parse_tile(tile), "max_memory": memory, "strength": strength},
+        overwrite=overwrite,
+        strip=strip_metadata,
+        max_pixels=int(max_megapixels * 1e6),
+    )
+    jobs = plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
+    # A wrong model, device or sigma concerns all files: say it once, before the first.
+    network = load(True)
+    if level != "auto" and not network.noise_level_input:
+        raise UserError(f"sigma: {sigma}, but the model {model} is blind (it takes no noise level); accepted: auto")
+    if level != "auto" and float(level) > 75:
+        say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
+    with clean_termination():
+        code = run.all(jobs, output)
+    raise typer.Exit(code)
+
+
+def _load(model: str, device: str | None, dtype: Dtype, eight_bit: bool = False) -> Any:
+    from fastden.loading import load_network
+
+    with _naming("model"):
+        return load_network(model, device, dtype.value, eight_bit=eight_bit)
+
+
+def _parse_sigma(text: str) -> str | float:
+    if text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 255:
+        raise UserError(f"sigma: {text!r}; accepted: auto, or a number from 0 to 255")
+    return value
+
+
+def _parse_tile(text: str) -> str | int | None:
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    if not text.isdecimal():
+        raise UserError(f"tile: {text!r}; accepted: auto, none, or pixels")
+    return int(text)
+
+
+@app.command("eval", cls=_takes_several("--sigma", _is_number_list))
+def evaluate(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of 8-bit photographs, each a set.")
+    ],
+    sigma: Annotated[
+        list[str] | None,
+        typer.Option("--sigma", help="Noise levels, 0-255 scale: --sigma 15 25 50 or --sigma 15,25,50."),
+    ] = None,
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
+    gray: Annotated[bool, typer.Option("--gray", help="Make the photographs gray first.")] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise; the image's index is added.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
+    ] = None,
+) -> None:
+    """Print PSNR and SSIM of a model on folders of photographs.
+
+    Gaussian noise, not clipped; results clipped and rounded to 8 bits; PSNR over RGB, mean over the images.
+    """
+    from fastden import evaluation
+    from fastden.io import check_target, write_bytes
+
+    levels = [float(str(_parse_sigma(part))) for word in sigma or [] for part in word.split(",")]
+    if gray and pairs:
+        raise UserError("gray: given with --pairs; accepted: one of them")
+    if json_file is not None:  # before the work, not behind it
+        check_target(json_file, overwrite=True)
+    network = _load(model, device, dtype)
+    sets: dict[str, Any] = {}
+    table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM")
+    console = Console(stderr=True)
+    with console.status("evaluating") as status:
+        for folder in folders:
+            started = _shower(status, folder)
+            if pairs:
+                results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
+            else:
+                wanted = levels or [15.0, 25.0, 50.0]
+                results = evaluation.evaluate_folder(folder, network, wanted, gray=gray, seed=seed, started=started)
+            name = folder.resolve().name
+            sets[name if name not in sets else str(folder)] = results
+            for row in results:
+                level = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
+                decibels = [f"{row[key]:.2f}" for key in ("psnr_noisy", "psnr")]
+                similarities = [f"{row[key]:.4f}" for key in ("ssim_noisy", "ssim")]
+                table.add_row(name, str(len(row["images"])), level, *decibels, *similarities)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if json_file is not None:
+        settings = {"seed": seed, "gray": gray, "pairs": pairs}
+        document = evaluation.results_document(model, network, settings, sets)
+        write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _shower(status: Any, folder: Path) -> Callable[[str], None]:
+    return lambda name: status.update(f"{folder.name}: {name}")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions, devices, CPU features, and which backends can run and why the others cannot."""
+    from fastden.info import as_text, collect
+
+    report = collect()
+    typer.echo(json.dumps(report, indent=2) if as_json else as_text(report))
+
+
+@app.command()
+def models() -> None:
+    """List the models that come with the package."""
+    from fastden.hub import models as bundled
+
+    found = bundled()
+    width = max(map(len, found), default=0)
+    for name, folder in found.items():
+        typer.echo(f"{name:<{width}}  {_summary(folder / 'README.md')}")
+    if not found:
+        typer.echo("no models are bundled with this installation; --model takes a folder or a Hugging Face Hub id")
+
+
+def _summary(card: Path) -> str:
+    """The first sentence of a model card's text, behind its header and its titles."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except OSError:
+        return "(no model card)"
+    if text.startswith("---"):
+        text = text.split("---", 2)[-1]
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    first = next((part for part in paragraphs if part and part[0] not in "#|!<["), "(empty model card)")
+    return first.split(". ")[0].rstrip(".")
+
+
+@app.command(cls=_takes_several("--set", lambda word: "=" in word and not word.startswith("-")))
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of the run.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, overrides the file; several may follow.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    accelerator: Annotated[str, typer.Option(help="As Lightning's: auto, cpu, gpu, ...")] = "auto",
+    devices: Annotated[str, typer.Option(help="As Lightning's: auto, a count, a list.")] = "auto",
+) -> None:
+    """Train a denoiser (needs pip install 'fastden[train]')."""
+    try:
+        from fastden.training.config import load_config
+        from fastden.training.denoise import train as run
+    except ModuleNotFoundError as error:
+        raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
+    folder = run(load_config(config, changes or []), resume=resume, accelerator=accelerator, devices=devices)
+    say(f"model written to {folder}")

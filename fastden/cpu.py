@@ -1,0 +1,340 @@
+"""The fused network on a CPU: oneDNN convolutions with post-operations on tiles that stay in cache.
+
+Bias, ReLU and the residual sum run inside the convolutions, weights are packed once for each tile shape, activations are
+channels-last and the concatenation in front of conv3 is made tile by tile, in cache. Everything is plain PyTorch operators;
+there is nothing to build.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastden.algebra import HeadWeights, StemWeights
+
+#: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
+#: run at 3.1 TFLOP/s on maps up to 192 wide and at 1.1 on the 386 columns of a 768-pixel image (2 cores, conv3), and a
+#: tile of 256 channels should not leave the second-level cache between its five convolutions.
+TILE_ROWS, TILE_COLUMNS = 64, 128
+#: Features that a tile needs around its own: 1 for res3's 3x3, and 1 before, 2 behind for the head's 4x4 (conv3's own
+#: neighbours are inputs, see ``_gather``).
+BEFORE, BEHIND = 2, 3
+#: Rows of half-resolution features that stem and res1 make at a time.
+FRONT_ROWS = 32
+#: Images are run together up to this many pixels: small ones fill the cores better so, large ones leave the cache.
+BATCH_PIXELS = 1 << 17
+#: Packed weights kept for each convolution, one for each input shape.
+PACKED_SHAPES = 16
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices natively (AMX tiles) and PyTorch can use it."""
+    return bool(
+        torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Reasons why the oneDNN form cannot run; empty where it can."""
+    reasons = []
+    if device.type != "cpu":
+        reasons.append(f"device: {device}; accepted: cpu")
+    if dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"dtype: {dtype}; accepted: torch.float32, torch.bfloat16")
+    elif dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        reasons.append("dtype: torch.bfloat16, but oneDNN has no bfloat16 on this CPU (AVX-512 at least)")
+    if not torch.backends.mkldnn.is_available():
+        reasons.append("this PyTorch has no oneDNN")
+    elif not torch.backends.mkldnn.enabled:
+        reasons.append("torch.backends.mkldnn.enabled is False")
+    return reasons
+
+
+class Convolution:
+    """A convolution with its bias and, on call, ReLU and a residual sum as post-operations.
+
+    Args:
+        weight: (O, C, k, k), float32 or bfloat16, on the CPU.
+        bias: (O,), same dtype.
+        stride, padding: as in ``torch.nn.functional.conv2d``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.geometry = ([padding] * 2 if isinstance(padding, int) else list(padding), [stride] * 2, [1, 1], 1)
+        self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    def _pack(self, shape: tuple[int, ...]) -> Tensor:
+        """Weights in the layout that oneDNN wants for this input shape (it differs between shapes)."""
+        packed = self._packed.get(shape)
+        if packed is None:
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.to_mkldnn(), *self.geometry, shape)
+            self._packed[shape] = packed
+            if len(self._packed) > PACKED_SHAPES:
+                self._packed.popitem(last=False)
+        return packed
+
+    def __call__(self, x: Tensor, relu: bool = True) -> Tensor:
+        """(N, C, H, W) channels-last -> (N, O, H', W') channels-last."""
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._pack(x.shape), self.bias, *self.geometry, "relu" if relu else "none", [], ""
+        )
+
+    def add_to_(self, y: Tensor, x: Tensor, relu: bool = True) -> Tensor:
+        """``y <- relu(y + conv(x))`` in place, as a post-operation."""
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            y, x, self._pack(x.shape), self.bias, *self.geometry, "add", 1.0, "relu" if relu else None, [], ""
+        )
+
+
+@dataclass(frozen=True)
+class FoldedBottleneck:
+    """Three convolutions with BN folded."""
+
+    reduce: Convolution
+    conv: Convolution
+    expand: Convolution
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same tensor, overwritten."""
+        return self.expand.add_to_(x, self.conv(self.reduce(x)))
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """All folded and composed weights of a network, in one dtype.
+
+    Attributes name the parts of :class:`fastden.Denoiser`; pairs are (weight, bias), bottlenecks three pairs.
+    """
+
+    stem: StemWeights
+    res1: tuple[tuple[Tensor, Tensor], ...]
+    conv2: tuple[Tensor, Tensor]
+    res2: tuple[tuple[Tensor, Tensor], ...]
+    up2: tuple[Tensor, Tensor]
+    conv3: tuple[Tensor, Tensor]
+    res3: tuple[tuple[Tensor, Tensor], ...]
+    head: HeadWeights
+
+
+class OneDnnNetwork:
+    """The fused network, on float32 or bfloat16 CPU tensors, without gradients."""
+
+    def __init__(self, weights: FoldedWeights) -> None:
+        stem, head = weights.stem, weights.head
+        self.dtype = head.weight.dtype
+        self.channels = head.image_weight.shape[0]
+        # oneDNN's bf16 kernels run three times slower on 12 input channels than on 16 (stem, 386 columns): a blind
+        # colour network gets a channel of zeros. Float32 is faster without.
+        inputs = stem.weight.shape[2]
+        self.zero_channels = 1 if self.dtype == torch.bfloat16 and inputs == 3 else 0
+        self.stem = [
+            Convolution(unshuffled_weight(w, 4, self.zero_channels), b)
+            for w, b in zip(stem.weight, stem.bias, strict=True)
+        ]
+        self.res1 = _bottleneck(weights.res1)
+        self.conv2 = Convolution(*weights.conv2, stride=2, padding=1)
+        self.res2 = _bottleneck(weights.res2)
+        self.up2 = [Convolution(w, weights.up2[1], padding=1) for w in phase_weights(weights.up2[0])]
+        self.conv3 = Convolution(*weights.conv3)
+        self.res3 = _bottleneck(weights.res3)
+        rows, merge = separated_head(head.weight)
+        self.head_rows = Convolution(rows, rows.new_zeros(len(rows)), padding=(0, 1))
+        self.head_merge = Convolution(merge, head.bias.repeat_interleave(4), padding=(1, 0))
+        image = image_phases(head.image_weight)
+        self.image = Convolution(unshuffled_weight(image, 5, self.zero_channels), image.new_zeros(len(image)))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), padded network input, H and W multiples of 4 -> (N, K, H - 6, W - 6), in the dtype of ``x``."""
+        together = max(BATCH_PIXELS // (x.shape[2] * x.shape[3]), 1)
+        parts = [self._run(part) for part in x.split(together)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, x: Tensor) -> Tensor:
+        folded = self._fold(x)
+        skip = self._front(folded)
+        low = self.res2(self.conv2(skip))
+        upsampled = join_phases([phase(low, relu=False) for phase in self.up2])
+        y = self.image(folded, relu=False)
+        self._add_tail(skip, upsampled, y)
+        # The four phases go to their pixels, and the input is added at its own precision, in one pass.
+        image = x[:, : self.channels, 3:-3, 3:-3]
+        result = torch.empty(image.shape, dtype=x.dtype)
+        pairs = (y.shape[2], 2), (y.shape[3], 2)
+        torch.add(
+            image.unflatten(2, pairs[0]).unflatten(4, pairs[1]),
+            y.unflatten(1, (self.channels, 2, 2)).permute(0, 1, 4, 2, 5, 3),
+            out=result.unflatten(2, pairs[0]).unflatten(4, pairs[1]),
+        )
+        return result
+
+    def _fold(self, x: Tensor) -> Tensor:
+        """``pixel_unshuffle(2)`` of ``x`` with one more pixel of zeros around, in this network's dtype, channels-last.
+
+        The pixel in front aligns the windows of the stem and of the image's own path to pairs of pixels.
+        """
+        n, c, height, width = x.shape
+        h, w = height // 2 + 1, width // 2 + 1
+        folded = torch.empty(n, h, w, c + self.zero_channels, 2, 2, dtype=self.dtype)
+        for edge in (folded[:, 0], folded[:, -1], folded[:, :, 0], folded[:, :, -1], folded[:, :, :, c:]):
+            edge.zero_()
+        pixels = x.permute(0, 2, 3, 1)
+        # Four strided copies take 1.1 ms for 0.4 megapixels; pad, pixel_unshuffle and a change of layout take 2.1.
+        for row in (0, 1):
+            for column in (0, 1):
+                into = folded[:, 1 - row : h - row, 1 - column : w - column, :c, row, column]
+                into.copy_(pixels[:, 1 - row :: 2, 1 - column :: 2])
+        return folded.flatten(3).permute(0, 3, 1, 2)
+
+    def _front(self, folded: Tensor) -> Tensor:
+        """stem and res1 in strips of rows, so that what one writes the other finds in cache: (N, 128, h, w)."""
+        height, width = folded.shape[2] - 3, folded.shape[3] - 3
+        skip = _channels_last(folded.shape[0], len(self.stem[0].bias), height, width, self.dtype)
+        for top, bottom in tile_spans(height, FRONT_ROWS):
+            first, last = max(top - 1, 0), min(bottom + 1, height)
+            y = self.res1(self._stem(folded[:, :, first : last + 3], top == 0))
+            skip[:, :, top:bottom] = y[:, :, top - first : bottom - first]
+        return skip
+
+    def _stem(self, folded: Tensor, at_top: bool) -> Tensor:
+        inside, top, left, corner = self.stem
+        y = inside(folded)
+        # Five columns for the sake of the first: see fastden.ops.stem.
+        y[:, :, :, :1] = left(folded[..., :5].contiguous(memory_format=torch.channels_last))[..., :1]
+        if at_top:
+            y[:, :, :1] = top(folded[:, :, :4])
+            y[:, :, :1, :1] = corner(folded[:, :, :4, :4].contiguous(memory_format=torch.channels_last))
+        return y
+
+    def _add_tail(self, skip: Tensor, upsampled: Tensor, y: Tensor) -> None:
+        """conv3, res3 and head, tile by tile, added to ``y`` (N, 4 K, h - 1, w - 1)."""
+        height, width = y.shape[2:]
+        for top, bottom in tile_spans(height, TILE_ROWS):
+            for left, right in tile_spans(width, TILE_COLUMNS):
+                rows = max(top - BEFORE, 0), min(bottom + BEHIND, skip.shape[2])
+                columns = max(left - BEFORE, 0), min(right + BEHIND, skip.shape[3])
+                features = self.res3(self.conv3(_gather(skip, upsampled, rows, columns)))
+                part = self.head_merge(self.head_rows(features, relu=False), relu=False)
+                first_row, first_column = top - rows[0], left - columns[0]
+                y[:, :, top:bottom, left:right] += part[
+                    :, :, first_row : first_row + bottom - top, first_column : first_column + right - left
+                ]
+
+
+def _channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(n, h, w, c, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _bottleneck(pairs: tuple[tuple[Tensor, Tensor], ...]) -> FoldedBottleneck:
+    reduce, conv, expand = pairs
+    return FoldedBottleneck(Convolution(*reduce), Convolution(*conv, padding=1), Convolution(*expand))
+
+
+def _gather(skip: Tensor, upsampled: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """conv3's input for the given output rows and columns: both sources side by side, one pixel more on each side."""
+    n, a, height, width = skip.shape
+    sides = rows[1] - rows[0] + 2, columns[1] - columns[0] + 2
+    tile = _channels_last(n, a + upsampled.shape[1], *sides, skip.dtype)
+    top, bottom = max(rows[0] - 1, 0), min(rows[1] + 1, height)
+    left, right = max(columns[0] - 1, 0), min(columns[1] + 1, width)
+    into = tile[:, :, top - rows[0] + 1 : bottom - rows[0] + 1, left - columns[0] + 1 : right - columns[0] + 1]
+    into[:, :a] = skip[:, :, top:bottom, left:right]
+    into[:, a:] = upsampled[:, :, top:bottom, left:right]
+    # Beyond the image conv3 sees zeros.
+    if rows[0] == 0:
+        tile[:, :, 0] = 0
+    if rows[1] == height:
+        tile[:, :, -1] = 0
+    if columns[0] == 0:
+        tile[:, :, :, 0] = 0
+    if columns[1] == width:
+        tile[:, :, :, -1] = 0
+    return tile
+
+
+def tile_spans(length: int, tile: int) -> list[tuple[int, int]]:
+    """[0, length) in the fewest spans of at most ``tile``, of nearly equal lengths."""
+    count = -(-length // tile)
+    return [(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
+def unshuffled_weight(weight: Tensor, taps: int, zero_channels: int) -> Tensor:
+    """A stride-2 kernel as a stride-1 kernel on the ``pixel_unshuffle(2)`` of its input.
+
+    Args:
+        weight: (O, C, k, k), k <= 2 ``taps``.
+        taps: side of the result.
+        zero_channels: channels of zeros behind the C.
+
+    Returns:
+        (O, 4 (C + zero_channels), taps, taps).
+    """
+    short = 2 * taps - weight.shape[-1]
+    weight = F.pad(weight, (0, short, 0, short, 0, zero_channels))
+    return F.pixel_unshuffle(weight, 2)
+
+
+def image_phases(weight: Tensor) -> Tensor:
+    """The image's 7x7 kernel as four stride-2 kernels, one for each output phase.
+
+    Args:
+        weight: (K, C, 7, 7).
+
+    Returns:
+        (4 K, C, 9, 9), phases in the order of ``pixel_shuffle``; the input has one more pixel in front.
+    """
+    shifted = [F.pad(weight, (1 + px, 1 - px, 1 + py, 1 - py)) for py in (0, 1) for px in (0, 1)]
+    return torch.stack(shifted, 1).flatten(0, 1)
+
+
+def phase_weights(weight: Tensor) -> list[Tensor]:
+    """A transposed convolution (kernel 4, stride 2, padding 1) as four 2x2 convolutions with padding 1.
+
+    Args:
+        weight: (C, O, 4, 4).
+
+    Returns:
+        Four weights (O, C, 2, 2), phases row by row; phase p of an axis is its convolution's output from index p on.
+    """
+    # Output pixel 2 q + p reads inputs q - 1 + p and q + p through taps 3 - p and 1 - p.
+    taps = weight.transpose(0, 1)
+    return [taps[:, :, [3 - p, 1 - p]][:, :, :, [3 - q, 1 - q]].contiguous() for p in (0, 1) for q in (0, 1)]
+
+
+def join_phases(phases: list[Tensor]) -> Tensor:
+    """Four (N, O, h + 1, w + 1) phases of :func:`phase_weights` -> (N, O, 2 h, 2 w), channels-last."""
+    n, c, height, width = phases[0].shape
+    h, w = height - 1, width - 1
+    joined = torch.empty(n, h, 2, w, 2, c, dtype=phases[0].dtype)
+    for index, phase in enumerate(phases):
+        p, q = divmod(index, 2)
+        joined[:, :, p, :, q] = phase[:, :, p : p + h, q : q + w].permute(0, 2, 3, 1)
+    return joined.view(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
+def separated_head(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The head's 4x4 convolution as a 1x4 one for each of its rows, and a 4x1 one that adds the rows up.
+
+    Each output phase uses three of the four rows, so there are six rows of taps where the plain form computes eight;
+    the shorter sums also err less (float32, relative L2: 5.7e-7 against 1.1e-6).
+
+    Args:
+        weight: (4 K, M, 4, 4).
+
+    Returns:
+        (ROWS, M, 1, 4) and (4 K, ROWS, 4, 1) of zeros and ones, ROWS = 12 K rounded up to 16.
+    """
+    outputs, m = weight.shape[:2]
+    used = [(o, row) for o in range(outputs) for row in range(4) if (o // 2 % 2, row) not in ((0, 3), (1, 0))]
+    rows = weight.new_zeros(-(-len(used) // 16) * 16, m, 1, 4)
+    merge = weight.new_zeros(outputs, len(rows), 4, 1)
+    for index, (o, row) in enumerate(used):
+        rows[index, :, 0] = weight[o, :, row]
+        merge[o, index, row, 0] = 1
+    return rows, merge

@@ -1,0 +1,209 @@
+"""Quality on folders of photographs: PSNR and SSIM with synthetic noise, or on real noisy shots with a reference.
+
+The protocol: Gaussian noise that is not clipped, drawn by ``numpy.random.default_rng(seed + index)`` in float32 for the
+image of that index in the sorted folder (the same draw, scaled, at every level); the noisy image goes to the network as
+it is; the result is clipped and rounded to 8 bits; PSNR is of all channels together, and the mean over the images
+counts. SSIM is scikit-image's with its defaults (7x7 windows, channels averaged).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from skimage.metrics import structural_similarity
+
+from fastden.api import denoise_pixels
+from fastden.errors import UserError
+from fastden.fused import FusedDenoiser
+from fastden.io import ImageFile, read_image
+from fastden.jobs import find_images
+from fastden.values import to_dtype
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+#: Called with the name of each image before its work starts.
+Started = Callable[[str], None]
+
+#: Luma of BT.601, the gray of the field's test sets.
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def evaluate_folder(
+    folder: Path,
+    network: FusedDenoiser,
+    sigmas: list[float],
+    *,
+    gray: bool = False,
+    seed: int = 0,
+    started: Started | None = None,
+) -> list[dict[str, Any]]:
+    """Denoise every photograph of a folder at every noise level.
+
+    Args:
+        folder: 8-bit photographs.
+        network: a fused network.
+        sigmas: noise levels on the scale 0-255.
+        gray: make the photographs gray first (luma, rounded); noise and PSNR are of one channel.
+        seed: of the noise.
+        started: progress.
+
+    Returns:
+        For each level ``{"sigma", "psnr_noisy", "psnr", "ssim_noisy", "ssim", "images": {name: the same four}}``.
+
+    Raises:
+        UserError: no such folder, no image in it, an image that is not of 8 bits.
+    """
+    files = _files(folder)
+    scores: list[dict[str, dict[str, float]]] = [{} for _ in sigmas]
+    for index, file in enumerate(files):
+        if started is not None:
+            started(file.name)
+        clean = _eight_bit(file)
+        if gray and clean.shape[2] == 3:
+            clean = np.rint(clean.astype(np.float32) @ LUMA).astype(np.uint8)[:, :, None]
+        noise = np.random.default_rng(seed + index).standard_normal(clean.shape, dtype=np.float32)
+        for sigma, found in zip(sigmas, scores, strict=True):
+            noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise
+            level: float | str = sigma if network.noise_level_input else "auto"
+            denoised, _ = denoise_pixels(noisy, level, network)
+            found[file.name] = _scores(clean, noisy, denoised)
+    return [{"sigma": sigma, **_means(found), "images": found} for sigma, found in zip(sigmas, scores, strict=True)]
+
+
+def evaluate_pairs(
+    folder: Path, network: FusedDenoiser, sigmas: list[float] | None = None, *, started: Started | None = None
+) -> list[dict[str, Any]]:
+    """Denoise the noisy shots ``*_real.*`` of a folder and compare with their references ``*_mean.*``.
+
+    Args:
+        folder: pairs of files whose names differ in ``_real`` and ``_mean`` alone.
+        network: a fused network.
+        sigmas: levels to try, scale 0-255; None estimates each image's own.
+        started: progress.
+
+    Returns:
+        As :func:`evaluate_folder`; where estimated, ``sigma`` is ``"auto"``, and each image's own estimate stands with
+        its scores.
+    """
+    noisy_files = [file for file in _files(folder) if file.stem.endswith("_real")]
+    if not noisy_files:
+        raise UserError(f"pairs: no file *_real.* in {folder}; accepted: pairs name_real.* and name_mean.*")
+    levels: list[Any] = ["auto"] if sigmas is None or not network.noise_level_input else list(sigmas)
+    scores: list[dict[str, dict[str, float]]] = [{} for _ in levels]
+    for file in noisy_files:
+        if started is not None:
+            started(file.name)
+        clean, noisy = _eight_bit(_reference(file)), _eight_bit(file)
+        if clean.shape != noisy.shape:
+            raise UserError(f"pairs: {file} is {noisy.shape}, its reference {clean.shape}; accepted: the same size")
+        for sigma, found in zip(levels, scores, strict=True):
+            denoised, level = denoise_pixels(to_dtype(noisy, np.float32), sigma, network)
+            found[file.name] = _scores(clean, to_dtype(noisy, np.float32), denoised)
+            if level is not None:
+                found[file.name]["sigma"] = round(level, 3)
+    return [{"sigma": sigma, **_means(found), "images": found} for sigma, found in zip(levels, scores, strict=True)]
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"folder: {folder} is not a folder; accepted: folders of photographs")
+    files = find_images(folder)
+    if not files:
+        raise UserError(f"folder: no images in {folder}")
+    return files
+
+
+def _reference(noisy: Path) -> Path:
+    stem = noisy.stem.removesuffix("_real") + "_mean"
+    found = sorted(path for path in noisy.parent.glob("*") if path.stem == stem)
+    if not found:
+        raise UserError(f"pairs: {noisy} has no reference {stem}.*")
+    return found[0]
+
+
+def _eight_bit(file: Path) -> Bytes:
+    image: ImageFile = read_image(file)
+    if image.pixels.dtype != np.uint8:
+        raise UserError(f"{file}: {image.bits} bits; accepted for an evaluation: 8 bits")
+    return image.pixels
+
+
+def _scores(clean: Bytes, noisy: Floats, denoised: Floats) -> dict[str, float]:
+    """The noisy image's PSNR is of what the network was given, not clipped; its SSIM is of 8 bits."""
+    rounded = to_dtype(denoised, np.uint8)
+    return {
+        "psnr_noisy": psnr(clean, noisy * 255),
+        "psnr": psnr(clean, rounded),
+        "ssim_noisy": ssim(clean, to_dtype(noisy, np.uint8)),
+        "ssim": ssim(clean, rounded),
+    }
+
+
+def psnr(clean: Bytes, other: npt.NDArray[Any]) -> float:
+    """Peak signal-to-noise ratio in dB, both on the scale 0-255, all channels together; infinite if equal."""
+    error = np.square(clean.astype(np.float64) - other.astype(np.float64)).mean()
+    return float(10 * np.log10(255**2 / error)) if error > 0 else float("inf")
+
+
+def ssim(clean: Bytes, other: Bytes) -> float:
+    """Structural similarity of (H, W, C) uint8 images; NaN for images smaller than its 7x7 window."""
+    if min(clean.shape[:2]) < 7:
+        return float("nan")
+    return float(structural_similarity(clean, other, channel_axis=2, data_range=255))
+
+
+def _means(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    names = ("psnr_noisy", "psnr", "ssim_noisy", "ssim")
+    return {name: round(fmean(scores[name] for scores in found.values()), 4) for name in names}
+
+
+def results_document(
+    model: str, network: FusedDenoiser, settings: dict[str, Any], sets: dict[str, Any]
+) -> dict[str, Any]:
+    """What ``fastden eval --json`` writes: results with all that is needed to repeat them.
+
+    Args:
+        model: as it was named.
+        network: the fused network.
+        settings: further arguments (seed, gray, pairs).
+        sets: results by the folders' names.
+    """
+    packages = ("fastden", "torch", "numpy", "scikit-image", "pyvips")
+    document = {
+        "command": "fastden eval",
+        "model": model,
+        "noise_level_input": network.noise_level_input,
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "device": network.device.type,
+        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "settings": settings,
+        "versions": {name: _installed(name) for name in packages},
+        "torch_build": torch.__version__,
+        "sets": sets,
+    }
+    return _plain(document)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity (PSNR of equal images) and no NaN (SSIM of tiny ones): null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _installed(name: str) -> str:
+    if name == "fastden":
+        import fastden
+
+        return fastden.__version__
+    return metadata.version(name)

@@ -1,0 +1,229 @@
+"""What this machine and this installation can do, for ``fastden info`` and bug reports.
+
+Standard library only, and nothing here raises: whatever is broken or missing becomes a line of the report.
+``python -m fastden.info`` works even where the command line's own packages are broken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "fastden",
+    "torch",
+    "triton",
+    "numpy",
+    "pyvips",
+    "pyvips-binary",
+    "scikit-image",
+    "PyWavelets",
+    "safetensors",
+    "huggingface_hub",
+    "lightning",
+    "typer",
+    "rich",
+    "pillow",
+    "openvino",
+    "onnxruntime",
+)
+#: Instruction sets that decide the speed of matrix multiplications.
+CPU_FLAGS = (
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_bf16", "amx_int8", "amx_fp16", "asimd", "sve", "bf16", "i8mm",
+)  # fmt: skip
+
+
+def collect() -> dict[str, Any]:
+    """Versions, system, CPU, PyTorch, GPUs, image library, models and backends, as plain JSON types.
+
+    A part that fails is ``{"error": "..."}``. Each backend has ``available`` and ``why_not``, a list of reasons.
+    """
+    sections: dict[str, Callable[[], Any]] = {
+        "versions": _versions,
+        "system": _system,
+        "cpu": _cpu,
+        "torch": _torch,
+        "gpu": _gpu,
+        "images": _images,
+        "models": _models,
+    }
+    report = {name: _guarded(section) for name, section in sections.items()}
+    report["backends"] = _guarded(lambda: _backends(report))
+    return report
+
+
+def _guarded(section: Callable[[], Any]) -> Any:
+    try:
+        return section()
+    # A broken native library can raise anything on import, SystemExit included.
+    except (Exception, SystemExit) as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name) or "unknown"
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    except Exception as error:  # a damaged metadata folder
+        return f"unknown ({type(error).__name__})"
+
+
+def _system() -> dict[str, Any]:
+    try:
+        memory: float | None = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # no sysconf on Windows
+        memory = None
+    return {"platform": platform.platform(), "python": sys.executable, "memory_gib": memory}
+
+
+def _cpu() -> dict[str, Any]:
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags.update(value.split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": name,
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "features": [flag for flag in CPU_FLAGS if flag in flags],
+        "native_bf16": _guarded(_native_bf16),
+    }
+
+
+def _native_bf16() -> bool:
+    from fastden.cpu import native_bf16
+
+    return native_bf16()
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    return {
+        "version": torch.__version__,
+        "built_for_cuda": torch.version.cuda,
+        "built_for_rocm": getattr(torch.version, "hip", None),
+        "threads": torch.get_num_threads(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        "devices": _guarded(_torch_devices),
+    }
+
+
+def _torch_devices() -> list[str]:
+    import torch
+
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            devices.append(f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices
+
+
+def _gpu() -> dict[str, Any]:
+    """What the system itself says, whatever PyTorch was built for."""
+    nvcc = shutil.which("nvcc")
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        candidate = Path(os.environ.get(variable, ""), "bin", "nvcc")
+        if nvcc is None and os.environ.get(variable) and candidate.is_file():
+            nvcc = str(candidate)
+    return {"nvidia": _nvidia_smi(), "nvcc": _nvcc_version(nvcc) if nvcc else None}
+
+
+def _nvidia_smi() -> list[str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    found = _output([program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
+    return [line.strip() for line in found.splitlines() if line.strip()]
+
+
+def _nvcc_version(nvcc: str) -> str:
+    lines = [line for line in _output([nvcc, "--version"]).splitlines() if "release" in line]
+    return f"{nvcc} ({lines[0].strip()})" if lines else nvcc
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError, UnicodeError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _images() -> dict[str, Any]:
+    import pyvips
+
+    version = ".".join(str(pyvips.version(part)) for part in range(3))
+    loaders = {"jpeg": "jpegload", "png": "pngload", "tiff": "tiffload", "webp": "webpload", "avif": "heifload"}
+    readable = [name for name, loader in loaders.items() if pyvips.type_find("VipsForeign", f"{loader}_buffer")]
+    return {"libvips": version, "formats": readable}
+
+
+def _models() -> list[str]:
+    from fastden.hub import models
+
+    return list(models())
+
+
+def _backends(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    torch_report, gpu = report["torch"], report["gpu"]
+    broken = [f"PyTorch cannot be imported ({torch_report['error']})"] if "error" in torch_report else []
+    not_here = ["not part of this release"]
+    devices = torch_report.get("devices", [])
+    if not any(str(device).startswith("cuda") for device in devices):
+        if gpu.get("nvidia"):
+            not_here.append(f"a GPU is here ({gpu['nvidia'][0]}), but this PyTorch cannot use it")
+        else:
+            not_here.append("no GPU is found")
+    no_triton = [] if find_spec("triton") else ["the package triton is not installed"]
+    no_nvcc = [] if gpu.get("nvcc") else ["nvcc is not found (PATH, CUDA_HOME)"]
+    reasons = {"torch": broken, "triton": broken + not_here + no_triton, "cuda": broken + not_here + no_nvcc}
+    return {name: {"available": not why, "why_not": why} for name, why in reasons.items()}
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as aligned lines."""
+    lines = []
+    for section, content in report.items():
+        lines.append(section)
+        entries = content.items() if isinstance(content, dict) else [("", content)]
+        lines += [f"  {key:<16} {_shown(value)}".rstrip() for key, value in entries]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "why_not" in value:
+        return "yes" if value["available"] else "no: " + "; ".join(value["why_not"])
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {item}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    print(json.dumps(collect(), indent=2) if "--json" in sys.argv[1:] else as_text(collect()))

@@ -1,0 +1,106 @@
+"""Which files a command reads and where each result goes, decided before any work starts."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastden.errors import UserError
+from fastden.io import SUFFIXES, format_for
+
+#: The suffix that each format gets when ``--format`` renames a file.
+SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image: read ``source``, write ``target``."""
+
+    source: Path
+    target: Path
+
+
+def find_images(folder: Path, recursive: bool = False) -> list[Path]:
+    """Image files in ``folder`` (by suffix), sorted; hidden ones are left out."""
+    files = folder.rglob("*") if recursive else folder.iterdir()
+    images = (path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in images if path.is_file())
+
+
+def plan(inputs: list[str], output: Path, *, recursive: bool = False, format_name: str | None = None) -> list[Job]:
+    """One job for each input file, in order.
+
+    Args:
+        inputs: files, folders (their images by suffix) and glob patterns (``**`` descends).
+        output: a file for one input file, where it has an image's suffix and is no folder; else a folder.
+        recursive: descend into the folders, and keep their structure in ``output``.
+        format_name: of the results; the inputs' suffixes otherwise.
+
+    Raises:
+        UserError: an input that does not exist or holds no image; two inputs with one output; an output that cannot be.
+    """
+    single = len(inputs) == 1 and _is_file(inputs[0])
+    if single and not output.is_dir() and output.suffix:
+        format_for(output, format_name)
+        return [Job(Path(inputs[0]), output)]
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file; accepted for more than one input: a folder")
+    if not single and output.suffix.lower() in SUFFIXES and not output.exists():
+        raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
+    jobs = []
+    for source, relative in _sources(inputs, output, recursive):
+        suffix = SUFFIX_OF[format_name] if format_name else source.suffix
+        if format_name and SUFFIXES.get(source.suffix.lower()) == format_name:
+            suffix = source.suffix
+        jobs.append(Job(source, output / relative.with_suffix(suffix)))
+    _refuse_collisions(jobs)
+    return jobs
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).exists() and not Path(name).is_dir()
+
+
+def _sources(inputs: list[str], output: Path, recursive: bool) -> list[tuple[Path, Path]]:
+    """Pairs of an input file and its path below the output folder."""
+    found: dict[Path, Path] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            images = [image for image in find_images(path, recursive) if not _written_before(image, path, output)]
+            if not images:
+                hint = "" if recursive else ", --recursive to descend"
+                raise UserError(f"input: no images in {path}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
+            found.update((image, image.relative_to(path)) for image in images)
+        elif path.exists():
+            found[path] = Path(path.name)
+        elif glob.has_magic(name):
+            matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
+            files = [match for match in matches if match.is_file()]
+            if not files:
+                raise UserError(f"input: nothing matches {name}")
+            found.update((file, Path(file.name)) for file in files)
+        else:
+            raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
+    return list(found.items())
+
+
+def _written_before(image: Path, folder: Path, output: Path) -> bool:
+    """Whether ``image`` lies in an output folder inside the input ``folder``: a result of an earlier run, no input."""
+    top, below = os.path.realpath(folder), os.path.realpath(output)
+    inside = below != top and below.startswith(top + os.sep)
+    return inside and os.path.realpath(image).startswith(below + os.sep)
+
+
+def _refuse_collisions(jobs: list[Job]) -> None:
+    sources = defaultdict(list)
+    for job in jobs:
+        # Case-insensitive file systems would let one overwrite the other.
+        sources[os.path.normcase(os.path.realpath(job.target)).casefold()].append(job)
+    for same in sources.values():
+        if len(same) > 1:
+            names = ", ".join(str(job.source) for job in same)
+            raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")

@@ -1,0 +1,36 @@
+"""concat_conv_bn_relu: conv_bn_relu on two inputs concatenated along the channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastden.ops._types import BatchNorm, finish
+
+
+def concat_conv_bn_relu(
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bn: BatchNorm | None = None,
+    relu: bool = True,
+    padding: int = 1,
+) -> Tensor:
+    """``relu(bn(conv2d(cat([a, b], 1), weight, bias)))``.
+
+    Args:
+        a: (N, A, H, W), any floating dtype.
+        b: (N, B, H, W), same dtype as ``a``.
+        weight: (O, A + B, k, k).
+        bias: (O,) or None.
+        bn: batch normalisation over O channels; None where it is folded.
+        relu: whether the ReLU is applied.
+        padding: as in ``torch.nn.functional.conv2d``.
+
+    Returns:
+        (N, O, H', W').
+    """
+    return finish(F.conv2d(torch.cat([a, b], 1), weight, bias, 1, padding), bn, None, relu)

@@ -1,0 +1,36 @@
+"""conv_bn_relu: convolution, batch normalisation, optional residual, ReLU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastden.ops._types import BatchNorm, finish
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bn: BatchNorm | None = None,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    stride: int = 1,
+    padding: int = 0,
+) -> Tensor:
+    """``relu(bn(conv2d(x, weight, bias)) + residual)``.
+
+    Args:
+        x: (N, C, H, W), any floating dtype.
+        weight: (O, C, k, k), same dtype as ``x``.
+        bias: (O,) or None.
+        bn: batch normalisation over O channels; None where it is folded into ``weight`` and ``bias``.
+        residual: tensor of the output's shape, added before the ReLU.
+        relu: whether the ReLU is applied.
+        stride, padding: as in ``torch.nn.functional.conv2d``.
+
+    Returns:
+        (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1.
+    """
+    return finish(F.conv2d(x, weight, bias, stride, padding), bn, residual, relu)

@@ -1,0 +1,35 @@
+"""stem: conv1 o conv0 as one 7x7 convolution of stride 2 on the raw image, exact on the border too."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastden.ops._types import BatchNorm, finish
+
+
+def stem(x: Tensor, weight: Tensor, bias: Tensor, *, bn: BatchNorm | None = None, relu: bool = True) -> Tensor:
+    """First feature map at half resolution, straight from the padded image.
+
+    conv1 pads conv0's *output* with zeros, so on the first row and column of the result the taps that would read that
+    padding do not exist: four weight sets, see :func:`fastden.algebra.compose_stem`.
+
+    Args:
+        x: (N, C, H, W), the padded network input; H and W even, at least 8.
+        weight: (4, O, C, 7, 7): inside, first row, first column, corner.
+        bias: (4, O), likewise.
+        bn: batch normalisation over O channels; None where it is folded.
+        relu: whether the ReLU is applied.
+
+    Returns:
+        (N, O, (H - 4) / 2, (W - 4) / 2).
+    """
+    x = F.pad(x, (1, 0, 1, 0))
+    y = F.conv2d(x, weight[0], bias[0], stride=2)
+    # Written into the convolution's own output: conv2d's backward does not need it, so no copy is made.
+    y[:, :, :1] = F.conv2d(x[:, :, :7], weight[1], bias[1], stride=2)
+    # Nine columns for the sake of the first: oneDNN 3.12's bf16 convolution reads memory that nothing wrote when this
+    # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
+    y[:, :, :, :1] = F.conv2d(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
+    y[:, :, :1, :1] = F.conv2d(x[:, :, :7, :7], weight[3], bias[3], stride=2)
+    return finish(y, bn, None, relu)

@@ -1,0 +1,20 @@
+"""upsample: transposed 4x4 convolution of stride 2 (up2, and up3 where the head is not composed)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Twice the height and width by a transposed convolution, kernel 4, stride 2, padding 1.
+
+    Args:
+        x: (N, C, H, W), any floating dtype.
+        weight: (C, O, 4, 4), same dtype as ``x``.
+        bias: (O,) or None.
+
+    Returns:
+        (N, O, 2 H, 2 W).
+    """
+    return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)

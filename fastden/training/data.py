@@ -1,0 +1,87 @@
+"""Training crops: photographs held in memory, every crop a function of (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastden.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
+Image = npt.NDArray[np.uint8]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files below ``folder``, sorted.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data: {folder} is not a folder; accepted: folders of photographs")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"data: no images in {folder}; accepted suffixes: {', '.join(sorted(SUFFIXES))}")
+    return files
+
+
+def load_rgb(path: Path) -> Image:
+    """(H, W, 3) uint8 pixels of an image file, in sRGB."""
+    import pyvips
+
+    try:
+        image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated").colourspace("srgb")
+        return np.asarray(image[:3].numpy(), dtype=np.uint8)
+    except pyvips.Error as error:
+        raise UserError(f"data: cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+class CropDataset(Dataset[dict[str, Tensor]]):
+    """Random square crops, flipped and turned, some made gray.
+
+    Item ``index`` depends on the seed, the epoch and the index alone, so a resumed run sees the crops that the
+    uninterrupted one would have seen. A photograph is drawn with a probability proportional to the square root of its
+    area: large ones hold more texture, but not in proportion.
+
+    Args:
+        images: (H, W, 3) uint8, both sides at least ``crop``.
+        length: items an epoch.
+        crop: side in pixels.
+        gray: probability that a crop is made gray.
+        seed, epoch: see above.
+    """
+
+    def __init__(self, images: list[Image], length: int, crop: int, gray: float, seed: int, epoch: int) -> None:
+        self.images = images
+        self.length = length
+        self.crop = crop
+        self.gray = gray
+        self.key = (seed, epoch)
+        weight = np.sqrt([float(image.shape[0] * image.shape[1]) for image in images])
+        self.cumulative = np.cumsum(weight / weight.sum())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng((*self.key, index))
+        chosen = min(int(np.searchsorted(self.cumulative, random.random())), len(self.images) - 1)
+        image = self.images[chosen]
+        top = random.integers(image.shape[0] - self.crop + 1)
+        left = random.integers(image.shape[1] - self.crop + 1)
+        crop = image[top : top + self.crop, left : left + self.crop]
+        crop = np.rot90(crop, int(random.integers(4)))
+        if random.random() < 0.5:
+            crop = crop[:, ::-1]
+        gray = random.random() < self.gray
+        clean = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))).float().div_(255)
+        if gray:
+            weights = clean.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+            clean = (clean * weights).sum(0, keepdim=True).expand(3, -1, -1).contiguous()
+        return {"clean": clean, "gray": torch.tensor(gray)}

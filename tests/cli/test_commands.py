@@ -1,0 +1,100 @@
+"""The other commands, and what importing and starting costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastden
+from tests.cli.run import fails, works
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['fastden', '--help']\n"
+        "from fastden.cli import app\n"
+        "try: app()\n"
+        "except SystemExit as error: assert not error.code\n"
+        "assert not {'torch', 'numpy', 'pyvips', 'skimage', 'huggingface_hub'} & set(sys.modules), 'heavy'\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "denoise" in done.stdout
+
+
+def test_importing_fastden_loads_no_torch_and_lists_its_names() -> None:
+    code = (
+        "import sys, fastden\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(fastden.__all__) <= set(dir(fastden))\n"
+        "assert fastden.__version__\n"
+        "for name in fastden.__all__: getattr(fastden, name)\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fastden.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_usage_errors_have_code_2(photos: Path) -> None:
+    fails("denoise", photos, saying="output", code=2)
+    fails("denoise", photos, "-o", "x", "--dtype", "int3", saying="int3", code=2)
+    fails("polish", saying="polish", code=2)
+
+
+def test_info_and_version() -> None:
+    report = json.loads(works("info", "--json"))
+    assert report["backends"]["torch"]["available"]
+    assert "backends" in works("info")
+    assert works("--version") == f"fastden {fastden.__version__}\n"
+
+
+def test_models_are_listed_with_a_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastden.hub.WEIGHTS", tmp_path)
+    assert "no models are bundled" in works("models")
+    for name, card in (
+        ("one", "---\nlicense: x\n---\n# Title\n\nRemoves noise of\nany level. More.\n"),
+        ("second", None),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
+        if card:
+            (tmp_path / name / "README.md").write_text(card)
+    assert works("models") == "one     Removes noise of any level\nsecond  (no model card)\n"
+
+
+def test_train_reads_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def run(config: Any, **options: Any) -> Path:
+        calls.append((config, options))
+        return tmp_path / "model"
+
+    monkeypatch.setattr("fastden.training.denoise.train", run)
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data: [{tmp_path}]\noutput: {tmp_path / 'out'}\nsteps: 7\n")
+    text = works("train", config, "--set", "batch=2", "crop=32", "--resume", "--accelerator", "cpu", "--set", "lr=0.5")
+    ((settings, options),) = calls
+    assert (settings.steps, settings.batch, settings.crop, settings.lr) == (7, 2, 32, 0.5)
+    assert options == {"resume": True, "accelerator": "cpu", "devices": "auto"}
+    assert str(tmp_path / "model") in text
+    fails("train", config, "--set", "speed=9", saying="^error: speed: .*accepted keys")
+    fails("train", tmp_path / "missing.yaml", saying="^error: config: cannot read")
+
+
+def test_train_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "fastden.training.denoise", raising=False)
+    fails("train", tmp_path / "run.yaml", saying=r"pip install 'fastden\[train\]'")

@@ -1,0 +1,153 @@
+"""``fastden denoise``: files, folders and patterns in; the same kind of file out."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import fastden
+from fastden.cli import app
+from fastden.io import ImageFile, read_image, write_image
+from tests.cli.run import fails, process, works
+from tests.images import MAKE, ORIENTATION, encoded, icc_profile, pixels
+
+
+def test_one_file(photos: Path, tmp_path: Path, model: str) -> None:
+    output = tmp_path / "out.png"
+    text = works("denoise", photos / "a.png", "-o", output, "--sigma", 20, "--model", model, "--dtype", "float32")
+    expected = fastden.denoise(pixels(seed=1), 20, model=model, dtype="float32")
+    np.testing.assert_array_equal(read_image(output).pixels, expected)
+    assert f"{photos / 'a.png'} -> {output}, 40 x 32, sigma 20.0" in text
+    assert re.search(r"^1 image, 0\.00 megapixels, [\d.]+ s \([\d.]+ MP/s", text, re.MULTILINE)
+
+
+def test_a_real_process(photos: Path, tmp_path: Path, model: str) -> None:
+    done = process("denoise", photos / "a.png", "-o", tmp_path / "out", "--model", model)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "(estimated)" in done.stdout
+    assert os.listdir(tmp_path / "out") == ["a.png"]
+    failed = process("denoise", tmp_path / "missing.png", "-o", tmp_path / "out", "--model", model)
+    assert failed.returncode == 1
+    assert (
+        failed.stderr
+        == f"error: input: {tmp_path / 'missing.png'} does not exist; accepted: files, folders and glob patterns\n"
+    )
+
+
+def test_folder(photos: Path, tmp_path: Path, model: str) -> None:
+    text = works("denoise", photos, "-o", tmp_path / "out", "--model", model)
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.jpg"]
+    assert "2 images, " in text
+    works("denoise", photos, "-o", tmp_path / "deep", "--model", model, "--recursive")
+    assert sorted(str(path.relative_to(tmp_path / "deep")) for path in (tmp_path / "deep").rglob("*.*")) == [
+        "a.png",
+        "b.jpg",
+        "inner/c.png",
+    ]
+
+
+def test_files_and_globs(photos: Path, tmp_path: Path, model: str) -> None:
+    works("denoise", photos / "b.jpg", f"{photos}/**/*.png", "-o", tmp_path / "out", "--model", model, "--strength", 0)
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.jpg", "c.png"]
+    np.testing.assert_array_equal(read_image(tmp_path / "out" / "a.png").pixels, pixels(seed=1))
+
+
+def test_output_inside_the_input_is_no_input(photos: Path, model: str) -> None:
+    for _ in range(2):
+        works("denoise", photos, "-o", photos / "out", "--model", model, "-r", "--overwrite")
+    assert not (photos / "out" / "out").exists()
+
+
+def test_metadata_stays_or_goes(photos: Path, tmp_path: Path, model: str) -> None:
+    works("denoise", photos / "b.jpg", "-o", tmp_path / "kept.jpg", "--model", model)
+    kept = Image.open(tmp_path / "kept.jpg")
+    assert (kept.getexif()[ORIENTATION], kept.getexif()[MAKE], kept.size) == (6, "Camera", (40, 32))
+    assert kept.info["icc_profile"] == icc_profile()
+    works("denoise", photos / "b.jpg", "-o", tmp_path / "stripped.jpg", "--model", model, "--strip-metadata")
+    stripped = Image.open(tmp_path / "stripped.jpg")
+    assert (dict(stripped.getexif()), stripped.size) == ({}, (32, 40))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_depth_gray_and_alpha_stay(tmp_path: Path, model: str, dtype: Any, channels: int) -> None:
+    bits = 8 * np.dtype(dtype).itemsize
+    picture = ImageFile(pixels(channels=channels, dtype=dtype), pixels(channels=0, dtype=dtype, seed=9), bits=bits)
+    write_image(tmp_path / "a.tif", picture)
+    works("denoise", tmp_path / "a.tif", "-o", tmp_path / "b.tif", "--model", model, "--sigma", 15)
+    back = read_image(tmp_path / "b.tif")
+    assert (back.pixels.dtype, back.pixels.shape) == (picture.pixels.dtype, picture.pixels.shape)
+    np.testing.assert_array_equal(back.alpha, picture.alpha)
+    if dtype == np.uint16:
+        assert len(np.unique(back.pixels & 255)) > 100, "16 bits do not pass through 8"
+
+
+def test_format_option(photos: Path, tmp_path: Path, model: str) -> None:
+    works("denoise", photos, "-o", tmp_path / "out", "--model", model, "--format", "webp")
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.webp", "b.webp"]
+    assert read_image(tmp_path / "out" / "a.webp").lossless
+    assert not read_image(tmp_path / "out" / "b.webp").lossless
+    works("denoise", photos / "b.jpg", "-o", tmp_path / "same", "--model", model, "--format", "jpeg")
+    assert os.listdir(tmp_path / "same") == ["b.jpg"]
+
+
+def test_loss_is_said(tmp_path: Path, model: str) -> None:
+    write_image(tmp_path / "a.png", ImageFile(pixels(dtype=np.uint16), bits=16))
+    done = CliRunner().invoke(
+        app, ["denoise", str(tmp_path / "a.png"), "-o", str(tmp_path / "a.jpg"), "--model", model]
+    )
+    assert done.exit_code == 0
+    assert "note: " in done.stderr
+    assert "rounded to the 8 bits of jpeg" in done.stderr
+
+
+def test_sigma_beyond_training_is_said(photos: Path, tmp_path: Path, model: str) -> None:
+    arguments = ["denoise", str(photos / "a.png"), "-o", str(tmp_path / "a.png"), "--sigma", "90", "--model", model]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0
+    assert "trained for 0 to 75" in done.stderr
+
+
+def test_tile_and_memory_options_do_not_change_the_result(photos: Path, tmp_path: Path, model: str) -> None:
+    for name, options in (("a", ["--tile", "none"]), ("b", ["--tile", "16"]), ("c", ["--max-memory", "8MiB"])):
+        works(
+            "denoise",
+            photos / "a.png",
+            "-o",
+            tmp_path / f"{name}.png",
+            "--model",
+            model,
+            "--dtype",
+            "float32",
+            *options,
+        )
+    whole, *others = (read_image(tmp_path / f"{name}.png").pixels.astype(int) for name in "abc")
+    for other in others:
+        assert np.abs(whole - other).max() <= 1
+
+
+def test_a_blind_model_takes_no_sigma(photos: Path, tmp_path: Path, blind: str) -> None:
+    output = tmp_path / "out.png"
+    fails("denoise", photos / "a.png", "-o", output, "--model", blind, "--sigma", 20, saying="blind")
+    text = works("denoise", photos / "a.png", "-o", output, "--model", blind)
+    assert "sigma" not in text
+
+
+def test_speed_is_measured_over_the_files(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter([100.0, 102.0])
+    monkeypatch.setattr("fastden.batch.time", type("Clock", (), {"perf_counter": staticmethod(lambda: next(ticks))}))
+    image = np.zeros((100, 200, 3), np.uint8)
+    (tmp_path / "big.png").write_bytes(encoded(image, "PNG"))
+    text = works("denoise", tmp_path / "big.png", "-o", tmp_path / "out.png", "--model", model)
+    assert "1 image, 0.02 megapixels, 2.00 s (0.01 MP/s, files read and written)" in text
+    assert time.perf_counter() > 0

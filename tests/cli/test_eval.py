@@ -1,0 +1,119 @@
+"""``fastden eval``: the protocol, the options, and a results file that can be repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastden
+from fastden.io import ImageFile, read_image, write_image
+from tests.cli.run import fails, works
+from tests.images import encoded, pixels
+
+
+def test_eval_follows_the_protocol(photos: Path, tmp_path: Path, model: str) -> None:
+    results = tmp_path / "results.json"
+    text = works("eval", photos, "--sigma", "15", "25", "50", "--model", model, "--json", results)
+    document = json.loads(results.read_text())
+    assert (document["dtype"], document["settings"]["seed"]) == ("float32", 0)
+    assert {"torch", "numpy", "scikit-image", "fastden"} <= set(document["versions"])
+    assert str(tmp_path) not in json.dumps(document["sets"])
+    rows = document["sets"]["photos"]
+    assert [row["sigma"] for row in rows] == [15, 25, 50]
+    clean = read_image(photos / "b.jpg").pixels
+    noise = np.random.default_rng(0 + 1).standard_normal(clean.shape, dtype=np.float32)
+    noisy = clean.astype(np.float32) / 255 + np.float32(25 / 255) * noise
+    found = fastden.denoise(noisy, 25, model=model, dtype="float32")
+    error = np.rint(np.clip(found, 0, 1) * 255).astype(float) - clean
+    expected = 10 * np.log10(255**2 / np.square(error).mean())
+    assert rows[1]["images"]["b.jpg"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert rows[1]["psnr"] == pytest.approx(np.mean([image["psnr"] for image in rows[1]["images"].values()]), abs=1e-3)
+    assert rows[1]["psnr_noisy"] == pytest.approx(20 * np.log10(255 / 25), abs=0.2)
+    assert 0 < rows[1]["ssim"] < 1
+    for row in rows:
+        assert f"{row['psnr']:.2f}" in text
+
+
+def test_eval_sigma_forms_and_folder_order(photos: Path, tmp_path: Path, model: str) -> None:
+    seen = []
+    for arguments in (
+        ["eval", photos, "--sigma", "15,25"],
+        ["eval", "--sigma", "15", "25", "--model", model, photos],
+        ["eval", photos, "--sigma", "15", "--sigma", "25"],
+    ):
+        results = tmp_path / "results.json"
+        works(*arguments, "--model", model, "--json", results)
+        seen.append(json.loads(results.read_text())["sets"])
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_eval_of_several_sets_gray_and_blind(photos: Path, tmp_path: Path, blind: str) -> None:
+    results = tmp_path / "results.json"
+    works("eval", photos, photos / "inner", "--gray", "--sigma", "25", "--model", blind, "--json", results)
+    sets = json.loads(results.read_text())["sets"]
+    assert {name: len(rows[0]["images"]) for name, rows in sets.items()} == {"photos": 2, "inner": 1}
+    gray = np.rint(pixels(seed=3).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32))
+    noise = np.random.default_rng(0).standard_normal((32, 40, 1), dtype=np.float32)[:, :, 0]
+    noisy = (gray / 255 + np.float32(25 / 255) * noise).astype(np.float32)
+    found = np.rint(np.clip(fastden.denoise(noisy, model=blind, dtype="float32"), 0, 1) * 255)
+    expected = 10 * np.log10(255**2 / np.square(found - gray).mean())
+    assert sets["inner"][0]["psnr"] == pytest.approx(expected, abs=0.01)
+
+
+def test_eval_of_real_pairs(tmp_path: Path, model: str) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for name in ("x", "y"):
+        (folder / f"{name}_mean.png").write_bytes(encoded(np.full((32, 40, 3), 90, np.uint8), "PNG"))
+        (folder / f"{name}_real.png").write_bytes(encoded(pixels(), "PNG"))
+    results = tmp_path / "results.json"
+    text = works("eval", folder, "--pairs", "--model", model, "--json", results)
+    (row,) = json.loads(results.read_text())["sets"]["pairs"]
+    assert row["sigma"] == "auto"
+    assert "auto" in text
+    assert row["images"]["x_real.png"]["sigma"] == pytest.approx(255 * fastden.estimate_sigma(pixels()), abs=0.1)
+    expected = 10 * np.log10(255**2 / np.square(pixels().astype(float) - 90).mean())
+    assert row["psnr_noisy"] == pytest.approx(expected, abs=1e-3)
+    (folder / "y_mean.png").unlink()
+    fails("eval", folder, "--pairs", "--model", model, saying="has no reference y_mean")
+
+
+def test_eval_mistakes(photos: Path, tmp_path: Path, model: str) -> None:
+    fails("eval", tmp_path / "missing", "--model", model, saying="missing is not a folder")
+    fails("eval", photos, "--sigma", "300", "--model", model, saying="sigma: '300'")
+    fails("eval", photos, "--pairs", "--model", model, saying=r"no file \*_real")
+    fails("eval", photos, "--gray", "--pairs", "--model", model, saying="gray: given with --pairs")
+    fails("eval", photos, "--model", model, "--json", tmp_path / "no" / "x.json", saying="does not exist")
+    write_image(photos / "deep.png", ImageFile(pixels(dtype=np.uint16), bits=16))
+    fails("eval", photos, "--model", model, saying="deep.png: 16 bits; accepted for an evaluation: 8 bits")
+
+
+def test_equal_and_tiny_images_give_valid_json(tmp_path: Path, model: str) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "a_mean.png").write_bytes(encoded(pixels(5, 5), "PNG"))
+    (folder / "a_real.png").write_bytes(encoded(pixels(5, 5), "PNG"))
+    works("eval", folder, "--pairs", "--model", model, "--json", tmp_path / "r.json")
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    (row,) = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)["sets"]["tiny"]
+    assert (row["psnr_noisy"], row["ssim"]) == (None, None)
+
+
+@pytest.mark.shared
+def test_eval_of_photographs(shared_data: Path, tmp_path: Path, model: str) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    source = shared_data / "eval" / "real" / "cc"
+    first = sorted(source.glob("*_real.webp"))[0]
+    for name in (first.name, first.name.replace("_real", "_mean")):
+        (folder / name).symlink_to(source / name)
+    works("eval", folder, "--pairs", "--model", model, "--json", tmp_path / "r.json")
+    (row,) = json.loads((tmp_path / "r.json").read_text())["sets"]["pairs"]
+    assert 28 < row["psnr_noisy"] < 45
+    assert 0 < row["images"][first.name]["sigma"] < 30

@@ -1,0 +1,216 @@
+"""``fastden denoise`` when something goes wrong: one line, an exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastden import io as image_io
+from fastden.io import read_image
+from tests.cli.run import fails, works
+from tests.images import bad_files, pixels, save_model
+
+
+def test_bad_files_in_a_batch_are_reported_and_skipped(photos: Path, tmp_path: Path, model: str) -> None:
+    bad = {name: data for name, data in bad_files().items() if not name.endswith(".gif")}
+    for name, data in bad.items():
+        (photos / name).write_bytes(data)
+    output = tmp_path / "out"
+    error = fails(
+        "denoise", photos, "-o", output, "--model", model, saying=f"{len(bad)} of {len(bad) + 2} files failed"
+    )
+    assert sorted(os.listdir(output)) == ["a.png", "b.jpg"]
+    for name in bad:
+        assert len(re.findall(rf"^error: {re.escape(str(photos / name))}: ", error, re.MULTILINE)) == 1, name
+    assert len(error.splitlines()) == len(bad) + 1
+
+
+def test_existing_outputs_are_kept_without_overwrite(photos: Path, tmp_path: Path, model: str) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "a.png").write_bytes(b"mine")
+    fails(
+        "denoise",
+        photos,
+        "-o",
+        output,
+        "--model",
+        model,
+        saying="a.png: exists already; accepted: another name, or --overwrite",
+    )
+    assert (output / "a.png").read_bytes() == b"mine"
+    assert (output / "b.jpg").exists()
+    works("denoise", photos, "-o", output, "--model", model, "--overwrite")
+    assert read_image(output / "a.png").pixels.shape == (32, 40, 3)
+
+
+def test_what_cannot_be_written_is_not_computed(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("fastden.api.denoise_tiled", computed)
+    (tmp_path / "out.png").write_bytes(b"mine")
+    fails("denoise", photos / "a.png", "-o", tmp_path / "out.png", "--model", model, saying="exists already")
+
+
+def test_an_input_is_not_replaced_without_overwrite(photos: Path, model: str) -> None:
+    path = photos / "a.png"
+    before = path.read_bytes()
+    fails("denoise", path, "-o", path, "--model", model, saying="exists already")
+    assert path.read_bytes() == before
+    works("denoise", path, "-o", path, "--model", model, "--overwrite")
+    assert path.read_bytes() != before
+
+
+def test_two_inputs_with_one_output(photos: Path, tmp_path: Path, model: str) -> None:
+    (photos / "inner" / "a.png").write_bytes((photos / "a.png").read_bytes())
+    (photos / "b.png").write_bytes((photos / "a.png").read_bytes())
+    output = tmp_path / "out"
+    fails(
+        "denoise",
+        photos / "a.png",
+        photos / "inner" / "a.png",
+        "-o",
+        output,
+        "--model",
+        model,
+        saying="would all be written to",
+    )
+    fails("denoise", photos, "-o", output, "--format", "png", "--model", model, saying="would all be written to")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "saying"),
+    [
+        (["missing.png", "-o", "out"], "input: missing.png does not exist"),
+        (["missing/", "-o", "out"], "input: missing/ does not exist"),
+        (["*.tiff", "-o", "out"], r"input: nothing matches \*\.tiff"),
+        (["empty", "-o", "out"], "input: no images in empty"),
+        (["photos/a.png", "-o", "out.bmp"], r"cannot write \.bmp; accepted: \.jpg"),
+        (["photos/a.png", "-o", "missing/out.png"], "the folder .*missing does not exist"),
+        (["photos/a.png", "-o", "out.png", "--format", "jpeg"], "suffix says png, format says jpeg"),
+        (["photos", "-o", "out.png"], "names a file; accepted for more than one input: a folder"),
+        (["photos", "-o", "photos/a.png"], "is a file; accepted for more than one input: a folder"),
+        (["photos/a.png", "-o", "photos/a.png/out"], "output: cannot make the folder|does not exist"),
+        (["photos/a.png", "-o", "out.png", "--sigma", "-1"], "sigma: '-1'; accepted: auto, or a number from 0 to 255"),
+        (["photos/a.png", "-o", "out.png", "--sigma", "nan"], "sigma: 'nan'"),
+        (["photos/a.png", "-o", "out.png", "--sigma", "much"], "sigma: 'much'"),
+        (["photos/a.png", "-o", "out.png", "--tile", "3.5"], "tile: '3.5'; accepted"),
+        (["photos/a.png", "-o", "out.png", "--tile", "4"], "tile: 4; accepted"),
+        (["photos/a.png", "-o", "out.png", "--max-memory", "lots"], "max_memory: 'lots'"),
+        (["photos/a.png", "-o", "out.png", "--max-memory", "1k"], "max_memory: 1024 bytes; accepted: at least"),
+        (["photos/a.png", "-o", "out.png", "--strength", "2"], "strength: 2.0; accepted"),
+        (["photos/a.png", "-o", "out.png", "--device", "abacus"], "device: 'abacus'"),
+        (["photos/a.png", "-o", "out.png", "--max-megapixels", "0.001"], "at most 0.001 megapixels"),
+        (["five.tif", "-o", "out.tif"], "five.tif: 5 channels; accepted: 1 or 3"),
+        (["nan.tif", "-o", "out.tif"], "nan.tif: .*NaN"),
+    ],
+)
+def test_mistakes_are_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, arguments: list[str], saying: str
+) -> None:
+    import tifffile
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    tifffile.imwrite(tmp_path / "five.tif", pixels(channels=5), photometric="rgb")
+    tifffile.imwrite(tmp_path / "nan.tif", np.full((8, 8, 3), np.nan, np.float32), photometric="rgb")
+    before = sorted(tmp_path.rglob("*"))
+    error = fails("denoise", *arguments, "--model", model, saying=f"^error: .*({saying})")
+    assert len(error.splitlines()) == 1, error
+    after = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    assert [path for path in after if path.is_file()] == []
+
+
+@pytest.mark.parametrize("command", ["denoise", "eval"])
+def test_wrong_models_are_one_line(photos: Path, tmp_path: Path, command: str) -> None:
+    broken = save_model(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    rest = ["-o", tmp_path / "out"] if command == "denoise" else []
+    for name in ("no-such-model", broken, photos):
+        error = fails(command, photos, *rest, "--model", name, saying="^error: model: ")
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(image_io.os, "fsync", full)
+    output = tmp_path / "out"
+    error = fails("denoise", photos, "-o", output, "--model", model, saying="2 of 2 files failed")
+    assert error.count(os.strerror(errno.ENOSPC)) == 2
+    assert list(output.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_devices_are_not_replaced(photos: Path, tmp_path: Path, model: str) -> None:
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    fails(
+        "denoise",
+        photos / "a.png",
+        "-o",
+        tmp_path / "full.png",
+        "--overwrite",
+        "--model",
+        model,
+        saying="not a regular file",
+    )
+    assert Path("/dev/full").is_char_device()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to handle")
+def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, model: str) -> None:
+    """The process is ended while it writes (a stand-in for fsync waits), and removes what it has begun."""
+    code = (
+        "import os, sys, time\n"
+        "from fastden import cli, io\n"
+        "def wait(number):\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+        "io.os.fsync = wait\n"
+        "cli.app(prog_name='fastden')\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    output = tmp_path / "out"
+    arguments = ["denoise", str(photos / "a.png"), "-o", str(output), "--model", model]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "writing\n"
+        assert len(list(output.iterdir())) == 1
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        running.kill()
+        running.wait()
+        running.stdout.close()
+    assert list(output.iterdir()) == []
+
+
+def test_out_of_memory_says_what_to_do(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr("fastden.api.denoise_tiled", exhausted)
+    output = tmp_path / "out.png"
+    fails("denoise", photos / "a.png", "-o", output, "--model", model, saying="out of memory; a smaller --max-memory")
+    assert not output.exists()

@@ -1,0 +1,82 @@
+"""Networks with random statistics, and measures of error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastden.model import Denoiser
+
+
+def randomise(model: Denoiser, seed: int = 0) -> Denoiser:
+    """Random BN statistics, BN weights (negative ones too), biases and a full-sized last layer, in place."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator).mul_(high - low).add_(low).to(like)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.copy_(uniform(module.running_mean, -0.5, 0.5))
+                module.running_var.copy_(uniform(module.running_var, 0.5, 2.0))
+                sign = torch.where(uniform(module.weight, 0, 1) < 0.2, -1.0, 1.0).to(module.weight)
+                module.weight.copy_(sign * uniform(module.weight, 0.5, 1.5))
+                module.bias.copy_(uniform(module.bias, -0.5, 0.5))
+            elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                scale = uniform(module.weight, -1, 1)
+                module.weight.copy_(scale * (6.0 / module.weight[0].numel()) ** 0.5)
+                if module.bias is not None:
+                    module.bias.copy_(uniform(module.bias, -0.2, 0.2))
+    return model
+
+
+def random_network(
+    noise_level_input: bool = True,
+    image_channels: int = 3,
+    *,
+    composed: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Denoiser:
+    """A randomised network in evaluation mode; the same ``seed`` gives the same float32 weights in every dtype."""
+    model = Denoiser(noise_level_input, image_channels, composed)
+    return randomise(model, seed).eval().to(dtype)
+
+
+def level(model: Denoiser, value: float = 0.1) -> float | None:
+    """A noise level where ``model`` takes one."""
+    return value if model.noise_level_input else None
+
+
+def max_error(result: Tensor, reference: Tensor) -> float:
+    """Largest absolute error, in units of the reference's largest value."""
+    difference = (result.double() - reference.double()).abs().max()
+    return (difference / reference.double().abs().max()).item()
+
+
+def relative_l2(result: Tensor, reference: Tensor) -> float:
+    """Norm of the error, in units of the reference's norm."""
+    return ((result.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def border_rms(error: Tensor, width: int = 4) -> dict[str, float]:
+    """Root mean square of (N, C, H, W) on each of the outer rows and columns, by name."""
+    height, columns = error.shape[2:]
+    result = {}
+    for i in range(min(width, height)):
+        result[f"row {i}"] = error[:, :, i]
+        result[f"row -{i + 1}"] = error[:, :, height - 1 - i]
+    for i in range(min(width, columns)):
+        result[f"column {i}"] = error[..., i]
+        result[f"column -{i + 1}"] = error[..., columns - 1 - i]
+    return {name: line.double().square().mean().sqrt().item() for name, line in result.items()}
+
+
+def poison_freed_memory() -> None:
+    """Leave blocks full of NaN to the allocator, so that a read of memory which nothing wrote shows."""
+    sizes = [1 << power for power in range(6, 23, 2)]
+    blocks = [torch.full((size,), float("nan")) for size in sizes for _ in range(6)]
+    del blocks

@@ -1,0 +1,153 @@
+"""conv_bn_relu: the formula, its gradients, batch statistics, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastden import ops
+from tests.helpers import max_error
+from tests.ops import naive
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def random_bn(channels: int, training: bool = False) -> nn.BatchNorm2d:
+    """A float64 module with random statistics and weights."""
+    bn = nn.BatchNorm2d(channels, eps=1e-4, momentum=0.3).double().train(training)
+    with torch.no_grad():
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.3, 2)
+        bn.weight.normal_()
+        bn.bias.normal_()
+    return bn
+
+
+@settings(max_examples=40)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    batch=st.integers(1, 3),
+    kernel=st.sampled_from([1, 3]),
+    stride=st.sampled_from([1, 2]),
+    bias=st.booleans(),
+    normalise=st.booleans(),
+    residual=st.booleans(),
+    relu=st.booleans(),
+)
+@example(size=(1, 1), batch=1, kernel=3, stride=2, bias=True, normalise=True, residual=True, relu=True)
+@example(size=(7, 5), batch=2, kernel=3, stride=2, bias=False, normalise=True, residual=False, relu=False)
+def test_formula(
+    size: tuple[int, int], batch: int, kernel: int, stride: int, bias: bool, normalise: bool, residual: bool, relu: bool
+) -> None:
+    x, weight = random(batch, 3, *size), random(5, 3, kernel, kernel)
+    b = random(5) if bias else None
+    padding = kernel // 2
+    expected = naive.conv(x, weight, b, stride, padding)
+    module = random_bn(5) if normalise else None
+    if module is not None:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        expected = naive.batch_norm(
+            expected, module.weight, module.bias, module.running_mean, module.running_var, module.eps
+        )
+    other = random(*expected.shape) if residual else None
+    expected = expected if other is None else expected + other
+    expected = expected.clamp(min=0) if relu else expected
+    bn = None if module is None else ops.BatchNorm.of(module)
+    y = ops.conv_bn_relu(x, weight, b, bn=bn, residual=other, relu=relu, stride=stride, padding=padding)
+    assert y.shape == expected.shape
+    assert (y - expected).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_batch_statistics(residual: bool) -> None:
+    """In training: normalised by the batch, running statistics moved as the module would move them."""
+    module = random_bn(4, training=True)
+    before = copy.deepcopy(module)
+    twin = copy.deepcopy(module)
+    x, weight, bias = random(3, 2, 5, 4), random(4, 2, 3, 3), random(4)
+    other = random(3, 4, 5, 4) if residual else torch.zeros((), dtype=torch.float64)
+    y = ops.conv_bn_relu(x, weight, bias, bn=ops.BatchNorm.of(module), residual=other if residual else None, padding=1)
+    convolved = naive.conv(x, weight, bias, padding=1)
+    mean, var = naive.statistics(convolved)
+    expected = naive.batch_norm(convolved, module.weight, module.bias, mean, var, module.eps) + other
+    assert max_error(y, expected.clamp(min=0)) < 1e-12
+    count = convolved.numel() // 4
+    assert max_error(module.running_mean, 0.7 * before.running_mean + 0.3 * mean) < 1e-12
+    assert max_error(module.running_var, 0.7 * before.running_var + 0.3 * var * count / (count - 1)) < 1e-12
+    twin(torch.nn.functional.conv2d(x, weight, bias, padding=1))
+    for (name, value), expected_value in zip(module.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(value, expected_value), name
+    assert module.num_batches_tracked == 1
+
+
+def test_evaluation_leaves_statistics_alone() -> None:
+    module = random_bn(4)
+    before = copy.deepcopy(module.state_dict())
+    ops.conv_bn_relu(random(1, 2, 3, 3), random(4, 2, 1, 1), bn=ops.BatchNorm.of(module))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["plain", "residual", "evaluation", "training"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradcheck(case: str, stride: int) -> None:
+    module = random_bn(2, training=case == "training")
+    side = 3 if stride == 1 else 2
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Tensor:
+        bn = ops.BatchNorm.of(module)._replace(weight=gamma, bias=beta)
+        return ops.conv_bn_relu(
+            x,
+            weight,
+            bias,
+            bn=bn if case in {"evaluation", "training"} else None,
+            residual=residual if case != "plain" else None,
+            stride=stride,
+            padding=1,
+        )
+
+    inputs = (random(2, 2, 3, 3), random(2, 2, 3, 3), random(2), random(2), random(2), random(2, 2, side, side))
+    unused = {"plain": (3, 4, 5), "residual": (3, 4)}.get(case, ())
+    for i, value in enumerate(inputs):
+        value.requires_grad_(i not in unused)
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "sliced", "channels last"])
+def test_gradient_from_any_layout(layout: str) -> None:
+    x, weight = random(2, 3, 6, 4).requires_grad_(), random(5, 3, 3, 3).requires_grad_()
+    gradient = {
+        "expanded": random(1, 5, 1, 1).expand(2, 5, 6, 4),
+        "sliced": random(2, 10, 6, 8)[:, ::2, :, ::2],
+        "channels last": random(2, 5, 6, 4).contiguous(memory_format=torch.channels_last),
+    }[layout]
+    given_layout = torch.autograd.grad(ops.conv_bn_relu(x, weight, padding=1), (x, weight), gradient)
+    dense = torch.autograd.grad(ops.conv_bn_relu(x, weight, padding=1), (x, weight), gradient.contiguous())
+    for one, other in zip(given_layout, dense, strict=True):
+        assert max_error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_inputs_are_left_alone(normalise: bool) -> None:
+    """The ReLU is in place, on memory of its own."""
+    x, weight, bias, residual = random(1, 3, 4, 4), random(3, 3, 1, 1), random(3), random(1, 3, 4, 4)
+    bn = ops.BatchNorm.of(random_bn(3)) if normalise else None
+    inputs = [x, weight, bias, residual, *([] if bn is None else bn[:4])]
+    before = [value.clone() for value in inputs]
+    y = ops.conv_bn_relu(x, weight, bias, bn=bn, residual=residual)
+    y.zero_()
+    for value, old in zip(inputs, before, strict=True):
+        assert torch.equal(value, old)
+
+
+@pytest.mark.parametrize("arguments", [{"track_running_stats": False}, {"momentum": None}])
+def test_unusable_batch_norm(arguments: dict[str, None]) -> None:
+    with pytest.raises(ValueError, match="bn: a BatchNorm2d with running statistics and a fixed momentum"):
+        ops.BatchNorm.of(nn.BatchNorm2d(2, **arguments))

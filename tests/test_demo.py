@@ -1,0 +1,62 @@
+"""The demonstration, run as ``make demo`` runs it, but into another folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import fastden
+from tests.helpers import random_network
+
+COMMAND = Path(sys.executable).with_name("fastden")
+
+pytestmark = pytest.mark.skipif(
+    not COMMAND.exists() and shutil.which("fastden") is None, reason="the fastden command is not installed"
+)
+
+
+def run_demo(root: Path, folder: Path, *arguments: str) -> str:
+    command = [sys.executable, str(root / "examples" / "demo.py"), "--output", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_demo_writes_the_pictures_and_prints_its_figures(root: Path, tmp_path: Path) -> None:
+    random_network().eval().save_pretrained(tmp_path / "model")
+    output = run_demo(root, tmp_path / "demo", "--model", str(tmp_path / "model"))
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "demo").iterdir()}
+    assert sizes["noisy.png"] == sizes["denoised.png"] == (451, 300)
+    assert sizes["comparison.png"] == (3 * 451 + 4 * 12, 40 + 2 * (300 + 12))
+    assert re.search(r"PSNR +20\.2\d dB noisy, +-?\d+\.\d\d dB denoised", output)
+    assert re.search(r"denoising \d+\.\d+ s, \d+\.\d+ megapixels a second", output)
+
+
+@pytest.mark.skipif("color" not in fastden.models(), reason="the model color is not in this checkout")
+def test_demo_makes_a_noisy_photograph_clean(root: Path, tmp_path: Path) -> None:
+    output = run_demo(root, tmp_path)
+    match = re.search(r"PSNR +([\d.]+) dB noisy, +([\d.]+) dB denoised", output)
+    assert match is not None
+    assert float(match[2]) > float(match[1]) + 8
+
+
+def test_demo_stops_with_the_commands_error(root: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(root / "examples" / "demo.py"),
+        "--output",
+        str(tmp_path),
+        "--model",
+        "no such model",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no such model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "denoised.png").exists()

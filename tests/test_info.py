@@ -1,0 +1,107 @@
+"""``fastden info``: complete where all is well, and never a crash where something is missing or broken."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastden import info
+
+
+def test_report_is_complete_and_plain() -> None:
+    report = json.loads(json.dumps(info.collect()))
+    assert set(report) == {"versions", "system", "cpu", "torch", "gpu", "images", "models", "backends"}
+    assert "error" not in {key for section in report.values() if isinstance(section, dict) for key in section}
+    assert report["versions"]["torch"].startswith(report["torch"]["version"].split("+")[0])
+    assert {"jpeg", "png", "tiff", "webp"} <= set(report["images"]["formats"])
+    assert report["torch"]["devices"][0] == "cpu"
+    assert isinstance(report["cpu"]["native_bf16"], bool)
+
+
+def test_backends_say_why_not() -> None:
+    backends = info.collect()["backends"]
+    assert backends["torch"] == {"available": True, "why_not": []}
+    for name in ("triton", "cuda"):
+        assert not backends[name]["available"]
+        assert "not part of this release" in backends[name]["why_not"]
+
+
+def test_backends_of_other_machines() -> None:
+    def reasons(devices: list[str], nvidia: list[str], nvcc: str | None) -> dict[str, list[str]]:
+        found = info._backends({"torch": {"devices": devices}, "gpu": {"nvidia": nvidia, "nvcc": nvcc}})
+        return {name: entry["why_not"] for name, entry in found.items()}
+
+    found = reasons(["cpu"], ["Some GPU, 1.0"], None)
+    assert any("a GPU is here (Some GPU, 1.0), but this PyTorch cannot use it" in reason for reason in found["cuda"])
+    assert any("nvcc is not found" in reason for reason in found["cuda"])
+    assert not any("GPU" in reason for reason in reasons(["cpu", "cuda:0 Some GPU"], ["Some GPU"], "/bin/nvcc")["cuda"])
+    broken = info._backends({"torch": {"error": "ImportError: libtorch"}, "gpu": {"error": "x"}})
+    assert "libtorch" in broken["torch"]["why_not"][0]
+
+
+@pytest.mark.parametrize("broken", ["torch", "pyvips", "fastden.hub", "fastden.cpu"])
+@pytest.mark.parametrize("error", [ImportError("cannot be found"), OSError("libx.so: undefined symbol"), SystemExit(3)])
+def test_broken_packages_become_lines(monkeypatch: pytest.MonkeyPatch, broken: str, error: BaseException) -> None:
+    original = builtins.__import__
+
+    def failing(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == broken:
+            raise error
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", failing)
+    report = info.collect()
+    text = info.as_text(report)
+    section = {"torch": "torch", "pyvips": "images", "fastden.hub": "models"}.get(broken)
+    found = report[section] if section else report["cpu"]["native_bf16"]
+    assert found == {"error": f"{type(error).__name__}: {error}"}
+    assert str(error) in text
+    if broken == "torch":
+        assert not report["backends"]["torch"]["available"]
+
+
+def test_broken_metadata_and_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(name: str) -> str:
+        raise UnicodeDecodeError("utf-8", b"", 0, 1, "damaged")
+
+    monkeypatch.setattr(metadata, "version", failing)
+    for name in ("nvidia-smi", "nvcc"):
+        program = tmp_path / name
+        program.write_text("#!/bin/sh\necho broken >&2\nexit 9\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    report = info.collect()
+    assert report["versions"]["torch"] == "unknown (UnicodeDecodeError)"
+    assert report["gpu"]["nvidia"] == []
+    assert report["gpu"]["nvcc"] == str(tmp_path / "nvcc")
+
+
+def test_gpu_and_compiler_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    outputs = {"nvidia-smi": "NVIDIA X, 600.1, 80000 MiB", "nvcc": "Cuda compilation tools, release 13.0, V13.0.1"}
+    for name, text in outputs.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho '{text}'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    report = info.collect()
+    assert report["gpu"]["nvidia"] == ["NVIDIA X, 600.1, 80000 MiB"]
+    assert "release 13.0" in report["gpu"]["nvcc"]
+
+
+def test_runs_without_any_other_package(root: Path) -> None:
+    """In isolated mode without site-packages: the standard library alone."""
+    code = (
+        f"import sys, runpy; sys.path.insert(0, {str(root)!r}); runpy.run_module('fastden.info', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ModuleNotFoundError" in done.stdout
+    assert "PyTorch cannot be imported" in done.stdout

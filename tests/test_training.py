@@ -1,0 +1,308 @@
+"""Training: its losses and rates, the run and its continuation."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PIL
+
+pytest.importorskip("lightning")
+pytest.importorskip("pydantic")
+
+from fastden.errors import UserError
+from fastden.model import Denoiser
+from fastden.training import denoise
+from fastden.training.config import TrainConfig, load_config
+from fastden.training.data import find_images, load_rgb
+from fastden.training.denoise import DenoiserTraining, train
+from tests.helpers import max_error, random_network
+
+
+def configuration(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"data": ["photographs"], "output": "run", **changes})
+
+
+class TestModule:
+    @pytest.mark.parametrize(
+        ("step", "share"), [(0, 0.1), (4, 0.5), (9, 1.0), (30, 1.0), (60, 1.0), (80, 0.5), (90, 0.1464), (100, 0.0)]
+    )
+    def test_learning_rate(self, step: int, share: float) -> None:
+        module = DenoiserTraining(Denoiser(), configuration(steps=100, warmup=9, decay=0.4))
+        assert module.rate(step) == pytest.approx(share, abs=1e-4)
+
+    def test_learning_rate_without_warm_up_or_decay(self) -> None:
+        module = DenoiserTraining(Denoiser(), configuration(steps=10, warmup=0, decay=0))
+        assert [module.rate(step) for step in range(10)] == pytest.approx([1] * 10)
+
+    def test_losses(self) -> None:
+        clean, output = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+        sigma = torch.tensor([0.0, 50 / 255])
+        squared = ((output - clean) ** 2).mean((1, 2, 3))
+        expected = {
+            "mse": squared.mean(),
+            "l1": (output - clean).abs().mean(),
+            "relative-mse": (squared[0] / (30 / 255) + squared[1] / (530 / 255)) / 2,
+        }
+        for name, value in expected.items():
+            loss = DenoiserTraining(Denoiser(), configuration(loss=name)).loss(output, clean, sigma)
+            assert loss.item() == pytest.approx(value.item(), rel=1e-5), name
+
+    @pytest.mark.parametrize("noise_level_input", [False, True])
+    def test_forward_is_the_network(self, noise_level_input: bool) -> None:
+        model = random_network(noise_level_input, composed=True)
+        module = DenoiserTraining(model, configuration(noise_level_input=noise_level_input))
+        x, sigma = torch.rand(2, 3, 21, 17), torch.tensor([0.1, 0.2])
+        assert max_error(module(x, sigma), model(x, sigma if noise_level_input else None)) < 1e-5
+
+    @pytest.mark.parametrize("composed", [False, True])
+    def test_gradient_reaches_every_parameter(self, composed: bool) -> None:
+        # With batch statistics the biases in front of BN have no gradient, as they should.
+        for training, without in ((False, set()), (True, {"conv1.conv.bias", "conv2.conv.bias", "conv3.conv.bias"})):
+            model = random_network(composed=composed, dtype=torch.float64).train(training)
+            module = DenoiserTraining(model, configuration())
+            clean, sigma = torch.rand(2, 3, 18, 18, dtype=torch.float64), torch.tensor([0.1, 0.2], dtype=torch.float64)
+            module.loss(module(clean, sigma).double(), clean, sigma).backward()
+            largest = {name: parameter.grad.abs().max().item() for name, parameter in model.named_parameters()}
+            silent = {name for name, value in largest.items() if value < 1e-9 * max(largest.values())}
+            assert silent == without
+
+    def test_momentum_of_statistics(self) -> None:
+        model = DenoiserTraining(Denoiser(), configuration(bn_momentum=0.07)).model
+        assert model.conv1.bn.momentum == model.res3.bn3.momentum == 0.07
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five small smooth images."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    for i in range(5):
+        coarse = PIL.fromarray(random.integers(0, 256, (6, 7, 3), dtype=np.uint8))
+        coarse.resize((44, 40), PIL.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(photographs: Path) -> Iterator[Run]:
+    """A training of four steps in two epochs, on the CPU; returns the folder of the model."""
+
+    def start(output: Path, resume: bool = False, **changes: Any) -> Path:
+        settings: dict[str, Any] = {
+            "data": [photographs],
+            "output": output,
+            "steps": 4,
+            "epoch_steps": 2,
+            "batch": 2,
+            "crop": 30,
+            "validation": 2,
+            "warmup": 1,
+            "ema": 0.5,
+            "freeze_bn": 0.5,
+            "precision": "32-true",
+        }
+        config = TrainConfig.model_validate({**settings, **changes})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return train(config, resume=resume, accelerator="cpu", devices="1")
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    yield start
+    for logger, old in zip(loggers, before, strict=True):
+        logger.setLevel(old)
+
+
+@pytest.fixture(scope="module")
+def finished(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("run")
+    assert run(output) == output / "model"
+    return output
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return Denoiser.from_pretrained(model).state_dict()
+
+
+class TestRun:
+    def test_writes_a_model_that_loads(self, finished: Path) -> None:
+        model = Denoiser.from_pretrained(finished / "model")
+        assert not model.composed
+        y = model(torch.rand(1, 3, 20, 20), 0.1)
+        assert bool(y.isfinite().all())
+        assert {path.name for path in (finished / "model").iterdir()} >= {"README.md", "train.yaml"}
+
+    def test_writes_its_log(self, finished: Path) -> None:
+        lines = (finished / "log" / "metrics.csv").read_text().splitlines()
+        assert {"epoch", "step", "val_psnr_15", "val_psnr_25", "val_psnr_50"} <= set(lines[0].split(","))
+        assert len(lines) == 3
+        assert list((finished / "tensorboard").glob("events.*"))
+
+    def test_writes_its_configuration(self, finished: Path, run: Run) -> None:
+        for path in (finished / "train.yaml", finished / "model" / "train.yaml"):
+            config = load_config(path, [])
+            assert (config.steps, config.crop, config.output) == (4, 30, finished)
+
+    def test_weights_have_moved(self, finished: Path) -> None:
+        torch.manual_seed(0)
+        first = Denoiser().state_dict()
+        for name, value in weights(finished / "model").items():
+            assert not torch.equal(value, first[name]), name
+
+    def test_is_repeatable(self, finished: Path, run: Run, tmp_path: Path) -> None:
+        expected = weights(finished / "model")
+        torch.manual_seed(99)
+        assert all(torch.equal(value, expected[name]) for name, value in weights(run(tmp_path)).items())
+
+    def test_the_saved_weights_are_the_averaged_ones(self, finished: Path) -> None:
+        checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=False)
+        assert checkpoint["global_step"] == 4
+        saved = weights(finished / "model")
+        name = "conv3.conv.weight"
+        assert torch.equal(checkpoint["state_dict"][f"model.{name}"], saved[name])
+        assert not torch.equal(checkpoint["current_model_state"][f"model.{name}"], saved[name])
+
+    @pytest.mark.parametrize("stopped_at", [2, 3])
+    def test_resumed_run_equals_the_uninterrupted_one(
+        self, finished: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+    ) -> None:
+        """Stopped behind the first epoch or amid the second: weights, averages, schedule, crops and noise go on."""
+        step = DenoiserTraining.training_step
+
+        def failing(self: DenoiserTraining, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            if self.global_step == stopped_at:
+                raise RuntimeError("power cut")
+            return step(self, batch, index)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DenoiserTraining, "training_step", failing)
+            with pytest.raises(RuntimeError, match="power cut"):
+                run(tmp_path)
+        assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 2
+        assert not (tmp_path / "model").exists()
+        torch.manual_seed(99)
+        resumed = weights(run(tmp_path, resume=True))
+        for name, value in weights(finished / "model").items():
+            assert torch.equal(resumed[name], value), name
+        # The log of both parts is kept.
+        parts = [path.read_text().splitlines()[1:] for path in sorted((tmp_path / "log").glob("*.csv"))]
+        assert sorted(line.split(",")[0] for part in parts for line in part) == ["0", "1"]
+
+    def test_resuming_a_finished_run_changes_nothing(self, finished: Path, run: Run) -> None:
+        expected = weights(finished / "model")
+        again = weights(run(finished, resume=True))
+        assert all(torch.equal(value, expected[name]) for name, value in again.items())
+
+    def test_a_longer_run_goes_on(self, run: Run, tmp_path: Path) -> None:
+        run(tmp_path, steps=2)
+        run(tmp_path, steps=3, resume=True)
+        assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 3
+
+    def test_existing_run_is_not_overwritten(self, finished: Path, run: Run) -> None:
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+        with pytest.raises(UserError, match=r"output: .* holds a run already; accepted: a new folder, or --resume"):
+            run(finished)
+        assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+    def test_nothing_to_resume(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"resume: .*last\.ckpt does not exist"):
+            run(tmp_path / "new", resume=True)
+        assert not (tmp_path / "new").exists()
+
+    def test_frozen_statistics(self, run: Run, tmp_path: Path) -> None:
+        state = weights(run(tmp_path, freeze_bn=1.0, steps=2))
+        assert torch.equal(state["conv1.bn.running_mean"], torch.zeros(128))
+        assert torch.equal(state["conv1.bn.running_var"], torch.ones(128))
+
+    def test_statistics_freeze_on_time(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[tuple[int, bool]] = []
+        forward = DenoiserTraining.forward
+
+        def watching(self: DenoiserTraining, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            if self.training and not self.trainer.validating and torch.is_grad_enabled():
+                seen.append((self.global_step, self.model.conv1.bn.training))
+            return forward(self, noisy, sigma)
+
+        monkeypatch.setattr(DenoiserTraining, "forward", watching)
+        run(tmp_path, freeze_bn=0.25)
+        assert seen == [(0, True), (1, True), (2, True), (3, False)]
+
+    def test_every_step_has_its_own_noise(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: dict[int, tuple[float, float]] = {}
+        forward = DenoiserTraining.forward
+
+        def watching(self: DenoiserTraining, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                seen[self.global_step] = (float(sigma[0]), float(sigma[1]))
+                assert sigma.min() >= 10 / 255
+                assert sigma.max() <= 20 / 255
+            return forward(self, noisy, sigma)
+
+        monkeypatch.setattr(DenoiserTraining, "forward", watching)
+        run(tmp_path, sigma=[10, 20])
+        assert len({level for levels in seen.values() for level in levels}) == 8
+
+    def test_diverged_run_stops(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"training: the loss is (nan|inf) at step \d; lower lr or clip"):
+            run(tmp_path, lr=1e30, warmup=0)
+        assert not (tmp_path / "model").exists()
+
+    def test_blind_network_from_another(self, finished: Path, run: Run, tmp_path: Path) -> None:
+        model = run(tmp_path, noise_level_input=False, init=str(finished / "model"), steps=1, lr=1e-8, composed=False)
+        loaded = Denoiser.from_pretrained(model)
+        assert not loaded.noise_level_input
+        expected = weights(finished / "model")
+        assert max_error(loaded.conv3.conv.weight, expected["conv3.conv.weight"]) < 1e-5
+        assert max_error(loaded.conv0.weight, expected["conv0.weight"][:, :3]) < 1e-5
+
+    def test_composed_training_equals_plain_training(self, finished: Path, run: Run, tmp_path: Path) -> None:
+        plain = weights(run(tmp_path, composed=False, steps=1, epoch_steps=1))
+        composed = weights(run(tmp_path / "composed", steps=1, epoch_steps=1))
+        # Adam's first step has the size of the rate where the gradient is not rounding noise.
+        for name, value in composed.items():
+            if name.endswith("weight"):
+                close = (value - plain[name]).abs() < 1e-4
+                assert close.float().mean() > 0.95, name
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed"])
+    def test_mixed_precision(self, run: Run, tmp_path: Path, precision: str) -> None:
+        state = weights(run(tmp_path, precision=precision, steps=2))
+        assert all(bool(value.isfinite().all()) for value in state.values())
+        assert state["conv0.weight"].dtype == torch.float32
+
+    def test_without_validation(self, run: Run, tmp_path: Path) -> None:
+        assert Denoiser.from_pretrained(run(tmp_path, validation=0, steps=1)).noise_level_input
+
+
+class TestData:
+    def test_photographs_smaller_than_the_crop(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"data: no photograph of at least 64 x 64 pixels \(crop: 64\)"):
+            run(tmp_path, crop=64)
+
+    def test_more_validation_than_photographs(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"validation: 6; accepted: up to the 5 photographs in"):
+            run(tmp_path, validation=6)
+
+    def test_missing_folder(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"data: .*none is not a folder"):
+            run(tmp_path, data=[tmp_path / "none"])
+
+    def test_validation_photographs_are_held_out(self, photographs: Path) -> None:
+        data = denoise.DenoiserData(configuration(data=[photographs], validation=2, crop=30))
+        data.setup("fit")
+        held = [load_rgb(path) for path in find_images(photographs)[-2:]]
+        assert len(data.train_images) == 3
+        assert all(np.array_equal(one, other) for one, other in zip(data.validation_images, held, strict=True))
+        assert not any(np.array_equal(image, other) for image in data.train_images for other in held)

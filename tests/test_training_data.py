@@ -1,0 +1,223 @@
+"""What a training is made of: configuration, photographs, crops and noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image as PIL
+
+pytest.importorskip("lightning")
+pytest.importorskip("pydantic")
+
+from fastden.errors import UserError
+from fastden.training.config import TrainConfig, load_config
+from fastden.training.data import CropDataset, find_images, load_rgb
+from fastden.training.noise import gaussian
+
+REQUIRED = ["data=[photographs]", "output=run"]
+
+
+def configuration(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"data": ["photographs"], "output": "run", **changes})
+
+
+class TestConfiguration:
+    def test_defaults_need_data_and_output_alone(self) -> None:
+        config = load_config(None, REQUIRED)
+        assert config.data == [Path("photographs")]
+        assert config.noise_level_input
+        assert config.sigma == (0, 75)
+
+    def test_file_and_overrides(self, tmp_path: Path) -> None:
+        path = tmp_path / "train.yaml"
+        path.write_text("data: [a, b]\noutput: run\nsteps: 7\nsigma: [5, 50]\n")
+        config = load_config(path, ["steps=9", "lr=1e-4", "init=color"])
+        assert (config.steps, config.lr, config.sigma, config.init) == (9, 1e-4, (5, 50), "color")
+        assert config.data == [Path("a"), Path("b")]
+
+    def test_what_is_written_reads_back(self, tmp_path: Path) -> None:
+        config = configuration(sigma=[3, 30], loss="l1")
+        path = tmp_path / "train.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        assert load_config(path, []) == config
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("stesp=3", r"stesp: 3: .*accepted keys: data, output.*steps"),
+            ("steps=0", r"steps: 0: .*greater than or equal to 1"),
+            ("steps=many", r"steps: 'many': .*integer"),
+            ("crop=8", r"crop: 8: .*16"),
+            ("batch=-1", r"batch: -1"),
+            ("lr=0", r"lr: 0: .*greater than 0"),
+            ("lr=.nan", r"lr: nan"),
+            ("ema=1", r"ema: 1: .*less than 1"),
+            ("loss=l3", r"loss: 'l3': .*'mse', 'l1' or 'relative-mse'"),
+            ("precision=64", r"precision: 64"),
+            ("sigma=[50, 15]", r"sigma: \[50, 15\]: .*0 <= low <= high <= 255"),
+            ("sigma=[0, 300]", r"sigma: \[0, 300\]: .*0 <= low <= high <= 255"),
+            ("sigma=[.nan, 3]", r"sigma: \[nan, 3\]: .*0 <= low <= high <= 255"),
+            ("sigma=25", r"sigma: 25: .*tuple"),
+            ("gray=1.5", r"gray: 1\.5"),
+            ("data=[]", r"data: \[\]: .*at least 1"),
+            ("data=photographs", r"data: 'photographs': .*list"),
+            ("seed=-1", r"seed: -1"),
+            ("seed=4294967296", r"seed: 4294967296"),
+        ],
+    )
+    def test_impossible_value(self, override: str, message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load_config(None, [*REQUIRED, override])
+        assert "\n" not in str(caught.value)
+
+    def test_every_mistake_is_named(self) -> None:
+        with pytest.raises(UserError, match=r"crop: 1: .*; batch: 0: "):
+            load_config(None, [*REQUIRED, "crop=1", "batch=0"])
+
+    def test_missing_keys(self) -> None:
+        with pytest.raises(UserError, match=r"data: .*required; output: .*required"):
+            load_config(None, [])
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [("a: [1", "cannot read"), ("- 1\n- 2", "holds list"), ("", "holds NoneType"), ("\x00", "cannot read")],
+    )
+    def test_bad_file(self, tmp_path: Path, text: str, message: str) -> None:
+        path = tmp_path / "train.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"config: .*{message}"):
+            load_config(path, REQUIRED)
+
+    def test_binary_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "train.yaml"
+        path.write_bytes(b"\xff\xfe\x80 1")
+        with pytest.raises(UserError, match="config: cannot read"):
+            load_config(path, REQUIRED)
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"config: cannot read .*none\.yaml"):
+            load_config(tmp_path / "none.yaml", [])
+
+    @pytest.mark.parametrize("override", ["steps", "steps=[1"])
+    def test_bad_override(self, override: str) -> None:
+        with pytest.raises(UserError, match="set: 'steps"):
+            load_config(None, [*REQUIRED, override])
+
+
+class TestCrops:
+    @pytest.fixture
+    def images(self) -> list[np.ndarray]:
+        random = np.random.default_rng(0)
+        return [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((20, 31), (16, 16), (40, 24))]
+
+    def test_function_of_seed_epoch_and_index(self, images: list[np.ndarray]) -> None:
+        first = CropDataset(images, 20, 16, 0.3, seed=1, epoch=2)
+        second = CropDataset(images, 20, 16, 0.3, seed=1, epoch=2)
+        expected = [first[i] for i in range(20)]
+        for i in reversed(range(20)):
+            assert torch.equal(second[i]["clean"], expected[i]["clean"])
+            assert torch.equal(second[i]["gray"], expected[i]["gray"])
+        for other in (
+            CropDataset(images, 20, 16, 0.3, seed=1, epoch=3),
+            CropDataset(images, 20, 16, 0.3, seed=2, epoch=2),
+        ):
+            assert not any(torch.equal(other[i]["clean"], expected[i]["clean"]) for i in range(20))
+        assert len({item["clean"].sum().item() for item in expected}) > 10
+
+    def test_crops_are_turned_parts_of_the_images(self, images: list[np.ndarray]) -> None:
+        crops = CropDataset(images[1:2], 60, 16, 0, seed=0, epoch=0)
+        turned = set()
+        for i in range(60):
+            pixels = (crops[i]["clean"] * 255).round().byte().numpy().transpose(1, 2, 0)
+            ways = [np.rot90(flip, k) for flip in (images[1], images[1][:, ::-1]) for k in range(4)]
+            matches = [way for way, image in enumerate(ways) if np.array_equal(image, pixels)]
+            assert len(matches) == 1
+            turned.add(matches[0])
+        assert turned == set(range(8))
+
+    def test_range_and_shape(self, images: list[np.ndarray]) -> None:
+        item = CropDataset(images, 4, 13, 0, seed=0, epoch=0)[3]
+        assert item["clean"].shape == (3, 13, 13)
+        assert item["clean"].dtype == torch.float32
+        assert 0 <= item["clean"].min() < item["clean"].max() <= 1
+
+    @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (1.0, 30)])
+    def test_gray_crops(self, images: list[np.ndarray], share: float, count: int) -> None:
+        items = [CropDataset(images, 30, 16, share, seed=0, epoch=0)[i] for i in range(30)]
+        assert sum(bool(item["gray"]) for item in items) == count
+        for item in items:
+            channels_equal = torch.equal(item["clean"][0], item["clean"][1])
+            assert channels_equal == bool(item["gray"])
+
+    def test_large_photographs_come_oftener(self) -> None:
+        images = [np.zeros((16, 16, 3), np.uint8), np.full((48, 48, 3), 255, np.uint8)]
+        crops = CropDataset(images, 400, 16, 0, seed=0, epoch=0)
+        assert sum(crops[i]["clean"].mean().item() for i in range(400)) / 400 == pytest.approx(0.75, abs=0.07)
+
+
+class TestFiles:
+    def test_find_images(self, tmp_path: Path) -> None:
+        for name in ("b.PNG", "a.jpg", "sub/c.webp", "notes.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.PNG", "c.webp"]
+
+    def test_no_images(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"data: no images in .*accepted suffixes: \.jpeg"):
+            find_images(tmp_path)
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"data: .*none is not a folder"):
+            find_images(tmp_path / "none")
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
+    def test_any_image_becomes_rgb(self, tmp_path: Path, mode: str) -> None:
+        path = tmp_path / "image.png"
+        shape = {"RGB": (6, 5, 3), "RGBA": (6, 5, 4)}.get(mode, (6, 5))
+        high, kind = (65535, np.uint16) if mode == "I;16" else (255, np.uint8)
+        pixels = np.random.default_rng(0).integers(0, high + 1, shape).astype(kind)
+        PIL.fromarray(pixels).save(path)
+        image = load_rgb(path)
+        assert (image.shape, image.dtype) == ((6, 5, 3), np.uint8)
+        expected = (pixels // 256 if mode == "I;16" else pixels).reshape(6, 5, -1)[..., :3]
+        assert np.abs(image.astype(int) - expected).max() <= 1
+
+    @pytest.mark.parametrize("content", [b"", b"not an image"])
+    def test_unreadable_file(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "image.png"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"data: cannot read .*image\.png"):
+            load_rgb(path)
+
+    def test_truncated_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "image.png"
+        PIL.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:3000])
+        with pytest.raises(UserError, match=r"data: cannot read .*image\.png"):
+            load_rgb(path)
+
+
+class TestNoise:
+    def test_level_and_determinism(self) -> None:
+        clean = torch.full((2, 3, 64, 64), 0.5)
+        sigma = torch.tensor([0.1, 0.5])
+        noisy = gaussian(clean, sigma, torch.Generator().manual_seed(3))
+        assert torch.equal(noisy, gaussian(clean, sigma, torch.Generator().manual_seed(3)))
+        assert not torch.equal(noisy, gaussian(clean, sigma, torch.Generator().manual_seed(4)))
+        noise = noisy - clean
+        assert torch.allclose(noise.flatten(1).std(1), sigma, rtol=0.05)
+        assert noise.mean().abs() < 0.01
+        assert noisy.min() < 0  # not clipped
+        assert noisy.max() > 1
+
+    def test_channels(self) -> None:
+        clean = torch.zeros(1, 3, 40, 40)
+        gray = gaussian(clean, torch.ones(1), gray=True)
+        assert torch.equal(gray[:, 0], gray[:, 1])
+        color = gaussian(clean, torch.ones(1)).flatten(2)[0]
+        assert (torch.corrcoef(color) - torch.eye(3)).abs().max() < 0.1
