@@ -34,7 +34,7 @@ format: $(VENV)/.dev
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format -i $(CUDA_SOURCES))
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/bench_cpu.py
+	$(BIN)/python benchmarks/bench_cpu.py --large
 
 dist: $(VENV)/.dev
 	$(BIN)/python -m build

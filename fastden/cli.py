@@ -156,7 +156,10 @@ def denoise(
     A file that fails is reported and skipped; the exit code is then 1.
     """
     from fastden import loading
+    from fastden.cpu import keep_freed_memory
     from fastden.jobs import plan
+
+    keep_freed_memory()
 
     def load(eight_bit: bool) -> Any:
         return _load(model, device, dtype, eight_bit)

@@ -1,4 +1,4 @@
-"""The inference form of the network: batch normalisation folded, linear chains composed, kernels called."""
+"""The inference form of the network: batch normalisation folded, linear chains composed."""
 
 from __future__ import annotations
 
@@ -43,16 +43,21 @@ def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of ``conv`` with ``bn`` folded, float64."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    bias = None if conv.bias is None else conv.bias.double()
-    statistics = (bn.running_mean.double(), bn.running_var.double())
-    return fold_batch_norm(conv.weight.double(), bias, bn.weight.double(), bn.bias.double(), *statistics, bn.eps)
+    bias = None if conv.bias is None else _exact(conv.bias)
+    statistics = (_exact(bn.running_mean), _exact(bn.running_var))
+    return fold_batch_norm(_exact(conv.weight), bias, _exact(bn.weight), _exact(bn.bias), *statistics, bn.eps)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU: not every device has it."""
+    return tensor.detach().cpu().double()
 
 
 class FusedDenoiser(nn.Module):
     """What :func:`fuse` returns: called like :class:`fastden.Denoiser`, for inference only.
 
-    Weights are buffers named as the network's parts. On a CPU in float32 and bfloat16, where no gradient is asked for, it
-    runs on oneDNN (:mod:`fastden.cpu`); elsewhere on :mod:`fastden.ops`.
+    Weights are buffers named as the network's parts. On a CPU in float32 and bfloat16, where no gradient is asked for,
+    it runs on oneDNN (:mod:`fastden.cpu`); elsewhere on :mod:`fastden.ops`.
 
     Args:
         model: the network to fuse.
@@ -69,15 +74,15 @@ class FusedDenoiser(nn.Module):
         super().__init__()
         self.noise_level_input = model.noise_level_input
         self.image_channels = model.image_channels
-        conv0 = (model.conv0.weight.double(), _bias(model.conv0))
+        conv0 = (_exact(model.conv0.weight), _bias(model.conv0))
         stem = compose_stem(*conv0, *_folded(model.conv1.conv, model.conv1.bn))
         head = compose_head(
-            *conv0, model.up3.weight.double(), _bias(model.up3), model.out.weight.double(), _bias(model.out)
+            *conv0, _exact(model.up3.weight), _bias(model.up3), _exact(model.out.weight), _bias(model.out)
         )
         pairs = {
             "stem": (stem.weight, stem.bias),
             "conv2": _folded(model.conv2.conv, model.conv2.bn),
-            "up2": (model.up2.weight.double(), _bias(model.up2)),
+            "up2": (_exact(model.up2.weight), _bias(model.up2)),
             "conv3": _folded(model.conv3.conv, model.conv3.bn),
             "head": (head.weight, head.bias),
         }
@@ -103,8 +108,8 @@ class FusedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         """Denoise a batch; arguments, result and errors as :meth:`fastden.Denoiser.forward`.
 
-        ``x`` may have any floating dtype: activations are computed in this module's dtype, and the result of the network,
-        which is small, is added to ``x`` at its own precision. The result has the dtype of ``x``.
+        ``x`` may have any floating dtype: activations are computed in this module's dtype, and the network's
+        correction, which is small, is added to ``x`` at the precision of ``x``, which is that of the result.
         """
         height, width = check_input(x, self.image_channels)
         level = noise_level(x, sigma, self.noise_level_input)
@@ -116,7 +121,7 @@ class FusedDenoiser(nn.Module):
         return y[:, :, :height, :width]
 
     def forward_padded(self, x: Tensor) -> Tensor:
-        """The network on an input that is padded already: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
+        """The network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
         if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
             network = self._onednn_network()
             if network is not None and x.shape[0] > 0:
@@ -170,4 +175,4 @@ class FusedDenoiser(nn.Module):
 
 def _bias(conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
     assert conv.bias is not None
-    return conv.bias.double()
+    return _exact(conv.bias)

@@ -174,7 +174,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         if noise_level_input:
             weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1)
         other.load_state_dict({**state, "conv0.weight": weight})
-        return other.train(self.training)
+        return other.to(weight.device, weight.dtype).train(self.training)
 
     def extra_repr(self) -> str:
         return (
@@ -219,6 +219,10 @@ def noise_level(x: Tensor, sigma: float | Tensor | None, wanted: bool) -> Tensor
             " (N, 1, H, W), the noise's standard deviation on the scale of x (25 of 255 is 25 / 255)"
         )
     if isinstance(sigma, Tensor):
+        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and sigma.numel():
+            low, high = (float(bound) for bound in sigma.detach().aminmax())  # a GPU would have to wait for it
+            if not 0.0 <= low <= high <= 1.0:
+                raise ValueError(f"sigma: values from {low} to {high}; accepted: 0 to 1, on the scale of x")
         level = sigma.to(device=x.device, dtype=x.dtype)
         if level.dim() == 0 or (level.dim() == 1 and level.shape[0] == n):
             level = level.reshape(-1, 1, 1, 1)
@@ -228,7 +232,7 @@ def noise_level(x: Tensor, sigma: float | Tensor | None, wanted: bool) -> Tensor
                 f" ({n}, 1, {height}, {width})"
             )
         return level.expand(n, 1, height, width)
-    if not isinstance(sigma, Real):
+    if not isinstance(sigma, Real) or isinstance(sigma, bool):
         raise TypeError(f"sigma: {type(sigma).__name__}; accepted: a number, a tensor (N,) or a map (N, 1, H, W)")
     if not 0.0 <= sigma <= 1.0:  # also refuses NaN
         raise ValueError(f"sigma: {sigma}; accepted: 0 to 1, on the scale of x (25 of 255 is 25 / 255)")

@@ -8,6 +8,7 @@ downloads none. Elsewhere one pinned version is installed. Either way its exact 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import venv
@@ -44,7 +45,7 @@ def main() -> None:
         needed = ".".join(map(str, OLDEST_PYTHON))
         raise SystemExit(f"python: {sys.version.split()[0]}; accepted: {needed} or later (make PYTHON=python{needed})")
     try:
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=True, symlinks=os.name != "nt")
     except subprocess.CalledProcessError as error:
         raise SystemExit(
             "python: cannot make a virtual environment with pip; on Debian and Ubuntu: apt install python3-venv"

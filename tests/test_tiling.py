@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastden.fused import fuse
-from fastden.inference.tiling import BYTES_PER_PIXEL, automatic_tile, denoise_tiled, plan_tiles
+from fastden.inference.tiling import BYTES_PER_PIXEL, Model, automatic_tile, denoise_tiled, plan_tiles
 from fastden.model import Denoiser
 from tests.helpers import level, max_error, random_network
 
@@ -163,13 +163,56 @@ def test_network_keeps_its_mode_and_no_graph_is_built() -> None:
 
 def test_automatic_tile_grows_with_memory() -> None:
     fused = fuse(Denoiser())
-    sides = [automatic_tile(fused, 1, megabytes << 20) for megabytes in (8, 64, 512, 4096, 1 << 20)]
+    sides = [side_for(fused, megabytes << 20) for megabytes in (8, 64, 512, 4096, 1 << 20)]
     assert sides == sorted(sides)
     assert all(side % 4 == 0 for side in sides)
     assert sides[0] < sides[1] < sides[2]
     assert sides[-1] <= 2048
-    assert automatic_tile(fused, 4, 64 << 20) < automatic_tile(fused, 1, 64 << 20)
-    assert automatic_tile(fuse(Denoiser(), dtype=torch.bfloat16), 1, 64 << 20) > automatic_tile(fused, 1, 64 << 20)
+    assert side_for(fuse(Denoiser(), dtype=torch.bfloat16), 64 << 20) > side_for(fused, 64 << 20)
+    assert side_for(fuse(Denoiser(), dtype=torch.float64), 64 << 20) < side_for(fused, 64 << 20)
+
+
+def side_for(model: Model, max_memory: int) -> int:
+    return automatic_tile(model, 4000, 6000, 1, max_memory)[0]
+
+
+def test_small_images_go_together_and_large_ones_alone() -> None:
+    fused = fuse(Denoiser())
+    assert automatic_tile(fused, 8, 8, 500, 1 << 30)[1] == 500
+    assert automatic_tile(fused, 8, 8, 500, 64 << 20)[1] < 100
+    assert automatic_tile(fused, 4000, 6000, 4, 64 << 20) == (side_for(fused, 64 << 20), 1)
+
+
+def test_a_batch_larger_than_memory_is_split() -> None:
+    model = random_network(dtype=torch.float64)
+    x = torch.rand(7, 3, 9, 12, dtype=torch.float64)
+    sigma = torch.linspace(0.01, 0.2, 7, dtype=torch.float64)
+    calls: list[int] = []
+    y = denoise_tiled(model, x, sigma, max_memory=30 << 20, progress=lambda done, total: calls.append(done))
+    assert 1 < len(calls) < 7
+    assert calls[-1] == 7 * 9 * 12
+    with torch.no_grad():
+        assert max_error(y, model(x, sigma)) < 1e-13
+
+
+def test_no_images() -> None:
+    assert denoise_tiled(random_network(), torch.empty(0, 3, 9, 12), 0.1).shape == (0, 3, 9, 12)
+
+
+def test_a_network_in_training_is_refused_and_left_alone() -> None:
+    model = Denoiser()
+    with pytest.raises(ValueError, match=r"model: in training mode; accepted: evaluation mode"):
+        denoise_tiled(model, torch.rand(1, 3, 40, 50), 0.1, tile=16)
+    assert int(model.conv1.bn.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_bfloat16(blind: bool) -> None:
+    """Sums of bfloat16 convolutions may be ordered differently for another tile: at most one step of 8 bits."""
+    model = fuse(random_network(not blind), dtype=torch.bfloat16)
+    x = torch.randint(0, 256, (1, 3, 90, 131), dtype=torch.uint8)
+    whole, tiled = (denoise_tiled(model, x, level(model), tile=tile) for tile in (None, 32))
+    assert int((whole.int() - tiled.int()).abs().max()) <= 1
 
 
 def test_automatic_tile_is_exact_too() -> None:
@@ -213,11 +256,11 @@ def test_wrong_arguments(case: str) -> None:
 def test_the_smallest_accepted_memory_is_what_the_message_says() -> None:
     fused = fuse(Denoiser())
     with pytest.raises(ValueError, match="at least") as caught:
-        automatic_tile(fused, 1, 1000)
+        automatic_tile(fused, 100, 100, 3, 1000)
     least = int(str(caught.value).split("at least ")[1].split()[0])
-    assert automatic_tile(fused, 1, least) == 16
+    assert automatic_tile(fused, 100, 100, 3, least) == (16, 1)
     with pytest.raises(ValueError, match="max_memory"):
-        automatic_tile(fused, 1, least - 1)
+        automatic_tile(fused, 100, 100, 3, least - 1)
 
 
 PEAK = """
@@ -229,7 +272,7 @@ from fastden.model import Denoiser
 side, form, dtype, max_memory = int(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]), int(sys.argv[4])
 torch.manual_seed(0)
 model = Denoiser().eval()
-model = fuse(model, dtype=dtype) if form == "fused" else model.to(dtype)
+model = fuse(model, dtype=dtype) if form != "plain" else model.to(dtype)
 denoise_tiled(model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 0.1, tile=None)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
@@ -247,11 +290,13 @@ def peak(root: Path, side: int, form: str, dtype: str, max_memory: int = 0) -> i
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of resident memory in Linux's units")
-@pytest.mark.parametrize(("form", "dtype"), [("fused", "float32"), ("fused", "bfloat16"), ("plain", "float32")])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("onednn", "float32"), ("onednn", "bfloat16"), ("operators", "float64"), ("plain", "float32")],
+)
 def test_peak_memory(form: str, dtype: str, root: Path) -> None:
     """What a pixel is said to take holds, and ``max_memory`` bounds the process whatever the image's size."""
-    size = 2 if dtype == "bfloat16" else 4
-    measured = peak(root, 512, form, dtype) / 512**2
-    assert measured < 1.1 * BYTES_PER_PIXEL[form] * size / 4
+    claimed = BYTES_PER_PIXEL[form] * getattr(torch, dtype).itemsize / 4
+    assert 0.5 * claimed < peak(root, 512, form, dtype) / 512**2 < 1.1 * claimed
     budget = 64 << 20
     assert peak(root, 640, form, dtype, budget) < 1.25 * budget

@@ -216,6 +216,13 @@ class TestRun:
             run(finished)
         assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
+    def test_other_settings_are_no_resumption(self, run: Run, tmp_path: Path) -> None:
+        run(tmp_path, steps=2)
+        with pytest.raises(
+            UserError, match=r"resume: other settings .*\(lr: 0\.5, was .*accepted: the same, but for steps"
+        ):
+            run(tmp_path, resume=True, lr=0.5)
+
     def test_nothing_to_resume(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"resume: .*last\.ckpt does not exist"):
             run(tmp_path / "new", resume=True)

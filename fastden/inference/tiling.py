@@ -14,19 +14,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastden import cpu
 from fastden.fused import FusedDenoiser
 from fastden.model import ALIGNMENT, BORDER, Denoiser, noise_level, padding_for, reflected_index
 
 #: Pixels that a tile reads around its own: the smallest multiple of 4 beyond the network's reach.
 HALO = 24
 #: Bytes that a forward pass takes for each pixel of a tile, all tensors alive at the peak, in float32; half of it in
-#: 16 bits. Measured as the growth of peak resident memory from 1 to 4 megapixels: see tests/test_tiling.py.
-BYTES_PER_PIXEL = {"fused": 560, "plain": 1900}
+#: 16 bits: of a fused network on oneDNN and on the plain operators, and of a network that is not fused. A test holds
+#: them against the growth of a process's peak resident memory.
+BYTES_PER_PIXEL = {"onednn": 560, "operators": 1150, "plain": 1900}
 #: What ``tile="auto"`` allows itself where no ``max_memory`` is given, bytes.
 DEFAULT_MEMORY = 1 << 30
 #: No larger tiles are chosen automatically: by then the halo costs 5 %.
 LARGEST_AUTOMATIC = 2048
 SMALLEST = 16
+#: Images of a batch go together only if tiles of this side, or the whole images, fit.
+WHOLE = 512
 
 Model = Denoiser | FusedDenoiser
 
@@ -57,8 +61,8 @@ def denoise_tiled(
         image: (N, 3, H, W) in the host's memory, or on the model's device: float in [0, 1], or torch.uint8 or
             torch.uint16, scaled tile by tile so that no float copy of the whole image exists.
         sigma: noise level on the 0-1 scale: a number, (N,) or a map (N, 1, H, W); None for a blind network.
-        tile: side of the tiles in pixels (rounded up to a multiple of 4), ``"auto"`` to choose it from ``max_memory``, or
-            None for the whole image at once.
+        tile: side of the tiles in pixels (rounded up to a multiple of 4), ``"auto"`` to choose it from ``max_memory``,
+            or None for the whole image at once.
         max_memory: bytes that the network's tensors may take; with ``tile="auto"`` alone. Default 1 GiB.
         progress: called after each tile with the pixels done and the pixels in all.
 
@@ -70,16 +74,36 @@ def denoise_tiled(
         ValueError, TypeError: naming the argument, its value and what is accepted.
     """
     _check(image, model.image_channels)
-    height, width = image.shape[2:]
-    side = _tile_side(model, image, tile, max_memory)
+    if isinstance(model, Denoiser) and model.training:
+        raise ValueError("model: in training mode; accepted: evaluation mode (model.eval()), or fastden.fuse(model)")
+    check_tile(tile, max_memory)
+    n, _, height, width = image.shape
+    side, together = (None if tile is None else tile), max(n, 1)
+    if side == "auto":
+        budget = DEFAULT_MEMORY if max_memory is None else max_memory
+        side, together = automatic_tile(model, height, width, n, budget)
     result = torch.empty_like(image)
     done = 0
-    for part in plan_tiles(height, width, side):
-        result[:, :, part.top : part.bottom, part.left : part.right] = _run(model, image, sigma, part)
-        done += (part.bottom - part.top) * (part.right - part.left)
-        if progress is not None:
-            progress(done, height * width)
+    for first in range(0, n, together):
+        images = slice(first, first + together)
+        level = sigma[images] if isinstance(sigma, Tensor) and sigma.dim() > 0 and sigma.shape[0] == n else sigma
+        for part in plan_tiles(height, width, side):
+            target = result[images, :, part.top : part.bottom, part.left : part.right]
+            target.copy_(_run(model, image[images], level, part))
+            done += len(target) * (part.bottom - part.top) * (part.right - part.left)
+            if progress is not None:
+                progress(done, n * height * width)
     return result
+
+
+def check_tile(tile: object, max_memory: int | None) -> None:
+    """Raise ValueError unless ``tile`` and ``max_memory`` are what :func:`denoise_tiled` accepts."""
+    if max_memory is not None and tile != "auto":
+        raise ValueError(f"max_memory: given together with tile={tile!r}; accepted: with tile='auto' alone")
+    if tile is None or tile == "auto":
+        return
+    if not isinstance(tile, int) or isinstance(tile, bool) or tile < SMALLEST:
+        raise ValueError(f"tile: {tile!r}; accepted: a whole number of at least {SMALLEST}, 'auto' or None")
 
 
 def plan_tiles(height: int, width: int, side: int | None) -> Iterator[Tile]:
@@ -97,7 +121,7 @@ def plan_tiles(height: int, width: int, side: int | None) -> Iterator[Tile]:
 def _spans(length: int, side: int | None) -> list[tuple[int, int]]:
     if side is None or length <= side:
         return [(0, length)]
-    count = math.ceil(length / side)
+    count = math.ceil(length / _round_up(side))
     # Equal tiles rather than full ones and a sliver: the halo is paid once more for a sliver.
     step = _round_up(math.ceil(length / count))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
@@ -116,35 +140,37 @@ def _check(image: Tensor, channels: int) -> None:
         raise ValueError(f"image: shape {tuple(image.shape)}; accepted: (N, {channels}, H, W) with H, W >= 1")
 
 
-def _tile_side(
-    model: Model, image: Tensor, tile: int | Literal["auto"] | None, max_memory: int | None
-) -> int | None:
-    if max_memory is not None and tile != "auto":
-        raise ValueError(f"max_memory: given together with tile={tile!r}; accepted: with tile='auto' alone")
-    if tile is None:
-        return None
-    if tile != "auto":
-        if not isinstance(tile, int) or isinstance(tile, bool) or tile < SMALLEST:
-            raise ValueError(f"tile: {tile!r}; accepted: a whole number of at least {SMALLEST}, 'auto' or None")
-        return _round_up(tile)
-    return automatic_tile(model, image.shape[0], DEFAULT_MEMORY if max_memory is None else max_memory)
+def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory: int) -> tuple[int, int]:
+    """What a forward pass may take at a time to stay within ``max_memory`` bytes.
 
+    Small images go together as far as they fit; of large ones one at a time in the largest tiles that fit.
 
-def automatic_tile(model: Model, batch: int, max_memory: int) -> int:
-    """Largest tile side whose forward pass stays within ``max_memory`` bytes.
+    Args:
+        model: any network.
+        height, width, batch: of the images.
+        max_memory: bytes.
+
+    Returns:
+        The side of the tiles, pixels, and the number of images.
 
     Raises:
-        ValueError: even the smallest tile takes more.
+        ValueError: even the smallest tile of one image takes more.
     """
-    dtype = model.dtype if isinstance(model, FusedDenoiser) else model.conv0.weight.dtype
-    form = "fused" if isinstance(model, FusedDenoiser) else "plain"
-    per_pixel = BYTES_PER_PIXEL[form] * dtype.itemsize / 4 * max(batch, 1)
-    side = int(math.sqrt(max(max_memory, 0) / per_pixel)) - 2 * HALO
+    if isinstance(model, FusedDenoiser):
+        dtype = model.dtype
+        form = "operators" if cpu.why_not(model.device, dtype) else "onednn"
+    else:
+        dtype = model.conv0.weight.dtype
+        form = "plain"
+    per_pixel = BYTES_PER_PIXEL[form] * dtype.itemsize / 4
+    whole = (min(height, WHOLE) + 2 * HALO) * (min(width, WHOLE) + 2 * HALO)
+    together = max(min(batch, int(max_memory / (per_pixel * whole))), 1)
+    side = int(math.sqrt(max(max_memory, 0) / (per_pixel * together))) - 2 * HALO
     side = min(side, LARGEST_AUTOMATIC) // ALIGNMENT * ALIGNMENT
     if side < SMALLEST:
         least = math.ceil(per_pixel * (SMALLEST + 2 * HALO) ** 2)
-        raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least} for a batch of {batch}")
-    return side
+        raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least} for this model")
+    return side, together
 
 
 def _run(model: Model, image: Tensor, sigma: float | Tensor | None, part: Tile) -> Tensor:
@@ -168,7 +194,9 @@ def _run(model: Model, image: Tensor, sigma: float | Tensor | None, part: Tile) 
 def _check_map(sigma: Tensor, image: Tensor) -> None:
     n, _, height, width = image.shape
     if sigma.shape[0] not in (1, n) or tuple(sigma.shape[1:]) != (1, height, width):
-        raise ValueError(f"sigma: shape {tuple(sigma.shape)}; accepted: a number, ({n},) or ({n}, 1, {height}, {width})")
+        raise ValueError(
+            f"sigma: shape {tuple(sigma.shape)}; accepted: a number, ({n},) or ({n}, 1, {height}, {width})"
+        )
 
 
 def _window(start: int, stop: int, size: int) -> tuple[tuple[int, int], int]:

@@ -47,6 +47,6 @@ def finish(y: Tensor, bn: BatchNorm | None, residual: Tensor | None, relu: bool)
     if bn is not None:
         y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps)
     if residual is not None:
-        y = y + residual
+        y = y.add_(residual) if residual.dtype == y.dtype else y + residual
     # In place: no backward before this point needs y, and a training step has twelve such tensors.
     return torch.relu_(y) if relu else y

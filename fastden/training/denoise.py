@@ -12,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -149,6 +150,24 @@ class DenoiserTraining(pl.LightningModule):
         return warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
+@rank_zero_only
+def _prepare_output(config: TrainConfig, resume: bool) -> None:
+    """Write ``train.yaml``, and put the log of the run that is resumed aside."""
+    settings = config.model_dump(mode="json")
+    record = config.output / "train.yaml"
+    if resume and record.exists():
+        before = yaml.safe_load(record.read_text())
+        changed = [name for name, value in settings.items() if name != "steps" and before.get(name) != value]
+        if changed:
+            shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)
+            raise UserError(f"resume: other settings than the run had ({shown}); accepted: the same, but for steps")
+    metrics = config.output / "log" / "metrics.csv"
+    if metrics.exists():  # CSVLogger would delete it
+        metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('*.csv')))}.csv"))
+    config.output.mkdir(parents=True, exist_ok=True)
+    record.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
 def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto", devices: str = "auto") -> Path:
     """Train a denoiser and save it.
 
@@ -158,20 +177,21 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
 
     Args:
         config: all settings.
-        resume: go on from the last checkpoint in ``config.output``.
+        resume: go on from the last checkpoint in ``config.output``, with the same settings; only ``steps`` may change.
         accelerator, devices: as Lightning's.
 
     Returns:
         The folder of the final model.
+
+    Raises:
+        UserError: unusable data, a used output folder, or other settings than those of the run to resume.
     """
     last = config.output / "checkpoints" / "last.ckpt"
     if resume and not last.exists():
         raise UserError(f"resume: {last} does not exist; accepted: an output folder with a checkpoint")
     if not resume and last.exists():
         raise UserError(f"output: {config.output} holds a run already; accepted: a new folder, or --resume")
-    metrics = config.output / "log" / "metrics.csv"
-    if metrics.exists():  # CSVLogger would delete it
-        metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('*.csv')))}.csv"))
+    _prepare_output(config, resume)
     pl.seed_everything(config.seed, verbose=False)
     if config.init:
         model = Denoiser.from_pretrained(config.init).adapt(config.noise_level_input)
@@ -179,8 +199,6 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
         model = Denoiser(config.noise_level_input)
     model.composed = config.composed
     model = model.train().to(memory_format=torch.channels_last)
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     ema = EMAWeightAveraging(decay=config.ema)
     trainer = pl.Trainer(
         accelerator=accelerator,

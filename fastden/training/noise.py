@@ -1,4 +1,4 @@
-"""Noise models for training and evaluation."""
+"""Noise models for training."""
 
 from __future__ import annotations
 

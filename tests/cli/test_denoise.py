@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -151,3 +153,19 @@ def test_speed_is_measured_over_the_files(
     text = works("denoise", tmp_path / "big.png", "-o", tmp_path / "out.png", "--model", model)
     assert "1 image, 0.02 megapixels, 2.00 s (0.01 MP/s, files read and written)" in text
     assert time.perf_counter() > 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_the_bar_is_for_terminals_and_lines_go_where_they_are_sent(photos: Path, tmp_path: Path, model: str) -> None:
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "fastden", "denoise", str(photos), "-o", str(tmp_path / "out"), "--model", model]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "TERM": "xterm"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, text=True, env=environment, check=False)
+    os.close(slave)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert done.returncode == 0
+    assert "2 of 2" in shown
+    assert " -> " not in shown
+    assert done.stdout.count(" -> ") == 2
+    assert "\x1b" not in done.stdout
