@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fastden.fused import FusedDenoiser
 from fastden.inference.tiling import denoise_tiled
-from fastden.io import read_image
-from fastden.loading import Model, check_strength, load_network, parse_memory
+from fastden.io import MAX_PIXELS, read_image
+from fastden.loading import Model, check_max_pixels, check_strength, load_network, parse_memory
 from fastden.model import BORDER
 from fastden.noise import estimate_sigma
-from fastden.values import Array, check_floats
+from fastden.values import Array, check_floats, check_pixels
 
 Progress = Callable[[int, int], None]
 
@@ -34,6 +34,7 @@ def denoise(
     max_memory: int | str | None = None,
     strength: float = 1.0,
     progress: Progress | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Any:
     """Denoise an image and return the same kind of thing.
 
@@ -44,7 +45,9 @@ def denoise(
               float32), (H, W) if gray, else (H, W, 3), with alpha as one more channel. The EXIF orientation is applied,
               because an array cannot carry it;
             - a PIL image of mode 1, L, LA, P, RGB, RGBA, I;16 or F (values in [0, 1]): a PIL image of the same mode (a
-              palette becomes RGB or RGBA, mode 1 becomes L) with the same ``info``;
+              palette becomes RGB or RGBA, mode 1 becomes L) with the same ``info``. A transparent colour, which
+              denoised pixels would no longer meet, becomes an alpha channel (LA, RGBA); with I;16, which has none, it
+              is dropped;
             - a NumPy array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha; uint8, uint16, or floating in
               [0, 1]: an array of the same shape and dtype;
             - a tensor (C, H, W) or (N, C, H, W), C 1 or 3; torch.uint8, torch.uint16, or floating in [0, 1]: a tensor
@@ -57,7 +60,8 @@ def denoise(
             (:func:`fastden.estimate_sigma`, at most 75). Else a number, a map (H, W), or for a batch of tensors also
             (N,) or (N, 1, H, W). The shipped models know 0 to 75. A blind model takes only ``"auto"``, and ignores it.
         model: a bundled name (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network. Networks loaded
-            by name are kept for the next call.
+            by name are kept for the next call; a :class:`fastden.Denoiser` is fused anew by each: for several images
+            call :func:`fastden.fuse` once and pass what it returns.
         device: where to compute, ``"cpu"``, ``"cuda"``, ...; None is CUDA where there is a device, else the CPU (of a
             network: where it is).
         dtype: of the computation, ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype.
@@ -68,12 +72,13 @@ def denoise(
             1 GiB.
         strength: 0 returns the image, 1 the denoised one, between them a blend.
         progress: called with (pixels done, pixels in all) as tiles are finished.
+        max_pixels: an image file of more pixels is refused before it is decoded; other kinds of images are not.
 
     Raises:
         UserError: a file that cannot be read (see :func:`fastden.io.read_image`).
         ValueError, TypeError: naming the argument, what it was and what is accepted.
     """
-    options = _Options(model, device, dtype, tile, max_memory, strength, progress)
+    options = _Options(model, device, dtype, tile, max_memory, strength, progress, max_pixels)
     if isinstance(image, str | Path):
         return _denoise_path(image, sigma, options)
     if isinstance(image, Tensor):
@@ -99,11 +104,13 @@ class _Options:
         max_memory: int | str | None,
         strength: float,
         progress: Progress | None,
+        max_pixels: int,
     ) -> None:
         check_strength(strength)
+        check_max_pixels(max_pixels)
         self.model, self.device, self.dtype = model, device, dtype
         self.tile, self.max_memory = tile, parse_memory(max_memory)
-        self.strength, self.progress = float(strength), progress
+        self.strength, self.progress, self.max_pixels = float(strength), progress, max_pixels
 
     def network(self, eight_bit: bool) -> FusedDenoiser:
         return load_network(self.model, self.device, self.dtype, eight_bit=eight_bit)
@@ -202,7 +209,7 @@ def noise_level_of(
         if not network.noise_level_input:
             return None
         found = [estimate_sigma(image) for image in images]
-        return found[0] if len(found) == 1 else torch.tensor(found)
+        return found[0] / 255 if len(found) == 1 else torch.tensor(found) / 255
     if not network.noise_level_input:
         raise ValueError(f"sigma: {_shown(sigma)}, but this model is blind (it takes no noise level); accepted: 'auto'")
     if isinstance(sigma, Real):
@@ -259,16 +266,10 @@ def denoise_pixels(pixels: Array, sigma: Any, network: FusedDenoiser, **options:
 
 
 def _denoise_array(array: Array, sigma: Any, options: _Options) -> Array:
-    kind, size = array.dtype.kind, array.dtype.itemsize
-    if (kind, size) not in (("u", 1), ("u", 2), ("f", 2), ("f", 4), ("f", 8)):
-        raise TypeError(f"image: dtype {array.dtype}; accepted: uint8, uint16, or float16, float32, float64 in [0, 1]")
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"image: shape {array.shape}; accepted: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
-    if 0 in array.shape:
-        raise ValueError(f"image: shape {array.shape}; accepted: height and width of at least 1")
+    check_pixels(array)
     planes = array.reshape(array.shape[0], array.shape[1], -1)
     alpha = planes[:, :, 3:]
-    network = options.network(eight_bit=kind == "u" and size == 1)
+    network = options.network(eight_bit=array.dtype == np.uint8)
     pixels, _ = denoise_pixels(
         planes[:, :, :3],
         sigma,
@@ -284,7 +285,7 @@ def _denoise_array(array: Array, sigma: Any, options: _Options) -> Array:
 
 
 def _denoise_path(path: str | Path, sigma: Any, options: _Options) -> Array:
-    image = read_image(path).upright()
+    image = read_image(path, max_pixels=options.max_pixels).upright()
     gray = image.pixels.shape[2] == 1
     pixels = _denoise_array(image.pixels[:, :, 0] if gray else image.pixels, sigma, options)
     if image.alpha is None:
@@ -295,10 +296,9 @@ def _denoise_path(path: str | Path, sigma: Any, options: _Options) -> Array:
 def _denoise_pil(image: Any, sigma: Any, options: _Options) -> Any:
     from PIL import Image
 
-    mode = image.mode
-    if mode == "P":
-        mode = "RGBA" if "transparency" in image.info else "RGB"
-    mode = {"1": "L", "PA": "RGBA"}.get(mode, mode)
+    mode = {"1": "L", "P": "RGB", "PA": "RGBA"}.get(image.mode, image.mode)
+    if "transparency" in image.info:
+        mode = {"L": "LA", "RGB": "RGBA"}.get(mode, mode)
     if mode not in ("L", "LA", "RGB", "RGBA", "F") and not mode.startswith("I;16"):
         raise TypeError(f"image: PIL mode {image.mode}; accepted: 1, L, LA, P, RGB, RGBA, I;16, F (or convert('RGB'))")
     array = np.array(image if mode == image.mode else image.convert(mode))
@@ -307,7 +307,7 @@ def _denoise_pil(image: Any, sigma: Any, options: _Options) -> Any:
     else:
         array = _denoise_array(array, sigma, options)
     result = Image.fromarray(array)
-    result.info = {key: value for key, value in image.info.items() if key != "transparency" or image.mode != "P"}
+    result.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return result
 
 

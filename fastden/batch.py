@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ def say(text: str, *, error: bool = False, console: Console | None = None) -> No
 def in_one_line(error: BaseException) -> str:
     """What to tell the user of an error."""
     name = type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
         return "out of memory; a smaller --max-memory or --tile needs less"
@@ -60,6 +62,24 @@ def clean_termination() -> Iterator[None]:
 def _show_part(bar: Progress, task: TaskID, before: int, done: int, total: int) -> None:
     """Count an image as a fraction while its tiles are done."""
     bar.update(task, completed=before + done / total)
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; if what follows fails, those that were made and are empty go again."""
+    made: list[Path] = []
+    try:
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output: cannot make the folder {folder}: {error.strerror}") from error
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
 
 
 class Run:
@@ -126,19 +146,18 @@ class Run:
         import numpy as np
 
         from fastden.api import denoise_pixels
-        from fastden.io import check_target, format_for, read_image, write_image
+        from fastden.io import check_alpha, check_target, format_for, read_image, write_image
 
-        format_for(job.target)
-        if job.target.parent != output.parent:
-            try:
-                job.target.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"output: cannot make the folder {job.target.parent}: {error.strerror}") from error
-        check_target(job.target, self.overwrite)
-        image = read_image(job.source, max_pixels=self.max_pixels)
-        network = self.load(image.pixels.dtype == np.uint8)
-        pixels, level = denoise_pixels(image.pixels, self.sigma, network, progress=progress, **self.options)
-        notes = write_image(job.target, replace(image, pixels=pixels), overwrite=self.overwrite, strip=self.strip)
+        # What cannot be written is found before the work, not behind it.
+        format_name = format_for(job.target)
+        folder = job.target.parent
+        with nullcontext() if folder == output.parent else _folder(folder):
+            check_target(job.target, self.overwrite)
+            image = read_image(job.source, max_pixels=self.max_pixels)
+            check_alpha(image, format_name)
+            network = self.load(image.pixels.dtype == np.uint8)
+            pixels, level = denoise_pixels(image.pixels, self.sigma, network, progress=progress, **self.options)
+            notes = write_image(job.target, replace(image, pixels=pixels), overwrite=self.overwrite, strip=self.strip)
         height, width = pixels.shape[:2]
         self.pixels += height * width
         estimated = " (estimated)" if self.sigma == "auto" else ""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from fastden.batch import Run, clean_termination, in_one_line, say
+from fastden.batch import FAILURES, Run, clean_termination, in_one_line, say
 from fastden.errors import UserError
 
 
@@ -26,7 +28,9 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # typer ends quietly then
+                raise
             say(f"error: {in_one_line(error)}", error=True)
             raise typer.Exit(1) from error
 
@@ -45,7 +49,7 @@ def _takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperCom
                     return super().parse_args(ctx, expanded + args[args.index("--") :])
                 elif inside and expanded[-1] != option:
                     inside = False
-                inside = inside or word == option
+                inside = inside or word == option or word.startswith(f"{option}=")
                 expanded.append(word)
             return super().parse_args(ctx, expanded)
 
@@ -53,18 +57,25 @@ def _takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperCom
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Turns an argument's ValueError or TypeError, or what a model's files cause, into the user's error."""
+def _naming(what: str = "", errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turns an argument's ValueError or TypeError, or what a model's files cause, into the user's error.
+
+    Args:
+        what: to begin the message with, unless it does so already.
+        errors: those that are the user's; the others are defects and pass.
+    """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except errors as error:
         text = in_one_line(error)
         raise UserError(text if text.startswith(what) else f"{what}: {text}") from error
 
 
 def _is_number_list(word: str) -> bool:
+    if os.path.isdir(word):  # a folder may be named 25
+        return False
     try:
         return all(math.isfinite(float(part)) for part in word.split(","))
     except ValueError:
@@ -157,6 +168,7 @@ def denoise(
     """
     from fastden import loading
     from fastden.cpu import keep_freed_memory
+    from fastden.inference.tiling import automatic_tile, check_tile
     from fastden.jobs import plan
 
     keep_freed_memory()
@@ -169,17 +181,25 @@ def denoise(
         loading.check_strength(strength)
     with _naming("max_memory"):
         memory = loading.parse_memory(max_memory)
+    side = _parse_tile(tile)
+    with _naming():
+        check_tile(side, memory)
+    if not 0 < max_megapixels < math.inf:
+        raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
     run = Run(
         sigma=level,
         load=load,
-        options={"tile": _parse_tile(tile), "max_memory": memory, "strength": strength},
+        options={"tile": side, "max_memory": memory, "strength": strength},
         overwrite=overwrite,
         strip=strip_metadata,
         max_pixels=int(max_megapixels * 1e6),
     )
     jobs = plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
-    # A wrong model, device or sigma concerns all files: say it once, before the first.
+    # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
     network = load(True)
+    if side == "auto" and memory is not None:
+        with _naming():
+            automatic_tile(network, 1, 1, 1, memory)
     if level != "auto" and not network.noise_level_input:
         raise UserError(f"sigma: {sigma}, but the model {model} is blind (it takes no noise level); accepted: auto")
     if level != "auto" and float(level) > 75:
@@ -190,27 +210,33 @@ def denoise(
 
 
 def _load(model: str, device: str | None, dtype: Dtype, eight_bit: bool = False) -> Any:
-    from fastden.loading import load_network
+    from fastden.loading import load_network, parse_device
 
+    with _naming("device"):
+        place = parse_device(device)
     with _naming("model"):
-        return load_network(model, device, dtype.value, eight_bit=eight_bit)
+        return load_network(model, place, dtype.value, eight_bit=eight_bit)
 
 
-def _parse_sigma(text: str) -> str | float:
-    if text == "auto":
-        return text
+def _parse_sigma(text: str) -> Literal["auto"] | float:
+    return "auto" if text == "auto" else _parse_level(text, "auto, or a number from 0 to 255")
+
+
+def _parse_level(text: str, accepted: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 255:
-        raise UserError(f"sigma: {text!r}; accepted: auto, or a number from 0 to 255")
+        raise UserError(f"sigma: {text!r}; accepted: {accepted}")
     return value
 
 
-def _parse_tile(text: str) -> str | int | None:
-    if text in ("auto", "none"):
-        return None if text == "none" else text
+def _parse_tile(text: str) -> Literal["auto"] | int | None:
+    if text == "auto":
+        return "auto"
+    if text == "none":
+        return None
     if not text.isdecimal():
         raise UserError(f"tile: {text!r}; accepted: auto, none, or pixels")
     return int(text)
@@ -244,7 +270,8 @@ def evaluate(
     from fastden import evaluation
     from fastden.io import check_target, write_bytes
 
-    levels = [float(str(_parse_sigma(part))) for word in sigma or [] for part in word.split(",")]
+    accepted = "numbers from 0 to 255"
+    levels = [_parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
     if gray and pairs:
         raise UserError("gray: given with --pairs; accepted: one of them")
     if json_file is not None:  # before the work, not behind it
@@ -256,11 +283,12 @@ def evaluate(
     with console.status("evaluating") as status:
         for folder in folders:
             started = _shower(status, folder)
-            if pairs:
-                results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
-            else:
-                wanted = levels or [15.0, 25.0, 50.0]
-                results = evaluation.evaluate_folder(folder, network, wanted, gray=gray, seed=seed, started=started)
+            with _naming(str(folder), FAILURES):
+                if pairs:
+                    results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
+                else:
+                    wanted = levels or [15.0, 25.0, 50.0]
+                    results = evaluation.evaluate_folder(folder, network, wanted, gray=gray, seed=seed, started=started)
             name = folder.resolve().name
             sets[name if name not in sets else str(folder)] = results
             for row in results:
@@ -326,9 +354,13 @@ def train(
 ) -> None:
     """Train a denoiser (needs pip install 'fastden[train]')."""
     try:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
         from fastden.training.config import load_config
         from fastden.training.denoise import train as run
     except ModuleNotFoundError as error:
         raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
-    folder = run(load_config(config, changes or []), resume=resume, accelerator=accelerator, devices=devices)
+    settings = load_config(config, changes or [])
+    with _naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
+        folder = run(settings, resume=resume, accelerator=accelerator, devices=devices)
     say(f"model written to {folder}")

@@ -23,7 +23,7 @@ from skimage.metrics import structural_similarity
 from fastden.api import denoise_pixels
 from fastden.errors import UserError
 from fastden.fused import FusedDenoiser
-from fastden.io import ImageFile, read_image
+from fastden.io import SUFFIXES, ImageFile, read_image
 from fastden.jobs import find_images
 from fastden.values import to_dtype
 
@@ -123,7 +123,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _reference(noisy: Path) -> Path:
     stem = noisy.stem.removesuffix("_real") + "_mean"
-    found = sorted(path for path in noisy.parent.glob("*") if path.stem == stem)
+    found = sorted(path for path in noisy.parent.iterdir() if path.stem == stem and path.suffix.lower() in SUFFIXES)
     if not found:
         raise UserError(f"pairs: {noisy} has no reference {stem}.*")
     return found[0]

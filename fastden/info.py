@@ -201,8 +201,25 @@ def _backends(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             not_here.append("no GPU is found")
     no_triton = [] if find_spec("triton") else ["the package triton is not installed"]
     no_nvcc = [] if gpu.get("nvcc") else ["nvcc is not found (PATH, CUDA_HOME)"]
-    reasons = {"torch": broken, "triton": broken + not_here + no_triton, "cuda": broken + not_here + no_nvcc}
+    reasons = {
+        "torch": broken,
+        **{f"onednn {dtype}": broken or _why_not_onednn(dtype) for dtype in ("float32", "bfloat16")},
+        "triton": broken + not_here + no_triton,
+        "cuda": broken + not_here + no_nvcc,
+    }
     return {name: {"available": not why, "why_not": why} for name, why in reasons.items()}
+
+
+def _why_not_onednn(dtype: str) -> list[str]:
+    def ask() -> list[str]:
+        import torch
+
+        from fastden.cpu import why_not
+
+        return why_not(torch.device("cpu"), getattr(torch, dtype))
+
+    found = _guarded(ask)
+    return [found["error"]] if isinstance(found, dict) else found
 
 
 def as_text(report: dict[str, Any]) -> str:

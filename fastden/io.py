@@ -64,7 +64,7 @@ class ImageFile:
             ``metadata["orientation"]`` is not 1, the picture is shown turned (:meth:`upright`).
         alpha: (H, W) in the dtype of ``pixels``, or None.
         format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif``, or what libvips calls it.
-        bits: significant bits a channel: 8, 10, 12, 16 or 32.
+        bits: significant bits a channel: 8, 10, 12, 16 or 32; 0 stands for all that the dtype has.
         lossless: whether the file stores its pixels without loss.
         metadata: header fields by libvips' names (:data:`METADATA`): EXIF, ICC profile, XMP, IPTC, resolution,
             orientation.
@@ -74,10 +74,14 @@ class ImageFile:
     pixels: Array
     alpha: Array | None = None
     format: str = "png"
-    bits: int = 8
+    bits: int = 0
     lossless: bool = True
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.bits:
+            object.__setattr__(self, "bits", 8 * self.pixels.dtype.itemsize)
 
     def upright(self) -> ImageFile:
         """The same picture with its orientation applied to the pixels, and the tag set to say so."""
@@ -149,7 +153,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
         fields = set(image.get_fields())
         _check_header(image, fields, max_pixels)
         format_name = image.get("vips-loader").replace("_buffer", "").replace("load", "")
-        bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 8
+        bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 0
         metadata = {name: image.get(name) for name in METADATA if name in fields}
         notes = []
         if image.interpretation == "cmyk":
@@ -177,12 +181,14 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
         values = values.astype(np.float32, copy=False)
         check_floats(values, UserError)
         bits = 32
+    elif values.dtype == np.uint8:
+        bits = 8
     pixels, alpha = _split_alpha(values, has_alpha)
     return ImageFile(
         pixels=pixels,
         alpha=alpha,
         format=_LOADERS.get(format_name, format_name),
-        bits=max(bits, 8) if values.dtype != np.uint8 else 8,
+        bits=bits,
         lossless=_is_lossless(format_name, data),
         metadata=metadata,
         notes=tuple(notes),
@@ -194,7 +200,7 @@ def _check_header(image: Any, fields: set[str], max_pixels: int) -> None:
     if pages > 1:
         raise UserError(f"{pages} pages: multi-page and animated images are not supported yet; accepted: one page")
     if image.width * image.height > max_pixels:
-        limit = f"at most {max_pixels / 1e6:g} megapixels (--max-megapixels)"
+        limit = f"at most {max_pixels / 1e6:g} megapixels (max_pixels; --max-megapixels of the command)"
         raise UserError(f"{image.width} x {image.height} pixels; accepted: {limit}")
     if image.coding != "none" or image.interpretation in _OTHER_SPACES:
         raise UserError(f"colour space {image.interpretation}; accepted: gray, RGB, CMYK")
@@ -283,7 +289,7 @@ def check_target(path: str | Path, overwrite: bool) -> None:
             if not target.is_file():
                 raise UserError(f"{path}: exists and is not a regular file")
             if not overwrite:
-                raise UserError(f"{path}: exists already; accepted: another name, or --overwrite")
+                raise UserError(f"{path}: exists already; accepted: another name, or overwrite (--overwrite)")
         elif not target.parent.is_dir():
             raise UserError(f"{path}: the folder {target.parent} does not exist")
     except OSError as error:
@@ -316,6 +322,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def check_alpha(image: ImageFile, format_name: str) -> None:
+    """Raise UserError where ``image`` has an alpha channel and the format has none."""
+    if image.alpha is not None and format_name == "jpeg":
+        accepted = "png, tiff, webp or avif (by the suffix, or --format of the command)"
+        raise UserError(f"JPEG has no alpha channel; accepted: {accepted}")
+
+
 def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> tuple[bytes, list[str]]:
     """The bytes of a file in ``format_name``, and notes on what was lost; see :func:`write_image`."""
     vips = _vips()
@@ -323,12 +336,11 @@ def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> 
         image = image.upright()
     metadata = dict(image.metadata)
     notes = []
-    if image.alpha is not None and format_name == "jpeg":
-        raise UserError("JPEG has no alpha channel; accepted: --format png, tiff, webp or avif")
+    check_alpha(image, format_name)
     bits = {"jpeg": 8, "webp": 8, "png": 16, "avif": 12, "tiff": 32}[format_name]
     if image.bits > bits:
         kind = "floating" if image.bits == 32 else f"{image.bits}-bit"
-        notes.append(f"{kind} values are rounded to the {bits} bits of {format_name} (--format tiff keeps them)")
+        notes.append(f"{kind} values are rounded to the {bits} bits of {format_name} (tiff keeps them)")
     planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
     if bits == 8:
         planes = to_dtype(planes, np.uint8)

@@ -65,18 +65,23 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     """A usable device; None is CUDA where there is a device, else the CPU.
 
     Raises:
-        ValueError: an unknown device, or CUDA where PyTorch finds none.
+        ValueError: another device than cpu, cuda and, where PyTorch has it, mps; CUDA where PyTorch finds none.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    types = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
+    refusal = f"device: {str(device)!r}; accepted: {', '.join(types)}, or one of several such as cuda:1"
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: {device!r}; accepted: cpu, cuda, cuda:1, ...") from error
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(refusal) from error
+    # PyTorch knows more devices, some without data (meta), some that need packages of their own (xla).
+    if place.type not in types:
+        raise ValueError(refusal)
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
+        raise ValueError(f"device: {str(device)!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {device!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        raise ValueError(f"device: {str(device)!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return place
 
 
@@ -96,6 +101,12 @@ def check_strength(strength: float) -> None:
     """Raise ValueError unless ``strength`` is a number in [0, 1]."""
     if not isinstance(strength, Real) or not 0 <= strength <= 1:
         raise ValueError(f"strength: {strength!r}; accepted: a number from 0 to 1")
+
+
+def check_max_pixels(max_pixels: float) -> None:
+    """Raise ValueError unless ``max_pixels`` is a number of at least 1."""
+    if not isinstance(max_pixels, Real) or not max_pixels >= 1:  # refuses NaN too
+        raise ValueError(f"max_pixels: {max_pixels!r}; accepted: a number of at least 1")
 
 
 def parse_memory(value: int | str | None) -> int | None:

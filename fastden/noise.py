@@ -7,37 +7,44 @@ import warnings
 
 import numpy as np
 
-from fastden.values import Array, full_scale
+from fastden.values import Array, check_floats, check_pixels, full_scale
 
-#: The range of noise levels that the shipped models were trained for, on the scale [0, 1].
-MAX_SIGMA = 75 / 255
+#: The highest noise level that the shipped models were trained for, on the scale 0-255.
+MAX_SIGMA = 75.0
 #: Side of a crop that the estimate looks at; a larger image is judged by four of them.
 CROP = 512
 
 
 def estimate_sigma(image: Array) -> float:
-    """Standard deviation of an image's noise, on the scale [0, 1].
+    """Standard deviation of an image's noise on the scale 0-255, whatever its dtype: what ``denoise(sigma=)`` takes.
 
     The median absolute deviation of the finest diagonal wavelet coefficients (``skimage.restoration.estimate_sigma``),
     averaged over the channels. An image larger than 512 pixels along an axis is judged by crops of 512 pixels in the
     middle of its halves (at most four), of which the median counts: the cost does not grow with the image.
 
-    The estimate takes noise for white and Gaussian. Fine texture raises it; it is too low where neighbouring pixels
-    share their noise (raw conversion, scaling, JPEG compression) and in clipped shadows and highlights. Pass a number
-    where you know better.
+    The estimate takes noise for white and Gaussian. Fine texture raises it; clipped shadows and highlights lower it.
+    On real camera noise, which neighbouring pixels share after demosaicing, scaling or JPEG compression, it was
+    measured to be several times too low: pass a number where you know better.
 
     Args:
-        image: (H, W) or (H, W, C), uint8, uint16, or floating in [0, 1].
+        image: (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha, which is left out; uint8, uint16, or
+            floating in [0, 1].
 
     Returns:
-        0 to 75/255, the range that the models were trained for. 0 for an image without variation.
+        0 to 75, the range that the shipped models were trained for. 0 for an image without variation.
+
+    Raises:
+        TypeError: ``image`` is no NumPy array, or of another dtype.
+        ValueError: another shape, or floating values that are not finite or on another scale.
     """
-    if image.ndim == 2:
-        image = image[:, :, None]
+    check_pixels(image)
+    planes = image.reshape(*image.shape[:2], -1)[:, :, :3]
+    if planes.dtype.kind == "f":
+        check_floats(planes, ValueError, "image")
     found = [
-        _estimate_crop(image[rows, columns])
-        for rows in _windows(image.shape[0])
-        for columns in _windows(image.shape[1])
+        _estimate_crop(planes[rows, columns])
+        for rows in _windows(planes.shape[0])
+        for columns in _windows(planes.shape[1])
     ]
     return min(max(float(np.median(found)), 0.0), MAX_SIGMA)
 
@@ -53,10 +60,11 @@ def _windows(size: int) -> list[slice]:
 def _estimate_crop(crop: Array) -> float:
     from skimage.restoration import estimate_sigma as wavelet_estimate
 
-    values = crop.astype(np.float32) / np.float32(full_scale(crop.dtype))
+    values = crop.astype(np.float32) * np.float32(255 / full_scale(crop.dtype))
     with warnings.catch_warnings():
         # Without a single non-zero coefficient (a flat crop, one pixel) the median is of nothing: NaN, with a warning.
         # Another one suspects colour in an image of less than five columns.
         warnings.simplefilter("ignore")
         sigma = float(wavelet_estimate(values, average_sigmas=True, channel_axis=-1))
-    return sigma if math.isfinite(sigma) else 0.0
+    # What a flat crop leaves is the wavelet transform's rounding.
+    return sigma if math.isfinite(sigma) and sigma > 1e-9 else 0.0

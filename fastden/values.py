@@ -28,6 +28,21 @@ def check_floats(values: Array, error: type[Exception], name: str = "floating im
         raise error(f"{name}: values from {low:g} to {high:g}; accepted: the scale [0, 1] (divide by the maximum)")
 
 
+def check_pixels(image: Any) -> None:
+    """Raise TypeError or ValueError unless ``image`` has a dtype and a shape that can be denoised.
+
+    Accepted: uint8, uint16, float16, float32 or float64; (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not empty.
+    """
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"image: {type(image).__name__}; accepted: a NumPy array")
+    if (image.dtype.kind, image.dtype.itemsize) not in (("u", 1), ("u", 2), ("f", 2), ("f", 4), ("f", 8)):
+        raise TypeError(f"image: dtype {image.dtype}; accepted: uint8, uint16, or float16, float32, float64 in [0, 1]")
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"image: shape {image.shape}; accepted: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if 0 in image.shape:
+        raise ValueError(f"image: shape {image.shape}; accepted: height and width of at least 1")
+
+
 def to_dtype(values: Array, dtype: Any) -> Array:
     """Image values at another depth, rounded and clipped: uint8, uint16, and float32 on [0, 1]."""
     dtype = np.dtype(dtype)

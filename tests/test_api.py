@@ -172,6 +172,31 @@ def test_transparent_palette(network: fastden.FusedDenoiser) -> None:
     assert "transparency" not in result.info
 
 
+@pytest.mark.parametrize(("mode", "key"), [("L", 128), ("RGB", (1, 2, 3)), ("1", 0), ("I;16", 7)])
+def test_a_transparent_colour_becomes_alpha(network: fastden.FusedDenoiser, mode: str, key: Any) -> None:
+    sixteen = mode == "I;16"
+    image = Image.fromarray(pixels(channels=0, dtype=np.uint16)) if sixteen else Image.fromarray(pixels()).convert(mode)
+    if not sixteen:
+        image.paste(key, (0, 0, 10, 32))
+    image.info["transparency"] = key
+    result = fastden.denoise(image, 50, model=network)
+    assert "transparency" not in result.info
+    assert result.mode == {"RGB": "RGBA", "I;16": "I;16"}.get(mode, "LA")
+    if not sixteen:
+        alpha = np.asarray(image.convert("RGBA" if mode == "RGB" else "LA").getchannel("A"))
+        assert (alpha[:, :10] == 0).all()
+        assert alpha.max() == 255
+        np.testing.assert_array_equal(np.asarray(result.getchannel("A")), alpha)
+
+
+def test_larger_files_are_refused(network: fastden.FusedDenoiser, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(pixels(), "PNG"))
+    with pytest.raises(UserError, match=r"a\.png: 40 x 32 pixels; accepted: at most .* \(max_pixels; "):
+        fastden.denoise(path, SIGMA, model=network, max_pixels=32 * 40 - 1)
+    assert fastden.denoise(path, SIGMA, model=network, max_pixels=32 * 40).shape == (32, 40, 3)
+
+
 def test_paths_give_upright_arrays(network: fastden.FusedDenoiser, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(pixels(), "PNG", exif=exif(6), icc_profile=icc_profile()))
@@ -231,7 +256,7 @@ def test_sigma_maps_and_batches(network: fastden.FusedDenoiser) -> None:
 
 def test_auto_sigma_is_the_estimate(network: fastden.FusedDenoiser) -> None:
     image = pixels(64, 64, dtype=np.uint8)
-    estimate = 255 * fastden.estimate_sigma(image)
+    estimate = fastden.estimate_sigma(image)
     assert 10 < estimate < 40
     np.testing.assert_array_equal(
         fastden.denoise(image, model=network), fastden.denoise(image, estimate, model=network)
@@ -338,6 +363,8 @@ def test_missing_path(network: fastden.FusedDenoiser, tmp_path: Path) -> None:
         ({"tile": "big"}, ValueError, "tile: 'big'"),
         ({"max_memory": "much"}, ValueError, "max_memory: 'much'; accepted"),
         ({"max_memory": 0}, ValueError, "max_memory: 0"),
+        ({"max_pixels": 0}, ValueError, "max_pixels: 0; accepted"),
+        ({"max_pixels": float("nan")}, ValueError, "max_pixels: nan"),
     ],
 )
 def test_wrong_options(

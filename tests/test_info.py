@@ -34,6 +34,18 @@ def test_backends_say_why_not() -> None:
         assert "not part of this release" in backends[name]["why_not"]
 
 
+def test_the_onednn_form_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"float32": [], "bfloat16": ["no bfloat16 on this CPU"]}
+    monkeypatch.setattr("fastden.cpu.why_not", lambda device, dtype: reasons[str(dtype).removeprefix("torch.")])
+    report = info.collect()
+    assert report["backends"]["onednn float32"] == {"available": True, "why_not": []}
+    assert report["backends"]["onednn bfloat16"] == {"available": False, "why_not": reasons["bfloat16"]}
+    assert "onednn bfloat16  no: no bfloat16 on this CPU\n" in info.as_text(report)
+    monkeypatch.setitem(sys.modules, "fastden.cpu", None)
+    (reason,) = info.collect()["backends"]["onednn float32"]["why_not"]
+    assert "fastden.cpu" in reason
+
+
 def test_backends_of_other_machines() -> None:
     def reasons(devices: list[str], nvidia: list[str], nvcc: str | None) -> dict[str, list[str]]:
         found = info._backends({"torch": {"devices": devices}, "gpu": {"nvidia": nvidia, "nvcc": nvcc}})

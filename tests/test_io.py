@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pyvips
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
@@ -188,6 +189,21 @@ def test_avif_keeps_more_than_8_bits() -> None:
     assert encode_image(back, "avif")[1] == []
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint16, 16), (np.float32, 32)])
+def test_depth_is_the_dtypes_unless_said(dtype: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = ImageFile(pixels(dtype=dtype))
+    assert picture.bits == bits
+    data, notes = encode_image(picture, "avif")
+    assert len(notes) == (bits > 12)
+    assert decode_image(data).bits == min(bits, 12)
+    data, _ = encode_image(picture, "tiff")
+    original = pyvips.Image.get_fields
+    monkeypatch.setattr(
+        pyvips.Image, "get_fields", lambda image: [name for name in original(image) if name != "bits-per-sample"]
+    )
+    assert decode_image(data).bits == bits
+
+
 def test_deep_images_are_rounded_only_where_asked_and_said() -> None:
     deep = ImageFile(pixels(dtype=np.uint16), bits=16)
     data, notes = encode_image(deep, "webp")
@@ -202,7 +218,7 @@ def test_deep_images_are_rounded_only_where_asked_and_said() -> None:
 
 
 def test_jpeg_refuses_alpha() -> None:
-    with pytest.raises(UserError, match=r"no alpha.*--format png"):
+    with pytest.raises(UserError, match=r"no alpha.*accepted: png.*--format"):
         encode_image(ImageFile(pixels(), pixels(channels=0)), "jpeg")
 
 
@@ -305,7 +321,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_a_small_file_cannot_claim_all_memory() -> None:
     with pytest.raises(UserError, match=r"100000 x 100000 pixels; accepted: at most 500 megapixels"):
         decode_image(png_claiming(100_000, 100_000))
-    with pytest.raises(UserError, match=r"at most 0\.001 megapixels"):
+    with pytest.raises(UserError, match=r"at most 0\.001 megapixels \(max_pixels; --max-megapixels"):
         decode_image(encoded(pixels(), "PNG"), max_pixels=1000)
     assert decode_image(encoded(pixels(), "PNG"), max_pixels=32 * 40).pixels.shape == (32, 40, 3)
 

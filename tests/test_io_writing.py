@@ -40,7 +40,7 @@ def test_suffix_and_format_must_agree() -> None:
 def test_existing_files_are_kept_unless_asked(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match=r"exists already; accepted: another name, or overwrite \(--overwrite\)"):
         write_image(path, ImageFile(pixels()))
     assert path.read_bytes() == b"mine"
     path.chmod(0o640)
@@ -68,6 +68,12 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="does not exist"):
         write_image(tmp_path / "file" / "a.png", ImageFile(pixels()))
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, which nobody can write to, root included")
+def test_a_place_that_takes_no_files() -> None:
+    with pytest.raises(UserError, match=r"^/proc/a\.png: cannot be written: "):
+        write_image("/proc/a.png", ImageFile(pixels()))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

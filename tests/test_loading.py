@@ -28,7 +28,10 @@ def test_wrong_models_devices_and_dtypes(network: fastden.FusedDenoiser, tmp_pat
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"model": "no-such-model"}, ValueError, "model: 'no-such-model'.*accepted"),
         ({"model": 3}, TypeError, "model: int"),
-        ({"model": model, "device": "gpu9"}, ValueError, "device: 'gpu9'; accepted"),
+        ({"model": model, "device": "gpu9"}, ValueError, "^device: 'gpu9'; accepted: cpu, cuda"),
+        ({"model": model, "device": "meta"}, ValueError, "^device: 'meta'; accepted: cpu, cuda"),
+        ({"model": model, "device": torch.device("xla")}, ValueError, "^device: 'xla'; accepted: cpu, cuda"),
+        ({"model": model, "device": 1.5}, ValueError, "^device: '1.5'; accepted: cpu, cuda"),
         ({"model": model, "dtype": "int8"}, ValueError, "dtype: 'int8'; accepted: auto, float32"),
         ({"model": model, "dtype": torch.int8}, ValueError, "dtype: torch.int8"),
         ({"model": network, "dtype": "float64"}, ValueError, "device, dtype: given with a FusedDenoiser"),
@@ -94,3 +97,13 @@ def test_memory_sizes(text: Any, expected: int | None) -> None:
 def test_wrong_memory_sizes(text: Any) -> None:
     with pytest.raises(ValueError, match="max_memory"):
         loading.parse_memory(text)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_mps_is_a_device_where_it_is(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: available)
+    if available:
+        assert loading.parse_device("mps") == torch.device("mps")
+    else:
+        with pytest.raises(ValueError, match=r"^device: 'mps'; accepted: cpu, cuda, or"):
+            loading.parse_device("mps")

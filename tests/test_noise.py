@@ -31,17 +31,42 @@ def noisy(sigma: float, shape: tuple[int, ...] = (128, 128, 3), dtype: Any = np.
 def test_white_noise_is_measured(sigma: float, dtype: Any) -> None:
     shape = (128, 128, 3)
     # At 50 the clipping of integers bites: 0.5 is 2.5 sigma from the ends.
-    assert 255 * estimate_sigma(noisy(sigma, shape, dtype)) == pytest.approx(sigma, rel=0.06, abs=0.3)
+    assert estimate_sigma(noisy(sigma, shape, dtype)) == pytest.approx(sigma, rel=0.06, abs=0.3)
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (128, 128, 1)])
 def test_gray(shape: tuple[int, ...]) -> None:
-    assert 255 * estimate_sigma(noisy(20, shape)) == pytest.approx(20, rel=0.08)
+    assert estimate_sigma(noisy(20, shape)) == pytest.approx(20, rel=0.08)
 
 
 def test_bounds() -> None:
-    assert estimate_sigma(noisy(120)) == 75 / 255
-    assert estimate_sigma(np.full((64, 64, 3), 77, np.uint8)) == 0
+    assert estimate_sigma(noisy(120)) == 75
+    for value in (0, 77, 128, 255):
+        assert estimate_sigma(np.full((64, 64, 3), value, np.uint8)) == 0
+
+
+def test_alpha_has_no_part_in_the_estimate() -> None:
+    image = noisy(20, (64, 64, 3), np.uint8)
+    alpha = np.random.default_rng(1).integers(0, 256, (64, 64, 1), np.uint8)
+    assert estimate_sigma(np.concatenate([image, alpha], 2)) == estimate_sigma(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ([[1, 2], [3, 4]], TypeError, "image: list; accepted: a NumPy array"),
+        (np.zeros((8, 8), np.int64), TypeError, "image: dtype int64; accepted: uint8"),
+        (np.zeros((8, 8), bool), TypeError, "image: dtype bool"),
+        (np.zeros(8, np.uint8), ValueError, r"image: shape \(8,\); accepted"),
+        (np.zeros((8, 8, 2), np.uint8), ValueError, r"image: shape \(8, 8, 2\)"),
+        (np.zeros((0, 8, 3), np.uint8), ValueError, "at least 1"),
+        (np.full((8, 8), 128.0), ValueError, "image: values from 128 to 128"),
+        (np.full((8, 8), np.nan), ValueError, "image: NaN"),
+    ],
+)
+def test_wrong_images(image: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        estimate_sigma(image)
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), channels=st.sampled_from([1, 3]), seed=st.integers(0, 99))
@@ -49,7 +74,7 @@ def test_any_size_gives_a_finite_number_without_warnings(height: int, width: int
     image = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert 0 <= estimate_sigma(image) <= 75 / 255
+        assert 0 <= estimate_sigma(image) <= 75
 
 
 def test_a_large_image_costs_four_crops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,14 +85,14 @@ def test_a_large_image_costs_four_crops(monkeypatch: pytest.MonkeyPatch) -> None
     )
     image = np.broadcast_to(noisy(10, (64, 64, 1)), (64, 64, 1))
     large = np.tile(image, (40, 30, 1))
-    assert 255 * estimate_sigma(large) == pytest.approx(10, rel=0.15)
+    assert estimate_sigma(large) == pytest.approx(10, rel=0.15)
     assert seen == [(512, 512, 1)] * 4
 
 
 def test_a_textured_quarter_does_not_decide() -> None:
     image = noisy(10, (1030, 1030, 1))
     image[515:, 515:] += np.random.default_rng(1).normal(0, 0.2, (515, 515, 1)).astype(np.float32)
-    assert 255 * estimate_sigma(image) == pytest.approx(10, rel=0.05)
+    assert estimate_sigma(image) == pytest.approx(10, rel=0.05)
 
 
 @given(size=st.integers(1, 5000))
@@ -85,5 +110,5 @@ def test_photographs_with_noise(shared_data: Path) -> None:
     for index in (3, 15, 23):
         clean = read_image(shared_data / "eval" / "kodak24" / f"kodim{index:02}.webp").pixels[:256, :256] / 255
         values = clean + np.random.default_rng(index).normal(0, 25 / 255, clean.shape)
-        found.append(255 * estimate_sigma(values))
+        found.append(estimate_sigma(values))
     assert np.abs(np.array(found) - 25).max() < 4

@@ -98,3 +98,17 @@ def test_train_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.delitem(sys.modules, "fastden.training.denoise", raising=False)
     fails("train", tmp_path / "run.yaml", saying=r"pip install 'fastden\[train\]'")
+
+
+def test_train_mistakes_are_one_line(photos: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    (tmp_path / "file").write_text("")
+    settings = "steps: 1\nepoch_steps: 1\nbatch: 1\ncrop: 16\nvalidation: 0\nprecision: 32-true\n"
+    config.write_text(f"data: [{photos}]\noutput: {tmp_path / 'out'}\n{settings}")
+    for arguments, saying in (
+        (["--set", "init=nothere"], "'nothere'.*accepted"),
+        (["--set", f"output={tmp_path / 'file' / 'out'}"], "file"),
+        (["--accelerator", "abacus"], "abacus"),
+    ):
+        error = fails("train", config, *arguments, saying=f"^error: .*{saying}")
+        assert len(error.splitlines()) == 1, error

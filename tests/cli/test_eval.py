@@ -11,7 +11,7 @@ import pytest
 import fastden
 from fastden.io import ImageFile, read_image, write_image
 from tests.cli.run import fails, works
-from tests.images import encoded, pixels
+from tests.images import encoded, pixels, save_model
 
 
 def test_eval_follows_the_protocol(photos: Path, tmp_path: Path, model: str) -> None:
@@ -43,11 +43,24 @@ def test_eval_sigma_forms_and_folder_order(photos: Path, tmp_path: Path, model: 
         ["eval", photos, "--sigma", "15,25"],
         ["eval", "--sigma", "15", "25", "--model", model, photos],
         ["eval", photos, "--sigma", "15", "--sigma", "25"],
+        ["eval", photos, "--sigma=15", "25"],
+        ["eval", "--sigma=15", "25", photos],
     ):
         results = tmp_path / "results.json"
         works(*arguments, "--model", model, "--json", results)
         seen.append(json.loads(results.read_text())["sets"])
-    assert seen[0] == seen[1] == seen[2]
+    assert [row["sigma"] for row in seen[0]["photos"]] == [15, 25]
+    assert all(sets == seen[0] for sets in seen)
+
+
+def test_a_folder_named_as_a_number_is_a_folder(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos.rename(tmp_path / "25")
+    monkeypatch.chdir(tmp_path)
+    works("eval", "--sigma", "25", "15", "25", "--model", model, "--json", "r.json")
+    (rows,) = json.loads((tmp_path / "r.json").read_text())["sets"].values()
+    assert [row["sigma"] for row in rows] == [25, 15]
 
 
 def test_eval_of_several_sets_gray_and_blind(photos: Path, tmp_path: Path, blind: str) -> None:
@@ -74,9 +87,11 @@ def test_eval_of_real_pairs(tmp_path: Path, model: str) -> None:
     (row,) = json.loads(results.read_text())["sets"]["pairs"]
     assert row["sigma"] == "auto"
     assert "auto" in text
-    assert row["images"]["x_real.png"]["sigma"] == pytest.approx(255 * fastden.estimate_sigma(pixels()), abs=0.1)
+    assert row["images"]["x_real.png"]["sigma"] == pytest.approx(fastden.estimate_sigma(pixels()), abs=0.1)
     expected = 10 * np.log10(255**2 / np.square(pixels().astype(float) - 90).mean())
     assert row["psnr_noisy"] == pytest.approx(expected, abs=1e-3)
+    (folder / "x_mean.csv").write_text("its scores, no image")
+    works("eval", folder, "--pairs", "--model", model)
     (folder / "y_mean.png").unlink()
     fails("eval", folder, "--pairs", "--model", model, saying="has no reference y_mean")
 
@@ -84,11 +99,21 @@ def test_eval_of_real_pairs(tmp_path: Path, model: str) -> None:
 def test_eval_mistakes(photos: Path, tmp_path: Path, model: str) -> None:
     fails("eval", tmp_path / "missing", "--model", model, saying="missing is not a folder")
     fails("eval", photos, "--sigma", "300", "--model", model, saying="sigma: '300'")
+    fails("eval", photos, "--sigma", "auto", "--model", model, saying="sigma: 'auto'; accepted: numbers from 0 to 255")
     fails("eval", photos, "--pairs", "--model", model, saying=r"no file \*_real")
     fails("eval", photos, "--gray", "--pairs", "--model", model, saying="gray: given with --pairs")
     fails("eval", photos, "--model", model, "--json", tmp_path / "no" / "x.json", saying="does not exist")
     write_image(photos / "deep.png", ImageFile(pixels(dtype=np.uint16), bits=16))
     fails("eval", photos, "--model", model, saying="deep.png: 16 bits; accepted for an evaluation: 8 bits")
+
+
+def test_eval_of_colour_with_a_gray_model_is_one_line(photos: Path, tmp_path: Path) -> None:
+    gray = save_model(tmp_path / "gray", image_channels=1)
+    error = fails(
+        "eval", photos, "--model", gray, saying="^error: .*photos: image: 3 channels, but the model is for gray"
+    )
+    assert len(error.splitlines()) == 1
+    works("eval", photos, "--gray", "--sigma", "25", "--model", gray)
 
 
 def test_equal_and_tiny_images_give_valid_json(tmp_path: Path, model: str) -> None:

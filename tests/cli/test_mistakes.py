@@ -17,7 +17,7 @@ import pytest
 from fastden import io as image_io
 from fastden.io import read_image
 from tests.cli.run import fails, works
-from tests.images import bad_files, pixels, save_model
+from tests.images import bad_files, encoded, pixels, save_model
 
 
 def test_bad_files_in_a_batch_are_reported_and_skipped(photos: Path, tmp_path: Path, model: str) -> None:
@@ -45,7 +45,7 @@ def test_existing_outputs_are_kept_without_overwrite(photos: Path, tmp_path: Pat
         output,
         "--model",
         model,
-        saying="a.png: exists already; accepted: another name, or --overwrite",
+        saying=r"a.png: exists already; accepted: another name, or overwrite \(--overwrite\)",
     )
     assert (output / "a.png").read_bytes() == b"mine"
     assert (output / "b.jpg").exists()
@@ -108,11 +108,8 @@ def test_two_inputs_with_one_output(photos: Path, tmp_path: Path, model: str) ->
         (["photos/a.png", "-o", "out.png", "--sigma", "nan"], "sigma: 'nan'"),
         (["photos/a.png", "-o", "out.png", "--sigma", "much"], "sigma: 'much'"),
         (["photos/a.png", "-o", "out.png", "--tile", "3.5"], "tile: '3.5'; accepted"),
-        (["photos/a.png", "-o", "out.png", "--tile", "4"], "tile: 4; accepted"),
         (["photos/a.png", "-o", "out.png", "--max-memory", "lots"], "max_memory: 'lots'"),
-        (["photos/a.png", "-o", "out.png", "--max-memory", "1k"], "max_memory: 1024 bytes; accepted: at least"),
         (["photos/a.png", "-o", "out.png", "--strength", "2"], "strength: 2.0; accepted"),
-        (["photos/a.png", "-o", "out.png", "--device", "abacus"], "device: 'abacus'"),
         (["photos/a.png", "-o", "out.png", "--max-megapixels", "0.001"], "at most 0.001 megapixels"),
         (["five.tif", "-o", "out.tif"], "five.tif: 5 channels; accepted: 1 or 3"),
         (["nan.tif", "-o", "out.tif"], "nan.tif: .*NaN"),
@@ -134,6 +131,80 @@ def test_mistakes_are_one_line(
     assert [path for path in after if path.is_file()] == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "saying"),
+    [
+        (["--tile", "4"], "tile: 4; accepted"),
+        (["--tile", "none", "--max-memory", "1G"], "max_memory: given together with tile=None"),
+        (["--tile", "64", "--max-memory", "1G"], "max_memory: given together with tile=64"),
+        (["--max-memory", "1k"], "max_memory: 1024 bytes; accepted: at least"),
+        (["--device", "abacus"], "device: 'abacus'; accepted: cpu"),
+        (["--device", "meta"], "device: 'meta'; accepted: cpu"),
+        (["--max-megapixels", "nan"], "max_megapixels: nan; accepted: a number above 0"),
+        (["--max-megapixels", "inf"], "max_megapixels: inf; accepted"),
+        (["--max-megapixels", "0"], "max_megapixels: 0; accepted"),
+        (["--max-megapixels", "-3"], "max_megapixels: -3; accepted"),
+    ],
+)
+def test_what_concerns_all_files_is_said_once(
+    photos: Path, tmp_path: Path, model: str, arguments: list[str], saying: str
+) -> None:
+    output = tmp_path / "out"
+    error = fails("denoise", photos, "-o", output, "--model", model, *arguments, saying=f"^error: {saying}")
+    assert len(error.splitlines()) == 1, error
+    assert not output.exists()
+
+
+def test_what_the_system_refuses_is_one_line(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "a" * 300
+    for arguments in (["denoise", long, "-o", tmp_path / "out"], ["denoise", photos, "-o", tmp_path / long]):
+        error = fails(*arguments, "--model", model, saying=f"^error: .*{long}: {os.strerror(errno.ENAMETOOLONG)}$")
+        assert len(error.splitlines()) == 1
+
+    def unreadable(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    # Not a folder without permissions: root reads that too.
+    monkeypatch.setattr(Path, "iterdir", unreadable)
+    for arguments in (["denoise", photos, "-o", tmp_path / "out"], ["eval", photos]):
+        error = fails(*arguments, "--model", model, saying=f"^error: {photos}: {os.strerror(errno.EACCES)}$")
+        assert len(error.splitlines()) == 1
+
+    def exhausted(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fastden.jobs.plan", exhausted)
+    fails("denoise", photos, "-o", tmp_path / "out", "--model", model, saying="^error: out of memory; a smaller")
+
+
+def test_alpha_for_a_jpeg_is_not_computed(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("fastden.api.denoise_tiled", computed)
+    (photos / "a.png").write_bytes(encoded(pixels(channels=4), "PNG"))
+    fails("denoise", photos / "a.png", "-o", tmp_path / "a.jpg", "--model", model, saying="a.png: JPEG has no alpha")
+
+
+def test_failures_leave_no_empty_folders(photos: Path, tmp_path: Path, model: str) -> None:
+    (photos / "inner" / "deep").mkdir()
+    for name in ("inner/c.png", "inner/deep/d.png"):
+        (photos / name).write_bytes(b"no image")
+    (tmp_path / "mine").mkdir()
+    for output in (tmp_path / "out", tmp_path / "mine"):
+        fails("denoise", photos, "-r", "-o", output, "--model", model, saying="2 of 4 files failed")
+        assert sorted(os.listdir(output)) == ["a.png", "b.jpg"]
+    (tmp_path / "empty").mkdir()
+    fails("denoise", photos / "inner", "-r", "-o", tmp_path / "new" / "er", "--model", model, saying="2 of 2 files")
+    fails("denoise", photos / "inner", "-r", "-o", tmp_path / "empty", "--model", model, saying="2 of 2 files failed")
+    assert not (tmp_path / "new").exists()
+    assert os.listdir(tmp_path / "empty") == []
+
+
 @pytest.mark.parametrize("command", ["denoise", "eval"])
 def test_wrong_models_are_one_line(photos: Path, tmp_path: Path, command: str) -> None:
     broken = save_model(tmp_path / "broken")
@@ -153,7 +224,7 @@ def test_a_full_disk_leaves_nothing(photos: Path, tmp_path: Path, model: str, mo
     output = tmp_path / "out"
     error = fails("denoise", photos, "-o", output, "--model", model, saying="2 of 2 files failed")
     assert error.count(os.strerror(errno.ENOSPC)) == 2
-    assert list(output.iterdir()) == []
+    assert not output.exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -201,7 +272,7 @@ def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, m
         running.kill()
         running.wait()
         running.stdout.close()
-    assert list(output.iterdir()) == []
+    assert not output.exists()
 
 
 def test_out_of_memory_says_what_to_do(
