@@ -67,7 +67,7 @@ def denoise(
         dtype: of the computation, ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype.
             ``"auto"`` takes bfloat16 for 8-bit images on machines with native bfloat16 matrix units, else float32.
         tile: ``"auto"`` (tiles that fit ``max_memory``), a side in pixels, or None for the whole image at once. The
-            result is the same.
+            result is the same, up to rounding.
         max_memory: with ``tile="auto"``, what the network's tensors may take: bytes or such as ``"2GiB"``; None is
             1 GiB.
         strength: 0 returns the image, 1 the denoised one, between them a blend.

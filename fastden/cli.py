@@ -148,7 +148,7 @@ def denoise(
         Dtype, typer.Option(help="auto: bfloat16 for 8-bit images where the machine has it natively, else float32.")
     ] = Dtype.auto,
     tile: Annotated[
-        str, typer.Option(help="Side of the tiles in pixels, auto, or none. The result is the same.")
+        str, typer.Option(help="Side of the tiles in pixels, auto, or none. The result is the same, up to rounding.")
     ] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Limit of the working memory, such as 2GiB.")] = None,
     strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,

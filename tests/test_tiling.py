@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -208,11 +209,14 @@ def test_a_network_in_training_is_refused_and_left_alone() -> None:
 
 @pytest.mark.parametrize("blind", [False, True])
 def test_bfloat16(blind: bool) -> None:
-    """Sums of bfloat16 convolutions may be ordered differently for another tile: at most one step of 8 bits."""
-    model = fuse(random_network(not blind), dtype=torch.bfloat16)
-    x = torch.randint(0, 256, (1, 3, 90, 131), dtype=torch.uint8)
-    whole, tiled = (denoise_tiled(model, x, level(model), tile=tile) for tile in (None, 32))
-    assert int((whole.int() - tiled.int()).abs().max()) <= 1
+    """Equal up to rounding: oneDNN orders the sums of a tile of another shape differently."""
+    model = random_network(not blind)
+    x = torch.rand(1, 3, 90, 131)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double(), level(model))
+    fast = fuse(model, dtype=torch.bfloat16)
+    whole, tiled = (denoise_tiled(fast, x, level(model), tile=tile) for tile in (None, 32))
+    assert max_error(tiled, exact) < 1.5 * max_error(whole, exact)
 
 
 def test_automatic_tile_is_exact_too() -> None:

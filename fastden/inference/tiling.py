@@ -167,6 +167,8 @@ def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory
     together = max(min(batch, int(max_memory / (per_pixel * whole))), 1)
     side = int(math.sqrt(max(max_memory, 0) / (per_pixel * together))) - 2 * HALO
     side = min(side, LARGEST_AUTOMATIC) // ALIGNMENT * ALIGNMENT
+    if together > 1:  # whole images fit, however small
+        side = max(side, SMALLEST)
     if side < SMALLEST:
         least = math.ceil(per_pixel * (SMALLEST + 2 * HALO) ** 2)
         raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least} for this model")
