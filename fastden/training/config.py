@@ -37,7 +37,9 @@ class TrainConfig(BaseModel):
         "relative-mse", description="relative-mse divides an image's squared error by its noise level"
     )
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are what is saved")
-    clip: float = Field(1.0, gt=0, description="limit of the gradient's norm")
+    clip: float = Field(
+        0.005, gt=0, description="limit of the gradient's norm, which is about 0.0015 (relative-mse, behind the start)"
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("bf16-mixed", description="Lightning's precision")
     composed: bool = Field(True, description="train through the composed weights (exact, fewer operations)")
     compile: bool = Field(False, description="compile the network with torch.compile")
