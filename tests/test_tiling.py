@@ -189,7 +189,7 @@ def test_a_batch_larger_than_memory_is_split() -> None:
     x = torch.rand(7, 3, 9, 12, dtype=torch.float64)
     sigma = torch.linspace(0.01, 0.2, 7, dtype=torch.float64)
     calls: list[int] = []
-    y = denoise_tiled(model, x, sigma, max_memory=30 << 20, progress=lambda done, total: calls.append(done))
+    y = denoise_tiled(model, x, sigma, max_memory=90 << 20, progress=lambda done, total: calls.append(done))
     assert 1 < len(calls) < 7
     assert calls[-1] == 7 * 9 * 12
     with torch.no_grad():
