@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastden import ops
+    from fastden import joint, ops
     from fastden.api import denoise
     from fastden.errors import UserError
     from fastden.fused import FusedDenoiser, fuse
@@ -30,6 +30,7 @@ __all__ = [
     "denoise",
     "estimate_sigma",
     "fuse",
+    "joint",
     "models",
     "ops",
 ]
@@ -57,8 +58,8 @@ def _version() -> str:
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
-    elif name == "ops":
-        value = import_module("fastden.ops")
+    elif name in ("joint", "ops"):
+        value = import_module(f"fastden.{name}")
     elif name in _MODULES:
         value = getattr(import_module(_MODULES[name]), name)
     else:

@@ -352,12 +352,12 @@ def train(
     accelerator: Annotated[str, typer.Option(help="As Lightning's: auto, cpu, gpu, ...")] = "auto",
     devices: Annotated[str, typer.Option(help="As Lightning's: auto, a count, a list.")] = "auto",
 ) -> None:
-    """Train a denoiser (needs pip install 'fastden[train]')."""
+    """Train a denoiser, alone or jointly with a frozen network (needs pip install 'fastden[train]')."""
     try:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         from fastden.training.config import load_config
-        from fastden.training.denoise import train as run
+        from fastden.training.run import train as run
     except ModuleNotFoundError as error:
         raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
     settings = load_config(config, changes or [])

@@ -87,21 +87,6 @@ class Denoiser(nn.Module, PretrainedMixin):
         self.res3 = Bottleneck(256, 64)
         self.up3 = nn.ConvTranspose2d(256, 64, 4, stride=2, padding=1)
         self.out = nn.Conv2d(128, image_channels, 3)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """He initialisation; ``out`` starts small, so that the untrained network nearly returns its input."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                # A transposed convolution of stride 2 sums a quarter of its taps at each output pixel.
-                taps = (
-                    module.kernel_size[0] * module.kernel_size[1] // (module.stride[0] ** 2 if module.transposed else 1)
-                )
-                nn.init.normal_(module.weight, std=(2.0 / (module.in_channels * taps)) ** 0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.out.weight.mul_(0.1)
 
     def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         """Denoise a batch.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fastden.errors import UserError
+from fastden.training.noise import NoiseModel
 
 
 class TrainConfig(BaseModel):
@@ -18,9 +19,21 @@ class TrainConfig(BaseModel):
 
     data: list[Path] = Field(min_length=1, description="folders of training photographs, searched recursively")
     output: Path = Field(description="folder for checkpoints, logs and the final model")
+    objective: Literal["denoise"] = Field(
+        "denoise", description="denoise alone; joint-classify and joint-segment train in front of a frozen network"
+    )
     noise_level_input: bool = Field(True, description="give the noise level to the network as a fourth channel")
     init: str | None = Field(None, description="model to start from: bundled name, folder or Hub id")
-    sigma: tuple[float, float] = Field((0.0, 75.0), description="range of the noise level, 0-255 scale, uniform")
+    sigma: tuple[float, float] = Field(
+        (0.0, 75.0), description="noise level, 0-255 scale: a number, or a range that is drawn from uniformly"
+    )
+    gain: tuple[float, float] = Field(
+        (0.0, 0.0), description="photon noise beside it: its variance at white, scale [0, 1]; a number or a range"
+    )
+    jpeg: tuple[int, int] | None = Field(
+        None, description="JPEG compression behind the noise: quality, a number or a range; null is none"
+    )
+    jpeg_share: float = Field(0.5, ge=0, le=1, description="share of crops that are compressed, where jpeg is given")
     gray: float = Field(0.05, ge=0, le=1, description="share of crops made gray, with the same noise in all channels")
     crop: int = Field(94, ge=16, description="side of a training crop, pixels; 2 under a multiple of 4 wastes nothing")
     batch: int = Field(16, ge=1, description="crops a step, over all devices")
@@ -29,7 +42,7 @@ class TrainConfig(BaseModel):
     lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam")
     warmup: int = Field(200, ge=0, description="steps of linear warm-up")
     decay: float = Field(
-        0.4, ge=0, le=1, description="last share of the steps in which the rate falls to 0 by a cosine"
+        1.0, ge=0, le=1, description="last share of the steps in which the rate falls to 0 by a cosine"
     )
     freeze_bn: float = Field(0.25, ge=0, le=1, description="last share of the steps with frozen BN statistics")
     bn_momentum: float = Field(0.02, gt=0, le=1, description="momentum of the running BN statistics")
@@ -37,25 +50,73 @@ class TrainConfig(BaseModel):
         "relative-mse", description="relative-mse divides an image's squared error by its noise level"
     )
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are what is saved")
-    clip: float = Field(
-        0.005, gt=0, description="limit of the gradient's norm, which is about 0.0015 (relative-mse, behind the start)"
-    )
+    clip: float = Field(0.02, gt=0, description="limit of the gradient's norm")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("bf16-mixed", description="Lightning's precision")
     composed: bool = Field(True, description="train through the composed weights (exact, fewer operations)")
     compile: bool = Field(False, description="compile the network with torch.compile")
+    workers: int = Field(0, ge=0, description="processes that prepare crops; a GPU needs some, two CPU cores none")
     validation: int = Field(12, ge=0, description="photographs held out of the first folder for validation")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of crops, noise and initial weights")
+
+    @field_validator("sigma", "gain", "jpeg", mode="before")
+    @classmethod
+    def _number_is_a_range(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @field_validator("sigma")
     @classmethod
     def _check_sigma(cls, sigma: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= sigma[0] <= sigma[1] <= 255:
-            raise ValueError("accepted: [low, high] with 0 <= low <= high <= 255")
-        return sigma
+        return _check_range(sigma, 0, 255)
+
+    @field_validator("gain")
+    @classmethod
+    def _check_gain(cls, gain: tuple[float, float]) -> tuple[float, float]:
+        return _check_range(gain, 0, 1)
+
+    @field_validator("jpeg")
+    @classmethod
+    def _check_jpeg(cls, jpeg: tuple[int, int] | None) -> tuple[int, int] | None:
+        return jpeg if jpeg is None else _check_range(jpeg, 1, 100)
+
+    def noise(self) -> NoiseModel:
+        """The noise model of these settings."""
+        return NoiseModel(self.sigma, self.gain, self.jpeg, self.jpeg_share)
+
+
+class JointConfig(TrainConfig):
+    """Settings of joint training with a frozen network: the denoiser's, some with other defaults, and its own."""
+
+    objective: Literal["joint-classify", "joint-segment"] = Field(  # type: ignore[assignment]
+        description="joint-classify: folders with labels.csv; joint-segment: folders with images/ and labels/"
+    )
+    network: str = Field(
+        description="the frozen network: a built-in name (efficientnet-lite0, -lite1, -lite2), module:function or"
+        " file.py:function; the function returns a fastden.training.tasks.Task"
+    )
+    network_arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
+    weight: float = Field(1e-3, ge=0, allow_inf_nan=False, description="lambda: weight of the task's loss")
+    data: list[Path] = Field(min_length=1, description="folders of labelled training images")
+    validation_data: Path | None = Field(None, description="folder of labelled images for validation; null is none")
+    validation: int = Field(100, ge=0, description="images of it that are used, evenly spaced")
+    init: str | None = Field("color", description="model to start from: bundled name, folder or Hub id; null is none")
+    sigma: tuple[float, float] = Field((15.0, 60.0), description="noise level, 0-255 scale: a number or a range")
+    gray: float = Field(0.0, ge=0, le=1, description="share of crops made gray")
+    crop: int = Field(224, ge=16, description="side of a training crop, pixels")
+    batch: int = Field(8, ge=1, description="crops a step, over all devices")
+    steps: int = Field(2000, ge=1, description="optimiser steps")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of Adam")
+    freeze_bn: float = Field(1.0, ge=0, le=1, description="last share of the steps with frozen BN statistics")
+    loss: Literal["mse", "l1"] = Field("mse", description="the denoiser's own loss")
+
+
+def _check_range(bounds: Any, low: float, high: float) -> Any:
+    if not low <= bounds[0] <= bounds[1] <= high:
+        raise ValueError(f"accepted: [low, high] with {low} <= low <= high <= {high}")
+    return bounds
 
 
 def load_config(path: Path | None, overrides: list[str]) -> TrainConfig:
-    """Read YAML and ``key=value`` overrides (values are YAML too).
+    """Read YAML and ``key=value`` overrides (values are YAML too); ``objective`` chooses the kind of configuration.
 
     Raises:
         UserError: naming each wrong key, its value and what is accepted.
@@ -77,10 +138,14 @@ def load_config(path: Path | None, overrides: list[str]) -> TrainConfig:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"set: {override!r} is not YAML: {error}") from error
+    objective = values.get("objective", "denoise")
+    if objective not in ("denoise", "joint-classify", "joint-segment"):
+        raise UserError(f"objective: {objective!r}; accepted: denoise, joint-classify, joint-segment")
+    kind = TrainConfig if objective == "denoise" else JointConfig
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        known = ", ".join(TrainConfig.model_fields)
+        known = ", ".join(kind.model_fields)
         lines = []
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"]) or "config"

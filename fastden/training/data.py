@@ -42,6 +42,12 @@ def load_rgb(path: Path) -> Image:
         raise UserError(f"data: cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
+def to_gray(image: Tensor) -> Tensor:
+    """(3, H, W) with its luma (BT.601) in every channel."""
+    weights = image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    return (image * weights).sum(0, keepdim=True).expand(3, -1, -1).contiguous()
+
+
 class CropDataset(Dataset[dict[str, Tensor]]):
     """Random square crops, flipped and turned, some made gray.
 
@@ -81,7 +87,5 @@ class CropDataset(Dataset[dict[str, Tensor]]):
             crop = crop[:, ::-1]
         gray = random.random() < self.gray
         clean = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))).float().div_(255)
-        if gray:
-            weights = clean.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-            clean = (clean * weights).sum(0, keepdim=True).expand(3, -1, -1).contiguous()
+        clean = to_gray(clean) if gray else clean
         return {"clean": clean, "gray": torch.tensor(gray)}

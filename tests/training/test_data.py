@@ -17,7 +17,7 @@ pytest.importorskip("pydantic")
 from fastden.errors import UserError
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.data import CropDataset, find_images, load_rgb
-from fastden.training.noise import gaussian
+from fastden.training.noise import NoiseModel, NoisyDataset, compress, gaussian
 
 REQUIRED = ["data=[photographs]", "output=run"]
 
@@ -46,6 +46,10 @@ class TestConfiguration:
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         assert load_config(path, []) == config
 
+    @pytest.mark.parametrize(("override", "sigma"), [("sigma=25", (25, 25)), ("sigma=[5, 9.5]", (5, 9.5))])
+    def test_number_or_range(self, override: str, sigma: tuple[float, float]) -> None:
+        assert load_config(None, [*REQUIRED, override]).sigma == sigma
+
     @pytest.mark.parametrize(
         ("override", "message"),
         [
@@ -62,7 +66,13 @@ class TestConfiguration:
             ("sigma=[50, 15]", r"sigma: \[50, 15\]: .*0 <= low <= high <= 255"),
             ("sigma=[0, 300]", r"sigma: \[0, 300\]: .*0 <= low <= high <= 255"),
             ("sigma=[.nan, 3]", r"sigma: \[nan, 3\]: .*0 <= low <= high <= 255"),
-            ("sigma=25", r"sigma: 25: .*tuple"),
+            ("sigma=many", r"sigma: 'many': .*tuple"),
+            ("sigma=-1", r"sigma: -1: .*0 <= low <= high <= 255"),
+            ("gain=[0.1, 2]", r"gain: \[0\.1, 2\]: .*0 <= low <= high <= 1"),
+            ("jpeg=0", r"jpeg: 0: .*1 <= low <= high <= 100"),
+            ("jpeg=[50, 101]", r"jpeg: \[50, 101\]: .*1 <= low <= high <= 100"),
+            ("jpeg_share=2", r"jpeg_share: 2"),
+            ("objective=joint", r"objective: 'joint'; accepted: denoise, joint-classify, joint-segment"),
             ("gray=1.5", r"gray: 1\.5"),
             ("data=[]", r"data: \[\]: .*at least 1"),
             ("data=photographs", r"data: 'photographs': .*list"),
@@ -215,9 +225,70 @@ class TestNoise:
         assert noisy.min() < 0  # not clipped
         assert noisy.max() > 1
 
+    def test_gaussian(self) -> None:
+        clean = torch.full((3, 80, 80), 0.5)
+        random = np.random.default_rng(0)
+        levels = []
+        for _ in range(20):
+            noisy, level = NoiseModel((10, 50))(clean, random)
+            assert (level.shape, level.dtype, noisy.dtype) == ((), torch.float32, torch.float32)
+            assert float((noisy - clean).std()) == pytest.approx(float(level), rel=0.03)
+            levels.append(float(level) * 255)
+        assert 10 <= min(levels) < 20
+        assert 40 < max(levels) <= 50
+
     def test_channels(self) -> None:
-        clean = torch.zeros(1, 3, 40, 40)
-        gray = gaussian(clean, torch.ones(1), gray=True)
-        assert torch.equal(gray[:, 0], gray[:, 1])
-        color = gaussian(clean, torch.ones(1)).flatten(2)[0]
-        assert (torch.corrcoef(color) - torch.eye(3)).abs().max() < 0.1
+        clean = torch.zeros(3, 40, 40)
+        gray, _ = NoiseModel((255, 255))(clean, np.random.default_rng(0), gray=True)
+        assert torch.equal(gray[0], gray[1])
+        assert gray.is_contiguous()
+        color, _ = NoiseModel((255, 255))(clean, np.random.default_rng(0))
+        assert (torch.corrcoef(color.flatten(1)) - torch.eye(3)).abs().max() < 0.1
+
+    def test_photon_noise(self) -> None:
+        """Its variance grows with the value, and the map says so."""
+        clean = torch.cat([torch.full((3, 80, 80), 0.1), torch.full((3, 80, 80), 0.9)], 2)
+        noisy, level = NoiseModel((5, 5), gain=(0.02, 0.02))(clean, np.random.default_rng(0))
+        assert level.shape == (1, 80, 160)
+        for half, value in ((slice(0, 80), 0.1), (slice(80, 160), 0.9)):
+            expected = (0.02 * value + (5 / 255) ** 2) ** 0.5
+            part = noisy[:, :, half]
+            assert float(part.std()) == pytest.approx(expected, rel=0.03)
+            assert float(part.mean()) == pytest.approx(value, abs=0.003)
+            assert float(level[:, :, half].square().mean().sqrt()) == pytest.approx(expected, rel=0.08)
+
+    def test_jpeg_comes_behind_the_noise(self) -> None:
+        clean = torch.from_numpy(np.random.default_rng(1).random((3, 1, 1), dtype=np.float32)).expand(3, 48, 48)
+        plain, _ = NoiseModel((40, 40))(clean, np.random.default_rng(0))
+        noisy, level = NoiseModel((40, 40), jpeg=(30, 30))(clean, np.random.default_rng(0))
+        assert torch.equal(noisy, compress(plain, 30))
+        assert float(level) == pytest.approx(40 / 255)
+        assert torch.allclose(noisy * 255, (noisy * 255).round(), atol=1e-4)
+        assert 0 <= noisy.min() < noisy.max() <= 1
+
+    def test_share_of_compressed_images(self) -> None:
+        clean, random = torch.rand(3, 16, 16), np.random.default_rng(0)
+        model = NoiseModel((20, 20), jpeg=(20, 90), jpeg_share=0.25)
+        images = [model(clean, random)[0] for _ in range(200)]
+        compressed = sum(bool(((image * 255).round() - image * 255).abs().max() < 1e-4) for image in images)
+        assert 30 <= compressed <= 70
+
+    def test_quality_decides_the_error(self) -> None:
+        image = torch.rand(3, 32, 32)
+        errors = [float((compress(image, quality) - image).abs().mean()) for quality in (95, 50, 10)]
+        assert errors == sorted(errors)
+
+    def test_function_of_seed_epoch_and_index(self) -> None:
+        images = [np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)]
+
+        def items(seed: int, epoch: int, order: range) -> dict[int, torch.Tensor]:
+            crops = CropDataset(images, 12, 16, 0, seed, epoch)
+            dataset = NoisyDataset(crops, NoiseModel((20, 60)), seed, epoch)
+            assert len(dataset) == 12
+            return {i: dataset[i]["noisy"] - dataset[i]["clean"] for i in order}
+
+        first, second = items(1, 2, range(12)), items(1, 2, range(11, -1, -1))
+        assert all(torch.equal(first[i], second[i]) for i in range(12))
+        for other in (items(2, 2, range(12)), items(1, 3, range(12))):
+            assert not any(torch.equal(first[i], other[i]) for i in range(12))
+        assert len({float(noise.std()) for noise in first.values()}) == 12

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image as PIL
 
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
@@ -21,8 +17,11 @@ from fastden.model import Denoiser
 from fastden.training import denoise
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.data import find_images, load_rgb
-from fastden.training.denoise import DenoiserTraining, train
+from fastden.training.denoise import DenoiserTraining
 from tests.helpers import max_error, random_network
+from tests.training.conftest import Run
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def configuration(**changes: Any) -> TrainConfig:
@@ -76,52 +75,6 @@ class TestModule:
     def test_momentum_of_statistics(self) -> None:
         model = DenoiserTraining(Denoiser(), configuration(bn_momentum=0.07)).model
         assert model.conv1.bn.momentum == model.res3.bn3.momentum == 0.07
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five small smooth images."""
-    folder = tmp_path_factory.mktemp("photographs")
-    random = np.random.default_rng(0)
-    for i in range(5):
-        coarse = PIL.fromarray(random.integers(0, 256, (6, 7, 3), dtype=np.uint8))
-        coarse.resize((44, 40), PIL.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
-
-
-Run = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def run(photographs: Path) -> Iterator[Run]:
-    """A training of four steps in two epochs, on the CPU; returns the folder of the model."""
-
-    def start(output: Path, resume: bool = False, **changes: Any) -> Path:
-        settings: dict[str, Any] = {
-            "data": [photographs],
-            "output": output,
-            "steps": 4,
-            "epoch_steps": 2,
-            "batch": 2,
-            "crop": 30,
-            "validation": 2,
-            "warmup": 1,
-            "ema": 0.5,
-            "freeze_bn": 0.5,
-            "precision": "32-true",
-        }
-        config = TrainConfig.model_validate({**settings, **changes})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return train(config, resume=resume, accelerator="cpu", devices="1")
-
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    yield start
-    for logger, old in zip(loggers, before, strict=True):
-        logger.setLevel(old)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,391 @@
+"""Joint training with high-level vision: a denoiser in front of frozen networks, and the loss over both.
+
+Section 3.2 of Liu et al. (IJCAI 2018): the denoiser feeds a network for a high-level task, whose weights are fixed, and
+is trained by ``L = L_denoise + lambda * L_task``. The gradient of the task's loss passes through the frozen network
+into the denoiser, which learns to keep what the task needs.
+
+    >>> joint = JointDenoiser(denoiser, classifier, preprocess=normalise)
+    >>> loss = JointLoss(weight=1e-3, task_loss="classification")
+    >>> terms = loss(joint(noisy, sigma), clean, labels)
+    >>> terms.total.backward()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Name of the only task where it was not given by a mapping.
+TASK = "task"
+
+Preprocess = Callable[[Tensor], Tensor]
+#: Called with a task's prediction and its target; returns a scalar tensor.
+TaskLoss = Callable[[Any, Any], Tensor]
+BuiltIn = Literal["classification", "segmentation"]
+
+
+class JointOutput(NamedTuple):
+    """What :class:`JointDenoiser` returns.
+
+    Attributes:
+        denoised: (N, C, H, W), not clipped.
+        predictions: what each frozen network returned, by the task's name.
+    """
+
+    denoised: Tensor
+    predictions: dict[str, Any]
+
+    @property
+    def prediction(self) -> Any:
+        """The prediction, where there is one task.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.predictions) != 1:
+            raise ValueError(
+                f"prediction: there are several ({', '.join(self.predictions)}); accepted: predictions[name]"
+            )
+        return next(iter(self.predictions.values()))
+
+
+class JointTerms(NamedTuple):
+    """What :class:`JointLoss` returns, all scalars.
+
+    Attributes:
+        total: ``denoise`` plus the weighted losses of the tasks: call ``backward`` on it.
+        denoise: the denoiser's own loss.
+        tasks: each task's loss by its name, not weighted.
+    """
+
+    total: Tensor
+    denoise: Tensor
+    tasks: dict[str, Tensor]
+
+
+class FrozenTask(nn.Module):
+    """A network that is differentiated through and never changes.
+
+    Its parameters stop requiring gradients, here and for good, and it stays in evaluation mode whatever ``train()`` is
+    called on a module that holds it: BN statistics stay as they are, dropout stays off.
+
+    Args:
+        network: any module; it is frozen in place.
+        preprocess: differentiable, from denoised images (N, C, H, W) in about [0, 1] to the network's input
+            (normalisation, resizing). Verified on the first training batch.
+        name: of the task, for messages.
+
+    Raises:
+        TypeError: ``network`` is not a module, or ``preprocess`` cannot be called.
+    """
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess | None = None, name: str = TASK) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name}: {type(network).__name__}; accepted: a torch.nn.Module")
+        if preprocess is not None and not callable(preprocess):
+            raise TypeError(f"preprocess of {name}: {type(preprocess).__name__}; accepted: a function or a module")
+        self.name = name
+        self.network = network
+        self.preprocess = preprocess
+        self._verified = preprocess is None
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenTask:
+        """Stay in evaluation mode."""
+        super().train(False)
+        return self
+
+    def forward(self, images: Tensor) -> Any:
+        """The network's prediction for images (N, C, H, W) in about [0, 1].
+
+        Raises:
+            ValueError: a parameter requires gradients again, a module went into training mode, or no gradient passes
+                through ``preprocess``.
+        """
+        self._check_frozen()
+        if self.preprocess is None:
+            return self.network(images)
+        if not self._verified and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_preprocess(self.preprocess, images, self.name)
+            self._verified = True
+        return self.network(self.preprocess(images))
+
+    def _check_frozen(self) -> None:
+        thawed = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        if thawed:
+            raise ValueError(
+                f"{self.name}: {len(thawed)} parameters require gradients ({thawed[0]}, ...); accepted: a frozen"
+                " network (call requires_grad_(False) on it)"
+            )
+        training = [name for name, module in self.named_modules() if module.training]
+        if training:
+            raise ValueError(
+                f"{self.name}: {len(training)} modules are in training mode ({training[0]}, ...); accepted: evaluation"
+                " mode (call eval() on it), so that statistics stay as they are"
+            )
+
+
+class JointDenoiser(nn.Module):
+    """A denoiser followed by one or several frozen networks.
+
+    Args:
+        denoiser: called as ``denoiser(noisy, sigma)``, without ``sigma`` where that is None.
+        task: the network for the high-level task, or several by name; frozen in place (:class:`FrozenTask`).
+        preprocess: as :class:`FrozenTask`'s; for several tasks a mapping by the same names, or one function for all.
+
+    Raises:
+        TypeError: not modules.
+        ValueError: no task, or names of ``preprocess`` that are no task's.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        task: nn.Module | Mapping[str, nn.Module],
+        preprocess: Preprocess | Mapping[str, Preprocess] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(f"denoiser: {type(denoiser).__name__}; accepted: a torch.nn.Module")
+        tasks = dict(task) if isinstance(task, Mapping) else {TASK: task}
+        if not tasks:
+            raise ValueError("task: an empty mapping; accepted: a network, or networks by name")
+        if isinstance(preprocess, Mapping):
+            unknown = sorted(set(preprocess) - set(tasks))
+            if unknown:
+                raise ValueError(f"preprocess: {', '.join(unknown)}; accepted names: {', '.join(tasks)}")
+            functions = {name: preprocess.get(name) for name in tasks}
+        else:
+            functions = dict.fromkeys(tasks, preprocess)
+        self.denoiser = denoiser
+        self.tasks = nn.ModuleDict({name: FrozenTask(tasks[name], functions[name], name) for name in tasks})
+
+    def forward(self, noisy: Tensor, sigma: float | Tensor | None = None) -> JointOutput:
+        """Denoise, and look at the result with every task's network.
+
+        Args:
+            noisy: (N, C, H, W) on the scale [0, 1].
+            sigma: as ``denoiser`` takes it; for :class:`fastden.Denoiser` a number, (N,) or (N, 1, H, W), on the scale
+                of ``noisy``, or None for a blind network.
+        """
+        denoised = self.denoiser(noisy) if sigma is None else self.denoiser(noisy, sigma)
+        return JointOutput(denoised, {name: task(denoised) for name, task in self.tasks.items()})
+
+
+class JointLoss(nn.Module):
+    """``L_denoise + sum of weight * L_task`` over the tasks: equation 2 of Liu et al. for one task.
+
+    Args:
+        weight: lambda, at least 0; for several tasks a mapping by name. It sets off against each other losses on
+            different scales: a squared error on [0, 1] is about 0.001, a cross entropy about 1.
+        task_loss: "classification" (:class:`ClassificationLoss`), "segmentation" (:class:`SegmentationLoss`), or any
+            callable ``(prediction, target) -> scalar tensor``; for several tasks a mapping by name.
+        denoise_loss: ``(denoised, clean) -> scalar tensor``; None is the mean squared error, in float32.
+
+    Raises:
+        ValueError: a negative or non-finite weight, an unknown loss, or names that differ.
+    """
+
+    def __init__(
+        self,
+        weight: float | Mapping[str, float],
+        task_loss: BuiltIn | TaskLoss | Mapping[str, BuiltIn | TaskLoss],
+        denoise_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        losses = dict(task_loss) if isinstance(task_loss, Mapping) else {TASK: task_loss}
+        weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(losses, weight)
+        if set(weights) != set(losses):
+            raise ValueError(f"weight: for {', '.join(weights)}; accepted: the tasks of task_loss, {', '.join(losses)}")
+        for name, value in weights.items():
+            if not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"weight: {value!r} for {name}; accepted: a finite number of at least 0")
+        self.weights = weights
+        self.task_losses = {name: _task_loss(loss, name) for name, loss in losses.items()}
+        self.denoise_loss = denoise_loss or _squared_error
+
+    def forward(self, output: JointOutput, clean: Tensor, target: Any) -> JointTerms:
+        """The loss of a batch.
+
+        Args:
+            output: of :class:`JointDenoiser`.
+            clean: (N, C, H, W), the images without noise.
+            target: what the task's loss takes; for several tasks a mapping by name.
+
+        Raises:
+            ValueError: shapes, names or labels that do not fit.
+        """
+        if output.denoised.shape != clean.shape:
+            raise ValueError(f"clean: shape {tuple(clean.shape)}; accepted: denoised's {tuple(output.denoised.shape)}")
+        targets = target if isinstance(target, Mapping) else {TASK: target}
+        names = list(self.task_losses)
+        for what, found in (("output", output.predictions), ("target", targets)):
+            if set(found) != set(names):
+                raise ValueError(f"{what}: tasks {', '.join(map(str, found))}; accepted: {', '.join(names)}")
+        tasks = {name: self._scalar(name, output.predictions[name], targets[name]) for name in names}
+        denoise = self.denoise_loss(output.denoised, clean)
+        total = denoise
+        for name in names:
+            total = total + self.weights[name] * tasks[name]
+        return JointTerms(total, denoise, tasks)
+
+    def _scalar(self, name: str, prediction: Any, target: Any) -> Tensor:
+        loss = self.task_losses[name](prediction, target)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"task_loss of {name}: returned {found}; accepted: a scalar tensor (take its mean)")
+        return loss
+
+
+class ClassificationLoss(nn.Module):
+    """Cross entropy of whole images, in float32.
+
+    Args:
+        ignore_index: label of images that do not count.
+        label_smoothing: as ``torch.nn.functional.cross_entropy``'s.
+    """
+
+    def __init__(self, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+
+    def forward(self, prediction: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the images that count; 0 where none does.
+
+        Args:
+            prediction: (N, classes), not normalised.
+            labels: (N,), integers.
+
+        Raises:
+            TypeError: not tensors, or labels that are not integers.
+            ValueError: other shapes, or a label that is no class.
+        """
+        _check_prediction(prediction, 2, "(N, classes)")
+        _check_labels(labels, tuple(prediction.shape[:1]), prediction.shape[1], self.ignore_index)
+        return _cross_entropy(prediction, labels, self.ignore_index, self.label_smoothing)
+
+
+class SegmentationLoss(nn.Module):
+    """Cross entropy of every pixel, in float32.
+
+    Args:
+        ignore_index: label of pixels that do not count.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, prediction: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the pixels that count; 0 where none does.
+
+        Args:
+            prediction: (N, classes, h, w), not normalised; scaled bilinearly to the size of ``labels``.
+            labels: (N, H, W), integers.
+
+        Raises:
+            TypeError: not tensors, or labels that are not integers.
+            ValueError: other shapes, or a label that is no class.
+        """
+        _check_prediction(prediction, 4, "(N, classes, h, w)")
+        shape = (prediction.shape[0], *labels.shape[1:]) if labels.dim() == 3 else (prediction.shape[0], -1, -1)
+        _check_labels(labels, shape, prediction.shape[1], self.ignore_index)
+        return _cross_entropy(resize_prediction(prediction, labels.shape[1:]), labels, self.ignore_index, 0.0)
+
+
+def resize_prediction(prediction: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    """Logits (N, classes, h, w), scaled bilinearly to ``size``, in float32."""
+    prediction = prediction.float()
+    if tuple(prediction.shape[2:]) == tuple(size):
+        return prediction
+    return F.interpolate(prediction, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -> None:
+    """Raise unless gradients pass through ``preprocess`` at the first of ``images`` (N, C, H, W).
+
+    Rounding, comparing, converting to integers or to NumPy, and ``detach`` all break the chain, some of them in
+    silence: the denoiser would then never hear of the task.
+
+    Raises:
+        ValueError: no gradient, one that is zero everywhere, or one that is not finite.
+    """
+    accepted = "accepted: differentiable torch functions (no rounding, no comparison, no detach, no NumPy)"
+    with torch.enable_grad():
+        probe = images[:1].detach().clone().requires_grad_()
+        try:
+            result = preprocess(probe)
+        except RuntimeError as error:
+            if "requires grad" in str(error):  # what Tensor.numpy says
+                raise ValueError(f"preprocess of {name}: {error}; {accepted}") from error
+            raise
+        if not isinstance(result, Tensor):
+            raise TypeError(f"preprocess of {name}: returned {type(result).__name__}; accepted: a tensor")
+        if not result.requires_grad:
+            raise ValueError(f"preprocess of {name}: no gradient passes through it; {accepted}")
+        # Unequal weights: those of a sum would cancel where a mean is subtracted.
+        weights = torch.linspace(0.5, 1.5, result.numel(), device=result.device).view_as(result).to(result.dtype)
+        (gradient,) = torch.autograd.grad((result * weights).sum(), probe, allow_unused=True)
+    if gradient is None or not bool(gradient.any()):
+        raise ValueError(f"preprocess of {name}: its gradient is zero everywhere; {accepted}")
+    if not bool(gradient.isfinite().all()):
+        raise ValueError(f"preprocess of {name}: its gradient is not finite; {accepted}")
+
+
+def _squared_error(denoised: Tensor, clean: Tensor) -> Tensor:
+    return F.mse_loss(denoised.float(), clean.float())
+
+
+def _task_loss(loss: BuiltIn | TaskLoss, name: str) -> TaskLoss:
+    if isinstance(loss, str):
+        if loss == "classification":
+            return ClassificationLoss()
+        if loss == "segmentation":
+            return SegmentationLoss()
+    elif callable(loss):
+        return loss
+    raise ValueError(f"task_loss: {loss!r} for {name}; accepted: 'classification', 'segmentation' or a callable")
+
+
+def _check_prediction(prediction: Any, dimensions: int, shape: str) -> None:
+    if not isinstance(prediction, Tensor):
+        raise TypeError(f"prediction: {type(prediction).__name__}; accepted: a tensor {shape}")
+    if prediction.dim() != dimensions:
+        raise ValueError(f"prediction: shape {tuple(prediction.shape)}; accepted: {shape}")
+
+
+def _check_labels(labels: Any, shape: tuple[int, ...], classes: int, ignore_index: int) -> None:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        found = f"dtype {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: {found}; accepted: a tensor of integers")
+    if tuple(labels.shape) != shape:
+        wanted = str(shape).replace("-1", "any")
+        raise ValueError(f"labels: shape {tuple(labels.shape)}; accepted: {wanted}")
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    # On a GPU this waits for the labels, tens of microseconds; a label out of range would end the process there.
+    counted = labels[labels != ignore_index]
+    if counted.numel():
+        low, high = (int(bound) for bound in counted.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"labels: from {low} to {high}; accepted: 0 to {classes - 1}, and {ignore_index} to be ignored"
+            )
+
+
+def _cross_entropy(prediction: Tensor, labels: Tensor, ignore_index: int, smoothing: float) -> Tensor:
+    labels = labels.long()
+    losses = F.cross_entropy(
+        prediction.float(), labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum"
+    )
+    # Not reduction="mean": it is NaN where every label is ignored.
+    return losses / (labels != ignore_index).sum().clamp(min=1)

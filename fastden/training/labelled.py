@@ -1,0 +1,174 @@
+"""Labelled images for joint training: classes from a table, segmentation from label images."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastden.errors import UserError
+from fastden.training.data import Image, find_images, load_rgb, to_gray
+
+#: A class, or a class for every pixel (H, W).
+Label = int | npt.NDArray[np.uint8]
+
+
+def read_classes(folder: Path) -> list[tuple[Path, int]]:
+    """Files and classes of ``labels.csv``, whose columns ``file`` and ``index`` (from 0) count.
+
+    Raises:
+        UserError: no such folder or table, a missing column, a row without a class or with a file that is not there.
+    """
+    table = folder / "labels.csv"
+    if not table.is_file():
+        raise UserError(f"data: {table} does not exist; accepted: a folder with labels.csv (columns file and index)")
+    with table.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = {"file", "index"} - set(reader.fieldnames or [])
+        if missing:
+            raise UserError(f"data: {table} has no column {' and no column '.join(sorted(missing))}")
+        found = []
+        for number, row in enumerate(reader, 2):
+            path = folder / str(row["file"])
+            if not str(row["index"]).isdecimal():
+                raise UserError(f"data: {table}, line {number}: index {row['index']!r}; accepted: a number from 0 on")
+            if not path.is_file():
+                raise UserError(f"data: {table}, line {number}: {path} does not exist")
+            found.append((path, int(row["index"])))
+    if not found:
+        raise UserError(f"data: {table} has no rows")
+    return found
+
+
+def read_masks(folder: Path) -> list[tuple[Path, Path]]:
+    """Images of ``images/``, each with the PNG of the same name in ``labels/`` whose values are classes.
+
+    Raises:
+        UserError: no such folders, or an image without a label.
+    """
+    images = find_images(folder / "images")
+    pairs = [(path, folder / "labels" / f"{path.stem}.png") for path in images]
+    without = [image for image, label in pairs if not label.is_file()]
+    if without:
+        raise UserError(f"data: {without[0]} has no label {folder / 'labels' / without[0].stem}.png")
+    return pairs
+
+
+def load_mask(path: Path) -> npt.NDArray[np.uint8]:
+    """(H, W) classes of a PNG: its stored values, not the colours of its palette."""
+    from PIL import Image as PIL
+
+    try:
+        with PIL.open(path) as image:
+            pixels = np.array(image)
+    except OSError as error:
+        raise UserError(f"data: cannot read {path}: {error}") from error
+    if pixels.ndim != 2 or pixels.dtype != np.uint8:
+        raise UserError(f"data: {path}: {pixels.dtype} {pixels.shape}; accepted: 8 bits, one channel or a palette")
+    return pixels
+
+
+def load_classified(folder: Path, crop: int) -> list[tuple[Image, Label]]:
+    """Images of :func:`read_classes` in memory, the shorter side scaled up to ``crop`` where it is less."""
+    return [(_at_least(load_rgb(path), crop), label) for path, label in read_classes(folder)]
+
+
+def load_segmented(folder: Path, crop: int) -> list[tuple[Image, Label]]:
+    """Images and label images of :func:`read_masks` in memory.
+
+    Raises:
+        UserError: an image and its label of different sizes, or smaller than ``crop``.
+    """
+    found: list[tuple[Image, Label]] = []
+    for path, label_path in read_masks(folder):
+        image, label = load_rgb(path), load_mask(label_path)
+        if image.shape[:2] != label.shape:
+            raise UserError(f"data: {path} is {image.shape[:2]}, its label {label.shape}; accepted: the same size")
+        if min(label.shape) < crop:
+            raise UserError(f"data: {path} is {label.shape}; accepted: at least crop ({crop}) pixels a side")
+        found.append((image, label))
+    return found
+
+
+def _at_least(image: Image, side: int) -> Image:
+    height, width = image.shape[:2]
+    if min(height, width) >= side:
+        return image
+    from PIL import Image as PIL
+
+    scale = side / min(height, width)
+    size = (max(round(width * scale), side), max(round(height * scale), side))
+    return np.asarray(PIL.fromarray(image).resize(size, PIL.Resampling.BICUBIC))
+
+
+class LabelledCrops(Dataset[dict[str, Tensor]]):
+    """Random square crops with their labels, flipped left to right half of the time.
+
+    Item ``index`` depends on the seed, the epoch and the index alone.
+
+    Args:
+        images: (H, W, 3) uint8 with their labels, both sides at least ``crop``.
+        length: items an epoch.
+        crop: side in pixels.
+        gray: probability that a crop is made gray.
+        seed, epoch: see above.
+    """
+
+    def __init__(
+        self, images: list[tuple[Image, Label]], length: int, crop: int, gray: float, seed: int, epoch: int
+    ) -> None:
+        self.images = images
+        self.length = length
+        self.crop = crop
+        self.gray = gray
+        self.key = (seed, epoch)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        random = np.random.default_rng((*self.key, index))
+        image, label = self.images[int(random.integers(len(self.images)))]
+        top = int(random.integers(image.shape[0] - self.crop + 1))
+        left = int(random.integers(image.shape[1] - self.crop + 1))
+        flip = bool(random.random() < 0.5)
+        return _item(image, label, top, left, (self.crop, self.crop), flip, bool(random.random() < self.gray))
+
+
+class LabelledImages(Dataset[dict[str, Tensor]]):
+    """The images as they are for validation: the central ``crop`` x ``crop`` pixels, or all of them.
+
+    Args:
+        images: as :class:`LabelledCrops`'.
+        crop: side in pixels; None for the whole image.
+    """
+
+    def __init__(self, images: list[tuple[Image, Label]], crop: int | None) -> None:
+        self.images = images
+        self.crop = crop
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image, label = self.images[index]
+        height, width = image.shape[:2] if self.crop is None else (self.crop, self.crop)
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        return _item(image, label, top, left, (height, width), flip=False, gray=False)
+
+
+def _item(
+    image: Image, label: Label, top: int, left: int, size: tuple[int, int], flip: bool, gray: bool
+) -> dict[str, Tensor]:
+    window = (slice(top, top + size[0]), slice(left, left + size[1]))
+    step = -1 if flip else 1
+    pixels = np.ascontiguousarray(image[window][:, ::step].transpose(2, 0, 1))
+    clean = torch.from_numpy(pixels).float().div_(255)
+    clean = to_gray(clean) if gray else clean
+    target = label if isinstance(label, int) else np.ascontiguousarray(label[window][:, ::step], dtype=np.int64)
+    return {"clean": clean, "gray": torch.tensor(gray), "label": torch.as_tensor(target)}

@@ -1,0 +1,81 @@
+"""Two processes under torchrun train as one process with the same batch does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fastden.model import Denoiser
+from tests.helpers import relative_l2
+from tests.training.conftest import Run
+
+pytestmark = pytest.mark.usefixtures("quiet")
+NETWORKS = str(Path(__file__).with_name("networks.py"))
+
+
+def torchrun(folder: Path, settings: dict[str, Any], *options: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "fastden", "train", str(folder / "config.yaml"), "--accelerator", "cpu", *options),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def moved(model: Path, start: Denoiser) -> torch.Tensor:
+    """What training changed in the parameters, as one vector."""
+    trained = dict(Denoiser.from_pretrained(model).named_parameters())
+    return torch.cat([(trained[name] - value).detach().flatten() for name, value in start.named_parameters()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["denoise", "joint-classify"])
+def test_two_processes_equal_one(objective: str, run: Run, photographs: Path, classified: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    start = Denoiser().eval()
+    start.save_pretrained(tmp_path / "start")
+    settings: dict[str, Any] = {
+        "data": [str(photographs)],
+        "init": str(tmp_path / "start"),
+        "steps": 3,
+        "epoch_steps": 2,
+        "batch": 4,
+        "crop": 30,
+        "validation": 2,
+        "warmup": 1,
+        "ema": 0.5,
+        "freeze_bn": 1.0,  # batch statistics would be of each process's own part
+        "precision": "32-true",
+    }
+    if objective != "denoise":
+        task = {"network": f"{NETWORKS}:classifier", "weight": 0.1, "validation_data": str(classified)}
+        settings |= {"objective": objective, "data": [str(classified)], **task}
+    done = torchrun(tmp_path / "two", {**settings, "output": str(tmp_path / "two" / "run")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = moved(tmp_path / "two" / "run" / "model", start)
+    one = moved(run(tmp_path / "one", **settings), start)
+    # Adam makes a whole step of a gradient that is rounding noise: single parameters may differ.
+    assert relative_l2(both, one) < 0.01
+    half = moved(run(tmp_path / "half", **{**settings, "batch": 2}), start)
+    assert relative_l2(half, one) > 0.1
+    columns, *rows = (tmp_path / "two" / "run" / "log" / "metrics.csv").read_text().splitlines()
+    assert "val_psnr_30" in columns if objective != "denoise" else "val_psnr_25" in columns
+    assert len(rows) == 1  # the second epoch was not finished
+
+
+@pytest.mark.slow
+def test_batch_that_cannot_be_shared(photographs: Path, tmp_path: Path) -> None:
+    settings = {"data": [str(photographs)], "output": str(tmp_path / "two" / "run"), "batch": 3, "crop": 30}
+    done = torchrun(tmp_path / "two", settings)
+    assert done.returncode != 0
+    assert "batch: 3; accepted for 2 processes: a multiple of them" in done.stderr
+    assert not (tmp_path / "two" / "run").exists()

