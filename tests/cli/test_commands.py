@@ -82,7 +82,7 @@ def test_train_reads_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         calls.append((config, options))
         return tmp_path / "model"
 
-    monkeypatch.setattr("fastden.training.denoise.train", run)
+    monkeypatch.setattr("fastden.training.run.train", run)
     config = tmp_path / "run.yaml"
     config.write_text(f"data: [{tmp_path}]\noutput: {tmp_path / 'out'}\nsteps: 7\n")
     text = works("train", config, "--set", "batch=2", "crop=32", "--resume", "--accelerator", "cpu", "--set", "lr=0.5")
@@ -96,7 +96,7 @@ def test_train_reads_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_train_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    monkeypatch.delitem(sys.modules, "fastden.training.denoise", raising=False)
+    monkeypatch.delitem(sys.modules, "fastden.training.run", raising=False)
     fails("train", tmp_path / "run.yaml", saying=r"pip install 'fastden\[train\]'")
 
 
