@@ -1,7 +1,7 @@
 """The figure of the joint experiments: pictures behind each denoiser, and what the frozen network makes of them.
 
     python benchmarks/joint/figure.py classify --data ../shared/data/joint/imagenet_val \\
-        --models separate=color joint=color-classify
+        --names ../shared/data/joint/imagenet_{train,val}/labels.csv --models separate=color joint=color-classify
     python benchmarks/joint/figure.py segment --data ../shared/data/joint/camvid/val \\
         --models separate=color joint=color-segment
 
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=SCORES)
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled validation images")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=MODEL", help="the jointly trained one last")
+    parser.add_argument("--names", type=Path, nargs="+", help="tables with index and name; default: data's labels.csv")
     parser.add_argument("--sigma", type=float, default=60.0)
     parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--no-cbm3d", action="store_true")
@@ -157,8 +158,10 @@ def main() -> None:
         methods[name] = network(model)
     predict = Predictor(task)
     if arguments.experiment == "classify":
-        with (arguments.data / "labels.csv").open(newline="", encoding="utf-8") as file:
-            known = {int(row["index"]): row["name"] for row in csv.DictReader(file)}
+        known = {}
+        for table in arguments.names or [arguments.data / "labels.csv"]:
+            with table.open(newline="", encoding="utf-8") as file:
+                known |= {int(row["index"]): row["name"] for row in csv.DictReader(file)}
         names = [known.get(i, f"class {i}") for i in range(task.classes)]
         sheet = figure_classify(images, names, predict, methods, arguments.sigma, arguments.rows)
     else:
