@@ -192,20 +192,20 @@ def _models() -> list[str]:
 def _backends(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     torch_report, gpu = report["torch"], report["gpu"]
     broken = [f"PyTorch cannot be imported ({torch_report['error']})"] if "error" in torch_report else []
-    not_here = ["not part of this release"]
+    no_gpu = []
     devices = torch_report.get("devices", [])
     if not any(str(device).startswith("cuda") for device in devices):
         if gpu.get("nvidia"):
-            not_here.append(f"a GPU is here ({gpu['nvidia'][0]}), but this PyTorch cannot use it")
+            no_gpu.append(f"a GPU is here ({gpu['nvidia'][0]}), but this PyTorch cannot use it")
         else:
-            not_here.append("no GPU is found")
+            no_gpu.append("no GPU is found")
     no_triton = [] if find_spec("triton") else ["the package triton is not installed"]
     no_nvcc = [] if gpu.get("nvcc") else ["nvcc is not found (PATH, CUDA_HOME)"]
     reasons = {
         "torch": broken,
         **{f"onednn {dtype}": broken or _why_not_onednn(dtype) for dtype in ("float32", "bfloat16")},
-        "triton": broken + not_here + no_triton,
-        "cuda": broken + not_here + no_nvcc,
+        "triton": broken + no_gpu + no_triton,
+        "cuda": [*broken, "not part of this release", *no_gpu, *no_nvcc],
     }
     return {name: {"available": not why, "why_not": why} for name, why in reasons.items()}
 

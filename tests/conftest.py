@@ -9,9 +9,14 @@ from pathlib import Path
 # Before anything imports huggingface_hub, which reads it once: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Before anything imports Triton, which reads it when kernels are defined: without a GPU they are interpreted.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import hypothesis
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

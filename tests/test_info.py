@@ -29,9 +29,17 @@ def test_report_is_complete_and_plain() -> None:
 def test_backends_say_why_not() -> None:
     backends = info.collect()["backends"]
     assert backends["torch"] == {"available": True, "why_not": []}
-    for name in ("triton", "cuda"):
-        assert not backends[name]["available"]
-        assert "not part of this release" in backends[name]["why_not"]
+    assert "not part of this release" in backends["cuda"]["why_not"]
+    assert backends["triton"]["available"] == (not backends["triton"]["why_not"])
+
+
+def test_triton_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    report: dict[str, Any] = {"torch": {"devices": ["cpu"]}, "gpu": {"nvidia": [], "nvcc": None}}
+    monkeypatch.setattr(info, "find_spec", lambda name: None)
+    assert info._backends(report)["triton"]["why_not"] == ["no GPU is found", "the package triton is not installed"]
+    report["torch"]["devices"].append("cuda:0 Some GPU")
+    monkeypatch.setattr(info, "find_spec", lambda name: name)
+    assert info._backends(report)["triton"] == {"available": True, "why_not": []}
 
 
 def test_the_onednn_form_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The operators of the network's hot path, each a plain function with a PyTorch reference."""
 
 from fastden.ops._types import BatchNorm
+from fastden.ops.backends import BACKENDS, use_backend, why_not
 from fastden.ops.bottleneck import bottleneck
 from fastden.ops.concat_conv_bn_relu import concat_conv_bn_relu
 from fastden.ops.conv_bn_relu import conv_bn_relu
@@ -8,4 +9,15 @@ from fastden.ops.head import head
 from fastden.ops.stem import stem
 from fastden.ops.upsample import upsample
 
-__all__ = ["BatchNorm", "bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample"]
+__all__ = [
+    "BACKENDS",
+    "BatchNorm",
+    "bottleneck",
+    "concat_conv_bn_relu",
+    "conv_bn_relu",
+    "head",
+    "stem",
+    "upsample",
+    "use_backend",
+    "why_not",
+]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastden.algebra import fold_batch_norm
 
 
 class BatchNorm(NamedTuple):
@@ -50,3 +52,47 @@ def finish(y: Tensor, bn: BatchNorm | None, residual: Tensor | None, relu: bool)
         y = y.add_(residual) if residual.dtype == y.dtype else y + residual
     # In place: no backward before this point needs y, and a training step has twelve such tensors.
     return torch.relu_(y) if relu else y
+
+
+def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as PyTorch's convolutions take them."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor for tensor in tensors
+    )
+
+
+def convolve(
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNorm | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """``relu(bn(conv2d(cat([a, b], 1), weight, bias)) + residual)`` on kernels, with gradients."""
+    from fastden.ops._dispatch import Conv, ConvBatchNorm
+
+    if bn is not None and bn.training:
+        y, mean, variance = ConvBatchNorm.apply(
+            a, b, weight, bias, bn.weight, bn.bias, residual, relu, stride, padding, bn.eps
+        )
+        count = y.numel() // y.shape[1]
+        with torch.no_grad():
+            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+            unbiased = variance * (count / max(count - 1, 1))
+            bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+        return y
+    if bn is not None:
+        weight, bias = fold_batch_norm(
+            weight.float(), None if bias is None else bias.float(), bn.weight, bn.bias, bn.running_mean, bn.running_var,
+            bn.eps,
+        )  # fmt: skip
+        weight, bias = weight.to(a.dtype), bias.to(a.dtype)
+    return Conv.apply(a, b, weight, bias, residual, relu, stride, padding)

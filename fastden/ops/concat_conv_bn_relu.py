@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.ops._types import BatchNorm, finish
+from fastden.ops._types import BatchNorm, convolve, finish, in_autocast
+from fastden.ops.backends import choose
 
 
 def concat_conv_bn_relu(
@@ -18,6 +19,7 @@ def concat_conv_bn_relu(
     bn: BatchNorm | None = None,
     relu: bool = True,
     padding: int = 1,
+    backend: str | None = None,
 ) -> Tensor:
     """``relu(bn(conv2d(cat([a, b], 1), weight, bias)))``.
 
@@ -29,8 +31,12 @@ def concat_conv_bn_relu(
         bn: batch normalisation over O channels; None where it is folded.
         relu: whether the ReLU is applied.
         padding: as in ``torch.nn.functional.conv2d``.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, H', W').
     """
+    if choose("concat_conv_bn_relu", backend, a=a, b=b, weight=weight, bias=bias) != "torch":
+        a, b, weight, bias = in_autocast(a, b, weight, bias)
+        return convolve(a, b, weight, bias, bn, None, relu, 1, padding)
     return finish(F.conv2d(torch.cat([a, b], 1), weight, bias, 1, padding), bn, None, relu)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.ops._types import BatchNorm, finish
+from fastden.ops._types import BatchNorm, convolve, finish, in_autocast
+from fastden.ops.backends import choose
 
 
 def conv_bn_relu(
@@ -18,6 +19,7 @@ def conv_bn_relu(
     relu: bool = True,
     stride: int = 1,
     padding: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     """``relu(bn(conv2d(x, weight, bias)) + residual)``.
 
@@ -29,8 +31,12 @@ def conv_bn_relu(
         residual: tensor of the output's shape, added before the ReLU.
         relu: whether the ReLU is applied.
         stride, padding: as in ``torch.nn.functional.conv2d``.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1.
     """
+    if choose("conv_bn_relu", backend, x=x, weight=weight, bias=bias, residual=residual) != "torch":
+        x, weight, bias, residual = in_autocast(x, weight, bias, residual)
+        return convolve(x, None, weight, bias, bn, residual, relu, stride, padding)
     return finish(F.conv2d(x, weight, bias, stride, padding), bn, residual, relu)

@@ -5,9 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.ops._types import in_autocast
+from fastden.ops.backends import choose
+
 
 def head(
-    features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor, *, add_input: bool = True
+    features: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    image_weight: Tensor,
+    bias: Tensor,
+    *,
+    add_input: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Denoised image from the last feature map and the padded network input.
 
@@ -18,10 +28,16 @@ def head(
         image_weight: (K, C, 7, 7), without the identity: the input is added apart, at its own precision.
         bias: (K,).
         add_input: False leaves the input out, for a caller that adds it at a higher precision.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, K, H - 6, W - 6).
     """
+    tensors = {"features": features, "x": x, "weight": weight, "image_weight": image_weight, "bias": bias}
+    if choose("head", backend, **tensors) != "torch":
+        from fastden.ops._dispatch import Head
+
+        return Head.apply(*in_autocast(*tensors.values()), add_input)
     k = image_weight.shape[0]
     y = F.pixel_shuffle(F.conv2d(features, weight, None, padding=1), 2)
     y = y + F.conv2d(x, image_weight, bias)

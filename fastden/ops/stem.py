@@ -5,10 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.ops._types import BatchNorm, finish
+from fastden.ops._types import BatchNorm, finish, in_autocast
+from fastden.ops.backends import choose
 
 
-def stem(x: Tensor, weight: Tensor, bias: Tensor, *, bn: BatchNorm | None = None, relu: bool = True) -> Tensor:
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    bn: BatchNorm | None = None,
+    relu: bool = True,
+    backend: str | None = None,
+) -> Tensor:
     """First feature map at half resolution, straight from the padded image.
 
     conv1 pads conv0's *output* with zeros, so on the first row and column of the result the taps that would read that
@@ -20,10 +29,16 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, *, bn: BatchNorm | None = None
         bias: (4, O), likewise.
         bn: batch normalisation over O channels; None where it is folded.
         relu: whether the ReLU is applied.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, (H - 4) / 2, (W - 4) / 2).
     """
+    if choose("stem", backend, x=x, weight=weight, bias=bias) != "torch":
+        from fastden.ops._dispatch import Stem
+
+        y = Stem.apply(*in_autocast(x, weight, bias), relu and bn is None)
+        return y if bn is None else finish(y, bn, None, relu)
     x = F.pad(x, (1, 0, 1, 0))
     y = F.conv2d(x, weight[0], bias[0], stride=2)
     # Written into the convolution's own output: conv2d's backward does not need it, so no copy is made.

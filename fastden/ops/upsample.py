@@ -5,16 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.ops._types import in_autocast
+from fastden.ops.backends import choose
 
-def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """Twice the height and width by a transposed convolution, kernel 4, stride 2, padding 1.
 
     Args:
         x: (N, C, H, W), any floating dtype.
         weight: (C, O, 4, 4), same dtype as ``x``.
         bias: (O,) or None.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, 2 H, 2 W).
     """
+    if choose("upsample", backend, x=x, weight=weight, bias=bias) != "torch":
+        from fastden.ops._dispatch import Upsample
+
+        return Upsample.apply(*in_autocast(x, weight, bias))
     return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)

@@ -1,0 +1,190 @@
+"""Backends of the operators: which there are, which one is asked for, and why one cannot run.
+
+An operator runs on the backend that its ``backend`` argument names; else on that of the innermost
+:func:`use_backend`; else on that of the environment variable ``FASTDEN_BACKEND``; else on the one that is chosen
+automatically. What was asked for and cannot run raises, with every backend's reasons; nothing falls back silently.
+The automatic choice takes a kernel only where committed results of a GPU show it right and faster (:data:`PROVEN`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run operators.
+
+    Args:
+        name: what users call it.
+        summary: one line for ``fastden info``.
+        package: where its operators live, one module each; None for the references themselves.
+        requires: the package that must be there.
+    """
+
+    name: str
+    summary: str
+    package: str | None = None
+    requires: str | None = None
+
+
+BACKENDS = (
+    Backend("torch", "PyTorch's own operations: the reference, on any device"),
+    Backend("triton", "Triton kernels, for CUDA devices", "fastden.kernels", "triton"),
+)
+NAMES = tuple(backend.name for backend in BACKENDS)
+#: (operator, compute capability) for which committed results show the Triton kernel right and faster.
+PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset()
+ENVIRONMENT = "FASTDEN_BACKEND"
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run operators on backend ``name`` inside the ``with`` block, in this thread or task alone.
+
+    A function compiled by ``torch.compile`` keeps the backend that it was traced with.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    token = _scoped.set(_known(name, "backend"))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def requested() -> str | None:
+    """The backend that the context or the environment asks for; None where the choice is automatic."""
+    scoped = _scoped.get()
+    if scoped is not None:
+        return scoped
+    name = os.environ.get(ENVIRONMENT)
+    return _known(name, ENVIRONMENT) if name else None
+
+
+def choose(operator: str, backend: str | None, **tensors: Tensor | None) -> str:
+    """Name of the backend that ``operator`` runs on.
+
+    Args:
+        operator: its name.
+        backend: what the caller asks for, or None.
+        **tensors: the inputs, by the names of the operator's arguments.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend that was asked for cannot run.
+    """
+    name = requested() if backend is None else _known(backend, "backend")
+    if name is None:
+        name = _automatic(operator, tensors)
+    if name == "torch" or torch.compiler.is_compiling():
+        return name  # tracing has run, or will run, into the kernel's own refusal
+    reasons = why_not(operator, name, **tensors)
+    if reasons:
+        raise RuntimeError(_refusal(operator, name, tensors))
+    return name
+
+
+def why_not(operator: str, backend: str, **tensors: Tensor | None) -> list[str]:
+    """Why ``operator`` cannot run on ``backend`` with these inputs; empty where it can.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    entry = BACKENDS[NAMES.index(_known(backend, "backend"))]
+    if entry.package is None:
+        return []
+    missing = unavailable(entry)
+    if missing:
+        return missing
+    reasons = []
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {tensor.device.type for tensor in given.values()}
+    if devices != {"cuda"} and not (interpreted() and devices == {"cpu"}):
+        reasons.append(f"device {', '.join(sorted(devices))}; accepted: cuda")
+    dtypes = {_as_run(tensor) for tensor in given.values()}
+    if not dtypes <= set(KERNEL_DTYPES):
+        reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(KERNEL_DTYPES)}")
+    elif len(dtypes) > 1:
+        reasons.append(f"dtypes {_names(dtypes)}; accepted: one for all inputs")
+    return reasons + kernel_module(entry, operator).why_not(**given)
+
+
+def unavailable(backend: Backend) -> list[str]:
+    """Why ``backend`` cannot run anything here; empty where it can."""
+    if backend.requires is not None and not _installed(backend.requires):
+        return [f"{backend.requires} is not installed (pip install 'fastden[gpu]')"]
+    if backend.package is not None and not _installed(backend.package):
+        return [f"{backend.package} is not installed: fastden runs from an uninstalled checkout (pip install -e .)"]
+    return []
+
+
+def kernel_module(backend: Backend, operator: str) -> ModuleType:
+    """The module of ``operator``'s kernels."""
+    return import_module(f"{backend.package}.{operator}")
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on the CPU, because ``TRITON_INTERPRET=1`` is set."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _installed(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _known(name: str, what: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{what}: {name!r}; accepted: {', '.join(NAMES)}")
+    return name
+
+
+def _automatic(operator: str, tensors: dict[str, Tensor | None]) -> str:
+    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+    if not PROVEN or device.type != "cuda" or (operator, torch.cuda.get_device_capability(device)) not in PROVEN:
+        return "torch"
+    return "torch" if why_not(operator, "triton", **tensors) else "triton"
+
+
+def _refusal(operator: str, name: str, tensors: dict[str, Tensor | None]) -> str:
+    inputs = "; ".join(
+        f"{key}: {tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
+        for key, tensor in tensors.items()
+        if tensor is not None
+    )
+    lines = [f"backend {name!r} was asked for and cannot run {operator} on {inputs}"]
+    for backend in NAMES:
+        reasons = why_not(operator, backend, **tensors)
+        lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'can run'}")
+    return "\n".join(lines)
+
+
+def _as_run(tensor: Tensor) -> torch.dtype:
+    """The dtype that an operator computes in: autocast's, where that is on."""
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def _names(dtypes: object) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]

@@ -1,0 +1,58 @@
+"""What every kernel's launch needs: the device guard, the precision of products, and a product that interprets."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Specimen(NamedTuple):
+    """A kernel as it is launched by default, to be compiled without a GPU.
+
+    Attributes:
+        kernel: the jitted function.
+        signature: type of every argument by name: ``*bf16``, ``i32``, ..., or ``constexpr``.
+        constants: values of the constexpr arguments.
+        warps, stages: as launched.
+        label: for tables.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    label: str
+
+
+#: Whether kernels are interpreted on the CPU (``TRITON_INTERPRET=1``).
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` with float32 sums."""
+    if INTERPRETED:
+        # The interpreter (Triton 3.6 to 3.9) multiplies bfloat16 numbers' bits as integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def precision(x: Tensor) -> str:
+    """How products of float32 are formed: TF32 where torch allows convolutions to use it."""
+    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def device_guard(x: Tensor) -> torch.cuda.device:
+    """Kernels launch on the current device: make it that of ``x``. Does nothing for the CPU, where they interpret."""
+    return torch.cuda.device(x.device if x.is_cuda else -1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` (4-D), channels innermost in memory, without a copy where it is so already."""
+    return x.contiguous(memory_format=torch.channels_last)

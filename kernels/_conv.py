@@ -1,0 +1,284 @@
+"""Convolution as an implicit matrix product, shared by the operators: forward, inference and training.
+
+Rows of the product are output pixels, columns output channels, and the inner dimension runs over taps and input
+channels. Tensors are channels-last (NHWC in memory); weights are (O, kernel rows, kernel columns, C), which is what a
+channels-last convolution weight is in memory. Sums are float32. A transposed convolution of stride 2 is four such
+products, one for each parity of the output pixel ("phases").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastden.kernels._common import Specimen, device_guard, dot, precision
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Sizes of a tile and how it is run: output pixels, output channels, inner dimension, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def config_for(channels: int, outputs: int, pixels: int, itemsize: int, statistics: bool = False) -> ConvConfig:
+    """Default tile of a convolution.
+
+    Not measured on a GPU: chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the pipeline's buffers
+    take at most 96 KiB of shared memory, which fits two blocks on sm_90 and one on sm_80.
+    """
+    # Statistics hold the accumulators twice: on sm_80, 128 x 128 of them spill.
+    widest = 64 if statistics else 128
+    block_n = min(widest, max(16, triton.next_power_of_2(outputs)))
+    block_k = min(64 if itemsize <= 2 else 32, max(16, triton.next_power_of_2(channels)))
+    # Few pixels: smaller tiles keep more multiprocessors busy.
+    block_m = 128 if pixels >= 128 * 132 else 64
+    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80.
+    warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 else 4
+    return ConvConfig(block_m, block_n, block_k, warps, stages=3)
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    x_ptr,
+    w_ptr,
+    image,
+    top,
+    left,
+    rows,
+    columns,
+    outputs,
+    height,
+    width,
+    C: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TOTAL: tl.constexpr,
+    KERNEL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    O: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``acc`` plus the taps of one source with C of the TOTAL input channels, from channel OFFSET of the weights on."""
+    STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    for step in range(KERNEL * KERNEL * STEPS):
+        tap = step // STEPS
+        channel = (step % STEPS) * BLOCK_K + k
+        y = top + tap // KERNEL
+        x = left + tap % KERNEL
+        inside = rows & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        pixel = (image * height + y) * width + x
+        source = tl.load(
+            x_ptr + pixel[:, None] * C + channel[None, :],
+            mask=inside[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        weights = tl.load(
+            w_ptr + (outputs[:, None] * (KERNEL * KERNEL) + tap) * TOTAL + OFFSET + channel[None, :],
+            mask=(outputs < O)[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        acc = dot(source, tl.trans(weights), acc, PRECISION)
+    return acc
+
+
+# Sizes of images are no part of the compiled kernel: no new image size compiles it again.
+@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
+def conv_kernel(
+    a_ptr,
+    b_ptr,
+    w_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    statistics_ptr,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    O: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    PHASES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of ``relu(conv(cat(a, b)) + bias + residual)``; with statistics, those of what is stored.
+
+    ``out_height`` and ``out_width`` are those of one phase. Statistics are each tile's mean and sum of squared
+    deviations a channel, (tiles, 2, O) in float32: they combine without cancellation, however large the mean.
+    """
+    tile = tl.program_id(0)
+    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    phase = tl.program_id(2)
+    phase_y = phase // 2
+    phase_x = phase % 2
+    # 64 bits from here on: a 24-megapixel image with 256 channels has more elements than 32 bits count.
+    pixels = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = batch.to(tl.int64) * out_height * out_width
+    rows = pixels < count
+    column = pixels % out_width
+    line = pixels // out_width
+    row = line % out_height
+    image = line // out_height
+    top = row * STRIDE - PADDING
+    left = column * STRIDE - PADDING
+    if PHASES == 4:
+        top += phase_y
+        left += phase_x
+        w_ptr += phase * (O * KERNEL * KERNEL * (A + B))
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = _accumulate(
+        acc, a_ptr, w_ptr, image, top, left, rows, column, outputs, height, width,
+        A, 0, A + B, KERNEL, BLOCK_K, O, PRECISION,
+    )  # fmt: skip
+    if B > 0:
+        acc = _accumulate(
+            acc, b_ptr, w_ptr, image, top, left, rows, column, outputs, height, width,
+            B, A, A + B, KERNEL, BLOCK_K, O, PRECISION,
+        )  # fmt: skip
+
+    kept = rows[:, None] & (outputs < O)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + outputs, mask=outputs < O, other=0.0).to(tl.float32)[None, :]
+    if STATISTICS:
+        # Of the values as they are stored: normalisation reads those.
+        stored = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
+        present = tl.minimum(count - tile.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean = tl.sum(tl.where(kept, stored, 0.0), 0) / present
+        deviation = tl.where(kept, stored - mean[None, :], 0.0)
+        place = statistics_ptr + tile.to(tl.int64) * (2 * O) + outputs
+        tl.store(place, mean, mask=outputs < O)
+        tl.store(place + O, tl.sum(deviation * deviation, 0), mask=outputs < O)
+    if PHASES == 4:
+        line = (image * out_height + row) * 2 + phase_y
+        target = (line * (out_width * 2) + column * 2 + phase_x)[:, None] * O + outputs[None, :]
+    else:
+        target = pixels[:, None] * O + outputs[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + target, mask=kept, other=0.0).to(tl.float32)
+    if RELU:
+        # Not maximum(acc, 0) alone, which would hide a NaN.
+        acc = tl.where(acc < 0.0, 0.0, acc)
+    tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=kept)
+
+
+def launch_conv(
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    relu: bool,
+    stride: int = 1,
+    padding: int = 0,
+    phases: int = 1,
+    statistics: bool = False,
+    config: ConvConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run :func:`conv_kernel` on channels-last tensors.
+
+    Args:
+        a: (N, A, H, W).
+        b: (N, B, H, W) or None.
+        weight: (O, A + B, k, k), channels-last; for four phases (4, O, A + B, 2, 2), each channels-last.
+        bias: (O,) or None.
+        residual: of the output's shape, or None.
+        relu, stride, padding: of the convolution; a phase's padding is 1 less its parity.
+        phases: 1, or 4 for a transposed convolution of kernel 4, stride 2, padding 1.
+        statistics: also return each tile's statistics.
+        config: None for the default.
+
+    Returns:
+        (N, O, H', W'), channels-last, and (tiles, 2, O) float32 or None.
+    """
+    batch, channels, height, width = a.shape
+    others = 0 if b is None else b.shape[1]
+    outputs, kernel = weight.shape[-4], weight.shape[-1]
+    if phases == 4:
+        out_height, out_width, scale = height, width, 2
+    else:
+        out_height = (height + 2 * padding - kernel) // stride + 1
+        out_width = (width + 2 * padding - kernel) // stride + 1
+        scale = 1
+    shape = (batch, outputs, out_height * scale, out_width * scale)
+    y = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
+    count = batch * out_height * out_width
+    config = config or config_for(channels, outputs, count, a.element_size(), statistics)
+    tiles = triton.cdiv(count, config.block_m)
+    found = torch.empty((tiles, 2, outputs), dtype=torch.float32, device=a.device) if statistics else None
+    if count == 0:
+        return y, found
+    grid = (tiles, triton.cdiv(outputs, config.block_n), phases)
+    with device_guard(a):
+        conv_kernel[grid](
+            a, a if b is None else b, weight, a if bias is None else bias, a if residual is None else residual,
+            y, y if found is None else found,
+            batch, height, width, out_height, out_width,
+            A=channels, B=others, O=outputs, KERNEL=kernel, STRIDE=stride, PADDING=padding, PHASES=phases,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, RELU=relu, STATISTICS=statistics,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PRECISION=precision(a),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return y, found
+
+
+def conv_specimen(
+    label: str,
+    dtype: str,
+    *,
+    channels: int,
+    outputs: int,
+    kernel: int,
+    others: int = 0,
+    stride: int = 1,
+    phases: int = 1,
+    relu: bool = True,
+    residual: bool = False,
+    statistics: bool = False,
+) -> Specimen:
+    """:func:`conv_kernel` as :func:`launch_conv` launches it on a large image, ``dtype`` in Triton's spelling."""
+    config = config_for(channels, outputs, 1 << 20, 4 if dtype == "fp32" else 2, statistics)
+    constants = {
+        "A": channels,
+        "B": others,
+        "O": outputs,
+        "KERNEL": kernel,
+        "STRIDE": stride,
+        "PADDING": kernel // 2,
+        "PHASES": phases,
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": residual,
+        "RELU": relu,
+        "STATISTICS": statistics,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "PRECISION": "ieee",
+    }
+    signature = {}
+    for name in conv_kernel.arg_names:
+        pointer = "*fp32" if name == "statistics_ptr" and statistics else f"*{dtype}"
+        signature[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else "i32"
+    return Specimen(conv_kernel, signature, constants, config.warps, config.stages, f"{label} {dtype}")

@@ -1,0 +1,446 @@
+"""bottleneck on Triton, at inference: ``relu(x + expand(relu(conv(relu(reduce(x))))))``, BN folded into biases.
+
+Triton cannot read registers or shared memory at shifted positions, which the 3x3 convolution of a map that a program
+has just made would need. Four ways around that, by what a pixel takes of a (C, M) bottleneck in 16-bit storage, for
+(128, 32) and (256, 64): products are multiply-accumulates; DRAM is the bytes that have to pass there; L2 those of
+activations that programs read and write (weights add about 400 and 800):
+
+==================================  ===========================================  =========  ==========
+way                                 products                                     DRAM       L2
+==================================  ===========================================  =========  ==========
+reduce again for each of 9 taps     9 C M + 9 M M + M C = 50200, 200700          512, 1024  2800, 5600
+two kernels, the map in memory      C M + 9 M M + M C = 17400, 69600             896, 1792  1400, 2800
+one kernel, the map in scratch      1.5 C M + 9 M M + M C = 19500, 77800         512, 1024  1500, 3000
+``tl.gather`` of a map's rows       1.5 C M + 9 M M + M C = 19500, 77800         512, 1024  900, 1700
+==================================  ===========================================  =========  ==========
+
+``fused`` is the third: a program owns a tile of output pixels, reduces the tile and its one-pixel margin, stores that
+to a scratch of its own, waits for its own threads, and reads it back at the nine shifts. Programs are persistent, so
+that the scratch (3 and 6 MiB for all of an H100's programs) is written again and again and stays in L2. The factor 1.5
+is the margin and the partly filled last block of its pixels. The second way, the same steps as two kernels, is there
+to be compared with. The first multiplies 2.9 times as much and reads x nine times. The last writes the map to shared
+memory and reads it there, one element at a time, for each tap.
+
+None of this was measured on a GPU: bytes and products are counted, and tiles chosen so that registers do not spill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastden.kernels._common import Specimen, device_guard, dot, precision
+from fastden.kernels._conv import _accumulate, launch_conv
+
+#: The sums of the 3x3 convolution of a pixel are all held by one program.
+LARGEST_MIDDLE = 128
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """How the bottleneck is run.
+
+    Args:
+        block_m: output pixels a program holds at once, a power of two from 16 on. A fused tile is as near to square as
+            powers of two allow, wider than high.
+        warps, stages: a program's warps, and its loads' pipeline stages.
+        fused: one kernel; else the middle map goes through memory between two.
+        programs: of the fused kernel, for each multiprocessor.
+    """
+
+    block_m: int
+    warps: int
+    stages: int
+    fused: bool
+    programs: int = 2
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Height and width of a fused tile."""
+        height = 1 << (self.block_m.bit_length() - 1) // 2
+        return height, self.block_m // height
+
+
+def config_for(channels: int, middle: int, pixels: int, itemsize: int, products: str = "tf32") -> BottleneckConfig:
+    """Default configuration for C = ``channels``, M = ``middle`` and N * H * W = ``pixels``; not measured on a GPU."""
+    if itemsize > 2 and products == "ieee":
+        # Without matrix instructions operands fill registers, too.
+        return BottleneckConfig(block_m=64, warps=8, stages=2, fused=True)
+    # Few pixels: smaller tiles keep more multiprocessors busy. Other types and sizes: twice the bytes or sums a pixel.
+    if pixels < 128 * 132 or itemsize > 2 or middle > 64:
+        return BottleneckConfig(block_m=64, warps=4, stages=2, fused=True)
+    if middle <= 32:
+        return BottleneckConfig(block_m=128, warps=4, stages=3, fused=True)
+    # A larger tile for larger weights, which every tile reads again; registers leave room for one program.
+    return BottleneckConfig(block_m=256, warps=8, stages=3, fused=True, programs=1)
+
+
+@triton.jit
+def _relu(values):
+    # Not maximum(values, 0), which would hide a NaN.
+    return tl.where(values < 0.0, 0.0, values)
+
+
+@triton.jit
+def _reduce(
+    x_ptr,
+    reduce_ptr,
+    bias_ptr,
+    middle_ptr,
+    image,
+    top,
+    left,
+    height,
+    width,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MARGIN_WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_MID: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``relu(reduce(x) + bias)`` of the tile with its margin, whose first pixel is (top, left), to the scratch.
+
+    Outside the image it is 0, not ``relu(bias)``: the convolution pads the reduced map. So it is in the channels from
+    M to BLOCK_MID, so that reading needs no mask.
+    """
+    STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    middles = tl.arange(0, BLOCK_MID)
+    acc = tl.zeros((BLOCK_R, BLOCK_MID), tl.float32)
+    # One loop over blocks of pixels and of channels, so that the pipeline of loads does not run dry between them.
+    for step in range(CHUNKS * STEPS):
+        place = (step // STEPS) * BLOCK_R + tl.arange(0, BLOCK_R)
+        channel = (step % STEPS) * BLOCK_K + k
+        y = top + place // MARGIN_WIDTH
+        x = left + place % MARGIN_WIDTH
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        pixel = (image * height + y) * width + x
+        source = tl.load(
+            x_ptr + pixel[:, None] * C + channel[None, :],
+            mask=inside[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        weights = tl.load(
+            reduce_ptr + middles[:, None] * C + channel[None, :],
+            mask=(middles < M)[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        acc = dot(source, tl.trans(weights), acc, PRECISION)
+        if step % STEPS == STEPS - 1:
+            if HAS_BIAS:
+                acc += tl.load(bias_ptr + middles, mask=middles < M, other=0.0).to(tl.float32)[None, :]
+            values = tl.where(inside[:, None], _relu(acc), 0.0)
+            tl.store(middle_ptr + place[:, None] * BLOCK_MID + middles[None, :], values.to(middle_ptr.dtype.element_ty))
+            acc = tl.zeros((BLOCK_R, BLOCK_MID), tl.float32)
+
+
+@triton.jit
+def _convolve_scratch(
+    acc,
+    middle_ptr,
+    conv_ptr,
+    M: tl.constexpr,
+    MARGIN_WIDTH: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_MID: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``acc`` plus the 3x3 convolution of the scratch."""
+    STEPS: tl.constexpr = BLOCK_MID // BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    outputs = tl.arange(0, BLOCK_MID)
+    pixel = tl.arange(0, BLOCK_M)
+    corner = (pixel // TILE_WIDTH) * MARGIN_WIDTH + pixel % TILE_WIDTH
+    for step in range(9 * STEPS):
+        tap = step // STEPS
+        channel = (step % STEPS) * BLOCK_K + k
+        place = corner + (tap // 3) * MARGIN_WIDTH + tap % 3
+        source = tl.load(middle_ptr + place[:, None] * BLOCK_MID + channel[None, :])
+        weights = tl.load(
+            conv_ptr + (outputs[:, None] * 9 + tap) * M + channel[None, :],
+            mask=(outputs < M)[:, None] & (channel < M)[None, :],
+            other=0.0,
+        )
+        acc = dot(source, tl.trans(weights), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _expand(
+    acc,
+    conv_bias_ptr,
+    expand_ptr,
+    bias_ptr,
+    x_ptr,
+    y_ptr,
+    pixels,
+    rows,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_MID: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``relu(x + expand(relu(acc + conv_bias)) + bias)`` at ``pixels``, a block of channels at a time."""
+    middles = tl.arange(0, BLOCK_MID)
+    if HAS_CONV_BIAS:
+        acc += tl.load(conv_bias_ptr + middles, mask=middles < M, other=0.0).to(tl.float32)[None, :]
+    middle = _relu(acc).to(x_ptr.dtype.element_ty)
+    # Not all channels at once: their sums would not fit into registers.
+    for first in range(0, C, BLOCK_N):
+        outputs = first + tl.arange(0, BLOCK_N)
+        weights = tl.load(
+            expand_ptr + outputs[:, None] * M + middles[None, :],
+            mask=(outputs < C)[:, None] & (middles < M)[None, :],
+            other=0.0,
+        )
+        values = dot(middle, tl.trans(weights), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        if HAS_BIAS:
+            values += tl.load(bias_ptr + outputs, mask=outputs < C, other=0.0).to(tl.float32)[None, :]
+        kept = rows[:, None] & (outputs < C)[None, :]
+        target = pixels[:, None] * C + outputs[None, :]
+        values += tl.load(x_ptr + target, mask=kept, other=0.0).to(tl.float32)
+        tl.store(y_ptr + target, _relu(values).to(y_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def bottleneck_kernel(
+    x_ptr,
+    reduce_ptr,
+    conv_ptr,
+    expand_ptr,
+    reduce_bias_ptr,
+    conv_bias_ptr,
+    expand_bias_ptr,
+    middle_ptr,
+    y_ptr,
+    batch,
+    height,
+    width,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    HAS_REDUCE_BIAS: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
+    HAS_EXPAND_BIAS: tl.constexpr,
+    TILE_HEIGHT: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_MID: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The fused bottleneck: each program does every so many-th tile of TILE_HEIGHT x TILE_WIDTH pixels.
+
+    ``middle_ptr`` is scratch: (programs, CHUNKS * BLOCK_R, BLOCK_MID).
+    """
+    BLOCK_M: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
+    MARGIN_WIDTH: tl.constexpr = TILE_WIDTH + 2
+    program = tl.program_id(0)
+    middle_ptr += program.to(tl.int64) * (CHUNKS * BLOCK_R * BLOCK_MID)
+    down = tl.cdiv(height, TILE_HEIGHT)
+    across = tl.cdiv(width, TILE_WIDTH)
+    pixel = tl.arange(0, BLOCK_M)
+    tile = program
+    # Not tl.range, whose bounds Triton 3.6 cannot interpret with numpy 2.4.
+    while tile < batch * down * across:
+        # 64 bits: a 24-megapixel image with 256 channels has more elements than 32 bits count.
+        image = (tile // (down * across)).to(tl.int64)
+        top = (tile // across) % down * TILE_HEIGHT
+        left = tile % across * TILE_WIDTH
+        # Every thread has read the previous tile's scratch before it is written over ...
+        tl.debug_barrier()
+        _reduce(
+            x_ptr, reduce_ptr, reduce_bias_ptr, middle_ptr, image, top - 1, left - 1, height, width,
+            C, M, HAS_REDUCE_BIAS, MARGIN_WIDTH, CHUNKS, BLOCK_R, BLOCK_K, BLOCK_MID, PRECISION,
+        )  # fmt: skip
+        # ... and has written this one's before it is read.
+        tl.debug_barrier()
+        acc = tl.zeros((BLOCK_M, BLOCK_MID), tl.float32)
+        acc = _convolve_scratch(
+            acc, middle_ptr, conv_ptr,
+            M, MARGIN_WIDTH, TILE_WIDTH, BLOCK_M, min(BLOCK_K, BLOCK_MID), BLOCK_MID, PRECISION,
+        )  # fmt: skip
+        y = top + pixel // TILE_WIDTH
+        x = left + pixel % TILE_WIDTH
+        _expand(
+            acc, conv_bias_ptr, expand_ptr, expand_bias_ptr, x_ptr, y_ptr,
+            (image * height + y) * width + x, (y < height) & (x < width),
+            C, M, HAS_CONV_BIAS, HAS_EXPAND_BIAS, BLOCK_M, BLOCK_C, BLOCK_MID, PRECISION,
+        )  # fmt: skip
+        tile += tl.num_programs(0)
+
+
+@triton.jit
+def conv_expand_kernel(
+    x_ptr,
+    middle_ptr,
+    conv_ptr,
+    expand_ptr,
+    conv_bias_ptr,
+    expand_bias_ptr,
+    y_ptr,
+    batch,
+    height,
+    width,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
+    HAS_EXPAND_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_MID: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The second of two kernels: ``relu(x + expand(relu(conv(middle))))``, BLOCK_M pixels a program."""
+    outputs = tl.arange(0, BLOCK_MID)
+    pixels = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    line = pixels // width
+    image = line // height
+    rows = image < batch
+    acc = tl.zeros((BLOCK_M, BLOCK_MID), tl.float32)
+    acc = _accumulate(
+        acc, middle_ptr, conv_ptr, image, line % height - 1, pixels % width - 1, rows, pixels, outputs,
+        height, width, M, 0, M, 3, min(BLOCK_K, BLOCK_MID), M, PRECISION,
+    )  # fmt: skip
+    _expand(
+        acc, conv_bias_ptr, expand_ptr, expand_bias_ptr, x_ptr, y_ptr, pixels, rows,
+        C, M, HAS_CONV_BIAS, HAS_EXPAND_BIAS, BLOCK_M, BLOCK_C, BLOCK_MID, PRECISION,
+    )  # fmt: skip
+
+
+def bottleneck(
+    x: Tensor,
+    reduce: Tensor,
+    conv: Tensor,
+    expand: Tensor,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    config: BottleneckConfig | None = None,
+) -> Tensor:
+    """``relu(x + expand(relu(conv(relu(reduce(x))))))``, BN folded.
+
+    Args:
+        x: (N, C, H, W), float16, bfloat16 or float32.
+        reduce: (M, C, 1, 1).
+        conv: (M, M, 3, 3), padding 1.
+        expand: (C, M, 1, 1).
+        biases: of the three convolutions, (M,), (M,) and (C,), each or None.
+        config: None for the default.
+
+    Returns:
+        (N, C, H, W), channels-last.
+    """
+    x, conv = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, conv))
+    reduce, expand = reduce.contiguous(), expand.contiguous()
+    b1, b2, b3 = (None if bias is None else bias.contiguous() for bias in biases)
+    batch, channels, height, width = x.shape
+    middle = reduce.shape[0]
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    config = config or config_for(channels, middle, batch * height * width, x.element_size(), precision(x))
+    if not config.fused:
+        reduced, _ = launch_conv(x, None, reduce, b1, None, relu=True)
+        with device_guard(x):
+            conv_expand_kernel[(triton.cdiv(batch * height * width, config.block_m),)](
+                x, reduced, conv, expand, x if b2 is None else b2, x if b3 is None else b3, y, batch, height, width,
+                HAS_CONV_BIAS=b2 is not None, HAS_EXPAND_BIAS=b3 is not None,
+                **_constants(channels, middle, x.element_size(), precision(x), config),
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+        return y
+    constants = _constants(channels, middle, x.element_size(), precision(x), config)
+    tile_height, tile_width = config.tile
+    tiles = batch * triton.cdiv(height, tile_height) * triton.cdiv(width, tile_width)
+    programs = min(tiles, config.programs * _multiprocessors(x))
+    scratch = x.new_empty(programs, constants["CHUNKS"] * constants["BLOCK_R"], constants["BLOCK_MID"])
+    with device_guard(x):
+        bottleneck_kernel[(programs,)](
+            x, reduce, conv, expand, x if b1 is None else b1, x if b2 is None else b2, x if b3 is None else b3,
+            scratch, y, batch, height, width,
+            HAS_REDUCE_BIAS=b1 is not None, HAS_CONV_BIAS=b2 is not None, HAS_EXPAND_BIAS=b3 is not None, **constants,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return y
+
+
+def why_not(x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, **_: Tensor) -> list[str]:
+    """Why the kernel cannot do these shapes; empty where it can."""
+    channels, middle = expand.shape[0], reduce.shape[0]
+    expected = {
+        "x": (x, (*x.shape[:1], channels, *x.shape[2:])),
+        "reduce": (reduce, (middle, channels, 1, 1)),
+        "conv": (conv, (middle, middle, 3, 3)),
+        "expand": (expand, (channels, middle, 1, 1)),
+    }
+    reasons = [
+        f"{name}: {tuple(tensor.shape)}; accepted: {shape}"
+        for name, (tensor, shape) in expected.items()
+        if tensor.ndim != 4 or tuple(tensor.shape) != shape
+    ]
+    if not 1 <= middle <= LARGEST_MIDDLE:
+        reasons.append(f"M: {middle}; accepted: 1 up to {LARGEST_MIDDLE}")
+    if channels < 1:
+        reasons.append(f"C: {channels}; accepted: from 1 on")
+    return reasons
+
+
+def specimens() -> list[Specimen]:
+    """Both forms at the network's sizes, for checks by compilation alone."""
+    found = []
+    for channels, middle in ((128, 32), (256, 64)):
+        for dtype in ("bf16", "fp16"):
+            config = config_for(channels, middle, 1 << 20, itemsize=2)
+            for fused in (True, False):
+                constants = _constants(channels, middle, 2, "ieee", replace(config, fused=fused))
+                kernel = bottleneck_kernel if fused else conv_expand_kernel
+                constants |= {name: True for name in kernel.arg_names if name.startswith("HAS_")}
+                signature = {
+                    name: f"*{dtype}" if name.endswith("_ptr") else "constexpr" if name in constants else "i32"
+                    for name in kernel.arg_names
+                }
+                form = "fused" if fused else "conv, expand"
+                label = f"bottleneck {channels}-{middle} {form} {dtype}"
+                found.append(Specimen(kernel, signature, constants, config.warps, config.stages, label))
+    return found
+
+
+def _constants(channels: int, middle: int, itemsize: int, products: str, config: BottleneckConfig) -> dict[str, Any]:
+    """Compile-time arguments of the kernel that ``config`` asks for, but for which biases there are."""
+    block_c = max(16, triton.next_power_of_2(channels))
+    shared = {
+        "C": channels,
+        "M": middle,
+        "BLOCK_C": min(64 if config.fused and middle <= 32 else 32, block_c),
+        "BLOCK_K": min(64 if itemsize <= 2 else 32, block_c),
+        "BLOCK_MID": max(16, triton.next_power_of_2(middle)),
+        "PRECISION": products,
+    }
+    if not config.fused:
+        return {**shared, "BLOCK_M": config.block_m}
+    height, width = config.tile
+    # At least the rows of sm_90's matrix instruction.
+    block_r = min(128, max(64, config.block_m // 2))
+    chunks = triton.cdiv((height + 2) * (width + 2), block_r)
+    return {**shared, "TILE_HEIGHT": height, "TILE_WIDTH": width, "CHUNKS": chunks, "BLOCK_R": block_r}
+
+
+def _multiprocessors(x: Tensor) -> int:
+    # Interpreted programs run one after another: two show that they keep apart.
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
