@@ -102,7 +102,7 @@ def compose_head(
     from_image, from_up3 = out_weight.split([conv0_weight.shape[0], up3_weight.shape[1]], dim=1)
     image_weight = F.conv_transpose2d(from_image, conv0_weight)
     # correlated[m, k, d] sums out's tap a with up3's tap a + d - 3 (d = 0 and 7 meet nothing and are zero): the weight
-    # from feature i to pixel 2 i + 4 - d. Splitting d by parity gives the phases.
+    # from feature i to pixel 2 i - 4 + d. Splitting d by parity gives the phases.
     correlated = F.pad(F.conv2d(up3_weight, from_up3, padding=2), (1, 1, 1, 1))
     m, k = correlated.shape[:2]
     phases = correlated.view(m, k, 4, 2, 4, 2).flip(2, 4).permute(1, 3, 5, 0, 2, 4)
