@@ -2,8 +2,9 @@
 
 All contenders run the same weights on the same input in one run, in turn, round after round; the median counts.
 Before each timed call the L2 cache is overwritten, on a GPU. Each result is compared with the float32 reference first:
-one that errs more than twice as much as eager PyTorch in the same dtype gets no ratio. The matrix rate and copy bandwidth
-of the machine are measured beside them.
+one that errs more than twice as much as eager PyTorch in the same dtype gets no ratio. The machine's own matrix rate
+and copy bandwidth are measured beside them.
+
     python benchmarks/bench_model.py --size 2160 3840 --dtype bfloat16 --json benchmarks/results/model-2160.json
     python benchmarks/bench_model.py --train --batch 64 --size 128 128
     python benchmarks/bench_model.py --size 64 96 --rounds 2 --contenders eager channels-last     # a CPU can do it too
