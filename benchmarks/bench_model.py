@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastden
-from fastden.ops.backends import use_backend
+from fastden.backends import use_backend
 
 SIGMA = 25 / 255
 TOLERANCE = 2.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastden.backends import choose
 from fastden.ops._types import BatchNorm, in_autocast
-from fastden.ops.backends import choose
 from fastden.ops.conv_bn_relu import conv_bn_relu
 
 
@@ -29,7 +29,7 @@ def bottleneck(
         expand: (C, M, 1, 1).
         biases: of the three convolutions; they appear where BN is folded.
         bns: batch normalisation of the three convolutions; None where folded.
-        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
             A kernel for all three serves inference; training takes the kernels of :func:`conv_bn_relu`.
 
     Returns:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.backends import choose
 from fastden.ops._types import in_autocast
-from fastden.ops.backends import choose
 
 
 def head(
@@ -28,7 +28,7 @@ def head(
         image_weight: (K, C, 7, 7), without the identity: the input is added apart, at its own precision.
         bias: (K,).
         add_input: False leaves the input out, for a caller that adds it at a higher precision.
-        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, K, H - 6, W - 6).

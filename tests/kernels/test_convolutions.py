@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastden import ops
-from fastden.ops import backends
+from fastden import backends, ops
 from tests.helpers import relative_l2
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
