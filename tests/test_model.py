@@ -389,3 +389,10 @@ def test_wrong_channel_count(channels: int) -> None:
 
 def test_printed_form_names_the_arguments() -> None:
     assert "noise_level_input=True, image_channels=3, composed=False" in repr(Denoiser())
+
+
+def test_untrained_network_has_the_default_initialisation() -> None:
+    """PyTorch's: BN takes out the weights' scale, and larger ones learn more slowly at the same rate."""
+    torch.manual_seed(0)
+    weight = Denoiser().conv3.conv.weight
+    assert weight.abs().max() <= (1 / (160 * 9)) ** 0.5 + 1e-7
