@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastden import cpu, ops
 from fastden.algebra import HeadWeights, StemWeights, compose_head, compose_stem, fold_batch_norm
+from fastden.backends import requested
 from fastden.model import Denoiser, check_input, noise_level, pad_image
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -122,7 +123,8 @@ class FusedDenoiser(nn.Module):
 
     def forward_padded(self, x: Tensor) -> Tensor:
         """The network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
-        if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad
+        if not torch.compiler.is_compiling() and not wants_gradient and requested() in (None, "torch"):
             network = self._onednn_network()
             if network is not None and x.shape[0] > 0:
                 return network(x)
