@@ -8,7 +8,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-benchmarks/results}
 mkdir -p "$out"
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 export PYTHONPATH=${PYTHONPATH-}
 unset TRITON_INTERPRET
 failed=()
@@ -23,9 +23,12 @@ run() { # NAME COMMAND...: its output goes to NAME.log and its last lines to the
     tail -n 12 "$out/$name.log"
 }
 
+# fastden.kernels is there only where fastden is installed.
+$python -c 'import fastden.kernels' 2>/dev/null ||
+    $python -m pip install --quiet --no-deps --no-build-isolation -e . || exit 1
 $python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
-run gpu-tests "$python" -m pytest tests/kernels tests/ops -q -x --maxfail=20 -p no:cacheprovider
+run gpu-tests "$python" -m pytest tests/kernels tests/ops -q --maxfail=20 -p no:cacheprovider
 run compile "$python" benchmarks/compile_kernels.py --json "$out/compile.json"
 for size in "2160 3840" "1080 1920"; do
     # shellcheck disable=SC2086

@@ -56,19 +56,14 @@ def _conv(
     stride: int,
     padding: int,
 ) -> Tensor:
-    from fastden.kernels._common import channels_last
-    from fastden.kernels._conv import launch_conv
+    from fastden.kernels.concat_conv_bn_relu import concat_conv_bn_relu
+    from fastden.kernels.conv_bn_relu import conv_bn_relu
 
-    return launch_conv(
-        channels_last(a),
-        None if b is None else channels_last(b),
-        channels_last(weight),
-        bias,
-        None if residual is None else channels_last(residual),
-        relu=relu,
-        stride=stride,
-        padding=padding,
-    )[0]
+    if b is None:
+        return conv_bn_relu(a, weight, bias, residual, relu, stride, padding)
+    if residual is not None or stride != 1:
+        raise ValueError(f"b: given with a residual or stride {stride}; accepted beside it: no residual, stride 1")
+    return concat_conv_bn_relu(a, b, weight, bias, relu, padding)
 
 
 @_implementation("conv_statistics")

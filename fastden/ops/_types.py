@@ -80,13 +80,17 @@ def convolve(
     from fastden.ops._dispatch import Conv, ConvBatchNorm
 
     if bn is not None and bn.training:
+        kernel = weight.shape[2]
+        values = a.shape[0] * ((a.shape[2] + 2 * padding - kernel) // stride + 1)
+        values *= (a.shape[3] + 2 * padding - kernel) // stride + 1
+        if values <= 1:
+            raise ValueError(f"bn: {values} values a channel in the batch; accepted for batch statistics: 2 or more")
         y, mean, variance = ConvBatchNorm.apply(
             a, b, weight, bias, bn.weight, bn.bias, residual, relu, stride, padding, bn.eps
         )
-        count = y.numel() // y.shape[1]
         with torch.no_grad():
             bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-            unbiased = variance * (count / max(count - 1, 1))
+            unbiased = variance * (values / (values - 1))
             bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
         return y
     if bn is not None:

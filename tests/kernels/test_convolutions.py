@@ -250,6 +250,23 @@ def test_statistics_where_the_mean_dwarfs_the_deviation(device: str) -> None:
     torch.testing.assert_close(bn.running_var.double(), stored.var((0, 2, 3)), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("batch", [0, 1])
+def test_too_few_values_for_batch_statistics(device: str, batch: int) -> None:
+    bn = normalisation(4, device, True)
+    with pytest.raises(ValueError, match=rf"bn: {batch} values a channel in the batch; accepted .*: 2 or more"):
+        ops.conv_bn_relu(
+            random(device, batch, 3, 1, 1), random(device, 4, 3, 1, 1), bn=ops.BatchNorm.of(bn), backend="triton"
+        )
+
+
+def test_two_sources_take_no_residual(device: str) -> None:
+    import fastden.ops._dispatch  # noqa: F401 - registers the operator
+
+    x, weight = random(device, 1, 2, 3, 3), random(device, 2, 4, 1, 1)
+    with pytest.raises(ValueError, match=r"b: given with a residual or stride 1; accepted beside it: no residual"):
+        torch.ops.fastden.conv(x, x, weight, None, x, False, 1, 0)
+
+
 def test_autocast(device: str) -> None:
     function, tensors, options = case("conv_bn_relu", device)
     with torch.autocast(device, torch.bfloat16):
