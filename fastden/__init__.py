@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastden import joint, ops
+    from fastden import joint, nn, ops
     from fastden.api import denoise
     from fastden.errors import UserError
     from fastden.fused import FusedDenoiser, fuse
@@ -32,6 +32,7 @@ __all__ = [
     "fuse",
     "joint",
     "models",
+    "nn",
     "ops",
 ]
 
@@ -58,7 +59,7 @@ def _version() -> str:
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
-    elif name in ("joint", "ops"):
+    elif name in ("joint", "nn", "ops"):
         value = import_module(f"fastden.{name}")
     elif name in _MODULES:
         value = getattr(import_module(_MODULES[name]), name)

@@ -92,7 +92,9 @@ class FusedDenoiser(nn.Module):
             pairs[f"{name}_conv"] = _folded(block.conv, block.bn2)
             pairs[f"{name}_expand"] = _folded(block.expand, block.bn3)
         for name, (weight, bias) in pairs.items():
-            self.register_buffer(f"{name}_weight", weight.clone())
+            # Convolutions' weights in the order in which kernels read them, lest each call copies them.
+            order = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+            self.register_buffer(f"{name}_weight", weight.clone(memory_format=order))
             self.register_buffer(f"{name}_bias", bias.clone())
         self.register_buffer("head_image_weight", head.image_weight.clone())
         self._onednn: tuple[Any, cpu.OneDnnNetwork] | None = None
@@ -134,8 +136,7 @@ class FusedDenoiser(nn.Module):
         up = ops.upsample(low, *self._pair("up2"))
         features = self._bottleneck("res3", ops.concat_conv_bn_relu(skip, up, *self._pair("conv3")))
         weights = HeadWeights(self.head_weight, self.head_image_weight, self.head_bias)
-        residual = ops.head(features, y, *weights, add_input=False)
-        return x[:, : self.image_channels, 3:-3, 3:-3] + residual.to(x.dtype)
+        return ops.head(features, y, *weights, image=x, composed=True)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")

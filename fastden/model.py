@@ -11,45 +11,12 @@ from torch.nn import functional as F
 from fastden import ops
 from fastden.algebra import compose_head, compose_stem
 from fastden.hub import PretrainedMixin
+from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample
 
 #: Image height and width behind conv0 must be multiples of this: two stages of stride 2.
 ALIGNMENT = 4
 #: Padding of the image on each side: half of what conv0 (5x5) and out (3x3), both unpadded, take off.
 BORDER = 3
-
-
-class ConvBNReLU(nn.Module):
-    """Convolution, batch normalisation, ReLU: (N, C, H, W) -> (N, O, H', W')."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
-        self.bn = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """``x`` (N, C, H, W), or ``x`` (N, A, H, W) and ``skip`` (N, C - A, H, W) concatenated behind it."""
-        bn = ops.BatchNorm.of(self.bn)
-        weight, bias = self.conv.weight, self.conv.bias
-        if skip is not None:
-            return ops.concat_conv_bn_relu(x, skip, weight, bias, bn=bn)
-        return ops.conv_bn_relu(x, weight, bias, bn=bn, stride=self.conv.stride[0], padding=1)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions, each with BN and none with a bias, around a residual: (N, C, H, W) -> same."""
-
-    def __init__(self, channels: int, middle: int) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(channels, middle, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(middle)
-        self.conv = nn.Conv2d(middle, middle, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(middle)
-        self.expand = nn.Conv2d(middle, channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bns = (ops.BatchNorm.of(self.bn1), ops.BatchNorm.of(self.bn2), ops.BatchNorm.of(self.bn3))
-        return ops.bottleneck(x, self.reduce.weight, self.conv.weight, self.expand.weight, bns=bns)
 
 
 class Denoiser(nn.Module, PretrainedMixin):
@@ -82,10 +49,10 @@ class Denoiser(nn.Module, PretrainedMixin):
         self.res1 = Bottleneck(128, 32)
         self.conv2 = ConvBNReLU(128, 128, stride=2)
         self.res2 = Bottleneck(128, 32)
-        self.up2 = nn.ConvTranspose2d(128, 32, 4, stride=2, padding=1)
-        self.conv3 = ConvBNReLU(160, 256)
+        self.up2 = Upsample(128, 32)
+        self.conv3 = ConcatConvBNReLU(128, 32, 256)
         self.res3 = Bottleneck(256, 64)
-        self.up3 = nn.ConvTranspose2d(256, 64, 4, stride=2, padding=1)
+        self.up3 = Upsample(256, 64)
         self.out = nn.Conv2d(128, image_channels, 3)
 
     def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
@@ -118,10 +85,9 @@ class Denoiser(nn.Module, PretrainedMixin):
         """The network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
         if self.composed:
             return self._forward_composed(x)
-        first = F.conv2d(x, self.conv0.weight, self.conv0.bias)
-        features = self._trunk(self.conv1(first))
-        upsampled = ops.upsample(features, self.up3.weight, self.up3.bias)
-        y = F.conv2d(torch.cat([first, upsampled], 1), self.out.weight, self.out.bias)
+        first = ops.conv_bn_relu(x, self.conv0.weight, self.conv0.bias, relu=False)
+        upsampled = self.up3(self._trunk(self.conv1(first)))
+        y = ops.concat_conv_bn_relu(first, upsampled, self.out.weight, self.out.bias, relu=False, padding=0)
         return x[:, : self.image_channels, BORDER:-BORDER, BORDER:-BORDER] + y
 
     def _forward_composed(self, x: Tensor) -> Tensor:
@@ -136,14 +102,13 @@ class Denoiser(nn.Module, PretrainedMixin):
             head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
         first = ops.stem(x, stem.weight, stem.bias, bn=ops.BatchNorm.of(self.conv1.bn))
         features = self._trunk(first)
-        return ops.head(features, x, head.weight, head.image_weight, head.bias)
+        return ops.head(features, x, head.weight, head.image_weight, head.bias, composed=True)
 
     def _trunk(self, x: Tensor) -> Tensor:
         """res1 to res3: (N, 128, h, w) -> (N, 256, h, w), at half resolution."""
         skip = self.res1(x)
         x = self.res2(self.conv2(skip))
-        x = ops.upsample(x, self.up2.weight, self.up2.bias)
-        return self.res3(self.conv3(skip, x))
+        return self.res3(self.conv3(skip, self.up2(x)))
 
     def adapt(self, noise_level_input: bool) -> Denoiser:
         """A network with or without noise-level input that starts from this one's weights.

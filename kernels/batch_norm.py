@@ -1,4 +1,8 @@
-"""Batch normalisation around the convolutions in training: statistics, the affine map with ReLU, and its gradient."""
+"""Batch normalisation in training: statistics, the affine map with ReLU, and its gradient.
+
+The statistics of most convolutions come out of their own epilogue (``_conv.py``); :func:`statistics` reads a tensor for
+the others.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,37 @@ def combine(statistics: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]
     mean = first[0] + ((means - first) * rows).sum(0) / count
     variance = (squares.sum(0) + ((means - mean).square() * rows).sum(0)) / count
     return mean, variance
+
+
+@triton.jit(do_not_specialize=["rows"])
+def statistics_kernel(
+    x_ptr, statistics_ptr, rows, C: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+):
+    """Mean and sum of squared deviations of each channel over one tile of rows of (rows, C)."""
+    tile = tl.program_id(0).to(tl.int64)
+    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask = (row < rows)[:, None] & (channel < C)[None, :]
+    x = tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / tl.minimum(rows - tile * BLOCK_ROWS, BLOCK_ROWS).to(tl.float32)
+    deviation = tl.where(mask, x - mean[None, :], 0.0)
+    place = statistics_ptr + tile * (2 * C) + channel
+    tl.store(place, mean, mask=channel < C)
+    tl.store(place + C, tl.sum(deviation * deviation, 0), mask=channel < C)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of (N, C, H, W): (C,) and (C,), float32."""
+    x = channels_last(x)
+    channels = x.shape[1]
+    rows = x.numel() // channels
+    tiles = triton.cdiv(rows, BLOCK_ROWS)
+    found = torch.empty((tiles, 2, channels), dtype=torch.float32, device=x.device)
+    with device_guard(x):
+        statistics_kernel[(tiles, triton.cdiv(channels, BLOCK_CHANNELS))](
+            x, found, rows, C=channels, BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS
+        )
+    return combine(found, rows, BLOCK_ROWS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -102,10 +137,13 @@ def gradient_sums_kernel(
     raw_ptr,
     mean_ptr,
     rstd_ptr,
+    weight_ptr,
+    bias_ptr,
     sums_ptr,
     rows,
     C: tl.constexpr,
     RELU: tl.constexpr,
+    HAS_RESULT: tl.constexpr,
     PROGRAM_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -115,6 +153,8 @@ def gradient_sums_kernel(
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
     rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
+    scale = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32) * rstd
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     product = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     for start in range(0, PROGRAM_ROWS, BLOCK_ROWS):
@@ -122,12 +162,16 @@ def gradient_sums_kernel(
         mask = (row < rows)[:, None] & (channel < C)[None, :]
         place = row[:, None] * C + channel[None, :]
         grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         if RELU:
-            y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            if HAS_RESULT:
+                y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            else:
+                y = centred * scale[None, :] + bias[None, :]
             grad = tl.where(y > 0.0, grad, 0.0)
-        raw = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        # Rows beyond the last have a gradient of 0.
         total += tl.sum(grad, 0)
-        product += tl.sum(grad * (raw - mean[None, :]) * rstd[None, :], 0)
+        product += tl.sum(grad * centred * rstd[None, :], 0)
     place = sums_ptr + program * (2 * C) + channel
     tl.store(place, total, mask=channel < C)
     tl.store(place + C, product, mask=channel < C)
@@ -142,16 +186,21 @@ def gradient_kernel(
     factor_ptr,
     slope_ptr,
     offset_ptr,
+    bias_ptr,
     grad_raw_ptr,
     grad_residual_ptr,
     rows,
     C: tl.constexpr,
     RELU: tl.constexpr,
+    HAS_RESULT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """``g * factor + (raw - mean) * slope + offset`` where g, the gradient behind the ReLU, is the residual's."""
+    """``g * factor + (raw - mean) * slope + offset`` where g, the gradient behind the ReLU, is the residual's.
+
+    Without the result, which is ``(raw - mean) * factor + bias`` where there is no residual, its sign is found again.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
@@ -161,34 +210,49 @@ def gradient_kernel(
     offset = tl.load(offset_ptr + channel, mask=channel < C, other=0.0)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
     grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     if RELU:
-        y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESULT:
+            y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        else:
+            bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+            y = centred * factor[None, :] + bias[None, :]
         grad = tl.where(y > 0.0, grad, 0.0)
-    raw = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    result = grad * factor[None, :] + (raw - mean[None, :]) * slope[None, :] + offset[None, :]
+    result = grad * factor[None, :] + centred * slope[None, :] + offset[None, :]
     tl.store(grad_raw_ptr + place, result.to(grad_raw_ptr.dtype.element_ty), mask=mask)
     if HAS_RESIDUAL:
         tl.store(grad_residual_ptr + place, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
 
 
 def affine_gradient(
-    grad: Tensor, y: Tensor, raw: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, relu: bool, residual: bool
+    grad: Tensor,
+    y: Tensor | None,
+    raw: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    relu: bool,
+    residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of ``relu(batch_norm(raw) + residual)`` with batch statistics.
 
     Args:
         grad: of the result, (N, C, H, W).
-        y: the result.
+        y: the result; None, where there was no residual: the ReLU's side is found again from ``raw``.
         raw: the convolution's output.
         mean, rstd: (C,), float32: batch mean, and 1 / sqrt(variance + eps).
-        weight: (C,), BN's.
+        weight, bias: (C,), BN's.
         relu: whether there was a ReLU.
         residual: whether the residual's gradient is wanted.
 
     Returns:
         Gradients of ``raw``, of the residual (or None), of BN's weight and bias, these two (C,) float32.
     """
-    grad, y, raw = channels_last(grad), channels_last(y), channels_last(raw)
+    if y is None and residual:
+        raise ValueError("y: None with a residual; accepted: the result")
+    grad, raw = channels_last(grad), channels_last(raw)
+    result = raw if y is None else channels_last(y)
     channels = raw.shape[1]
     rows = raw.numel() // channels
     programs = triton.cdiv(rows, REDUCTION_ROWS)
@@ -196,8 +260,8 @@ def affine_gradient(
     blocks = triton.cdiv(channels, BLOCK_CHANNELS)
     with device_guard(raw):
         gradient_sums_kernel[(programs, blocks)](
-            grad, y, raw, mean, rstd, sums, rows,
-            C=channels, RELU=relu, PROGRAM_ROWS=REDUCTION_ROWS,
+            grad, result, raw, mean, rstd, weight, bias, sums, rows,
+            C=channels, RELU=relu, HAS_RESULT=y is not None, PROGRAM_ROWS=REDUCTION_ROWS,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
         )  # fmt: skip
         bias_grad, weight_grad = sums[:, 0].sum(0), sums[:, 1].sum(0)
@@ -208,20 +272,23 @@ def affine_gradient(
         grad_raw = torch.empty_like(raw, memory_format=torch.channels_last)
         grad_residual = torch.empty_like(raw, memory_format=torch.channels_last) if residual else None
         gradient_kernel[(triton.cdiv(rows, BLOCK_ROWS), blocks)](
-            grad, y, raw, mean, factor, slope, offset,
+            grad, result, raw, mean, factor, slope, offset, bias,
             grad_raw, grad_raw if grad_residual is None else grad_residual, rows,
-            C=channels, RELU=relu, HAS_RESIDUAL=residual, BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
+            C=channels, RELU=relu, HAS_RESULT=y is not None, HAS_RESIDUAL=residual,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
         )  # fmt: skip
     return grad_raw, grad_residual, weight_grad, bias_grad
 
 
 def specimens() -> list[Specimen]:
-    """All three kernels at 256 channels, for checks by compilation alone."""
+    """All kernels at 256 channels, for checks by compilation alone."""
     found = []
-    for kernel, options in (
-        (affine_kernel, {"HAS_RESIDUAL": True, "RELU": True}),
-        (gradient_sums_kernel, {"RELU": True, "PROGRAM_ROWS": REDUCTION_ROWS}),
-        (gradient_kernel, {"HAS_RESIDUAL": True, "RELU": True}),
+    for label, kernel, options in (
+        ("statistics", statistics_kernel, {}),
+        ("affine", affine_kernel, {"HAS_RESIDUAL": True, "RELU": True}),
+        ("gradient sums", gradient_sums_kernel, {"RELU": True, "HAS_RESULT": False, "PROGRAM_ROWS": REDUCTION_ROWS}),
+        ("gradient, residual", gradient_kernel, {"HAS_RESULT": True, "HAS_RESIDUAL": True, "RELU": True}),
+        ("gradient", gradient_kernel, {"HAS_RESULT": False, "HAS_RESIDUAL": False, "RELU": True}),
     ):
         constants = {"C": 256, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_CHANNELS": BLOCK_CHANNELS, **options}
         activations = {"x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "raw_ptr", "grad_raw_ptr", "grad_residual_ptr"}
@@ -230,5 +297,5 @@ def specimens() -> list[Specimen]:
             for name in kernel.arg_names:
                 kind = f"*{dtype}" if name in activations else "*fp32" if name.endswith("_ptr") else "i64"
                 signature[name] = "constexpr" if name in constants else kind
-            found.append(Specimen(kernel, signature, constants, 4, 3, f"batch_norm {kernel.__name__} {dtype}"))
+            found.append(Specimen(kernel, signature, constants, 4, 3, f"batch_norm {label} {dtype}"))
     return found

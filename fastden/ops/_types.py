@@ -54,6 +54,11 @@ def finish(y: Tensor, bn: BatchNorm | None, residual: Tensor | None, relu: bool)
     return torch.relu_(y) if relu else y
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as PyTorch's convolutions take them."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
@@ -77,21 +82,17 @@ def convolve(
     padding: int,
 ) -> Tensor:
     """``relu(bn(conv2d(cat([a, b], 1), weight, bias)) + residual)`` on kernels, with gradients."""
-    from fastden.ops._dispatch import Conv, ConvBatchNorm
+    from fastden.ops._autograd import Conv, ConvBatchNorm
 
     if bn is not None and bn.training:
         kernel = weight.shape[2]
         values = a.shape[0] * ((a.shape[2] + 2 * padding - kernel) // stride + 1)
         values *= (a.shape[3] + 2 * padding - kernel) // stride + 1
-        if values <= 1:
-            raise ValueError(f"bn: {values} values a channel in the batch; accepted for batch statistics: 2 or more")
+        check_values(values)
         y, mean, variance = ConvBatchNorm.apply(
             a, b, weight, bias, bn.weight, bn.bias, residual, relu, stride, padding, bn.eps
         )
-        with torch.no_grad():
-            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-            unbiased = variance * (values / (values - 1))
-            bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+        update_running_statistics(bn, mean, variance, values)
         return y
     if bn is not None:
         weight, bias = fold_batch_norm(
@@ -100,3 +101,23 @@ def convolve(
         )  # fmt: skip
         weight, bias = weight.to(a.dtype), bias.to(a.dtype)
     return Conv.apply(a, b, weight, bias, residual, relu, stride, padding)
+
+
+def check_values(values: int, name: str = "bn") -> None:
+    """Raise ValueError where a channel has too few values in the batch for statistics."""
+    if values <= 1:
+        raise ValueError(f"{name}: {values} values a channel in the batch; accepted for batch statistics: 2 or more")
+
+
+@torch.no_grad()
+def update_running_statistics(bn: BatchNorm, mean: Tensor, variance: Tensor, values: int) -> None:
+    """Move the running statistics towards the batch's, as PyTorch does: the variance unbiased.
+
+    Args:
+        bn: whose statistics change.
+        mean, variance: of the batch, (channels,); the variance biased.
+        values: of each channel in the batch, at least 2.
+    """
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+    unbiased = variance * (values / (values - 1))
+    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)

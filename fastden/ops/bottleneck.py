@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastden.backends import choose
-from fastden.ops._types import BatchNorm, in_autocast
+from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
+from fastden.ops._types import BatchNorm, in_autocast, wants_gradient
 from fastden.ops.conv_bn_relu import conv_bn_relu
 
 
@@ -30,22 +31,37 @@ def bottleneck(
         biases: of the three convolutions; they appear where BN is folded.
         bns: batch normalisation of the three convolutions; None where folded.
         backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
-            A kernel for all three serves inference; training takes the kernels of :func:`conv_bn_relu`.
+            A kernel for all three serves inference; training takes the kernels of :func:`conv_bn_relu`, and with batch
+            statistics stores, of all that lies inside, the two narrow convolutions' outputs alone.
 
     Returns:
         (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
     """
     names = ("reduce_bias", "conv_bias", "expand_bias")
     tensors = {"x": x, "reduce": reduce, "conv": conv, "expand": expand, **dict(zip(names, biases, strict=True))}
+    if not torch.compiler.is_compiling():
+        check_tensors(**tensors)
+        check_shape("x", x, "N", "C", "H", "W")
+        check_shape("reduce", reduce, "M", x.shape[1], 1, 1)
+        channels, middle = x.shape[1], reduce.shape[0]
+        check_shape("conv", conv, middle, middle, 3, 3)
+        check_shape("expand", expand, channels, middle, 1, 1)
+        for index, size in enumerate((middle, middle, channels)):
+            check_shape(names[index], biases[index], size)
+            check_batch_norm(f"bns[{index}]", bns[index], size)
     backend = choose("bottleneck", backend, **tensors)
-    if backend != "torch" and bns == (None, None, None) and not _wants_gradient(*tensors.values()):
-        from fastden.ops import _dispatch  # noqa: F401 - registers the operator
+    if backend != "torch":
+        from fastden.ops._autograd import bottleneck_with_batch_statistics
 
-        return torch.ops.fastden.bottleneck(*in_autocast(*tensors.values()))
+        if all(bn is not None and bn.training for bn in bns) and biases == (None, None, None):
+            x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)
+            return bottleneck_with_batch_statistics(x, reduce, conv, expand, bns)
+        if bns == (None, None, None) and not wants_gradient(*tensors.values()):
+            return torch.ops.fastden.bottleneck(*in_autocast(*tensors.values()))
     y = conv_bn_relu(x, reduce, biases[0], bn=bns[0], backend=backend)
     y = conv_bn_relu(y, conv, biases[1], bn=bns[1], padding=1, backend=backend)
     return conv_bn_relu(y, expand, biases[2], bn=bns[2], residual=x, backend=backend)
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

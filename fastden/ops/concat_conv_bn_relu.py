@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.backends import choose
+from fastden.ops._checks import check_convolution
 from fastden.ops._types import BatchNorm, convolve, finish, in_autocast
 
 
@@ -35,7 +36,12 @@ def concat_conv_bn_relu(
 
     Returns:
         (N, O, H', W').
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
     """
+    check_convolution({"a": a, "b": b}, weight, bias, bn, None, 1, padding)
     if choose("concat_conv_bn_relu", backend, a=a, b=b, weight=weight, bias=bias) != "torch":
         a, b, weight, bias = in_autocast(a, b, weight, bias)
         return convolve(a, b, weight, bias, bn, None, relu, 1, padding)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.backends import choose
+from fastden.ops._checks import check_convolution
 from fastden.ops._types import BatchNorm, convolve, finish, in_autocast
 
 
@@ -35,7 +36,12 @@ def conv_bn_relu(
 
     Returns:
         (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
     """
+    check_convolution({"x": x}, weight, bias, bn, residual, stride, padding)
     if choose("conv_bn_relu", backend, x=x, weight=weight, bias=bias, residual=residual) != "torch":
         x, weight, bias, residual = in_autocast(x, weight, bias, residual)
         return convolve(x, None, weight, bias, bn, residual, relu, stride, padding)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.backends import choose
+from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._types import BatchNorm, finish, in_autocast
 
 
@@ -33,11 +35,23 @@ def stem(
 
     Returns:
         (N, O, (H - 4) / 2, (W - 4) / 2).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
     """
+    if not torch.compiler.is_compiling():
+        check_tensors(x=x, weight=weight, bias=bias)
+        check_input_size(x)
+        check_shape("weight", weight, 4, "O", x.shape[1], 7, 7)
+        check_shape("bias", bias, 4, weight.shape[1])
+        check_batch_norm("bn", bn, weight.shape[1])
     if choose("stem", backend, x=x, weight=weight, bias=bias) != "torch":
-        from fastden.ops._dispatch import Stem
+        from fastden.ops._autograd import Stem, batch_norm_relu
 
         y = Stem.apply(*in_autocast(x, weight, bias), relu and bn is None)
+        if bn is not None and bn.training:
+            return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)
     x = F.pad(x, (1, 0, 1, 0))
     y = F.conv2d(x, weight[0], bias[0], stride=2)
@@ -48,3 +62,10 @@ def stem(
     y[:, :, :, :1] = F.conv2d(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
     y[:, :, :1, :1] = F.conv2d(x[:, :, :7, :7], weight[3], bias[3], stride=2)
     return finish(y, bn, None, relu)
+
+
+def check_input_size(x: Tensor) -> None:
+    """Raise ValueError unless ``x`` is a padded network input: (N, C, H, W), H and W even and at least 8."""
+    check_shape("x", x, "N", "C", "H", "W")
+    if any(size % 2 or size < 8 for size in x.shape[2:]):
+        raise ValueError(f"x: shape {tuple(x.shape)}; accepted: (N, C, H, W), H and W even and at least 8")

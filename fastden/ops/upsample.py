@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.backends import choose
+from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._types import in_autocast
 
 
@@ -20,9 +22,18 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: 
 
     Returns:
         (N, O, 2 H, 2 W).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
     """
+    if not torch.compiler.is_compiling():
+        check_tensors(x=x, weight=weight, bias=bias)
+        check_shape("x", x, "N", "C", "H", "W")
+        check_shape("weight", weight, x.shape[1], "O", 4, 4)
+        check_shape("bias", bias, weight.shape[1])
     if choose("upsample", backend, x=x, weight=weight, bias=bias) != "torch":
-        from fastden.ops._dispatch import Upsample
+        from fastden.ops._autograd import Upsample
 
         return Upsample.apply(*in_autocast(x, weight, bias))
     return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)

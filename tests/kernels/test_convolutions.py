@@ -290,7 +290,7 @@ def test_compiles_without_a_break(device: str, name: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["conv", "conv_statistics", "affine", "affine_gradient", "upsample"])
+@pytest.mark.parametrize("name", ["conv", "conv_statistics", "statistics", "affine", "affine_gradient", "upsample"])
 def test_dispatcher_operator(device: str, name: str) -> None:
     import fastden.ops._dispatch  # noqa: F401 - registers them
 
@@ -299,8 +299,9 @@ def test_dispatcher_operator(device: str, name: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "conv": (x, None, weight, random(device, 8), None, True, 1, 1),
         "conv_statistics": (x, None, weight, None, 2, 1),
+        "statistics": (x,),
         "affine": (x, vector, vector, vector, x, True),
-        "affine_gradient": (x, x, x, vector, vector.abs(), vector, True, True),
+        "affine_gradient": (x, x, x, vector, vector.abs(), vector, vector, True, True),
         "upsample": (x, random(device, 6, 3, 4, 4), None),
     }
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -316,12 +317,14 @@ class TestRefusals:
         assert "torch: can run" in str(caught.value)
 
     def test_mixed_dtypes(self, device: str) -> None:
-        with pytest.raises(RuntimeError, match=r"dtypes bfloat16, float32; accepted: one for all inputs"):
-            ops.conv_bn_relu(random(device, 1, 2, 4, 4), random(device, 3, 2, 1, 1).bfloat16(), backend="triton")
+        x, weight = random(device, 1, 2, 4, 4), random(device, 3, 2, 1, 1).bfloat16()
+        assert backends.why_not("conv_bn_relu", "triton", x=x, weight=weight) == [
+            "dtypes bfloat16, float32; accepted: one for all inputs"
+        ]
 
     def test_shape(self, device: str) -> None:
-        with pytest.raises(RuntimeError, match=r"triton: weight: kernel \(3, 1\); accepted: square, up to 7"):
-            ops.conv_bn_relu(random(device, 1, 2, 4, 4), random(device, 3, 2, 3, 1), backend="triton")
+        with pytest.raises(RuntimeError, match=r"triton: weight: kernel \(9, 9\); accepted: square, up to 7"):
+            ops.conv_bn_relu(random(device, 1, 2, 4, 4), random(device, 3, 2, 9, 9), padding=4, backend="triton")
 
     def test_unknown_backend(self, device: str) -> None:
         with pytest.raises(ValueError, match=r"backend: 'cudnn'; accepted: torch, triton"):

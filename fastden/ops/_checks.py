@@ -1,0 +1,103 @@
+"""What every operator asks of its tensors, and the errors that say so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastden.ops._types import BatchNorm
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise unless all are floating tensors of one device and, outside autocast, one dtype: those of the first.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+    """
+    reference: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}; accepted: a torch.Tensor")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: dtype {tensor.dtype}; accepted: a floating dtype")
+        if reference is None:
+            reference = name, tensor
+            continue
+        other, first = reference
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: on {tensor.device}; accepted: {first.device}, that of {other}")
+        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(f"{name}: dtype {tensor.dtype}; accepted: {first.dtype}, that of {other} (or use autocast)")
+
+
+def check_shape(name: str, tensor: Tensor | None, *accepted: int | str) -> None:
+    """Raise unless ``tensor`` has the shape ``accepted``: numbers, and letters for any size, the same for the same.
+
+    Raises:
+        ValueError: naming the argument, its shape and what is accepted.
+    """
+    if tensor is None:
+        return
+    found: dict[int | str, int] = {}
+    fits = tensor.dim() == len(accepted)
+    for size, wanted in zip(tensor.shape, accepted, strict=False):
+        fits = fits and size == (wanted if isinstance(wanted, int) else found.setdefault(wanted, size))
+    if not fits:
+        comma = "," if len(accepted) == 1 else ""
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; accepted: ({', '.join(map(str, accepted))}{comma})")
+
+
+def check_batch_norm(name: str, bn: BatchNorm | None, channels: int) -> None:
+    """Raise unless ``bn`` is a :class:`fastden.ops.BatchNorm` over ``channels``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+    """
+    if bn is None:
+        return
+    if not isinstance(bn, BatchNorm):
+        raise TypeError(f"{name}: {type(bn).__name__}; accepted: fastden.ops.BatchNorm (BatchNorm.of(module)) or None")
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        check_shape(f"{name}.{part}", getattr(bn, part), channels)
+
+
+def check_convolution(
+    sources: dict[str, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNorm | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+) -> None:
+    """Raise unless these go together as ``relu(bn(conv2d(cat(sources), weight, bias)) + residual)``.
+
+    Traced code is not checked here: the operators' shape functions refuse what does not fit.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+    """
+    if torch.compiler.is_compiling():
+        return
+    check_tensors(**sources, weight=weight, bias=bias, residual=residual)
+    name, first = next(iter(sources.items()))
+    check_shape(name, first, "N", "C", "H", "W")
+    batch, _, height, width = first.shape
+    for other, tensor in sources.items():
+        check_shape(other, tensor, batch, "C", height, width)
+    check_shape("weight", weight, "O", sum(tensor.shape[1] for tensor in sources.values()), "k", "k")
+    outputs, kernel = weight.shape[0], weight.shape[-1]
+    for what, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{what}: {value!r}; accepted: a whole number of at least {least}")
+    if min(height, width) + 2 * padding < kernel:
+        raise ValueError(
+            f"{name}: shape {tuple(first.shape)}; accepted: height and width of at least {max(kernel - 2 * padding, 1)}"
+            f" for a kernel of {kernel} with padding {padding}"
+        )
+    check_shape("bias", bias, outputs)
+    check_batch_norm("bn", bn, outputs)
+    sizes = [(size + 2 * padding - kernel) // stride + 1 for size in (height, width)]
+    check_shape("residual", residual, batch, outputs, *sizes)

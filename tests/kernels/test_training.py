@@ -1,0 +1,222 @@
+"""Training on the kernels: what is stored, what is recomputed, and what PyTorch's own tools ask of a block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastden import ops
+from fastden.nn import Bottleneck, ConvBNReLU
+from tests.helpers import max_error, random_network, relative_l2
+from tests.kernels.test_convolutions import normalisation
+
+
+def block(device: str, channels: int = 12, middle: int = 4) -> Bottleneck:
+    """In training mode, with other BN weights than ones and zeros."""
+    module = Bottleneck(channels, middle).to(device)
+    for name in ("bn1", "bn2", "bn3"):
+        setattr(module, name, normalisation(getattr(module, name).num_features, device, True))
+    return module
+
+
+def gradients(
+    module: nn.Module, x: Tensor, backend: str, call: Callable[..., Tensor] | None = None
+) -> dict[str, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    with ops.use_backend(backend):
+        y = (module if call is None else call)(x)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        y.backward(grad)
+    assert x.grad is not None
+    found = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    return {"result": y.detach(), "x": x.grad, **found}
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 1, 3), (3, 12, 9, 4)])
+def test_bottleneck_in_batch_statistics(device: str, shape: tuple[int, ...]) -> None:
+    module = block(device)
+    other = copy.deepcopy(module)
+    x = torch.randn(shape, device=device)
+    expected, found = gradients(module, x, "torch"), gradients(other, x, "triton")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_l2(found[name], value) < 1e-4, name
+    for (name, one), two in zip(module.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_bottleneck_under_autocast(device: str) -> None:
+    module = block(device)
+    with torch.no_grad():  # every ReLU on: one that rounding turned on or off would outweigh all other errors
+        for bn in (module.bn1, module.bn2, module.bn3):
+            bn.bias.add_(10)
+    other, exact = copy.deepcopy(module), copy.deepcopy(module).double()
+    x = torch.randn(2, 12, 6, 5, device=device)
+    reference = gradients(exact, x.double(), "torch")
+
+    def in_half(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                return net(x)
+
+        return call
+
+    eager = gradients(module, x, "torch", in_half(module))
+    kernel = gradients(other, x, "triton", in_half(other))
+    for name, value in reference.items():
+        assert relative_l2(kernel[name], value) <= 2 * relative_l2(eager[name], value) + 1e-2, name
+
+
+def test_bottleneck_compiles_without_a_break(device: str) -> None:
+    module = block(device)
+    compiled = copy.deepcopy(module)
+    x = torch.randn(2, 12, 5, 4, device=device)
+    with ops.use_backend("triton"):
+        call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+        found = gradients(compiled, x, "triton", call)
+    for name, value in gradients(module, x, "triton").items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def stored(run: Callable[[], Tensor], batch: int) -> int:
+    """Bytes of activations (first dimension ``batch``) that autograd holds for the backward pass."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4 and tensor.shape[0] == batch:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    assert result.requires_grad
+    return sum(found.values())
+
+
+def test_what_the_network_stores(device: str) -> None:
+    plain = random_network().to(device).train()
+    composed = random_network(composed=True).to(device).train()
+    x = torch.rand(2, 3, 18, 22, device=device)
+    before = stored(lambda: plain(x, 0.1), len(x))
+    with ops.use_backend("triton"):
+        after = stored(lambda: composed(x, 0.1), len(x))
+    assert round(after / before, 2) == 0.36
+
+
+def test_an_input_that_was_written_to_is_not_made_again(device: str) -> None:
+    convolution, module = ConvBNReLU(3, 12, bias=False).to(device), block(device)
+    other = copy.deepcopy(nn.Sequential(convolution, module))
+    x = torch.randn(2, 3, 5, 6, device=device)
+
+    both = nn.Sequential(convolution, module)
+    expected = gradients(both, x, "torch", lambda x: both[1](both[0](x) * 2))
+    found = gradients(other, x, "triton", lambda x: other[1](other[0](x).mul_(2)))
+    for name, value in expected.items():
+        assert relative_l2(found[name], value) < 1e-4, name
+
+
+def test_activation_checkpointing(device: str) -> None:
+    module = block(device)
+    for bn in (module.bn1, module.bn2, module.bn3):
+        bn.momentum = 1.0  # so that a second forward pass leaves the statistics where the first put them
+    other = copy.deepcopy(module)
+    x = torch.randn(2, 12, 5, 4, device=device)
+    expected = gradients(module, x, "triton")
+    found = gradients(other, x, "triton", lambda x: checkpoint(other, x, use_reentrant=False))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_frozen_parts_get_no_gradient(device: str) -> None:
+    model = random_network(composed=True).to(device).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("res3"))
+    with ops.use_backend("triton"):
+        model(torch.rand(1, 3, 10, 14, device=device), 0.1).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("res3"), name
+
+
+def test_gradient_scaler(device: str) -> None:
+    module = block(device)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    with ops.use_backend("triton"), torch.autocast(device, torch.float16):
+        loss = module(torch.randn(2, 12, 5, 4, device=device)).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10  # no step was left out
+    assert all(not torch.equal(one, two) for one, two in zip(before, module.parameters(), strict=True))
+
+
+def head_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    return {
+        "features": random(2, 5, 3, 4),
+        "x": random(2, 4, 10, 12),
+        "weight": random(12, 5, 4, 4, scale=0.1),
+        "image_weight": random(3, 4, 7, 7, scale=0.1),
+        "bias": random(3),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"clamp": True}, {"add_input": False}, {"clamp": True, "image": True}])
+def test_head_gradients(device: str, options: dict[str, Any]) -> None:
+    tensors = head_arguments(device)
+    if "image" in options:
+        options = {**options, "image": torch.rand(2, 3, 10, 12, device=device)}
+    found = {}
+    for backend in ("torch", "triton"):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        extra = {
+            name: value.clone().requires_grad_() if isinstance(value, Tensor) else value
+            for name, value in options.items()
+        }
+        y = ops.head(**leaves, **extra, backend=backend)
+        wanted = [*leaves.values(), *(value for value in extra.values() if isinstance(value, Tensor))]
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+        found[backend] = [y, *torch.autograd.grad(y, wanted, grad)]
+    for one, other in zip(found["torch"], found["triton"], strict=True):
+        assert relative_l2(other, one) < 1e-5
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_head_corrects_a_float32_image(device: str, dtype: torch.dtype, clamp: bool) -> None:
+    tensors = head_arguments(device, dtype)
+    image = torch.rand(2, 3, 10, 12, device=device)
+    found = ops.head(**tensors, image=image, clamp=clamp, backend="triton")
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    expected = ops.head(**wide, image=image, clamp=clamp, backend="torch")
+    assert found.dtype == torch.float32
+    assert max_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["stem", "head", "bottleneck"])
+def test_dispatcher_operator(device: str, name: str) -> None:
+    import fastden.ops._dispatch  # noqa: F401 - registers them
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    arguments: dict[str, tuple[Any, ...]] = {
+        "stem": (random(2, 4, 10, 12), random(4, 5, 4, 7, 7), random(4, 5), True),
+        "head": (*head_arguments(device).values(), torch.rand(2, 3, 10, 12, device=device), True, True, False),
+        "bottleneck": (
+            random(1, 6, 5, 4).contiguous(memory_format=torch.channels_last),
+            *(random(2, 6, 1, 1), random(2, 2, 3, 3), random(6, 2, 1, 1), random(2), None, random(6)),
+        ),
+    }
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.fastden, name).default, arguments[name], test_utils=checks)

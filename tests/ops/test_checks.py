@@ -1,0 +1,123 @@
+"""What operators refuse: an error that names the argument, what it was, and what is accepted; and empty batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastden import ops
+
+Case = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def case(name: str) -> Case:
+    """An operator with arguments that fit."""
+    r = torch.randn
+    arguments: dict[str, dict[str, Any]] = {
+        "conv_bn_relu": {"x": r(2, 3, 6, 5), "weight": r(4, 3, 3, 3), "bias": r(4), "residual": r(2, 4, 6, 5)}
+        | {"padding": 1},
+        "concat_conv_bn_relu": {"a": r(2, 3, 6, 5), "b": r(2, 2, 6, 5), "weight": r(4, 5, 3, 3), "bias": r(4)},
+        "upsample": {"x": r(2, 3, 6, 5), "weight": r(3, 4, 4, 4), "bias": r(4)},
+        "bottleneck": {"x": r(2, 6, 5, 5), "reduce": r(2, 6, 1, 1), "conv": r(2, 2, 3, 3), "expand": r(6, 2, 1, 1)},
+        "stem": {"x": r(2, 4, 10, 12), "weight": r(4, 5, 4, 7, 7), "bias": r(4, 5)},
+        "head": {
+            "features": r(2, 5, 3, 4),
+            "x": r(2, 4, 10, 12),
+            "weight": r(12, 5, 4, 4),
+            "image_weight": r(3, 4, 7, 7),
+            "bias": r(3),
+        },
+    }  # fmt: skip
+    return getattr(ops, name), arguments[name]
+
+
+OPERATORS = ("conv_bn_relu", "concat_conv_bn_relu", "upsample", "bottleneck", "stem", "head")
+#: Operator, argument, what is done to it, and the error.
+WRONG = [
+    ("conv_bn_relu", "x", lambda t: t[0], r"x: shape \(3, 6, 5\); accepted: \(N, C, H, W\)"),
+    ("conv_bn_relu", "weight", lambda t: t[:, :2], r"weight: shape \(4, 2, 3, 3\); accepted: \(O, 3, k, k\)"),
+    ("conv_bn_relu", "weight", lambda t: t[..., :2], r"weight: shape \(4, 3, 3, 2\); accepted: \(O, 3, k, k\)"),
+    ("conv_bn_relu", "bias", lambda t: t[:3], r"bias: shape \(3,\); accepted: \(4,\)"),
+    ("conv_bn_relu", "residual", lambda t: t[:1], r"residual: shape \(1, 4, 6, 5\); accepted: \(2, 4, 6, 5\)"),
+    ("conv_bn_relu", "padding", lambda _: -1, r"padding: -1; accepted: a whole number of at least 0"),
+    ("conv_bn_relu", "x", lambda t: t[:, :, :0], r"x: shape \(2, 3, 0, 5\); accepted: height and width of at least 1"),
+    ("concat_conv_bn_relu", "b", lambda t: t[..., :4], r"b: shape \(2, 2, 6, 4\); accepted: \(2, C, 6, 5\)"),
+    ("concat_conv_bn_relu", "weight", lambda t: t[:, :4], r"weight: shape \(4, 4, 3, 3\); accepted: \(O, 5, k, k\)"),
+    ("upsample", "weight", lambda t: t[:2], r"weight: shape \(2, 4, 4, 4\); accepted: \(3, O, 4, 4\)"),
+    ("bottleneck", "conv", lambda t: t[:1], r"conv: shape \(1, 2, 3, 3\); accepted: \(2, 2, 3, 3\)"),
+    ("bottleneck", "expand", lambda t: t[:5], r"expand: shape \(5, 2, 1, 1\); accepted: \(6, 2, 1, 1\)"),
+    ("stem", "x", lambda t: t[:, :, 1:], r"x: shape \(2, 4, 9, 12\); accepted: .* H and W even and at least 8"),
+    ("stem", "weight", lambda t: t[:3], r"weight: shape \(3, 5, 4, 7, 7\); accepted: \(4, O, 4, 7, 7\)"),
+    ("head", "features", lambda t: t[..., 1:], r"features: shape \(2, 5, 3, 3\); accepted: \(2, M, 3, 4\)"),
+    ("head", "image_weight", lambda t: t[:2], r"weight: shape \(12, 5, 4, 4\); accepted: \(8, 5, 4, 4\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "change", "message"), WRONG)
+def test_shapes(name: str, argument: str, change: Callable[[Any], Any], message: str) -> None:
+    function, arguments = case(name)
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(ValueError, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_dtypes_and_types(name: str) -> None:
+    function, arguments = case(name)
+    first, second = list(arguments)[:2]
+    with pytest.raises(TypeError, match=rf"{second}: dtype torch.float64; accepted: torch.float32, that of {first}"):
+        function(**{**arguments, second: arguments[second].double()})
+    with pytest.raises(TypeError, match=rf"{first}: dtype torch.int64; accepted: a floating dtype"):
+        function(**{**arguments, first: arguments[first].long()})
+    with pytest.raises(TypeError, match=rf"{first}: ndarray; accepted: a torch.Tensor"):
+        function(**{**arguments, first: arguments[first].numpy()})
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_devices(name: str) -> None:
+    function, arguments = case(name)
+    second = list(arguments)[1]
+    with pytest.raises(ValueError, match=rf"{second}: on meta; accepted: cpu, that of"):
+        function(**{**arguments, second: arguments[second].to("meta")})
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_empty_batch_gives_an_empty_result(name: str) -> None:
+    function, arguments = case(name)
+    whole = function(**arguments)
+    batched = ("x", "a", "b", "features", "residual")
+    empty = function(**{key: value[:0] if key in batched else value for key, value in arguments.items()})
+    assert empty.shape == (0, *whole.shape[1:])
+
+
+def test_batch_norm() -> None:
+    function, arguments = case("conv_bn_relu")
+    with pytest.raises(TypeError, match=r"bn: BatchNorm2d; accepted: fastden.ops.BatchNorm \(BatchNorm.of\(module\)\)"):
+        function(**arguments, bn=nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match=r"bn.weight: shape \(5,\); accepted: \(4,\)"):
+        function(**arguments, bn=ops.BatchNorm.of(nn.BatchNorm2d(5).eval()))
+    function, arguments = case("bottleneck")
+    bns = tuple(ops.BatchNorm.of(nn.BatchNorm2d(channels).eval()) for channels in (2, 2, 5))
+    with pytest.raises(ValueError, match=r"bns\[2\].weight: shape \(5,\); accepted: \(6,\)"):
+        function(**arguments, bns=bns)
+
+
+def test_image_of_the_head() -> None:
+    function, arguments = case("head")
+    image = torch.rand(2, 3, 10, 12)
+    with pytest.raises(ValueError, match=r"image: shape \(2, 3, 10, 11\); accepted: \(2, K, 10, 12\)"):
+        function(**arguments, image=image[..., 1:])
+    with pytest.raises(
+        ValueError, match=r"image: shape \(2, 2, 10, 12\) on cpu; accepted: at least 3 channels, on cpu"
+    ):
+        function(**arguments, image=image[:, 1:])
+
+
+def test_autocast_takes_mixed_dtypes() -> None:
+    function, arguments = case("conv_bn_relu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert function(**{**arguments, "x": arguments["x"].bfloat16()}).dtype in (torch.bfloat16, torch.float32)
