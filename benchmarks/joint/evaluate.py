@@ -9,9 +9,10 @@ over the seeds, and the standard deviation over them (of the sample).
     python benchmarks/joint/evaluate.py segment --data ../shared/data/joint/camvid/val \\
         --models separate=color joint=color-segment cross-task=color-classify
 
-writes ``benchmarks/results/joint/EXPERIMENT.json`` and prints the table. CBM3D takes seconds an image: it can be given
-fewer seeds (``--cbm3d-seeds``), or left out (``--no-cbm3d``). Results that the file holds already, of the same weights
-and images, are kept: an interrupted run goes on.
+writes ``benchmarks/results/joint/EXPERIMENT.json`` and the table, ``EXPERIMENT.md``. CBM3D takes seconds an image: it
+can be given fewer images (``--cbm3d-images``; a second table then shows every denoiser on those) and seeds
+(``--cbm3d-seeds``), or left out (``--no-cbm3d``). Results that the file holds already, of the same weights and images,
+are kept: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -26,10 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import Denoise, Predictor, add_noise, cbm3d, load, network, none
-from rich.console import Console
+from experiment import Denoise, Predictor, add_noise, automatic_dtype, cbm3d, load, network, none
 from rich.progress import Progress
-from rich.table import Table
 
 import fastden
 from fastden.evaluation import psnr, ssim
@@ -39,6 +38,43 @@ RESULTS = Path(__file__).parents[1] / "results" / "joint"
 SCORES = {"classify": ("top1", "top5"), "segment": ("miou", "pixel_accuracy")}
 
 
+class Scores:
+    """Of the images seen so far: how often the frozen network is right, and how near they are to the clean ones."""
+
+    def __init__(self, experiment: str, task: Task) -> None:
+        self.experiment, self.task = experiment, task
+        self.hits: list[tuple[bool, bool]] = []
+        self.counts = np.zeros((task.classes, task.classes), np.int64)
+        self.quality: list[tuple[float, float]] = []
+
+    def add(self, prediction: torch.Tensor, label: Any, quality: tuple[float, float] | None) -> None:
+        if self.experiment == "classify":
+            best = prediction.topk(5).indices.tolist()
+            self.hits.append((best[0] == int(label), int(label) in best))
+        else:
+            seen = label != self.task.ignore_index
+            pairs = label[seen] * self.task.classes + prediction.numpy()[seen]
+            self.counts += np.bincount(pairs, minlength=self.counts.size).reshape(self.counts.shape)
+        if quality is not None:
+            self.quality.append(quality)
+
+    def result(self) -> dict[str, float]:
+        """Percentages; PSNR in dB and SSIM beside them."""
+        if self.experiment == "classify":
+            first, second = (100 * fmean(hit[i] for hit in self.hits) for i in (0, 1))
+        else:
+            right, rows, columns = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
+            union = rows + columns - right
+            first = 100 * float(np.mean(right[union > 0] / union[union > 0]))
+            second = 100 * float(right.sum() / rows.sum())
+        found = dict(zip(SCORES[self.experiment], (round(first, 3), round(second, 3)), strict=True))
+        if self.quality:
+            found |= {
+                name: round(fmean(pair[i] for pair in self.quality), 4) for i, name in enumerate(("psnr", "ssim"))
+            }
+        return found
+
+
 def evaluate(
     experiment: str,
     images: list[tuple[Any, Any]],
@@ -46,39 +82,25 @@ def evaluate(
     denoise: Denoise,
     sigma: float,
     seed: int,
+    few: range,
+    only_few: bool,
     progress: Any,
-) -> dict[str, float]:
-    """Scores of one denoiser at one level and seed, in percent; PSNR in dB and SSIM beside them."""
+) -> dict[str, Any]:
+    """Scores of one denoiser at one level and seed: of all images, and, under ``few``, of those with such an index."""
     predict = Predictor(task)
-    hits: list[tuple[bool, bool]] = []
-    counts = np.zeros((task.classes, task.classes), np.int64)
-    quality: list[tuple[float, float]] = []
+    every, some = Scores(experiment, task), Scores(experiment, task)
     start = time.perf_counter()
-    for index, (clean, label) in enumerate(images):
+    for index in few if only_few else range(len(images)):
+        clean, label = images[index]
         noisy = add_noise(clean, sigma, seed, index)
         pixels = denoise(noisy, sigma / 255)
         prediction = predict(pixels)
-        if experiment == "classify":
-            best = prediction.topk(5).indices.tolist()
-            hits.append((best[0] == int(label), int(label) in best))
-        else:
-            seen = label != task.ignore_index
-            counts += np.bincount(
-                label[seen] * task.classes + prediction.numpy()[seen], minlength=task.classes**2
-            ).reshape(task.classes, task.classes)
-        if sigma > 0:
-            quality.append((psnr(clean, pixels), ssim(clean, pixels)))
+        quality = (psnr(clean, pixels), ssim(clean, pixels)) if sigma > 0 else None
+        for scores in (every, some) if index in few else (every,):
+            scores.add(prediction, label, quality)
         progress()
-    if experiment == "classify":
-        first, second = (100 * fmean(hit[i] for hit in hits) for i in (0, 1))
-    else:
-        right = counts.diagonal()
-        first = 100 * float(np.mean(right / (counts.sum(0) + counts.sum(1) - right)))
-        second = 100 * float(right.sum() / counts.sum())
-    found = dict(zip(SCORES[experiment], (round(first, 3), round(second, 3)), strict=True))
-    if quality:
-        found |= {name: round(fmean(pair[i] for pair in quality), 4) for i, name in enumerate(("psnr", "ssim"))}
-    return {**found, "seconds": round(time.perf_counter() - start, 1)}
+    seconds = round(time.perf_counter() - start, 1)
+    return {**({} if only_few else every.result()), "few": some.result(), "seconds": seconds}
 
 
 def digest(model: str) -> str:
@@ -87,37 +109,65 @@ def digest(model: str) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
-def summarise(runs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def summarise(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over the seeds of every score."""
-    scores = list(runs.values())
     summary: dict[str, dict[str, float]] = {}
-    for name in scores[0]:
-        values = [run[name] for run in scores]
+    for name in runs[0]:
+        values = [run[name] for run in runs]
         summary[name] = {"mean": round(fmean(values), 4), "std": round(stdev(values), 4) if len(values) > 1 else 0.0}
     return summary
 
 
-def show(document: dict[str, Any], experiment: str) -> None:
+def table(document: dict[str, Any], experiment: str, few: bool) -> str:
+    """Markdown: a row for each denoiser, a column for each level.
+
+    Args:
+        document: the results.
+        experiment: which of the two.
+        few: of the images that CBM3D had, else of all (without CBM3D, unless it had all).
+    """
     first, second = SCORES[experiment]
     sigmas = document["sigmas"]
-    table = Table(title=f"{experiment}: {first} / {second}, %; PSNR, dB / SSIM", show_lines=True)
-    table.add_column("")
-    for sigma in sigmas:
-        table.add_column(f"sigma {sigma:g}")
+    heads = [f"sigma {sigma:g}" for sigma in sigmas]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(sigmas)) + "|"]
     for name, levels in document["results"].items():
         cells = []
         for sigma in sigmas:
-            if str(sigma) not in levels:
-                cells.append("")
-                continue
-            summary = summarise(levels[str(sigma)])
-            spread = f" ± {summary[first]['std']:.1f}" if len(levels[str(sigma)]) > 1 else ""
-            quality = f"\n{summary['psnr']['mean']:.2f} / {summary['ssim']['mean']:.3f}"
-            cells.append(f"{summary[first]['mean']:.1f}{spread} / {summary[second]['mean']:.1f}{quality}")
-        table.add_row(name, *cells)
-    Console(width=140).print(table)
-    clean = document["clean"]
-    print(f"clean images: {first} {clean[first]:.1f}, {second} {clean[second]:.1f}")
+            runs = list(levels.get(str(sigma), {}).values())
+            chosen = [run["few"] for run in runs] if few else [run for run in runs if first in run]
+            if not chosen:
+                break
+            found = summarise([{k: v for k, v in run.items() if isinstance(v, float)} for run in chosen])
+            spread = f" ± {found[first]['std']:.1f}" if len(chosen) > 1 else ""
+            quality = f"{found['psnr']['mean']:.2f} / {found['ssim']['mean']:.3f}"
+            cells.append(f"**{found[first]['mean']:.1f}**{spread} / {found[second]['mean']:.1f}<br>{quality}")
+        else:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def show(document: dict[str, Any], experiment: str) -> str:
+    """Both tables with what they show."""
+    first, second = SCORES[experiment]
+    clean, count = document["clean"], document["images"]
+    text = (
+        f"{first} / {second} in percent, and PSNR in dB / SSIM, of {count} images; mean over {len(document['seeds'])}"
+        f" seeds, ± standard deviation. Clean images: {clean[first]:.1f} / {clean[second]:.1f}.\n\n"
+    )
+    text += table(document, experiment, few=False)
+    if 0 < document["few"] < count:
+        few = clean["few"]
+        text += (
+            f"\n\nThe same of the {document['few']} images that CBM3D had (one seed: CBM3D's). Clean:"
+            f" {few[first]:.1f} / {few[second]:.1f}.\n\n"
+        )
+        seeds = {str(seed) for seed in document["cbm3d_seeds"]}
+        one = {
+            name: {sigma: {seed: run for seed, run in runs.items() if seed in seeds} for sigma, runs in levels.items()}
+            for name, levels in document["results"].items()
+        }
+        text += table({**document, "results": one}, experiment, few=True)
+    return text + "\n"
 
 
 def main() -> None:
@@ -128,7 +178,11 @@ def main() -> None:
     parser.add_argument("--sigma", nargs="+", type=float, default=[15.0, 30.0, 45.0, 60.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--cbm3d-seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--cbm3d-images", type=int, help="so many images for CBM3D, evenly spaced; default: all")
     parser.add_argument("--no-cbm3d", action="store_true")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32"], default="auto", help="auto: bfloat16 where it is native"
+    )
     parser.add_argument("--limit", type=int, help="only so many images, evenly spaced")
     parser.add_argument("--json", type=Path, help="where to write; default: benchmarks/results/joint/EXPERIMENT.json")
     arguments = parser.parse_args()
@@ -139,9 +193,13 @@ def main() -> None:
     methods: dict[str, tuple[Denoise, str]] = {"noisy": (none, "")}
     if not arguments.no_cbm3d:
         methods["CBM3D"] = (cbm3d, "bm3d")
-    methods |= {name: (network(model), digest(model)) for name, model in chosen.items()}
+    methods |= {name: (network(model, arguments.dtype), digest(model)) for name, model in chosen.items()}
+    count = len(images) if arguments.cbm3d_images is None else min(arguments.cbm3d_images, len(images))
+    few = range(0, 0) if arguments.no_cbm3d else range(0, len(images), max(len(images) // count, 1))[:count]
     document = json.loads(target.read_text()) if target.exists() else {}
-    if document.get("images") != len(images):
+    dtype = str(automatic_dtype(arguments.dtype)).removeprefix("torch.")
+    kept = {"images": len(images), "few": len(few), "dtype": dtype}
+    if any(document.get(name) != value for name, value in kept.items()):
         document = {}
     before, weights = document.get("results", {}), document.get("weights", {})
     results = {name: before.get(name, {}) if weights.get(name) == key else {} for name, (_, key) in methods.items()}
@@ -149,8 +207,10 @@ def main() -> None:
         "command": f"python benchmarks/joint/evaluate.py {experiment}",
         "models": chosen,
         "weights": {name: key for name, (_, key) in methods.items()},
-        "images": len(images),
+        **kept,
         "sigmas": arguments.sigma,
+        "seeds": arguments.seeds,
+        "cbm3d_seeds": arguments.cbm3d_seeds,
         "torch": torch.__version__,
         "results": results,
     }
@@ -158,23 +218,30 @@ def main() -> None:
     with Progress() as progress:
         if "clean" not in document:
             bar = progress.add_task("clean", total=len(images))
-            document["clean"] = evaluate(experiment, images, task, none, 0.0, 0, lambda: progress.advance(bar))
+            document["clean"] = evaluate(
+                experiment, images, task, none, 0.0, 0, few, False, lambda: progress.advance(bar)
+            )
         for name, (denoise, _) in methods.items():
+            slow = name == "CBM3D"
             for sigma in arguments.sigma:
-                for seed in arguments.cbm3d_seeds if name == "CBM3D" else arguments.seeds:
+                for seed in arguments.cbm3d_seeds if slow else arguments.seeds:
                     runs = results[name].setdefault(str(sigma), {})
                     if str(seed) in runs:
                         continue
-                    bar = progress.add_task(f"{name}, sigma {sigma:g}, seed {seed}", total=len(images))
+                    total = len(few) if slow else len(images)
+                    bar = progress.add_task(f"{name}, sigma {sigma:g}, seed {seed}", total=total)
                     runs[str(seed)] = evaluate(
-                        experiment, images, task, denoise, sigma, seed, lambda bar=bar: progress.advance(bar)
-                    )
+                        experiment, images, task, denoise, sigma, seed, few, slow and len(few) < len(images),
+                        lambda bar=bar: progress.advance(bar),
+                    )  # fmt: skip
                     progress.remove_task(bar)
                     partial = target.with_suffix(".partial")
                     partial.write_text(json.dumps(document, indent=1) + "\n")
                     partial.replace(target)
     target.write_text(json.dumps(document, indent=1) + "\n")
-    show(document, experiment)
+    text = show(document, experiment)
+    target.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastden
+from fastden.cpu import native_bf16
 from fastden.joint import FrozenTask, resize_prediction
 from fastden.training.labelled import LabelledImages, load_classified, load_segmented
 from fastden.training.tasks import Task, load_task
@@ -59,12 +60,18 @@ def cbm3d(noisy: Floats, sigma: float) -> Pixels:
     return to_dtype(np.asarray(bm3d_rgb(noisy, sigma), dtype=np.float32), np.uint8)
 
 
-def network(name: str) -> Denoise:
-    """A shipped model or a folder, in float32."""
-    model = fastden.fuse(fastden.Denoiser.from_pretrained(name), dtype=torch.float32)
+def automatic_dtype(name: str) -> torch.dtype:
+    """``float32``, or ``auto``: what :func:`fastden.denoise` takes for 8-bit images on this machine."""
+    return torch.bfloat16 if name == "auto" and native_bf16() else torch.float32
+
+
+def network(name: str, dtype: str = "auto") -> Denoise:
+    """A shipped model or a folder."""
+    model = fastden.fuse(fastden.Denoiser.from_pretrained(name), dtype=automatic_dtype(dtype))
 
     def denoise(noisy: Floats, sigma: float) -> Pixels:
         x = torch.from_numpy(noisy).permute(2, 0, 1)[None].contiguous()
+        # The network's correction is added to the float32 image: its own precision is that of the correction alone.
         with torch.inference_mode():
             y = model(x, sigma) if model.noise_level_input else model(x)
         return to_dtype(y[0].permute(1, 2, 0).contiguous().numpy(), np.uint8)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastden.errors import UserError
 from fastden.training.noise import NoiseModel
@@ -95,6 +95,9 @@ class JointConfig(TrainConfig):
     )
     network_arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
     weight: float = Field(1e-3, ge=0, allow_inf_nan=False, description="lambda: weight of the task's loss")
+    blend: float = Field(
+        1.0, gt=0, le=1, description="share of the trained weights in what is saved; the rest is init's weights"
+    )
     data: list[Path] = Field(min_length=1, description="folders of labelled training images")
     validation_data: Path | None = Field(None, description="folder of labelled images for validation; null is none")
     validation: int = Field(100, ge=0, description="images of it that are used, evenly spaced")
@@ -107,6 +110,12 @@ class JointConfig(TrainConfig):
     lr: float = Field(1e-4, gt=0, description="peak learning rate of Adam")
     freeze_bn: float = Field(1.0, ge=0, le=1, description="last share of the steps with frozen BN statistics")
     loss: Literal["mse", "l1"] = Field("mse", description="the denoiser's own loss")
+
+    @model_validator(mode="after")
+    def _check_blend(self) -> JointConfig:
+        if self.blend < 1 and not self.init:
+            raise ValueError(f"blend: {self.blend} without init; accepted: 1, or a model to start from")
+        return self
 
 
 def _check_range(bounds: Any, low: float, high: float) -> Any:
@@ -148,8 +157,8 @@ def load_config(path: Path | None, overrides: list[str]) -> TrainConfig:
         known = ", ".join(kind.model_fields)
         lines = []
         for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"]) or "config"
-            lines.append(f"{name}: {item.get('input')!r}: {item['msg']}")
+            name = ".".join(str(part) for part in item["loc"])
+            lines.append(f"{name}: {item.get('input')!r}: {item['msg']}" if name else item["msg"])
             if item["type"] == "extra_forbidden":
                 lines[-1] += f"; accepted keys: {known}"
         raise UserError("; ".join(lines)) from error

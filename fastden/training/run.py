@@ -68,6 +68,8 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
     ema.on_train_end(trainer, module)
     target = config.output / "model"
     if trainer.is_global_zero:
+        if isinstance(config, JointConfig):
+            blend_weights(model, config)
         _save(model, target)
     return target
 
@@ -79,6 +81,22 @@ def _model(config: TrainConfig) -> Denoiser:
         model = Denoiser(config.noise_level_input)
     model.composed = config.composed
     return model.train().to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def blend_weights(model: Denoiser, config: JointConfig) -> None:
+    """Move the trained weights back towards those that training started from, as ``config.blend`` says.
+
+    Between two networks of one training path the error grows with the square of the way, what the task gains more
+    nearly with the way itself: half of it keeps most of the gain at a quarter of the loss in PSNR.
+    """
+    if config.blend == 1.0:
+        return
+    assert config.init is not None  # the configuration's check
+    start = Denoiser.from_pretrained(config.init).adapt(config.noise_level_input).state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(start[name].to(value), 1.0 - config.blend)
 
 
 def _trainer(

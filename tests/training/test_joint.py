@@ -95,6 +95,16 @@ class TestRun:
         together = weights(joint(tmp_path / "1", weight=10.0))
         assert not torch.equal(alone["out.weight"], together["out.weight"])
 
+    def test_blend_goes_back_part_of_the_way(self, joint: Run, tmp_path: Path) -> None:
+        start = tmp_path / "start"
+        Denoiser().save_pretrained(start)
+        whole = weights(joint(tmp_path / "1", init=str(start)))
+        half = weights(joint(tmp_path / "2", init=str(start), blend=0.5))
+        for name, value in weights(start).items():
+            if value.is_floating_point():
+                torch.testing.assert_close(half[name], (value + whole[name]) / 2, msg=name)
+        assert not torch.equal(half["out.weight"], whole["out.weight"])
+
     def test_resumed_run_equals_the_uninterrupted_one(
         self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -184,6 +194,10 @@ class TestMistakes:
             (["network=efficientnet-lite0", "weight=-1"], r"weight: -1"),
             (["network=efficientnet-lite0", "weight=.inf"], r"weight: inf"),
             (["network=efficientnet-lite0", "loss=relative-mse"], r"loss: 'relative-mse': .*'mse' or 'l1'"),
+            (
+                ["network=efficientnet-lite0", "blend=0.5", "init=null"],
+                r"^Value error, blend: 0.5 without init; accepted",
+            ),
             (["network=efficientnet-lite0", "wieght=1"], r"wieght: 1: .*accepted keys: .*weight"),
         ],
     )
