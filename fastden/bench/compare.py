@@ -90,6 +90,7 @@ def errors(results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str,
     """
     if len(results) != len(references):
         raise ValueError(f"{len(results)} results; the reference has {len(references)}")
+    references = [reference.detach() for reference in references]
     largest = max(float(reference.square().mean()) for reference in references) ** 0.5
     found = {"relative_l2": 0.0, "maximum": 0.0}
     for result, reference in zip(results, references, strict=True):

@@ -198,7 +198,7 @@ class Sensors:
             "throttle_reasons": sorted(reasons),
             "seconds": elapsed,
             "mean_power_w": None if used is None else used / elapsed,
-            "joules_a_call": None if used is None else used / calls,
+            "joules_a_call": None if used is None or not calls else used / calls,
         }
 
     def _ask(self, question: Callable[[], Any]) -> Any:

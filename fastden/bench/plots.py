@@ -90,19 +90,27 @@ def _bars(document: Mapping[str, Any], axes: Any) -> bool:
         colour, _ = STYLES.get(contender, OTHER)
         bars = axes.barh(places, middles, thickness * 0.94, xerr=spread, color=colour, label=contender)
         if len(jobs) * len(contenders) <= 16:
-            labels = [f"  {value:.3g}" + _ratio(row) for value, (_, row) in zip(middles, found, strict=True)]
+            labels = [f"  {_short(value)}{_ratio(row)}" for value, (_, row) in zip(middles, found, strict=True)]
             axes.bar_label(bars, labels, fontsize=8)
     if len(jobs) > 1:
         axes.set_xscale("log")
+        axes.set_yticks(range(len(jobs)), jobs)
+        axes.legend(fontsize=8, loc="best")
     else:
-        axes.set_xlim(0, 1.25 * max(row["ms_a_megapixel"] for row in rows.values()))
-    axes.set_yticks(range(len(jobs)), jobs)
-    axes.invert_yaxis()
+        middle = (len(contenders) - 1) / 2
+        axes.set_yticks([(index - middle) * thickness for index in range(len(contenders))], contenders)
+        longest = max(row["q3_ms"] * row["ms_a_megapixel"] / row["median_ms"] for row in rows.values())
+        axes.set_xlim(0, 1.25 * longest)
     axes.set_xlabel("milliseconds a megapixel: median, and quartiles as whiskers (shorter is faster)")
     axes.set_title(_title(document), fontsize=9)
     axes.grid(axis="x", which="both", alpha=0.25)
-    axes.legend(fontsize=8, loc="best")
+    axes.set_axisbelow(True)
+    axes.invert_yaxis()
     return True
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
