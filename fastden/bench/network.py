@@ -99,8 +99,7 @@ def training(
     """
     x = photograph(*size, count=batch).to(model.conv0.weight.device)
     reference = _step("eager", copy.deepcopy(model).double(), x.double(), torch.float64, None)()
-    bound = bounds(_step("channels_last", model, x, dtype, None)(), reference, dtype)
-    del bound["maximum"]
+    bound = bounds(_step("channels_last", model, x, dtype, None)(), reference, dtype, gradients=True)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
     plain_flops, own_flops = (2.0 * TRAINING * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))

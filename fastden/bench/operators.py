@@ -197,8 +197,7 @@ def backward(
     """
     inputs = tuple(tensor.to(dtype) for tensor in case.inputs)
     reference = tensors(_step("eager", case.plain, inputs, torch.float64, None)())
-    bound = bounds(_step("channels_last", case.plain, inputs, dtype, None)(), reference, dtype)
-    del bound["maximum"]
+    bound = bounds(_step("channels_last", case.plain, inputs, dtype, None)(), reference, dtype, gradients=True)
     builders = {name: partial(_step, name, case.plain, inputs, dtype, None) for name in peers}
     own = {name: partial(_step, "channels_last", case.composed, inputs, dtype, name) for name in backends}
     return _job(case, size, dtype, reference, bound, builders, own, TRAINING)

@@ -108,4 +108,10 @@ def test_bounds_are_twice_eagers_error_and_no_less_than_the_dtype_resolves() -> 
     found = bounds(torch.tensor([1.0, 2.2]), reference, torch.float32)
     assert found["maximum"] == pytest.approx(0.2)
     assert found["relative_l2"] == pytest.approx(0.4 / 5**0.5)
+    assert bounds(torch.tensor([1.0, 2.2]), reference, torch.float32, gradients=True) == {
+        "relative_l2": found["relative_l2"]
+    }
+    # A share of 2**-23 of the ReLUs.
+    exact = bounds(torch.tensor([1.0, 2.0]), reference, torch.float32, gradients=True)
+    assert exact == {"relative_l2": pytest.approx(2**-10.5)}
     assert bounds(torch.tensor([1.0, 2.0]), reference, torch.bfloat16) == {"relative_l2": 2**-8, "maximum": 2**-7}
