@@ -13,186 +13,83 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastden
+from fastden.bench import forms, machine
+from fastden.bench.images import SIGMA, photograph
+from fastden.bench.timing import Call, interleaved, seconds, status_mib
+from fastden.bench.work import COMPOSED_MACS, PLAIN_MACS
 from fastden.cpu import native_bf16
 from fastden.inference import denoise_tiled
 
 RESULTS = Path(__file__).parent / "results"
-SIGMA = 25 / 255
 SIZE = (512, 768)
-#: Multiply-accumulates a pixel for each channel of the input (conv0, or the stem and the image's own path), and of the
-#: rest: of the plain network, and with the chains composed (nine taps for each of the head's phases).
-PLAIN_MACS, COMPOSED_MACS = (1600, 215_744), (1715, 135_232)
 #: A contender gets a ratio if it errs, against float64, at most so many times as much as eager PyTorch in its dtype,
 #: channels-last (the layout decides the order of sums: eager errs 1.8e-7 without, 6.9e-7 with it).
 TOLERANCE = 2.0
 
-Runner = Callable[[], Tensor]
 
-
-class WithLevel(nn.Module):
-    """A network with its noise level built in: every contender takes the image alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x, SIGMA)
-
-
-def photograph(height: int, width: int) -> Tensor:
-    """(1, 3, height, width) float32: scikit-image's cat, tiled by reflection, with noise of level 25."""
-    from skimage.data import chelsea
-
-    cat = chelsea()
-    rows, columns = (-(-size // cat.shape[axis]) for axis, size in enumerate((height, width)))
-    tiled = np.pad(cat, ((0, (rows - 1) * cat.shape[0]), (0, (columns - 1) * cat.shape[1]), (0, 0)), mode="symmetric")
-    clean = torch.from_numpy(tiled[:height, :width].transpose(2, 0, 1).copy()).float().div(255)[None]
-    return clean + SIGMA * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-
-
-def contenders(model: fastden.Denoiser, x: Tensor, folder: Path) -> dict[str, Callable[[], Runner]]:
+def contenders(model: fastden.Denoiser, x: Tensor, folder: Path) -> dict[str, Callable[[], Call]]:
     """Builders by name; each takes its time to compile or convert, and returns a function of no arguments."""
     fused = fastden.fuse(model)
 
-    def eager(dtype: torch.dtype, layout: torch.memory_format) -> Runner:
-        import copy
+    def plain(form: str, dtype: torch.dtype) -> Call:
+        return forms.plain(form, forms.WithLevel(model), (x,), dtype)
 
-        network = WithLevel(copy.deepcopy(model)).to(dtype=dtype, memory_format=layout)
-        image = x.to(dtype).contiguous(memory_format=layout)
-        return lambda: network(image)
-
-    def compiled(dtype: torch.dtype) -> Runner:
-        import copy
-
-        network = torch.compile(WithLevel(copy.deepcopy(model)).to(dtype=dtype, memory_format=torch.channels_last))
-        image = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        return lambda: network(image)
-
-    def ours(dtype: torch.dtype) -> Runner:
+    def ours(dtype: torch.dtype) -> Call:
         network = fastden.fuse(model, dtype)
         return lambda: network(x, SIGMA)
 
     def exported(network: nn.Module, name: str) -> Path:
-        path = folder / f"{name}.onnx"
-        if not path.exists():
-            program = torch.onnx.export(WithLevel(network).eval(), (x,), dynamo=True, verbose=False)
-            assert program is not None
-            program.save(path)
-        return path
+        return forms.export_onnx(network, x, folder / f"{name}.onnx")
 
-    def openvino(network: nn.Module, name: str, precision: str) -> Runner:
-        import openvino as ov
+    def openvino(network: nn.Module, name: str, dtype: torch.dtype) -> Call:
+        return forms.openvino(exported(network, name), x, dtype)
 
-        settings = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        request = ov.Core().compile_model(str(exported(network, name)), "CPU", settings).create_infer_request()
-        image = x.numpy()
-        return lambda: torch.from_numpy(next(iter(request.infer([image]).values())))
+    def onnxruntime(network: nn.Module, name: str) -> Call:
+        return forms.onnxruntime(exported(network, name), x)
 
-    def onnxruntime(network: nn.Module, name: str) -> Runner:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(str(exported(network, name)), options, providers=["CPUExecutionProvider"])
-        inputs = {session.get_inputs()[0].name: x.numpy()}
-        return lambda: torch.from_numpy(session.run(None, inputs)[0])
-
-    single, half, last = torch.float32, torch.bfloat16, torch.channels_last
-    found: dict[str, Callable[[], Runner]] = {
+    single, half = torch.float32, torch.bfloat16
+    found: dict[str, Callable[[], Call]] = {
         "fused float32": lambda: ours(single),
-        "eager float32": lambda: eager(single, torch.contiguous_format),
-        "eager channels-last float32": lambda: eager(single, last),
-        "compile float32": lambda: compiled(single),
-        "openvino float32": lambda: openvino(model, "plain", "f32"),
-        "openvino composed float32": lambda: openvino(fused, "composed", "f32"),
+        "eager float32": lambda: plain("eager", single),
+        "eager channels-last float32": lambda: plain("channels_last", single),
+        "compile float32": lambda: plain("compile", single),
+        "openvino float32": lambda: openvino(model, "plain", single),
+        "openvino composed float32": lambda: openvino(fused, "composed", single),
         "onnxruntime float32": lambda: onnxruntime(model, "plain"),
         "onnxruntime composed float32": lambda: onnxruntime(fused, "composed"),
     }
     if native_bf16():
         found |= {
             "fused bfloat16": lambda: ours(half),
-            "eager channels-last bfloat16": lambda: eager(half, last),
-            "compile bfloat16": lambda: compiled(half),
-            "openvino bfloat16": lambda: openvino(model, "plain", "bf16"),
-            "openvino composed bfloat16": lambda: openvino(fused, "composed", "bf16"),
+            "eager channels-last bfloat16": lambda: plain("channels_last", half),
+            "compile bfloat16": lambda: plain("compile", half),
+            "openvino bfloat16": lambda: openvino(model, "plain", half),
+            "openvino composed bfloat16": lambda: openvino(fused, "composed", half),
         }
     return found
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def ceilings() -> dict[str, float]:
     """This machine's rates through PyTorch: the best matrix product of some sizes in TFLOP/s, and a copy in GB/s."""
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        best = 0.0
-        for n in (1024, 2048, 3072):
-            a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-            best = max(best, 2 * n**3 / min(seconds(lambda a=a, b=b: a @ b) for _ in range(6)) / 1e12)
-        found[f"matmul {str(dtype).removeprefix('torch.')} TFLOP/s"] = round(best, 3)
-    source = torch.randn(64 << 20)
-    target = torch.empty_like(source)
-    found["copy GB/s"] = round(
-        2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(6)) / 1e9, 1
-    )
-    return found
-
-
-def installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def machine() -> dict[str, Any]:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    names = ("torch", "openvino", "onnxruntime", "numpy")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "native_bf16": native_bf16(),
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in names},
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
+    cpu = torch.device("cpu")
+    found = {
+        f"matmul {str(dtype).removeprefix('torch.')} TFLOP/s": round(machine.matrix_rate(cpu, dtype) / 1e12, 3)
+        for dtype in (torch.float32, torch.bfloat16)
     }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found | {"copy GB/s": round(machine.copy_rate(cpu) / 1e9, 1)}
 
 
 def compare(model: fastden.Denoiser, height: int, width: int, rounds: int, only: list[str]) -> dict[str, Any]:
@@ -209,7 +106,7 @@ def compare(model: fastden.Denoiser, height: int, width: int, rounds: int, only:
         eager = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)(x.to(dtype), SIGMA)
         tolerance[str(dtype).removeprefix("torch.")] = TOLERANCE * float((eager.double() - reference).abs().max())
     rows: dict[str, dict[str, Any]] = {}
-    runners: dict[str, Runner] = {}
+    runners: dict[str, Call] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, build in contenders(model, x, Path(folder)).items():
             if only and not name.startswith(tuple(only)):
@@ -222,17 +119,15 @@ def compare(model: fastden.Denoiser, height: int, width: int, rounds: int, only:
                 continue
             error = float((output - reference).abs().max())
             dtype = name.split()[-1]
-            rows[name] = {"max_error": error, "valid": error <= tolerance[dtype], "seconds": []}
+            rows[name] = {"max_error": error, "valid": error <= tolerance[dtype]}
             runners[name] = runner
             print(f"{name}: ready, error {error:.1e}", file=sys.stderr)
-        for _ in range(rounds):
-            for name, runner in runners.items():
-                runner()
-                rows[name]["seconds"] += [round(seconds(runner), 5) for _ in range(2)]
+        for name, times in interleaved(runners, seconds, rounds).items():
+            rows[name]["seconds"] = [round(value, 5) for value in times]
     rates = ceilings()
     pixels = height * width
     channels = model.conv0.in_channels
-    plain, composed_network = (2 * pixels * (channels * each + rest) for each, rest in (PLAIN_MACS, COMPOSED_MACS))
+    plain, composed_network = (2 * pixels * macs.of(channels) for macs in (PLAIN_MACS, COMPOSED_MACS))
     for name, row in rows.items():
         dtype = name.split()[-1]
         row["median_s"] = statistics.median(row["seconds"])
@@ -301,10 +196,9 @@ def training(model: fastden.Denoiser) -> dict[str, Any]:
 
 
 def peak_mib() -> int | None:
-    """Largest resident memory of this process so far; getrusage would start at that of the process that started it."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((round(int(line.split()[1]) / 1024) for line in lines if line.startswith("VmHWM")), None)
+    """Largest resident memory of this process so far."""
+    peak = status_mib("VmHWM")
+    return None if peak is None else round(peak)
 
 
 def large(model_name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -356,7 +250,7 @@ def main() -> None:
         print(json.dumps(large(arguments.model, getattr(torch, arguments.large_child))))
         return
     model = fastden.Denoiser.from_pretrained(arguments.model)
-    document: dict[str, Any] = {"machine": machine(), "model": arguments.model}
+    document: dict[str, Any] = {"machine": machine.describe(torch.device("cpu")), "model": arguments.model}
     document["image"] = result = compare(model, *arguments.size, arguments.rounds, arguments.only)
     print(table(result))
     if not arguments.only:

@@ -1,26 +1,39 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one command: the kernels' tests, compute-sanitizer on their small cases, and the
-# benchmarks. Leaves JSON and logs in the folder given (default: benchmarks/results). Goes on past a failure, and says
-# at the end what failed.
+# Everything that waits for a GPU, in one command of less than ten minutes: the kernels' tests, the benchmarks, and
+# compute-sanitizer on the tests' small cases. Leaves JSON, plots and logs in the folder given (default:
+# benchmarks/results). Goes on past a failure, and says at the end what failed or found no time.
 #
-#     benchmarks/gpu_check.sh [FOLDER]
+#     benchmarks/gpu_check.sh [FOLDER]        BUDGET=seconds for another limit, PYTHON=... for another interpreter
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-benchmarks/results}
-mkdir -p "$out"
+mkdir -p "$out" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH=${PYTHONPATH-}
 unset TRITON_INTERPRET
+deadline=$((SECONDS + ${BUDGET:-570}))
 failed=()
 
-run() { # NAME COMMAND...: its output goes to NAME.log and its last lines to the terminal
-    local name=$1
-    shift
+run() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines to the terminal
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS
+    shift 2
+    if ((left < 15)); then
+        failed+=("$name (no time left)")
+        return
+    fi
     echo "== $name: $*"
-    if ! timeout "${LIMIT:-240}" "$@" >"$out/$name.log" 2>&1; then
+    if ! timeout "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1; then
         failed+=("$name")
     fi
-    tail -n 12 "$out/$name.log"
+    tail -n "${LINES_SHOWN:-14}" "$out/$name.log"
+    echo "== $name took $((SECONDS - start)) s"
+}
+
+bench() { # NAME LIMIT ARGUMENTS...: a benchmark with its JSON and plots
+    local name=$1 limit=$2
+    shift 2
+    run "$name" "$limit" "$python" -m fastden bench "$@" --device cuda --dtype bfloat16 --backends torch,triton \
+        --json "$out/$name.json" --plots "$out/$name"
 }
 
 # fastden.kernels is there only where fastden is installed.
@@ -28,21 +41,24 @@ $python -c 'import fastden.kernels' 2>/dev/null ||
     $python -m pip install --quiet --no-deps --no-build-isolation -e . || exit 1
 $python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
-run gpu-tests "$python" -m pytest tests/kernels tests/ops -q --maxfail=20 -p no:cacheprovider
-run compile "$python" benchmarks/compile_kernels.py --json "$out/compile.json"
-for size in "2160 3840" "1080 1920"; do
-    # shellcheck disable=SC2086
-    run "model-${size%% *}" "$python" benchmarks/bench_model.py --size $size --json "$out/model-${size%% *}.json"
-done
-run train "$python" benchmarks/bench_model.py --train --batch 64 --size 128 128 --json "$out/train.json"
+workers=()
+$python -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+run gpu-tests 200 "$python" -m pytest tests/kernels tests/ops -q --maxfail=20 -p no:cacheprovider "${workers[@]}"
+bench model-2160 150 model --size 2160 3840 --batch 1
+bench model-1080 110 model --size 1080 1920 --batch 8
+bench train 110 train --size 128 128 --batch 64
+bench ops 110 ops --size 1080 1920
+bench ops-backward 110 ops --backward --size 1080 1920 --compare eager,channels_last
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck synccheck; do
-        run "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        run "sanitizer-$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$python" -m pytest tests/kernels -q -x -k "any_layout or nan" -p no:cacheprovider
     done
+else
+    failed+=("sanitizer (compute-sanitizer is not on the PATH)")
 fi
 if ((${#failed[@]})); then
-    echo "failed: ${failed[*]}"
+    printf 'failed: %s\n' "${failed[@]}"
     exit 1
 fi
 echo "all passed; results in $out"

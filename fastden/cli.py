@@ -19,6 +19,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from fastden.batch import FAILURES, Run, clean_termination, in_one_line, say
+from fastden.bench.command import app as bench
 from fastden.errors import UserError
 
 
@@ -90,6 +91,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench, name="bench")
 
 
 class Format(str, Enum):

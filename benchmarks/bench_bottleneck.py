@@ -1,0 +1,11 @@
+"""Speed of bottleneck at the network's own shapes, forward and in training; see conftest.py."""
+
+SUITE = "bottleneck"
+
+
+def test_forward(measure, part, contender):
+    measure(part, contender)
+
+
+def test_backward(measure, part, contender):
+    measure(part, contender, backward=True)

@@ -1,0 +1,353 @@
+"""``fastden bench``: what the machine makes of the network. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastden.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastden.bench.compare import Settings
+    from fastden.bench.machine import Sensors
+    from fastden.model import Denoiser
+
+app = typer.Typer(
+    help="Measure speed, memory and, on a GPU, energy beside other ways to run the same network. Contenders run in turn"
+    " on the same weights and images; one whose result errs, against float64, more than twice as much as eager PyTorch"
+    " gets no ratio, and the exit code is then 1.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+class Dtype(str, Enum):
+    """Dtypes to measure in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+#: Height and width, images and rounds where the user says nothing, by command, on a GPU and on a CPU.
+DEFAULTS = {
+    "ops": {"cuda": (1080, 1920, 1, 20), "cpu": (512, 768, 1, 7)},
+    "model": {"cuda": (2160, 3840, 1, 20), "cpu": (512, 768, 1, 7)},
+    "train": {"cuda": (128, 128, 64, 20), "cpu": (64, 64, 4, 7)},
+    "batch": {"cuda": (2160, 3840, 16, 3), "cpu": (512, 768, 8, 3)},
+}
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write everything measured to a file.")]
+Plots = Annotated[Path | None, typer.Option("--plots", help="Draw bars and a roofline, PNG, into a folder.")]
+Compare = Annotated[
+    str | None, typer.Option("--compare", help='Contenders beside fastden, separated by commas; "" for none.')
+]
+Backends = Annotated[str | None, typer.Option("--backends", help="fastden's own; default all that can run here.")]
+Model = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hugging Face Hub id.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default CUDA if there is any.")]
+Precision = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Default bfloat16 where the machine has it natively, else float32.")
+]
+Size = Annotated[tuple[int, int] | None, typer.Option("--size", metavar="HEIGHT WIDTH", help="Pixels of an image.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images in a call.")]
+Rounds = Annotated[int | None, typer.Option("--rounds", min=1, help="In each, every contender has its turn.")]
+
+
+@dataclass
+class _Run:
+    """A benchmark from its options to its exit code."""
+
+    command: str
+    model_name: str
+    model: Denoiser
+    settings: Settings
+    size: tuple[int, int]
+    batch: int
+    peers: tuple[str, ...]
+    backends: tuple[str, ...]
+    json: Path | None
+    plots: Path | None
+    left_out: dict[str, str]
+    sensors: Sensors | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def finish(
+        self, measure: Callable[[Mapping[str, float]], Sequence[Mapping[str, Any]]], floors: bool = True
+    ) -> None:
+        """Measure, print, write, and exit with the code."""
+        from fastden.bench import machine, plots, report
+
+        device, dtype = self.settings.device, self.settings.dtype
+        with machine.steady_settings(device):
+            before = self.sensors.state() if self.sensors else None
+            limits = machine.ceilings(device, dtype) if floors else {}
+            results = measure(limits)
+            after = self.sensors.state() if self.sensors else None
+        code = report.exit_code(results)
+        document = {
+            "command": f"fastden bench {self.command}",
+            "name": self.command,
+            "machine": machine.describe(device),
+            "settings": {
+                "model": self.model_name,
+                "size": list(self.size),
+                "batch": self.batch,
+                "dtype": str(dtype).removeprefix("torch."),
+                "rounds": self.settings.rounds,
+                "repeats": self.settings.repeats,
+                "peers": self.peers,
+                "backends": self.backends,
+                "tf32": False,
+                **self.extra,
+            },
+            "ceilings": limits,
+            "sensors": {"before": before, "after": after},
+            "left_out": self.left_out,
+            "all_right": code == 0,
+            "results": results,
+        }
+        report.show(results, limits, self.left_out)
+        if self.json is not None:
+            report.write(self.json, document)
+        if self.plots is not None:
+            plots.draw(document, self.plots)
+        raise typer.Exit(code)
+
+
+def _prepare(
+    command: str,
+    model: str,
+    compare: str | None,
+    backends: str | None,
+    device: str | None,
+    dtype: Dtype | None,
+    size: tuple[int, int] | None,
+    batch: int | None,
+    rounds: int | None,
+    json: Path | None,
+    plots: Path | None,
+    **settings: Any,
+) -> _Run:
+    """Check all options, and load the network, before anything is measured."""
+    import torch
+
+    from fastden.bench import forms
+    from fastden.bench.compare import Settings
+    from fastden.bench.machine import Sensors
+    from fastden.bench.plots import check_folder
+    from fastden.io import check_target
+    from fastden.loading import choose_dtype, parse_device
+    from fastden.model import Denoiser
+
+    try:
+        place = parse_device(device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if place.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {place}; accepted: cpu, cuda")
+    chosen = choose_dtype("auto" if dtype is None else dtype.value, place, eight_bit=True)
+    height, width, count, turns = DEFAULTS[command][place.type]
+    if size is not None and min(size) < 1:
+        raise UserError(f"size: {size[0]} {size[1]}; accepted: height and width of at least 1")
+    accepted, default = _peers(command, place, chosen)
+    peers = forms.choose_peers(compare, accepted, default)
+    own, left_out = ((), {}) if command == "batch" else forms.choose_backends(backends, place)
+    if json is not None:
+        check_target(json, overwrite=True)
+    if plots is not None:
+        check_folder(plots)
+    sensors = Sensors.of(place)
+    if isinstance(sensors, str) and place.type == "cuda":
+        left_out["clocks, power and energy"] = sensors
+    try:
+        network = Denoiser.from_pretrained(model).to(place, torch.float32).eval()
+    # A Hub id or a folder can fail in as many ways as there are libraries behind it.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UserError(text if text.startswith("model") else f"model: {text}") from error
+    return _Run(
+        command,
+        model,
+        network,
+        Settings(place, chosen, rounds or turns, **settings),
+        size or (height, width),
+        batch or count,
+        peers,
+        own,
+        json,
+        plots,
+        left_out,
+        None if isinstance(sensors, str) else sensors,
+    )
+
+
+def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The contenders that a command accepts, and those that it takes by itself."""
+    import torch
+
+    from fastden.bench.forms import PLAIN
+
+    plain = ("eager", "channels_last", "compile")
+    if command == "batch":
+        return plain, ("channels_last",)
+    if command == "model" and device.type == "cpu":
+        runtimes = {torch.float32: ("openvino", "onnxruntime"), torch.bfloat16: ("openvino",)}.get(dtype, ())
+        return (*PLAIN, *runtimes), (*plain, *runtimes)
+    # On a GPU the search for the fastest form takes minutes: for the network and for training, not for each operator.
+    return PLAIN, PLAIN if command != "ops" and device.type == "cuda" else plain
+
+
+@app.command()
+def ops(
+    only: Annotated[str | None, typer.Option("--only", help="Operators, separated by commas; default all.")] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Forward with batch statistics, and all gradients.")
+    ] = False,
+    json: Json = None,
+    plots: Plots = None,
+    compare: Compare = None,
+    backends: Backends = None,
+    model: Model = "color",
+    device: Device = None,
+    dtype: Precision = None,
+    size: Size = None,
+    batch: Batch = None,
+    rounds: Rounds = None,
+) -> None:
+    """Measure each operator at the shapes that the network gives it, beside the layers that it stands for."""
+    import torch
+
+    from fastden.bench import operators
+    from fastden.bench.compare import compare as run_all
+
+    options = (model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+    run = _prepare("ops", *options, graphs=True, energy_seconds=0.5)
+    names = operators.choose(only)
+    found = operators.cases(run.model, run.size, run.batch, names)
+    run.extra = {"operators": names, "backward": backward}
+
+    def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
+        results = []
+        for case in found:
+            rest = (run.size, run.settings.dtype, run.peers, run.backends)
+            job, contenders = operators.backward(case, *rest) if backward else operators.forward(case, run.model, *rest)
+            results.append(run_all(job, contenders, run.settings, limits, sensors=run.sensors))
+            # The next operator is another program: not a recompilation of this one, which would count against a limit.
+            torch.compiler.reset()
+        return results
+
+    run.finish(measure)
+
+
+@app.command("model")
+def network(
+    json: Json = None,
+    plots: Plots = None,
+    compare: Compare = None,
+    backends: Backends = None,
+    model: Model = "color",
+    device: Device = None,
+    dtype: Precision = None,
+    size: Size = None,
+    batch: Batch = None,
+    rounds: Rounds = None,
+) -> None:
+    """Measure the whole network at inference."""
+    from fastden.bench.compare import compare as run_all
+    from fastden.bench.network import inference
+
+    run = _prepare("model", model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+
+    def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
+        with TemporaryDirectory() as folder:
+            settings = run.settings
+            job, contenders = inference(
+                run.model, run.size, run.batch, settings.dtype, run.peers, run.backends, Path(folder)
+            )
+            return [run_all(job, contenders, settings, limits, sensors=run.sensors)]
+
+    run.finish(measure)
+
+
+@app.command()
+def train(
+    json: Json = None,
+    plots: Plots = None,
+    compare: Compare = None,
+    backends: Backends = None,
+    model: Model = "color",
+    device: Device = None,
+    dtype: Precision = None,
+    size: Size = None,
+    batch: Batch = None,
+    rounds: Rounds = None,
+) -> None:
+    """Measure a training step: forward and backward, float32 weights under autocast, the optimiser left out."""
+    from fastden.bench.compare import compare as run_all
+    from fastden.bench.network import training
+
+    run = _prepare("train", model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+
+    def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
+        job, contenders = training(run.model, run.size, run.batch, run.settings.dtype, run.peers, run.backends)
+        return [run_all(job, contenders, run.settings, limits, sensors=run.sensors)]
+
+    run.finish(measure)
+
+
+@app.command()
+def batch(
+    json: Json = None,
+    plots: Plots = None,
+    compare: Compare = None,
+    model: Model = "color",
+    device: Device = None,
+    dtype: Precision = None,
+    size: Size = None,
+    images: Annotated[int | None, typer.Option("--images", min=1, help="Files in the folder.")] = None,
+    rounds: Rounds = None,
+) -> None:
+    """Measure a folder of PNG files from reading to writing: megapixels a second, and how much of it is computing.
+
+    ``fastden denoise`` runs in a process of its own; what it takes to start is measured too, and left out.
+    """
+    import statistics
+
+    from fastden.bench import files
+    from fastden.bench.compare import compare as run_all
+    from fastden.bench.timing import Call, Stopwatch
+
+    options = (model, compare, None, device, dtype, size, images, rounds, json, plots)
+    run = _prepare("batch", *options, repeats=1, warm_up=1)
+
+    def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
+        watch = Stopwatch(run.settings.device)
+
+        def milliseconds(call: Call) -> float:
+            return call.measure() if isinstance(call, files.Command) else watch(call)
+
+        with TemporaryDirectory() as folder:
+            job, contenders, command = files.folder_job(
+                run.model, model, run.size, run.batch, run.settings.dtype, run.peers, Path(folder)
+            )
+            result = run_all(job, contenders, run.settings, limits, measure=milliseconds, fetch=files.results)
+        if command.whole:
+            shares = [c / (w - s) for c, w, s in zip(command.computing, command.whole, command.start, strict=True)]
+            result["command"] = {
+                "seconds": command.whole,
+                "start_seconds": command.start,
+                "compute_seconds": command.computing,
+                "compute_share": statistics.median(shares),
+            }
+            print(f"computing takes {100 * result['command']['compute_share']:.0f} % of fastden's time")
+        return [result]
+
+    run.finish(measure, floors=False)

@@ -1,0 +1,141 @@
+"""The whole network as a job: inference, and a training step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastden.backends import use_backend
+from fastden.bench import forms
+from fastden.bench.compare import Contender, Job, bounds
+from fastden.bench.images import SIGMA, photograph
+from fastden.bench.timing import Call
+from fastden.bench.work import COMPOSED_MACS, PLAIN_MACS, TRAINING, VALUES
+from fastden.fused import fuse
+from fastden.inference import denoise_tiled
+from fastden.model import Denoiser
+
+
+def level(model: Denoiser) -> float | None:
+    """The noise level, for a network that takes one."""
+    return SIGMA if model.noise_level_input else None
+
+
+def inference(
+    model: Denoiser,
+    size: tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+    peers: Sequence[str],
+    backends: Sequence[str],
+    folder: Path,
+) -> tuple[Job, list[Contender]]:
+    """Denoising ``batch`` images of ``size`` (height, width) on the model's device.
+
+    Args:
+        model: float32, in evaluation mode.
+        size, batch: of the input.
+        dtype: of weights and activations.
+        peers: contenders beside fastden, of :data:`fastden.bench.forms.PLAIN` and RUNTIMES.
+        backends: fastden's own.
+        folder: for the files of other runtimes.
+    """
+    device = model.conv0.weight.device
+    x = photograph(*size, count=batch).to(device)
+    with use_backend("torch"):
+        # By tiles: float64 activations of large images would not fit.
+        reference = denoise_tiled(copy.deepcopy(model).double(), x.double(), level(model))
+    network = forms.WithLevel(model, level(model))
+    bound = bounds(forms.plain("channels_last", network, (x,), dtype)(), (reference,), dtype)
+    pixels = x[:, 0].numel()
+    channels = model.conv0.in_channels
+    plain_flops, own_flops = (2.0 * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
+    found = [
+        Contender(forms.own_name(name), partial(_own, model, x, dtype, name), own_flops, own=True) for name in backends
+    ]
+    for name in peers:
+        if name in forms.PLAIN:
+            build = partial(forms.plain, name, network, (x,), dtype)
+        else:
+            build = partial(_runtime, name, model, x, dtype, folder)
+        graphs = name in forms.PLAIN and name != "max_autotune"
+        found.append(Contender(name, build, plain_flops, graphs=graphs))
+    moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
+    return Job("model", batch, pixels, moved, (reference,), bound), found
+
+
+def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
+    fused = fuse(model, dtype)
+
+    def call() -> Tensor:
+        with torch.no_grad(), use_backend(backend):
+            return fused(x, level(model))
+
+    return call
+
+
+def _runtime(name: str, model: Denoiser, x: Tensor, dtype: torch.dtype, folder: Path) -> Call:
+    path = forms.export_onnx(model, x, folder / "plain.onnx")
+    return forms.openvino(path, x, dtype) if name == "openvino" else forms.onnxruntime(path, x)
+
+
+def training(
+    model: Denoiser,
+    size: tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+    peers: Sequence[str],
+    backends: Sequence[str],
+) -> tuple[Job, list[Contender]]:
+    """A training step on the model's device: forward and backward, batch statistics, float32 weights, autocast.
+
+    The optimiser's part is the same for all and left out. What is judged are the gradients of all parameters, by their
+    relative L2 norms. Arguments as of :func:`inference`; ``size`` is that of the crops.
+    """
+    x = photograph(*size, count=batch).to(model.conv0.weight.device)
+    reference = _step("eager", copy.deepcopy(model).double(), x.double(), torch.float64, None)()
+    bound = bounds(_step("channels_last", model, x, dtype, None)(), reference, dtype, gradients=True)
+    pixels = x[:, 0].numel()
+    channels = model.conv0.in_channels
+    plain_flops, own_flops = (2.0 * TRAINING * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
+    found = [
+        Contender(forms.own_name(name), partial(_step, "channels_last", model, x, dtype, name), own_flops, own=True)
+        for name in backends
+    ]
+    found += [
+        Contender(name, partial(_step, name, model, x, dtype, None), plain_flops, graphs=name != "max_autotune")
+        for name in peers
+    ]
+    moved = float(TRAINING * VALUES.of(channels) * pixels * dtype.itemsize)
+    return Job("train", batch, pixels, moved, reference, bound), found
+
+
+def _step(form: str, model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str | None) -> Call:
+    """One step, its loss the mean square of the result.
+
+    ``backend`` is fastden's, which composes the weights, or None for the plain network.
+    """
+    network = forms.arranged(model, form).train()
+    assert isinstance(network, Denoiser)
+    network.composed = backend is not None
+    (source,) = forms.laid_out((x,), x.dtype, form)
+    run: nn.Module = forms.compiled(network, form)
+    parameters = list(network.parameters())
+
+    def step() -> tuple[Tensor, ...]:
+        network.zero_grad(set_to_none=True)
+        with (
+            use_backend(backend or "torch"),
+            torch.autocast(x.device.type, dtype, enabled=dtype not in (torch.float32, torch.float64)),
+        ):
+            y = run(source, level(model))
+        # Not the distance to the image: where the network is trained, that gradient's mean is zero but for rounding.
+        y.to(source.dtype).square().mean().backward()
+        return tuple(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+    return step

@@ -1,0 +1,292 @@
+"""Each operator as a job, at the shapes that the network gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastden import ops
+from fastden.algebra import compose_head, compose_stem
+from fastden.backends import use_backend
+from fastden.bench import forms
+from fastden.bench.compare import Contender, Job, bounds, tensors
+from fastden.bench.timing import Call
+from fastden.bench.work import PARTS, TRAINING, UNITS
+from fastden.errors import UserError
+from fastden.fused import FusedDenoiser, fuse
+from fastden.model import BORDER, Bottleneck, Denoiser, padding_for
+
+#: The parts of the network that each operator serves; those of res3, one by one, are conv_bn_relu's in training.
+OPERATORS = {
+    "stem": ("stem",),
+    "bottleneck": ("res1", "res2", "res3"),
+    "conv_bn_relu": ("conv2", "res3_reduce", "res3_conv", "res3_expand"),
+    "concat_conv_bn_relu": ("conv3",),
+    "upsample": ("up2",),
+    "head": ("head",),
+}
+#: Inputs of so many channels or fewer are images, with the noise level perhaps; the others are feature maps.
+IMAGE_CHANNELS = 4
+
+
+class _Stem(nn.Module):
+    """conv1 behind conv0; composed, fastden's stem from the same parameters."""
+
+    def __init__(self, model: Denoiser, composed: bool) -> None:
+        super().__init__()
+        self.conv0, self.conv1, self.composed = model.conv0, model.conv1, composed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.composed:
+            return self.conv1(self.conv0(x))
+        conv0, conv1 = self.conv0, self.conv1.conv
+        assert conv0.bias is not None
+        assert conv1.bias is not None
+        with torch.autocast(x.device.type, enabled=False):
+            stem = compose_stem(conv0.weight, conv0.bias, conv1.weight, conv1.bias)
+        return ops.stem(x, stem.weight, stem.bias, bn=ops.BatchNorm.of(self.conv1.bn))
+
+
+class _Head(nn.Module):
+    """Out behind conv0 and up3, and the added input; composed, fastden's head from the same parameters."""
+
+    def __init__(self, model: Denoiser, composed: bool) -> None:
+        super().__init__()
+        self.conv0, self.up3, self.out, self.composed = model.conv0, model.up3, model.out, composed
+
+    def forward(self, features: Tensor, x: Tensor) -> Tensor:
+        if self.composed:
+            conv0, up3, out = self.conv0, self.up3, self.out
+            assert conv0.bias is not None
+            assert up3.bias is not None
+            assert out.bias is not None
+            with torch.autocast(x.device.type, enabled=False):
+                head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
+            return ops.head(features, x, head.weight, head.image_weight, head.bias)
+        y = self.out(torch.cat([self.conv0(x), self.up3(features)], 1))
+        return x[:, : self.out.out_channels, BORDER:-BORDER, BORDER:-BORDER] + y
+
+
+class _Unit(nn.Module):
+    """One convolution of a bottleneck with its BN, a residual where it is the last, and ReLU."""
+
+    def __init__(self, block: Bottleneck, name: str) -> None:
+        super().__init__()
+        self.conv: nn.Conv2d = getattr(block, name)
+        self.bn: nn.BatchNorm2d = {"reduce": block.bn1, "conv": block.bn2, "expand": block.bn3}[name]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        padding = self.conv.padding[0]
+        assert isinstance(padding, int)
+        bn = ops.BatchNorm.of(self.bn)
+        return ops.conv_bn_relu(x, self.conv.weight, bn=bn, residual=residual, padding=padding)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one place of the network.
+
+    Args:
+        operator: its name.
+        part: of the network.
+        plain: the layers that it stands for.
+        composed: fastden's form of them in training, with the same parameters.
+        inputs: what they take, float32.
+    """
+
+    operator: str
+    part: str
+    plain: nn.Module
+    composed: nn.Module
+    inputs: tuple[Tensor, ...]
+
+
+def choose(text: str | None) -> list[str]:
+    """The operators that ``--only`` names, or all.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names = list(OPERATORS) if text is None else [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in OPERATORS:
+            raise UserError(f"only: {name!r}; accepted: {', '.join(OPERATORS)}")
+    return names
+
+
+def cases(model: Denoiser, size: tuple[int, int], batch: int, operators: Sequence[str]) -> Iterator[Case]:
+    """The cases of ``operators`` for ``batch`` images of ``size`` (height, width), on the model's device."""
+    device = model.conv0.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    height, width = (length + sum(padding_for(length)) for length in size)
+    half, quarter = ((height - 4) // 2, (width - 4) // 2), ((height - 4) // 4, (width - 4) // 4)
+
+    def image() -> Tensor:
+        return torch.rand(batch, model.conv0.in_channels, height, width, device=device, generator=generator)
+
+    def features(channels: int, place: tuple[int, int]) -> Tensor:
+        # Half zeros, as behind a ReLU.
+        return torch.randn(batch, channels, *place, device=device, generator=generator).relu_()
+
+    def inputs(part: str) -> tuple[Tensor, ...]:
+        made: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+            "stem": lambda: (image(),),
+            "res1": lambda: (features(128, half),),
+            "conv2": lambda: (features(128, half),),
+            "res2": lambda: (features(128, quarter),),
+            "up2": lambda: (features(128, quarter),),
+            "conv3": lambda: (features(128, half), features(32, half)),
+            "res3": lambda: (features(256, half),),
+            "res3_reduce": lambda: (features(256, half),),
+            "res3_conv": lambda: (features(64, half),),
+            "res3_expand": lambda: (features(64, half), features(256, half)),
+            "head": lambda: (features(256, half), image()),
+        }
+        return made[part]()
+
+    for operator in operators:
+        for part in OPERATORS[operator]:
+            if part in UNITS:
+                plain: nn.Module = _Unit(model.res3, part.removeprefix("res3_"))
+                composed = plain
+            elif part in ("stem", "head"):
+                kind = _Stem if part == "stem" else _Head
+                plain, composed = kind(model, False), kind(model, True)
+            else:
+                plain = composed = getattr(model, part)
+            yield Case(operator, part, plain, composed, inputs(part))
+
+
+def forward(
+    case: Case,
+    model: Denoiser,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    peers: Sequence[str],
+    backends: Sequence[str],
+) -> tuple[Job, list[Contender]]:
+    """Inference: BN is folded in fastden's operators, and is a layer of its own in the plain form, as in the network.
+
+    Args:
+        case: what to measure.
+        model: the network that it is of, float32, in evaluation mode.
+        size: of the image.
+        dtype: of weights and activations.
+        peers: of :data:`fastden.bench.forms.PLAIN`.
+        backends: fastden's own.
+    """
+    inputs = tuple(tensor.to(dtype) for tensor in case.inputs)
+    reference = forms.plain("eager", case.plain, inputs, torch.float64)()
+    bound = bounds(forms.plain("channels_last", case.plain, inputs, dtype)(), (reference,), dtype)
+    fused = fuse(model, dtype)
+    builders = {name: partial(forms.plain, name, case.plain, inputs, dtype) for name in peers}
+    own = {name: partial(_own, case.part, fused, inputs, name) for name in backends}
+    return _job(case, size, dtype, (reference,), bound, builders, own)
+
+
+def backward(
+    case: Case, size: tuple[int, int], dtype: torch.dtype, peers: Sequence[str], backends: Sequence[str]
+) -> tuple[Job, list[Contender]]:
+    """Training: forward with batch statistics, and the gradients of inputs and parameters; float32 weights, autocast.
+
+    Arguments as of :func:`forward`.
+    """
+    inputs = tuple(tensor.to(dtype) for tensor in case.inputs)
+    reference = tensors(_step("eager", case.plain, inputs, torch.float64, None)())
+    bound = bounds(_step("channels_last", case.plain, inputs, dtype, None)(), reference, dtype, gradients=True)
+    builders = {name: partial(_step, name, case.plain, inputs, dtype, None) for name in peers}
+    own = {name: partial(_step, "channels_last", case.composed, inputs, dtype, name) for name in backends}
+    return _job(case, size, dtype, reference, bound, builders, own, TRAINING)
+
+
+def _job(
+    case: Case,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    reference: tuple[Tensor, ...],
+    bound: Mapping[str, float],
+    peers: Mapping[str, Callable[[], Call]],
+    own: Mapping[str, Callable[[], Call]],
+    factor: int = 1,
+) -> tuple[Job, list[Contender]]:
+    work = (PARTS | UNITS)[case.part]
+    batch = len(case.inputs[0])
+    channels = next((tensor.shape[1] for tensor in case.inputs if tensor.shape[1] <= IMAGE_CHANNELS), 0)
+    pixels = batch * size[0] * size[1]
+    own_flops, flops = (2.0 * factor * macs.of(channels) * pixels for macs in (work.own, work.plain))
+    found = [Contender(forms.own_name(name), build, own_flops, own=True) for name, build in own.items()]
+    found += [Contender(name, build, flops, graphs=name != "max_autotune") for name, build in peers.items()]
+    moved = float(factor * work.values.of(channels) * pixels * dtype.itemsize)
+    name = case.operator if len(OPERATORS[case.operator]) == 1 else f"{case.operator} {case.part}"
+    return Job(name, batch, pixels, moved, reference, bound), found
+
+
+def _own(part: str, fused: FusedDenoiser, inputs: Sequence[Tensor], backend: str) -> Call:
+    """fastden's operator for ``part`` with the weights of the fused network."""
+    sources = forms.laid_out(inputs, fused.dtype, "channels_last")
+
+    def weights(name: str) -> tuple[Tensor, Tensor]:
+        return getattr(fused, f"{name}_weight"), getattr(fused, f"{name}_bias")
+
+    def run() -> Tensor:
+        x, *others = sources
+        if part == "stem":
+            return ops.stem(x, *weights("stem"), backend=backend)
+        if part == "conv2":
+            return ops.conv_bn_relu(x, *weights("conv2"), stride=2, padding=1, backend=backend)
+        if part == "conv3":
+            return ops.concat_conv_bn_relu(x, others[0], *weights("conv3"), backend=backend)
+        if part == "up2":
+            return ops.upsample(x, *weights("up2"), backend=backend)
+        if part == "head":
+            weight, bias = weights("head")
+            return ops.head(x, others[0], weight, fused.head_image_weight, bias, backend=backend)
+        if part in UNITS:
+            residual = others[0] if others else None
+            padding = 1 if part == "res3_conv" else 0
+            return ops.conv_bn_relu(x, *weights(part), residual=residual, padding=padding, backend=backend)
+        (reduce, a), (conv, b), (expand, c) = (weights(f"{part}_{name}") for name in ("reduce", "conv", "expand"))
+        return ops.bottleneck(x, reduce, conv, expand, biases=(a, b, c), backend=backend)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    return call
+
+
+def _step(form: str, module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype, backend: str | None) -> Call:
+    """One step in ``dtype``; a float64 one computes the reference for inputs and gradients of their own dtype."""
+    network = forms.arranged(module, form).train()
+    if dtype == torch.float64:
+        network = network.double()
+    run = forms.compiled(network, form)
+    # The network's first layers have images for inputs, which no training step differentiates.
+    sources = tuple(
+        tensor.detach().requires_grad_(tensor.shape[1] > IMAGE_CHANNELS)
+        for tensor in forms.laid_out(inputs, dtype, form)
+    )
+    parameters = [tensor for tensor in (*sources, *network.parameters()) if tensor.requires_grad]
+    device = sources[0].device.type
+    with torch.no_grad(), use_backend("torch"), torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
+        like = network(*sources)
+    layout = torch.contiguous_format if form == "eager" else torch.channels_last
+    # The same values for all: drawn in one order of memory, and then laid out.
+    generator = torch.Generator(device).manual_seed(1)
+    grad = torch.randn(like.shape, device=device, generator=generator).to(inputs[0].dtype)
+    grad = grad.to(like.dtype).contiguous(memory_format=layout)
+
+    def step() -> tuple[Tensor, ...]:
+        with (
+            torch.enable_grad(),
+            use_backend(backend or "torch"),
+            torch.autocast(device, dtype, enabled=dtype.itemsize == 2, cache_enabled=False),
+        ):
+            y = run(*sources)
+        return (y, *torch.autograd.grad(y, parameters, grad))
+
+    return step

@@ -1,0 +1,129 @@
+"""Times of calls: cold caches, contenders in turn, medians with their spread; and the memory that a call takes."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+class Stopwatch:
+    """Time of one call on a device, in milliseconds.
+
+    On a GPU the L2 cache is full of something else when the call begins, and CUDA events take the time.
+
+    Args:
+        device: where the calls run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._cold: torch.Tensor | None = None
+        if device.type == "cuda":
+            cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            self._cold = torch.empty(max(4 * cache, 1 << 28), dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Call) -> float:
+        if self._cold is None:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._cold.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def seconds(call: Call) -> float:
+    """Time of one call by the host's clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    calls: Mapping[str, Call], measure: Callable[[Call], float], rounds: int, repeats: int = 2
+) -> dict[str, list[float]]:
+    """Measurements by name: in each round every call in turn, once uncounted and then ``repeats`` times.
+
+    The uncounted call has clocks and memory as in steady use. Each round begins with the next contender, so that none
+    always follows the same one.
+    """
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        first = index % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            calls[name]()
+            times[name] += [measure(calls[name]) for _ in range(repeats)]
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, quartiles and the distance between them, in the unit of ``times``."""
+    if len(times) < 2:
+        low = middle = high = times[0]
+    else:
+        low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median_ms": middle, "q1_ms": low, "q3_ms": high, "iqr_ms": high - low}
+
+
+def captured(call: Call) -> Call:
+    """``call`` as the replay of a CUDA graph: the device's time without the host's."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def peak_mib(call: Call, device: torch.device) -> float | None:
+    """What one call adds at its peak to the memory in use before, its result included; None where that is unknown.
+
+    On a GPU it is what PyTorch's allocator gives out; on Linux's CPUs, the growth of the resident set.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        # What was freed and kept would serve the call without showing.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError, TypeError):  # not glibc, or no such file
+        return None
+    resident = status_mib("VmRSS")
+    call()
+    peak = status_mib("VmHWM")
+    return None if peak is None or resident is None else peak - resident
+
+
+def status_mib(key: str) -> float | None:
+    """A line of Linux's status of this process: VmRSS, its resident memory, or VmHWM, the most so far."""
+    # getrusage would start at the peak of the process that started this one.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)

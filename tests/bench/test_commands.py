@@ -1,0 +1,203 @@
+"""``fastden bench`` from its options to its files and exit codes, on tiny images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from fastden.bench import files, forms, machine, network, operators
+from fastden.cli import app
+from tests.cli.run import fails, works
+
+TINY = ("--device", "cpu", "--dtype", "float32", "--rounds", "2")
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large matrix products take seconds, and no test looks at their rate."""
+    limits = {"matrix_tflops": 0.3, "copy_gigabytes_a_second": 10.0}
+    monkeypatch.setattr(machine, "ceilings", lambda device, dtype: dict(limits))
+
+
+def document(path: Path, command: str, contenders: set[str]) -> dict[str, Any]:
+    """The JSON of a benchmark on 2 rounds, with everything that a reader needs to judge its figures."""
+    found = json.loads(path.read_text())
+    assert found["command"] == f"fastden bench {command}"
+    assert found["machine"]["device"] == "cpu"
+    assert set(found["machine"]) >= {"cpu", "threads", "versions", "commit", "date"}
+    assert set(found["settings"]) >= {"model", "size", "batch", "dtype", "rounds", "repeats", "peers", "backends"}
+    assert found["sensors"] == {"before": None, "after": None}
+    assert found["all_right"] is True
+    for result in found["results"]:
+        assert set(result["contenders"]) == contenders
+        assert set(result["bounds"]) <= {"relative_l2", "maximum"}
+        for row in result["contenders"].values():
+            assert row["right"]
+            assert len(row["raw_ms"]) == 2 * found["settings"]["repeats"]
+            assert row["q1_ms"] <= row["median_ms"] <= row["q3_ms"]
+            assert row["slower_by"] > 0
+            assert row["slower_by_range"][0] <= row["slower_by"] <= row["slower_by_range"][1]
+            assert row["ms_a_megapixel"] == pytest.approx(row["median_ms"] / result["megapixels"])
+    return found
+
+
+def test_model(tmp_path: Path) -> None:
+    size = ("--size", 20, 24, "--batch", 2, "--compare", "eager,channels_last")
+    plots = tmp_path / "plots" / "new"
+    shown = works("bench", "model", *TINY, *size, "--json", tmp_path / "a.json", "--plots", plots)
+    assert "slower by" in shown
+    assert "left out: fastden-triton" in shown
+    found = document(tmp_path / "a.json", "model", {"fastden-torch", "eager", "channels_last"})
+    (result,) = found["results"]
+    assert (result["images"], result["megapixels"]) == (2, 2 * 20 * 24 / 1e6)
+    row = result["contenders"]["eager"]
+    assert row["flops"] == 2 * 222_144 * 2 * 20 * 24
+    assert row["share_of_matrix_rate"] == pytest.approx(row["tflops"] / 0.3)
+    assert sorted(path.name for path in plots.iterdir()) == ["model-bars.png", "model-roofline.png"]
+
+
+@pytest.mark.slow
+def test_model_beside_other_runtimes(tmp_path: Path) -> None:
+    for package in ("openvino", "onnxruntime", "onnx", "onnxscript"):
+        pytest.importorskip(package)
+    target = tmp_path / "a.json"
+    works("bench", "model", *TINY, "--size", 16, 16, "--compare", "openvino,onnxruntime", "--json", target)
+    found = document(target, "model", {"fastden-torch", "openvino", "onnxruntime"})
+    assert found["results"][0]["contenders"]["openvino"]["peak_mib"] is None
+
+
+def test_ops(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    works("bench", "ops", *TINY, "--size", 14, 18, "--compare", "eager", "--json", target)
+    found = document(target, "ops", {"fastden-torch", "eager"})
+    names = [result["name"] for result in found["results"]]
+    assert len(names) == len(set(names)) == sum(map(len, operators.OPERATORS.values()))
+    assert all(any(name.split()[0] == operator for name in names) for operator in operators.OPERATORS)
+
+
+def test_ops_backward(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    options = ("--backward", "--only", "stem, conv_bn_relu,head", "--size", 22, 18, "--compare", "eager")
+    works("bench", "ops", *TINY, *options, "--json", target)
+    found = document(target, "ops", {"fastden-torch", "eager"})
+    assert found["settings"]["operators"] == ["stem", "conv_bn_relu", "head"]
+    assert found["settings"]["backward"] is True
+    assert len(found["results"]) == 6
+
+
+def test_train(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    options = ("--size", 32, 32, "--batch", 2, "--compare", "channels_last", "--json", target)
+    works("bench", "train", *TINY, *options)
+    found = document(target, "train", {"fastden-torch", "channels_last"})
+    assert set(found["results"][0]["bounds"]) == {"relative_l2"}
+
+
+def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has loaded everything already."""
+    done = CliRunner().invoke(app, command[3:])
+    return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
+
+
+def test_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.subprocess, "run", run_here)
+    target = tmp_path / "a.json"
+    options = ("--size", 40, 48, "--images", 2, "--compare", "eager", "--json", target)
+    shown = works("bench", "batch", *TINY, *options)
+    assert "computing takes" in shown
+    found = json.loads(target.read_text())
+    (result,) = found["results"]
+    assert result["megapixels"] == 2 * 40 * 48 / 1e6
+    assert all(row["right"] for row in result["contenders"].values())
+    assert {len(result["command"][key]) for key in ("seconds", "start_seconds", "compute_seconds")} == {2}
+    differences = [1e3 * (whole - start) for whole, start in zip(*list(result["command"].values())[:2], strict=True)]
+    assert result["contenders"]["fastden"]["raw_ms"] == pytest.approx(differences)
+
+
+def test_batch_reports_why_the_command_failed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    command = files.Command(folder, folder, tmp_path / "out", [], lambda: None)
+    with pytest.raises(RuntimeError, match=r"exit code 1: error: input: no images in"):
+        command()
+
+
+class Wrong(torch.nn.Module):
+    def __init__(self, right: Any) -> None:
+        super().__init__()
+        self.right = right
+
+    def forward(self, x: Tensor, sigma: float) -> Tensor:
+        y = self.right(x, sigma).clone()
+        y[..., -1:] += 0.01  # a seam on one column
+        return y
+
+
+def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse = network.fuse
+    monkeypatch.setattr(network, "fuse", lambda *arguments: Wrong(fuse(*arguments)))
+    target = tmp_path / "a.json"
+    options = ("--size", 16, 16, "--compare", "eager", "--json", target)
+    done = CliRunner().invoke(app, ["bench", "model", *TINY, *map(str, options)])
+    assert done.exit_code == 1
+    assert "wrong result" in done.stdout
+    assert " x " not in done.stdout
+    found = json.loads(target.read_text())
+    assert found["all_right"] is False
+    assert not any("slower_by" in row for row in found["results"][0]["contenders"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "saying"),
+    [
+        (["model", "--compare", "eagre"], r"compare: 'eagre'; accepted here: eager, channels_last, compile"),
+        (["ops", "--compare", "openvino"], r"compare: 'openvino'; accepted here: eager"),
+        (["model", "--compare", "onnxruntime", "--dtype", "bfloat16"], r"compare: 'onnxruntime'; accepted here: eager"),
+        (["ops", "--only", "conv"], r"only: 'conv'; accepted: stem, bottleneck, conv_bn_relu"),
+        (["model", "--backends", "cuda9"], r"backends: 'cuda9'; accepted: torch, triton"),
+        (["ops", "--backends", "triton"], r"backends: triton cannot run: .*device cpu; accepted: cuda"),
+        (["model", "--model", "colour"], r"model: .*colour"),
+        (["model", "--size", "0", "16"], r"size: 0 16; accepted: height and width of at least 1"),
+        (["train", "--json", "missing/a.json"], r"missing/a.json: the folder .* does not exist"),
+        (["train", "--plots", "file.txt/inside"], r"plots: cannot make the folder file.txt/inside"),
+        (["model", "--device", "cpu:7x"], r"device: 'cpu:7x'; accepted: cpu, cuda"),
+    ],
+)
+def test_mistakes(arguments: list[str], saying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").touch()
+    rest = () if "--device" in arguments else ("--device", "cpu")
+    fails("bench", *arguments, *rest, saying=saying)
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "saying"),
+    [
+        (
+            "openvino",
+            ["model", "--dtype", "float32"],
+            r"compare: openvino needs openvino; install: .*'fastden\[bench\]'",
+        ),
+        ("onnxscript", ["model", "--dtype", "float32"], r"compare: openvino needs onnxscript; .* or name others"),
+        (
+            "matplotlib",
+            ["train", "--plots", "plots"],
+            r"plots: matplotlib is not installed; install: .*'fastden\[bench\]'",
+        ),
+    ],
+)
+def test_without_the_extra(missing: str, arguments: list[str], saying: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = util.find_spec
+    for module in (forms, "fastden.bench.plots"):
+        where = f"{module}.find_spec" if isinstance(module, str) else "fastden.bench.forms.find_spec"
+        monkeypatch.setattr(where, lambda name, *rest: None if name == missing else find(name, *rest))
+    fails("bench", *arguments, "--device", "cpu", saying=saying)
+    assert not Path("plots").exists()

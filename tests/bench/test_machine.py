@@ -1,0 +1,104 @@
+"""The machine's description, its ceilings, and a GPU's sensors through a stand-in for NVML."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastden.bench import machine
+
+CPU = torch.device("cpu")
+
+
+def test_description() -> None:
+    found = machine.describe(CPU)
+    assert found["device"] == "cpu"
+    assert found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found) >= {"cpu", "cores", "native_bf16", "platform", "python", "commit", "date"}
+
+
+def test_commit_is_none_where_git_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert machine.commit() is None
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=128, stdout=""))
+    assert machine.commit() is None
+
+
+def test_ceilings_are_rates() -> None:
+    # A core makes between 1 MFLOP/s and 100 TFLOP/s, and copies between 1 MB/s and 10 TB/s.
+    assert 1e6 < machine.matrix_rate(CPU, torch.float32, sides=(32, 64)) < 1e14
+    assert 1e6 < machine.copy_rate(CPU, size=1 << 20) < 1e13
+
+
+def test_nothing_is_set_on_a_cpu() -> None:
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.get_num_threads()
+    with machine.steady_settings(CPU):
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.get_num_threads()) == before
+    assert machine.Sensors.of(CPU) == "device cpu has no NVML"
+
+
+def test_sensors_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "pip install 'fastden[bench]'" in str(machine.Sensors.of(torch.device("cuda")))
+
+
+class NVMLError(Exception):
+    pass
+
+
+def refuse(*_: Any) -> None:
+    raise NVMLError("not supported")
+
+
+@pytest.fixture
+def nvml() -> SimpleNamespace:
+    energy = itertools.count(1_000_000, 2_000)
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetPowerUsage=lambda handle: 350_500,
+        nvmlDeviceGetEnforcedPowerLimit=refuse,
+        nvmlDeviceGetClockInfo=lambda handle, kind: 1500 * kind,
+        nvmlDeviceGetTemperature=lambda handle, kind: 55,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x4 | 0x40,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(energy),
+    )
+
+
+def test_state_of_the_sensors(nvml: SimpleNamespace) -> None:
+    assert machine.Sensors(nvml, None).state() == {
+        "sm_clock_mhz": 1500,
+        "memory_clock_mhz": 3000,
+        "power_w": 350.5,
+        "power_limit_w": None,
+        "temperature_c": 55,
+        "throttle_reasons": ["software power cap", "hardware thermal slowdown"],
+    }
+
+
+def test_energy_of_a_call(nvml: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[int] = []
+    load = machine.Sensors(nvml, None).under_load(lambda: calls.append(1), milliseconds=5.0, duration=0.0)
+    assert calls == []
+    assert load["joules_a_call"] is None
+    load = machine.Sensors(nvml, None).under_load(lambda: calls.append(1), milliseconds=5.0, duration=0.01)
+    # The stand-in counts two joules between its two answers, whatever lies between.
+    assert load["joules_a_call"] == pytest.approx(2.0 / len(calls))
+    assert load["mean_power_w"] == pytest.approx(2.0 / load["seconds"])
+    assert len(calls) % 10 == 0
+    assert load["throttle_reasons"] == ["hardware thermal slowdown", "software power cap"]
+    nvml.nvmlDeviceGetTotalEnergyConsumption = refuse
+    assert machine.Sensors(nvml, None).under_load(lambda: None, 5.0, 0.001)["joules_a_call"] is None

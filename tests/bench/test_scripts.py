@@ -1,0 +1,79 @@
+"""The suites for pytest-benchmark, and the script for a GPU as far as it goes without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.run import fails
+
+SUITES = ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample", "model", "train", "batch")
+
+
+def test_every_operator_has_a_suite(root: Path) -> None:
+    names = {path.stem for path in (root / "fastden" / "ops").glob("[!_]*.py")}
+    assert names < set(SUITES)
+    for name in SUITES:
+        assert f'SUITE = "{name}"' in (root / "benchmarks" / f"bench_{name}.py").read_text()
+
+
+@pytest.mark.slow
+def test_suites_run(root: Path) -> None:
+    files = [f"benchmarks/bench_{name}.py" for name in SUITES if name != "batch"]
+    options = ("--image-size", "128x160", "--bench-compare", "eager", "--bench-dtype", "float32")
+    command = [sys.executable, "-m", "pytest", *files, "-q", "--benchmark-disable", "-p", "no:cacheprovider", *options]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, "--bench-device", "cpu"], capture_output=True, text=True, env=environment, check=False, cwd=root
+    )
+    # Eleven places of operators, forward and in training, the network and its training; two contenders each.
+    assert f"{2 * (2 * 11 + 2)} passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its commands would run")
+def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -> None:
+    python, log = tmp_path / "python", tmp_path / "log"
+    # The bench of training fails; all else succeeds.
+    python.write_text(f'#!/bin/sh\necho "$@" >>{log}\ncase "$*" in *"bench train"*) echo broken; exit 3 ;; esac\n')
+    for name in ("nvidia-smi", "compute-sanitizer"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{log}\n')
+    for path in (python, tmp_path / "nvidia-smi", tmp_path / "compute-sanitizer"):
+        path.chmod(0o755)
+    out = tmp_path / "results"
+    environment = {**os.environ, "PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = root / "benchmarks" / "gpu_check.sh"
+    done = subprocess.run(["bash", script, out], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stdout.endswith("failed: train\n"), done.stdout + done.stderr
+    assert (out / "train.log").read_text() == "broken\n"
+    asked = log.read_text().splitlines()
+    assert any(line.startswith("-m pytest tests/kernels tests/ops") for line in asked)
+    assert {tool for line in asked for tool in line.split() if tool.endswith("check")} == {
+        "memcheck",
+        "racecheck",
+        "synccheck",
+    }
+    benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
+    assert [bench[1] for bench in benches] == ["model", "model", "train", "ops", "ops"]
+    for bench in benches:
+        # Every option is one that the command has: the first thing that it finds missing is the GPU.
+        fails(*bench, saying="finds no CUDA device")
+
+
+def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "nvidia-smi").symlink_to("/bin/true")
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = root / "benchmarks" / "gpu_check.sh"
+    done = subprocess.run(
+        ["bash", script, tmp_path / "out"],
+        capture_output=True, text=True, env={**environment, "BUDGET": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "failed: gpu-tests (no time left)" in done.stdout

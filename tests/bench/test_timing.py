@@ -1,0 +1,56 @@
+"""Contenders in turn, medians with their spread, memory."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from fastden.bench.timing import Stopwatch, interleaved, peak_mib, summary
+
+
+def test_rounds_are_interleaved_and_begin_with_the_next_contender() -> None:
+    order: list[str] = []
+    calls = {name: partial(order.append, name) for name in "abc"}
+    clock = itertools.count()
+
+    def measure(call: partial[None]) -> float:
+        call()
+        return float(next(clock))
+
+    times = interleaved(calls, measure, rounds=3, repeats=2)
+    # Once uncounted and twice counted, each.
+    assert "".join(order) == "aaabbbccc" + "bbbcccaaa" + "cccaaabbb"
+    assert times == {
+        "a": [0.0, 1.0, 10.0, 11.0, 14.0, 15.0],
+        "b": [2.0, 3.0, 6.0, 7.0, 16.0, 17.0],
+        "c": [4.0, 5.0, 8.0, 9.0, 12.0, 13.0],
+    }
+
+
+def test_nothing_to_measure() -> None:
+    assert interleaved({}, lambda call: 0.0, rounds=3) == {}
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    assert summary([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median_ms": 3.0, "q1_ms": 2.0, "q3_ms": 4.0, "iqr_ms": 2.0}
+    assert summary([7.0]) == {"median_ms": 7.0, "q1_ms": 7.0, "q3_ms": 7.0, "iqr_ms": 0.0}
+
+
+def test_stopwatch_counts_milliseconds() -> None:
+    import time
+
+    assert 20 <= Stopwatch(torch.device("cpu"))(lambda: time.sleep(0.02)) < 2000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is Linux's")
+def test_peak_memory_is_what_the_call_adds() -> None:
+    kept = torch.ones(16 << 20, dtype=torch.uint8)
+    found = peak_mib(lambda: torch.ones(64 << 20, dtype=torch.uint8), torch.device("cpu"))
+    if found is None:
+        pytest.skip("this system does not reset the peak")
+    assert 60 <= found <= 90
+    assert kept.all()
