@@ -25,7 +25,7 @@ def test_every_operator_has_a_suite(root: Path) -> None:
 @pytest.mark.slow
 def test_suites_run(root: Path) -> None:
     files = [f"benchmarks/bench_{name}.py" for name in SUITES if name != "batch"]
-    options = ("--image-size", "128x160", "--bench-compare", "eager", "--bench-dtype", "float32")
+    options = ("--image-size", "64x72", "--bench-compare", "eager", "--bench-dtype", "float32")
     command = [sys.executable, "-m", "pytest", *files, "-q", "--benchmark-disable", "-p", "no:cacheprovider", *options]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
