@@ -18,7 +18,8 @@ from fastden.bench.timing import Call
 from fastden.bench.work import PARTS, TRAINING, UNITS
 from fastden.errors import UserError
 from fastden.fused import FusedDenoiser, fuse
-from fastden.model import BORDER, Bottleneck, Denoiser, padding_for
+from fastden.model import BORDER, Denoiser, padding_for
+from fastden.nn import Bottleneck
 
 #: The parts of the network that each operator serves; those of res3, one by one, are conv_bn_relu's in training.
 OPERATORS = {
@@ -66,7 +67,7 @@ class _Head(nn.Module):
             assert out.bias is not None
             with torch.autocast(x.device.type, enabled=False):
                 head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
-            return ops.head(features, x, head.weight, head.image_weight, head.bias)
+            return ops.head(features, x, head.weight, head.image_weight, head.bias, composed=True)
         y = self.out(torch.cat([self.conv0(x), self.up3(features)], 1))
         return x[:, : self.out.out_channels, BORDER:-BORDER, BORDER:-BORDER] + y
 
@@ -244,7 +245,7 @@ def _own(part: str, fused: FusedDenoiser, inputs: Sequence[Tensor], backend: str
             return ops.upsample(x, *weights("up2"), backend=backend)
         if part == "head":
             weight, bias = weights("head")
-            return ops.head(x, others[0], weight, fused.head_image_weight, bias, backend=backend)
+            return ops.head(x, others[0], weight, fused.head_image_weight, bias, composed=True, backend=backend)
         if part in UNITS:
             residual = others[0] if others else None
             padding = 1 if part == "res3_conv" else 0

@@ -254,8 +254,8 @@ class BottleneckBatchNorm(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: activation checkpointing hands each tensor out a single time
         y, reduce, conv, expand, *rest = saved[_KEPT:]
         w1, b1, w2, b2, w3, b3 = rest[:6]
-        *kept1, raw2, mean2, rstd2, mean3, rstd3 = rest[6:]
-        first, second = _Recipe(*kept1, w1, b1), _Recipe(raw2, mean2, rstd2, w2, b2)
+        raw1, mean1, rstd1, raw2, mean2, rstd2, mean3, rstd3 = rest[6:]
+        first, second = _Recipe(raw1, mean1, rstd1, w1, b1), _Recipe(raw2, mean2, rstd2, w2, b2)
         needed = ctx.needs_input_grad
         gradient = torch.ops.fastden.affine_gradient
         y2 = second.make()
