@@ -161,15 +161,18 @@ def denoise(
         bool, typer.Option("--strip-metadata", help="Drop EXIF, XMP, IPTC and comments (the ICC profile stays).")
     ] = False,
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 500.0,
+    crf: Annotated[int | None, typer.Option(min=0, max=63, help="Quality of a video: lower is better.")] = None,
 ) -> None:
     """Denoise image files. EXIF, ICC profile, alpha and bit depth are kept.
 
-    A file that fails is reported and skipped; the exit code is then 1.
+    A file that fails is reported and skipped; the exit code is then 1. A single video is denoised frame by frame, its
+    sound and subtitles copied (needs pip install 'fastden[video]').
     """
     from fastden import loading
     from fastden.cpu import keep_freed_memory
     from fastden.inference.tiling import automatic_tile, check_tile
     from fastden.jobs import plan
+    from fastden.video_run import is_one_video, run_video
 
     keep_freed_memory()
 
@@ -194,7 +197,9 @@ def denoise(
         strip=strip_metadata,
         max_pixels=int(max_megapixels * 1e6),
     )
-    jobs = plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
+    image_options = {"format": format, "recursive": recursive, "strip_metadata": strip_metadata}
+    video = is_one_video(inputs, crf, [name for name, value in image_options.items() if value])
+    jobs = [] if video else plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
     # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
     network = load(True)
     if side == "auto" and memory is not None:
@@ -205,6 +210,9 @@ def denoise(
     if level != "auto" and float(level) > 75:
         say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
     with clean_termination():
+        if video:
+            run_video(Path(inputs[0]), output, level, load, crf=crf, overwrite=overwrite, options=run.options)
+            return
         code = run.all(jobs, output)
     raise typer.Exit(code)
 
