@@ -170,7 +170,7 @@ def test_nothing_denoised_is_nothing_changed(
 def test_ten_bits_are_not_reduced(tmp_path: Path, network: FusedDenoiser) -> None:
     source, target = make_clip(tmp_path / "a.mkv", "ffv1", "yuv420p10le", frames=2), tmp_path / "b.mkv"
     depths: list[bool] = []
-    denoise_video(source, target, 20.0, lambda eight_bit: depths.append(eight_bit) or network, strength=0.5)
+    denoise_video(source, target, 20.0, lambda eight_bit: depths.append(eight_bit) or network, strength=0.1)
     assert depths == [False]
     values = luma(decoded(target)[0])
     assert len(np.unique(values)) > 500
@@ -183,6 +183,7 @@ def test_frames_are_denoised_as_images_are(tmp_path: Path, network: FusedDenoise
     run(source, target, network, 30.0, strength=0.05)
     for one, other in zip(decoded(source), decoded(target), strict=True):
         expected = fastden.denoise((luma(one) / 255).astype(np.float32), 30, model=network, strength=0.05) * 255
+        expected = np.clip(expected, 0, 255)
         assert np.abs(luma(other) - expected).max() <= 1
         assert np.abs(luma(other) - luma(one)).max() > 3
 
@@ -215,9 +216,9 @@ def test_other_codecs(tmp_path: Path, network: FusedDenoiser) -> None:
     result = run(source, tmp_path / "d.webm", network)
     assert result.notes == ["ffv1 in gbrp12le cannot be encoded into .webm; the video is av1, yuv420p10le"]
     with pytest.raises(UserError, match=r"stream 1 \(audio, aac\) cannot be copied into \.webm; accepted: \.mp4, or"):
-        run(make_clip(tmp_path / "c.mp4", frames=1), tmp_path / "c.webm", network)
+        run(make_clip(tmp_path / "c.mp4", frames=1), tmp_path / "e.webm", network)
     with pytest.raises(UserError, match=r"crf: 20, but the encoder ffv1 has none"):
-        run(tmp_path / "a.mkv", tmp_path / "c.mkv", network, crf=20)
+        run(tmp_path / "a.mkv", tmp_path / "e.mkv", network, crf=20)
 
 
 def test_damaged_files(tmp_path: Path, network: FusedDenoiser) -> None:

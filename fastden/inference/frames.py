@@ -61,8 +61,9 @@ class FrameConverter:
             self.format, self.largest = ("rgba64le" if alpha else "rgb48le" if coloured else "gray16le"), 65535
         matrix = yuv_to_rgb(first.colorspace, first.height)
         self.matrix, self.inverse = matrix.astype(np.float32), np.linalg.inv(matrix).astype(np.float32)
-        # YUV stays YUV: both are said to be of limited range, whatever they are, so that values are shifted alone.
-        self.range = _LIMITED if self.is_yuv else _FULL
+        # YUV stays YUV: both are said to be of one range, whatever it is, so that values are shifted alone. The formats
+        # named yuvj are of full range for FFmpeg whatever they are said to be.
+        self.range = _LIMITED if self.is_yuv and not first.format.name.startswith("yuvj") else _FULL
         self.widen, self.narrow = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
         kinds = av.video.reformatter.Interpolation
         self.scaling = kinds.BICUBIC | kinds.FULL_CHR_H_INT | kinds.FULL_CHR_H_INP | kinds.ACCURATE_RND

@@ -1,7 +1,7 @@
 """Video files through PyAV: frames are denoised one by one, everything else is copied.
 
-Memory does not grow with the length, and the output appears when it is complete. :mod:`fastden.inference.frames` has the
-way from a frame to pixels and back.
+Memory does not grow with the length, and the output appears when it is complete. The way from a frame to pixels and
+back is in :mod:`fastden.inference.frames`.
 """
 
 from __future__ import annotations
