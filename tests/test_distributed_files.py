@@ -128,7 +128,7 @@ def test_same_bytes_as_the_local_engine(photos: Path, tmp_path: Path, model: str
     (photos / "bad.png").write_bytes(b"no image")
     options = ["--model", model, "--sigma", 20, "--recursive"]
     fails("denoise", photos, "-o", tmp_path / "local", *options, saying="1 of 4 files failed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
         errors = fails(
             "denoise",
