@@ -233,16 +233,15 @@ def distribute(
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise UserError(f"engine: ray: {error}") from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     pool = choose_pool(ray.cluster_resources(), workers, workers_per_device, settings.get("device"))
     # One row a block: a worker that is done takes the next file, however unequal they are.
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     records = dataset.map(
         Worker,
         fn_constructor_args=(settings, pool.cpus),
-        concurrency=min(pool.workers, len(rows)),
+        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows))),
         num_cpus=pool.cpus if not pool.gpus else None,
         num_gpus=pool.gpus or None,
     )
