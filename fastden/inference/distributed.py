@@ -222,7 +222,7 @@ def distribute(
         A record for each row as it is finished, in no particular order.
 
     Raises:
-        UserError: Ray is missing, or finds no cluster where ``RAY_ADDRESS`` says.
+        UserError: Ray is missing, does not start, or finds no cluster where ``RAY_ADDRESS`` says.
     """
     import json
     import logging
@@ -231,8 +231,8 @@ def distribute(
     if not ray.is_initialized():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise UserError(f"engine: ray: {error}") from error
+        except Exception as error:  # Ray raises that very class where a machine's processes do not come up
+            raise UserError(f"engine: ray cannot be started or reached: {error}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     pool = choose_pool(ray.cluster_resources(), workers, workers_per_device, settings.get("device"))
