@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastden.errors import UserError
     from fastden.fused import FusedDenoiser, fuse
     from fastden.hub import models
+    from fastden.inference.arrays import denoise_array
     from fastden.model import Denoiser
     from fastden.noise import estimate_sigma
 
@@ -28,6 +29,7 @@ __all__ = [
     "UserError",
     "__version__",
     "denoise",
+    "denoise_array",
     "estimate_sigma",
     "fuse",
     "joint",
@@ -41,6 +43,7 @@ _MODULES = {
     "FusedDenoiser": "fastden.fused",
     "UserError": "fastden.errors",
     "denoise": "fastden.api",
+    "denoise_array": "fastden.inference.arrays",
     "estimate_sigma": "fastden.noise",
     "fuse": "fastden.fused",
     "models": "fastden.hub",

@@ -104,6 +104,13 @@ class Format(str, Enum):
     avif = "avif"
 
 
+class Engine(str, Enum):
+    """What a run over many files runs on."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Dtype(str, Enum):
     """Dtypes to compute in."""
 
@@ -140,7 +147,7 @@ DeviceOption = Annotated[
 @app.command()
 def denoise(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders or glob patterns.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A file for one input file, else a folder.")],
+    output_name: Annotated[str, typer.Option("--output", "-o", help="A file for one input file, else a folder.")],
     sigma: Annotated[
         str, typer.Option(help="Noise level on the 0-255 scale, 0 to 75 for the bundled models; auto estimates it.")
     ] = "auto",
@@ -163,15 +170,25 @@ def denoise(
         bool, typer.Option("--strip-metadata", help="Drop EXIF, XMP, IPTC and comments (the ICC profile stays).")
     ] = False,
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 500.0,
+    crf: Annotated[int | None, typer.Option(min=0, max=63, help="Quality of a video: lower is better.")] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: on all devices of a Ray cluster; URLs are accepted.")
+    ] = Engine.local,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of ray: in all; default one for each device.")] = None,
+    workers_per_device: Annotated[int, typer.Option(min=1, help="Of ray: that share a GPU.")] = 1,
 ) -> None:
     """Denoise image files. EXIF, ICC profile, alpha and bit depth are kept.
 
-    A file that fails is reported and skipped; the exit code is then 1.
+    A file that fails is reported and skipped; the exit code is then 1. A single video is denoised frame by frame, its
+    sound and subtitles copied (needs pip install 'fastden[video]').
     """
     from fastden import loading
     from fastden.cpu import keep_freed_memory
+    from fastden.inference.distributed import plan_rows
     from fastden.inference.tiling import automatic_tile, check_tile
     from fastden.jobs import plan
+    from fastden.ray_run import run_rows
+    from fastden.video_run import is_one_video, run_video
 
     keep_freed_memory()
 
@@ -196,7 +213,17 @@ def denoise(
         strip=strip_metadata,
         max_pixels=int(max_megapixels * 1e6),
     )
-    jobs = plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
+    image_options = {"format": format, "recursive": recursive, "strip_metadata": strip_metadata}
+    output = Path(output_name)
+    if engine is Engine.ray:
+        rows = plan_rows(inputs, output_name, recursive=recursive, format_name=format.value if format else None)
+        settings = {"model": model, "sigma": level, "device": device, "dtype": dtype.value, "overwrite": overwrite}
+        settings |= {"strip_metadata": strip_metadata, "max_pixels": run.max_pixels, **run.options}
+        raise typer.Exit(run_rows(rows, settings, workers=workers, workers_per_device=workers_per_device))
+    if workers is not None or workers_per_device != 1:
+        raise UserError("workers: given with --engine local; accepted: with --engine ray")
+    video = is_one_video(inputs, crf, [name for name, value in image_options.items() if value])
+    jobs = [] if video else plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
     # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
     network = load(True)
     if side == "auto" and memory is not None:
@@ -207,6 +234,9 @@ def denoise(
     if level != "auto" and float(level) > 75:
         say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
     with clean_termination():
+        if video:
+            run_video(Path(inputs[0]), output, level, load, crf=crf, overwrite=overwrite, options=run.options)
+            return
         code = run.all(jobs, output)
     raise typer.Exit(code)
 

@@ -43,13 +43,13 @@ def estimate_sigma(image: Array) -> float:
         check_floats(planes, ValueError, "image")
     found = [
         _estimate_crop(planes[rows, columns])
-        for rows in _windows(planes.shape[0])
-        for columns in _windows(planes.shape[1])
+        for rows in crop_windows(planes.shape[0])
+        for columns in crop_windows(planes.shape[1])
     ]
     return min(max(float(np.median(found)), 0.0), MAX_SIGMA)
 
 
-def _windows(size: int) -> list[slice]:
+def crop_windows(size: int) -> list[slice]:
     """The whole axis if it is at most CROP long, else CROP pixels in the middle of each half (or as near as fits)."""
     if size <= CROP:
         return [slice(0, size)]

@@ -97,7 +97,7 @@ def test_a_textured_quarter_does_not_decide() -> None:
 
 @given(size=st.integers(1, 5000))
 def test_crops_lie_within_the_image(size: int) -> None:
-    windows = noise_module._windows(size)
+    windows = noise_module.crop_windows(size)
     assert len(windows) == (1 if size <= 512 else 2)
     for window in windows:
         assert 0 <= window.start < window.stop <= size

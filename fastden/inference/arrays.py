@@ -1,0 +1,325 @@
+"""``fastden.denoise_array``: Dask and Zarr arrays chunk by chunk, with the result of the whole image.
+
+A chunk starts at a multiple of 4 pixels, so that every stage of stride 2 keeps its phase, and is denoised together with
+24 pixels of its neighbours (the halo of :mod:`fastden.inference.tiling`). At the image's own border it has no
+neighbour and ends where the image ends, so that the network pads it there as it pads the whole image.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import accumulate, pairwise
+from math import isnan
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fastden.api import denoise_pixels, noise_level_of
+from fastden.errors import UserError
+from fastden.fused import FusedDenoiser
+from fastden.hub import models
+from fastden.inference.tiling import HALO
+from fastden.loading import check_strength, load_network, parse_memory
+from fastden.model import ALIGNMENT
+from fastden.noise import crop_windows, estimate_sigma
+from fastden.values import Array
+
+DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
+#: Side, in pixels, that chunks of Zarr arrays are joined to: smaller ones would spend more on their halo (24 pixels a
+#: side are 10 % of the work at 1024, a third at 256).
+JOINED = 1024
+
+# One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
+# concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
+_COMPUTING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What travels with every chunk: names, no weights."""
+
+    model: str
+    device: str | None
+    dtype: str | torch.dtype
+    max_memory: int | None
+    strength: float
+
+
+def denoise_array(
+    array: Any,
+    sigma: Any = "auto",
+    *,
+    model: str | Path = "color",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_memory: int | str | None = None,
+    strength: float = 1.0,
+    channel_axis: int | Literal["auto"] | None = "auto",
+    out: Any = None,
+) -> Any:
+    """Denoise a Dask, Zarr or NumPy array of one image or many, of any size.
+
+    Each image's result is that of :func:`fastden.denoise` on the whole image: chunks leave no seam. (Where chunks
+    change the order of a sum, it differs in the last bits of float32.) Chunks whose borders lie off multiples of 4
+    pixels, or that are narrower than the halo, are rechunked to their nearest multiples.
+
+    Args:
+        array: a ``dask.array.Array``, ``zarr.Array`` or ``numpy.ndarray`` (..., Y, X, C) or (..., Y, X); leading axes
+            (frames, slices) number independent images. uint8, uint16, or floating in [0, 1].
+        sigma: the noise's standard deviation on the scale 0-255 whatever the dtype, as in :func:`fastden.denoise`: a
+            number, an array of one for each image (the shape of the leading axes), a map (Y, X) for all images, or
+            ``"auto"``, which estimates it from each image.
+        model: a bundled name, a folder or a Hugging Face Hub id. Each process loads it once; it does not travel with
+            the chunks.
+        device, dtype, strength: as in :func:`fastden.denoise`. Machines of several kinds give the same result only with
+            a ``dtype`` other than ``"auto"``.
+        max_memory: what the network's tensors may take in each process, bytes or such as ``"2GiB"``; None is 1 GiB.
+        channel_axis: the axis of colour: ``"auto"`` is the last one where it is 1, 3 or 4 long (gray, RGB, RGB and
+            alpha) and there are three axes or more. None: gray images without such an axis, for instance the channels
+            of a microscope, (C, Y, X).
+        out: None, or where to write, chunk by chunk in parallel: the path of a Zarr array that does not exist yet,
+            which appears when it is complete, or a writable ``zarr.Array`` of the same shape and dtype.
+
+    Returns:
+        With ``out`` the written ``zarr.Array``; else a Dask array, computed when asked for, or for a NumPy array a
+        NumPy array. Shape and dtype are those of ``array``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted; what concerns pixel values
+            (NaN, another scale) when chunks are computed.
+        UserError: ``out`` exists, cannot be written, or a package is missing.
+    """
+    check_strength(strength)
+    settings = _Settings(_model_name(model), _text(device), dtype, parse_memory(max_memory), float(strength))
+    # A wrong model is told here rather than by the first worker. Workers may have devices that this process has not.
+    network = load_network(settings.model, "cpu", "float32")
+    axis = _colour_axis(array, channel_axis)
+    if isinstance(array, np.ndarray) and out is None:
+        planes = _planes(array, axis)
+        levels = _levels(sigma, network, planes)
+        done = _denoise_block(planes, _estimate_block(planes) if levels is None else levels, settings=settings)
+        return np.ascontiguousarray(_restored(done, axis))
+    da = _package("dask.array")
+    planes = _planes(_lazy(da, array), axis)
+    levels = _levels(sigma, network, planes)
+    result = _restored(_overlapped(da, planes, levels, settings), axis)
+    return result if out is None else _write(da, result, out, array)
+
+
+def _text(device: str | torch.device | None) -> str | None:
+    return None if device is None else str(device)
+
+
+def _model_name(model: Any) -> str:
+    if not isinstance(model, str | Path):
+        accepted = "a bundled name, a folder or a Hub id (write a network with save_pretrained)"
+        raise TypeError(f"model: {type(model).__name__}, which would travel with every chunk; accepted: {accepted}")
+    # Workers have working directories of their own.
+    return str(Path(model).resolve()) if str(model) not in models() and Path(model).is_dir() else str(model)
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"array: the package {error.name} is missing; install: pip install 'fastden[arrays]'"
+        ) from error
+
+
+def _is(kind: str, value: Any) -> bool:
+    """Whether ``value`` is an array of ``dask.array`` or ``zarr``, neither of which is imported for the question."""
+    module = sys.modules.get(kind)
+    return module is not None and isinstance(value, module.Array)
+
+
+def _colour_axis(array: Any, channel_axis: int | Literal["auto"] | None) -> int | None:
+    """Which axis of ``array`` is the colour's, counted from the first; None for gray images. Checks the array too."""
+    if not (isinstance(array, np.ndarray) or _is("dask.array", array) or _is("zarr", array)):
+        raise TypeError(f"array: {type(array).__name__}; accepted: a Dask, Zarr or NumPy array")
+    shape = tuple(array.shape)
+    if any(isnan(size) for size in shape):
+        raise ValueError(f"array: shape {shape}; accepted: known sizes (Dask's compute_chunk_sizes() finds them)")
+    axis = channel_axis
+    if axis == "auto":
+        axis = -1 if len(shape) > 2 and shape[-1] in (1, 3, 4) else None
+    if axis is not None and (
+        isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape)
+    ):
+        raise ValueError(f"channel_axis: {channel_axis!r}; accepted: 'auto', None, or an axis of the shape {shape}")
+    if len(shape) < (2 if axis is None else 3) or 0 in shape:
+        raise ValueError(f"array: shape {shape}; accepted: (..., Y, X, C) or (..., Y, X), not empty")
+    if axis is not None and shape[axis] not in (1, 3, 4):
+        raise ValueError(f"channel_axis: {axis}, {shape[axis]} channels; accepted: 1, 3 or 4, or None for gray")
+    if array.dtype.newbyteorder("=") not in DTYPES:
+        raise TypeError(f"array: dtype {array.dtype}; accepted: {', '.join(DTYPES)}, floating ones in [0, 1]")
+    return None if axis is None else axis % len(shape)
+
+
+def _planes(array: Any, axis: int | None) -> Any:
+    """(..., Y, X, C)."""
+    return array[..., None] if axis is None else np.moveaxis(array, axis, -1)
+
+
+def _restored(planes: Any, axis: int | None) -> Any:
+    return planes[..., 0] if axis is None else np.moveaxis(planes, -1, axis)
+
+
+def _lazy(da: Any, array: Any) -> Any:
+    if _is("zarr", array):
+        # Axes with chunks of one item (frames, slices) stay so.
+        joined = (size if size == 1 else -(-JOINED // size) * size for size in _unit(array))
+        return da.from_zarr(array, chunks=tuple(map(min, joined, array.shape)))
+    return da.from_array(array) if isinstance(array, np.ndarray) else array
+
+
+def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
+    """``sigma`` on the scale 0-255 as a float64 array that broadcasts against ``planes``, NaN for a blind network.
+
+    None where it is to be estimated.
+    """
+    lead, (height, width) = planes.shape[:-3], planes.shape[-3:-1]
+    ones = (1,) * len(lead)
+    if isinstance(sigma, str) and sigma == "auto":
+        return None if network.noise_level_input else np.full((*ones, 1, 1, 1), np.nan)
+    if isinstance(sigma, list | tuple | torch.Tensor):
+        sigma = np.array(sigma)
+    if isinstance(sigma, np.ndarray) and sigma.ndim:
+        if sigma.shape == lead:
+            shape = (*lead, 1, 1, 1)
+        elif sigma.shape == (height, width):
+            shape = (*ones, height, width, 1)
+        else:
+            each = f"{lead} (one for each image), " if lead else ""
+            raise ValueError(f"sigma: shape {sigma.shape}; accepted: a number, {each}{(height, width)} (a map)")
+        # Range and kind are checked as for one image of this many pixels.
+        noise_level_of(sigma.reshape(1, -1), network, [], (1, sigma.size))
+        return np.array(sigma, np.float64).reshape(shape)
+    noise_level_of(sigma, network, [], (height, width))
+    return np.full((*ones, 1, 1, 1), float(sigma))
+
+
+def _overlapped(da: Any, planes: Any, levels: Array | None, settings: _Settings) -> Any:
+    """The lazy result for lazy ``planes`` (..., Y, X, C)."""
+    at_y, at_x, at_c = range(planes.ndim - 3, planes.ndim)
+    chunks = {axis: snapped(planes.chunks[axis], ALIGNMENT, HALO) for axis in (at_y, at_x)}
+    planes = planes.rechunk({**chunks, at_c: -1})
+    # An axis of one chunk has no neighbours, and may be shorter than the halo.
+    depth = {axis: HALO if len(sizes) > 1 else 0 for axis, sizes in chunks.items()}
+    given = _estimates(da, planes) if levels is None else da.from_array(levels, chunks=-1)
+    given_depth = {axis: halo if given.shape[axis] > 1 else 0 for axis, halo in depth.items()}
+    return da.map_overlap(
+        _denoise_block,
+        planes,
+        given,
+        depth=[depth, given_depth],
+        boundary="none",
+        dtype=planes.dtype,
+        meta=planes._meta,
+        settings=settings,
+    )
+
+
+def snapped(sizes: Sequence[int], multiple: int, least: int = 1) -> tuple[int, ...]:
+    """Chunk sizes near ``sizes`` that start at multiples of ``multiple`` and are at least ``least``, given room."""
+    total = sum(sizes)
+    borders = [0]
+    for end in accumulate(sizes):
+        border = round(end / multiple) * multiple
+        if border - borders[-1] >= max(least, 1) and total - border >= least:
+            borders.append(border)
+    return tuple(stop - start for start, stop in pairwise([*borders, total]))
+
+
+def _estimates(da: Any, planes: Any) -> Any:
+    """The estimated noise level of each image, lazily: (..., 1, 1, 1) for (..., Y, X, C)."""
+    # Side by side, the crops that the estimate would take of the whole image are those that it takes of this one.
+    for axis in (planes.ndim - 3, planes.ndim - 2):
+        before = (slice(None),) * axis
+        crops = [(*before, part) for part in crop_windows(planes.shape[axis])]
+        planes = da.concatenate([planes[crop] for crop in crops], axis)
+    planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
+    chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
+    return planes.map_blocks(_estimate_block, chunks=chunks, dtype=np.float64, meta=np.empty((0,) * planes.ndim))
+
+
+def _estimate_block(planes: Array) -> Array:
+    levels = np.empty((*planes.shape[:-3], 1, 1, 1))
+    for index in np.ndindex(planes.shape[:-3]):
+        levels[index] = estimate_sigma(planes[index])
+    return levels
+
+
+def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Array:
+    """(..., Y, X, C) and what broadcasts against it, in whatever process computes."""
+    result = np.empty_like(planes)
+    spread = np.broadcast_to(levels, (*planes.shape[:-3], *levels.shape[-3:]))
+    with _COMPUTING:
+        eight_bit = planes.dtype == np.uint8
+        network = load_network(settings.model, settings.device, settings.dtype, eight_bit=eight_bit)
+        for index in np.ndindex(planes.shape[:-3]):
+            level = spread[index][..., 0]
+            sigma: Any = level if level.size > 1 else float(level[0, 0])
+            result[index][..., :3], _ = denoise_pixels(
+                planes[index][..., :3],
+                sigma if network.noise_level_input else "auto",
+                network,
+                max_memory=settings.max_memory,
+                strength=settings.strength,
+            )
+            result[index][..., 3:] = planes[index][..., 3:]
+    return result
+
+
+def _unit(array: Any) -> tuple[int, ...]:
+    """What is written at once of a Zarr array, on each axis."""
+    return tuple(array.shards or array.chunks)
+
+
+def _write(da: Any, result: Any, out: Any, source: Any) -> Any:
+    """Compute ``result`` into ``out``; see :func:`denoise_array`."""
+    zarr = _package("zarr")
+    if isinstance(out, zarr.Array):
+        if out.shape != result.shape or out.dtype != result.dtype:
+            raise ValueError(f"out: {out.shape} {out.dtype}; accepted: {result.shape} {result.dtype}, as the array")
+        if _is("zarr", source) and out.store_path == source.store_path:
+            # Chunks read their neighbours, which may be denoised already.
+            raise ValueError("out: the array itself; accepted: another one")
+        return _store(da, result, out)
+    if not isinstance(out, str | Path):
+        raise TypeError(f"out: {type(out).__name__}; accepted: a path, or a writable zarr.Array")
+    path = Path(out)
+    if os.path.lexists(path):
+        raise UserError(f"out: {path} exists; accepted: a new path, or an opened zarr.Array")
+    like: dict[str, Any] = {"chunks": tuple(max(sizes) for sizes in result.chunks)}
+    if _is("zarr", source):
+        names = getattr(source.metadata, "dimension_names", None)
+        like = {"chunks": source.chunks, "shards": source.shards, "attributes": dict(source.attrs)}
+        like |= {"dimension_names": names, "zarr_format": source.metadata.zarr_format}
+    temporary = path.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
+    try:
+        _store(da, result, zarr.create_array(str(temporary), shape=result.shape, dtype=result.dtype, **like))
+        os.rename(temporary, path)
+    except OSError as error:
+        raise UserError(f"out: {path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return zarr.open_array(str(path), mode="r+")
+
+
+def _store(da: Any, result: Any, target: Any) -> Any:
+    # Two chunks that shared one of the target's would overwrite each other's part of it.
+    whole = {
+        axis: snapped(sizes, unit) for axis, (sizes, unit) in enumerate(zip(result.chunks, _unit(target), strict=True))
+    }
+    da.store(result.rechunk(whole), target, lock=False)
+    return target
