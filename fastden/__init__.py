@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from fastden.errors import UserError
     from fastden.fused import FusedDenoiser, fuse
     from fastden.hub import models
+    from fastden.inference.pipeline import BatchDenoiser
     from fastden.model import Denoiser
     from fastden.noise import estimate_sigma
 
     __version__: str
 
 __all__ = [
+    "BatchDenoiser",
     "Denoiser",
     "FusedDenoiser",
     "UserError",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BatchDenoiser": "fastden.inference.pipeline",
     "Denoiser": "fastden.model",
     "FusedDenoiser": "fastden.fused",
     "UserError": "fastden.errors",

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from fastden.batch import FAILURES, Run, clean_termination, in_one_line, say
-from fastden.errors import UserError
+from fastden.batch import Run, clean_termination, say
+from fastden.errors import FAILURES, UserError, in_one_line
 
 
 class _Group(TyperGroup):
@@ -150,7 +150,10 @@ def denoise(
     tile: Annotated[
         str, typer.Option(help="Side of the tiles in pixels, auto, or none. The result is the same, up to rounding.")
     ] = "auto",
-    max_memory: Annotated[str | None, typer.Option(help="Limit of the working memory, such as 2GiB.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Such as 2GiB, the default: half for the network's tensors, half for images in hand."),
+    ] = None,
     strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
     recursive: Annotated[
@@ -161,51 +164,60 @@ def denoise(
         bool, typer.Option("--strip-metadata", help="Drop EXIF, XMP, IPTC and comments (the ICC profile stays).")
     ] = False,
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 500.0,
+    sigma_map: Annotated[
+        Path | None,
+        typer.Option(help="Gray image of the input's size, its values the noise level; white is 255 at any depth."),
+    ] = None,
+    manifest: Annotated[
+        str,
+        typer.Option(help="Record of the run, JSON lines; auto: .fastden-manifest.jsonl in an output folder; none."),
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what the manifest says is done and has not changed since.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, in what time and memory, and do nothing.")
+    ] = False,
 ) -> None:
     """Denoise image files. EXIF, ICC profile, alpha and bit depth are kept.
 
-    A file that fails is reported and skipped; the exit code is then 1.
+    Images larger than --max-memory are streamed. A file that fails is reported and skipped; the exit code is then 1.
     """
-    from fastden import loading
     from fastden.cpu import keep_freed_memory
-    from fastden.inference.tiling import automatic_tile, check_tile
+    from fastden.inference.pipeline import BatchDenoiser
     from fastden.jobs import plan
 
     keep_freed_memory()
-
-    def load(eight_bit: bool) -> Any:
-        return _load(model, device, dtype, eight_bit)
-
     level = _parse_sigma(sigma)
-    with _naming("strength"):
-        loading.check_strength(strength)
-    with _naming("max_memory"):
-        memory = loading.parse_memory(max_memory)
     side = _parse_tile(tile)
-    with _naming():
-        check_tile(side, memory)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
-    run = Run(
-        sigma=level,
-        load=load,
-        options={"tile": side, "max_memory": memory, "strength": strength},
-        overwrite=overwrite,
-        strip=strip_metadata,
-        max_pixels=int(max_megapixels * 1e6),
-    )
-    jobs = plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
+    unreadable: list[OSError] = []
+    format_name = format.value if format else None
+    jobs = plan(inputs, output, recursive=recursive, format_name=format_name, unreadable=unreadable)
     # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
-    network = load(True)
-    if side == "auto" and memory is not None:
-        with _naming():
-            automatic_tile(network, 1, 1, 1, memory)
-    if level != "auto" and not network.noise_level_input:
-        raise UserError(f"sigma: {sigma}, but the model {model} is blind (it takes no noise level); accepted: auto")
+    _load(model, device, dtype, eight_bit=True)
+    with _naming():
+        batch = BatchDenoiser(
+            model,
+            sigma=level,
+            sigma_map=sigma_map,
+            strength=strength,
+            device=device,
+            dtype=dtype.value,
+            tile=side,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            strip_metadata=strip_metadata,
+            max_pixels=int(max_megapixels * 1e6),
+        )
     if level != "auto" and float(level) > 75:
         say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
+    run = Run(batch, manifest=None if manifest == "none" else manifest, resume=resume)
+    if dry_run:
+        raise typer.Exit(run.rehearse(jobs, output, unreadable))
     with clean_termination():
-        code = run.all(jobs, output)
+        code = run.all(jobs, output, unreadable)
     raise typer.Exit(code)
 
 
