@@ -57,7 +57,8 @@ class Equality:
         key = (len(images), images[0].shape, network.dtype, network.device)
         if key not in self._known:
             floats = [to_dtype(image, np.float32) for image in images]
-            joint = denoise_batch(floats, None if levels is None else torch.tensor(levels), network, max_memory=memory)
+            several = None if levels is None else torch.tensor(levels, dtype=torch.float64)
+            joint = denoise_batch(floats, several, network, max_memory=memory)
             ends = (0, len(images) - 1)
             alone = [
                 denoise_batch([floats[i]], None if levels is None else levels[i], network, max_memory=memory)[0]

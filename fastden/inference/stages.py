@@ -236,7 +236,7 @@ class Stages:
         network = self.network(pixels[0].dtype == np.uint8)
         level = works[0].level
         if len(works) > 1 and level is not None:
-            level = torch.tensor([work.level for work in works])
+            level = torch.tensor([work.level for work in works], dtype=torch.float64)
         shape = (len(pixels), *pixels[0].shape[:2])
         results = self._attempt(
             network,
