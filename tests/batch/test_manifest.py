@@ -174,7 +174,7 @@ from fastden.inference.pipeline import BatchDenoiser
 source, target, model, moments = sys.argv[1:]
 
 def run(last):
-    left = [int(last)]
+    left = [-1 if last == "none" else int(last)]
     def counted(call):
         def dying(*arguments):
             for after in (False, True):
@@ -184,8 +184,7 @@ def run(last):
                 result = None if after else call(*arguments)
             return result
         return dying
-    if last != "none":
-        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
     report = BatchDenoiser(model, sigma=10).run(source, target, resume=True)
     print(len(report.done), len(report.skipped), len(report.failed), flush=True)
 

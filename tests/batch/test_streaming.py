@@ -47,16 +47,16 @@ def test_equal_to_the_untiled_image(tmp_path: Path, exact: Any) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, untiled)
 
 
-def test_max_memory_decides(tmp_path: Path, real: Any) -> None:
+def test_max_memory_decides(tmp_path: Path, network: Any) -> None:
     """An image that does not fit is streamed by itself, with the bits of tiles in memory."""
     picture = pixels(*SIZE, dtype=np.float32)
     write_image(tmp_path / "a.tif", ImageFile(picture))
-    least = 2 * least_memory(real)
+    least = 2 * least_memory(network)
     for memory, expected in ((4 * least, False), (least, True)):
-        batch = fastden.BatchDenoiser(real, sigma=20, max_memory=memory)
+        batch = fastden.BatchDenoiser(network, sigma=20, max_memory=memory)
         assert batch.stages.look(Job(tmp_path / "a.tif", tmp_path / "b.tif")).streamed == expected
     assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
-    whole = fastden.denoise(picture, 20, model=real, tile=16)
+    whole = fastden.denoise(picture, 20, model=network, tile=16)
     np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, whole)
 
 
