@@ -34,6 +34,7 @@ class Record:
         input_size, input_mtime_ns: of the input when it was read: bytes, nanoseconds.
         output_size, output_sha256: of the output.
         width, height: pixels.
+        streamed: whether it went through strip by strip.
         notes: what the user was told.
         error: of a failure.
     """
@@ -53,6 +54,7 @@ class Record:
     output_sha256: str = ""
     width: int = 0
     height: int = 0
+    streamed: bool = False
     notes: tuple[str, ...] = ()
     error: str | None = None
 

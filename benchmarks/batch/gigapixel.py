@@ -89,9 +89,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32768, help="pixels")
     parser.add_argument("--max-memory", default="1GiB", help="of fastden denoise; PyTorch and Python come on top")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="for the files, about 6 bytes a pixel"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="for the files, about 6 bytes a pixel")
     parser.add_argument("--json", type=Path, default=None, help="where to write; default by --side")
     arguments = parser.parse_args()
     side = arguments.side
@@ -116,7 +114,7 @@ def main() -> None:
             "width": side,
             "height": side,
             "max_memory_bytes": memory,
-            "streamed": 6 * side * side > memory // 2,
+            "streamed": record["streamed"],
             "seconds": round(outcome["seconds"], 1),
             "compute_seconds": round(record["seconds"]["compute"], 1),
             "megapixels_per_second": round(side * side / 1e6 / outcome["seconds"], 3),

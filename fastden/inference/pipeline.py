@@ -42,7 +42,7 @@ class Report:
         skipped: jobs that an earlier run had done.
         left: jobs that an interrupted run has not come to.
         seconds: from beginning to end.
-        compute_seconds: in which the network was at work.
+        compute_seconds: in which the network was at work on images that were done; on a CUDA device as its clock says.
     """
 
     jobs: int
@@ -439,7 +439,7 @@ class _Run:
             for work in group:
                 self._compute_group([work])
             return
-        ended, start = self._ended(), time.perf_counter()
+        ended = self._ended()
         try:
             self.stages.compute(group, lambda done, total: self._progress(ended, len(group) * done / total))
         except FAILURES as error:
@@ -451,7 +451,6 @@ class _Run:
                 self.gate.give_back(group[0].size)
                 self._fail(group[0].job, error)
             return
-        self.report.compute_seconds += time.perf_counter() - start
         for work in group:
             self.computed.put(work)
 
@@ -466,7 +465,6 @@ class _Run:
         try:
             ended = self._ended()
             record = self.stages.stream(work, self.manifest, lambda done, total: self._progress(ended, done / total))
-            self.report.compute_seconds += record.seconds["compute"]
             self._tell(work.job, record)
         except FAILURES as error:
             self._fail(work.job, error)
@@ -513,6 +511,7 @@ class _Run:
     def _tell(self, job: Job, record: Record) -> None:
         with self.lock:
             self.report.records.append(record)
+            self.report.compute_seconds += record.seconds.get("compute", 0.0)
             self.listener.record(job, record)
             self.listener.progress(self._ended(), 0)
 

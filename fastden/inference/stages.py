@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastden.api import denoise_batch, noise_level_of, shown_level
+from fastden.api import denoise_batch, noise_level_of, run_network, shown_level, to_batch
 from fastden.encoding import check_alpha, plan_encoding
 from fastden.errors import UserError, in_one_line
 from fastden.files import check_target, digest, reason, sync, whole_file, write_synced
@@ -28,6 +28,7 @@ from fastden.inference.batching import together
 from fastden.inference.memory import Budget, split_memory
 from fastden.inference.streaming import denoise_strips, side_for_strips
 from fastden.inference.tiling import SMALLEST, automatic_tile
+from fastden.inference.transfer import Lane, Pending
 from fastden.io import Header, ImageFile, encode_image, format_for, read_image
 from fastden.jobs import Job
 from fastden.loading import Model, load_network
@@ -55,6 +56,8 @@ class Work:
         level, sigma: what the network takes, and on the scale 0-255.
         seconds: spent in each stage.
         notes: for the user.
+        pinned: the image as a batch of one in pinned memory, on the way to a CUDA device.
+        pending: the pass on such a device that denoises it, its number in it, and of how many.
         in_libvips: whether libvips is decoding or encoding it, which cannot be broken off.
     """
 
@@ -69,6 +72,8 @@ class Work:
     sigma: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pinned: Tensor | None = None
+    pending: tuple[Pending, int, int] | None = None
     in_libvips: bool = False
 
     @contextmanager
@@ -121,6 +126,7 @@ class Stages:
         if (sigma != "auto" or sigma_map is not None) and not network.noise_level_input:
             given = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"
             raise ValueError(f"sigma: {given}, but this model is blind (it takes no noise level); accepted: 'auto'")
+        self.lane = Lane(network.device) if network.device.type == "cuda" else None
         # The network for deep images takes more where it is another one.
         self.budget: Budget = split_memory(max_memory, self.network(eight_bit=dtype != "auto"))
         self.weights = {"name": _name(model), "sha256": _weights_digest(model, network)}
@@ -170,6 +176,8 @@ class Stages:
             check_alpha(header.has_alpha, format_name)
             # Decoded and denoised; alpha is cut off the decoded image, and joined to the denoised one.
             size += (4 if header.has_alpha else 2) * header.nbytes
+            if self.lane is not None:
+                size += 2 * header.nbytes
             if self.sigma_map is not None:
                 size += 12 * header.width * header.height
         return Work(job, format_name, _stamp(status), header, size, header is not None and size > self.budget.images)
@@ -200,6 +208,8 @@ class Stages:
             work.level = noise_level_of(level, network, [image.pixels], shape)
             work.image, work.sigma = image, shown_level(work.level)
             work.notes += image.notes
+            if self.lane is not None:
+                work.pinned = self.lane.pin(to_batch([image.pixels], network))
         work.seconds["read"] = time.perf_counter() - start
 
     def _check_map(self, height: int, width: int) -> None:
@@ -230,13 +240,13 @@ class Stages:
 
     def compute(self, works: list[Work], progress: Progress | None = None) -> None:
         """Denoise images of one size and type together; one of them may be of any size."""
+        if self.lane is not None and self._compute_on_device(self.lane, works, progress):
+            return
         start = time.perf_counter()
         images = [work.image for work in works]
         pixels = [image.pixels for image in images if image is not None]
         network = self.network(pixels[0].dtype == np.uint8)
-        level = works[0].level
-        if len(works) > 1 and level is not None:
-            level = torch.tensor([work.level for work in works], dtype=torch.float64)
+        level = _levels(works)
         shape = (len(pixels), *pixels[0].shape[:2])
         results = self._attempt(
             network,
@@ -250,6 +260,25 @@ class Stages:
             assert image is not None
             work.image = replace(image, pixels=result)
             work.seconds["compute"] = seconds
+
+    def _compute_on_device(self, lane: Lane, works: list[Work], progress: Progress | None) -> bool:
+        """Queue a pass over whole images on the device; False where they are too large for it."""
+        pinned = [work.pinned for work in works if work.pinned is not None]
+        batch = pinned[0] if len(pinned) == 1 else lane.pin(torch.cat(pinned))
+        if not lane.fits(batch, self.budget.network):
+            return False
+        assert works[0].image is not None
+        network, level = self.network(works[0].image.pixels.dtype == np.uint8), _levels(works)
+        n, _, height, width = batch.shape
+
+        def once(tile: Any, memory: int | None) -> Pending:
+            options: dict[str, Any] = {"tile": tile, "max_memory": memory, "strength": self.strength}
+            return lane.run(batch, lambda image: run_network(network, image, level, progress=progress, **options))
+
+        pending = self._attempt(network, (n, height, width), once)
+        for index, work in enumerate(works):
+            work.pending, work.pinned = (pending, index, n), None
+        return True
 
     def group_limit(self, work: Work) -> int:
         """How many images like this one may go through the network together; 1 for alone."""
@@ -288,6 +317,12 @@ class Stages:
         start = time.perf_counter()
         assert work.image is not None
         job = work.job
+        if work.pending is not None:
+            pending, index, count = work.pending
+            dtype = work.image.pixels.dtype
+            work.image = replace(work.image, pixels=pending.image(index).astype(dtype, copy=False))
+            work.seconds["compute"] = pending.seconds() / count
+            work.pending = None
         try:
             with work.libvips():
                 data, notes = encode_image(work.image, work.format_name, strip=self.strip)
@@ -417,9 +452,17 @@ class Stages:
             seconds={name: round(seconds, 4) for name, seconds in work.seconds.items()},
             input_size=work.stamp[0],
             input_mtime_ns=work.stamp[1],
+            streamed=work.streamed,
             notes=tuple(work.notes),
             **values,
         )
+
+
+def _levels(works: list[Work]) -> float | Tensor | None:
+    """The noise levels of images that go together."""
+    if len(works) == 1 or works[0].level is None:
+        return works[0].level
+    return torch.tensor([work.level for work in works], dtype=torch.float64)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:

@@ -21,9 +21,11 @@ from fastden.inference.batching import Equality, together
 from fastden.inference.memory import Gate, Stopped, split_memory
 from fastden.inference.pipeline import Interrupted, Listener
 from fastden.inference.tiling import least_memory
+from fastden.inference.transfer import Pending
 from fastden.io import ImageFile, read_image, write_image
 from fastden.jobs import Job
 from tests.batch.conftest import Blend
+from tests.helpers import random_network
 from tests.images import encoded, pixels
 
 
@@ -192,6 +194,56 @@ def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, n
         "out of memory; a smaller --max-memory or --tile needs less"
     ] * 2
     assert not (tmp_path / "none").exists()
+
+
+class OnTheSpot:
+    """Takes the place of the way to a device: there and back at once."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, ...]] = []
+
+    def pin(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.clone()
+
+    def fits(self, batch: torch.Tensor, limit: int) -> bool:
+        return batch.shape[2] == 32
+
+    def run(self, batch: torch.Tensor, compute: Any) -> Any:
+        self.batches.append(tuple(batch.shape))
+        result = compute(batch)
+        fetched = type("Event", (), {"synchronize": lambda self: None, "elapsed_time": lambda self, other: 2000.0})()
+        return Pending(result, batch, fetched, fetched, fetched)
+
+
+def test_the_way_to_a_device_and_back(photos: Path, tmp_path: Path, network: Any) -> None:
+    """Images that fit go there whole, the others tile by tile; the files are the same."""
+    batch = fastden.BatchDenoiser(network, sigma=20)
+    batch.run(photos, tmp_path / "host")
+    lane = OnTheSpot()
+    batch.stages.lane = lane
+    report = batch.run(photos, tmp_path / "device")
+    assert report.failed == []
+    assert sum(shape[0] for shape in lane.batches) == 4
+    assert {shape[1:] for shape in lane.batches} == {(3, 32, 40)}
+    assert outputs(tmp_path / "device") == outputs(tmp_path / "host")
+    assert report.compute_seconds >= 2, "as the device's clock says"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_on_a_gpu(tmp_path: Path, dtype: Any) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(5):
+        size = (64, 80) if index < 3 else (700 + index, 900)
+        write_image(folder / f"{index}.tif", ImageFile(pixels(*size, dtype=dtype, seed=index)))
+    device = fastden.fuse(random_network(), torch.float32, "cuda")
+    report = fastden.BatchDenoiser(device, sigma=20).run(folder, tmp_path / "out")
+    assert report.failed == []
+    for index in range(5):
+        expected = fastden.denoise(read_image(folder / f"{index}.tif").pixels, 20, model=device)
+        np.testing.assert_array_equal(read_image(tmp_path / "out" / f"{index}.tif").pixels, expected)
+    assert 0 < report.compute_share <= 1
 
 
 def test_a_file_that_changes_while_it_is_read(
