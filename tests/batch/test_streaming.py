@@ -106,8 +106,9 @@ def test_the_result_is_a_tiled_tiff(tmp_path: Path, network: Any) -> None:
     write_image(tmp_path / "a.tif", ImageFile(pixels(*SIZE)))
     batch = streaming(fastden.BatchDenoiser(network, sigma=20, tile=64))
     assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
-    page = tifffile.TiffFile(tmp_path / "b.tif").pages[0]
-    assert (page.is_tiled, page.tilewidth, page.compression.name) == (True, 256, "ADOBE_DEFLATE")
+    with tifffile.TiffFile(tmp_path / "b.tif") as file:
+        page = file.pages[0]
+        assert (page.is_tiled, page.tilewidth, page.compression.name) == (True, 256, "ADOBE_DEFLATE")
 
 
 def test_a_map_is_streamed_too(tmp_path: Path, network: Any) -> None:
