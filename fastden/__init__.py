@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from fastden.fused import FusedDenoiser, fuse
     from fastden.hub import models
     from fastden.inference.arrays import denoise_array
+    from fastden.inference.pipeline import BatchDenoiser
     from fastden.model import Denoiser
     from fastden.noise import estimate_sigma
 
     __version__: str
 
 __all__ = [
+    "BatchDenoiser",
     "Denoiser",
     "FusedDenoiser",
     "UserError",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BatchDenoiser": "fastden.inference.pipeline",
     "Denoiser": "fastden.model",
     "FusedDenoiser": "fastden.fused",
     "UserError": "fastden.errors",

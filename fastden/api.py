@@ -183,12 +183,17 @@ def run_network(
     Returns:
         As ``batch``.
     """
-    channels = batch.shape[1]
+    network = adapted(network, batch.shape[1], strength)
+    return denoise_tiled(network, batch, level, tile=tile, max_memory=max_memory, progress=progress)
+
+
+def adapted(network: FusedDenoiser, channels: int, strength: float) -> FusedDenoiser:
+    """``network`` for images of ``channels``, 1 or 3, and of a strength; see :func:`run_network`."""
     if channels == 3 and network.image_channels == 1:
         raise ValueError("image: 3 channels, but the model is for gray images; accepted: 1 channel, or a colour model")
-    if channels != network.image_channels or strength != 1:
-        network = _Adapted(network, channels, strength)
-    return denoise_tiled(network, batch, level, tile=tile, max_memory=max_memory, progress=progress)
+    if channels == network.image_channels and strength == 1:
+        return network
+    return _Adapted(network, channels, strength)
 
 
 def noise_level_of(
@@ -250,19 +255,46 @@ def denoise_pixels(pixels: Array, sigma: Any, network: FusedDenoiser, **options:
     Returns:
         The denoised pixels, and the noise level on the scale 0-255 (of a map its mean; None for a blind network).
     """
-    floating = pixels.dtype.kind == "f"
-    if floating:
+    if pixels.dtype.kind == "f":
         check_floats(pixels, ValueError, "image")
     level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]))
+    (result,) = denoise_batch([pixels], level, network, **options)
+    return result, shown_level(level)
+
+
+def denoise_batch(
+    images: list[Array], level: float | Tensor | None, network: FusedDenoiser, **options: Any
+) -> list[Array]:
+    """Denoise images (H, W, C) of one shape and dtype together.
+
+    Args:
+        images: uint8, uint16 or floating in [0, 1].
+        level: as in :func:`run_network`.
+        network: from :func:`load_network`.
+        **options: of :func:`run_network`.
+    """
+    return from_batch(run_network(network, to_batch(images, network), level, **options), images[0].dtype)
+
+
+def shown_level(level: float | Tensor | None) -> float | None:
+    """A noise level on the scale 0-255, of a map its mean; None for a blind network."""
+    return None if level is None else 255 * (float(level.mean()) if isinstance(level, Tensor) else level)
+
+
+def to_batch(images: list[Array], network: FusedDenoiser) -> Tensor:
+    """Images (H, W, C) of one shape and dtype -> (N, C, H, W) on the CPU, in a dtype that the network's tiles take."""
+    dtype = images[0].dtype
     # from_numpy takes neither negative strides nor foreign byte orders, and warns about read-only memory.
-    work = pixels.dtype.newbyteorder("=")
-    if floating:
+    work = dtype.newbyteorder("=")
+    if dtype.kind == "f":
         work = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
-    plain = np.require(pixels, work, ["C", "W"])
-    batch = torch.from_numpy(plain).permute(2, 0, 1)[None]
-    result = run_network(network, batch, level, **options)[0].permute(1, 2, 0).contiguous().numpy()
-    shown = None if level is None else 255 * (float(level.mean()) if isinstance(level, Tensor) else level)
-    return result.astype(pixels.dtype, copy=False), shown
+    plain = images[0][None] if len(images) == 1 else np.stack(images)
+    return torch.from_numpy(np.require(plain, work, ["C", "W"])).permute(0, 3, 1, 2)
+
+
+def from_batch(batch: Tensor, dtype: np.dtype[Any]) -> list[Array]:
+    """The inverse of :func:`to_batch`."""
+    return [item.permute(1, 2, 0).contiguous().numpy().astype(dtype, copy=False) for item in batch]
 
 
 def _denoise_array(array: Array, sigma: Any, options: _Options) -> Array:

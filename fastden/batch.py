@@ -1,45 +1,33 @@
-"""A run over many files: each image read, denoised and written, with progress, and no failure stopping the rest."""
+"""What the command says and shows: lines, progress, errors, and the sums of a run over many files."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from fastden.errors import UserError
+from fastden.errors import in_one_line
 
 if TYPE_CHECKING:
+    from fastden.inference.pipeline import BatchDenoiser, Report
     from fastden.jobs import Job
-
-#: What goes wrong with one image, as opposed to a defect of the program.
-FAILURES = (UserError, ValueError, TypeError, OSError, MemoryError, RuntimeError)
+    from fastden.manifest import Record
 
 
 def say(text: str, *, error: bool = False, console: Console | None = None) -> None:
     """Print a line, to standard error if it is an error or a note; on ``console`` if given."""
     # Paths may hold what rich takes for markup, and are to be copied: no markup, no wrapping, no colours.
     (console or Console(stderr=error)).print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
-
-
-def in_one_line(error: BaseException) -> str:
-    """What to tell the user of an error."""
-    name = type(error).__name__
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
-        return "out of memory; a smaller --max-memory or --tile needs less"
-    return text or name
 
 
 @contextmanager
@@ -59,50 +47,23 @@ def clean_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _show_part(bar: Progress, task: TaskID, before: int, done: int, total: int) -> None:
-    """Count an image as a fraction while its tiles are done."""
-    bar.update(task, completed=before + done / total)
-
-
-@contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; if what follows fails, those that were made and are empty go again."""
-    made: list[Path] = []
-    try:
-        try:
-            made = [path for path in (folder, *folder.parents) if not path.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output: cannot make the folder {folder}: {error.strerror}") from error
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
-
-
 class Run:
-    """One call of ``fastden denoise``: what to do with each file, and the sums at its end."""
+    """One call of ``fastden denoise`` as its user sees it: lines, progress, and the sums at its end."""
 
-    def __init__(
-        self,
-        *,
-        sigma: str | float,
-        load: Callable[[bool], Any],
-        options: dict[str, Any],
-        overwrite: bool,
-        strip: bool,
-        max_pixels: int,
-    ) -> None:
-        self.sigma, self.load, self.options = sigma, load, options
-        self.overwrite, self.strip, self.max_pixels = overwrite, strip, max_pixels
-        self.pixels = 0
-        self.failed: list[str] = []
+    def __init__(self, batch: BatchDenoiser, *, manifest: str | Path | None, resume: bool) -> None:
+        self.batch, self.manifest, self.resume = batch, manifest, resume
         self._bar: Console | None = None
 
-    def all(self, jobs: list[Job], output: Path) -> int:
-        """Do the jobs, print the summary, return the exit code."""
+    def all(self, jobs: list[Job], output: Path, unreadable: Sequence[OSError] = ()) -> int:
+        """Do the jobs, print the summary, return the exit code.
+
+        Args:
+            jobs: from :func:`fastden.jobs.plan`.
+            output: file or folder.
+            unreadable: folders that could not be looked into; they count as failures.
+        """
+        from fastden.inference.pipeline import Interrupted, Listener
+
         start = time.perf_counter()
         console = Console(stderr=True)
         columns = (TextColumn("{task.completed:.0f} of {task.total:.0f}"), BarColumn(), TimeElapsedColumn())
@@ -114,54 +75,88 @@ class Run:
             transient=True,
             redirect_stdout=False,
         )
+        interrupted = False
         with bar:
             self._bar = console if console.is_terminal else None
+            for error in unreadable:
+                self._say(f"error: {in_one_line(error)}", error=True)
             task = bar.add_task("denoising", total=len(jobs))
-            for index, job in enumerate(jobs):
-                self._one(job, output, partial(_show_part, bar, task, index))
-                bar.update(task, completed=index + 1)
-        seconds = time.perf_counter() - start
-        done, megapixels = len(jobs) - len(self.failed), self.pixels / 1e6
+            listener = Listener(
+                record=self._tell,
+                progress=lambda ended, part: bar.update(task, completed=ended + part),
+                note=lambda text: self._say(f"note: {text}", error=True),
+            )
+            try:
+                report = self.batch.run_jobs(
+                    jobs, output, manifest=self.manifest, resume=self.resume, listener=listener
+                )
+            except Interrupted as error:
+                report, interrupted = error.report, True
+        self._summarise(report, unreadable, time.perf_counter() - start)
+        if interrupted:
+            say("error: interrupted; --resume goes on from here", error=True)
+            return 130
+        return 1 if report.failed or unreadable else 0
+
+    def rehearse(self, jobs: list[Job], output: Path, unreadable: Sequence[OSError] = ()) -> int:
+        """Print what :meth:`all` would do, return the exit code; nothing is written."""
+        from fastden.rehearsal import rehearse
+
+        plan = rehearse(self.batch, jobs, output, manifest=self.manifest, resume=self.resume)
+        for error in unreadable:
+            say(f"error: {in_one_line(error)}", error=True)
+        for step in plan.steps:
+            if step.error is not None:
+                self._show_error(step.job, step.error)
+            elif step.done:
+                say(f"{step.job.target}: done before")
+            else:
+                how = ", streamed" if step.streamed else ""
+                say(f"{step.job.source} -> {step.job.target}, {step.width} x {step.height}, {step.sigma}{how}")
+        failed = sum(step.error is not None for step in plan.steps) + len(unreadable)
+        todo = sum(step.error is None and not step.done for step in plan.steps)
+        if todo:
+            expected = f"about {plan.seconds:.2g} s at {plan.rate:.2f} MP/s, measured now"
+            memory = f"at most {plan.memory / 2**30:.2f} GiB beside Python and PyTorch"
+            say(
+                f"would denoise {todo} image{'s' * (todo != 1)}, {plan.megapixels:.2f} megapixels: {expected}; {memory}"
+            )
+        return 1 if failed else 0
+
+    def _summarise(self, report: Report, unreadable: Sequence[OSError], seconds: float) -> None:
+        done, failed = len(report.done), [record.input for record in report.failed]
         if done:
-            rate = f"{megapixels / seconds:.2f} MP/s, files read and written"
-            say(f"{done} image{'s' * (done != 1)}, {megapixels:.2f} megapixels, {seconds:.2f} s ({rate})")
-        if self.failed and len(jobs) > 1:
-            say(f"error: {len(self.failed)} of {len(jobs)} files failed: {', '.join(self.failed)}", error=True)
-        return 1 if self.failed else 0
+            rate = f"{report.megapixels / seconds:.2f} MP/s, files read and written"
+            say(f"{done} image{'s' * (done != 1)}, {report.megapixels:.2f} megapixels, {seconds:.2f} s ({rate})")
+        if report.jobs == 1:
+            return
+        table = Table("done", "done before", "failed", "not begun", "read", "compute", "write", "compute share")
+        times = [sum(record.seconds.get(name, 0) for record in report.done) for name in ("read", "write")]
+        counts = [done, len(report.skipped), len(failed), report.left]
+        spent = [times[0], report.compute_seconds, times[1]]
+        share = f"{100 * report.compute_share:.0f} %"
+        table.add_row(*map(str, counts), *(f"{value:.1f} s" for value in spent), share)
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        names = [os.path.relpath(name) if not os.path.isabs(name) else name for name in failed]
+        names += [str(error.filename) for error in unreadable]
+        if names:
+            total = report.jobs + len(unreadable)
+            say(f"error: {len(names)} of {total} files failed: {', '.join(names)}", error=True)
 
     def _say(self, text: str, *, error: bool = False) -> None:
         """Above the bar where the line goes to the same terminal, else where it belongs."""
         say(text, error=error, console=self._bar if error or sys.stdout.isatty() else None)
 
-    def _one(self, job: Job, output: Path, progress: Callable[[int, int], None]) -> None:
-        try:
-            self._denoise(job, output, progress)
-        except FAILURES as error:
-            text = in_one_line(error)
-            named = text.startswith((str(job.source), str(job.target)))
-            self._say(f"error: {text}" if named else f"error: {job.source}: {text}", error=True)
-            self.failed.append(str(job.source))
-
-    def _denoise(self, job: Job, output: Path, progress: Callable[[int, int], None]) -> None:
-        import numpy as np
-
-        from fastden.api import denoise_pixels
-        from fastden.io import check_alpha, check_target, format_for, read_image, write_image
-
-        # What cannot be written is found before the work, not behind it.
-        format_name = format_for(job.target)
-        folder = job.target.parent
-        with nullcontext() if folder == output.parent else _folder(folder):
-            check_target(job.target, self.overwrite)
-            image = read_image(job.source, max_pixels=self.max_pixels)
-            check_alpha(image, format_name)
-            network = self.load(image.pixels.dtype == np.uint8)
-            pixels, level = denoise_pixels(image.pixels, self.sigma, network, progress=progress, **self.options)
-            notes = write_image(job.target, replace(image, pixels=pixels), overwrite=self.overwrite, strip=self.strip)
-        height, width = pixels.shape[:2]
-        self.pixels += height * width
-        estimated = " (estimated)" if self.sigma == "auto" else ""
-        shown = "" if level is None else f", sigma {level:.1f}{estimated}"
-        self._say(f"{job.source} -> {job.target}, {width} x {height}{shown}")
-        for note in (*image.notes, *notes):
+    def _tell(self, job: Job, record: Record) -> None:
+        if record.error is not None:
+            self._show_error(job, record.error)
+            return
+        estimated = " (estimated)" if record.sigma_source == "estimated" else ""
+        shown = "" if record.sigma is None else f", sigma {record.sigma:.1f}{estimated}"
+        self._say(f"{job.source} -> {job.target}, {record.width} x {record.height}{shown}")
+        for note in record.notes:
             self._say(f"note: {job.target}: {note}", error=True)
+
+    def _show_error(self, job: Job, error: str) -> None:
+        named = error.startswith((str(job.source), str(job.target)))
+        self._say(f"error: {error}" if named else f"error: {job.source}: {error}", error=True)

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from fastden.batch import FAILURES, Run, clean_termination, in_one_line, say
+from fastden.batch import Run, clean_termination, say
 from fastden.bench.command import app as bench
-from fastden.errors import UserError
+from fastden.errors import FAILURES, UserError, in_one_line
 
 
 class _Group(TyperGroup):
@@ -159,7 +159,10 @@ def denoise(
     tile: Annotated[
         str, typer.Option(help="Side of the tiles in pixels, auto, or none. The result is the same, up to rounding.")
     ] = "auto",
-    max_memory: Annotated[str | None, typer.Option(help="Limit of the working memory, such as 2GiB.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Such as 2GiB, the default: half for the network's tensors, half for images in hand."),
+    ] = None,
     strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
     recursive: Annotated[
@@ -170,6 +173,20 @@ def denoise(
         bool, typer.Option("--strip-metadata", help="Drop EXIF, XMP, IPTC and comments (the ICC profile stays).")
     ] = False,
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 500.0,
+    sigma_map: Annotated[
+        Path | None,
+        typer.Option(help="Gray image of the input's size, its values the noise level; white is 255 at any depth."),
+    ] = None,
+    manifest: Annotated[
+        str,
+        typer.Option(help="Record of the run, JSON lines; auto: .fastden-manifest.jsonl in an output folder; none."),
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what the manifest says is done and has not changed since.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, in what time and memory, and do nothing.")
+    ] = False,
     crf: Annotated[int | None, typer.Option(min=0, max=63, help="Quality of a video: lower is better.")] = None,
     engine: Annotated[
         Engine, typer.Option(help="ray: on all devices of a Ray cluster; URLs are accepted.")
@@ -179,65 +196,80 @@ def denoise(
 ) -> None:
     """Denoise image files. EXIF, ICC profile, alpha and bit depth are kept.
 
-    A file that fails is reported and skipped; the exit code is then 1. A single video is denoised frame by frame, its
-    sound and subtitles copied (needs pip install 'fastden[video]').
+    Images larger than --max-memory are streamed. A file that fails is reported and skipped; the exit code is then 1. A
+    single video is denoised frame by frame, its sound and subtitles copied (needs pip install 'fastden[video]').
     """
-    from fastden import loading
     from fastden.cpu import keep_freed_memory
     from fastden.inference.distributed import plan_rows
-    from fastden.inference.tiling import automatic_tile, check_tile
+    from fastden.inference.pipeline import BatchDenoiser
     from fastden.jobs import plan
+    from fastden.loading import parse_memory
     from fastden.ray_run import run_rows
     from fastden.video_run import is_one_video, run_video
 
     keep_freed_memory()
-
-    def load(eight_bit: bool) -> Any:
-        return _load(model, device, dtype, eight_bit)
-
     level = _parse_sigma(sigma)
-    with _naming("strength"):
-        loading.check_strength(strength)
-    with _naming("max_memory"):
-        memory = loading.parse_memory(max_memory)
     side = _parse_tile(tile)
-    with _naming():
-        check_tile(side, memory)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
-    run = Run(
-        sigma=level,
-        load=load,
-        options={"tile": side, "max_memory": memory, "strength": strength},
-        overwrite=overwrite,
-        strip=strip_metadata,
-        max_pixels=int(max_megapixels * 1e6),
-    )
-    image_options = {"format": format, "recursive": recursive, "strip_metadata": strip_metadata}
-    output = Path(output_name)
+    output, format_name = Path(output_name), format.value if format else None
+    record = None if manifest == "none" else manifest
+    settings: dict[str, Any] = {
+        "model": model,
+        "sigma": level,
+        "sigma_map": sigma_map,
+        "strength": strength,
+        "device": device,
+        "dtype": dtype.value,
+        "tile": side,
+        "max_memory": max_memory,
+        "overwrite": overwrite,
+        "strip_metadata": strip_metadata,
+        "max_pixels": int(max_megapixels * 1e6),
+    }
     if engine is Engine.ray:
-        rows = plan_rows(inputs, output_name, recursive=recursive, format_name=format.value if format else None)
-        settings = {"model": model, "sigma": level, "device": device, "dtype": dtype.value, "overwrite": overwrite}
-        settings |= {"strip_metadata": strip_metadata, "max_pixels": run.max_pixels, **run.options}
-        raise typer.Exit(run_rows(rows, settings, workers=workers, workers_per_device=workers_per_device))
+        if dry_run:
+            raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
+        rows = plan_rows(inputs, output_name, recursive=recursive, format_name=format_name)
+        raise typer.Exit(
+            run_rows(
+                rows,
+                settings,
+                output=output_name,
+                manifest=record,
+                resume=resume,
+                workers=workers,
+                workers_per_device=workers_per_device,
+            )
+        )
     if workers is not None or workers_per_device != 1:
         raise UserError("workers: given with --engine local; accepted: with --engine ray")
-    video = is_one_video(inputs, crf, [name for name, value in image_options.items() if value])
-    jobs = [] if video else plan(inputs, output, recursive=recursive, format_name=format.value if format else None)
+    for_images: dict[str, object] = {
+        "format": format,
+        "recursive": recursive,
+        "strip_metadata": strip_metadata,
+        "resume": resume,
+    }
+    for_images |= {"sigma_map": sigma_map, "dry_run": dry_run}
+    video = is_one_video(inputs, crf, [name for name, value in for_images.items() if value])
+    unreadable: list[OSError] = []
+    jobs = [] if video else plan(inputs, output, recursive=recursive, format_name=format_name, unreadable=unreadable)
     # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
-    network = load(True)
-    if side == "auto" and memory is not None:
-        with _naming():
-            automatic_tile(network, 1, 1, 1, memory)
-    if level != "auto" and not network.noise_level_input:
-        raise UserError(f"sigma: {sigma}, but the model {model} is blind (it takes no noise level); accepted: auto")
+    _load(model, device, dtype, eight_bit=True)
+    with _naming():
+        batch = BatchDenoiser(**settings)
     if level != "auto" and float(level) > 75:
         say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
+    if video:
+        options = {"tile": side, "max_memory": parse_memory(max_memory), "strength": strength}
+        with clean_termination():
+            run_video(Path(inputs[0]), output, level, batch.network, crf=crf, overwrite=overwrite, options=options)
+        return
+    run = Run(batch, manifest=record, resume=resume)
+    if dry_run:
+        raise typer.Exit(run.rehearse(jobs, output, unreadable))
     with clean_termination():
-        if video:
-            run_video(Path(inputs[0]), output, level, load, crf=crf, overwrite=overwrite, options=run.options)
-            return
-        code = run.all(jobs, output)
+        code = run.all(jobs, output, unreadable)
     raise typer.Exit(code)
 
 

@@ -1,5 +1,22 @@
-"""The error that a command shows as one line."""
+"""Errors: the one that a command shows as one line, and which others concern a single image."""
+
+from __future__ import annotations
 
 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the argument, the value and what is accepted."""
+
+
+#: What goes wrong with one image, as opposed to a defect of the program.
+FAILURES = (UserError, ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What to tell the user of an error."""
+    name = type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "out of memory; a smaller --max-memory or --tile needs less"
+    return text or name

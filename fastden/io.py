@@ -5,10 +5,6 @@ Writing is all or nothing: a file appears under its name when it is complete.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +12,27 @@ from typing import Any
 
 import numpy as np
 
+from fastden.encoding import check_alpha, described, plan_encoding, plan_saving
 from fastden.errors import UserError
+from fastden.files import check_target, reason, write_bytes
+from fastden.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.values import Array, check_floats, to_dtype
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "METADATA",
+    "SUFFIXES",
+    "ImageFile",
+    "check_alpha",
+    "check_target",
+    "decode_image",
+    "encode_image",
+    "format_for",
+    "read_image",
+    "write_bytes",
+    "write_image",
+]
 
 #: File name suffixes and the formats that they stand for: what can be written, and what is looked for in a folder.
 SUFFIXES = {
@@ -49,10 +64,7 @@ METADATA = (
     "yres",
 )
 _LOADERS = {"uhdr": "jpeg"}
-_VIPS_DTYPES = {"uchar": np.uint8, "ushort": np.uint16, "float": np.float32, "double": np.float64}
-_VIPS_FORMATS = {np.dtype(np.uint8): "uchar", np.dtype(np.uint16): "ushort", np.dtype(np.float32): "float"}
 _OTHER_SPACES = ("lab", "labs", "xyz", "lch", "cmc", "hsv", "yxy", "fourier", "matrix")
-_INTERPRETATIONS = {"uchar": ("b-w", "srgb"), "ushort": ("grey16", "rgb16"), "float": ("b-w", "scrgb")}
 
 
 @dataclass(frozen=True)
@@ -95,31 +107,46 @@ class ImageFile:
         return replace(self, pixels=_turned(self.pixels, orientation), alpha=alpha, metadata=metadata)
 
 
+@dataclass(frozen=True)
+class Header:
+    """What is known of an image file before its pixels are decoded.
+
+    Attributes:
+        width, height: pixels.
+        channels: 1 or 3.
+        has_alpha: whether an alpha channel follows them.
+        dtype: of the decoded values.
+        format, bits, lossless, metadata, notes: as of :class:`ImageFile`.
+    """
+
+    width: int
+    height: int
+    channels: int
+    has_alpha: bool
+    dtype: np.dtype[Any]
+    format: str
+    bits: int
+    lossless: bool
+    metadata: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def bands(self) -> int:
+        """Channels, alpha included."""
+        return self.channels + self.has_alpha
+
+    @property
+    def nbytes(self) -> int:
+        """Of the decoded values, alpha included."""
+        return self.width * self.height * self.bands * self.dtype.itemsize
+
+
 def _turned(array: Array, orientation: int) -> Array:
     """(H, W, ...) with EXIF orientation 2 to 8 undone."""
     mirrored = {2: array[:, ::-1], 4: array[::-1], 5: array.swapaxes(0, 1), 7: array[::-1, ::-1].swapaxes(0, 1)}
     turns = {3: 2, 6: -1, 8: 1}
     turned = np.rot90(array, turns[orientation]) if orientation in turns else mirrored.get(orientation, array)
     return np.ascontiguousarray(turned)
-
-
-def _vips() -> Any:
-    try:
-        import pyvips
-    except (ImportError, OSError) as error:  # OSError: pyvips is there, the libvips library is not
-        message = f"pyvips cannot be loaded ({error}); install it with its library: pip install 'pyvips[binary]'"
-        raise UserError(message) from error
-    return pyvips
-
-
-def _detail(error: Exception) -> str:
-    """The most telling line of a libvips error, which lists the causes below the failed call."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in reversed(lines) if len(line) > 12), "no further reason given")
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
@@ -136,7 +163,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from error
     try:
         return decode_image(data, max_pixels=max_pixels)
     except UserError as error:
@@ -145,54 +172,71 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
     """Decode the bytes of an image file; see :func:`read_image`."""
-    vips = _vips()
+    vips = load_vips()
     if not data:
         raise UserError("the file is empty")
-    try:
+    with vips_errors():
         image = vips.Image.new_from_buffer(data, "", access="sequential", fail_on="error")
-        fields = set(image.get_fields())
-        _check_header(image, fields, max_pixels)
-        format_name = image.get("vips-loader").replace("_buffer", "").replace("load", "")
-        bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 0
-        metadata = {name: image.get(name) for name in METADATA if name in fields}
-        notes = []
-        if image.interpretation == "cmyk":
-            depth = 8 if image.format == "uchar" else 16
-            image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
-            metadata["icc-profile-data"] = image.get("icc-profile-data")
-            notes.append("CMYK is converted to sRGB")
-        if "gainmap-data" in fields:
-            notes.append("the HDR gain map is not kept")
-        has_alpha = bool(image.hasalpha())
-        shape = (image.height, image.width, image.bands)
+        image, header = open_image(image, data, max_pixels)
         # Not image.numpy(): it drops the dimensions of one-pixel images.
-        values: Array = np.ndarray(shape, _VIPS_DTYPES[image.format], image.write_to_memory())
-    except vips.Error as error:
-        detail = _detail(error)
-        if "known format" in detail:
-            raise UserError("not an image in a known format") from error
-        raise UserError(f"corrupt or truncated ({detail})") from error
-    if format_name == "heif":
-        format_name = "avif"
-    if "exif-data" in metadata:
-        # Where the loader has turned the picture already, EXIF must not turn it again.
-        metadata.setdefault("orientation", 1)
+        shape = (image.height, image.width, image.bands)
+        values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
     if values.dtype.kind == "f":
         values = values.astype(np.float32, copy=False)
         check_floats(values, UserError)
-        bits = 32
-    elif values.dtype == np.uint8:
+    pixels, alpha = values, None
+    if header.has_alpha:
+        pixels, alpha = np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])
+    return ImageFile(pixels, alpha, header.format, header.bits, header.lossless, header.metadata, header.notes)
+
+
+def open_image(image: Any, data: bytes, max_pixels: int) -> tuple[Any, Header]:
+    """An image that libvips has opened: checked, CMYK converted, and its header.
+
+    Args:
+        image: of pyvips; its pixels are not decoded here.
+        data: the file's bytes; of formats other than WebP they are not looked at.
+        max_pixels: as in :func:`read_image`.
+
+    Raises:
+        UserError: an image that :func:`read_image` refuses.
+    """
+    fields = set(image.get_fields())
+    _check_header(image, fields, max_pixels)
+    loader = image.get("vips-loader").replace("_buffer", "").replace("_source", "").replace("load", "")
+    format_name = "avif" if loader == "heif" else _LOADERS.get(loader, loader)
+    bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 0
+    metadata = {name: image.get(name) for name in METADATA if name in fields}
+    notes = []
+    if image.interpretation == "cmyk":
+        depth = 8 if image.format == "uchar" else 16
+        image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
+        metadata["icc-profile-data"] = image.get("icc-profile-data")
+        notes.append("CMYK is converted to sRGB")
+    if "gainmap-data" in fields:
+        notes.append("the HDR gain map is not kept")
+    if "exif-data" in metadata:
+        # Where the loader has turned the picture already, EXIF must not turn it again.
+        metadata.setdefault("orientation", 1)
+    dtype = np.dtype(VIPS_DTYPES[image.format])
+    if dtype.kind == "f":
+        dtype, bits = np.dtype(np.float32), 32
+    elif dtype == np.uint8:
         bits = 8
-    pixels, alpha = _split_alpha(values, has_alpha)
-    return ImageFile(
-        pixels=pixels,
-        alpha=alpha,
-        format=_LOADERS.get(format_name, format_name),
-        bits=bits,
+    channels, has_alpha = _channels(image.bands, bool(image.hasalpha()))
+    header = Header(
+        width=image.width,
+        height=image.height,
+        channels=channels,
+        has_alpha=has_alpha,
+        dtype=dtype,
+        format=format_name,
+        bits=bits or 8 * dtype.itemsize,
         lossless=_is_lossless(format_name, data),
         metadata=metadata,
         notes=tuple(notes),
     )
+    return image, header
 
 
 def _check_header(image: Any, fields: set[str], max_pixels: int) -> None:
@@ -204,19 +248,16 @@ def _check_header(image: Any, fields: set[str], max_pixels: int) -> None:
         raise UserError(f"{image.width} x {image.height} pixels; accepted: {limit}")
     if image.coding != "none" or image.interpretation in _OTHER_SPACES:
         raise UserError(f"colour space {image.interpretation}; accepted: gray, RGB, CMYK")
-    if image.format not in _VIPS_DTYPES:
+    if image.format not in VIPS_DTYPES:
         raise UserError(f"pixels of type {image.format}; accepted: 8 or 16 bits unsigned, or floating")
 
 
-def _split_alpha(values: Array, has_alpha: bool) -> tuple[Array, Array | None]:
-    channels = values.shape[2]
+def _channels(bands: int, has_alpha: bool) -> tuple[int, bool]:
+    """Channels of the image itself, and whether alpha follows them."""
     # What libvips calls alpha in three channels is the third of a TIFF that does not say RGB.
-    accepted = channels in (1, 3, 4) or (channels == 2 and has_alpha)
-    if not accepted:
-        raise UserError(f"{channels} channels; accepted: 1 or 3, with or without alpha")
-    if channels in (1, 3):
-        return values, None
-    return np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])
+    if bands not in (1, 3, 4) and not (bands == 2 and has_alpha):
+        raise UserError(f"{bands} channels; accepted: 1 or 3, with or without alpha")
+    return (bands, False) if bands in (1, 3) else (bands - 1, True)
 
 
 def _is_lossless(format_name: str, data: bytes) -> bool:
@@ -281,116 +322,20 @@ def write_image(
     return notes
 
 
-def check_target(path: str | Path, overwrite: bool) -> None:
-    """Raise UserError where ``path`` cannot be written: it exists (and ``overwrite`` is off) or its folder does not."""
-    target = Path(os.path.realpath(path))
-    try:
-        if target.exists():
-            if not target.is_file():
-                raise UserError(f"{path}: exists and is not a regular file")
-            if not overwrite:
-                raise UserError(f"{path}: exists already; accepted: another name, or overwrite (--overwrite)")
-        elif not target.parent.is_dir():
-            raise UserError(f"{path}: the folder {target.parent} does not exist")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {_reason(error)}") from error
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or none: beside ``path`` first, then renamed.
-
-    Raises:
-        UserError: the system refuses, with its reason.
-    """
-    # A link stays a link: what it points to is replaced.
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            # Some file systems report a full disk only here.
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written: {_reason(error)}") from error
-        raise
-
-
-def check_alpha(image: ImageFile, format_name: str) -> None:
-    """Raise UserError where ``image`` has an alpha channel and the format has none."""
-    if image.alpha is not None and format_name == "jpeg":
-        accepted = "png, tiff, webp or avif (by the suffix, or --format of the command)"
-        raise UserError(f"JPEG has no alpha channel; accepted: {accepted}")
-
-
 def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> tuple[bytes, list[str]]:
     """The bytes of a file in ``format_name``, and notes on what was lost; see :func:`write_image`."""
-    vips = _vips()
+    vips = load_vips()
     if strip:
         image = image.upright()
-    metadata = dict(image.metadata)
-    notes = []
-    check_alpha(image, format_name)
-    bits = {"jpeg": 8, "webp": 8, "png": 16, "avif": 12, "tiff": 32}[format_name]
-    if image.bits > bits:
-        kind = "floating" if image.bits == 32 else f"{image.bits}-bit"
-        notes.append(f"{kind} values are rounded to the {bits} bits of {format_name} (tiff keeps them)")
+    check_alpha(image.alpha is not None, format_name)
+    shape = image.pixels.shape[2], image.pixels.dtype, image.bits
+    dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name, strip=strip)
     planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
-    if bits == 8:
-        planes = to_dtype(planes, np.uint8)
-    elif bits < 32 and planes.dtype == np.float32:
-        planes = to_dtype(planes, np.uint16)
-    if format_name in ("webp", "avif") and image.pixels.shape[2] == 1 and _profile_space(metadata) == b"GRAY":
-        del metadata["icc-profile-data"]
-        notes.append(f"the gray ICC profile is not kept: {format_name} stores gray as RGB")
-    if format_name == "tiff" and not strip and "exif-data" in metadata:
-        notes.append("EXIF is not written to TIFF (ICC, XMP and IPTC are)")
-    try:
-        encoded = _to_vips(vips, planes, metadata, strip)
-        return _save(encoded, format_name, image, planes, "icc" if strip else "all"), notes
-    except vips.Error as error:
-        raise UserError(f"cannot be written as {format_name} ({_detail(error)})") from error
-
-
-def _profile_space(metadata: Mapping[str, Any]) -> bytes:
-    return bytes(metadata.get("icc-profile-data", b""))[16:20]
-
-
-def _to_vips(vips: Any, planes: Array, metadata: Mapping[str, Any], strip: bool) -> Any:
+    planes = np.ascontiguousarray(to_dtype(planes, dtype))
     height, width, bands = planes.shape
-    vips_format = _VIPS_FORMATS[planes.dtype]
-    image = vips.Image.new_from_memory(np.ascontiguousarray(planes).data, width, height, bands, vips_format)
-    image = image.copy(
-        interpretation=_INTERPRETATIONS[vips_format][int(bands > 2)],
-        xres=metadata.get("xres", 1.0),
-        yres=metadata.get("yres", 1.0),
-    )
-    types = {bytes: vips.GValue.blob_type, int: vips.GValue.gint_type, str: vips.GValue.refstr_type}
-    for name, value in metadata.items():
-        if name not in ("xres", "yres") and (not strip or name == "icc-profile-data"):
-            image.set_type(types[type(value)], name, value)
-    return image
-
-
-def _save(encoded: Any, format_name: str, image: ImageFile, planes: Array, keep: str) -> bytes:
-    if format_name == "jpeg":
-        return encoded.jpegsave_buffer(Q=95, subsample_mode="off", optimize_coding=True, keep=keep)
-    if format_name == "png":
-        return encoded.pngsave_buffer(compression=6, keep=keep)
-    if format_name == "webp":
-        if image.lossless:
-            return encoded.webpsave_buffer(lossless=True, exact=True, keep=keep)
-        return encoded.webpsave_buffer(Q=95, smart_subsample=True, keep=keep)
-    if format_name == "avif":
-        depth = 8 if planes.dtype == np.uint8 else min(image.bits, 12)
-        return encoded.heifsave_buffer(compression="av1", Q=90, subsample_mode="off", bitdepth=depth, keep=keep)
-    # The floating predictor compresses better, but few other readers know it.
-    predictor = "none" if planes.dtype == np.float32 else "horizontal"
-    large = planes.nbytes > 2**32 - 2**25
-    return encoded.tiffsave_buffer(compression="deflate", predictor=predictor, bigtiff=large, keep=keep)
+    saver, options = plan_saving(format_name, dtype, planes.nbytes, image.bits, image.lossless, strip=strip)
+    try:
+        encoded = vips.Image.new_from_memory(planes.data, width, height, bands, VIPS_FORMATS[dtype])
+        return getattr(described(encoded, metadata, strip=strip), f"{saver}_buffer")(**options), notes
+    except vips.Error as error:
+        raise UserError(f"cannot be written as {format_name} ({detail(error)})") from error

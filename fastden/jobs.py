@@ -23,14 +23,36 @@ class Job:
     target: Path
 
 
-def find_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """Image files in ``folder`` (by suffix), sorted; hidden ones are left out."""
-    files = folder.rglob("*") if recursive else folder.iterdir()
+def find_images(folder: Path, recursive: bool = False, unreadable: list[OSError] | None = None) -> list[Path]:
+    """Image files in ``folder`` (by suffix), sorted; hidden ones are left out. Links to folders are not followed.
+
+    Args:
+        folder: to look into.
+        recursive: and into the folders in it.
+        unreadable: takes the errors of folders below that cannot be looked into; None raises the first.
+    """
+    files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
     images = (path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
     return sorted(path for path in images if path.is_file())
 
 
-def plan(inputs: list[str], output: Path, *, recursive: bool = False, format_name: str | None = None) -> list[Job]:
+def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:
+    def failed(error: OSError) -> None:
+        if unreadable is None or error.filename == str(top):
+            raise error
+        unreadable.append(error)
+
+    return [Path(folder, name) for folder, _, names in os.walk(top, onerror=failed) for name in names]
+
+
+def plan(
+    inputs: list[str],
+    output: Path,
+    *,
+    recursive: bool = False,
+    format_name: str | None = None,
+    unreadable: list[OSError] | None = None,
+) -> list[Job]:
     """One job for each input file, in order.
 
     Args:
@@ -38,6 +60,7 @@ def plan(inputs: list[str], output: Path, *, recursive: bool = False, format_nam
         output: a file for one input file, where it has an image's suffix and is no folder; else a folder.
         recursive: descend into the folders, and keep their structure in ``output``.
         format_name: of the results; the inputs' suffixes otherwise.
+        unreadable: as in :func:`find_images`.
 
     Raises:
         UserError: an input that does not exist or holds no image; two inputs with one output; an output that cannot be.
@@ -51,7 +74,7 @@ def plan(inputs: list[str], output: Path, *, recursive: bool = False, format_nam
     if not single and output.suffix.lower() in SUFFIXES and not output.exists():
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
-    for source, relative in _sources(inputs, output, recursive):
+    for source, relative in _sources(inputs, output, recursive, unreadable):
         suffix = SUFFIX_OF[format_name] if format_name else source.suffix
         if format_name and SUFFIXES.get(source.suffix.lower()) == format_name:
             suffix = source.suffix
@@ -64,13 +87,16 @@ def _is_file(name: str) -> bool:
     return Path(name).exists() and not Path(name).is_dir()
 
 
-def _sources(inputs: list[str], output: Path, recursive: bool) -> list[tuple[Path, Path]]:
+def _sources(
+    inputs: list[str], output: Path, recursive: bool, unreadable: list[OSError] | None
+) -> list[tuple[Path, Path]]:
     """Pairs of an input file and its path below the output folder."""
     found: dict[Path, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            images = [image for image in find_images(path, recursive) if not _written_before(image, path, output)]
+            found_here = find_images(path, recursive, unreadable)
+            images = [image for image in found_here if not _written_before(image, path, output)]
             if not images:
                 hint = "" if recursive else ", --recursive to descend"
                 raise UserError(f"input: no images in {path}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
@@ -79,13 +105,19 @@ def _sources(inputs: list[str], output: Path, recursive: bool) -> list[tuple[Pat
             found[path] = Path(path.name)
         elif glob.has_magic(name):
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
-            files = [match for match in matches if match.is_file()]
+            files = _once([match for match in matches if match.is_file()])
             if not files:
                 raise UserError(f"input: nothing matches {name}")
             found.update((file, Path(file.name)) for file in files)
         else:
             raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
     return list(found.items())
+
+
+def _once(files: list[Path]) -> list[Path]:
+    """Without those that ``**`` met again behind a link to a folder; a link to a file is a file of its own."""
+    places = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
+    return sorted(places.values())
 
 
 def _written_before(image: Path, folder: Path, output: Path) -> bool:

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from fastden.values import Array, check_floats, check_pixels, full_scale
+from fastden.values import Array, check_floats, check_pixels, full_scale, to_dtype
 
 #: The highest noise level that the shipped models were trained for, on the scale 0-255.
 MAX_SIGMA = 75.0
@@ -41,12 +41,23 @@ def estimate_sigma(image: Array) -> float:
     planes = image.reshape(*image.shape[:2], -1)[:, :, :3]
     if planes.dtype.kind == "f":
         check_floats(planes, ValueError, "image")
-    found = [
-        _estimate_crop(planes[rows, columns])
-        for rows in crop_windows(planes.shape[0])
-        for columns in crop_windows(planes.shape[1])
-    ]
-    return min(max(float(np.median(found)), 0.0), MAX_SIGMA)
+    windows = sample_windows(planes.shape[0], planes.shape[1])
+    return sigma_of_samples([planes[rows, columns] for rows, columns in windows])
+
+
+def sample_windows(height: int, width: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the crops by which :func:`estimate_sigma` judges an image."""
+    return [(rows, columns) for rows in crop_windows(height) for columns in crop_windows(width)]
+
+
+def sigma_of_samples(crops: list[Array]) -> float:
+    """The estimate from an image's crops (H, W, C), which :func:`sample_windows` chose; see :func:`estimate_sigma`."""
+    return min(max(float(np.median([_estimate_crop(crop) for crop in crops])), 0.0), MAX_SIGMA)
+
+
+def sigma_of_gray(values: Array) -> Array:
+    """Noise levels on the scale 0-255, float32, that a gray image stands for: white is 255, at any depth."""
+    return to_dtype(values, np.float32) * np.float32(255)
 
 
 def crop_windows(size: int) -> list[slice]:

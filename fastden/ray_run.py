@@ -1,20 +1,54 @@
-"""``fastden denoise --engine ray``: progress and the summary."""
+"""``fastden denoise --engine ray``: what was done before, progress and the summary."""
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from fastden.batch import say
-from fastden.inference.distributed import Row, distribute
+from fastden.errors import UserError
+from fastden.hub import models
+from fastden.inference.distributed import Row, distribute, has_scheme
+from fastden.inference.pipeline import BatchDenoiser, open_manifest
+from fastden.jobs import Job
+from fastden.manifest import Manifest, Record
 
 
-def run_rows(rows: list[Row], settings: dict[str, Any], *, workers: int | None, workers_per_device: int) -> int:
-    """Do the rows on Ray, print a line for each and the sums, return the exit code."""
+def run_rows(
+    rows: list[Row],
+    settings: dict[str, Any],
+    *,
+    output: str,
+    manifest: str | None,
+    resume: bool,
+    workers: int | None,
+    workers_per_device: int,
+) -> int:
+    """Do the rows on Ray, print a line for each and the sums, return the exit code.
+
+    Args:
+        rows: from :func:`fastden.inference.distributed.plan_rows`.
+        settings: keyword arguments of :class:`fastden.BatchDenoiser`.
+        output: of the command.
+        manifest, resume: as of :meth:`fastden.BatchDenoiser.run`. This process alone writes the manifest; a run that
+            names URLs has none.
+        workers, workers_per_device: as of :func:`fastden.inference.distributed.choose_pool`.
+
+    Raises:
+        UserError: a wrong setting, or Ray does not start.
+    """
+    settings = _for_any_folder(settings)
     start = time.perf_counter()
+    book = None if any(has_scheme(name) for row in rows for name in row.values()) else _open(rows, output, manifest)
+    if resume and book is None:
+        raise UserError("resume: there is no manifest to resume from; accepted: local files and an output folder")
+    rows, before = _left(rows, settings, book) if resume and book is not None else (rows, 0)
     console = Console(stderr=True)
     columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, redirect_stdout=False)
@@ -24,6 +58,8 @@ def run_rows(rows: list[Row], settings: dict[str, Any], *, workers: int | None, 
         task = bar.add_task("denoising", total=len(rows))
         for record in distribute(rows, settings, workers=workers, workers_per_device=workers_per_device):
             bar.advance(task)
+            if book is not None:
+                _note_down(book, record)
             source, target = record["input"], record["output"]
             if record["status"] != "done":
                 failed.append(source)
@@ -31,16 +67,48 @@ def run_rows(rows: list[Row], settings: dict[str, Any], *, workers: int | None, 
                 say(f"error: {text}" if text.startswith((source, target)) else f"error: {source}: {text}", error=True)
                 continue
             pixels += record["width"] * record["height"]
-            estimated = " (estimated)" if settings["sigma"] == "auto" else ""
+            estimated = " (estimated)" if record["sigma_source"] == "estimated" else ""
             level = "" if record["sigma"] is None else f", sigma {record['sigma']:.1f}{estimated}"
             say(f"{source} -> {target}, {record['width']} x {record['height']}{level}")
             for note in record["notes"]:
                 say(f"note: {target}: {note}", error=True)
     seconds = time.perf_counter() - start
     done = len(rows) - len(failed)
+    if before:
+        say(f"{before} image{'s' * (before != 1)} done before")
     if done:
         rate = f"{pixels / 1e6 / seconds:.2f} MP/s, files read and written, Ray's start included"
         say(f"{done} image{'s' * (done != 1)}, {pixels / 1e6:.2f} megapixels, {seconds:.2f} s ({rate})")
     if failed and len(rows) > 1:
         say(f"error: {len(failed)} of {len(rows)} files failed: {', '.join(failed)}", error=True)
     return 1 if failed else 0
+
+
+def _for_any_folder(settings: dict[str, Any]) -> dict[str, Any]:
+    """Workers have working folders of their own: paths become absolute."""
+    model, sigma_map = str(settings["model"]), settings["sigma_map"]
+    if model not in models() and Path(model).is_dir():
+        model = os.path.abspath(model)
+    return {**settings, "model": model, "sigma_map": None if sigma_map is None else os.path.abspath(sigma_map)}
+
+
+def _open(rows: list[Row], output: str, manifest: str | None) -> Manifest | None:
+    target = Path(os.path.abspath(output))
+    return open_manifest(manifest, [Job(Path(row["input"]), Path(row["output"])) for row in rows], target)
+
+
+def _left(rows: list[Row], settings: dict[str, Any], book: Manifest) -> tuple[list[Row], int]:
+    """The rows that are not done, and how many are; an output of a run that was killed may be replaced."""
+    # Which weights and options count is known without a device, which the workers alone may have.
+    probe = BatchDenoiser(**{**settings, "device": "cpu"})
+    left = []
+    for row in rows:
+        job = Job(Path(row["input"]), Path(row["output"]))
+        if not book.finished(job, probe.stages.weights, probe.stages.options(job)):
+            left.append({**row, "replaces": "yes"})
+    return left, len(rows) - len(left)
+
+
+def _note_down(book: Manifest, record: dict[str, Any]) -> None:
+    kept = {field.name: record[field.name] for field in fields(Record) if field.name in record}
+    book.add(Record(**{**kept, "output": book.name_of(Path(record["output"])), "notes": tuple(record["notes"])}))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastden import io as image_io
 from fastden.errors import UserError
 from fastden.io import ImageFile, encode_image, format_for, read_image, write_image
 from tests.images import (
@@ -88,7 +87,7 @@ def test_a_full_disk_leaves_what_was_there(
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(image_io.os, call, full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(UserError, match=f"a.png: cannot be written: {os.strerror(errno.ENOSPC)}"):
         write_image(path, ImageFile(pixels()), overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == (
@@ -100,7 +99,7 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_io.os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_image(tmp_path / "a.png", ImageFile(pixels()))
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import numpy as np
 from fastden.cpu import keep_freed_memory
 from fastden.inference.cost import Cost
 from fastden.inference.distributed import distribute, plan_rows
-from fastden.inference.one import FileDenoiser
+from fastden.inference.pipeline import BatchDenoiser
 from fastden.info import collect
 from fastden.io import ImageFile, write_image
+from fastden.jobs import Job
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "batch"
 
@@ -73,7 +75,12 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     settings = {"model": "color", "sigma": 15.0, "device": arguments.device, "dtype": arguments.dtype}
-    denoiser = FileDenoiser(**settings)
+    batch = BatchDenoiser(**settings)
+
+    def denoise(items: list[dict[str, str]]) -> list[dict[str, Any]]:
+        Path(items[0]["output"]).parent.mkdir()
+        return [asdict(batch.one(Job(Path(item["input"]), Path(item["output"])))) for item in items]
+
     side = arguments.side
     step = side // 10
     sizes = [(side + step * (index % 5 - 2), side * 3 // 2 + step * (index % 3)) for index in range(arguments.images)]
@@ -82,12 +89,12 @@ def main() -> None:
         photographs(top / "few", [(side, side * 3 // 2)] * 4)
         megapixels = photographs(top / "folder", sizes)
         rows = plan_rows([str(top / "few")], str(top / "few-out"))
-        few = done([denoiser.one(Path(item["input"]), Path(item["output"])) for item in rows])
+        few = done(denoise(rows))
         # The first loads the network and packs its weights.
         cost = Cost.of(few[1:])
         rows = plan_rows([str(top / "folder")], str(top / "out"))
         start = time.perf_counter()
-        done([denoiser.one(Path(item["input"]), Path(item["output"])) for item in rows])
+        done(denoise(rows))
         seconds = time.perf_counter() - start
         document: dict[str, Any] = {
             "machine": collect(),

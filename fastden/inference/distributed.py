@@ -1,7 +1,8 @@
 """Many image files on many devices and machines through Ray Data.
 
-A row is a pair of names. Each actor reads its inputs and writes its outputs itself, so that no pixel passes through
-Ray's object store; records come back. Ray places the actors, restarts those that die, and balances the load.
+A row is a pair of names, with ``"replaces": "yes"`` where an earlier run's output may be replaced. Each actor reads its
+inputs and writes its outputs itself, so that no pixel passes through Ray's object store; records come back. Ray places
+the actors, restarts those that die, and balances the load.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Worker:
     """One actor: a network on its device, and one file after another.
 
     Args:
-        settings: keyword arguments of :class:`fastden.inference.one.FileDenoiser`.
+        settings: keyword arguments of :class:`fastden.BatchDenoiser`.
         cpus: threads to compute with.
     """
 
@@ -117,11 +118,11 @@ class Worker:
         import torch
 
         from fastden.cpu import keep_freed_memory
-        from fastden.inference.one import FileDenoiser
+        from fastden.inference.pipeline import BatchDenoiser
 
         keep_freed_memory()
         torch.set_num_threads(max(int(cpus), 1))
-        self.denoiser = FileDenoiser(**settings)
+        self.denoiser = BatchDenoiser(**settings)
         self.overwrite = bool(settings.get("overwrite"))
 
     def __call__(self, row: Row) -> dict[str, Any]:
@@ -130,10 +131,23 @@ class Worker:
 
         source, target = row["input"], row["output"]
         if not (has_scheme(source) or has_scheme(target)):
-            record = self.denoiser.one(Path(source), Path(target))
+            record = self._one(Path(source), Path(target), replaces=row.get("replaces") == "yes")
         else:
             record = self._through_copies(source, target)
         return {"record": json.dumps({**record, "input": source, "output": target})}
+
+    def _one(self, source: Path, target: Path, replaces: bool = False) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from fastden.jobs import Job
+
+        job = Job(source, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refusal = UserError(f"output: cannot make the folder {target.parent}: {error.strerror}")
+            return asdict(self.denoiser.stages.failure(job, refusal, None))
+        return asdict(self.denoiser.one(job, replaces=replaces))
 
     def _through_copies(self, source: str, target: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="fastden-") as folder:
@@ -147,7 +161,7 @@ class Worker:
                     system, path = _filesystem(target)
                     if not self.overwrite and system.exists(path):
                         raise UserError(f"{target}: exists already; accepted: another name, or overwrite (--overwrite)")
-                record = self.denoiser.one(here, there)
+                record = self._one(here, there)
                 if record["status"] == "done" and has_scheme(target):
                     _send(there, target)
             except (UserError, OSError, ValueError) as error:
@@ -215,7 +229,7 @@ def distribute(
 
     Args:
         rows: from :func:`plan_rows`.
-        settings: keyword arguments of :class:`fastden.inference.one.FileDenoiser`; they travel to every worker.
+        settings: keyword arguments of :class:`fastden.BatchDenoiser`; they travel to every worker.
         workers, workers_per_device: as in :func:`choose_pool`.
 
     Yields:

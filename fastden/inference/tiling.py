@@ -97,6 +97,45 @@ def denoise_tiled(
     return result
 
 
+@torch.no_grad()
+def denoise_rows(
+    model: Model,
+    strip: Tensor,
+    sigma: float | Tensor | None,
+    rows: tuple[int, int],
+    first_row: int,
+    height: int,
+    side: int,
+) -> Tensor:
+    """Some rows of an image of which only a strip is at hand: what :func:`denoise_tiled` makes of them, bit for bit.
+
+    Args:
+        model: as in :func:`denoise_tiled`.
+        strip: (1, C, h, W), the image's rows from ``first_row`` on; it holds :func:`rows_needed` for ``rows``.
+        sigma: a number, or a map (1, 1, h, W) of the same rows as ``strip``; None for a blind network.
+        rows: half-open; they start, and unless the image ends there end, at multiples of 4.
+        first_row: of the strip, in the image.
+        height: of the image.
+        side: of the tiles, pixels.
+
+    Returns:
+        (1, C, rows, W) in the dtype and on the device of ``strip``.
+    """
+    top, bottom = rows
+    result = strip.new_empty(1, strip.shape[1], bottom - top, strip.shape[3])
+    for tile in plan_tiles(bottom - top, strip.shape[3], side):
+        part = Tile(top + tile.top, top + tile.bottom, tile.left, tile.right)
+        target = result[:, :, tile.top : tile.bottom, tile.left : tile.right]
+        target.copy_(_run(model, strip, sigma, part, first_row, height))
+    return result
+
+
+def rows_needed(top: int, bottom: int, height: int) -> tuple[int, int]:
+    """Half-open range of the image rows that tiles of the rows ``top`` to ``bottom`` read."""
+    (first, last), _ = _window(top, bottom, height)
+    return max(first, 0), min(last, height)
+
+
 def check_tile(tile: object, max_memory: int | None) -> None:
     """Raise ValueError unless ``tile`` and ``max_memory`` are what :func:`denoise_tiled` accepts."""
     if max_memory is not None and tile != "auto":
@@ -114,12 +153,13 @@ def plan_tiles(height: int, width: int, side: int | None) -> Iterator[Tile]:
         height, width: of the image, pixels.
         side: largest side of a tile, pixels; None for one tile.
     """
-    for top, bottom in _spans(height, side):
-        for left, right in _spans(width, side):
+    for top, bottom in spans(height, side):
+        for left, right in spans(width, side):
             yield Tile(top, bottom, left, right)
 
 
-def _spans(length: int, side: int | None) -> list[tuple[int, int]]:
+def spans(length: int, side: int | None) -> list[tuple[int, int]]:
+    """The tiles' half-open ranges on an axis of ``length`` pixels; see :func:`plan_tiles`."""
     if side is None or length <= side:
         return [(0, length)]
     count = math.ceil(length / _round_up(side))
@@ -141,6 +181,22 @@ def _check(image: Tensor, channels: int) -> None:
         raise ValueError(f"image: shape {tuple(image.shape)}; accepted: (N, {channels}, H, W) with H, W >= 1")
 
 
+def bytes_per_pixel(model: Model) -> float:
+    """What a forward pass takes for each pixel of a tile and its halo."""
+    if isinstance(model, FusedDenoiser):
+        dtype = model.dtype
+        form = "operators" if cpu.why_not(model.device, dtype) else "onednn"
+    else:
+        dtype = model.conv0.weight.dtype
+        form = "plain"
+    return BYTES_PER_PIXEL[form] * dtype.itemsize / 4
+
+
+def least_memory(model: Model) -> int:
+    """Bytes that the smallest tile takes."""
+    return math.ceil(bytes_per_pixel(model) * (SMALLEST + 2 * HALO) ** 2)
+
+
 def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory: int) -> tuple[int, int]:
     """What a forward pass may take at a time to stay within ``max_memory`` bytes.
 
@@ -157,13 +213,7 @@ def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory
     Raises:
         ValueError: even the smallest tile of one image takes more.
     """
-    if isinstance(model, FusedDenoiser):
-        dtype = model.dtype
-        form = "operators" if cpu.why_not(model.device, dtype) else "onednn"
-    else:
-        dtype = model.conv0.weight.dtype
-        form = "plain"
-    per_pixel = BYTES_PER_PIXEL[form] * dtype.itemsize / 4
+    per_pixel = bytes_per_pixel(model)
     whole = (min(height, WHOLE) + 2 * HALO) * (min(width, WHOLE) + 2 * HALO)
     together = max(min(batch, int(max_memory / (per_pixel * whole))), 1)
     side = int(math.sqrt(max(max_memory, 0) / (per_pixel * together))) - 2 * HALO
@@ -171,21 +221,31 @@ def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory
     if together > 1:  # whole images fit, however small
         side = max(side, SMALLEST)
     if side < SMALLEST:
-        least = math.ceil(per_pixel * (SMALLEST + 2 * HALO) ** 2)
-        raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least} for this model")
+        raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least_memory(model)} for this model")
     return side, together
 
 
-def _run(model: Model, image: Tensor, sigma: float | Tensor | None, part: Tile) -> Tensor:
-    """The pixels of ``part``, in the dtype of ``image``, on the model's device."""
-    rows, top = _window(part.top, part.bottom, image.shape[2])
+def _run(
+    model: Model,
+    image: Tensor,
+    sigma: float | Tensor | None,
+    part: Tile,
+    first_row: int = 0,
+    height: int | None = None,
+) -> Tensor:
+    """The pixels of ``part``, in the dtype of ``image``, on the model's device.
+
+    ``image`` and a map hold the rows from ``first_row`` on of an image of ``height`` rows; None: all of it.
+    """
+    height = image.shape[2] if height is None else height
+    rows, top = _window(part.top, part.bottom, height)
     columns, left = _window(part.left, part.right, image.shape[3])
     weight = next(model.buffers())
     level = sigma
     if isinstance(sigma, Tensor) and sigma.dim() == 4:
         _check_map(sigma, image)
-        level = _cut(sigma, rows, columns)
-    x = _to_float(_cut(image, rows, columns).to(weight.device))
+        level = _cut(sigma, rows, columns, first_row, height)
+    x = _to_float(_cut(image, rows, columns, first_row, height).to(weight.device))
     if isinstance(model, Denoiser):
         x = x.to(model.conv0.weight.dtype)
     levels = noise_level(x, level, model.noise_level_input)
@@ -215,14 +275,16 @@ def _window(start: int, stop: int, size: int) -> tuple[tuple[int, int], int]:
     return (first - BORDER, last - BORDER), start - first
 
 
-def _cut(image: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """A window of ``image`` that continues by reflection beyond its edges."""
-    for dim, (start, stop) in ((2, rows), (3, columns)):
-        size = image.shape[dim]
+def _cut(image: Tensor, rows: tuple[int, int], columns: tuple[int, int], first_row: int, height: int) -> Tensor:
+    """A window of an image of ``height`` rows, of which those from ``first_row`` on are given.
+
+    It continues by reflection beyond the image's edges.
+    """
+    for dim, (start, stop), first, size in ((2, rows, first_row, height), (3, columns, 0, image.shape[3])):
         if start >= 0 and stop <= size:
-            image = image.narrow(dim, start, stop - start)
+            image = image.narrow(dim, start - first, stop - start)
         else:
-            index = reflected_index(start, stop, size, image.device)
+            index = reflected_index(start, stop, size, image.device) - first
             # index_select has no uint16; the bits are the same.
             kind = image.dtype
             image = (image.view(torch.int16) if kind == torch.uint16 else image).index_select(dim, index)

@@ -12,6 +12,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from fastden.cli import app
+from fastden.manifest import NAME as MANIFEST
 
 
 def fails(*arguments: Any, saying: str, code: int = 1) -> str:
@@ -28,6 +29,11 @@ def works(*arguments: Any) -> str:
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, (done.output, done.exception)
     return done.stdout
+
+
+def outputs(folder: Path) -> list[str]:
+    """Names of the files in an output folder, sorted, without the run's record."""
+    return sorted(name for name in os.listdir(folder) if name != MANIFEST)
 
 
 def process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:

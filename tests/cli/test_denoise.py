@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import fastden
 from fastden.cli import app
 from fastden.io import ImageFile, read_image, write_image
-from tests.cli.run import fails, process, works
+from tests.cli.run import fails, outputs, process, works
 from tests.images import MAKE, ORIENTATION, encoded, icc_profile, pixels
 
 
@@ -35,7 +35,7 @@ def test_a_real_process(photos: Path, tmp_path: Path, model: str) -> None:
     done = process("denoise", photos / "a.png", "-o", tmp_path / "out", "--model", model)
     assert (done.returncode, done.stderr) == (0, "")
     assert "(estimated)" in done.stdout
-    assert os.listdir(tmp_path / "out") == ["a.png"]
+    assert outputs(tmp_path / "out") == ["a.png"]
     failed = process("denoise", tmp_path / "missing.png", "-o", tmp_path / "out", "--model", model)
     assert failed.returncode == 1
     assert (
@@ -46,10 +46,10 @@ def test_a_real_process(photos: Path, tmp_path: Path, model: str) -> None:
 
 def test_folder(photos: Path, tmp_path: Path, model: str) -> None:
     text = works("denoise", photos, "-o", tmp_path / "out", "--model", model)
-    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.jpg"]
+    assert outputs(tmp_path / "out") == ["a.png", "b.jpg"]
     assert "2 images, " in text
     works("denoise", photos, "-o", tmp_path / "deep", "--model", model, "--recursive")
-    assert sorted(str(path.relative_to(tmp_path / "deep")) for path in (tmp_path / "deep").rglob("*.*")) == [
+    assert sorted(str(path.relative_to(tmp_path / "deep")) for path in (tmp_path / "deep").rglob("[!.]*.*")) == [
         "a.png",
         "b.jpg",
         "inner/c.png",
@@ -58,7 +58,7 @@ def test_folder(photos: Path, tmp_path: Path, model: str) -> None:
 
 def test_files_and_globs(photos: Path, tmp_path: Path, model: str) -> None:
     works("denoise", photos / "b.jpg", f"{photos}/**/*.png", "-o", tmp_path / "out", "--model", model, "--strength", 0)
-    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.jpg", "c.png"]
+    assert outputs(tmp_path / "out") == ["a.png", "b.jpg", "c.png"]
     np.testing.assert_array_equal(read_image(tmp_path / "out" / "a.png").pixels, pixels(seed=1))
 
 
@@ -94,11 +94,11 @@ def test_depth_gray_and_alpha_stay(tmp_path: Path, model: str, dtype: Any, chann
 
 def test_format_option(photos: Path, tmp_path: Path, model: str) -> None:
     works("denoise", photos, "-o", tmp_path / "out", "--model", model, "--format", "webp")
-    assert sorted(os.listdir(tmp_path / "out")) == ["a.webp", "b.webp"]
+    assert outputs(tmp_path / "out") == ["a.webp", "b.webp"]
     assert read_image(tmp_path / "out" / "a.webp").lossless
     assert not read_image(tmp_path / "out" / "b.webp").lossless
     works("denoise", photos / "b.jpg", "-o", tmp_path / "same", "--model", model, "--format", "jpeg")
-    assert os.listdir(tmp_path / "same") == ["b.jpg"]
+    assert outputs(tmp_path / "same") == ["b.jpg"]
 
 
 def test_loss_is_said(tmp_path: Path, model: str) -> None:

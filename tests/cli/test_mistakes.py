@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastden import io as image_io
 from fastden.io import read_image
-from tests.cli.run import fails, works
+from tests.cli.run import fails, outputs, works
 from tests.images import bad_files, encoded, pixels, save_model
 
 
@@ -28,7 +27,7 @@ def test_bad_files_in_a_batch_are_reported_and_skipped(photos: Path, tmp_path: P
     error = fails(
         "denoise", photos, "-o", output, "--model", model, saying=f"{len(bad)} of {len(bad) + 2} files failed"
     )
-    assert sorted(os.listdir(output)) == ["a.png", "b.jpg"]
+    assert outputs(output) == ["a.png", "b.jpg"]
     for name in bad:
         assert len(re.findall(rf"^error: {re.escape(str(photos / name))}: ", error, re.MULTILINE)) == 1, name
     assert len(error.splitlines()) == len(bad) + 1
@@ -197,7 +196,7 @@ def test_failures_leave_no_empty_folders(photos: Path, tmp_path: Path, model: st
     (tmp_path / "mine").mkdir()
     for output in (tmp_path / "out", tmp_path / "mine"):
         fails("denoise", photos, "-r", "-o", output, "--model", model, saying="2 of 4 files failed")
-        assert sorted(os.listdir(output)) == ["a.png", "b.jpg"]
+        assert outputs(output) == ["a.png", "b.jpg"]
     (tmp_path / "empty").mkdir()
     fails("denoise", photos / "inner", "-r", "-o", tmp_path / "new" / "er", "--model", model, saying="2 of 2 files")
     fails("denoise", photos / "inner", "-r", "-o", tmp_path / "empty", "--model", model, saying="2 of 2 files failed")
@@ -220,7 +219,7 @@ def test_a_full_disk_leaves_nothing(photos: Path, tmp_path: Path, model: str, mo
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(image_io.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     output = tmp_path / "out"
     error = fails("denoise", photos, "-o", output, "--model", model, saying="2 of 2 files failed")
     assert error.count(os.strerror(errno.ENOSPC)) == 2
@@ -248,11 +247,11 @@ def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, m
     """The process is ended while it writes (a stand-in for fsync waits), and removes what it has begun."""
     code = (
         "import os, sys, time\n"
-        "from fastden import cli, io\n"
+        "from fastden import cli\n"
         "def wait(number):\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"
-        "io.os.fsync = wait\n"
+        "os.fsync = wait\n"
         "cli.app(prog_name='fastden')\n"
     )
     root = Path(__file__).resolve().parents[2]

@@ -1,0 +1,112 @@
+"""Files that appear under their names whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastden.errors import UserError
+
+_TEMPORARY = re.compile(r"\.fastden-[0-9a-f]{16}\.tmp")
+_in_progress: set[Path] = set()
+
+
+def reason(error: OSError) -> str:
+    """What the system said."""
+    return error.strerror or str(error)
+
+
+def check_target(path: str | Path, overwrite: bool) -> None:
+    """Raise UserError where ``path`` cannot be written: it exists (and ``overwrite`` is off) or its folder does not."""
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists():
+            if not target.is_file():
+                raise UserError(f"{path}: exists and is not a regular file")
+            if not overwrite:
+                raise UserError(f"{path}: exists already; accepted: another name, or overwrite (--overwrite)")
+        elif not target.parent.is_dir():
+            raise UserError(f"{path}: the folder {target.parent} does not exist")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``: at the end what was written there takes the name, after an error it goes away.
+
+    Raises:
+        UserError: the system refuses, with its reason.
+    """
+    # A link stays a link: what it points to is replaced.
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
+    _in_progress.add(temporary)
+    try:
+        yield temporary
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+        raise
+    finally:
+        _in_progress.discard(temporary)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file, down to the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        # Some file systems report a full disk only here.
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Bring a file that a library has written down to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or none: beside ``path`` first, then renamed.
+
+    Raises:
+        UserError: the system refuses, with its reason.
+    """
+    with whole_file(path) as temporary:
+        write_synced(temporary, data)
+
+
+def drop_unfinished() -> None:
+    """Remove what this process is writing and has not finished; for a process about to end."""
+    for temporary in list(_in_progress):
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process has left half-written in ``folder``; no other process may be writing there."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name) and path not in _in_progress:
+                path.unlink(missing_ok=True)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()

@@ -1,0 +1,74 @@
+"""How much memory a run may take: its split between the network and the images, and the gate that holds images back."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from fastden.inference.tiling import DEFAULT_MEMORY, Model, least_memory
+
+#: What the images of a run may take in the host's memory where no ``max_memory`` is given, bytes.
+DEFAULT_IMAGES = 1 << 30
+
+
+class Stopped(Exception):
+    """The run has been stopped: no image is admitted any more."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes for the network's tensors, and for the images in the host's memory that are not finished."""
+
+    network: int
+    images: int
+
+
+def split_memory(max_memory: int | None, model: Model) -> Budget:
+    """The halves of ``max_memory``; on an accelerator the network's half is the device's.
+
+    Raises:
+        ValueError: the network's half does not hold the smallest tile.
+    """
+    if max_memory is None:
+        return Budget(DEFAULT_MEMORY, DEFAULT_IMAGES)
+    least = 2 * least_memory(model)
+    if max_memory < least:
+        raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least} for this model")
+    return Budget(max_memory // 2, max_memory // 2)
+
+
+class Gate:
+    """Admits images while their bytes fit; one that is alone always fits.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> None:
+        """Wait until ``size`` bytes fit, and claim them.
+
+        Raises:
+            Stopped: the gate was closed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self.taken or self.taken + size <= self.limit)
+            if self._closed:
+                raise Stopped
+            self.taken += size
+
+    def give_back(self, size: int) -> None:
+        with self._changed:
+            self.taken -= size
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let everyone who waits go with :class:`Stopped`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -1,0 +1,46 @@
+"""libvips: loaded on first use, its types, and its errors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastden.errors import UserError
+
+VIPS_DTYPES = {"uchar": np.uint8, "ushort": np.uint16, "float": np.float32, "double": np.float64}
+VIPS_FORMATS = {np.dtype(np.uint8): "uchar", np.dtype(np.uint16): "ushort", np.dtype(np.float32): "float"}
+
+
+def load_vips() -> Any:
+    """The module pyvips.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        import pyvips
+    except (ImportError, OSError) as error:  # OSError: pyvips is there, the libvips library is not
+        message = f"pyvips cannot be loaded ({error}); install it with its library: pip install 'pyvips[binary]'"
+        raise UserError(message) from error
+    return pyvips
+
+
+def detail(error: Exception) -> str:
+    """The most telling line of a libvips error, which lists the causes below the failed call."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if len(line) > 12), "no further reason given")
+
+
+@contextlib.contextmanager
+def vips_errors() -> Iterator[None]:
+    """Turns what libvips says of a file that it cannot read into the user's error."""
+    try:
+        yield
+    except load_vips().Error as error:
+        text = detail(error)
+        if "known format" in text:
+            raise UserError("not an image in a known format") from error
+        raise UserError(f"corrupt or truncated ({text})") from error

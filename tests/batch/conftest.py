@@ -1,0 +1,41 @@
+"""A small network and folders of small images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+import fastden
+from tests.helpers import random_network
+from tests.images import encoded, pixels
+
+
+class Blend(fastden.FusedDenoiser):
+    """Stands for a network where the arithmetic does not matter: each pixel blended with neighbours and sigma."""
+
+    def forward_padded(self, x: Tensor) -> Tensor:
+        image, level = x[:, :3], x[:, 3:, 3:-3, 3:-3]
+        return (2 * image[:, :, 3:-3, 3:-3] + image[:, :, :-6, 3:-3] + image[:, :, 6:, :-6]) / 4 + level / 8
+
+
+@pytest.fixture(scope="session")
+def network() -> fastden.FusedDenoiser:
+    return Blend(fastden.Denoiser().eval()).float().eval()
+
+
+@pytest.fixture(scope="session")
+def real() -> fastden.FusedDenoiser:
+    return fastden.fuse(random_network())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five images, four of them of one size."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(4):
+        (folder / f"{index}.png").write_bytes(encoded(pixels(seed=index), "PNG"))
+    (folder / "wide.jpg").write_bytes(encoded(pixels(24, 61, seed=9), "JPEG"))
+    return folder

@@ -1,0 +1,228 @@
+"""The record of a run, and what is left out when it is resumed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastden
+from fastden.errors import UserError
+from fastden.files import digest
+from fastden.jobs import Job
+from fastden.manifest import NAME, Manifest
+from tests.images import encoded, pixels, save_model
+
+
+def names(report: Any) -> list[str]:
+    return sorted(Path(record.output).name for record in report.done)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
+    (photos / "bad.png").write_bytes(b"no image")
+    batch = fastden.BatchDenoiser(network, sigma=12.5, strength=0.5)
+    batch.run(photos, tmp_path / "out", format="png")
+    records = lines(tmp_path / "out" / NAME)
+    by_name = {record["output"]: record for record in records}
+    assert sorted(by_name) == ["0.png", "1.png", "2.png", "3.png", "bad.png", "wide.png"]
+    wide = by_name["wide.png"]
+    source = photos / "wide.jpg"
+    assert wide["input"] == str(source)
+    assert (wide["status"], wide["sigma"], wide["sigma_source"]) == ("done", 12.5, "given")
+    assert (wide["input_size"], wide["input_mtime_ns"]) == (source.stat().st_size, source.stat().st_mtime_ns)
+    assert wide["output_sha256"] == digest(tmp_path / "out" / "wide.png")
+    assert wide["output_size"] == (tmp_path / "out" / "wide.png").stat().st_size
+    assert (wide["width"], wide["height"]) == (61, 24)
+    assert set(wide["seconds"]) == {"read", "compute", "write"}
+    assert wide["options"] == {
+        "sigma": 12.5,
+        "sigma_map": None,
+        "strength": 0.5,
+        "dtype": "auto",
+        "format": "png",
+        "strip_metadata": False,
+    }
+    assert wide["model"] == {"name": "Blend", "sha256": batch.stages.weights["sha256"]}
+    assert len(wide["model"]["sha256"]) == 64
+    assert by_name["bad.png"]["status"] == "failed"
+    assert by_name["bad.png"]["error"] == f"{photos / 'bad.png'}: not an image in a known format"
+    assert [record["status"] for record in records if record["output"] == "0.png"] == ["writing", "done"]
+
+
+def test_resume_does_what_is_not_done_or_has_changed(photos: Path, tmp_path: Path, network: Any) -> None:
+    output = tmp_path / "out"
+
+    def again(**options: Any) -> Any:
+        return fastden.BatchDenoiser(network, **{"sigma": 5, **options}).run(photos, output, resume=True)
+
+    assert len(again().done) == 5
+    report = again()
+    assert (report.done, report.failed, len(report.skipped)) == ([], [], 5)
+    (output / "0.png").unlink()
+    with (output / "1.png").open("ab") as file:
+        file.write(b"more")
+    damaged = bytearray((output / "2.png").read_bytes())
+    damaged[-1] ^= 1
+    (output / "2.png").write_bytes(damaged)
+    os.utime(photos / "3.png", ns=(1, 1))
+    assert names(again()) == ["0.png", "1.png", "2.png", "3.png"]
+    assert names(again(strength=0.5)) == ["0.png", "1.png", "2.png", "3.png", "wide.jpg"]
+    assert again(strength=0.5, tile=64).done == [], "tiles do not change the result"
+    assert len(again().done) == 5
+
+
+def test_other_weights_are_another_model(photos: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    for changed in (False, True):
+        if changed:
+            other = save_model(tmp_path / "other", noise_level_input=False)
+            for file in other.iterdir():
+                (model / file.name).write_bytes(file.read_bytes())
+        report = fastden.BatchDenoiser(str(model)).run(photos / "0.png", tmp_path / "out", resume=True)
+        assert len(report.done) == 1, report.failed
+    assert report.done[0].sigma_source == "blind"
+
+
+def test_what_is_not_on_record_is_not_replaced(photos: Path, tmp_path: Path, network: Any) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "0.png").write_bytes(b"mine")
+    report = fastden.BatchDenoiser(network, sigma=5).run(photos, output, resume=True)
+    assert [record.error for record in report.failed] == [
+        f"{output / '0.png'}: exists already; accepted: another name, or overwrite (--overwrite)"
+    ]
+    assert (output / "0.png").read_bytes() == b"mine"
+    assert names(fastden.BatchDenoiser(network, sigma=5, overwrite=True).run(photos, output, resume=True)) == ["0.png"]
+
+
+def test_an_image_that_was_replaced_by_its_result_is_done(photos: Path, network: Any) -> None:
+    batch = fastden.BatchDenoiser(network, sigma=5, overwrite=True)
+    assert len(batch.run(photos, photos, resume=True).done) == 5
+    assert len(batch.run(photos, photos, resume=True).skipped) == 5
+
+
+def test_lines_that_are_no_records_are_passed_over(photos: Path, tmp_path: Path, network: Any) -> None:
+    output, batch = tmp_path / "out", fastden.BatchDenoiser(network, sigma=5)
+    batch.run(photos, output)
+    path = output / NAME
+    whole = path.read_bytes()
+    path.write_bytes(b"[]\n{}\nnull\n\xff\n" + b'{"output": [], "model": {}}\n' + whole[:-40])
+    assert len(batch.run(photos, output, resume=True).skipped) == 5, "the line before, ``writing``, has the checksum"
+    (output / "0.png").unlink()
+    assert names(batch.run(photos, output, resume=True)) == ["0.png"]
+    last = path.read_bytes().splitlines()
+    assert json.loads(last[-1])["status"] == "done"
+    assert sum(b"}{" in line for line in last) == 0, "a cut line swallows no other"
+
+
+def test_manifests_elsewhere_and_nowhere(photos: Path, tmp_path: Path, network: Any) -> None:
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    batch.run(photos, tmp_path / "a", manifest=tmp_path / "record.jsonl")
+    assert not (tmp_path / "a" / NAME).exists()
+    assert {record["output"] for record in lines(tmp_path / "record.jsonl")} >= {"a/0.png", "a/wide.jpg"}
+    assert len(batch.run(photos, tmp_path / "a", manifest=tmp_path / "record.jsonl", resume=True).skipped) == 5
+    batch.run(photos, tmp_path / "b", manifest=None)
+    assert not (tmp_path / "b" / NAME).exists()
+    batch.run(photos / "0.png", tmp_path / "one.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "one.png", "photos", "record.jsonl"]
+    with pytest.raises(UserError, match="does not exist"):
+        batch.run(photos, tmp_path / "c", manifest=tmp_path / "missing" / "record.jsonl")
+
+
+def test_no_output_without_a_record(
+    photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Manifest, line: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Manifest, "_append", full)
+    report = fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out")
+    message = f"manifest: {tmp_path / 'out' / NAME} cannot be written: {os.strerror(errno.ENOSPC)}"
+    assert {record.error for record in report.failed} == {message}
+    assert len(report.failed) == 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_record_of_a_single_file(photos: Path, tmp_path: Path, network: Any) -> None:
+    manifest = Manifest(tmp_path / "record.jsonl")
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    job = Job(photos / "0.png", tmp_path / "0.png")
+    assert batch.one(job, manifest).status == "done"
+    assert Manifest(manifest.path).finished(job, batch.stages.weights, batch.stages.options(job))
+    failed = batch.one(Job(photos / "missing.png", tmp_path / "1.png"), manifest)
+    assert (failed.status, failed.output) == ("failed", "1.png")
+    assert failed.error == f"{photos / 'missing.png'}: cannot be read: {os.strerror(errno.ENOENT)}"
+
+
+#: Starts once and forks for each kill, so that PyTorch is loaded once. A child kills itself at the given one of the
+#: moments at which it touches the disk: before and after each fsync and each rename.
+KILLED = """
+import os, signal, sys
+import fastden
+from fastden.inference.pipeline import BatchDenoiser
+
+source, target, model, moments = sys.argv[1:]
+
+def run(last):
+    left = [-1 if last == "none" else int(last)]
+    def counted(call):
+        def dying(*arguments):
+            for after in (False, True):
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                result = None if after else call(*arguments)
+            return result
+        return dying
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    report = BatchDenoiser(model, sigma=10).run(source, target, resume=True)
+    print(len(report.done), len(report.skipped), len(report.failed), flush=True)
+
+for moment in moments.split(","):
+    child = os.fork()
+    if not child:
+        run(moment)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_killed_at_any_moment_and_resumed(tmp_path: Path, root: Path) -> None:
+    """Six kills, each in another phase of a file, then a run to the end: the bytes of a run without any."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(6):
+        (folder / f"{index}.png").write_bytes(encoded(pixels(16, 16 + index, seed=index), "PNG"))
+    model = str(save_model(tmp_path / "model"))
+
+    def run(target: Path, moments: str) -> list[str]:
+        command = [sys.executable, "-c", KILLED, str(folder), str(target), model, moments]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=200)
+        return done.stdout.splitlines()
+
+    assert run(tmp_path / "whole", "none") == ["6 0 0", "0"]
+    # A file takes eight moments: of its own fsync, that of ``writing``, its rename, that of ``done``.
+    results = run(tmp_path / "killed", "0,1,3,5,6,12,none,none")
+    assert results[:6] == ["-9"] * 6
+    done, skipped, failed = map(int, results[6].split())
+    assert (done + skipped, failed) == (6, 0)
+    assert skipped >= 3, "what was finished is not done again"
+    assert results[8] == "0 6 0"
+    for path in (tmp_path / "whole").glob("*.png"):
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+        NAME,
+        *(f"{index}.png" for index in range(6)),
+    ]

@@ -1,0 +1,164 @@
+"""``fastden denoise`` with a manifest, resumed, rehearsed, interrupted, and folders that are not as they should be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fastden.cli import app
+from fastden.io import ImageFile, read_image, write_image
+from fastden.manifest import NAME
+from tests.cli.run import fails, outputs, works
+from tests.images import encoded, pixels
+
+
+def test_resume(photos: Path, tmp_path: Path, model: str) -> None:
+    rest = ["-o", tmp_path / "out", "--model", model, "--sigma", 9, "--resume"]
+    assert works("denoise", photos, *rest).count(" -> ") == 2
+    (tmp_path / "out" / "a.png").unlink()
+    text = works("denoise", photos, *rest)
+    assert text.count(" -> ") == 1
+    assert re.search(r"done before.*\n.*\n. *1 *. *1 *. *0 *. *0 ", text), text
+    records = [json.loads(line) for line in (tmp_path / "out" / NAME).read_text().splitlines()]
+    assert [record["status"] for record in records].count("done") == 3
+
+
+def test_manifest_options(photos: Path, tmp_path: Path, model: str) -> None:
+    works("denoise", photos, "-o", tmp_path / "a", "--model", model, "--manifest", "none")
+    assert sorted(os.listdir(tmp_path / "a")) == ["a.png", "b.jpg"]
+    works("denoise", photos, "-o", tmp_path / "b", "--model", model, "--manifest", tmp_path / "record.jsonl")
+    assert len((tmp_path / "record.jsonl").read_text().splitlines()) == 4
+    fails(
+        "denoise",
+        photos / "a.png",
+        "-o",
+        tmp_path / "a.png",
+        "--model",
+        model,
+        "--resume",
+        saying="error: resume: there",
+    )
+
+
+def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> None:
+    output = tmp_path / "out"
+    text = works("denoise", photos, "-o", output, "--model", model, "--dry-run")
+    assert f"{photos / 'a.png'} -> {output / 'a.png'}, 40 x 32, sigma to be estimated\n" in text
+    expected = r"would denoise 2 images, 0\.00 megapixels: about \S+ s at [\d.]+ MP/s, measured now; at most [\d.]+ GiB"
+    assert re.search(expected, text)
+    assert not output.exists()
+    works("denoise", photos / "a.png", "-o", output / "a.png", "--model", model, "--dry-run", "--sigma", 5)
+    works("denoise", photos, "-o", output, "--model", model)
+    (photos / "bad.png").write_bytes(b"no image")
+    rest = ["-o", output, "--model", model, "--dry-run"]
+    error = fails("denoise", photos, *rest, saying="a.png: exists already")
+    assert f"error: {photos / 'bad.png'}: cannot be read" in error
+    done = CliRunner().invoke(app, ["denoise", str(photos), *map(str, rest), "--resume"])
+    assert done.exit_code == 1
+    assert f"{output / 'a.png'}: done before" in done.stdout
+    assert sorted(os.listdir(output)) == [NAME, "a.png", "b.jpg"]
+
+
+def test_strength_and_sigma_map(photos: Path, tmp_path: Path, model: str) -> None:
+    image = pixels(seed=1).astype(np.float32) / 255
+    write_image(tmp_path / "noisy.tif", ImageFile(image))
+    write_image(tmp_path / "map.png", ImageFile(np.full((32, 40, 1), 30, np.uint8)))
+    for name, rest in (
+        ("full", ["--sigma", 30]),
+        ("map", ["--sigma-map", tmp_path / "map.png"]),
+        ("half", ["--sigma", 30, "--strength", 0.25]),
+    ):
+        works("denoise", tmp_path / "noisy.tif", "-o", tmp_path / f"{name}.tif", "--model", model, *rest)
+    full, same, half = (read_image(tmp_path / f"{name}.tif").pixels for name in ("full", "map", "half"))
+    np.testing.assert_allclose(same, full, atol=1e-6)
+    np.testing.assert_allclose(half, image + 0.25 * (full - image), atol=1e-6)
+    rest = ["-o", tmp_path / "no.tif", "--model", model, "--sigma-map", tmp_path / "map.png"]
+    fails("denoise", tmp_path / "noisy.tif", *rest, "--sigma", 5, saying="sigma_map: given together with sigma=5")
+    fails("denoise", photos / "a.png", *rest[:-1], tmp_path / "missing.png", saying="missing.png: No such file")
+
+
+def test_an_unreadable_folder_is_reported_and_skipped(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        # Not a folder without permissions: root reads that too.
+        if Path(path).name == "inner":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    rest = ["-o", tmp_path / "out", "--model", model, "-r"]
+    error = fails("denoise", photos, *rest, saying=f"^error: {photos / 'inner'}: {os.strerror(errno.EACCES)}")
+    assert "error: 1 of 3 files failed" in error
+    assert outputs(tmp_path / "out") == ["a.png", "b.jpg"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
+def test_links_that_lead_back(photos: Path, tmp_path: Path, model: str) -> None:
+    (photos / "inner" / "back").symlink_to(photos, target_is_directory=True)
+    works("denoise", photos, "-o", tmp_path / "out", "--model", model, "-r")
+    found = [str(path.relative_to(tmp_path / "out")) for path in sorted((tmp_path / "out").rglob("[!.]*.*"))]
+    assert found == ["a.png", "b.jpg", "inner/c.png"]
+    works("denoise", f"{photos}/**/*.png", "-o", tmp_path / "glob", "--model", model)
+    assert outputs(tmp_path / "glob") == ["a.png", "c.png"]
+
+
+def test_decompression_bombs_are_refused_and_admitted(tmp_path: Path, model: str) -> None:
+    (tmp_path / "bomb.png").write_bytes(encoded(np.zeros((1200, 1000, 3), np.uint8), "PNG"))
+    rest = ["-o", tmp_path / "out.png", "--model", model, "--sigma", 5, "--max-megapixels"]
+    fails("denoise", tmp_path / "bomb.png", *rest, 1, saying="1000 x 1200 pixels; accepted: at most 1 megapixels")
+    works("denoise", tmp_path / "bomb.png", *rest, 1.2, "--dry-run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_interruption(photos: Path, tmp_path: Path, model: str) -> None:
+    """Ctrl-C while the second image is computed: the first is there, whole; one line; exit code 130."""
+    code = (
+        "import sys, time\n"
+        "from fastden import cli\n"
+        "from fastden.inference import stages\n"
+        "compute = stages.Stages.compute\n"
+        "def slow(self, works, progress):\n"
+        "    if works[0].job.source.name == 'b.jpg':\n"
+        "        print('computing', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    compute(self, works, progress)\n"
+        "stages.Stages.compute = slow\n"
+        "cli.app(prog_name='fastden')\n"
+    )
+    arguments = ["denoise", str(photos), "-o", str(tmp_path / "out"), "--model", model]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert running.stdout is not None
+        lines = [running.stdout.readline(), running.stdout.readline()]
+        assert "computing\n" in lines
+        running.send_signal(signal.SIGINT)
+        output, error = running.communicate(timeout=60)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 130, error
+    assert error == "error: interrupted; --resume goes on from here\n"
+    assert "1 image, " in output
+    assert outputs(tmp_path / "out") == ["a.png"]
+    assert list(tmp_path.rglob("*.tmp")) == []
