@@ -14,7 +14,8 @@ import pytest
 from fastden.errors import UserError
 from fastden.inference import distributed
 from fastden.inference.cost import Cost
-from fastden.inference.distributed import Pool, Worker, choose_pool, distribute, plan_rows
+from fastden.inference.distributed import Pool, Row, Worker, choose_pool, distribute, plan_rows
+from fastden.manifest import NAME
 from tests.cli.run import fails, works
 from tests.images import encoded, exif, pixels, save_model
 
@@ -145,10 +146,38 @@ def test_same_bytes_as_the_local_engine(photos: Path, tmp_path: Path, model: str
     finally:
         ray.shutdown()
     assert f"{photos / 'bad.png'}" in errors
-    names = [str(path.relative_to(tmp_path / "local")) for path in (tmp_path / "local").rglob("*.*")]
+    names = [str(path.relative_to(tmp_path / "local")) for path in (tmp_path / "local").rglob("[!.]*.*")]
     assert sorted(names) == ["a.png", "b.jpg", "inner/c.tif"]
     for name in names:
         assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+
+
+def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on record as done is left out; what a killed run left without a record is made again."""
+    asked: list[Row] = []
+
+    def here(rows: list[Row], settings: dict[str, Any], **_: Any) -> Iterator[dict[str, Any]]:
+        worker = Worker(settings, 1)
+        for row in rows:
+            asked.append(row)
+            yield json.loads(worker(row)["record"])
+
+    monkeypatch.setattr("fastden.ray_run.distribute", here)
+    out = tmp_path / "out"
+    options = ["--model", model, "--sigma", 20, "-r", "--engine", "ray"]
+    works("denoise", photos, "-o", out, *options)
+    expected = {path: path.read_bytes() for path in out.rglob("[!.]*.*")}
+    assert len(expected) == len(asked) == 3
+    manifest = out / NAME
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(line for line in lines if "b.jpg" not in line))
+    (out / "inner" / "c.tif").write_bytes(b"another")
+    asked.clear()
+    text = works("denoise", photos, "-o", out, *options, "--resume")
+    assert "1 image done before" in text
+    assert sorted(Path(row["input"]).name for row in asked) == ["b.jpg", "c.tif"]
+    assert {path: path.read_bytes() for path in out.rglob("[!.]*.*")} == expected
+    fails("denoise", photos, "-o", "memory://out", *options, "--resume", saying="resume: there is no manifest")
 
 
 def test_mistakes(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,7 +221,7 @@ def main() -> None:
             document["clean"] = evaluate(
                 experiment, images, task, none, 0.0, 0, few, False, lambda: progress.advance(bar)
             )
-        for name, (denoise, _) in methods.items():
+        for name, (denoise, _) in sorted(methods.items(), key=lambda item: item[0] == "CBM3D"):  # the slow one last
             slow = name == "CBM3D"
             for sigma in arguments.sigma:
                 for seed in arguments.cbm3d_seeds if slow else arguments.seeds:

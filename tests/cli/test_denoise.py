@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +162,21 @@ def test_the_bar_is_for_terminals_and_lines_go_where_they_are_sent(photos: Path,
     master, slave = os.openpty()
     command = [sys.executable, "-m", "fastden", "denoise", str(photos), "-o", str(tmp_path / "out"), "--model", model]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "TERM": "xterm"}
+    read = bytearray()
+
+    def drain() -> None:
+        with suppress(OSError):  # the other end is closed
+            while part := os.read(master, 4096):
+                read.extend(part)
+
+    # While the command runs: a terminal that nobody reads from holds 4096 bytes, and then its writer waits.
+    reader = threading.Thread(target=drain)
+    reader.start()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, text=True, env=environment, check=False)
     os.close(slave)
-    shown = os.read(master, 65536).decode()
+    reader.join()
     os.close(master)
+    shown = read.decode()
     assert done.returncode == 0
     assert "2 of 2" in shown
     assert " -> " not in shown
