@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 def say(text: str, *, error: bool = False, console: Console | None = None) -> None:
     """Print a line, to standard error if it is an error or a note; on ``console`` if given."""
     # Paths may hold what rich takes for markup, and are to be copied: no markup, no wrapping, no colours.
-    (console or Console(stderr=error)).print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+    console = console or Console(stderr=error)
+    # A file's name may hold what the terminal's encoding does not.
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
 @contextmanager
@@ -96,7 +100,7 @@ class Run:
         if interrupted:
             say("error: interrupted; --resume goes on from here", error=True)
             return 130
-        return 1 if report.failed or unreadable else 0
+        return 1 if report.failed or report.left or unreadable else 0
 
     def rehearse(self, jobs: list[Job], output: Path, unreadable: Sequence[OSError] = ()) -> int:
         """Print what :meth:`all` would do, return the exit code; nothing is written."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastden.errors import UserError
 
-_TEMPORARY = re.compile(r"\.fastden-[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.fastden-[0-9a-f]{16}\.tmp(\.\w+)?")
 _in_progress: set[Path] = set()
 
 

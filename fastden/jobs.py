@@ -6,6 +6,7 @@ import glob
 import os
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from fastden.errors import UserError
@@ -105,7 +106,8 @@ def _sources(
             found[path] = Path(path.name)
         elif glob.has_magic(name):
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
-            files = _once([match for match in matches if match.is_file()])
+            top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            files = _once([match for match in matches if match.is_file() and not _written_before(match, top, output)])
             if not files:
                 raise UserError(f"input: nothing matches {name}")
             found.update((file, Path(file.name)) for file in files)

@@ -81,9 +81,14 @@ class Manifest:
             try:
                 record = json.loads(line)
                 if isinstance(record["model"], dict):
-                    self._last[record["output"]] = record
+                    self._keep(record["output"], record)
             except (ValueError, KeyError, TypeError):
                 continue
+
+    def _keep(self, output: str, record: dict[str, Any]) -> None:
+        # A failure leaves the output as an earlier run made it, which is what resuming has to know.
+        if record["status"] != "failed" or output not in self._last:
+            self._last[output] = record
 
     def _read(self) -> bytes:
         try:
@@ -102,9 +107,10 @@ class Manifest:
         Raises:
             UserError: the system refuses.
         """
-        line = json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n"
+        # File names are bytes: what is no UTF-8 in them is a lone surrogate in Python.
+        line = json.dumps(asdict(record), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
-            self._last[record.output] = asdict(record)
+            self._keep(record.output, asdict(record))
             if self._held is not None:
                 self._held.append(line)
                 if record.status == "failed":
@@ -127,8 +133,9 @@ class Manifest:
             os.fsync(file.fileno())
 
     def knows(self, job: Job) -> bool:
-        """Whether the job's output was written, or about to be, in a run on record."""
-        return self._last.get(self.name_of(job.target), {}).get("status") in ("writing", "done")
+        """Whether a run on record wrote the job's output, or was about to, from the same input."""
+        record = self._last.get(self.name_of(job.target), {})
+        return record.get("status") in ("writing", "done") and record.get("input") == os.path.abspath(job.source)
 
     def finished(self, job: Job, model: dict[str, str], options: dict[str, Any]) -> bool:
         """Whether the job need not be done again: same input, weights and options, and the output is still the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from fastden.batch import say
 from fastden.errors import UserError
+from fastden.files import remove_leftovers
 from fastden.hub import models
 from fastden.inference.distributed import Row, distribute, has_scheme
 from fastden.inference.pipeline import BatchDenoiser, open_manifest
@@ -41,14 +43,17 @@ def run_rows(
         workers, workers_per_device: as of :func:`fastden.inference.distributed.choose_pool`.
 
     Raises:
-        UserError: a wrong setting, or Ray does not start.
+        UserError: a wrong setting, an output that is its own input, or Ray does not start.
     """
+    for row in rows:
+        if os.path.realpath(row["input"]) == os.path.realpath(row["output"]):
+            raise UserError(f"output: {row['output']} is the input; accepted with --engine ray: another folder")
     settings = _for_any_folder(settings)
     start = time.perf_counter()
     book = None if any(has_scheme(name) for row in rows for name in row.values()) else _open(rows, output, manifest)
     if resume and book is None:
         raise UserError("resume: there is no manifest to resume from; accepted: local files and an output folder")
-    rows, before = _left(rows, settings, book) if resume and book is not None else (rows, 0)
+    rows, before = (rows, 0) if book is None else _prepared(rows, settings, book, resume)
     console = Console(stderr=True)
     columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, redirect_stdout=False)
@@ -97,15 +102,37 @@ def _open(rows: list[Row], output: str, manifest: str | None) -> Manifest | None
     return open_manifest(manifest, [Job(Path(row["input"]), Path(row["output"])) for row in rows], target)
 
 
-def _left(rows: list[Row], settings: dict[str, Any], book: Manifest) -> tuple[list[Row], int]:
-    """The rows that are not done, and how many are; an output of a run that was killed may be replaced."""
+def _prepared(rows: list[Row], settings: dict[str, Any], book: Manifest, resume: bool) -> tuple[list[Row], int]:
+    """The rows to do, and how many of an earlier run are done.
+
+    What is begun goes on record first: an output that is there afterwards, but was not before, may be replaced by a
+    run that resumes.
+    """
     # Which weights and options count is known without a device, which the workers alone may have.
-    probe = BatchDenoiser(**{**settings, "device": "cpu"})
+    stages = BatchDenoiser(**{**settings, "device": "cpu"}).stages
     left = []
     for row in rows:
         job = Job(Path(row["input"]), Path(row["output"]))
-        if not book.finished(job, probe.stages.weights, probe.stages.options(job)):
+        try:
+            options = stages.options(job)
+        except UserError:  # no format that can be written: the worker says so
+            left.append(row)
+            continue
+        if resume and book.finished(job, stages.weights, options):
+            continue
+        if resume and book.knows(job):
             left.append({**row, "replaces": "yes"})
+            continue
+        left.append(row)
+        if not job.target.exists():
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            book.add(
+                Record(row["input"], book.name_of(job.target), "writing", began, dict(stages.weights), dict(options))
+            )
+    if resume:
+        for folder in {Path(row["output"]).parent for row in rows}:
+            remove_leftovers(folder)
     return left, len(rows) - len(left)
 
 

@@ -95,9 +95,9 @@ def rehearse(
 
 
 def _step(stages: Stages, job: Job, manifest: Manifest | None) -> Step:
-    if manifest is not None and manifest.finished(job, stages.weights, stages.options(job)):
-        return Step(job, done=True)
     try:
+        if manifest is not None and manifest.finished(job, stages.weights, stages.options(job)):
+            return Step(job, done=True)
         _check_output(stages, job, manifest)
         work = stages.look(job)
     except FAILURES as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import struct
 import threading
@@ -58,7 +59,7 @@ class StripReader:
                     image = vips.Image.new_from_buffer(data, "", **options)
                 else:
                     # A source, not the file's name: of names libvips takes what is in brackets for options.
-                    image = vips.Image.new_from_source(vips.Source.new_from_file(str(path)), "", **options)
+                    image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(path)), "", **options)
                 image, self.header = open_image(image, data, max_pixels)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {reason(error)}") from error
@@ -150,6 +151,9 @@ class StripWriter:
         )
         if format_name == "tiff":
             self._options |= {"tile": True, "tile_width": TIFF_TILE, "tile_height": TIFF_TILE}
+        if format_name == "jpeg":
+            # Its second pass would hold the whole image's coefficients: 36 megapixels took 420 MiB with it, 9 without.
+            self._options["optimize_coding"] = False
         self._stream = _Stream(_tiff_header(height, width, bands, dtype), height * width * bands * dtype.itemsize)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._save, name="fastden-strip-writer", daemon=True)

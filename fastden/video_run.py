@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,8 @@ def run_video(
             )
     except BaseException:
         if made:
-            target.parent.rmdir()
+            with suppress(OSError):
+                target.parent.rmdir()
         raise
     seconds = time.perf_counter() - start
     looked = min(ESTIMATED, result.frames)

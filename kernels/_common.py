@@ -45,7 +45,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 def precision(x: Tensor) -> str:
     """How products of float32 are formed: TF32 where torch allows convolutions to use it."""
-    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
+    if x.dtype != torch.float32 or not x.is_cuda:
+        return "ieee"
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # PyTorch refuses to tell where its newer setting, for convolutions alone, was used
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def device_guard(x: Tensor) -> torch.cuda.device:

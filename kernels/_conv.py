@@ -213,6 +213,7 @@ def launch_conv(
     Returns:
         (N, O, H', W'), channels-last, and (tiles, 2, O) float32 or None.
     """
+    bias = None if bias is None else bias.contiguous()
     batch, channels, height, width = a.shape
     others = 0 if b is None else b.shape[1]
     outputs, kernel = weight.shape[-4], weight.shape[-1]

@@ -115,6 +115,7 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tenso
     """
     x = channels_last(x)
     residual = None if residual is None else channels_last(residual)
+    mean, scale, bias = mean.contiguous(), scale.contiguous(), bias.contiguous()
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if not x.numel():
         return y
@@ -253,6 +254,7 @@ def affine_gradient(
         raise ValueError("y: None with a residual; accepted: the result")
     grad, raw = channels_last(grad), channels_last(raw)
     result = raw if y is None else channels_last(y)
+    weight, bias = weight.contiguous(), bias.contiguous()
     channels = raw.shape[1]
     rows = raw.numel() // channels
     programs = triton.cdiv(rows, REDUCTION_ROWS)

@@ -9,6 +9,9 @@ from pathlib import Path
 # Before anything imports huggingface_hub, which reads it once: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Before CUDA starts: without it cuBLAS warns under deterministic algorithms, which the fixture below turns on.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Before anything imports Triton, which reads it when kernels are defined: without a GPU they are interpreted.
 import torch
 

@@ -153,7 +153,7 @@ def test_same_bytes_as_the_local_engine(photos: Path, tmp_path: Path, model: str
 
 
 def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is on record as done is left out; what a killed run left without a record is made again."""
+    """What is on record as done is left out; what a killed run had begun is made again; nothing else is replaced."""
     asked: list[Row] = []
 
     def here(rows: list[Row], settings: dict[str, Any], **_: Any) -> Iterator[dict[str, Any]]:
@@ -170,13 +170,20 @@ def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.Mo
     assert len(expected) == len(asked) == 3
     manifest = out / NAME
     lines = manifest.read_text().splitlines(keepends=True)
-    manifest.write_text("".join(line for line in lines if "b.jpg" not in line))
+    manifest.write_text("".join(line for line in lines if not ("b.jpg" in line and '"status": "done"' in line)))
     (out / "inner" / "c.tif").write_bytes(b"another")
     asked.clear()
     text = works("denoise", photos, "-o", out, *options, "--resume")
     assert "1 image done before" in text
     assert sorted(Path(row["input"]).name for row in asked) == ["b.jpg", "c.tif"]
     assert {path: path.read_bytes() for path in out.rglob("[!.]*.*")} == expected
+    asked.clear()
+    works("denoise", photos, "-o", out, *options, "--resume")
+    assert asked == []
+    manifest.unlink()
+    fails("denoise", photos, "-o", out, *options, "--resume", saying="exists already")
+    assert {path: path.read_bytes() for path in out.rglob("[!.]*.*")} == expected
+    fails("denoise", photos, "-o", photos, *options, "--overwrite", saying="is the input; accepted with --engine ray")
     fails("denoise", photos, "-o", "memory://out", *options, "--resume", saying="resume: there is no manifest")
 
 

@@ -229,7 +229,7 @@ def ops(
     from fastden.bench.compare import compare as run_all
 
     options = (model, compare, backends, device, dtype, size, batch, rounds, json, plots)
-    run = _prepare("ops", *options, graphs=True, energy_seconds=0.5)
+    run = _prepare("ops", *options, graphs=True, energy_seconds=1.0)
     names = operators.choose(only)
     found = operators.cases(run.model, run.size, run.batch, names)
     run.extra = {"operators": names, "backward": backward}

@@ -173,25 +173,36 @@ class Sensors:
         Args:
             call: what to run.
             milliseconds: what one call takes, about.
-            duration: seconds to run for. NVML renews its energy count some ten times a second.
+            duration: seconds to run for at least. NVML renews its energy count some ten times a second, so the
+                measurement begins and ends with a renewal.
 
         Returns:
             The last :meth:`state` under load, ``throttle_reasons`` of all samples, ``mean_power_w`` and
             ``joules_a_call``.
         """
         together = max(1, int(50 / max(milliseconds, 1e-3)))
-        calls, reasons, state = 0, set[str](), dict[str, Any]()
-        torch.cuda.synchronize()
-        before, start = self.joules(), time.perf_counter()
-        while time.perf_counter() - start < duration:
+        reasons, state = set[str](), dict[str, Any]()
+
+        def run() -> float | None:
+            nonlocal state
             for _ in range(together):
                 call()
             # Read while the device still works.
             state = self.state()
             reasons.update(state["throttle_reasons"] or [])
             torch.cuda.synchronize()
+            return self.joules()
+
+        # Some counts never move.
+        patience = time.perf_counter() + 3 * duration + 1
+        first = before = run()
+        while before is not None and before == first and time.perf_counter() < patience:
+            before = run()
+        start, calls, after, renewed = time.perf_counter(), 0, before, False
+        while (elapsed := time.perf_counter() - start) < duration or not renewed:
+            previous, after = after, run()
             calls += together
-        after, elapsed = self.joules(), time.perf_counter() - start
+            renewed = after is None or after != previous or time.perf_counter() > patience
         used = None if before is None or after is None else after - before
         return {
             **state,

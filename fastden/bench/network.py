@@ -102,7 +102,7 @@ def training(
     bound = bounds(_step("channels_last", model, x, dtype, None)(), reference, dtype, gradients=True)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
-    plain_flops, own_flops = (2.0 * TRAINING * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
+    plain_flops, own_flops = (2.0 * macs.of(channels, training=True) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
     found = [
         Contender(forms.own_name(name), partial(_step, "channels_last", model, x, dtype, name), own_flops, own=True)
         for name in backends

@@ -201,7 +201,7 @@ def backward(
     bound = bounds(_step("channels_last", case.plain, inputs, dtype, None)(), reference, dtype, gradients=True)
     builders = {name: partial(_step, name, case.plain, inputs, dtype, None) for name in peers}
     own = {name: partial(_step, "channels_last", case.composed, inputs, dtype, name) for name in backends}
-    return _job(case, size, dtype, reference, bound, builders, own, TRAINING)
+    return _job(case, size, dtype, reference, bound, builders, own, training=True)
 
 
 def _job(
@@ -212,16 +212,16 @@ def _job(
     bound: Mapping[str, float],
     peers: Mapping[str, Callable[[], Call]],
     own: Mapping[str, Callable[[], Call]],
-    factor: int = 1,
+    training: bool = False,
 ) -> tuple[Job, list[Contender]]:
     work = (PARTS | UNITS)[case.part]
     batch = len(case.inputs[0])
     channels = next((tensor.shape[1] for tensor in case.inputs if tensor.shape[1] <= IMAGE_CHANNELS), 0)
     pixels = batch * size[0] * size[1]
-    own_flops, flops = (2.0 * factor * macs.of(channels) * pixels for macs in (work.own, work.plain))
+    own_flops, flops = (2.0 * macs.of(channels, training) * pixels for macs in (work.own, work.plain))
     found = [Contender(forms.own_name(name), build, own_flops, own=True) for name, build in own.items()]
     found += [Contender(name, build, flops, graphs=name != "max_autotune") for name, build in peers.items()]
-    moved = float(factor * work.values.of(channels) * pixels * dtype.itemsize)
+    moved = float((TRAINING if training else 1) * work.values.of(channels) * pixels * dtype.itemsize)
     name = case.operator if len(OPERATORS[case.operator]) == 1 else f"{case.operator} {case.part}"
     return Job(name, batch, pixels, moved, reference, bound), found
 

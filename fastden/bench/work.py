@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: What a training step does for each operation, and moves for each value, of a forward pass.
+TRAINING = 3
+
 
 class PerPixel(NamedTuple):
     """A count for each pixel of the image: ``channel`` for each channel of the network's input, and ``fixed``."""
@@ -11,9 +14,15 @@ class PerPixel(NamedTuple):
     channel: int
     fixed: int
 
-    def of(self, channels: int) -> int:
-        """The count for an input of ``channels``, the noise level's among them."""
-        return self.channel * channels + self.fixed
+    def of(self, channels: int, training: bool = False) -> int:
+        """The count for an input of ``channels``, the noise level's among them; of a training step on request.
+
+        A step does each multiplication three times: forward, for the input's gradient and for the weight's. What reads
+        the image does it twice: nobody asks for the image's gradient.
+        """
+        return (
+            (2 * self.channel * channels + TRAINING * self.fixed) if training else self.channel * channels + self.fixed
+        )
 
 
 class Part(NamedTuple):
@@ -69,5 +78,3 @@ COMPOSED_MACS = _sum([part.own for part in PARTS.values()])
 _PLAIN_TWICE = _sum([part.plain for part in PARTS.values()])
 PLAIN_MACS = PerPixel(_PLAIN_TWICE.channel - CONV0.channel, _PLAIN_TWICE.fixed)
 VALUES = _sum([part.values for part in PARTS.values()])
-#: A training step does each multiplication three times: forward, for the input's gradient and for the weight's.
-TRAINING = 3

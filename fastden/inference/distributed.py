@@ -59,7 +59,9 @@ def plan_rows(
 
     if not any(map(has_scheme, (*inputs, output))):
         jobs = plan(list(inputs), Path(output), recursive=recursive, format_name=format_name)
-        return [{"input": str(job.source.absolute()), "output": str(job.target.absolute())} for job in jobs]
+        return [{"input": os.path.abspath(job.source), "output": os.path.abspath(job.target)} for job in jobs]
+    if not has_scheme(output):
+        output = os.path.abspath(output)  # workers have working folders of their own
     rows: dict[str, str] = {}
     for name in inputs:
         for source, relative in _sources(name, recursive):
@@ -164,7 +166,7 @@ class Worker:
                 record = self._one(here, there)
                 if record["status"] == "done" and has_scheme(target):
                     _send(there, target)
-            except (UserError, OSError, ValueError) as error:
+            except Exception as error:  # every kind of store has errors of its own; one file's stop no others
                 return {"status": "failed", "error": str(error) or type(error).__name__, "notes": [], "seconds": {}}
         return record
 
@@ -241,6 +243,8 @@ def distribute(
     import json
     import logging
 
+    if not rows:
+        return
     ray = _ray()
     if not ray.is_initialized():
         try:

@@ -465,27 +465,32 @@ class _Run:
         levels = [work.level for work in group if isinstance(work.level, float)]
         network = stages.network(images[0].dtype == "uint8")
         memory = stages.budget.network
-        return self.equality.holds(network, images, levels or None, memory)
+        try:
+            return self.equality.holds(network, images, levels or None, memory)
+        except FAILURES:  # of one of them, or of memory for all: alone each has its own answer
+            return False
 
     def _stream(self, work: Work) -> None:
         try:
             ended = self._ended()
             record = self.stages.stream(work, self.manifest, lambda done, total: self._progress(ended, done / total))
-            self._tell(work.job, record)
         except FAILURES as error:
-            self._fail(work.job, error)
+            record = self.stages.failure(work.job, error, self.manifest)
         finally:
             self.gate.give_back(work.size)
+        self._tell(work.job, record)
 
     # In the threads that write.
 
     def _write(self) -> None:
         while (work := self._next_computed()) is not None:
-            self._present(work)
             try:
-                self._tell(work.job, self.stages.write(work, self.manifest))
-            except FAILURES as error:
-                self._fail(work.job, error)
+                self._present(work)
+                try:
+                    record = self.stages.write(work, self.manifest)
+                except FAILURES as error:
+                    record = self.stages.failure(work.job, error, self.manifest)
+                self._tell(work.job, record)
             except BaseException as error:  # a defect, as above; go on, so that nobody waits for this thread
                 self.fatal = self.fatal or error
             finally:

@@ -128,7 +128,7 @@ def denoise_video(
             shutil.copymode(final, temporary)
         os.replace(temporary, final)
     except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

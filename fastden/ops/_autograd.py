@@ -98,8 +98,17 @@ _RECIPE = "_fastden_recipe"
 
 def _attach(y: Tensor, recipe: _Recipe) -> None:
     """Let an operator that takes ``y``, this very tensor, keep the recipe instead of ``y`` for its own gradient."""
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or y.is_inference()):  # which counts no versions
         setattr(y, _RECIPE, (y._version, recipe))
+
+
+def settle(y: Tensor) -> None:
+    """Drop the recipe of a result that no gradient is asked of: it would keep ``raw`` alive for nothing.
+
+    Inside ``forward`` gradients are always off, and parameters always want them: only here it is known.
+    """
+    if not torch.compiler.is_compiling() and not y.requires_grad and hasattr(y, _RECIPE):
+        delattr(y, _RECIPE)
 
 
 def _keep(x: Tensor) -> tuple[Tensor | None, ...]:
@@ -211,6 +220,7 @@ def batch_norm_relu(raw: Tensor, bn: BatchNorm, relu: bool) -> Tensor:
     values = raw.shape[0] * raw.shape[2] * raw.shape[3]
     check_values(values)
     y, mean, variance = BatchNormReLU.apply(raw, bn.weight, bn.bias, relu, bn.eps)
+    settle(y)
     update_running_statistics(bn, mean, variance, values)
     return y
 

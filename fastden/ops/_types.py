@@ -82,7 +82,7 @@ def convolve(
     padding: int,
 ) -> Tensor:
     """``relu(bn(conv2d(cat([a, b], 1), weight, bias)) + residual)`` on kernels, with gradients."""
-    from fastden.ops._autograd import Conv, ConvBatchNorm
+    from fastden.ops._autograd import Conv, ConvBatchNorm, settle
 
     if bn is not None and bn.training:
         kernel = weight.shape[2]
@@ -92,6 +92,7 @@ def convolve(
         y, mean, variance = ConvBatchNorm.apply(
             a, b, weight, bias, bn.weight, bn.bias, residual, relu, stride, padding, bn.eps
         )
+        settle(y)
         update_running_statistics(bn, mean, variance, values)
         return y
     if bn is not None:

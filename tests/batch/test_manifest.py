@@ -15,6 +15,7 @@ import pytest
 import fastden
 from fastden.errors import UserError
 from fastden.files import digest
+from fastden.inference.pipeline import Listener
 from fastden.jobs import Job
 from fastden.manifest import NAME, Manifest
 from tests.images import encoded, pixels, save_model
@@ -226,3 +227,55 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path, root: Path) -> None:
         NAME,
         *(f"{index}.png" for index in range(6)),
     ]
+
+
+def test_a_failure_does_not_hide_what_was_done(photos: Path, tmp_path: Path, network: Any) -> None:
+    """A run without resume fails on every file that is there; the next one with it still knows what is done."""
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    assert len(batch.run(photos, tmp_path / "out").done) == 5
+    assert len(batch.run(photos, tmp_path / "out").failed) == 5
+    report = batch.run(photos, tmp_path / "out", resume=True)
+    assert (len(report.skipped), report.done, report.failed) == (5, [], [])
+
+
+def test_results_of_another_input_are_not_replaced(photos: Path, tmp_path: Path, network: Any) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "0.png").write_bytes((photos / "1.png").read_bytes())
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    batch.run(photos, tmp_path / "out")
+    before = (tmp_path / "out" / "0.png").read_bytes()
+    (failed,) = batch.run(other, tmp_path / "out", resume=True).failed
+    assert failed.error is not None
+    assert "exists already" in failed.error
+    assert (tmp_path / "out" / "0.png").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_a_name_that_is_no_utf8(photos: Path, tmp_path: Path, network: Any) -> None:
+    name = os.fsdecode(b"a\xff.png")
+    try:
+        (photos / "0.png").rename(photos / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    report = batch.run(photos, tmp_path / "out")
+    assert (len(report.done), report.failed) == (5, [])
+    assert (tmp_path / "out" / name).exists()
+    assert len(batch.run(photos, tmp_path / "out", resume=True).skipped) == 5
+
+
+def test_a_listener_that_fails_ends_the_run(photos: Path, tmp_path: Path, network: Any) -> None:
+    """It must neither hang nor count an image twice."""
+
+    def broken(job: Any, record: Any) -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out", listener=Listener(record=broken))
+
+
+def test_images_that_cannot_go_together_fail_alone(photos: Path, tmp_path: Path) -> None:
+    gray = fastden.fuse(fastden.Denoiser(image_channels=1))
+    report = fastden.BatchDenoiser(gray, sigma=5).run(photos, tmp_path / "out")
+    assert len(report.failed) == 5

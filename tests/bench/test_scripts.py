@@ -59,7 +59,7 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
         "synccheck",
     }
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
-    assert [bench[1] for bench in benches] == ["model", "model", "train", "ops", "ops"]
+    assert [bench[1] for bench in benches] == ["ops", "model", "model", "train", "ops", "model"]
     for bench in benches:
         # Every option is one that the command has: the first thing that it finds missing is the GPU.
         fails(*bench, saying="finds no CUDA device")

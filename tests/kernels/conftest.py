@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,3 +19,12 @@ def device() -> str:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no CUDA device, and TRITON_INTERPRET=1 is not set")
     return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """On a GPU float32 is float32, of kernels and of what they are compared with; TF32 errs by about 3e-4."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

@@ -220,3 +220,25 @@ def test_dispatcher_operator(device: str, name: str) -> None:
     }
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.fastden, name).default, arguments[name], test_utils=checks)
+
+
+def test_vectors_need_not_be_contiguous(device: str) -> None:
+    x, weight = torch.randn(1, 3, 5, 4, device=device), torch.randn(6, 3, 1, 1, device=device)
+    table = torch.randn(6, 2, device=device)
+    for bias in (table[:, 0], table[0, 0].expand(6)):
+        found = ops.conv_bn_relu(x, weight, bias, backend="triton")
+        assert max_error(found, ops.conv_bn_relu(x, weight, bias, backend="torch")) < 1e-5
+
+
+def test_training_mode_without_gradients(device: str) -> None:
+    """To find BN statistics anew, for instance; nothing is kept for a backward pass then."""
+    module = nn.Sequential(ConvBNReLU(3, 12, bias=False), block(device)).to(device)
+    x = torch.randn(2, 3, 5, 6, device=device)
+    with torch.no_grad():
+        expected = copy.deepcopy(module)(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        other = copy.deepcopy(module)
+        with mode(), ops.use_backend("triton"):
+            first = other[0](x)
+            assert not hasattr(first, "_fastden_recipe")
+            assert max_error(other[1](first), expected) < 1e-5
