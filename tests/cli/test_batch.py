@@ -153,7 +153,7 @@ def test_interruption(photos: Path, tmp_path: Path, model: str) -> None:
         lines = [running.stdout.readline(), running.stdout.readline()]
         assert "computing\n" in lines
         running.send_signal(signal.SIGINT)
-        output, error = running.communicate(timeout=60)
+        output, error = running.communicate(timeout=180)
     finally:
         running.kill()
         running.wait()

@@ -266,7 +266,7 @@ def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, m
         assert running.stdout.readline() == "writing\n"
         assert len(list(output.iterdir())) == 1
         running.send_signal(signal.SIGTERM)
-        assert running.wait(timeout=30) == 128 + signal.SIGTERM
+        assert running.wait(timeout=120) == 128 + signal.SIGTERM
     finally:
         running.kill()
         running.wait()
