@@ -127,7 +127,9 @@ def test_decompression_bombs_are_refused_and_admitted(tmp_path: Path, model: str
 def test_interruption(photos: Path, tmp_path: Path, model: str) -> None:
     """Ctrl-C while the second image is computed: the first is there, whole; one line; exit code 130."""
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # What a shell starts in the background inherits that SIGINT is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from fastden import cli\n"
         "from fastden.inference import stages\n"
         "compute = stages.Stages.compute\n"
