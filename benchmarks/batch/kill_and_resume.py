@@ -2,8 +2,8 @@
 
     python benchmarks/batch/kill_and_resume.py            # benchmarks/results/batch/kill_and_resume.json
 
-Each start is a process of its own, killed by SIGKILL after a random time; what it left is looked at: no output may be
-incomplete, whatever the moment. A last run goes to the end.
+Each start is a process of its own, killed by SIGKILL a random moment after a random number of images; what it left is
+looked at: no output may be incomplete, whatever the moment. A last run goes to the end.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--side", type=int, default=256, help="pixels")
     parser.add_argument("--kills", type=int, default=25, help="at most")
+    parser.add_argument("--between", type=int, default=5, help="images from one kill to the next, at most")
     parser.add_argument("--json", type=Path, default=RESULTS / "kill_and_resume.json")
     arguments = parser.parse_args()
     random.seed(0)
@@ -81,21 +82,24 @@ def main() -> None:
         source, whole, killed = folder / "in", folder / "whole", folder / "killed"
         source.mkdir()
         make_images(source, arguments.images, arguments.side)
-        began = time.perf_counter()
         finish(start(source, whole))
-        seconds = time.perf_counter() - began
         expected = digests(whole)
         kills, incomplete, leftovers = 0, 0, 0
         while kills < arguments.kills:
             process = start(source, killed)
+            # By the images that are done: most of the time goes by before the first, while PyTorch is loaded.
+            enough = lines_on_record(killed) + random.randrange(arguments.between + 1)
+            while process.poll() is None and lines_on_record(killed) < enough:
+                time.sleep(0.002)
             try:
-                # Most of the first seconds go by before the first image: PyTorch is loaded.
-                process.wait(random.uniform(0.3, 1.1) * seconds)
-                break
+                process.wait(random.uniform(0, 0.1))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
-                process.communicate()
                 kills += 1
+            else:
+                finish(process)
+                break
+            process.communicate()
             found = digests(killed)
             incomplete += sum(expected[file] != digest for file, digest in found.items())
             leftovers += len(list(killed.glob(".fastden-*.tmp")))
