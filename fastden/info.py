@@ -43,10 +43,13 @@ CPU_FLAGS = (
 )  # fmt: skip
 
 
-def collect() -> dict[str, Any]:
+def collect(*, paths: bool = True) -> dict[str, Any]:
     """Versions, system, CPU, PyTorch, GPUs, image library, models and backends, as plain JSON types.
 
     A part that fails is ``{"error": "..."}``. Each backend has ``available`` and ``why_not``, a list of reasons.
+
+    Args:
+        paths: tell where Python lies; results that are published leave it out.
     """
     sections: dict[str, Callable[[], Any]] = {
         "versions": _versions,
@@ -59,6 +62,8 @@ def collect() -> dict[str, Any]:
     }
     report = {name: _guarded(section) for name, section in sections.items()}
     report["backends"] = _guarded(lambda: _backends(report))
+    if not paths and isinstance(report["system"], dict):
+        report["system"].pop("python", None)
     return report
 
 

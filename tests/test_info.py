@@ -125,3 +125,8 @@ def test_runs_without_any_other_package(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "ModuleNotFoundError" in done.stdout
     assert "PyTorch cannot be imported" in done.stdout
+
+
+def test_published_results_name_no_path() -> None:
+    assert info.collect()["system"]["python"] == sys.executable
+    assert sys.executable not in json.dumps(info.collect(paths=False))

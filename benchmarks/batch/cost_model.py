@@ -97,7 +97,7 @@ def main() -> None:
         done(denoise(rows))
         seconds = time.perf_counter() - start
         document: dict[str, Any] = {
-            "machine": collect(),
+            "machine": collect(paths=False),
             "settings": {**settings, "side": side, "mean_megapixels": round(megapixels, 3)},
             "ms_a_megapixel": {name: round(value, 1) for name, value in vars(cost).items()},
             "one_process": row(cost.images_an_hour(megapixels), len(rows), seconds),

@@ -124,7 +124,7 @@ def main() -> None:
             "output_bytes": result.stat().st_size,
             "equality": compare(source, result, side, arguments.dtype),
             "dtype": arguments.dtype,
-            "machine": collect(),
+            "machine": collect(paths=False),
         }
     text = json.dumps(figures, indent=1) + "\n"
     print(text)

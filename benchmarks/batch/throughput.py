@@ -71,7 +71,7 @@ def main() -> None:
         "seconds_by_stage": {stage: round(sum(item.seconds[stage] for item in report.done), 2) for stage in stages},
         "dtype": arguments.dtype,
         "device": str(batch.stages.network(eight_bit=True).device),
-        "machine": collect(),
+        "machine": collect(paths=False),
     }
     text = json.dumps(figures, indent=1) + "\n"
     print(text)
