@@ -1,0 +1,401 @@
+// The operators of fastden.h for PyTorch: the only file that includes its headers. Checks arguments, lays tensors and
+// weights out as the kernels read them, allocates results, and launches on the current stream of the inputs' device.
+//
+// With FASTDEN_EMULATED the kernels run on the CPU (tests/emulator), and the operators are those of CPU tensors.
+#include "fastden.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#ifndef FASTDEN_EMULATED
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+#ifdef FASTDEN_EMULATED
+#define FASTDEN_KEY CPU
+
+struct Device {
+    explicit Device(const Tensor&) {}
+
+    cudaStream_t stream = nullptr;
+};
+
+void check_launch(const char* name, cudaError_t error) {
+    TORCH_CHECK(error == cudaSuccess, name, ": error ", static_cast<int>(error), " of the emulated CUDA runtime");
+}
+#else
+#define FASTDEN_KEY CUDA
+
+// Makes the device of a tensor the current one, and holds its current stream.
+struct Device {
+    explicit Device(const Tensor& x)
+        : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream(x.device().index()).stream()) {}
+
+    c10::cuda::CUDAGuard guard;
+    cudaStream_t stream;
+};
+
+void check_launch(const char* name, cudaError_t error) {
+    TORCH_CHECK(error == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(error));
+}
+#endif
+
+void check_rank(const char* name, const Tensor& x, int64_t rank) {
+    TORCH_CHECK_VALUE(x.dim() == rank, name, ": shape ", x.sizes(), "; accepted: ", rank, " dimensions");
+}
+
+void check_shape(const char* name, const Tensor& x, at::IntArrayRef accepted) {
+    TORCH_CHECK_VALUE(x.sizes() == accepted, name, ": shape ", x.sizes(), "; accepted: ", accepted);
+}
+
+void check_multiple(const char* name, int64_t value, int64_t of, int64_t most = std::numeric_limits<int>::max()) {
+    TORCH_CHECK_VALUE(value > 0 && value % of == 0 && value <= most, name, ": ", value, "; accepted: a multiple of ", of,
+                      most < std::numeric_limits<int>::max() ? " up to " + std::to_string(most) : "");
+}
+
+// Of the device and the dtype of what came first.
+void check_like(const char* name, const Tensor& x, const Tensor& first) {
+    TORCH_CHECK_VALUE(x.device() == first.device(), name, ": on ", x.device(), "; accepted: ", first.device());
+    TORCH_CHECK_TYPE(x.scalar_type() == first.scalar_type(), name, ": dtype ", x.scalar_type(),
+                     "; accepted: ", first.scalar_type());
+}
+
+fastden::DType half(const char* name, const Tensor& x) {
+    const auto type = x.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kHalf || type == at::kBFloat16, name, ": dtype ", type, "; accepted: Half, BFloat16");
+    return type == at::kHalf ? fastden::DType::kFloat16 : fastden::DType::kBFloat16;
+}
+
+int narrow(const char* name, int64_t value) {
+    TORCH_CHECK_VALUE(value <= std::numeric_limits<int>::max(), name, ": size ", value, "; accepted: less than 2^31");
+    return static_cast<int>(value);
+}
+
+// x in the order of memory that kernels read, 16-byte aligned: x itself where it is so.
+Tensor dense(const Tensor& x, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
+    const Tensor y = x.contiguous(order);
+    return reinterpret_cast<std::uintptr_t>(y.const_data_ptr()) % 16 == 0 ? y : y.clone(order);
+}
+
+Tensor channels_last(const Tensor& x) { return dense(x, at::MemoryFormat::ChannelsLast); }
+
+// A vector such as a bias, checked and laid out; undefined where there is none.
+Tensor vector(const char* name, const Optional& x, int64_t size, const Tensor& first) {
+    if (!x.has_value()) return Tensor();
+    check_like(name, *x, first);
+    check_shape(name, *x, {size});
+    return dense(*x);
+}
+
+const void* pointer(const Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
+
+void copy_strides(const Tensor& x, int64_t (&strides)[4]) { std::copy_n(x.strides().begin(), 4, strides); }
+
+Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Optional& bias, const Optional& residual,
+            bool relu, int64_t stride, int64_t padding) {
+    const fastden::DType dtype = half("a", a);
+    check_rank("a", a, 4);
+    check_rank("weight", weight, 4);
+    check_like("weight", weight, a);
+    const int64_t batch = a.size(0), height = a.size(2), width = a.size(3);
+    const int64_t outputs = weight.size(0), kernel = weight.size(2);
+    int64_t others = 0;
+    if (b.has_value()) {
+        check_like("b", *b, a);
+        check_rank("b", *b, 4);
+        others = b->size(1);
+        check_shape("b", *b, {batch, others, height, width});
+        check_multiple("b's channels", others, 8);
+        TORCH_CHECK_VALUE(!residual.has_value() && stride == 1, "b: given with a residual or stride ", stride,
+                          "; accepted beside it: no residual, stride 1");
+    }
+    check_multiple("a's channels", a.size(1), 8);
+    check_multiple("weight's outputs", outputs, 8);
+    check_shape("weight", weight, {outputs, a.size(1) + others, kernel, kernel});
+    TORCH_CHECK_VALUE(stride >= 1, "stride: ", stride, "; accepted: at least 1");
+    TORCH_CHECK_VALUE(padding >= 0, "padding: ", padding, "; accepted: at least 0");
+    TORCH_CHECK_VALUE(std::min(height, width) + 2 * padding >= kernel && kernel >= 1, "a: shape ", a.sizes(),
+                      "; accepted: height and width of at least ", kernel - 2 * padding);
+    const Device device(a);
+    const int64_t out_height = (height + 2 * padding - kernel) / stride + 1;
+    const int64_t out_width = (width + 2 * padding - kernel) / stride + 1;
+    Tensor y = at::empty({batch, outputs, out_height, out_width}, a.options(), at::MemoryFormat::ChannelsLast);
+    Tensor added;
+    if (residual.has_value()) {
+        check_like("residual", *residual, a);
+        check_shape("residual", *residual, y.sizes());
+        added = channels_last(*residual);
+    }
+    const Tensor biases = vector("bias", bias, outputs, a);
+    if (y.numel() == 0) return y;
+    const Tensor first = channels_last(a), second = b.has_value() ? channels_last(*b) : Tensor();
+    const Tensor weights = channels_last(weight);
+
+    fastden::Convolution arguments{};
+    arguments.a = pointer(first);
+    arguments.b = pointer(second);
+    arguments.weight = pointer(weights);
+    arguments.bias = pointer(biases);
+    arguments.residual = pointer(added);
+    arguments.y = y.mutable_data_ptr();
+    arguments.dtype = dtype;
+    arguments.batch = narrow("a", batch);
+    arguments.height = narrow("a", height);
+    arguments.width = narrow("a", width);
+    arguments.channels_a = narrow("a", a.size(1));
+    arguments.channels_b = narrow("b", others);
+    arguments.outputs = narrow("weight", outputs);
+    arguments.kernel = narrow("weight", kernel);
+    arguments.stride = narrow("stride", stride);
+    arguments.padding = narrow("padding", padding);
+    arguments.relu = relu;
+    const auto launch = b.has_value() ? fastden::concat_conv_bn_relu : fastden::conv_bn_relu;
+    check_launch(b.has_value() ? "concat_conv_bn_relu" : "conv_bn_relu", launch(arguments, device.stream));
+    return y;
+}
+
+Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
+    const fastden::DType dtype = half("x", x);
+    check_rank("x", x, 4);
+    check_rank("weight", weight, 4);
+    check_like("weight", weight, x);
+    const int64_t batch = x.size(0), channels = x.size(1), outputs = weight.size(1);
+    check_shape("weight", weight, {channels, outputs, 4, 4});
+    check_multiple("x's channels", channels, 8);
+    check_multiple("weight's outputs", outputs, 8);
+    const Device device(x);
+    Tensor y =
+        at::empty({batch, outputs, 2 * x.size(2), 2 * x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+    const Tensor biases = vector("bias", bias, outputs, x);
+    if (y.numel() == 0) return y;
+    const Tensor source = channels_last(x);
+    // Output row 2 i + p reads input rows i - 1 + p and i + p through rows 3 - p and 1 - p of the kernel: reversed, row
+    // 2 t + p is tap t of phase p. (channels, outputs, t_y, p_y, t_x, p_x) to (p_y, p_x, outputs, t_y, t_x, channels).
+    const Tensor phases = dense(
+        weight.flip({2, 3}).reshape({channels, outputs, 2, 2, 2, 2}).permute({3, 5, 1, 2, 4, 0}).contiguous());
+
+    fastden::Upsampling arguments{};
+    arguments.x = pointer(source);
+    arguments.weight = pointer(phases);
+    arguments.bias = pointer(biases);
+    arguments.y = y.mutable_data_ptr();
+    arguments.dtype = dtype;
+    arguments.batch = narrow("x", batch);
+    arguments.height = narrow("x", x.size(2));
+    arguments.width = narrow("x", x.size(3));
+    arguments.channels = narrow("x", channels);
+    arguments.outputs = narrow("weight", outputs);
+    check_launch("upsample", fastden::upsample(arguments, device.stream));
+    return y;
+}
+
+Tensor bottleneck(const Tensor& x, const Tensor& reduce, const Tensor& conv, const Tensor& expand,
+                  const Optional& reduce_bias, const Optional& conv_bias, const Optional& expand_bias) {
+    const fastden::DType dtype = half("x", x);
+    check_rank("x", x, 4);
+    check_rank("reduce", reduce, 4);
+    const int64_t channels = x.size(1), middle = reduce.size(0);
+    TORCH_CHECK_VALUE(middle == 32 || middle == 64, "reduce's outputs: ", middle, "; accepted: 32, 64");
+    check_multiple("x's channels", channels, 32);
+    check_like("reduce", reduce, x);
+    check_like("conv", conv, x);
+    check_like("expand", expand, x);
+    check_shape("reduce", reduce, {middle, channels, 1, 1});
+    check_shape("conv", conv, {middle, middle, 3, 3});
+    check_shape("expand", expand, {channels, middle, 1, 1});
+    const Device device(x);
+    Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+    const Tensor biases[] = {vector("reduce_bias", reduce_bias, middle, x), vector("conv_bias", conv_bias, middle, x),
+                             vector("expand_bias", expand_bias, channels, x)};
+    if (y.numel() == 0) return y;
+    const Tensor source = channels_last(x);
+    const Tensor weights[] = {channels_last(reduce), channels_last(conv), channels_last(expand)};
+
+    fastden::Bottleneck arguments{};
+    arguments.x = pointer(source);
+    arguments.reduce = pointer(weights[0]);
+    arguments.conv = pointer(weights[1]);
+    arguments.expand = pointer(weights[2]);
+    arguments.reduce_bias = pointer(biases[0]);
+    arguments.conv_bias = pointer(biases[1]);
+    arguments.expand_bias = pointer(biases[2]);
+    arguments.y = y.mutable_data_ptr();
+    arguments.dtype = dtype;
+    arguments.batch = narrow("x", x.size(0));
+    arguments.height = narrow("x", x.size(2));
+    arguments.width = narrow("x", x.size(3));
+    arguments.channels = narrow("x", channels);
+    arguments.middle = narrow("reduce", middle);
+    check_launch("bottleneck", fastden::bottleneck(arguments, device.stream));
+    return y;
+}
+
+void check_image(const Tensor& x) {
+    check_rank("x", x, 4);
+    const int64_t height = x.size(2), width = x.size(3);
+    TORCH_CHECK_VALUE(height % 2 == 0 && width % 2 == 0 && std::min(height, width) >= 8, "x: shape ", x.sizes(),
+                      "; accepted: height and width even and at least 8");
+    TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(1) <= 4, "x's channels: ", x.size(1), "; accepted: 1 to 4");
+}
+
+Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu) {
+    const fastden::DType dtype = half("x", x);
+    check_image(x);
+    check_rank("weight", weight, 5);
+    check_like("weight", weight, x);
+    check_like("bias", bias, x);
+    const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+    const int64_t outputs = weight.size(1);
+    check_shape("weight", weight, {4, outputs, channels, 7, 7});
+    check_shape("bias", bias, {4, outputs});
+    check_multiple("weight's outputs", outputs, 8, 128);
+    const Device device(x);
+    Tensor y = at::empty({batch, outputs, (height - 4) / 2, (width - 4) / 2}, x.options(),
+                         at::MemoryFormat::ChannelsLast);
+    if (y.numel() == 0) return y;
+    const Tensor weights = dense(weight), biases = dense(bias);
+
+    fastden::Stem arguments{};
+    arguments.x = pointer(x);
+    copy_strides(x, arguments.x_strides);
+    arguments.weight = pointer(weights);
+    arguments.bias = pointer(biases);
+    arguments.y = y.mutable_data_ptr();
+    arguments.dtype = dtype;
+    arguments.batch = narrow("x", batch);
+    arguments.channels = narrow("x", channels);
+    arguments.height = narrow("x", height);
+    arguments.width = narrow("x", width);
+    arguments.outputs = narrow("weight", outputs);
+    arguments.relu = relu;
+    check_launch("stem", fastden::stem(arguments, device.stream));
+    return y;
+}
+
+Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const Tensor& image_weight,
+            const Tensor& bias, const Optional& image, bool add_input, bool clamp, bool composed) {
+    const fastden::DType dtype = half("features", features);
+    check_image(x);
+    check_rank("features", features, 4);
+    check_rank("image_weight", image_weight, 4);
+    check_like("x", x, features);
+    check_like("weight", weight, features);
+    check_like("image_weight", image_weight, features);
+    check_like("bias", bias, features);
+    const int64_t batch = x.size(0), channels = x.size(1), height = (x.size(2) - 4) / 2, width = (x.size(3) - 4) / 2;
+    const int64_t maps = features.size(1), outputs = image_weight.size(0);
+    check_shape("features", features, {batch, maps, height, width});
+    check_multiple("features' channels", maps, 32);
+    TORCH_CHECK_VALUE(outputs >= 1 && outputs <= channels, "image_weight's outputs: ", outputs, "; accepted: 1 to ",
+                      channels, ", the channels of x");
+    check_shape("weight", weight, {4 * outputs, maps, 4, 4});
+    check_shape("image_weight", image_weight, {outputs, channels, 7, 7});
+    check_shape("bias", bias, {outputs});
+    const Device device(features);
+    Tensor added = add_input ? x : Tensor();
+    at::ScalarType result = features.scalar_type();
+    if (image.has_value()) {
+        TORCH_CHECK_VALUE(image->device() == x.device(), "image: on ", image->device(), "; accepted: ", x.device());
+        TORCH_CHECK_TYPE(at::isFloatingType(image->scalar_type()), "image: dtype ", image->scalar_type(),
+                         "; accepted: a floating dtype");
+        check_rank("image", *image, 4);
+        check_shape("image", *image, {batch, std::max(image->size(1), outputs), x.size(2), x.size(3)});
+        result = image->scalar_type();
+        // Another dtype is added, and rounded to, in float32, as the sums are.
+        if (add_input) added = result == features.scalar_type() ? *image : image->to(at::kFloat);
+    }
+    const bool wide = result != features.scalar_type();
+    Tensor y = at::empty({batch, outputs, 2 * height - 2, 2 * width - 2},
+                         features.options().dtype(wide ? at::kFloat : result));
+    if (y.numel() == 0) return y.to(result);
+    const Tensor source = channels_last(features);
+    // (outputs, p_y, p_x, maps, t_y, t_x) to (t_y, t_x, p_y, p_x, outputs, maps): 2 outputs of 8 columns a phase row.
+    const Tensor weights = at::zeros({4, 4, 2, 8, maps}, weight.options());
+    weights.narrow(3, 0, 2 * outputs)
+        .unflatten(3, {2, outputs})
+        .copy_(weight.unflatten(0, {outputs, 2, 2}).permute({4, 5, 1, 2, 0, 3}));
+    const Tensor image_weights = dense(image_weight), biases = dense(bias);
+
+    fastden::Head arguments{};
+    arguments.features = pointer(source);
+    arguments.x = pointer(x);
+    copy_strides(x, arguments.x_strides);
+    arguments.image = pointer(added);
+    if (added.defined()) copy_strides(added, arguments.image_strides);
+    arguments.image_dtype = wide ? fastden::DType::kFloat32 : dtype;
+    arguments.weight = pointer(weights);
+    arguments.image_weight = pointer(image_weights);
+    arguments.bias = pointer(biases);
+    arguments.y = y.mutable_data_ptr();
+    arguments.dtype = dtype;
+    arguments.batch = narrow("x", batch);
+    arguments.height = narrow("features", height);
+    arguments.width = narrow("features", width);
+    arguments.maps = narrow("features", maps);
+    arguments.channels = narrow("x", channels);
+    arguments.outputs = narrow("image_weight", outputs);
+    arguments.clamp = clamp;
+    arguments.composed = composed;
+    check_launch("head", fastden::head(arguments, device.stream));
+    return y.to(result);
+}
+
+// What this library was built with and for, as fastden/build.py described it, and what the headers say.
+pybind11::dict build_config() {
+    pybind11::dict config = pybind11::module_::import("json").attr("loads")(FASTDEN_BUILD);
+    config["torch_headers"] = TORCH_VERSION;
+    config["toolkit"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100);
+#ifdef FASTDEN_EMULATED
+    config["emulated"] = true;
+#else
+    config["emulated"] = false;
+#endif
+    return config;
+}
+
+}  // namespace
+
+// The schemas are those of fastden/ops/_dispatch.py; shape functions are registered there.
+TORCH_LIBRARY(fastden_cuda, library) {
+    const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+    library.def(
+        "conv(Tensor a, Tensor? b, Tensor weight, Tensor? bias, Tensor? residual, bool relu, int stride, int padding)"
+        " -> Tensor",
+        tags);
+    library.def("upsample(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
+    library.def(
+        "bottleneck(Tensor x, Tensor reduce, Tensor conv, Tensor expand, Tensor? reduce_bias, Tensor? conv_bias,"
+        " Tensor? expand_bias) -> Tensor",
+        tags);
+    library.def("stem(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor", tags);
+    library.def(
+        "head(Tensor features, Tensor x, Tensor weight, Tensor image_weight, Tensor bias, Tensor? image, bool"
+        " add_input, bool clamp, bool composed) -> Tensor",
+        tags);
+}
+
+TORCH_LIBRARY_IMPL(fastden_cuda, FASTDEN_KEY, library) {
+    library.impl("conv", conv);
+    library.impl("upsample", upsample);
+    library.impl("bottleneck", bottleneck);
+    library.impl("stem", stem);
+    library.impl("head", head);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) { module.def("build_config", build_config); }

@@ -1,0 +1,376 @@
+"""Building the CUDA extension: what is compiled, how, for which GPUs, and what a machine lacks for it.
+
+:func:`plan` gives sources and flags, to ``setup.py`` (a wheel or an editable installation), to ``fastden build`` (for the
+PyTorch that is there, into the user's cache) and to the tests (an emulated build, for the CPU). The standard library is
+all that importing this takes: ``setup.py`` loads it by its path, where neither PyTorch nor fastden is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+#: Compute capabilities to build for: those of the data centre and the desktop since 2020; 9.0a has the matrix
+#: instructions that 9.0 lacks; the last also as PTX, which later GPUs compile for themselves.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0+PTX")
+CHOICES = ("auto", "cuda", "none")
+#: The extension's name inside the package, and of its description.
+NAME = "_cuda"
+DESCRIPTION = f"{NAME}.json"
+#: Memory that a compiler takes for one source, all architectures one after the other.
+BYTES_A_JOB = 2.5 * 2**30
+SUFFIXES = (".cpp", ".cu", ".cuh", ".h")
+#: PyTorch turns operators of half-precision numbers off, for its own sources.
+ALLOW_HALF = tuple(
+    f"-U__CUDA_NO_{what}__"
+    for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+)
+
+
+class BuildError(RuntimeError):
+    """The extension cannot be built; ``output`` is what the compilers said, if they were asked."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled, and how.
+
+    Args:
+        sources: each a translation unit.
+        include: folders of headers.
+        cxx_flags, nvcc_flags: of C++ and of CUDA sources; an emulated build compiles all as C++.
+        architectures: compute capabilities, such as ``9.0a`` and ``10.0+PTX``; none in an emulated build.
+        digest: of all files that go into the build.
+        emulated: whether the kernels run on the CPU.
+        commit: of the sources, ``unknown`` outside a checkout.
+        toolkit: folder of the CUDA toolkit.
+    """
+
+    sources: tuple[Path, ...]
+    include: tuple[Path, ...]
+    cxx_flags: tuple[str, ...]
+    nvcc_flags: tuple[str, ...]
+    architectures: tuple[str, ...]
+    digest: str
+    emulated: bool = False
+    commit: str = "unknown"
+    toolkit: Path | None = None
+
+    def description(self, here: Mapping[str, str]) -> dict[str, Any]:
+        """What the library tells of itself; ``here`` is what :func:`environment` says."""
+        return {
+            **here,
+            "architectures": list(self.architectures),
+            "flags": " ".join(self.cxx_flags if self.emulated else self.nvcc_flags),
+            "commit": self.commit,
+            "sources": self.digest,
+        }
+
+    def key(self, here: Mapping[str, str]) -> str:
+        """Tells builds apart: 16 hexadecimal digits. The commit alone changes nothing."""
+        described = {**self.description(here), "commit": "", "cxx": self.cxx_flags}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan(
+    csrc: Path,
+    architectures: Iterable[str] = ARCHITECTURES,
+    *,
+    emulator: Path | None = None,
+    toolkit: Path | None = None,
+) -> Plan:
+    """What is to be compiled of the sources in ``csrc``, and how.
+
+    Args:
+        csrc: the folder of sources.
+        architectures: compute capabilities.
+        emulator: folder of the headers that run kernels on the CPU; None for a GPU.
+        toolkit: folder of the CUDA toolkit; None looks for it. An emulated build needs its headers alone.
+
+    Raises:
+        BuildError: no sources there.
+    """
+    kernels = sorted(csrc.glob("*.cu"))
+    bindings = csrc / "bindings.cpp"
+    if not kernels or not bindings.is_file():
+        raise BuildError(f"{csrc} holds no CUDA sources")
+    toolkit = find_toolkit() if toolkit is None else toolkit
+    include = [csrc]
+    if emulator is None:
+        chosen = tuple(architectures)
+        # The standard of C++ is that of the kernels; bindings.cpp takes the one that PyTorch's headers need.
+        nvcc_flags = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", *ALLOW_HALF, *gencode(chosen))
+        cxx_flags: tuple[str, ...] = ("-O2",)
+    else:
+        chosen, nvcc_flags = (), ()
+        include += [emulator, *([toolkit / "include"] if toolkit else [])]
+        cxx_flags = ("-x", "c++", "-O1", "-DFASTDEN_EMULATED")
+    digest = _digest([csrc] if emulator is None else [csrc, emulator])
+    return Plan(
+        (bindings, *kernels), tuple(include), cxx_flags, nvcc_flags, chosen, digest, emulator is not None,
+        _commit(csrc), toolkit,
+    )  # fmt: skip
+
+
+def gencode(architectures: Iterable[str]) -> tuple[str, ...]:
+    """nvcc's flags for compute capabilities: ``9.0a`` to ``-gencode=arch=compute_90a,code=sm_90a``."""
+    flags = []
+    for architecture in architectures:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return tuple(flags)
+
+
+def parse_architectures(text: str) -> tuple[str, ...]:
+    """The compute capabilities of a text such as ``8.0 8.6;9.0a+PTX``, as TORCH_CUDA_ARCH_LIST has them.
+
+    Raises:
+        BuildError: something else.
+    """
+    found = tuple(dict.fromkeys(part for part in re.split(r"[;,\s]+", text) if part))
+    for part in found:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", part) or float(part.rstrip("+PTXaf")) < 8:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: {part!r}; accepted: compute capabilities from 8.0 on, such as 8.6 or 9.0a, with"
+                " or without +PTX, separated by ; or spaces"
+            )
+    if not found:
+        raise BuildError("TORCH_CUDA_ARCH_LIST: empty; accepted: compute capabilities such as 8.6;9.0a")
+    return found
+
+
+def known_architectures(wanted: Iterable[str], listed: str) -> tuple[str, ...]:
+    """Those of ``wanted`` that a compiler has; the last one that others may follow also as PTX, if any was to be.
+
+    Args:
+        wanted: compute capabilities.
+        listed: what ``nvcc --list-gpu-arch`` prints.
+    """
+    known = set(re.findall(r"compute_(\d+)", listed))
+    wanted = tuple(wanted)
+    found = [one for one in wanted if re.sub(r"\D", "", one) in known]
+    if any(one.endswith("+PTX") for one in wanted) and not any(one.endswith("+PTX") for one in found):
+        # Code for 9.0a runs on no other GPU, as PTX neither.
+        general = [index for index, one in enumerate(found) if one[-1].isdigit()]
+        if general:
+            found[general[-1]] += "+PTX"
+    return tuple(found)
+
+
+def choose_architectures(
+    environ: Mapping[str, str], listed: str, capabilities: Iterable[tuple[int, int]] = ()
+) -> tuple[str, ...]:
+    """TORCH_CUDA_ARCH_LIST, or the GPUs that are here, or :data:`ARCHITECTURES` as far as the compiler has them.
+
+    Args:
+        environ: environment variables.
+        listed: what ``nvcc --list-gpu-arch`` prints.
+        capabilities: of the GPUs that the build is for; none for any.
+
+    Raises:
+        BuildError: TORCH_CUDA_ARCH_LIST is malformed; the compiler has none of the defaults.
+    """
+    if environ.get("TORCH_CUDA_ARCH_LIST"):
+        return parse_architectures(environ["TORCH_CUDA_ARCH_LIST"])
+    present = sorted({capability for capability in capabilities if capability >= (8, 0)})
+    if present:
+        return tuple(f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}" for major, minor in present)
+    found = known_architectures(ARCHITECTURES, listed)
+    if not found:
+        raise BuildError(f"nvcc compiles for none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")
+    return found
+
+
+def covers(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures`` runs on a GPU of a compute capability."""
+    for architecture in architectures:
+        major, minor = map(int, re.findall(r"\d+", architecture)[:2])
+        exact = architecture.removesuffix("+PTX")[-1] == "a"
+        if capability == (major, minor) or (not exact and capability[0] == major and capability[1] >= minor):
+            return True
+        if architecture.endswith("+PTX") and not exact and capability >= (major, minor):
+            return True
+    return False
+
+
+def jobs(environ: Mapping[str, str], cores: int, memory: float | None) -> int:
+    """Compilers to run at once: MAX_JOBS, or as many as the cores and ``memory`` (bytes that are free) allow."""
+    asked = environ.get("MAX_JOBS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    fit = cores if memory is None else int(memory // BYTES_A_JOB)
+    return max(1, min(cores, fit))
+
+
+def free_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Bytes that are free: of the machine, and of the container that this runs in; None where nothing tells."""
+    found = []
+    try:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if available:
+            found.append(1024.0 * int(available[1]))
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdigit():
+            found.append(float(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(0.0, min(found)) if found else None
+
+
+def find_toolkit(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Folder of the CUDA toolkit: CUDA_HOME, CUDA_PATH, that of the nvcc on the PATH, /usr/local/cuda."""
+    environ = os.environ if environ is None else environ
+    named = [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    places = [*named, *([Path(nvcc).resolve().parent.parent] if nvcc else []), Path("/usr/local/cuda")]
+    # A folder with nvcc alone may hold a script that calls it.
+    whole = (place for place in places if (place / "include" / "cuda_runtime_api.h").is_file())
+    return next((place for place in whole if (place / "bin" / "nvcc").is_file()), None)
+
+
+def ask_nvcc(toolkit: Path, *options: str) -> str:
+    """What nvcc prints; nothing where it fails."""
+    command = [str(toolkit / "bin" / "nvcc"), *options]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def environment() -> dict[str, str]:
+    """What a library is built for, and must find again: versions of PyTorch, of its CUDA, and Python's ABI.
+
+    Raises:
+        ImportError: there is no PyTorch.
+    """
+    import torch
+
+    return {
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda or "none"),
+        "python": str(sysconfig.get_config_var("SOABI")),
+    }
+
+
+def missing(toolkit: Path | None) -> list[str]:
+    """What building for a GPU lacks here; nothing where all is there.
+
+    Args:
+        toolkit: what :func:`find_toolkit` found.
+    """
+    reasons = [] if toolkit else ["nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda)"]
+    try:
+        found = environment()["cuda"]
+    # A broken native library can raise anything on import.
+    except Exception as error:
+        advice = "; an isolated build has none: pip install --no-build-isolation" if "PIP_BUILD_TRACKER" in os.environ else ""
+        return [*reasons, f"PyTorch cannot be imported ({type(error).__name__}: {error}){advice}"]
+    if found == "none":
+        reasons.append("this PyTorch is not a CUDA build")
+    elif toolkit:
+        release = re.search(r"release (\d+)\.(\d+)", ask_nvcc(toolkit, "--version"))
+        if release and release[1] != found.split(".")[0]:
+            reasons.append(f"nvcc is of CUDA {release[1]}.{release[2]}, PyTorch of CUDA {found}; accepted: one major version")
+    if shutil.which("ninja", path=_path()) is None:
+        reasons.append("ninja is not found (pip install ninja)")
+    return reasons
+
+
+def build(wanted: Plan, folder: Path) -> Path:
+    """Compile and link; the library and its description appear in ``folder`` whole or not at all.
+
+    In a process of its own, which loads the library once done: the description is what the library says of itself.
+
+    Args:
+        wanted: what to build.
+        folder: where to; made if need be. A library that is there is replaced.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        BuildError: a compiler, or loading the library, failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = jobs(os.environ, os.cpu_count() or 1, free_memory())
+    variables = {**os.environ, "MAX_JOBS": str(number), "PATH": _path()}
+    if wanted.toolkit:
+        variables["CUDA_HOME"] = str(wanted.toolkit)
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['_build_here'](sys.argv[2])"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
+        request = json.dumps({**asdict(wanted), "place": place}, default=str)
+        command = [sys.executable, "-c", code, str(Path(__file__).resolve()), request]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=variables,
+            cwd=place, check=False,
+        )  # fmt: skip
+        library = Path(place) / f"{NAME}.so"
+        if done.returncode or not (Path(place) / DESCRIPTION).is_file():
+            raise BuildError(f"building the CUDA extension failed (exit code {done.returncode})", done.stdout)
+        for path in (Path(place) / DESCRIPTION, library):  # the library last: alone it would be of unknown make
+            os.replace(path, folder / path.name)
+    return folder / library.name
+
+
+def _build_here(request: str) -> None:
+    """What :func:`build` does in its own process."""
+    from torch.utils.cpp_extension import load
+
+    asked = json.loads(request)
+    place = Path(asked.pop("place"))
+    paths = {name: tuple(map(Path, asked[name])) for name in ("sources", "include")}
+    wanted = Plan(**{**{key: tuple(v) if isinstance(v, list) else v for key, v in asked.items()}, **paths})
+    described = json.dumps(wanted.description(environment())).replace('"', '\\"')
+    module = load(
+        NAME,
+        [str(path) for path in wanted.sources],
+        extra_cflags=[*wanted.cxx_flags, shlex.quote(f'-DFASTDEN_BUILD="{described}"')],
+        extra_cuda_cflags=list(wanted.nvcc_flags),
+        extra_include_paths=[str(path) for path in wanted.include],
+        build_directory=str(place),
+        with_cuda=not wanted.emulated,
+    )
+    (place / DESCRIPTION).write_text(json.dumps(module.build_config(), indent=1) + "\n")
+
+
+def _path() -> str:
+    """The PATH, with the programs of this Python's packages."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+
+def _digest(folders: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in SUFFIXES:
+                digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _commit(csrc: Path) -> str:
+    if not (csrc.parent / ".git").exists():  # a repository around an installation is another project's
+        return "unknown"
+    command = ["git", "-C", str(csrc), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
