@@ -2,9 +2,8 @@
 // weights out as the kernels read them, allocates results, and launches on the current stream of the inputs' device.
 //
 // With FASTDEN_EMULATED the kernels run on the CPU (tests/emulator), and the operators are those of CPU tensors.
-#include "fastden.h"
-
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
@@ -15,6 +14,8 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+
+#include "fastden.h"
 
 #ifndef FASTDEN_EMULATED
 #include <c10/cuda/CUDAException.h>
@@ -65,8 +66,8 @@ void check_shape(const char* name, const Tensor& x, at::IntArrayRef accepted) {
 }
 
 void check_multiple(const char* name, int64_t value, int64_t of, int64_t most = std::numeric_limits<int>::max()) {
-    TORCH_CHECK_VALUE(value > 0 && value % of == 0 && value <= most, name, ": ", value, "; accepted: a multiple of ", of,
-                      most < std::numeric_limits<int>::max() ? " up to " + std::to_string(most) : "");
+    TORCH_CHECK_VALUE(value > 0 && value % of == 0 && value <= most, name, ": ", value, "; accepted: a multiple of ",
+                      of, most < std::numeric_limits<int>::max() ? " up to " + std::to_string(most) : "");
 }
 
 // Of the device and the dtype of what came first.
@@ -93,7 +94,9 @@ Tensor dense(const Tensor& x, at::MemoryFormat order = at::MemoryFormat::Contigu
     return reinterpret_cast<std::uintptr_t>(y.const_data_ptr()) % 16 == 0 ? y : y.clone(order);
 }
 
-Tensor channels_last(const Tensor& x) { return dense(x, at::MemoryFormat::ChannelsLast); }
+Tensor channels_last(const Tensor& x) {
+    return dense(x, at::MemoryFormat::ChannelsLast);
+}
 
 // A vector such as a bias, checked and laid out; undefined where there is none.
 Tensor vector(const char* name, const Optional& x, int64_t size, const Tensor& first) {
@@ -103,10 +106,34 @@ Tensor vector(const char* name, const Optional& x, int64_t size, const Tensor& f
     return dense(*x);
 }
 
-const void* pointer(const Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
+// The next multiple of the channels that a step of the kernels takes.
+int64_t whole(int64_t channels) {
+    return (channels + 7) / 8 * 8;
+}
 
-void copy_strides(const Tensor& x, int64_t (&strides)[4]) { std::copy_n(x.strides().begin(), 4, strides); }
+// Zeros behind the channels of a feature map, or behind a vector, up to a size; x itself where it has that.
+Tensor padded(const Tensor& x, int64_t size) {
+    if (!x.defined()) return x;
+    const int64_t more = size - x.size(x.dim() == 4 ? 1 : 0);
+    if (more == 0) return x;
+    return x.dim() == 4 ? at::constant_pad_nd(x, {0, 0, 0, 0, 0, more}) : at::constant_pad_nd(x, {0, more});
+}
 
+// The first channels of a result.
+Tensor cut(const Tensor& y, int64_t channels) {
+    return y.size(1) == channels ? y : y.narrow(1, 0, channels).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+const void* pointer(const Tensor& x) {
+    return x.defined() ? x.const_data_ptr() : nullptr;
+}
+
+void copy_strides(const Tensor& x, int64_t (&strides)[4]) {
+    std::copy_n(x.strides().begin(), 4, strides);
+}
+
+// Channels that are not a multiple of 8 are filled up with zeros, at the price of copies: in the network those of the
+// plain form's first and last layer alone.
 Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Optional& bias, const Optional& residual,
             bool relu, int64_t stride, int64_t padding) {
     const fastden::DType dtype = half("a", a);
@@ -121,13 +148,13 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
         check_rank("b", *b, 4);
         others = b->size(1);
         check_shape("b", *b, {batch, others, height, width});
-        check_multiple("b's channels", others, 8);
         TORCH_CHECK_VALUE(!residual.has_value() && stride == 1, "b: given with a residual or stride ", stride,
                           "; accepted beside it: no residual, stride 1");
     }
-    check_multiple("a's channels", a.size(1), 8);
-    check_multiple("weight's outputs", outputs, 8);
-    check_shape("weight", weight, {outputs, a.size(1) + others, kernel, kernel});
+    const int64_t channels = a.size(1);
+    check_shape("weight", weight, {outputs, channels + others, kernel, kernel});
+    TORCH_CHECK_VALUE(channels >= 1 && outputs >= 1, "weight: shape ", weight.sizes(),
+                      "; accepted: no empty dimension");
     TORCH_CHECK_VALUE(stride >= 1, "stride: ", stride, "; accepted: at least 1");
     TORCH_CHECK_VALUE(padding >= 0, "padding: ", padding, "; accepted: at least 0");
     TORCH_CHECK_VALUE(std::min(height, width) + 2 * padding >= kernel && kernel >= 1, "a: shape ", a.sizes(),
@@ -135,17 +162,27 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
     const Device device(a);
     const int64_t out_height = (height + 2 * padding - kernel) / stride + 1;
     const int64_t out_width = (width + 2 * padding - kernel) / stride + 1;
-    Tensor y = at::empty({batch, outputs, out_height, out_width}, a.options(), at::MemoryFormat::ChannelsLast);
+    const int64_t wide = whole(outputs), wide_a = whole(channels), wide_b = whole(others);
+    Tensor y = at::empty({batch, wide, out_height, out_width}, a.options(), at::MemoryFormat::ChannelsLast);
     Tensor added;
     if (residual.has_value()) {
         check_like("residual", *residual, a);
-        check_shape("residual", *residual, y.sizes());
-        added = channels_last(*residual);
+        check_shape("residual", *residual, {batch, outputs, out_height, out_width});
+        added = channels_last(padded(*residual, wide));
     }
-    const Tensor biases = vector("bias", bias, outputs, a);
-    if (y.numel() == 0) return y;
-    const Tensor first = channels_last(a), second = b.has_value() ? channels_last(*b) : Tensor();
-    const Tensor weights = channels_last(weight);
+    const Tensor biases = padded(vector("bias", bias, outputs, a), wide);
+    if (y.numel() == 0) return cut(y, outputs);
+    const Tensor first = channels_last(padded(a, wide_a));
+    const Tensor second = b.has_value() ? channels_last(padded(*b, wide_b)) : Tensor();
+    Tensor weights;
+    if (wide == outputs && wide_a == channels && wide_b == others) {
+        weights = channels_last(weight);
+    } else {
+        weights = at::empty({wide, wide_a + wide_b, kernel, kernel}, a.options(), at::MemoryFormat::ChannelsLast);
+        const Tensor rows = weights.zero_().narrow(0, 0, outputs);
+        rows.narrow(1, 0, channels).copy_(weight.narrow(1, 0, channels));
+        if (others > 0) rows.narrow(1, wide_a, others).copy_(weight.narrow(1, channels, others));
+    }
 
     fastden::Convolution arguments{};
     arguments.a = pointer(first);
@@ -158,16 +195,16 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
     arguments.batch = narrow("a", batch);
     arguments.height = narrow("a", height);
     arguments.width = narrow("a", width);
-    arguments.channels_a = narrow("a", a.size(1));
-    arguments.channels_b = narrow("b", others);
-    arguments.outputs = narrow("weight", outputs);
+    arguments.channels_a = narrow("a", wide_a);
+    arguments.channels_b = narrow("b", wide_b);
+    arguments.outputs = narrow("weight", wide);
     arguments.kernel = narrow("weight", kernel);
     arguments.stride = narrow("stride", stride);
     arguments.padding = narrow("padding", padding);
     arguments.relu = relu;
     const auto launch = b.has_value() ? fastden::concat_conv_bn_relu : fastden::conv_bn_relu;
     check_launch(b.has_value() ? "concat_conv_bn_relu" : "conv_bn_relu", launch(arguments, device.stream));
-    return y;
+    return cut(y, outputs);
 }
 
 Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
@@ -177,18 +214,22 @@ Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
     check_like("weight", weight, x);
     const int64_t batch = x.size(0), channels = x.size(1), outputs = weight.size(1);
     check_shape("weight", weight, {channels, outputs, 4, 4});
-    check_multiple("x's channels", channels, 8);
-    check_multiple("weight's outputs", outputs, 8);
+    TORCH_CHECK_VALUE(channels >= 1 && outputs >= 1, "weight: shape ", weight.sizes(),
+                      "; accepted: no empty dimension");
     const Device device(x);
-    Tensor y =
-        at::empty({batch, outputs, 2 * x.size(2), 2 * x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
-    const Tensor biases = vector("bias", bias, outputs, x);
-    if (y.numel() == 0) return y;
-    const Tensor source = channels_last(x);
+    const int64_t wide = whole(outputs), wide_channels = whole(channels);
+    Tensor y = at::empty({batch, wide, 2 * x.size(2), 2 * x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+    const Tensor biases = padded(vector("bias", bias, outputs, x), wide);
+    if (y.numel() == 0) return cut(y, outputs);
+    const Tensor source = channels_last(padded(x, wide_channels));
+    const Tensor filled =
+        wide == outputs && wide_channels == channels
+            ? weight
+            : at::constant_pad_nd(weight, {0, 0, 0, 0, 0, wide - outputs, 0, wide_channels - channels});
     // Output row 2 i + p reads input rows i - 1 + p and i + p through rows 3 - p and 1 - p of the kernel: reversed, row
     // 2 t + p is tap t of phase p. (channels, outputs, t_y, p_y, t_x, p_x) to (p_y, p_x, outputs, t_y, t_x, channels).
-    const Tensor phases = dense(
-        weight.flip({2, 3}).reshape({channels, outputs, 2, 2, 2, 2}).permute({3, 5, 1, 2, 4, 0}).contiguous());
+    const Tensor phases =
+        dense(filled.flip({2, 3}).reshape({wide_channels, wide, 2, 2, 2, 2}).permute({3, 5, 1, 2, 4, 0}));
 
     fastden::Upsampling arguments{};
     arguments.x = pointer(source);
@@ -199,10 +240,10 @@ Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
     arguments.batch = narrow("x", batch);
     arguments.height = narrow("x", x.size(2));
     arguments.width = narrow("x", x.size(3));
-    arguments.channels = narrow("x", channels);
-    arguments.outputs = narrow("weight", outputs);
+    arguments.channels = narrow("x", wide_channels);
+    arguments.outputs = narrow("weight", wide);
     check_launch("upsample", fastden::upsample(arguments, device.stream));
-    return y;
+    return cut(y, outputs);
 }
 
 Tensor bottleneck(const Tensor& x, const Tensor& reduce, const Tensor& conv, const Tensor& expand,
@@ -266,8 +307,8 @@ Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu
     check_shape("bias", bias, {4, outputs});
     check_multiple("weight's outputs", outputs, 8, 128);
     const Device device(x);
-    Tensor y = at::empty({batch, outputs, (height - 4) / 2, (width - 4) / 2}, x.options(),
-                         at::MemoryFormat::ChannelsLast);
+    Tensor y =
+        at::empty({batch, outputs, (height - 4) / 2, (width - 4) / 2}, x.options(), at::MemoryFormat::ChannelsLast);
     if (y.numel() == 0) return y;
     const Tensor weights = dense(weight), biases = dense(bias);
 
@@ -398,4 +439,6 @@ TORCH_LIBRARY_IMPL(fastden_cuda, FASTDEN_KEY, library) {
     library.impl("head", head);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) { module.def("build_config", build_config); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+    module.def("build_config", build_config);
+}

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, util
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,25 +27,28 @@ class Backend:
     Args:
         name: what users call it.
         summary: one line for ``fastden info``.
-        package: where its operators live, one module each; None for the references themselves.
-        requires: the package that must be there.
+        dtypes: of its operators' inputs; None for any.
+        batch_statistics: whether its operators normalise with the statistics of the batch.
     """
 
     name: str
     summary: str
-    package: str | None = None
-    requires: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    batch_statistics: bool = True
 
 
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = (
     Backend("torch", "PyTorch's own operations: the reference, on any device"),
-    Backend("triton", "Triton kernels, for CUDA devices", "fastden.kernels", "triton"),
+    Backend("triton", "Triton kernels, for CUDA devices", KERNEL_DTYPES),
+    Backend("cuda", "CUDA C++ kernels, built ahead, for inference", KERNEL_DTYPES[:2], batch_statistics=False),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
-#: (operator, compute capability) for which committed results show the Triton kernel right and faster.
-PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset()
+#: (backend, operator, compute capability) for which committed results show a kernel right and faster.
+PROVEN: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
 ENVIRONMENT = "FASTDEN_BACKEND"
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: Where Triton's kernels live, one module an operator.
+KERNELS = "fastden.kernels"
 
 _scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
 
@@ -77,12 +79,13 @@ def requested() -> str | None:
     return _known(name, ENVIRONMENT) if name else None
 
 
-def choose(operator: str, backend: str | None, **tensors: Tensor | None) -> str:
+def choose(operator: str, backend: str | None, *, batch_statistics: bool = False, **tensors: Tensor | None) -> str:
     """Name of the backend that ``operator`` runs on.
 
     Args:
         operator: its name.
         backend: what the caller asks for, or None.
+        batch_statistics: whether it has to normalise with the statistics of the batch.
         **tensors: the inputs, by the names of the operator's arguments.
 
     Raises:
@@ -91,52 +94,89 @@ def choose(operator: str, backend: str | None, **tensors: Tensor | None) -> str:
     """
     name = requested() if backend is None else _known(backend, "backend")
     if name is None:
-        name = _automatic(operator, tensors)
-    if name == "torch" or torch.compiler.is_compiling():
-        return name  # tracing has run, or will run, into the kernel's own refusal
-    reasons = why_not(operator, name, **tensors)
+        name = _automatic(operator, batch_statistics, tensors)
+    if name == "torch":
+        return name
+    if torch.compiler.is_compiling():
+        # Tracing has run, or will run, into the kernel's own refusal of its inputs.
+        _make_ready(name, batch_statistics)
+        return name
+    reasons = why_not(operator, name, batch_statistics=batch_statistics, **tensors)
     if reasons:
-        raise RuntimeError(_refusal(operator, name, tensors))
+        raise RuntimeError(_refusal(operator, name, batch_statistics, tensors))
     return name
 
 
-def why_not(operator: str, backend: str, **tensors: Tensor | None) -> list[str]:
-    """Why ``operator`` cannot run on ``backend`` with these inputs; empty where it can.
+def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **tensors: Tensor | None) -> list[str]:
+    """Why ``operator`` cannot run on ``backend`` with these inputs; empty where it can. Arguments as :func:`choose`.
 
     Raises:
         ValueError: no such backend.
     """
-    entry = BACKENDS[NAMES.index(_known(backend, "backend"))]
-    if entry.package is None:
+    entry = _entry(_known(backend, "backend"))
+    if entry.dtypes is None:
         return []
     missing = unavailable(entry)
     if missing:
         return missing
-    reasons = []
+    reasons = _why_not_statistics(entry) if batch_statistics else []
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     devices = {tensor.device.type for tensor in given.values()}
-    if devices != {"cuda"} and not (interpreted() and devices == {"cpu"}):
+    if devices != {"cuda"} and not (_runs_on_cpu(entry) and devices == {"cpu"}):
         reasons.append(f"device {', '.join(sorted(devices))}; accepted: cuda")
     dtypes = {_as_run(tensor) for tensor in given.values()}
-    if not dtypes <= set(KERNEL_DTYPES):
-        reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(KERNEL_DTYPES)}")
+    if not dtypes <= set(entry.dtypes):
+        reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(entry.dtypes)}")
     elif len(dtypes) > 1:
         reasons.append(f"dtypes {_names(dtypes)}; accepted: one for all inputs")
-    return reasons + kernel_module(entry, operator).why_not(**given)
+    if entry.name == "triton":
+        return reasons + import_module(f"{KERNELS}.{operator}").why_not(**given)
+    from fastden.ops import _cuda
+
+    return reasons + _cuda.why_not(operator, **given)
 
 
 def unavailable(backend: Backend) -> list[str]:
     """Why ``backend`` cannot run anything here; empty where it can."""
-    if backend.requires is not None and not _installed(backend.requires):
-        return [f"{backend.requires} is not installed (pip install 'fastden[gpu]')"]
-    if backend.package is not None and not _installed(backend.package):
-        return [f"{backend.package} is not installed: fastden runs from an uninstalled checkout (pip install -e .)"]
+    if backend.name == "cuda":
+        from fastden import extension
+
+        return extension.why_not()
+    if backend.name == "triton":
+        if not _installed("triton"):
+            return ["triton is not installed (pip install 'fastden[gpu]')"]
+        if not _installed(KERNELS):
+            return [f"{KERNELS} is not installed: fastden runs from an uninstalled checkout (pip install -e .)"]
     return []
 
 
-def kernel_module(backend: Backend, operator: str) -> ModuleType:
-    """The module of ``operator``'s kernels."""
-    return import_module(f"{backend.package}.{operator}")
+def _why_not_statistics(backend: Backend) -> list[str]:
+    if backend.batch_statistics:
+        return []
+    return ["batch statistics; accepted: folded or frozen batch normalisation; the triton backend makes them"]
+
+
+@torch.compiler.assume_constant_result
+def _make_ready(name: str, batch_statistics: bool) -> bool:
+    """What :func:`choose` does once, when code is traced: loads what registers the operators."""
+    entry = _entry(name)
+    reasons = unavailable(entry) + (_why_not_statistics(entry) if batch_statistics else [])
+    if reasons:
+        raise RuntimeError(f"backend {name!r} was asked for and cannot run: {'; '.join(reasons)}")
+    return True
+
+
+def _runs_on_cpu(backend: Backend) -> bool:
+    """Whether its kernels run on the CPU here, interpreted or emulated, for tests."""
+    if backend.name == "cuda":
+        from fastden import extension
+
+        return extension.emulated()
+    return interpreted()
+
+
+def _entry(name: str) -> Backend:
+    return BACKENDS[NAMES.index(name)]
 
 
 @cache
@@ -159,14 +199,19 @@ def _known(name: str, what: str) -> str:
     return name
 
 
-def _automatic(operator: str, tensors: dict[str, Tensor | None]) -> str:
+def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
     device = next(tensor.device for tensor in tensors.values() if tensor is not None)
-    if not PROVEN or device.type != "cuda" or (operator, torch.cuda.get_device_capability(device)) not in PROVEN:
+    if not PROVEN or device.type != "cuda":
         return "torch"
-    return "torch" if why_not(operator, "triton", **tensors) else "triton"
+    capability = torch.cuda.get_device_capability(device)
+    for name in NAMES:
+        if (name, operator, capability) in PROVEN:
+            if not why_not(operator, name, batch_statistics=batch_statistics, **tensors):
+                return name
+    return "torch"
 
 
-def _refusal(operator: str, name: str, tensors: dict[str, Tensor | None]) -> str:
+def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
     inputs = "; ".join(
         f"{key}: {tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
         for key, tensor in tensors.items()
@@ -174,7 +219,7 @@ def _refusal(operator: str, name: str, tensors: dict[str, Tensor | None]) -> str
     )
     lines = [f"backend {name!r} was asked for and cannot run {operator} on {inputs}"]
     for backend in NAMES:
-        reasons = why_not(operator, backend, **tensors)
+        reasons = why_not(operator, backend, batch_statistics=batch_statistics, **tensors)
         lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'can run'}")
     return "\n".join(lines)
 

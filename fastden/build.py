@@ -121,9 +121,9 @@ def plan(
         chosen, nvcc_flags = (), ()
         include += [emulator, *([toolkit / "include"] if toolkit else [])]
         cxx_flags = ("-x", "c++", "-O1", "-DFASTDEN_EMULATED")
-    digest = _digest([csrc] if emulator is None else [csrc, emulator])
+    folders = [csrc] if emulator is None else [csrc, emulator]
     return Plan(
-        (bindings, *kernels), tuple(include), cxx_flags, nvcc_flags, chosen, digest, emulator is not None,
+        (bindings, *kernels), tuple(include), cxx_flags, nvcc_flags, chosen, digest(folders), emulator is not None,
         _commit(csrc), toolkit,
     )  # fmt: skip
 
@@ -356,14 +356,15 @@ def _path() -> str:
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
-def _digest(folders: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def digest(folders: Iterable[Path]) -> str:
+    """16 hexadecimal digits that tell the sources in folders apart."""
+    found = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.suffix in SUFFIXES:
-                digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+                found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+                found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _commit(csrc: Path) -> str:

@@ -1,5 +1,8 @@
 """Gradients of the operators that run on kernels: autograd functions outside the dispatcher's operators.
 
+Those that take a backend's name run forward on its operators; those with batch statistics on Triton's, which alone
+make them.
+
 Gradients of convolutions are those of ``torch.ops.aten.convolution_backward``: cuDNN's, on a GPU. What is stored for
 them is little: of a convolution with batch statistics its raw output alone, from which an operator behind it makes its
 input again (normalisation and ReLU cost one pass over memory); of a bottleneck not even the last raw output. Of
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastden.ops import _dispatch  # noqa: F401 - registers the operators
+from fastden.ops._dispatch import OPERATORS
 from fastden.ops._types import BatchNorm, check_values, update_running_statistics
 
 
@@ -60,8 +63,9 @@ class Conv(torch.autograd.Function):
         relu: bool,
         stride: int,
         padding: int,
+        backend: str,
     ) -> Tensor:
-        y = torch.ops.fastden.conv(a, b, weight, bias, residual, relu, stride, padding)
+        y = OPERATORS[backend].conv(a, b, weight, bias, residual, relu, stride, padding)
         ctx.save_for_backward(a, b, weight, y if relu else None)
         ctx.settings = stride, padding
         return y
@@ -76,7 +80,7 @@ class Conv(torch.autograd.Function):
         needed = ctx.needs_input_grad
         sources = _conv_gradients(needed[:3], grad, a, b, weight, *ctx.settings)
         bias = grad.sum((0, 2, 3)) if needed[3] else None
-        return *sources, bias, grad if needed[4] else None, None, None, None
+        return *sources, bias, grad if needed[4] else None, None, None, None, None
 
 
 class _Recipe(NamedTuple):
@@ -312,9 +316,9 @@ class Upsample(torch.autograd.Function):
     """Transposed convolution of kernel 4, stride 2, padding 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.fastden.upsample(x, weight, bias)
+        return OPERATORS[backend].upsample(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -327,15 +331,15 @@ class Upsample(torch.autograd.Function):
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1, [needed[0], needed[1], False]
             )
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needed[2] else None
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needed[2] else None, None
 
 
 class Stem(torch.autograd.Function):
     """conv1 o conv0, with a ReLU or without; x is given the gradient only where it wants one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        y = torch.ops.fastden.stem(x, weight, bias, relu)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, backend: str) -> Tensor:
+        y = OPERATORS[backend].stem(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, y if relu else None)
         return y
 
@@ -371,6 +375,7 @@ class Stem(torch.autograd.Function):
             torch.stack(weights) if ctx.needs_input_grad[1] else None,
             torch.stack(biases) if ctx.needs_input_grad[2] else None,
             None,
+            None,
         )
 
 
@@ -389,11 +394,12 @@ class Head(torch.autograd.Function):
         add_input: bool,
         clamp: bool,
         composed: bool,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(features, x, weight, image_weight)
         ctx.add_to_input = add_input and image is None
         ctx.image_shape = None if image is None else image.shape
-        return torch.ops.fastden.head(features, x, weight, image_weight, bias, image, add_input, clamp, composed)
+        return OPERATORS[backend].head(features, x, weight, image_weight, bias, image, add_input, clamp, composed)
 
     @staticmethod
     @once_differentiable
@@ -417,4 +423,4 @@ class Head(torch.autograd.Function):
             grad_image = full_grad.new_zeros(ctx.image_shape)
             grad_image[:, : grad.shape[1], 3:-3, 3:-3] = full_grad
         bias = grad.sum((0, 2, 3)) if needed[4] else None
-        return grad_features, grad_x, grad_weight, grad_image_weight, bias, grad_image, None, None, None
+        return grad_features, grad_x, grad_weight, grad_image_weight, bias, grad_image, None, None, None, None

@@ -1,8 +1,8 @@
-"""Dispatcher operators over the Triton kernels.
+"""Dispatcher operators over the kernels: ``torch.ops.fastden`` over Triton's, ``torch.ops.fastden_cuda`` over CUDA's.
 
-``torch.ops.fastden.*`` take tensors and numbers alone, know their output's shape without running (so that
-``torch.compile`` and ``torch.export`` trace them), and have no gradient of their own: :mod:`fastden.ops._autograd`
-gives it.
+They take tensors and numbers alone, know their output's shape without running (so that ``torch.compile`` and
+``torch.export`` trace them), and have no gradient of their own: :mod:`fastden.ops._autograd` gives it. Those of CUDA are
+registered, with the schemas that they share, when :mod:`fastden.extension` loads the library (``csrc/bindings.cpp``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema)
 
+#: The operators of each backend that has kernels.
+OPERATORS = {"triton": torch.ops.fastden, "cuda": torch.ops.fastden_cuda}
+_SHAPES: dict[str, Callable[..., Any]] = {}
+
 
 def _implementation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function for CUDA, and for the CPU, where Triton interprets."""
@@ -44,6 +48,23 @@ def _implementation(name: str) -> Callable[[Callable[..., Any]], Callable[..., A
         return function
 
     return register
+
+
+def _shape(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Keep an operator's shape function for :func:`register_shapes`."""
+
+    def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+        _SHAPES[name] = function
+        return function
+
+    return keep
+
+
+def register_shapes(namespace: str) -> None:
+    """Register the shape functions of the operators that ``torch.ops.NAMESPACE`` has."""
+    for name, function in _SHAPES.items():
+        if hasattr(getattr(torch.ops, namespace), name):
+            torch.library.register_fake(f"{namespace}::{name}", function)
 
 
 @_implementation("conv")
@@ -165,7 +186,7 @@ def _conv_shape(a: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[A
     return (a.shape[0], weight.shape[0], *sizes)
 
 
-@torch.library.register_fake("fastden::conv", lib=LIBRARY)
+@_shape("conv")
 def _(
     a: Tensor,
     b: Tensor | None,
@@ -179,7 +200,7 @@ def _(
     return _empty(a, _conv_shape(a, weight, stride, padding))
 
 
-@torch.library.register_fake("fastden::conv_statistics", lib=LIBRARY)
+@_shape("conv_statistics")
 def _(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,18 +208,18 @@ def _(
     return _empty(a, _conv_shape(a, weight, stride, padding)), statistic, torch.empty_like(statistic)
 
 
-@torch.library.register_fake("fastden::statistics", lib=LIBRARY)
+@_shape("statistics")
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     statistic = x.new_empty(x.shape[1], dtype=torch.float32)
     return statistic, torch.empty_like(statistic)
 
 
-@torch.library.register_fake("fastden::affine", lib=LIBRARY)
+@_shape("affine")
 def _(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("fastden::affine_gradient", lib=LIBRARY)
+@_shape("affine_gradient")
 def _(
     grad: Tensor,
     y: Tensor | None,
@@ -219,13 +240,13 @@ def _(
     )
 
 
-@torch.library.register_fake("fastden::upsample", lib=LIBRARY)
+@_shape("upsample")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, _, height, width = x.shape
     return _empty(x, (n, weight.shape[1], 2 * height, 2 * width))
 
 
-@torch.library.register_fake("fastden::bottleneck", lib=LIBRARY)
+@_shape("bottleneck")
 def _(
     x: Tensor,
     reduce: Tensor,
@@ -238,13 +259,13 @@ def _(
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("fastden::stem", lib=LIBRARY)
+@_shape("stem")
 def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     n, _, height, width = x.shape
     return _empty(x, (n, weight.shape[1], (height - 4) // 2, (width - 4) // 2))
 
 
-@torch.library.register_fake("fastden::head", lib=LIBRARY)
+@_shape("head")
 def _(
     features: Tensor,
     x: Tensor,
@@ -259,3 +280,6 @@ def _(
     n, _, height, width = x.shape
     dtype = features.dtype if image is None else image.dtype
     return features.new_empty((n, image_weight.shape[0], height - 6, width - 6), dtype=dtype)
+
+
+register_shapes("fastden")

@@ -59,6 +59,11 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def batch_statistics(*bns: BatchNorm | None) -> bool:
+    """Whether any of these normalises with the statistics of the batch."""
+    return any(bn is not None and bn.training for bn in bns)
+
+
 def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as PyTorch's convolutions take them."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
@@ -80,8 +85,9 @@ def convolve(
     relu: bool,
     stride: int,
     padding: int,
+    backend: str,
 ) -> Tensor:
-    """``relu(bn(conv2d(cat([a, b], 1), weight, bias)) + residual)`` on kernels, with gradients."""
+    """``relu(bn(conv2d(cat([a, b], 1), weight, bias)) + residual)`` on a backend's kernels, with gradients."""
     from fastden.ops._autograd import Conv, ConvBatchNorm, settle
 
     if bn is not None and bn.training:
@@ -101,7 +107,7 @@ def convolve(
             bn.eps,
         )  # fmt: skip
         weight, bias = weight.to(a.dtype), bias.to(a.dtype)
-    return Conv.apply(a, b, weight, bias, residual, relu, stride, padding)
+    return Conv.apply(a, b, weight, bias, residual, relu, stride, padding, backend)
 
 
 def check_values(values: int, name: str = "bn") -> None:

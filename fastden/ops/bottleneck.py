@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastden.backends import choose
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
-from fastden.ops._types import BatchNorm, in_autocast, wants_gradient
+from fastden.ops._types import BatchNorm, batch_statistics, in_autocast, wants_gradient
 from fastden.ops.conv_bn_relu import conv_bn_relu
 
 
@@ -53,15 +53,15 @@ def bottleneck(
         for index, size in enumerate((middle, middle, channels)):
             check_shape(names[index], biases[index], size)
             check_batch_norm(f"bns[{index}]", bns[index], size)
-    backend = choose("bottleneck", backend, **tensors)
+    backend = choose("bottleneck", backend, batch_statistics=batch_statistics(*bns), **tensors)
     if backend != "torch":
-        from fastden.ops._autograd import bottleneck_with_batch_statistics
+        from fastden.ops._autograd import OPERATORS, bottleneck_with_batch_statistics
 
         if all(bn is not None and bn.training for bn in bns) and biases == (None, None, None):
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)
             return bottleneck_with_batch_statistics(x, reduce, conv, expand, bns)
         if bns == (None, None, None) and not wants_gradient(*tensors.values()):
-            return torch.ops.fastden.bottleneck(*in_autocast(*tensors.values()))
+            return OPERATORS[backend].bottleneck(*in_autocast(*tensors.values()))
     y = conv_bn_relu(x, reduce, biases[0], bn=bns[0], backend=backend)
     y = conv_bn_relu(y, conv, biases[1], bn=bns[1], padding=1, backend=backend)
     return conv_bn_relu(y, expand, biases[2], bn=bns[2], residual=x, backend=backend)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastden.backends import choose
 from fastden.ops._checks import check_convolution
-from fastden.ops._types import BatchNorm, convolve, finish, in_autocast
+from fastden.ops._types import BatchNorm, batch_statistics, convolve, finish, in_autocast
 
 
 def concat_conv_bn_relu(
@@ -42,7 +42,9 @@ def concat_conv_bn_relu(
         RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
     """
     check_convolution({"a": a, "b": b}, weight, bias, bn, None, 1, padding)
-    if choose("concat_conv_bn_relu", backend, a=a, b=b, weight=weight, bias=bias) != "torch":
+    tensors = {"a": a, "b": b, "weight": weight, "bias": bias}
+    backend = choose("concat_conv_bn_relu", backend, batch_statistics=batch_statistics(bn), **tensors)
+    if backend != "torch":
         a, b, weight, bias = in_autocast(a, b, weight, bias)
-        return convolve(a, b, weight, bias, bn, None, relu, 1, padding)
+        return convolve(a, b, weight, bias, bn, None, relu, 1, padding, backend)
     return finish(F.conv2d(torch.cat([a, b], 1), weight, bias, 1, padding), bn, None, relu)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fastden.backends import choose
 from fastden.ops._checks import check_convolution
-from fastden.ops._types import BatchNorm, convolve, finish, in_autocast
+from fastden.ops._types import BatchNorm, batch_statistics, convolve, finish, in_autocast
 
 
 def conv_bn_relu(
@@ -42,7 +42,9 @@ def conv_bn_relu(
         RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
     """
     check_convolution({"x": x}, weight, bias, bn, residual, stride, padding)
-    if choose("conv_bn_relu", backend, x=x, weight=weight, bias=bias, residual=residual) != "torch":
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    backend = choose("conv_bn_relu", backend, batch_statistics=batch_statistics(bn), **tensors)
+    if backend != "torch":
         x, weight, bias, residual = in_autocast(x, weight, bias, residual)
-        return convolve(x, None, weight, bias, bn, residual, relu, stride, padding)
+        return convolve(x, None, weight, bias, bn, residual, relu, stride, padding, backend)
     return finish(F.conv2d(x, weight, bias, stride, padding), bn, residual, relu)

@@ -54,12 +54,13 @@ def head(
     k = image_weight.shape[0]
     if not add_input:
         image = None
-    if choose("head", backend, **tensors) != "torch":
+    backend = choose("head", backend, **tensors)
+    if backend != "torch":
         from fastden.ops._autograd import Head
 
         # A limit hides which side of it a value was on, which its gradient needs.
         later = clamp and wants_gradient(*tensors.values(), image)
-        y = Head.apply(*in_autocast(*tensors.values()), image, add_input, clamp and not later, composed)
+        y = Head.apply(*in_autocast(*tensors.values()), image, add_input, clamp and not later, composed, backend)
         return y.clamp(0, 1) if later else y
     y = F.pixel_shuffle(F.conv2d(features, weight, None, padding=1), 2)
     y = y + F.conv2d(x, image_weight, bias)

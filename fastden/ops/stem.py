@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastden.backends import choose
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
-from fastden.ops._types import BatchNorm, finish, in_autocast
+from fastden.ops._types import BatchNorm, batch_statistics, finish, in_autocast
 
 
 def stem(
@@ -46,10 +46,11 @@ def stem(
         check_shape("weight", weight, 4, "O", x.shape[1], 7, 7)
         check_shape("bias", bias, 4, weight.shape[1])
         check_batch_norm("bn", bn, weight.shape[1])
-    if choose("stem", backend, x=x, weight=weight, bias=bias) != "torch":
+    backend = choose("stem", backend, batch_statistics=batch_statistics(bn), x=x, weight=weight, bias=bias)
+    if backend != "torch":
         from fastden.ops._autograd import Stem, batch_norm_relu
 
-        y = Stem.apply(*in_autocast(x, weight, bias), relu and bn is None)
+        y = Stem.apply(*in_autocast(x, weight, bias), relu and bn is None, backend)
         if bn is not None and bn.training:
             return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)

@@ -32,8 +32,9 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: 
         check_shape("x", x, "N", "C", "H", "W")
         check_shape("weight", weight, x.shape[1], "O", 4, 4)
         check_shape("bias", bias, weight.shape[1])
-    if choose("upsample", backend, x=x, weight=weight, bias=bias) != "torch":
+    backend = choose("upsample", backend, x=x, weight=weight, bias=bias)
+    if backend != "torch":
         from fastden.ops._autograd import Upsample
 
-        return Upsample.apply(*in_autocast(x, weight, bias))
+        return Upsample.apply(*in_autocast(x, weight, bias), backend)
     return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
