@@ -1,0 +1,145 @@
+// The instructions that the kernels are built from, each as a function with one meaning.
+//
+// With FASTDEN_EMULATED the same functions are C++ on the CPU (tests/emulator), so that the kernels' own code can be
+// tested where there is no GPU.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#ifdef FASTDEN_EMULATED
+
+#include "emulator.h"
+
+#else
+
+namespace fastden {
+
+// Of the multiprocessor's shared memory, as instructions take it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Sixteen bytes from global to shared memory, in the background; zeros where not valid. Both 16-byte aligned.
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool valid) {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+
+// What this thread has begun to copy since the last group is a group.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most the last kPending groups of this thread are under way. Other threads see it behind a barrier.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values: lane i gives the address of row i % 8 of matrix i / 8, and gets of each matrix
+// the two values from column 2 (lane % 4) on of row lane / 4.
+__device__ __forceinline__ void load_matrices(uint32_t (&values)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// sums (16x8) += a (16x16) b (16x8), float32 sums of 16-bit values, spread over the warp as mma.m16n8k16 has it.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                     uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+
+__device__ __forceinline__ unsigned char* shared_memory() { return dynamic_shared_memory; }
+
+// Runs a kernel with dynamic shared memory; `kernel` is the same function at every call with these types.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
+                   cudaStream_t stream, Arguments... arguments) {
+    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Of the current device.
+inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
+}
+
+}  // namespace fastden
+
+#endif
+
+namespace fastden {
+
+// Two values as they lie in memory, rounded to nearest.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second);
+
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float first, float second) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float first, float second) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Both halves of a packed pair.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+    const T* values = reinterpret_cast<const T*>(&pair);
+    return make_float2(to_float(values[0]), to_float(values[1]));
+}
+
+// Not fmaxf, which would hide a NaN.
+__device__ __forceinline__ float rectify(float value) { return value < 0.0f ? 0.0f : value; }
+
+__host__ __device__ constexpr int divide_up(int value, int by) { return (value + by - 1) / by; }
+
+}  // namespace fastden

@@ -1,0 +1,71 @@
+// Matrix products of a warp on tiles in shared memory, and where their values lie.
+//
+// A tile's rows hold 32 channels of 16 bits, 64 bytes in 4 parts of 16. Part p of row r lies at place p ^ (r / 2 % 4):
+// the eight rows that one ldmatrix reads then meet all 32 banks once.
+#pragma once
+
+#include "platform.cuh"
+
+namespace fastden {
+
+constexpr int kWarp = 32;
+constexpr int kChunk = 32;            // channels of a step of the inner dimension
+constexpr int kRowBytes = 2 * kChunk;
+
+__device__ __forceinline__ uint32_t part_offset(int row, int part) {
+    return row * kRowBytes + ((part ^ ((row >> 1) & 3)) << 4);
+}
+
+// Where a lane's matrix row begins for load_matrices, of a 16x16 block whose first row is `row` and first part `part`:
+// the left half's rows, then the right half's, as multiply_add wants its first factor.
+__device__ __forceinline__ uint32_t left_address(uint32_t tile, int row, int part, int lane) {
+    return tile + part_offset(row + (lane & 15), part + (lane >> 4));
+}
+
+// The same for the second factor, stored as columns x channels: 16 columns give two of its 16x8 blocks.
+__device__ __forceinline__ uint32_t right_address(uint32_t tile, int column, int part, int lane) {
+    return tile + part_offset(column + (lane & 7) + ((lane >> 4) << 3), part + ((lane >> 3) & 1));
+}
+
+// sums += rows (16 kRows of them, from `first_row` of `left`) x columns (8 kColumns, from `first_column` of `right`),
+// over one step of the inner dimension.
+template <typename T, int kRows, int kColumns>
+__device__ __forceinline__ void multiply_step(float (&sums)[kRows][kColumns][4], uint32_t left, int first_row,
+                                              uint32_t right, int first_column, int lane) {
+    static_assert(kColumns % 2 == 0);
+#pragma unroll
+    for (int part = 0; part < 4; part += 2) {
+        uint32_t b[kColumns / 2][4];
+#pragma unroll
+        for (int j = 0; j < kColumns / 2; ++j) {
+            load_matrices(b[j], right_address(right, first_column + 16 * j, part, lane));
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            uint32_t a[4];
+            load_matrices(a, left_address(left, first_row + 16 * i, part, lane));
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+                multiply_add<T>(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            }
+        }
+    }
+}
+
+template <int kRows, int kColumns>
+__device__ __forceinline__ void clear(float (&sums)[kRows][kColumns][4]) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int index = 0; index < 4; ++index) sums[i][j][index] = 0.0f;
+        }
+    }
+}
+
+// Row and column of a lane's first value in a 16x8 block of sums; the second lies beside it, two more 8 rows below.
+__device__ __forceinline__ int sums_row(int lane) { return lane >> 2; }
+__device__ __forceinline__ int sums_column(int lane) { return (lane & 3) << 1; }
+
+}  // namespace fastden
