@@ -1,18 +1,76 @@
-"""The one build option that pyproject.toml cannot express.
+"""What pyproject.toml cannot express: the CUDA extension, which ``FASTDEN_BUILD`` asks for, and its sources.
 
-``FASTDEN_BUILD`` is ``auto`` (default: build what this release and this machine can), ``none`` (pure Python) or
-``cuda`` (fail where the CUDA extension cannot be built). It never imports torch, so isolated builds work.
+``auto`` (default) builds it where nvcc and a CUDA build of PyTorch are found, ``none`` never does (a pure Python
+package), ``cuda`` fails, with the reasons, where it cannot be built. ``none`` imports no PyTorch.
 """
 
+import importlib.util
 import os
+import shutil
+import sys
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-CHOICES = ("auto", "cuda", "none")
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+CHOICE = os.environ.get("FASTDEN_BUILD", "auto")
 
-choice = os.environ.get("FASTDEN_BUILD", "auto")
-if choice not in CHOICES:
-    raise SystemExit(f"FASTDEN_BUILD: {choice!r}; accepted: {', '.join(CHOICES)}")
-if choice == "cuda":
-    raise SystemExit("FASTDEN_BUILD: 'cuda', but this release ships no CUDA sources; accepted: auto or none")
-setup()
+# By its path: fastden is not installed yet, and importing the checkout would import what it needs.
+_spec = importlib.util.spec_from_file_location("fastden_build", ROOT / "fastden" / "build.py")
+assert _spec is not None
+assert _spec.loader is not None
+build = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = build
+_spec.loader.exec_module(build)
+
+
+class BuildPython(build_py):
+    """Puts the CUDA sources into the package, where ``fastden build`` finds them."""
+
+    def run(self) -> None:
+        super().run()
+        if lacking and CHOICE == "auto":
+            print(f"fastden: pure Python, without the CUDA extension: {'; '.join(lacking)}")
+        if self.editable_mode:  # a checkout has them beside the package
+            return
+        target = Path(self.build_lib) / "fastden" / "_csrc"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for path in SOURCES.iterdir():
+            if path.suffix in build.SUFFIXES:
+                shutil.copy(path, target)
+
+
+class BuildExtension(build_ext):
+    """Builds as ``fastden build`` does, for all GPUs, and puts the library's description beside it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            built = build.build(ahead_of_time(), Path(self.build_temp).resolve())
+        except build.BuildError as error:
+            raise SystemExit(f"{error.output}\nerror: {error}; FASTDEN_BUILD=none installs without it") from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(built.parent / build.DESCRIPTION, target.parent)
+        shutil.copy(built, target)
+
+
+def ahead_of_time() -> "build.Plan":  # type: ignore[name-defined]
+    """What a build ahead of time compiles."""
+    toolkit = build.find_toolkit()
+    listed = build.ask_nvcc(toolkit, "--list-gpu-arch")
+    return build.plan(SOURCES, build.choose_architectures(os.environ, listed), toolkit=toolkit)
+
+
+if CHOICE not in build.CHOICES:
+    raise SystemExit(f"FASTDEN_BUILD: {CHOICE!r}; accepted: {', '.join(build.CHOICES)}")
+lacking = [] if CHOICE == "none" else build.missing(build.find_toolkit())
+if lacking and CHOICE == "cuda":
+    raise SystemExit(f"FASTDEN_BUILD: 'cuda', but the CUDA extension cannot be built: {'; '.join(lacking)}")
+setup(
+    ext_modules=[] if lacking or CHOICE == "none" else [Extension(f"fastden.{build.NAME}", [])],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
+)

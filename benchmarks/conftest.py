@@ -42,14 +42,15 @@ class _Suite:
         self.device = parse_device(config.getoption("--bench-device"))
         self.dtype = choose_dtype(config.getoption("--bench-dtype"), self.device, eight_bit=True)
         self.peers = forms.choose_peers(config.getoption("--bench-compare"), forms.PLAIN, ())
-        self.backends, _ = forms.choose_backends(None, self.device)
+        self.backends, _ = forms.choose_backends(None, self.device, self.dtype)
         self.folder = TemporaryDirectory()
         self.model = cache(lambda: fastden.Denoiser.from_pretrained("color").to(self.device).eval())
         self._made: tuple[Any, Job, dict[str, Contender]] | None = None
 
-    def parameters(self, suite: str) -> list[tuple[str, str]]:
+    def parameters(self, suite: str, training: bool) -> list[tuple[str, str]]:
         """Pairs of a part of the network, or the suite itself, and a contender."""
-        own = ["fastden"] if suite == "batch" else [forms.own_name(name) for name in self.backends]
+        found, _ = forms.choose_backends(None, self.device, self.dtype, training)
+        own = ["fastden"] if suite == "batch" else [forms.own_name(name) for name in found]
         parts = operators.OPERATORS.get(suite, (suite,))
         return [(part, name) for part in parts for name in (*own, *self.peers)]
 
@@ -88,7 +89,9 @@ def suite(request: pytest.FixtureRequest) -> Iterator[_Suite]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
-        pairs = _Suite(metafunc.config).parameters(metafunc.module.SUITE)
+        suite = metafunc.module.SUITE
+        training = suite == "train" or metafunc.function.__name__ == "test_backward"
+        pairs = _Suite(metafunc.config).parameters(suite, training)
         metafunc.parametrize(("part", "contender"), pairs, ids=["-".join(pair) for pair in pairs])
 
 

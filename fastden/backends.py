@@ -205,9 +205,9 @@ def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor 
         return "torch"
     capability = torch.cuda.get_device_capability(device)
     for name in NAMES:
-        if (name, operator, capability) in PROVEN:
-            if not why_not(operator, name, batch_statistics=batch_statistics, **tensors):
-                return name
+        proven = (name, operator, capability) in PROVEN
+        if proven and not why_not(operator, name, batch_statistics=batch_statistics, **tensors):
+            return name
     return "torch"
 
 

@@ -1,8 +1,8 @@
 """Building the CUDA extension: what is compiled, how, for which GPUs, and what a machine lacks for it.
 
-:func:`plan` gives sources and flags, to ``setup.py`` (a wheel or an editable installation), to ``fastden build`` (for the
-PyTorch that is there, into the user's cache) and to the tests (an emulated build, for the CPU). The standard library is
-all that importing this takes: ``setup.py`` loads it by its path, where neither PyTorch nor fastden is installed.
+:func:`plan` gives sources and flags: to ``setup.py`` (a wheel or an editable installation), to ``fastden build`` (for
+the PyTorch that is there, into the user's cache) and to the tests (an emulated build, for the CPU). The standard library
+is all that importing this takes: ``setup.py`` loads it by its path, where neither PyTorch nor fastden is installed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def plan(
     Args:
         csrc: the folder of sources.
         architectures: compute capabilities.
-        emulator: folder of the headers that run kernels on the CPU; None for a GPU.
+        emulator: folder of what runs kernels on the CPU; None for a GPU.
         toolkit: folder of the CUDA toolkit; None looks for it. An emulated build needs its headers alone.
 
     Raises:
@@ -111,7 +111,7 @@ def plan(
     if not kernels or not bindings.is_file():
         raise BuildError(f"{csrc} holds no CUDA sources")
     toolkit = find_toolkit() if toolkit is None else toolkit
-    include = [csrc]
+    include, sources = [csrc], [bindings, *kernels]
     if emulator is None:
         chosen = tuple(architectures)
         # The standard of C++ is that of the kernels; bindings.cpp takes the one that PyTorch's headers need.
@@ -119,11 +119,12 @@ def plan(
         cxx_flags: tuple[str, ...] = ("-O2",)
     else:
         chosen, nvcc_flags = (), ()
+        sources += sorted(emulator.glob("*.cpp"))
         include += [emulator, *([toolkit / "include"] if toolkit else [])]
         cxx_flags = ("-x", "c++", "-O1", "-DFASTDEN_EMULATED")
     folders = [csrc] if emulator is None else [csrc, emulator]
     return Plan(
-        (bindings, *kernels), tuple(include), cxx_flags, nvcc_flags, chosen, digest(folders), emulator is not None,
+        tuple(sources), tuple(include), cxx_flags, nvcc_flags, chosen, digest(folders), emulator is not None,
         _commit(csrc), toolkit,
     )  # fmt: skip
 
@@ -281,14 +282,20 @@ def missing(toolkit: Path | None) -> list[str]:
         found = environment()["cuda"]
     # A broken native library can raise anything on import.
     except Exception as error:
-        advice = "; an isolated build has none: pip install --no-build-isolation" if "PIP_BUILD_TRACKER" in os.environ else ""
+        advice = (
+            "; an isolated build has none: pip install --no-build-isolation"
+            if "PIP_BUILD_TRACKER" in os.environ
+            else ""
+        )
         return [*reasons, f"PyTorch cannot be imported ({type(error).__name__}: {error}){advice}"]
     if found == "none":
         reasons.append("this PyTorch is not a CUDA build")
     elif toolkit:
         release = re.search(r"release (\d+)\.(\d+)", ask_nvcc(toolkit, "--version"))
         if release and release[1] != found.split(".")[0]:
-            reasons.append(f"nvcc is of CUDA {release[1]}.{release[2]}, PyTorch of CUDA {found}; accepted: one major version")
+            reasons.append(
+                f"nvcc is of CUDA {release[1]}.{release[2]}, PyTorch of CUDA {found}; accepted: one major version"
+            )
     if shutil.which("ninja", path=_path()) is None:
         reasons.append("ninja is not found (pip install ninja)")
     return reasons
@@ -316,7 +323,7 @@ def build(wanted: Plan, folder: Path) -> Path:
         variables["CUDA_HOME"] = str(wanted.toolkit)
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['_build_here'](sys.argv[2])"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
-        request = json.dumps({**asdict(wanted), "place": place}, default=str)
+        request = json.dumps({**asdict(wanted), "description": wanted.description({}), "place": place}, default=str)
         command = [sys.executable, "-c", code, str(Path(__file__).resolve()), request]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=variables,
@@ -335,20 +342,17 @@ def _build_here(request: str) -> None:
     from torch.utils.cpp_extension import load
 
     asked = json.loads(request)
-    place = Path(asked.pop("place"))
-    paths = {name: tuple(map(Path, asked[name])) for name in ("sources", "include")}
-    wanted = Plan(**{**{key: tuple(v) if isinstance(v, list) else v for key, v in asked.items()}, **paths})
-    described = json.dumps(wanted.description(environment())).replace('"', '\\"')
+    described = json.dumps({**environment(), **asked["description"]}).replace('"', '\\"')
     module = load(
         NAME,
-        [str(path) for path in wanted.sources],
-        extra_cflags=[*wanted.cxx_flags, shlex.quote(f'-DFASTDEN_BUILD="{described}"')],
-        extra_cuda_cflags=list(wanted.nvcc_flags),
-        extra_include_paths=[str(path) for path in wanted.include],
-        build_directory=str(place),
-        with_cuda=not wanted.emulated,
+        asked["sources"],
+        extra_cflags=[*asked["cxx_flags"], shlex.quote(f'-DFASTDEN_BUILD="{described}"')],
+        extra_cuda_cflags=asked["nvcc_flags"],
+        extra_include_paths=asked["include"],
+        build_directory=asked["place"],
+        with_cuda=not asked["emulated"],
     )
-    (place / DESCRIPTION).write_text(json.dumps(module.build_config(), indent=1) + "\n")
+    (Path(asked["place"]) / DESCRIPTION).write_text(json.dumps(module.build_config(), indent=1) + "\n")
 
 
 def _path() -> str:

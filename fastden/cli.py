@@ -380,6 +380,21 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     typer.echo(json.dumps(report, indent=2) if as_json else as_text(report))
 
 
+@app.command("build")
+def build_extension(
+    force: Annotated[bool, typer.Option("--force", help="Build even what is built already.")] = False,
+) -> None:
+    """Build the CUDA C++ kernels for the PyTorch and the GPUs that are here; TORCH_CUDA_ARCH_LIST names others."""
+    from fastden.build import BuildError
+    from fastden.extension import build_here
+
+    try:
+        build_here(typer.echo, force)
+    except BuildError as error:
+        typer.echo(error.output, err=True, nl=bool(error.output))
+        raise UserError(f"build: {error}") from error
+
+
 @app.command()
 def models() -> None:
     """List the models that come with the package."""

@@ -44,7 +44,7 @@ CPU_FLAGS = (
 
 
 def collect(*, paths: bool = True) -> dict[str, Any]:
-    """Versions, system, CPU, PyTorch, GPUs, image library, models and backends, as plain JSON types.
+    """Versions, system, CPU, PyTorch, GPUs, CUDA extension, image library, models and backends, as plain JSON types.
 
     A part that fails is ``{"error": "..."}``. Each backend has ``available`` and ``why_not``, a list of reasons.
 
@@ -57,6 +57,7 @@ def collect(*, paths: bool = True) -> dict[str, Any]:
         "cpu": _cpu,
         "torch": _torch,
         "gpu": _gpu,
+        "extension": _extension,
         "images": _images,
         "models": _models,
     }
@@ -179,6 +180,14 @@ def _output(command: list[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
+def _extension() -> dict[str, Any]:
+    """What the CUDA extension was built with and for."""
+    from fastden import extension
+
+    reasons = extension.why_not()
+    return {"why_not": reasons} if reasons else extension.load()
+
+
 def _images() -> dict[str, Any]:
     import pyvips
 
@@ -205,12 +214,13 @@ def _backends(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         else:
             no_gpu.append("no GPU is found")
     no_triton = [] if find_spec("triton") else ["the package triton is not installed"]
-    no_nvcc = [] if gpu.get("nvcc") else ["nvcc is not found (PATH, CUDA_HOME)"]
+    extension = report.get("extension", {})
+    not_built = [extension["error"]] if "error" in extension else extension.get("why_not", [])
     reasons = {
         "torch": broken,
         **{f"onednn {dtype}": broken or _why_not_onednn(dtype) for dtype in ("float32", "bfloat16")},
         "triton": broken + no_gpu + no_triton,
-        "cuda": [*broken, "not part of this release", *no_gpu, *no_nvcc],
+        "cuda": broken or [*not_built, *no_gpu],
     }
     return {name: {"available": not why, "why_not": why} for name, why in reasons.items()}
 

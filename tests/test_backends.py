@@ -101,10 +101,11 @@ class TestAutomatic:
         class OnGpu:
             device = torch.device("cuda")
 
-        monkeypatch.setattr(backends, "PROVEN", frozenset({("stem", (9, 0))}))
+        monkeypatch.setattr(backends, "PROVEN", frozenset({("triton", "stem", (9, 0)), ("cuda", "upsample", (9, 0))}))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
         assert choose("stem", None, x=OnGpu()) == "triton"  # type: ignore[arg-type]
+        assert choose("upsample", None, x=OnGpu()) == "cuda"  # type: ignore[arg-type]
         assert choose("head", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
         assert choose("stem", None, x=torch.rand(1)) == "torch"
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: ["no"])

@@ -18,7 +18,7 @@ from fastden import info
 
 def test_report_is_complete_and_plain() -> None:
     report = json.loads(json.dumps(info.collect()))
-    assert set(report) == {"versions", "system", "cpu", "torch", "gpu", "images", "models", "backends"}
+    assert set(report) == {"versions", "system", "cpu", "torch", "gpu", "extension", "images", "models", "backends"}
     assert "error" not in {key for section in report.values() if isinstance(section, dict) for key in section}
     assert report["versions"]["torch"].startswith(report["torch"]["version"].split("+")[0])
     assert {"jpeg", "png", "tiff", "webp"} <= set(report["images"]["formats"])
@@ -29,7 +29,7 @@ def test_report_is_complete_and_plain() -> None:
 def test_backends_say_why_not() -> None:
     backends = info.collect()["backends"]
     assert backends["torch"] == {"available": True, "why_not": []}
-    assert "not part of this release" in backends["cuda"]["why_not"]
+    assert backends["cuda"]["available"] == (not backends["cuda"]["why_not"])
     assert backends["triton"]["available"] == (not backends["triton"]["why_not"])
 
 
@@ -55,16 +55,17 @@ def test_the_onednn_form_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backends_of_other_machines() -> None:
-    def reasons(devices: list[str], nvidia: list[str], nvcc: str | None) -> dict[str, list[str]]:
-        found = info._backends({"torch": {"devices": devices}, "gpu": {"nvidia": nvidia, "nvcc": nvcc}})
-        return {name: entry["why_not"] for name, entry in found.items()}
+    def reasons(devices: list[str], nvidia: list[str], extension: dict[str, Any]) -> dict[str, list[str]]:
+        report = {"torch": {"devices": devices}, "gpu": {"nvidia": nvidia}, "extension": extension}
+        return {name: entry["why_not"] for name, entry in info._backends(report).items()}
 
-    found = reasons(["cpu"], ["Some GPU, 1.0"], None)
-    assert any("a GPU is here (Some GPU, 1.0), but this PyTorch cannot use it" in reason for reason in found["cuda"])
-    assert any("nvcc is not found" in reason for reason in found["cuda"])
-    assert not any("GPU" in reason for reason in reasons(["cpu", "cuda:0 Some GPU"], ["Some GPU"], "/bin/nvcc")["cuda"])
+    found = reasons(["cpu"], ["Some GPU, 1.0"], {"why_not": ["not built"]})
+    assert found["cuda"] == ["not built", "a GPU is here (Some GPU, 1.0), but this PyTorch cannot use it"]
+    assert reasons(["cpu", "cuda:0 Some GPU"], ["Some GPU"], {"torch": "2.13.0"})["cuda"] == []
+    assert reasons(["cpu", "cuda:0 Some GPU"], ["Some GPU"], {"error": "OSError: x"})["cuda"] == ["OSError: x"]
     broken = info._backends({"torch": {"error": "ImportError: libtorch"}, "gpu": {"error": "x"}})
     assert "libtorch" in broken["torch"]["why_not"][0]
+    assert broken["cuda"]["why_not"] == broken["torch"]["why_not"]
 
 
 @pytest.mark.parametrize("broken", ["torch", "pyvips", "fastden.hub", "fastden.cpu"])

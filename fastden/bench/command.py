@@ -134,6 +134,7 @@ def _prepare(
     rounds: int | None,
     json: Path | None,
     plots: Path | None,
+    training: bool = False,
     **settings: Any,
 ) -> _Run:
     """Check all options, and load the network, before anything is measured."""
@@ -159,7 +160,7 @@ def _prepare(
         raise UserError(f"size: {size[0]} {size[1]}; accepted: height and width of at least 1")
     accepted, default = _peers(command, place, chosen)
     peers = forms.choose_peers(compare, accepted, default)
-    own, left_out = ((), {}) if command == "batch" else forms.choose_backends(backends, place)
+    own, left_out = ((), {}) if command == "batch" else forms.choose_backends(backends, place, chosen, training)
     if json is not None:
         check_target(json, overwrite=True)
     if plots is not None:
@@ -229,7 +230,7 @@ def ops(
     from fastden.bench.compare import compare as run_all
 
     options = (model, compare, backends, device, dtype, size, batch, rounds, json, plots)
-    run = _prepare("ops", *options, graphs=True, energy_seconds=1.0)
+    run = _prepare("ops", *options, training=backward, graphs=True, energy_seconds=1.0)
     names = operators.choose(only)
     found = operators.cases(run.model, run.size, run.batch, names)
     run.extra = {"operators": names, "backward": backward}
@@ -294,7 +295,8 @@ def train(
     from fastden.bench.compare import compare as run_all
     from fastden.bench.network import training
 
-    run = _prepare("train", model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+    options = (model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+    run = _prepare("train", *options, training=True)
 
     def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
         job, contenders = training(run.model, run.size, run.batch, run.settings.dtype, run.peers, run.backends)

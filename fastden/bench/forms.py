@@ -57,8 +57,15 @@ def choose_peers(text: str | None, accepted: Sequence[str], default: Sequence[st
     return tuple(dict.fromkeys(names))
 
 
-def choose_backends(text: str | None, device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
+def choose_backends(
+    text: str | None, device: torch.device, dtype: torch.dtype, training: bool = False
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """fastden's backends that ``--backends`` names, or all that can run; and why the others cannot.
+
+    Args:
+        text: the option.
+        device, dtype: to measure on and in.
+        training: whether with batch statistics.
 
     Raises:
         UserError: an unknown name, or one that cannot run here.
@@ -72,9 +79,14 @@ def choose_backends(text: str | None, device: torch.device) -> tuple[tuple[str, 
         if asked is not None and backend.name not in asked:
             continue
         reasons = backends.unavailable(backend)
-        if backend.package is not None and device.type != "cuda":
-            # Triton's interpreter runs kernels on a CPU, to test them: its times say nothing.
-            reasons.append(f"device {device.type}; accepted: cuda")
+        if backend.dtypes is not None:
+            # Interpreted or emulated kernels run on a CPU, to test them: their times say nothing.
+            if device.type != "cuda":
+                reasons.append(f"device {device.type}; accepted: cuda")
+            if dtype not in backend.dtypes:
+                reasons.append(f"dtype {dtype}; accepted: {', '.join(map(str, backend.dtypes))}".replace("torch.", ""))
+            if training and not backend.batch_statistics:
+                reasons.append("batch statistics, which its operators do not make")
         if not reasons:
             found.append(backend.name)
         elif asked is not None:

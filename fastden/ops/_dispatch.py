@@ -1,8 +1,8 @@
 """Dispatcher operators over the kernels: ``torch.ops.fastden`` over Triton's, ``torch.ops.fastden_cuda`` over CUDA's.
 
 They take tensors and numbers alone, know their output's shape without running (so that ``torch.compile`` and
-``torch.export`` trace them), and have no gradient of their own: :mod:`fastden.ops._autograd` gives it. Those of CUDA are
-registered, with the schemas that they share, when :mod:`fastden.extension` loads the library (``csrc/bindings.cpp``).
+``torch.export`` trace them), and have no gradient of their own: :mod:`fastden.ops._autograd` gives it. Those of CUDA
+are registered, with the same schemas, when :mod:`fastden.extension` loads the library (``csrc/bindings.cpp``).
 """
 
 from __future__ import annotations

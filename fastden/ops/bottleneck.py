@@ -55,7 +55,8 @@ def bottleneck(
             check_batch_norm(f"bns[{index}]", bns[index], size)
     backend = choose("bottleneck", backend, batch_statistics=batch_statistics(*bns), **tensors)
     if backend != "torch":
-        from fastden.ops._autograd import OPERATORS, bottleneck_with_batch_statistics
+        from fastden.ops._autograd import bottleneck_with_batch_statistics
+        from fastden.ops._dispatch import OPERATORS
 
         if all(bn is not None and bn.training for bn in bns) and biases == (None, None, None):
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)

@@ -54,7 +54,7 @@ def head(
     k = image_weight.shape[0]
     if not add_input:
         image = None
-    backend = choose("head", backend, **tensors)
+    backend = choose("head", backend, batch_statistics=False, **tensors)
     if backend != "torch":
         from fastden.ops._autograd import Head
 
