@@ -21,11 +21,12 @@ struct ConvolutionProblem {
 template <typename T, int kRows, int kColumns, int kWarpsDown, int kWarpsAcross, int kStages>
 struct ConvolutionTile {
     static constexpr int kThreads = kWarp * kWarpsDown * kWarpsAcross;
-    static constexpr int kBlocksDown = kRows / kWarpsDown / 16;       // of 16 rows, a warp
+    static constexpr int kBlocksDown = kRows / kWarpsDown / 16;        // of 16 rows, a warp
     static constexpr int kBlocksAcross = kColumns / kWarpsAcross / 8;  // of 8 columns, a warp
-    static constexpr int kPasses = kRows * 4 / kThreads;              // a thread's parts of 16 bytes of the left factor
+    static constexpr int kPasses = kRows * 4 / kThreads;  // a thread's parts of 16 bytes of the left factor
     static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
-    static constexpr int kPitch = 2 * kColumns + 16;  // bytes between the result's rows: off the banks of the one before
+    static constexpr int kPitch =
+        2 * kColumns + 16;  // bytes between the result's rows: off the banks of the one before
     static constexpr int kRing = kStages * kStageBytes;
     static constexpr int kResult = kRows * kPitch;
     static constexpr int kSharedBytes = kRing > kResult ? kRing : kResult;
@@ -34,7 +35,7 @@ struct ConvolutionTile {
 };
 
 template <typename T, int kRows, int kColumns, int kWarpsDown, int kWarpsAcross, int kStages>
-__global__ void __launch_bounds__(kWarp* kWarpsDown* kWarpsAcross)
+__global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     convolution_kernel(const __grid_constant__ ConvolutionProblem problem) {
     using Tile = ConvolutionTile<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>;
     const Convolution& p = problem.arguments;
@@ -204,9 +205,12 @@ inline cudaError_t run_convolution(const Convolution& arguments, cudaStream_t st
     const int64_t rows = static_cast<int64_t>(arguments.batch) * (arguments.height + kernel) + kernel;
     if (rows * (arguments.width + kernel) > INT32_MAX) return cudaErrorInvalidValue;
     switch (arguments.dtype) {
-        case DType::kFloat16: return launch_convolution_for<__half>(problem, stream);
-        case DType::kBFloat16: return launch_convolution_for<__nv_bfloat16>(problem, stream);
-        default: return cudaErrorInvalidValue;
+        case DType::kFloat16:
+            return launch_convolution_for<__half>(problem, stream);
+        case DType::kBFloat16:
+            return launch_convolution_for<__nv_bfloat16>(problem, stream);
+        default:
+            return cudaErrorInvalidValue;
     }
 }
 

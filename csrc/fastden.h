@@ -17,17 +17,17 @@ enum class DType { kFloat16, kBFloat16, kFloat32 };
 // relu(conv2d(cat(a, b), weight) + bias + residual), batch normalisation folded into weight and bias.
 // channels_a, channels_b and outputs are multiples of 8.
 struct Convolution {
-  const void* a;         // (batch, height, width, channels_a)
-  const void* b;         // (batch, height, width, channels_b), or null
-  const void* weight;    // (outputs, kernel, kernel, channels_a + channels_b)
-  const void* bias;      // (outputs), or null
-  const void* residual;  // of the shape of y, or null
-  void* y;               // (batch, out_height, out_width, outputs)
-  DType dtype;           // of all of them
-  int batch, height, width;
-  int channels_a, channels_b, outputs;
-  int kernel, stride, padding;
-  bool relu;
+    const void* a;         // (batch, height, width, channels_a)
+    const void* b;         // (batch, height, width, channels_b), or null
+    const void* weight;    // (outputs, kernel, kernel, channels_a + channels_b)
+    const void* bias;      // (outputs), or null
+    const void* residual;  // of the shape of y, or null
+    void* y;               // (batch, out_height, out_width, outputs)
+    DType dtype;           // of all of them
+    int batch, height, width;
+    int channels_a, channels_b, outputs;
+    int kernel, stride, padding;
+    bool relu;
 };
 
 cudaError_t conv_bn_relu(const Convolution& arguments, cudaStream_t stream);         // b is null
@@ -35,13 +35,13 @@ cudaError_t concat_conv_bn_relu(const Convolution& arguments, cudaStream_t strea
 
 // Transposed convolution of kernel 4, stride 2, padding 1. channels and outputs are multiples of 8.
 struct Upsampling {
-  const void* x;       // (batch, height, width, channels)
-  const void* weight;  // (4, outputs, 2, 2, channels): the 2x2 kernels of the output's parities (row, column)
-  const void* bias;    // (outputs), or null
-  void* y;             // (batch, 2 height, 2 width, outputs)
-  DType dtype;
-  int batch, height, width;
-  int channels, outputs;
+    const void* x;       // (batch, height, width, channels)
+    const void* weight;  // (4, outputs, 2, 2, channels): the 2x2 kernels of the output's parities (row, column)
+    const void* bias;    // (outputs), or null
+    void* y;             // (batch, 2 height, 2 width, outputs)
+    DType dtype;
+    int batch, height, width;
+    int channels, outputs;
 };
 
 cudaError_t upsample(const Upsampling& arguments, cudaStream_t stream);
@@ -49,17 +49,17 @@ cudaError_t upsample(const Upsampling& arguments, cudaStream_t stream);
 // relu(x + expand(relu(conv(relu(reduce(x)))))), batch normalisation folded.
 // middle is 32 or 64, channels a multiple of 32.
 struct Bottleneck {
-  const void* x;            // (batch, height, width, channels)
-  const void* reduce;       // (middle, channels)
-  const void* conv;         // (middle, 3, 3, middle)
-  const void* expand;       // (channels, middle)
-  const void* reduce_bias;  // (middle), or null
-  const void* conv_bias;    // (middle), or null
-  const void* expand_bias;  // (channels), or null
-  void* y;                  // of the shape of x
-  DType dtype;
-  int batch, height, width;
-  int channels, middle;
+    const void* x;            // (batch, height, width, channels)
+    const void* reduce;       // (middle, channels)
+    const void* conv;         // (middle, 3, 3, middle)
+    const void* expand;       // (channels, middle)
+    const void* reduce_bias;  // (middle), or null
+    const void* conv_bias;    // (middle), or null
+    const void* expand_bias;  // (channels), or null
+    void* y;                  // of the shape of x
+    DType dtype;
+    int batch, height, width;
+    int channels, middle;
 };
 
 cudaError_t bottleneck(const Bottleneck& arguments, cudaStream_t stream);
@@ -67,37 +67,37 @@ cudaError_t bottleneck(const Bottleneck& arguments, cudaStream_t stream);
 // conv1 o conv0 on the padded image, see fastden::algebra.compose_stem. channels is at most 4, outputs a multiple of 8
 // and at most 128.
 struct Stem {
-  const void* x;         // (batch, channels, height, width), elements x_strides apart
-  int64_t x_strides[4];  // elements
-  const void* weight;    // (4, outputs, channels, 7, 7): inside, first row, first column, corner
-  const void* bias;      // (4, outputs)
-  void* y;               // (batch, (height - 4) / 2, (width - 4) / 2, outputs)
-  DType dtype;
-  int batch, channels, height, width;  // height and width even, at least 8
-  int outputs;
-  bool relu;
+    const void* x;         // (batch, channels, height, width), elements x_strides apart
+    int64_t x_strides[4];  // elements
+    const void* weight;    // (4, outputs, channels, 7, 7): inside, first row, first column, corner
+    const void* bias;      // (4, outputs)
+    void* y;               // (batch, (height - 4) / 2, (width - 4) / 2, outputs)
+    DType dtype;
+    int batch, channels, height, width;  // height and width even, at least 8
+    int outputs;
+    bool relu;
 };
 
 cudaError_t stem(const Stem& arguments, cudaStream_t stream);
 
-// out o cat(conv0, up3), plus the image. channels is at most 4, outputs at most 4, maps a multiple of 32.
+// out o cat(conv0, up3), plus the image. channels is at most 4, outputs at most 4, maps a multiple of 16.
 struct Head {
-  const void* features;      // (batch, height, width, maps)
-  const void* x;             // (batch, channels, 2 height + 4, 2 width + 4), elements x_strides apart
-  int64_t x_strides[4];      // elements
-  const void* image;         // what is added, of the size of x with at least outputs channels; null for nothing
-  int64_t image_strides[4];  // elements
-  DType image_dtype;         // of image and y: dtype or float32
-  const void* weight;        // (4, 4, 16, maps): a tap's row and column, then 8 columns for each row of the 2x2 phases,
-                             // in which phase column q and output k have place q * outputs + k, zeros behind
-  const void* image_weight;  // (outputs, channels, 7, 7)
-  const void* bias;          // (outputs)
-  void* y;                   // (batch, outputs, 2 height - 2, 2 width - 2), contiguous
-  DType dtype;               // of features, x and the weights
-  int batch, height, width;  // of the features
-  int maps, channels, outputs;
-  bool clamp;     // to [0, 1]
-  bool composed;  // phase row 0 has no weight on the last row of its taps, phase row 1 none on the first
+    const void* features;      // (batch, height, width, maps)
+    const void* x;             // (batch, channels, 2 height + 4, 2 width + 4), elements x_strides apart
+    int64_t x_strides[4];      // elements
+    const void* image;         // what is added, of the size of x with at least outputs channels; null for nothing
+    int64_t image_strides[4];  // elements
+    DType image_dtype;         // of image and y: dtype or float32
+    const void* weight;  // (4, 4, 16, maps): a tap's row and column, then 8 columns for each row of the 2x2 phases,
+                         // in which phase column q and output k have place q * outputs + k, zeros behind
+    const void* image_weight;  // (outputs, channels, 7, 7)
+    const void* bias;          // (outputs)
+    void* y;                   // (batch, outputs, 2 height - 2, 2 width - 2), contiguous
+    DType dtype;               // of features, x and the weights
+    int batch, height, width;  // of the features
+    int maps, channels, outputs;
+    bool clamp;     // to [0, 1]
+    bool composed;  // phase row 0 has no weight on the last row of its taps, phase row 1 none on the first
 };
 
 cudaError_t head(const Head& arguments, cudaStream_t stream);

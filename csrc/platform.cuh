@@ -31,7 +31,9 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
 }
 
 // What this thread has begun to copy since the last group is a group.
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Until at most the last kPending groups of this thread are under way. Other threads see it behind a barrier.
 template <int kPending>
@@ -74,7 +76,9 @@ __device__ __forceinline__ void multiply_add<__half>(float (&sums)[4], const uin
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
-__device__ __forceinline__ unsigned char* shared_memory() { return dynamic_shared_memory; }
+__device__ __forceinline__ unsigned char* shared_memory() {
+    return dynamic_shared_memory;
+}
 
 // Runs a kernel with dynamic shared memory; `kernel` is the same function at every call with these types.
 template <typename... Parameters, typename... Arguments>
@@ -126,9 +130,15 @@ __device__ __forceinline__ uint32_t pack<__half>(float first, float second) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(float value) {
+    return value;
+}
+__device__ __forceinline__ float to_float(__half value) {
+    return __half2float(value);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
+    return __bfloat162float(value);
+}
 
 // Both halves of a packed pair.
 template <typename T>
@@ -138,8 +148,18 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
 }
 
 // Not fmaxf, which would hide a NaN.
-__device__ __forceinline__ float rectify(float value) { return value < 0.0f ? 0.0f : value; }
+__device__ __forceinline__ float rectify(float value) {
+    return value < 0.0f ? 0.0f : value;
+}
 
-__host__ __device__ constexpr int divide_up(int value, int by) { return (value + by - 1) / by; }
+// A number that the compiler knows, as an argument.
+template <int kValue>
+struct Constant {
+    static constexpr int value = kValue;
+};
+
+__host__ __device__ constexpr int divide_up(int value, int by) {
+    return (value + by - 1) / by;
+}
 
 }  // namespace fastden

@@ -9,7 +9,7 @@
 namespace fastden {
 
 constexpr int kWarp = 32;
-constexpr int kChunk = 32;            // channels of a step of the inner dimension
+constexpr int kChunk = 32;  // channels of a step of the inner dimension
 constexpr int kRowBytes = 2 * kChunk;
 
 __device__ __forceinline__ uint32_t part_offset(int row, int part) {
@@ -64,8 +64,19 @@ __device__ __forceinline__ void clear(float (&sums)[kRows][kColumns][4]) {
     }
 }
 
+// Where columns carry output channels in this order, a lane's values of four 16x8 blocks of sums side by side belong to
+// eight channels that follow each other, from 8 (lane % 4) on: 16 bytes to load or store at once. Of 32 channels, the
+// one of column `column`.
+__device__ __forceinline__ int channel_of_column(int column) {
+    return (column & ~31) + ((column & 6) << 2) + ((column >> 2) & 6) + (column & 1);
+}
+
 // Row and column of a lane's first value in a 16x8 block of sums; the second lies beside it, two more 8 rows below.
-__device__ __forceinline__ int sums_row(int lane) { return lane >> 2; }
-__device__ __forceinline__ int sums_column(int lane) { return (lane & 3) << 1; }
+__device__ __forceinline__ int sums_row(int lane) {
+    return lane >> 2;
+}
+__device__ __forceinline__ int sums_column(int lane) {
+    return (lane & 3) << 1;
+}
 
 }  // namespace fastden

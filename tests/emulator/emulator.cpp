@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
@@ -91,6 +92,7 @@ struct Fibre {
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
     std::vector<Store> stores;
+    std::deque<std::vector<Store>> committed_stores;
 };
 
 struct Machine {
@@ -118,7 +120,9 @@ uint64_t draw() {
     return machine.random;
 }
 
-Fibre& self() { return *machine.running; }
+Fibre& self() {
+    return *machine.running;
+}
 
 [[noreturn]] void fail(const std::string& what) {
     Fibre& fibre = self();
@@ -149,9 +153,15 @@ void meet(Meeting& meeting, int expected, Work work) {
     meeting.present.clear();
 }
 
-int lane() { return self().position.thread.x % kWarp; }
-Warp& warp() { return self().block->warps[self().position.thread.x / kWarp]; }
-WarpGroup& group() { return self().block->groups[self().position.thread.x / kGroup]; }
+int lane() {
+    return self().position.thread.x % kWarp;
+}
+Warp& warp() {
+    return self().block->warps[self().position.thread.x / kWarp];
+}
+WarpGroup& group() {
+    return self().block->groups[self().position.thread.x / kGroup];
+}
 
 unsigned char* at(Block& block, uint32_t address, int bytes) {
     if (address < kBase || address - kBase + bytes > static_cast<uint32_t>(machine.shared_bytes)) {
@@ -161,7 +171,9 @@ unsigned char* at(Block& block, uint32_t address, int bytes) {
     return block.shared + (address - kBase);
 }
 
-unsigned char* at(uint32_t address, int bytes) { return at(*self().block, address, bytes); }
+unsigned char* at(uint32_t address, int bytes) {
+    return at(*self().block, address, bytes);
+}
 
 void finish(std::vector<Copy>& copies) {
     for (const Copy& copy : copies) {
@@ -181,7 +193,8 @@ void entry() {
         // The hardware finishes what is under way when a thread ends.
         for (auto& copies : fibre.committed) finish(copies);
         finish(fibre.open);
-        if (!fibre.stores.empty()) fail("a thread ended before what it stores was read");
+        if (!fibre.stores.empty() || !fibre.committed_stores.empty())
+            fail("a thread ended before what it stores was read");
     } catch (const std::exception& error) {
         machine.error = error.what();
     }
@@ -289,7 +302,9 @@ Map decode(const CUtensorMap& map) {
 }
 
 // Rows of 128 bytes of which each 16-byte part lies at its place, XOR the row in groups of eight.
-uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7) & 7) << 4; }
+uint32_t swizzled(uint32_t address) {
+    return address ^ ((address >> 7) & 7) << 4;
+}
 
 // `move(shared address, global pointer or null)` for every 16 bytes of a box.
 template <typename Move>
@@ -297,7 +312,8 @@ void each_part(const Map& map, uint32_t shared, const int* place, Move move) {
     const int row = map.box[0] * 2;
     if (row != 128) fail("a box whose rows are not 128 bytes");
     if (shared % 1024 != 0) fail("a box that is not aligned to 1024 bytes");
-    const int rows = (map.rank > 1 ? map.box[1] : 1) * (map.rank > 2 ? map.box[2] : 1) * (map.rank > 3 ? map.box[3] : 1);
+    const int rows =
+        (map.rank > 1 ? map.box[1] : 1) * (map.rank > 2 ? map.box[2] : 1) * (map.rank > 3 ? map.box[3] : 1);
     for (int index = 0; index < rows; ++index) {
         int rest = index;
         bool inside = true;
@@ -347,9 +363,13 @@ void execute(Block& block, const Product& product) {
 
 }  // namespace
 
-Counters& counters() { return counted; }
+Counters& counters() {
+    return counted;
+}
 
-Position& position() { return machine.running->position; }
+Position& position() {
+    return machine.running->position;
+}
 
 void run(dim3 grid, int threads, int shared_bytes, int cluster, const std::function<void()>& body) {
     if (shared_bytes > 227 << 10) throw std::runtime_error("more shared memory than a block may have");
@@ -379,7 +399,9 @@ void meet_at(int barrier, int count) {
     meet(self().block->numbered[barrier], count, [] {});
 }
 
-unsigned char* shared_memory() { return self().block->shared; }
+unsigned char* shared_memory() {
+    return self().block->shared;
+}
 
 uint32_t shared_address(const void* pointer) {
     const auto offset = static_cast<const unsigned char*>(pointer) - self().block->shared;
@@ -490,7 +512,9 @@ void barrier_wait(uint32_t barrier, uint32_t parity) {
     sleep();
 }
 
-int cluster_rank() { return self().block->rank; }
+int cluster_rank() {
+    return self().block->rank;
+}
 
 void encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes, const uint64_t* strides,
                        const uint32_t* box) {
@@ -535,15 +559,20 @@ void tensor_store(const CUtensorMap& map, uint32_t source, const int* place) {
     self().stores.push_back(store);
 }
 
-void tensor_store_commit() {}
-
-void tensor_store_wait() {
-    for (const Store& store : self().stores) {
-        each_part(decode(*store.map), store.source, store.place, [&](uint32_t address, char* global) {
-            if (global != nullptr) std::memcpy(global, at(address, 16), 16);
-        });
-    }
+void tensor_store_commit() {
+    self().committed_stores.push_back(std::move(self().stores));
     self().stores.clear();
+}
+
+void tensor_store_wait(int pending) {
+    auto& groups = self().committed_stores;
+    for (; static_cast<int>(groups.size()) > pending; groups.pop_front()) {
+        for (const Store& store : groups.front()) {
+            each_part(decode(*store.map), store.source, store.place, [&](uint32_t address, char* global) {
+                if (global != nullptr) std::memcpy(global, at(address, 16), 16);
+            });
+        }
+    }
 }
 
 void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, float (*to_float)(uint16_t)) {
@@ -585,10 +614,17 @@ namespace fastden {
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
     const char* major = std::getenv("FASTDEN_EMULATED_MAJOR");
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = 2; return cudaSuccess;
-        case cudaDevAttrComputeCapabilityMajor: *value = major != nullptr ? std::atoi(major) : 9; return cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; return cudaSuccess;
-        default: return cudaErrorInvalidValue;
+        case cudaDevAttrMultiProcessorCount:
+            *value = 2;
+            return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = major != nullptr ? std::atoi(major) : 9;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = 227 << 10;
+            return cudaSuccess;
+        default:
+            return cudaErrorInvalidValue;
     }
 }
 

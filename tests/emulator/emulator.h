@@ -13,9 +13,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <string>
+#include <type_traits>
 
 #undef __global__
 #undef __device__
@@ -29,7 +29,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __cluster_dims__(...)
 
 namespace fastden::emulator {
 
@@ -75,7 +74,7 @@ void encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint6
 void tensor_load(uint32_t target, const CUtensorMap& map, uint32_t barrier, const int* place, unsigned ranks);
 void tensor_store(const CUtensorMap& map, uint32_t source, const int* place);
 void tensor_store_commit();
-void tensor_store_wait();
+void tensor_store_wait(int pending);
 
 void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, float (*to_float)(uint16_t));
 void group_commit();
@@ -91,12 +90,10 @@ Counters& counters();
 
 template <typename T>
 float widen(uint16_t bits) {
-    T value;
-    std::memcpy(&value, &bits, 2);
-    if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
-        return __half2float(value);
+    if constexpr (std::is_same_v<T, __half>) {
+        return __half2float(__ushort_as_half(bits));
     } else {
-        return __bfloat162float(value);
+        return __bfloat162float(__ushort_as_bfloat16(bits));
     }
 }
 
@@ -107,8 +104,12 @@ float widen(uint16_t bits) {
 #define blockDim (::fastden::emulator::position().threads)
 #define gridDim (::fastden::emulator::position().blocks)
 
-inline void __syncthreads() { fastden::emulator::meet_block(); }
-inline void __syncwarp() { fastden::emulator::meet_warp(); }
+inline void __syncthreads() {
+    fastden::emulator::meet_block();
+}
+inline void __syncwarp() {
+    fastden::emulator::meet_warp();
+}
 
 namespace fastden {
 
@@ -118,12 +119,16 @@ using emulator::shared_memory;
 inline void copy_async(uint32_t target, const void* source, bool valid) {
     emulator::copy_async(target, source, valid);
 }
-inline void copy_commit() { emulator::copy_commit(); }
+inline void copy_commit() {
+    emulator::copy_commit();
+}
 template <int kPending>
 void copy_wait() {
     emulator::copy_wait(kPending);
 }
-inline void load_matrices(uint32_t (&values)[4], uint32_t address) { emulator::load_matrices(values, address); }
+inline void load_matrices(uint32_t (&values)[4], uint32_t address) {
+    emulator::load_matrices(values, address);
+}
 template <typename T>
 void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulator::multiply_add(sums, a, b0, b1, emulator::widen<T>);

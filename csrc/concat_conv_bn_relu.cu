@@ -1,0 +1,293 @@
+// concat_conv_bn_relu: relu(conv2d(cat(a, b), weight) + bias), batch normalisation folded, nothing concatenated.
+//
+// On compute capability 9.0 a block of three warp groups stays on its multiprocessor and does tile after tile of 8 x 16
+// pixels and 256 output channels. One thread of the first group loads: for each tap and 64 channels a box of a or b,
+// shifted by the tap, where what lies outside the image comes as the padding's zeros, and a box of the weights. The
+// other two groups multiply, 64 pixels each, and store their results by boxes too. Two blocks of a cluster do
+// neighbouring tiles with the same weights, of which each loads half for both: at 800 TFLOP/s, weights loaded by every
+// block for itself would ask 9.4 TB/s of the level-2 cache, so it is 6.2.
+#include "convolution.cuh"
+#include "hopper.cuh"
+
+namespace fastden {
+namespace hopper {
+
+constexpr int kTileRows = 8, kTileColumns = 16;
+constexpr int kTilePixels = kTileRows * kTileColumns;
+constexpr int kTileOutputs = 256;
+constexpr int kStepChannels = 64;
+constexpr int kConsumers = 2;  // warp groups
+constexpr int kGroupThreads = 128;
+constexpr int kGroupRows = kTileRows / kConsumers;
+constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+constexpr int kStages = 4;
+constexpr int kCluster = 2;
+constexpr int kFactorRow = 2 * kStepChannels;           // bytes
+constexpr int kLeftBytes = kTilePixels * kFactorRow;    // 16 KiB
+constexpr int kRightBytes = kTileOutputs * kFactorRow;  // 32 KiB
+constexpr int kStageBytes = kLeftBytes + kRightBytes;
+constexpr int kPiece = kTilePixels / kConsumers * kFactorRow;  // 8 KiB: a group's pixels, 64 channels
+constexpr int kPieces = 2;                                     // of a group's result in shared memory
+constexpr int kStore = kStages * kStageBytes;
+constexpr int kBarriers = kStore + kConsumers * kPieces * kPiece;
+constexpr int kSharedBytes = kBarriers + 2 * kStages * 8 + 1024;  // what aligning the beginning may cost
+
+struct Problem {
+    CUtensorMap a, b, weight, y;
+    const void* bias;
+    int tiles_down, tiles_across;
+    int output_blocks;
+    int pairs;  // of tiles, all output channels counted
+    int kernel, padding;
+    int channels_a, channels_b;
+    bool relu;
+};
+
+struct Place {
+    int n, y, x, output;
+};
+
+__device__ __forceinline__ Place place_of(const Problem& problem, int pair, int rank) {
+    const int tile = pair / problem.output_blocks * kCluster + rank;
+    const int line = tile / problem.tiles_across;
+    Place place;
+    // A last pair may have no second tile: that is one behind the last image, of zeros, of which nothing is stored.
+    place.n = line / problem.tiles_down;
+    place.y = line % problem.tiles_down * kTileRows;
+    place.x = tile % problem.tiles_across * kTileColumns;
+    place.output = pair % problem.output_blocks * kTileOutputs;
+    return place;
+}
+
+// The ring of stages, as loading and multiplying go round it, each with its own count.
+struct Ring {
+    uint32_t base, barriers;
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ uint32_t left() const { return base + stage * kStageBytes; }
+    __device__ uint32_t right() const { return left() + kLeftBytes; }
+    __device__ uint32_t full() const { return barriers + 8 * stage; }
+    __device__ uint32_t empty() const { return barriers + 8 * (kStages + stage); }
+    __device__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// kParts: of 16 channels in a step of b.
+template <typename T, int kParts>
+__global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_constant__ Problem problem) {
+// Compiled for other architectures it is empty, and not launched there.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const uint32_t unaligned = shared_address(shared_memory());
+    const uint32_t base = (unaligned + 1023) / 1024 * 1024;
+    unsigned char* const shared = shared_memory() + (base - unaligned);
+    Ring ring{base, base + kBarriers};
+    const int thread = threadIdx.x, rank = cluster_rank();
+    const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
+    const int chunks_a = problem.channels_a / kStepChannels;
+    const int channels = problem.channels_a + problem.channels_b;
+
+    if (thread == 0) {
+        for (int stage = 0; stage < kStages; ++stage) {
+            barrier_init(ring.barriers + 8 * stage, 1);  // full: the thread that loads
+            // empty: every warp that multiplies, of the whole cluster, for half of the weights go to each block
+            barrier_init(ring.barriers + 8 * (kStages + stage), kCluster * kConsumers * kGroupThreads / kWarp);
+        }
+        barrier_init_done();
+    }
+    meet_cluster();
+
+    if (thread < kGroupThreads) {
+        registers_give<40>();
+        if (thread == 0) {
+            constexpr int kShare = kTileOutputs / kCluster;
+            for (int pair = cluster; pair < problem.pairs; pair += clusters) {
+                const Place place = place_of(problem, pair, rank);
+                for (int tap = 0; tap < problem.kernel * problem.kernel; ++tap) {
+                    const int y = place.y + tap / problem.kernel - problem.padding;
+                    const int x = place.x + tap % problem.kernel - problem.padding;
+                    for (int chunk = 0; chunk <= chunks_a; ++chunk) {
+                        barrier_wait(ring.empty(), ring.parity ^ 1);
+                        barrier_expect(ring.full(), kStageBytes);
+                        const int channel = chunk * kStepChannels;
+                        if (chunk < chunks_a) {
+                            tensor_load_4d(ring.left(), problem.a, ring.full(), channel, x, y, place.n);
+                        } else {
+                            tensor_load_4d(ring.left(), problem.b, ring.full(), 0, x, y, place.n);
+                        }
+                        tensor_load_2d(ring.right() + rank * kShare * kFactorRow, problem.weight, ring.full(),
+                                       tap * channels + channel, place.output + rank * kShare, (1u << kCluster) - 1);
+                        ring.advance();
+                    }
+                }
+            }
+        }
+    } else {
+        registers_take<232>();
+        const int group = thread / kGroupThreads - 1, lane = thread % kWarp, member = thread % kGroupThreads;
+        const T* bias = static_cast<const T*>(problem.bias);
+        float sums[kTileOutputs / 2];
+        Ring done = ring;  // the stage that is given back next
+        const auto give_back = [&] {
+            if (lane < kCluster) barrier_arrive(done.empty(), lane);
+            done.advance();
+        };
+        for (int pair = cluster; pair < problem.pairs; pair += clusters) {
+            const Place place = place_of(problem, pair, rank);
+            bool add = false;
+            const auto multiply = [&](auto parts) {
+                barrier_wait(ring.full(), ring.parity);
+                const uint64_t left = factor_descriptor(ring.left() + group * kPiece);
+                const uint64_t right = factor_descriptor(ring.right());
+                group_fence();
+#pragma unroll
+                for (int part = 0; part < decltype(parts)::value; ++part) {
+                    // 16 channels are 32 bytes, in a descriptor's units of 16.
+                    group_multiply_add<T>(sums, left + 2 * part, right + 2 * part, add);
+                    add = true;
+                }
+                group_commit();
+                ring.advance();
+            };
+            bool first = true;
+            for (int tap = 0; tap < problem.kernel * problem.kernel; ++tap) {
+                for (int chunk = 0; chunk < chunks_a; ++chunk) {
+                    multiply(Constant<kStepChannels / 16>{});
+                    // One step's products stay under way while the next one's are begun.
+                    group_wait<1>();
+                    if (!first) give_back();
+                    first = false;
+                }
+                multiply(Constant<kParts>{});
+                group_wait<1>();
+                give_back();
+            }
+            group_wait<0>();
+            give_back();
+
+            // 64 channels at a time by way of shared memory, in the layout of a box.
+            const int row = member / kWarp * 16 + sums_row(lane);
+#pragma unroll
+            for (int piece = 0; piece < kTileOutputs / kStepChannels; ++piece) {
+                const int offset = kStore + (group * kPieces + piece % kPieces) * kPiece;
+                if (member == 0) tensor_store_wait_read<kPieces - 1>();
+                meet_at(1 + group, kGroupThreads);
+#pragma unroll
+                for (int part = 0; part < 8; ++part) {
+                    const int output = piece * kStepChannels + part * 8 + sums_column(lane);
+                    float2 added = make_float2(0.0f, 0.0f);
+                    if (bias != nullptr) {
+                        added = unpack<T>(*reinterpret_cast<const uint32_t*>(bias + place.output + output));
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int index = (piece * 8 + part) * 4 + 2 * half;
+                        float2 value = make_float2(sums[index] + added.x, sums[index + 1] + added.y);
+                        if (problem.relu) value = make_float2(rectify(value.x), rectify(value.y));
+                        const int pixel = row + 8 * half;
+                        const int at =
+                            offset + pixel * kFactorRow + ((part ^ (pixel & 7)) << 4) + 2 * sums_column(lane);
+                        *reinterpret_cast<uint32_t*>(shared + at) = pack<T>(value.x, value.y);
+                    }
+                }
+                make_visible_to_tensor_stores();
+                meet_at(1 + group, kGroupThreads);
+                if (member == 0) {
+                    tensor_store_4d(problem.y, base + offset, place.output + piece * kStepChannels, place.x,
+                                    place.y + group * kGroupRows, place.n);
+                    tensor_store_commit();
+                }
+            }
+        }
+        if (member == 0) tensor_store_wait_read<0>();
+    }
+    // A block's memory has to be there until the other one has loaded into it and arrived at its barriers.
+    meet_cluster();
+#endif
+}
+
+template <typename T, int kParts>
+cudaError_t launch_tiles(const Convolution& arguments, cudaStream_t stream) {
+    const int out_height = arguments.height + 2 * arguments.padding - arguments.kernel + 1;
+    const int out_width = arguments.width + 2 * arguments.padding - arguments.kernel + 1;
+    const int channels = arguments.channels_a + arguments.channels_b;
+    Problem problem = {};
+    const auto encode_image = [&](CUtensorMap* map, const void* base, int image_channels, int height, int width,
+                                  int rows) {
+        const uint64_t sizes[] = {static_cast<uint64_t>(image_channels), static_cast<uint64_t>(width),
+                                  static_cast<uint64_t>(height), static_cast<uint64_t>(arguments.batch)};
+        const uint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1], 2 * sizes[0] * sizes[1] * sizes[2]};
+        const uint32_t box[] = {kStepChannels, kTileColumns, static_cast<uint32_t>(rows), 1};
+        return encode_tensor_map(map, arguments.dtype == DType::kBFloat16, 4, base, sizes, strides, box);
+    };
+    cudaError_t error =
+        encode_image(&problem.a, arguments.a, arguments.channels_a, arguments.height, arguments.width, kTileRows);
+    if (error != cudaSuccess) return error;
+    error = encode_image(&problem.b, arguments.b, arguments.channels_b, arguments.height, arguments.width, kTileRows);
+    if (error != cudaSuccess) return error;
+    error = encode_image(&problem.y, arguments.y, arguments.outputs, out_height, out_width, kGroupRows);
+    if (error != cudaSuccess) return error;
+    const uint64_t sizes[] = {static_cast<uint64_t>(arguments.kernel) * arguments.kernel * channels,
+                              static_cast<uint64_t>(arguments.outputs)};
+    const uint64_t strides[] = {2 * sizes[0]};
+    const uint32_t box[] = {kStepChannels, kTileOutputs / kCluster};
+    error = encode_tensor_map(&problem.weight, arguments.dtype == DType::kBFloat16, 2, arguments.weight, sizes, strides,
+                              box);
+    if (error != cudaSuccess) return error;
+
+    problem.bias = arguments.bias;
+    problem.tiles_down = divide_up(out_height, kTileRows);
+    problem.tiles_across = divide_up(out_width, kTileColumns);
+    problem.output_blocks = arguments.outputs / kTileOutputs;
+    const int64_t tiles = static_cast<int64_t>(arguments.batch) * problem.tiles_down * problem.tiles_across;
+    const int64_t pairs = (tiles + kCluster - 1) / kCluster * problem.output_blocks;
+    if (pairs == 0) return cudaSuccess;
+    if (pairs > INT32_MAX / kCluster) return cudaErrorInvalidValue;
+    problem.pairs = static_cast<int>(pairs);
+    problem.kernel = arguments.kernel;
+    problem.padding = arguments.padding;
+    problem.channels_a = arguments.channels_a;
+    problem.channels_b = arguments.channels_b;
+    problem.relu = arguments.relu;
+    int multiprocessors = 0;
+    error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
+    if (error != cudaSuccess) return error;
+    const int most = multiprocessors / kCluster;
+    const int clusters = problem.pairs < most ? problem.pairs : most;
+    return launch(concat_kernel<T, kParts>, dim3(clusters * kCluster), kThreads, kSharedBytes, kCluster, stream,
+                  problem);
+}
+
+template <typename T>
+cudaError_t launch_for(const Convolution& arguments, cudaStream_t stream) {
+    if (arguments.channels_b == 32) return launch_tiles<T, 2>(arguments, stream);
+    return launch_tiles<T, 4>(arguments, stream);
+}
+
+inline bool fits(const Convolution& arguments) {
+    return arguments.channels_a % kStepChannels == 0 && (arguments.channels_b == 32 || arguments.channels_b == 64) &&
+           arguments.outputs % kTileOutputs == 0 && arguments.kernel == 2 * arguments.padding + 1 &&
+           arguments.dtype != DType::kFloat32;
+}
+
+}  // namespace hopper
+
+cudaError_t concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream) {
+// Set by the build where 9.0a is among the architectures.
+#ifdef FASTDEN_HOPPER
+    int major = 0;
+    const cudaError_t error = device_attribute(&major, cudaDevAttrComputeCapabilityMajor);
+    if (error != cudaSuccess) return error;
+    if (major == 9 && hopper::fits(arguments)) {
+        return arguments.dtype == DType::kFloat16 ? hopper::launch_for<__half>(arguments, stream)
+                                                  : hopper::launch_for<__nv_bfloat16>(arguments, stream);
+    }
+#endif
+    return run_convolution(arguments, stream, false);
+}
+
+}  // namespace fastden

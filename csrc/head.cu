@@ -1,0 +1,253 @@
+// head: out o cat(conv0, up3) plus the image, from the last feature map and the padded input.
+//
+// Rows of the product are positions of the feature map, columns what a position makes: 2 x 2 pixels by channel, 8 for
+// each row of pixels. A warp makes 8 lines of 16 positions. A line of features that it has read from shared memory, at
+// one of four shifts, it multiplies for every line of positions that needs it, with the weights of that shift in
+// registers: three reads of shared memory for ten products. The 7x7 convolution of the input is one more step, whose
+// windows are read as they lie (see patch.cuh). The result goes out by way of shared memory, line by line.
+#include "fastden.h"
+#include "patch.cuh"
+
+namespace fastden {
+namespace {
+
+constexpr int kWarpRows = 8;
+constexpr int kWarpsDown = 2, kWarpsAcross = 2;
+constexpr int kThreads = kWarp * kWarpsDown * kWarpsAcross;
+constexpr int kTileRows = kWarpRows * kWarpsDown;  // positions
+constexpr int kTileColumns = 16 * kWarpsAcross;
+constexpr int kTaps = 4;  // down and across
+constexpr int kColumns = 16;
+constexpr int kMaps = 16;  // of a step
+constexpr int kMapBytes = 2 * kMaps;
+constexpr int kMarginRows = kTileRows + kTaps - 1, kMarginColumns = kTileColumns + kTaps - 1;
+constexpr int kMarginPixels = kMarginRows * kMarginColumns;
+constexpr int kWindow = 8;  // of a position in the input
+constexpr int kPatchRows = 2 * kTileRows + kWindow - 2, kPatchColumns = 2 * kTileColumns + kWindow - 2;
+constexpr int kPatchBytes = kPatchRows * kPatchColumns * kPixelBytes;
+constexpr int kFeatureBytes = kMarginPixels * kMapBytes;
+// A stage holds features and weights of a step, or a patch of the input and its weights: of the same sizes.
+constexpr int kLeftBytes = divide_up(kFeatureBytes > kPatchBytes ? kFeatureBytes : kPatchBytes, 128) * 128;
+constexpr int kRightBytes = kTaps * kTaps * kColumns * kMapBytes;
+static_assert(kRightBytes == kWindow * kColumns * kRowBytes);
+constexpr int kStageBytes = kLeftBytes + kRightBytes;
+constexpr int kStages = 3;
+constexpr int kSharedBytes = kStages * kStageBytes;
+constexpr int kPasses = divide_up(2 * kMarginPixels, kThreads);
+constexpr int kLine = 2 * kTileColumns + 2;  // floats between the result's lines
+static_assert(4 * 2 * kTileRows * kLine * 4 <= kSharedBytes);
+
+struct Problem {
+    Head arguments;
+    ImageView x;
+    int tiles_down, tiles_across;
+};
+
+// Rows of 32 bytes: part p of row r lies at p ^ (r / 4 % 2), so that eight rows in a run meet all banks once.
+__device__ __forceinline__ uint32_t half_offset(int row, int part) {
+    return row * kMapBytes + ((part ^ ((row >> 2) & 1)) << 4);
+}
+
+// Weights of the input: for each row of a window 16 columns x (8 taps x 4 places).
+__device__ void load_image_weights(unsigned char* shared, const Head& p, int thread) {
+    const uint16_t* weight = static_cast<const uint16_t*>(p.image_weight);
+    for (int index = thread; index < kWindow * kColumns * kChunk; index += kThreads) {
+        const int place = index % kChunk, column = index / kChunk % kColumns, row = index / kChunk / kColumns;
+        const int channel = place % 4, output = column % 8 % p.outputs, phase_column = column % 8 / p.outputs;
+        const int tap_row = row - column / 8, tap_column = place / 4 - phase_column;
+        const bool exists = phase_column < 2 && channel < p.channels && tap_row >= 0 && tap_row < 7 &&
+                            tap_column >= 0 && tap_column < 7;
+        const int at = row * kColumns * kRowBytes + part_offset(column, place / 8) + place % 8 * 2;
+        *reinterpret_cast<uint16_t*>(shared + at) =
+            exists ? weight[((output * p.channels + channel) * 7 + tap_row) * 7 + tap_column] : 0;
+    }
+}
+
+// kComposed: phase row 0 has no weight on the last row of its taps, phase row 1 none on the first.
+template <typename T, bool kComposed>
+__global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ Problem problem) {
+    const Head& p = problem.arguments;
+    const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+    const int warp_row = warp / kWarpsAcross * kWarpRows, warp_column = warp % kWarpsAcross * 16;
+    const int line = blockIdx.x / problem.tiles_across, n = line / problem.tiles_down;
+    const int top = line % problem.tiles_down * kTileRows, left = blockIdx.x % problem.tiles_across * kTileColumns;
+    const T* features = static_cast<const T*>(p.features) + static_cast<int64_t>(n) * p.height * p.width * p.maps;
+    const T* weight = static_cast<const T*>(p.weight);
+    unsigned char* shared = shared_memory();
+    const uint32_t base = shared_address(shared);
+
+    const int part = thread % 2;
+    int pixels[kPasses];  // places in the feature map, which are 32 bits wide (elements are 64); -1 outside
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = (pass * kThreads + thread) / 2;
+        const int y = top - 1 + row / kMarginColumns, x = left - 1 + row % kMarginColumns;
+        const bool inside = row < kMarginPixels && y >= 0 && y < p.height && x >= 0 && x < p.width;
+        pixels[pass] = inside ? y * p.width + x : -1;
+    }
+    const int steps = p.maps / kMaps;
+    const auto copy_step = [&](int step) {
+        if (step < steps) {
+            const uint32_t stage = base + step % kStages * kStageBytes;
+            const int map = step * kMaps + part * 8;
+#pragma unroll
+            for (int pass = 0; pass < kPasses; ++pass) {
+                const int row = (pass * kThreads + thread) / 2;
+                if (row >= kMarginPixels) continue;
+                const bool inside = pixels[pass] >= 0;
+                copy_async(stage + half_offset(row, part),
+                           inside ? features + static_cast<int64_t>(pixels[pass]) * p.maps + map : features, inside);
+            }
+#pragma unroll
+            for (int row = thread / 2; row < kTaps * kTaps * kColumns; row += kThreads / 2) {
+                copy_async(stage + kLeftBytes + half_offset(row, part), weight + row * p.maps + map, true);
+            }
+        }
+        copy_commit();  // an empty group too: groups are what is counted
+    };
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) copy_step(ahead);
+
+    // The last stage, which is free until then, serves the input.
+    unsigned char* patch = shared + (kStages - 1) * kStageBytes;
+    load_patch(patch, problem.x, n, 2 * top, 2 * left, kPatchRows, kPatchColumns, thread, kThreads);
+    load_image_weights(patch + kLeftBytes, p, thread);
+    __syncthreads();
+    float sums[kWarpRows][2][4];
+    clear(sums);
+    const uint32_t window = shared_address(patch) +
+                            (2 * warp_row * kPatchColumns + 2 * (warp_column + (lane & 15))) * kPixelBytes +
+                            (lane >> 4) * 16;
+#pragma unroll
+    for (int half = 0; half < 4; half += 2) {
+        uint32_t b[kWindow][4];
+#pragma unroll
+        for (int row = 0; row < kWindow; ++row) {
+            load_matrices(
+                b[row], right_address(shared_address(patch) + kLeftBytes + row * kColumns * kRowBytes, 0, half, lane));
+        }
+#pragma unroll
+        for (int row = 0; row < 2 * kWarpRows + kWindow - 2; ++row) {
+            uint32_t a[4];
+            load_matrices(a, window + row * kPatchColumns * kPixelBytes + half * 16);
+#pragma unroll
+            for (int i = 0; i < kWarpRows; ++i) {
+                const int tap = row - 2 * i;
+                if (tap < 0 || tap >= kWindow) continue;
+                multiply_add<T>(sums[i][0], a, b[tap][0], b[tap][1]);
+                multiply_add<T>(sums[i][1], a, b[tap][2], b[tap][3]);
+            }
+        }
+    }
+
+    for (int step = 0; step < steps; ++step) {
+        copy_wait<kStages - 2>();
+        // Everyone's part of this step is there, and everyone is done with the stage that is overwritten next.
+        __syncthreads();
+        copy_step(step + kStages - 1);
+        const uint32_t stage = base + step % kStages * kStageBytes;
+#pragma unroll 1
+        for (int shift = 0; shift < kTaps; ++shift) {
+            uint32_t b[kTaps][4];
+#pragma unroll
+            for (int tap = 0; tap < kTaps; ++tap) {
+                const int row = (tap * kTaps + shift) * kColumns + (lane & 7) + ((lane >> 4) << 3);
+                load_matrices(b[tap], stage + kLeftBytes + half_offset(row, (lane >> 3) & 1));
+            }
+#pragma unroll
+            for (int row = 0; row < kWarpRows + kTaps - 1; ++row) {
+                uint32_t a[4];
+                const int first = (warp_row + row) * kMarginColumns + warp_column + shift;
+                load_matrices(a, stage + half_offset(first + (lane & 15), lane >> 4));
+#pragma unroll
+                for (int i = 0; i < kWarpRows; ++i) {
+                    const int tap = row - i;
+                    if (tap < 0 || tap >= kTaps) continue;
+                    if (!kComposed || tap < kTaps - 1) multiply_add<T>(sums[i][0], a, b[tap][0], b[tap][1]);
+                    if (!kComposed || tap > 0) multiply_add<T>(sums[i][1], a, b[tap][2], b[tap][3]);
+                }
+            }
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();
+
+    float* result = reinterpret_cast<float*>(shared);  // (outputs, 2 kTileRows, kLine)
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+#pragma unroll
+        for (int phase_row = 0; phase_row < 2; ++phase_row) {
+#pragma unroll
+            for (int index = 0; index < 4; ++index) {
+                const int column = sums_column(lane) + index % 2,
+                          position = warp_column + index / 2 * 8 + sums_row(lane);
+                const int output = column % p.outputs, phase_column = column / p.outputs;
+                if (phase_column >= 2) continue;
+                const int at = (output * 2 * kTileRows + 2 * (warp_row + i) + phase_row) * kLine + 2 * position;
+                result[at + phase_column] = sums[i][phase_row][index];
+            }
+        }
+    }
+    __syncthreads();
+    const int out_height = 2 * p.height - 2, out_width = 2 * p.width - 2;
+    const T* bias = static_cast<const T*>(p.bias);
+    const bool wide = p.image_dtype == DType::kFloat32;
+    constexpr int kLines = 2 * kTileRows, kAcross = 2 * kTileColumns;
+    for (int index = thread; index < p.outputs * kLines * kAcross; index += kThreads) {
+        const int across = index % kAcross, down = index / kAcross % kLines, output = index / kAcross / kLines;
+        const int y = 2 * top + down, x = 2 * left + across;
+        if (y >= out_height || x >= out_width) continue;
+        float value = result[(output * kLines + down) * kLine + across] + to_float(bias[output]);
+        if (p.image != nullptr) {
+            // The image has the three pixels on each side that the result lacks.
+            const int64_t place = n * p.image_strides[0] + output * p.image_strides[1] + (y + 3) * p.image_strides[2] +
+                                  (x + 3) * p.image_strides[3];
+            value += wide ? static_cast<const float*>(p.image)[place] : to_float(static_cast<const T*>(p.image)[place]);
+        }
+        // Comparisons, not fminf and fmaxf, which would hide a NaN.
+        if (p.clamp) value = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
+        const int64_t place = ((static_cast<int64_t>(n) * p.outputs + output) * out_height + y) * out_width + x;
+        if (wide) {
+            static_cast<float*>(p.y)[place] = value;
+        } else {
+            static_cast<T*>(p.y)[place] = static_cast<T>(value);
+        }
+    }
+}
+
+template <typename T>
+cudaError_t launch_for(const Problem& problem, int blocks, cudaStream_t stream) {
+    const auto kernel = problem.arguments.composed ? head_kernel<T, true> : head_kernel<T, false>;
+    return launch(kernel, dim3(blocks), kThreads, kSharedBytes, 1, stream, problem);
+}
+
+}  // namespace
+
+cudaError_t head(const Head& arguments, cudaStream_t stream) {
+    const int64_t pixels = static_cast<int64_t>(arguments.height) * arguments.width;
+    if (arguments.channels > 4 || arguments.outputs > 4 || arguments.maps % kMaps != 0 || pixels > INT32_MAX ||
+        (arguments.image_dtype != arguments.dtype && arguments.image_dtype != DType::kFloat32)) {
+        return cudaErrorInvalidValue;
+    }
+    Problem problem = {};
+    problem.arguments = arguments;
+    problem.x.data = arguments.x;
+    for (int index = 0; index < 4; ++index) problem.x.strides[index] = arguments.x_strides[index];
+    problem.x.channels = arguments.channels;
+    problem.x.height = 2 * arguments.height + 4;
+    problem.x.width = 2 * arguments.width + 4;
+    problem.tiles_down = divide_up(arguments.height - 1, kTileRows);
+    problem.tiles_across = divide_up(arguments.width - 1, kTileColumns);
+    const int64_t blocks = static_cast<int64_t>(arguments.batch) * problem.tiles_down * problem.tiles_across;
+    if (blocks <= 0) return cudaSuccess;
+    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+    switch (arguments.dtype) {
+        case DType::kFloat16:
+            return launch_for<__half>(problem, static_cast<int>(blocks), stream);
+        case DType::kBFloat16:
+            return launch_for<__nv_bfloat16>(problem, static_cast<int>(blocks), stream);
+        default:
+            return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace fastden

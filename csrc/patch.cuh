@@ -1,0 +1,36 @@
+// A piece of the image in shared memory, four places a pixel, so that a row of taps is one run of values: the inner
+// dimension of a product runs along it, and a window's row begins at a multiple of 16 bytes where its pixel is even.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fastden {
+
+constexpr int kPixelBytes = 8;
+
+struct ImageView {
+    const void* data;
+    int64_t strides[4];  // elements: image, channel, row, column
+    int channels, height, width;
+};
+
+// Rows x columns pixels from (top, left) of image n; zeros outside the image, and in the places that no channel has.
+__device__ __forceinline__ void load_patch(unsigned char* patch, const ImageView& view, int n, int top, int left,
+                                           int rows, int columns, int thread, int threads) {
+    const uint16_t* image = static_cast<const uint16_t*>(view.data) + n * view.strides[0];
+    for (int index = thread; index < rows * columns; index += threads) {
+        const int y = top + index / columns, x = left + index % columns;
+        uint16_t values[4] = {};
+        if (y >= 0 && y < view.height && x >= 0 && x < view.width) {
+            const uint16_t* pixel = image + y * view.strides[2] + x * view.strides[3];
+#pragma unroll
+            for (int channel = 0; channel < 4; ++channel) {
+                if (channel < view.channels) values[channel] = pixel[channel * view.strides[1]];
+            }
+        }
+        *reinterpret_cast<uint2*>(patch + index * kPixelBytes) = make_uint2(
+            values[0] | static_cast<uint32_t>(values[1]) << 16, values[2] | static_cast<uint32_t>(values[3]) << 16);
+    }
+}
+
+}  // namespace fastden

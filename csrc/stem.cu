@@ -1,0 +1,214 @@
+// stem: conv1 o conv0 as one 7x7 convolution of stride 2 on the raw image.
+//
+// A step of the inner dimension is a row of taps: 7 pixels of 4 places, which lie one behind the other in shared
+// memory, so that windows are read from there as they are, without being unfolded. The output's first row, first column
+// and corner have weights of their own and are tiles of their own. Blocks stay and do tile after tile, with the weights
+// of a region in shared memory.
+#include "fastden.h"
+#include "patch.cuh"
+
+namespace fastden {
+namespace {
+
+constexpr int kTaps = 7;
+constexpr int kRows = 128;     // output pixels of a tile
+constexpr int kColumns = 128;  // output channels, at most
+constexpr int kWarpsDown = 4, kWarpsAcross = 2;
+constexpr int kThreads = kWarp * kWarpsDown * kWarpsAcross;
+constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
+constexpr int kRegions = 4;  // inside, first row, first column, corner
+
+// A tile is 2^log_rows x 2^log_columns output pixels.
+struct Region {
+    int log_rows, log_columns;
+    int rows, columns;  // of the output that belong to it, from (first_row, first_column) on
+    int first_row, first_column;
+    int tiles_down, tiles_across, tiles;  // the last in all images
+};
+
+__host__ __device__ constexpr int patch_rows(int log_rows) {
+    return 2 * (1 << log_rows) + kTaps - 2;
+}
+// One more than a window's: a step's places are those of eight taps.
+__host__ __device__ constexpr int patch_columns(int log_columns) {
+    return 2 * (1 << log_columns) + kTaps - 1;
+}
+__host__ __device__ constexpr int patch_bytes(int log_rows, int log_columns) {
+    return patch_rows(log_rows) * patch_columns(log_columns) * kPixelBytes;
+}
+constexpr int kPatchBytes = patch_bytes(7, 0);  // of the first column, the largest
+static_assert(kPatchBytes >= patch_bytes(0, 7) && kPatchBytes >= patch_bytes(3, 4));
+constexpr int kSharedBytes = kWeightBytes + kPatchBytes;
+
+struct Problem {
+    ImageView image;
+    const void* weight;
+    const void* bias;
+    void* y;
+    Region regions[kRegions];
+    int tiles;
+    int out_height, out_width, outputs;
+    bool relu;
+};
+
+// The weights of a region, as the product's second factor: 32 places for each row of taps, 4 a tap.
+__device__ void load_weights(unsigned char* shared, const Problem& problem, int region, int thread) {
+    const int channels = problem.image.channels;
+    const uint16_t* weight = static_cast<const uint16_t*>(problem.weight) +
+                             static_cast<int64_t>(region) * problem.outputs * channels * kTaps * kTaps;
+    for (int index = thread; index < kTaps * kColumns * kChunk; index += kThreads) {
+        const int place = index % kChunk, column = index / kChunk % kColumns, row = index / kChunk / kColumns;
+        const int tap = place / 4, channel = place % 4, output = channel_of_column(column);
+        const bool exists = tap < kTaps && channel < channels && output < problem.outputs;
+        const int at = row * kColumns * kRowBytes + part_offset(column, place / 8) + place % 8 * 2;
+        *reinterpret_cast<uint16_t*>(shared + at) =
+            exists ? weight[((output * channels + channel) * kTaps + row) * kTaps + tap] : 0;
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant__ Problem problem) {
+    constexpr int kDown = kRows / kWarpsDown / 16, kAcross = kColumns / kWarpsAcross / 8;
+    const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+    const int warp_row = warp % kWarpsDown * (16 * kDown), warp_column = warp / kWarpsDown * (8 * kAcross);
+    unsigned char* weights = shared_memory();
+    unsigned char* patch = weights + kWeightBytes;
+    const uint32_t weights_address = shared_address(weights), patch_address = shared_address(patch);
+
+    int loaded = -1;
+    for (int tile = blockIdx.x; tile < problem.tiles; tile += gridDim.x) {
+        int region = 0, index = tile;
+        while (index >= problem.regions[region].tiles) index -= problem.regions[region++].tiles;
+        const Region& r = problem.regions[region];
+        const int line = index / r.tiles_across, n = line / r.tiles_down;
+        const int top = line % r.tiles_down << r.log_rows, left = index % r.tiles_across << r.log_columns;
+        const int columns = patch_columns(r.log_columns);
+        __syncthreads();  // everyone is done with the tile before
+        if (region != loaded) load_weights(weights, problem, region, thread);
+        loaded = region;
+        load_patch(patch, problem.image, n, 2 * (r.first_row + top) - 1, 2 * (r.first_column + left) - 1,
+                   patch_rows(r.log_rows), columns, thread, kThreads);
+        __syncthreads();
+
+        uint32_t window[kDown];
+#pragma unroll
+        for (int i = 0; i < kDown; ++i) {
+            const int row = warp_row + 16 * i + (lane & 15);
+            // Rows that the tile does not have read one that it has.
+            const int down = (row >> r.log_columns) & ((1 << r.log_rows) - 1);
+            const int across = row & ((1 << r.log_columns) - 1);
+            window[i] = patch_address + (2 * down * columns + 2 * across) * kPixelBytes + (lane >> 4) * 16;
+        }
+        float sums[kDown][kAcross][4];
+        clear(sums);
+#pragma unroll 1  // or registers spill on sm_80
+        for (int step = 0; step < kTaps; ++step) {
+#pragma unroll
+            for (int part = 0; part < 4; part += 2) {
+                uint32_t a[kDown][4];
+#pragma unroll
+                for (int i = 0; i < kDown; ++i) {
+                    load_matrices(a[i], window[i] + step * columns * kPixelBytes + part * 16);
+                    // The eighth tap: its weights are 0, but a NaN of the image would come through.
+                    if (part == 2 && (lane & 2)) a[i][2] = a[i][3] = 0;
+                }
+#pragma unroll
+                for (int j = 0; j < kAcross; j += 2) {
+                    uint32_t b[4];
+                    load_matrices(b, right_address(weights_address + step * kColumns * kRowBytes, warp_column + 8 * j,
+                                                   part, lane));
+#pragma unroll
+                    for (int i = 0; i < kDown; ++i) {
+                        multiply_add<T>(sums[i][j], a[i], b[0], b[1]);
+                        multiply_add<T>(sums[i][j + 1], a[i], b[2], b[3]);
+                    }
+                }
+            }
+        }
+
+        const T* bias = static_cast<const T*>(problem.bias) + region * problem.outputs;
+#pragma unroll
+        for (int first = 0; first < kAcross; first += 4) {
+            const int output = warp_column + 8 * first + 8 * (lane & 3);  // the first of eight, see channel_of_column
+            if (output >= problem.outputs) continue;
+            uint32_t added[4];
+            *reinterpret_cast<uint4*>(added) = *reinterpret_cast<const uint4*>(bias + output);
+#pragma unroll
+            for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = warp_row + 16 * i + 8 * half + sums_row(lane);
+                    const int down = row >> r.log_columns, across = row & ((1 << r.log_columns) - 1);
+                    if (down >> r.log_rows || top + down >= r.rows || left + across >= r.columns) continue;
+                    uint32_t values[4];
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float2 offset = unpack<T>(added[j]);
+                        float2 value = make_float2(sums[i][first + j][2 * half] + offset.x,
+                                                   sums[i][first + j][2 * half + 1] + offset.y);
+                        if (problem.relu) value = make_float2(rectify(value.x), rectify(value.y));
+                        values[j] = pack<T>(value.x, value.y);
+                    }
+                    const int64_t place =
+                        (static_cast<int64_t>(n) * problem.out_height + r.first_row + top + down) * problem.out_width +
+                        r.first_column + left + across;
+                    *reinterpret_cast<uint4*>(static_cast<T*>(problem.y) + place * problem.outputs + output) =
+                        *reinterpret_cast<const uint4*>(values);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+cudaError_t stem(const Stem& arguments, cudaStream_t stream) {
+    if (arguments.channels > 4 || arguments.outputs > kColumns || arguments.outputs % 8 != 0)
+        return cudaErrorInvalidValue;
+    Problem problem = {};
+    problem.image.data = arguments.x;
+    for (int index = 0; index < 4; ++index) problem.image.strides[index] = arguments.x_strides[index];
+    problem.image.channels = arguments.channels;
+    problem.image.height = arguments.height;
+    problem.image.width = arguments.width;
+    problem.weight = arguments.weight;
+    problem.bias = arguments.bias;
+    problem.y = arguments.y;
+    problem.out_height = (arguments.height - 4) / 2;
+    problem.out_width = (arguments.width - 4) / 2;
+    problem.outputs = arguments.outputs;
+    problem.relu = arguments.relu;
+    int64_t tiles = 0;
+    for (int region = 0; region < kRegions; ++region) {
+        const bool first_row = region % 2 == 1, first_column = region / 2 == 1;
+        Region& r = problem.regions[region];
+        r.log_rows = first_row ? 0 : first_column ? 7 : 3;
+        r.log_columns = first_column ? 0 : first_row ? 7 : 4;
+        r.rows = first_row ? 1 : problem.out_height - 1;
+        r.columns = first_column ? 1 : problem.out_width - 1;
+        r.first_row = first_row ? 0 : 1;
+        r.first_column = first_column ? 0 : 1;
+        r.tiles_down = divide_up(r.rows, 1 << r.log_rows);
+        r.tiles_across = divide_up(r.columns, 1 << r.log_columns);
+        const int64_t count = static_cast<int64_t>(arguments.batch) * r.tiles_down * r.tiles_across;
+        tiles += count;
+        if (tiles > INT32_MAX / 2) return cudaErrorInvalidValue;
+        r.tiles = static_cast<int>(count);
+    }
+    if (tiles == 0) return cudaSuccess;
+    problem.tiles = static_cast<int>(tiles);
+    int multiprocessors = 0;
+    const cudaError_t error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
+    if (error != cudaSuccess) return error;
+    const int blocks = problem.tiles < 2 * multiprocessors ? problem.tiles : 2 * multiprocessors;
+    switch (arguments.dtype) {
+        case DType::kFloat16:
+            return launch(stem_kernel<__half>, dim3(blocks), kThreads, kSharedBytes, 1, stream, problem);
+        case DType::kBFloat16:
+            return launch(stem_kernel<__nv_bfloat16>, dim3(blocks), kThreads, kSharedBytes, 1, stream, problem);
+        default:
+            return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace fastden
