@@ -33,7 +33,7 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         if lacking and CHOICE == "auto":
-            print(f"fastden: pure Python, without the CUDA extension: {'; '.join(lacking)}")
+            print(f"fastden: pure Python, without the CUDA extension: {'; '.join(lacking)}{ADVICE}")
         if self.editable_mode:  # a checkout has them beside the package
             return
         target = Path(self.build_lib) / "fastden" / "_csrc"
@@ -67,9 +67,11 @@ def ahead_of_time() -> "build.Plan":  # type: ignore[name-defined]
 
 if CHOICE not in build.CHOICES:
     raise SystemExit(f"FASTDEN_BUILD: {CHOICE!r}; accepted: {', '.join(build.CHOICES)}")
+# An isolated build sees no PyTorch, whatever is installed.
+ADVICE = "" if importlib.util.find_spec("torch") else " (pip install --no-build-isolation lets a build see PyTorch)"
 lacking = [] if CHOICE == "none" else build.missing(build.find_toolkit())
 if lacking and CHOICE == "cuda":
-    raise SystemExit(f"FASTDEN_BUILD: 'cuda', but the CUDA extension cannot be built: {'; '.join(lacking)}")
+    raise SystemExit(f"FASTDEN_BUILD: 'cuda', but the CUDA extension cannot be built: {'; '.join(lacking)}{ADVICE}")
 setup(
     ext_modules=[] if lacking or CHOICE == "none" else [Extension(f"fastden.{build.NAME}", [])],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},

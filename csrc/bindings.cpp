@@ -342,7 +342,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
     const int64_t batch = x.size(0), channels = x.size(1), height = (x.size(2) - 4) / 2, width = (x.size(3) - 4) / 2;
     const int64_t maps = features.size(1), outputs = image_weight.size(0);
     check_shape("features", features, {batch, maps, height, width});
-    check_multiple("features' channels", maps, 32);
+    check_multiple("features' channels", maps, 16);
     TORCH_CHECK_VALUE(outputs >= 1 && outputs <= channels, "image_weight's outputs: ", outputs, "; accepted: 1 to ",
                       channels, ", the channels of x");
     check_shape("weight", weight, {4 * outputs, maps, 4, 4});

@@ -1,8 +1,8 @@
 """Building the CUDA extension: what is compiled, how, for which GPUs, and what a machine lacks for it.
 
 :func:`plan` gives sources and flags: to ``setup.py`` (a wheel or an editable installation), to ``fastden build`` (for
-the PyTorch that is there, into the user's cache) and to the tests (an emulated build, for the CPU). The standard library
-is all that importing this takes: ``setup.py`` loads it by its path, where neither PyTorch nor fastden is installed.
+the PyTorch that is there, into the user's cache) and to the tests (an emulated build, for the CPU). Importing this
+takes the standard library alone: ``setup.py`` loads it by its path, where neither PyTorch nor fastden is installed.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def plan(
     Raises:
         BuildError: no sources there.
     """
+    csrc, emulator = csrc.resolve(), emulator.resolve() if emulator else None
     kernels = sorted(csrc.glob("*.cu"))
     bindings = csrc / "bindings.cpp"
     if not kernels or not bindings.is_file():
@@ -282,12 +283,7 @@ def missing(toolkit: Path | None) -> list[str]:
         found = environment()["cuda"]
     # A broken native library can raise anything on import.
     except Exception as error:
-        advice = (
-            "; an isolated build has none: pip install --no-build-isolation"
-            if "PIP_BUILD_TRACKER" in os.environ
-            else ""
-        )
-        return [*reasons, f"PyTorch cannot be imported ({type(error).__name__}: {error}){advice}"]
+        return [*reasons, f"PyTorch cannot be imported ({type(error).__name__}: {error})"]
     if found == "none":
         reasons.append("this PyTorch is not a CUDA build")
     elif toolkit:

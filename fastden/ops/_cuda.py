@@ -12,6 +12,7 @@ from fastden.build import covers
 
 #: Whole fragments of the matrix instructions, in channels.
 FRAGMENT = 8
+MAPS = 16
 BLOCK = 32
 MIDDLES = (32, 64)
 IMAGE_CHANNELS = 4
@@ -68,7 +69,7 @@ def _stem(x: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
 
 
 def _head(features: Tensor, x: Tensor, **_: Tensor) -> list[str]:
-    return _channels("features' channels", features.shape[1], BLOCK) + _image(x)
+    return _channels("features' channels", features.shape[1], MAPS) + _image(x)
 
 
 LIMITS: dict[str, Callable[..., list[str]]] = {
