@@ -116,13 +116,15 @@ def plan(
     if emulator is None:
         chosen = tuple(architectures)
         # The standard of C++ is that of the kernels; bindings.cpp takes the one that PyTorch's headers need.
-        nvcc_flags = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", *ALLOW_HALF, *gencode(chosen))
+        hopper = ("-DFASTDEN_HOPPER",) if any(one.startswith("9.0a") for one in chosen) else ()
+        general = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", *ALLOW_HALF)
+        nvcc_flags = (*general, *hopper, *gencode(chosen))
         cxx_flags: tuple[str, ...] = ("-O2",)
     else:
         chosen, nvcc_flags = (), ()
         sources += sorted(emulator.glob("*.cpp"))
         include += [emulator, *([toolkit / "include"] if toolkit else [])]
-        cxx_flags = ("-x", "c++", "-O1", "-DFASTDEN_EMULATED")
+        cxx_flags = ("-x", "c++", "-O1", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER")
     folders = [csrc] if emulator is None else [csrc, emulator]
     return Plan(
         tuple(sources), tuple(include), cxx_flags, nvcc_flags, chosen, digest(folders), emulator is not None,
@@ -290,7 +292,7 @@ def missing(toolkit: Path | None) -> list[str]:
         release = re.search(r"release (\d+)\.(\d+)", ask_nvcc(toolkit, "--version"))
         if release and release[1] != found.split(".")[0]:
             reasons.append(
-                f"nvcc is of CUDA {release[1]}.{release[2]}, PyTorch of CUDA {found}; accepted: one major version"
+                f"nvcc is of CUDA {release[1]}.{release[2]}, PyTorch of CUDA {found}; accepted: the same major version"
             )
     if shutil.which("ninja", path=_path()) is None:
         reasons.append("ninja is not found (pip install ninja)")
