@@ -74,6 +74,7 @@ struct Store {
 struct Block {
     Index index;
     int rank = 0;
+    int threads_left = 0;
     std::vector<unsigned char> storage;
     unsigned char* shared = nullptr;
     Meeting meeting;
@@ -218,6 +219,7 @@ void check_barrier(MemoryBarrier& barrier) {
 }
 
 MemoryBarrier& barrier_at(Block& block, uint32_t address) {
+    if (block.threads_left == 0) fail("a barrier of a block that has ended");
     const auto found = block.barriers.find(address);
     if (found == block.barriers.end()) fail("a barrier that was not initialised");
     return found->second;
@@ -235,6 +237,7 @@ void run_cluster(dim3 grid, int threads, int cluster, unsigned first, const std:
         const unsigned linear = first + rank;
         block->index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
         block->rank = rank;
+        block->threads_left = threads;
         block->storage.assign(machine.shared_bytes + 1024, 0xFF);  // a NaN in every type
         auto base = reinterpret_cast<uintptr_t>(block->storage.data());
         block->shared = block->storage.data() + (1024 - base % 1024) % 1024;
@@ -280,7 +283,10 @@ void run_cluster(dim3 grid, int threads, int cluster, unsigned first, const std:
             machine.error.clear();
             throw std::runtime_error(error);
         }
-        left -= machine.running->done;
+        if (machine.running->done) {
+            --left;
+            --machine.running->block->threads_left;
+        }
     }
     if (!machine.background.empty()) throw std::runtime_error("a block ended before what it loads was there");
 }
