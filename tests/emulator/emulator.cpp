@@ -367,6 +367,13 @@ void execute(Block& block, const Product& product) {
     }
 }
 
+// All but the last `pending` groups of products.
+void multiply_groups(Block& block, WarpGroup& all, int pending) {
+    for (; static_cast<int>(all.committed.size()) > pending; all.committed.pop_front()) {
+        for (const Product& product : all.committed.front()) execute(block, product);
+    }
+}
+
 }  // namespace
 
 Counters& counters() {
@@ -522,6 +529,11 @@ int cluster_rank() {
     return self().block->rank;
 }
 
+bool elected() {
+    meet_warp();
+    return lane() == kWarp / 2;  // not the first, which code could take for granted
+}
+
 void encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes, const uint64_t* strides,
                        const uint32_t* box) {
     Map made = {base, {}, {}, {}, rank};
@@ -596,21 +608,19 @@ void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool a
 
 void group_commit() {
     WarpGroup& all = group();
+    Block& block = *self().block;
     meet(all.meeting, kGroup, [&] {
         all.committed.push_back(std::move(all.open));
         all.open.clear();
+        // At once at times: a factor that is not there yet shows only so.
+        if (draw() % 2 == 0) multiply_groups(block, all, 0);
     });
 }
 
 void group_wait(int pending) {
     WarpGroup& all = group();
     Block& block = *self().block;
-    meet(all.meeting, kGroup, [&] {
-        while (static_cast<int>(all.committed.size()) > pending) {
-            for (const Product& product : all.committed.front()) execute(block, product);
-            all.committed.pop_front();
-        }
-    });
+    meet(all.meeting, kGroup, [&] { multiply_groups(block, all, pending); });
 }
 
 }  // namespace fastden::emulator
