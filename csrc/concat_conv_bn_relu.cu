@@ -101,34 +101,39 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
     }
     meet_cluster();
 
-    if (thread < kGroupThreads) {
+    const int warp = uniform_warp();
+    if (warp < kGroupThreads / kWarp) {
         registers_give<40>();
-        if (thread == 0) {
+        // All threads of the warp go along, so that addresses are known to be the same for all.
+        if (warp == 0) {
             constexpr int kShare = kTileOutputs / kCluster;
             for (int pair = cluster; pair < problem.pairs; pair += clusters) {
                 const Place place = place_of(problem, pair, rank);
-                for (int tap = 0; tap < problem.kernel * problem.kernel; ++tap) {
-                    const int y = place.y + tap / problem.kernel - problem.padding;
-                    const int x = place.x + tap % problem.kernel - problem.padding;
-                    for (int chunk = 0; chunk <= chunks_a; ++chunk) {
-                        barrier_wait(ring.empty(), ring.parity ^ 1);
-                        barrier_expect(ring.full(), kStageBytes);
-                        const int channel = chunk * kStepChannels;
-                        if (chunk < chunks_a) {
-                            tensor_load_4d(ring.left(), problem.a, ring.full(), channel, x, y, place.n);
-                        } else {
-                            tensor_load_4d(ring.left(), problem.b, ring.full(), 0, x, y, place.n);
+                int in_weight = 0;
+                for (int tap_row = 0; tap_row < problem.kernel; ++tap_row) {
+                    for (int tap_column = 0; tap_column < problem.kernel; ++tap_column) {
+                        const int y = place.y + tap_row - problem.padding, x = place.x + tap_column - problem.padding;
+                        for (int chunk = 0; chunk <= chunks_a; ++chunk) {
+                            barrier_wait(ring.empty(), ring.parity ^ 1);
+                            if (elected()) {
+                                barrier_expect(ring.full(), kStageBytes);
+                                const bool second = chunk == chunks_a;
+                                tensor_load_4d(ring.left(), second ? problem.b : problem.a, ring.full(),
+                                               second ? 0 : chunk * kStepChannels, x, y, place.n);
+                                tensor_load_2d(ring.right() + rank * kShare * kFactorRow, problem.weight, ring.full(),
+                                               in_weight + chunk * kStepChannels, place.output + rank * kShare,
+                                               (1u << kCluster) - 1);
+                            }
+                            ring.advance();
                         }
-                        tensor_load_2d(ring.right() + rank * kShare * kFactorRow, problem.weight, ring.full(),
-                                       tap * channels + channel, place.output + rank * kShare, (1u << kCluster) - 1);
-                        ring.advance();
+                        in_weight += channels;
                     }
                 }
             }
         }
     } else {
         registers_take<232>();
-        const int group = thread / kGroupThreads - 1, lane = thread % kWarp, member = thread % kGroupThreads;
+        const int group = warp / (kGroupThreads / kWarp) - 1, lane = thread % kWarp, member = thread % kGroupThreads;
         const T* bias = static_cast<const T*>(problem.bias);
         float sums[kTileOutputs / 2];
         Ring done = ring;  // the stage that is given back next

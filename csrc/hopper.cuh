@@ -26,6 +26,12 @@ using emulator::meet_cluster;
 using emulator::tensor_store_commit;
 
 inline void barrier_init_done() {}
+inline bool elected() {
+    return emulator::elected();
+}
+inline int uniform_warp() {
+    return threadIdx.x / 32;
+}
 inline void make_visible_to_tensor_stores() {}
 inline void tensor_load_4d(uint32_t target, const CUtensorMap& map, uint32_t barrier, int c, int x, int y, int n) {
     const int place[] = {c, x, y, n};
@@ -80,12 +86,13 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the barrier with the same address in the cluster's block `rank`.
+// At the barrier with the same address in the cluster's block `rank`. Of the block's scope by default: with .cluster,
+// ptxas 13.0 puts a fence of the whole GPU before it, which only what this thread has written would need.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }
@@ -95,7 +102,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
     asm volatile(
         "{\n.reg .pred done;\n"
         "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n}\n" ::"r"(barrier),
         "r"(parity)
         : "memory");
@@ -105,6 +112,22 @@ __device__ __forceinline__ int cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return static_cast<int>(rank);
+}
+
+// In exactly one of the warp's threads, all of which have come; the compiler knows that what follows is done by one.
+__device__ __forceinline__ bool elected() {
+    uint32_t chosen;
+    asm volatile(
+        "{\n.reg .pred chosen;\n"
+        "elect.sync _|chosen, 0xFFFFFFFF;\n"
+        "selp.u32 %0, 1, 0, chosen;\n}\n"
+        : "=r"(chosen));
+    return chosen != 0;
+}
+
+// The warp's number in the block, as a value that the compiler knows to be the same in all its threads.
+__device__ __forceinline__ int uniform_warp() {
+    return __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);
 }
 
 __device__ __forceinline__ void meet_cluster() {

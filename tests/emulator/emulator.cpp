@@ -74,6 +74,7 @@ struct Store {
 struct Block {
     Index index;
     int rank = 0;
+    int threads_left = 0;
     std::vector<unsigned char> storage;
     unsigned char* shared = nullptr;
     Meeting meeting;
@@ -218,6 +219,7 @@ void check_barrier(MemoryBarrier& barrier) {
 }
 
 MemoryBarrier& barrier_at(Block& block, uint32_t address) {
+    if (block.threads_left == 0) fail("a barrier of a block that has ended");
     const auto found = block.barriers.find(address);
     if (found == block.barriers.end()) fail("a barrier that was not initialised");
     return found->second;
@@ -235,6 +237,7 @@ void run_cluster(dim3 grid, int threads, int cluster, unsigned first, const std:
         const unsigned linear = first + rank;
         block->index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
         block->rank = rank;
+        block->threads_left = threads;
         block->storage.assign(machine.shared_bytes + 1024, 0xFF);  // a NaN in every type
         auto base = reinterpret_cast<uintptr_t>(block->storage.data());
         block->shared = block->storage.data() + (1024 - base % 1024) % 1024;
@@ -280,7 +283,10 @@ void run_cluster(dim3 grid, int threads, int cluster, unsigned first, const std:
             machine.error.clear();
             throw std::runtime_error(error);
         }
-        left -= machine.running->done;
+        if (machine.running->done) {
+            --left;
+            --machine.running->block->threads_left;
+        }
     }
     if (!machine.background.empty()) throw std::runtime_error("a block ended before what it loads was there");
 }
@@ -358,6 +364,13 @@ void execute(Block& block, const Product& product) {
             for (int k = 0; k < 16; ++k) sum += a[row * 16 + k] * b[column * 16 + k];
             product.sums[thread][index] = sum;
         }
+    }
+}
+
+// All but the last `pending` groups of products.
+void multiply_groups(Block& block, WarpGroup& all, int pending) {
+    for (; static_cast<int>(all.committed.size()) > pending; all.committed.pop_front()) {
+        for (const Product& product : all.committed.front()) execute(block, product);
     }
 }
 
@@ -516,6 +529,11 @@ int cluster_rank() {
     return self().block->rank;
 }
 
+bool elected() {
+    meet_warp();
+    return lane() == kWarp / 2;  // not the first, which code could take for granted
+}
+
 void encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes, const uint64_t* strides,
                        const uint32_t* box) {
     Map made = {base, {}, {}, {}, rank};
@@ -590,21 +608,19 @@ void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool a
 
 void group_commit() {
     WarpGroup& all = group();
+    Block& block = *self().block;
     meet(all.meeting, kGroup, [&] {
         all.committed.push_back(std::move(all.open));
         all.open.clear();
+        // At once at times: a factor that is not there yet shows only so.
+        if (draw() % 2 == 0) multiply_groups(block, all, 0);
     });
 }
 
 void group_wait(int pending) {
     WarpGroup& all = group();
     Block& block = *self().block;
-    meet(all.meeting, kGroup, [&] {
-        while (static_cast<int>(all.committed.size()) > pending) {
-            for (const Product& product : all.committed.front()) execute(block, product);
-            all.committed.pop_front();
-        }
-    });
+    meet(all.meeting, kGroup, [&] { multiply_groups(block, all, pending); });
 }
 
 }  // namespace fastden::emulator

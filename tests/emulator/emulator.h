@@ -68,6 +68,7 @@ void barrier_arrive(uint32_t barrier, int rank);  // of the cluster's block `ran
 void barrier_wait(uint32_t barrier, uint32_t parity);
 
 int cluster_rank();
+bool elected();
 
 void encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes, const uint64_t* strides,
                        const uint32_t* box);
