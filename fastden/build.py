@@ -132,6 +132,11 @@ def plan(
     )  # fmt: skip
 
 
+def name_of(capability: tuple[int, int]) -> str:
+    """The architecture to build for a GPU: (8, 6) is ``8.6``, (9, 0) is ``9.0a``."""
+    return f"{capability[0]}.{capability[1]}" + ("a" if capability == (9, 0) else "")
+
+
 def gencode(architectures: Iterable[str]) -> tuple[str, ...]:
     """nvcc's flags for compute capabilities: ``9.0a`` to ``-gencode=arch=compute_90a,code=sm_90a``."""
     flags = []
@@ -196,7 +201,7 @@ def choose_architectures(
         return parse_architectures(environ["TORCH_CUDA_ARCH_LIST"])
     present = sorted({capability for capability in capabilities if capability >= (8, 0)})
     if present:
-        return tuple(f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}" for major, minor in present)
+        return tuple(map(name_of, present))
     found = known_architectures(ARCHITECTURES, listed)
     if not found:
         raise BuildError(f"nvcc compiles for none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")

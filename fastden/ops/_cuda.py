@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastden import extension
-from fastden.build import covers
+from fastden.build import covers, name_of
 
 #: Whole fragments of the matrix instructions, in channels.
 FRAGMENT = 8
@@ -29,14 +29,13 @@ def _why_not_device(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return []  # another reason already, or the emulated build
     capability = torch.cuda.get_device_capability(device)
-    name = "{}.{}".format(*capability)
     if capability < SMALLEST_CAPABILITY:
-        return [f"compute capability {name}; accepted: from 8.0 on"]
+        return [f"compute capability {capability[0]}.{capability[1]}; accepted: from 8.0 on"]
     built = extension.load()["architectures"]
     if not covers(built, capability):
         return [
-            f"compute capability {name}; built for {', '.join(built)}: run `fastden build` with"
-            f" TORCH_CUDA_ARCH_LIST={name}"
+            f"compute capability {capability[0]}.{capability[1]}; built for {', '.join(built)}: run `fastden build` with"
+            f" TORCH_CUDA_ARCH_LIST={name_of(capability)}"
         ]
     return []
 

@@ -245,7 +245,7 @@ def test_frozen_normalisation(device: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_dispatcher_operator(device: str, name: str) -> None:
-    _, tensors, options = CASES[name](device, torch.float16)
+    _, tensors, _ = CASES[name](device, torch.float16)
     arguments: dict[str, tuple[Any, ...]] = {
         "conv_bn_relu": ("conv", tensors.get("x"), None, *list(tensors.values())[1:], True, 2, 1),
         "concat_conv_bn_relu": ("conv", *tensors.values(), None, True, 1, 1),
@@ -282,10 +282,8 @@ def test_autocast(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         y = function(**tensors, **options, backend="cuda")
     assert y.dtype == torch.bfloat16
-    expected = function(
-        **{k: None if x is None else x.bfloat16() for k, x in tensors.items()}, **options, backend="cuda"
-    )
-    assert torch.equal(y, expected)
+    halves = {key: None if x is None else x.bfloat16() for key, x in tensors.items()}
+    assert torch.equal(y, function(**halves, **options, backend="cuda"))
 
 
 @pytest.mark.gpu
