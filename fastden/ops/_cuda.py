@@ -29,14 +29,13 @@ def _why_not_device(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return []  # another reason already, or the emulated build
     capability = torch.cuda.get_device_capability(device)
+    reason = f"compute capability {capability[0]}.{capability[1]}"
     if capability < SMALLEST_CAPABILITY:
-        return [f"compute capability {capability[0]}.{capability[1]}; accepted: from 8.0 on"]
+        return [f"{reason}; accepted: from 8.0 on"]
     built = extension.load()["architectures"]
     if not covers(built, capability):
-        return [
-            f"compute capability {capability[0]}.{capability[1]}; built for {', '.join(built)}: run `fastden build` with"
-            f" TORCH_CUDA_ARCH_LIST={name_of(capability)}"
-        ]
+        advice = f"run `fastden build` with TORCH_CUDA_ARCH_LIST={name_of(capability)}"
+        return [f"{reason}; built for {', '.join(built)}: {advice}"]
     return []
 
 
