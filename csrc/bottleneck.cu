@@ -18,6 +18,7 @@ constexpr int kMarginRows = divide_up(kMarginPixels, 64) * 64;  // whole blocks 
 constexpr int kWarpsDown = 4, kWarpsAcross = 2;
 constexpr int kThreads = kWarp * kWarpsDown * kWarpsAcross;
 constexpr int kStages = 3;
+constexpr int kUnits = 3;           // of a tap and kChunk channels, of a step of `conv`
 constexpr int kExpandColumns = 64;  // output channels of a step of `expand`
 
 template <int kMiddle>
@@ -28,7 +29,7 @@ struct Layout {
     static constexpr int kRing = kConvolved + kChunks * kPixels * kRowBytes;
     static constexpr int kStageBytes = (kMarginRows + kMiddle) * kRowBytes;
     static constexpr int kSharedBytes = kRing + kStages * kStageBytes;
-    static_assert(kStageBytes >= kChunks * kExpandColumns * kRowBytes);
+    static_assert(kStageBytes >= kChunks * kExpandColumns * kRowBytes && kStageBytes >= kUnits * kMiddle * kRowBytes);
 };
 
 struct Problem {
@@ -54,7 +55,7 @@ __device__ __forceinline__ void store_map(const float (&sums)[kBlocksDown][kBloc
                     const float2 added = unpack<T>(*reinterpret_cast<const uint32_t*>(bias + column));
                     value = make_float2(value.x + added.x, value.y + added.y);
                 }
-                const uint32_t pair = there ? pack<T>(rectify(value.x), rectify(value.y)) : 0;
+                const uint32_t pair = there ? rectify<T>(pack<T>(value.x, value.y)) : 0;
                 const int at = column / kChunk * (kRows * kRowBytes) + part_offset(row, column % kChunk / 8);
                 *reinterpret_cast<uint32_t*>(map + at + 2 * (column % 8)) = pair;
             }
@@ -86,70 +87,79 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
         return inside ? y * p.width + x : -1;
     };
     const int part = thread % 4;
-    constexpr int kCopyRows = kThreads / 4;
-    int pixels[kMarginRows / kCopyRows];
+    constexpr int kCopyRows = kThreads / 4, kPasses = kMarginRows / kCopyRows;
+    static_assert(kCopyRows == kExpandColumns && kCopyRows >= kMiddle);
+    const T* source[kPasses];  // null outside the image
 #pragma unroll
-    for (int pass = 0; pass < kMarginRows / kCopyRows; ++pass)
-        pixels[pass] = margin_pixel(pass * kCopyRows + thread / 4);
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int pixel = margin_pixel(pass * kCopyRows + thread / 4);
+        source[pass] = pixel < 0 ? nullptr : x + static_cast<int64_t>(pixel) * p.channels + part * 8;
+    }
 
     // The three convolutions' steps follow each other in one pipeline.
     const int reduce_steps = p.channels / kChunk;
-    constexpr int kConvSteps = 9 * L::kChunks;
+    constexpr int kConvSteps = 9 * L::kChunks / kUnits;
     const int expand_begin = reduce_steps + kConvSteps;
     const int steps = expand_begin + divide_up(p.channels, kExpandColumns);
-    const auto copy_step = [&](int step) {
-        const uint32_t stage = base + L::kRing + step % kStages * L::kStageBytes;
-        if (step < reduce_steps) {
-            const int channel = step * kChunk + part * 8;
+    const uint32_t ring = base + L::kRing, copy_offset = part_offset(thread / 4, part);
+    int copied = 0, stage_copied = 0;
+    const auto copy_step = [&] {
+        const uint32_t stage = ring + stage_copied * L::kStageBytes + copy_offset;
+        if (copied < reduce_steps) {
 #pragma unroll
-            for (int pass = 0; pass < kMarginRows / kCopyRows; ++pass) {
-                const bool inside = pixels[pass] >= 0;
-                copy_async(stage + part_offset(pass * kCopyRows + thread / 4, part),
-                           inside ? x + static_cast<int64_t>(pixels[pass]) * p.channels + channel : x, inside);
+            for (int pass = 0; pass < kPasses; ++pass) {
+                copy_async(stage + pass * kCopyRows * kRowBytes, source[pass] + copied * kChunk,
+                           source[pass] != nullptr);
             }
             if (thread / 4 < kMiddle) {
-                copy_async(stage + kMarginRows * kRowBytes + part_offset(thread / 4, part),
-                           reduce + thread / 4 * p.channels + channel, true);
+                copy_async(stage + kMarginRows * kRowBytes,
+                           reduce + thread / 4 * p.channels + copied * kChunk + part * 8, true);
             }
-        } else if (step < expand_begin) {
-            const int index = step - reduce_steps, tap = index / L::kChunks, chunk = index % L::kChunks;
+        } else if (copied < expand_begin) {
+            // A row of `conv` is 9 taps of kMiddle channels: its chunks follow each other.
+            const int unit = (copied - reduce_steps) * kUnits;
             if (thread / 4 < kMiddle) {
-                copy_async(stage + part_offset(thread / 4, part),
-                           conv + (thread / 4 * 9 + tap) * kMiddle + chunk * kChunk + part * 8, true);
+                const T* row = conv + thread / 4 * (9 * kMiddle) + unit * kChunk + part * 8;
+#pragma unroll
+                for (int next = 0; next < kUnits; ++next) {
+                    copy_async(stage + next * kMiddle * kRowBytes, row + next * kChunk, true);
+                }
             }
-        } else if (step < steps) {
-            const int row = thread / 4;
-            const int output = (step - expand_begin) * kExpandColumns + channel_of_column(row);
-            const bool exists = output < p.channels;
+        } else if (copied < steps) {
+            const int output = (copied - expand_begin) * kExpandColumns + channel_of_column(thread / 4);
+            const T* row = expand + output * kMiddle + part * 8;
 #pragma unroll
             for (int chunk = 0; chunk < L::kChunks; ++chunk) {
-                copy_async(stage + chunk * kExpandColumns * kRowBytes + part_offset(row, part),
-                           exists ? expand + output * kMiddle + chunk * kChunk + part * 8 : expand, exists);
+                copy_async(stage + chunk * kExpandColumns * kRowBytes, row + chunk * kChunk, output < p.channels);
             }
         }
+        ++copied;
+        stage_copied = stage_copied + 1 == kStages ? 0 : stage_copied + 1;
         copy_commit();  // an empty group too: groups are what is counted
     };
-    static_assert(kCopyRows == kExpandColumns && kCopyRows >= kMiddle);
 
-    int step = 0;
+    int stage_used = 0;
     const auto next_stage = [&] {
         copy_wait<kStages - 2>();
         // Everyone's part of this step is there, everyone is done with the stage that is overwritten next, and what
         // was stored to shared memory is seen by all.
         __syncthreads();
-        copy_step(step + kStages - 1);
-        return base + L::kRing + step++ % kStages * L::kStageBytes;
+        copy_step();
+        const uint32_t stage = ring + stage_used * L::kStageBytes;
+        stage_used = stage_used + 1 == kStages ? 0 : stage_used + 1;
+        return stage;
     };
-    for (int ahead = 0; ahead < kStages - 1; ++ahead) copy_step(ahead);
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) copy_step();
 
+    const uint32_t right = right_offset(warp_across * (8 * kAcross), lane);
     {
         constexpr int kDown = kMarginRows / kWarpsDown / 16;
+        const uint32_t left = left_offset(warp_down * (16 * kDown), lane);
         float sums[kDown][kAcross][4];
         clear(sums);
         for (int index = 0; index < reduce_steps; ++index) {
             const uint32_t stage = next_stage();
-            multiply_step<T>(sums, stage, warp_down * (16 * kDown), stage + kMarginRows * kRowBytes,
-                             warp_across * (8 * kAcross), lane);
+            multiply_step<T>(sums, stage + left, stage + kMarginRows * kRowBytes + right);
         }
         // Outside the image the reduced map is 0, not relu(bias): the convolution pads it.
         store_map<T, kMarginRows>(sums, shared + L::kReduced, warp_down * (16 * kDown), warp_across * (8 * kAcross),
@@ -161,30 +171,17 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
     {
         float sums[kDown][kAcross][4];
         clear(sums);
-        for (int tap = 0; tap < 9; ++tap) {
+        for (int index = 0; index < kConvSteps; ++index) {
+            const uint32_t stage = next_stage();
 #pragma unroll
-            for (int chunk = 0; chunk < L::kChunks; ++chunk) {
-                const uint32_t stage = next_stage();
+            for (int next = 0; next < kUnits; ++next) {
+                const int unit = index * kUnits + next, tap = unit / L::kChunks, chunk = unit % L::kChunks;
                 const uint32_t map = base + L::kReduced + chunk * (kMarginRows * kRowBytes);
-                const int shift = tap / 3 * kMarginColumns + tap % 3;
+                const int row = warp_down * kDown * kMarginColumns + tap / 3 * kMarginColumns + tap % 3;
+                uint32_t left[kDown];
 #pragma unroll
-                for (int half = 0; half < 4; half += 2) {
-                    uint32_t b[kAcross / 2][4];
-#pragma unroll
-                    for (int j = 0; j < kAcross / 2; ++j) {
-                        load_matrices(b[j], right_address(stage, warp_across * (8 * kAcross) + 16 * j, half, lane));
-                    }
-#pragma unroll
-                    for (int i = 0; i < kDown; ++i) {
-                        uint32_t a[4];
-                        load_matrices(a,
-                                      left_address(map, (warp_down * kDown + i) * kMarginColumns + shift, half, lane));
-#pragma unroll
-                        for (int j = 0; j < kAcross; ++j) {
-                            multiply_add<T>(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-                        }
-                    }
-                }
+                for (int i = 0; i < kDown; ++i) left[i] = map + left_offset(row + i * kMarginColumns, lane);
+                multiply_rows<T>(sums, left, stage + next * kMiddle * kRowBytes + right);
             }
         }
         store_map<T, kPixels>(sums, shared + L::kConvolved, warp_down * (16 * kDown), warp_across * (8 * kAcross),
@@ -192,20 +189,30 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
     }
     const T* bias = static_cast<const T*>(p.expand_bias);
     T* y = static_cast<T*>(p.y) + (x - static_cast<const T*>(p.x));
-    while (step < steps) {
-        const int first_output = (step - expand_begin) * kExpandColumns + warp_across * 32;
+    const uint32_t convolved = base + L::kConvolved + left_offset(warp_down * (16 * kDown), lane);
+    const uint32_t expand_right = right_offset(warp_across * 32, lane);
+    for (int first = 0; first < p.channels; first += kExpandColumns) {
         const uint32_t stage = next_stage();
+        // The first of eight, see channel_of_column.
+        const int output = first + warp_across * 32 + 8 * (lane & 3);
+        if (output >= p.channels) continue;  // 32 channels, and so a warp, at a time
+        uint32_t offset[4] = {};
+        if (bias != nullptr) *reinterpret_cast<uint4*>(offset) = *reinterpret_cast<const uint4*>(bias + output);
         float sums[kDown][4][4];
-        clear(sums);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 start = unpack<T>(offset[j]);
+#pragma unroll
+            for (int i = 0; i < kDown; ++i) {
+                sums[i][j][0] = sums[i][j][2] = start.x;
+                sums[i][j][1] = sums[i][j][3] = start.y;
+            }
+        }
 #pragma unroll
         for (int chunk = 0; chunk < L::kChunks; ++chunk) {
-            multiply_step<T>(sums, base + L::kConvolved + chunk * (kPixels * kRowBytes), warp_down * (16 * kDown),
-                             stage + chunk * (kExpandColumns * kRowBytes), warp_across * 32, lane);
+            multiply_step<T>(sums, convolved + chunk * (kPixels * kRowBytes),
+                             stage + chunk * (kExpandColumns * kRowBytes) + expand_right);
         }
-        const int output = first_output + 8 * (lane & 3);  // the first of eight, see channel_of_column
-        if (output >= p.channels) continue;
-        uint32_t added[4] = {};
-        if (bias != nullptr) *reinterpret_cast<uint4*>(added) = *reinterpret_cast<const uint4*>(bias + output);
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
 #pragma unroll
@@ -217,9 +224,9 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
                 *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(x + place);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const float2 residual = unpack<T>(values[j]), offset = unpack<T>(added[j]);
-                    values[j] = pack<T>(rectify(sums[i][j][2 * half] + offset.x + residual.x),
-                                        rectify(sums[i][j][2 * half + 1] + offset.y + residual.y));
+                    const float2 residual = unpack<T>(values[j]);
+                    values[j] =
+                        rectify<T>(pack<T>(sums[i][j][2 * half] + residual.x, sums[i][j][2 * half + 1] + residual.y));
                 }
                 *reinterpret_cast<uint4*>(y + place) = *reinterpret_cast<const uint4*>(values);
             }

@@ -191,12 +191,11 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const int index = (piece * 8 + part) * 4 + 2 * half;
-                        float2 value = make_float2(sums[index] + added.x, sums[index + 1] + added.y);
-                        if (problem.relu) value = make_float2(rectify(value.x), rectify(value.y));
+                        const uint32_t pair = pack<T>(sums[index] + added.x, sums[index + 1] + added.y);
                         const int pixel = row + 8 * half;
                         const int at =
                             offset + pixel * kFactorRow + ((part ^ (pixel & 7)) << 4) + 2 * sums_column(lane);
-                        *reinterpret_cast<uint32_t*>(shared + at) = pack<T>(value.x, value.y);
+                        *reinterpret_cast<uint32_t*>(shared + at) = problem.relu ? rectify<T>(pair) : pair;
                     }
                 }
                 make_visible_to_tensor_stores();

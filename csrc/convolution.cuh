@@ -10,6 +10,8 @@
 
 namespace fastden {
 
+constexpr int kLargestKernel = 5;  // a bit for each tap fits into 32
+
 struct ConvolutionProblem {
     Convolution arguments;
     int out_height, out_width;  // of one phase
@@ -24,12 +26,15 @@ struct ConvolutionTile {
     static constexpr int kBlocksDown = kRows / kWarpsDown / 16;        // of 16 rows, a warp
     static constexpr int kBlocksAcross = kColumns / kWarpsAcross / 8;  // of 8 columns, a warp
     static constexpr int kPasses = kRows * 4 / kThreads;  // a thread's parts of 16 bytes of the left factor
+    static constexpr int kWeightPasses = divide_up(kColumns * 4, kThreads);
     static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
     static constexpr int kPitch =
         2 * kColumns + 16;  // bytes between the result's rows: off the banks of the one before
     static constexpr int kRing = kStages * kStageBytes;
     static constexpr int kResult = kRows * kPitch;
     static constexpr int kSharedBytes = kRing > kResult ? kRing : kResult;
+    // Rows of one pass lie a multiple of 8 after those of the one before, at the same places (see part_offset).
+    static_assert(kThreads / 4 % 8 == 0 && kColumns * 4 % kThreads == 0);
     static_assert(kRows * 4 % kThreads == 0 && kBlocksDown * 16 * kWarpsDown == kRows);
     static_assert(kBlocksAcross * 8 * kWarpsAcross == kColumns && kBlocksAcross % 2 == 0);
 };
@@ -46,65 +51,87 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     const int phase = blockIdx.z, phase_row = phase >> 1, phase_column = phase & 1;
     const int channels = p.channels_a + p.channels_b;
     const int taps = p.kernel * p.kernel;
-    const T* a = static_cast<const T*>(p.a);
-    const T* b = static_cast<const T*>(p.b);
-    const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(phase) * p.outputs * taps * channels;
-
     // What this thread copies: one part of 16 bytes of several pixels, and of several output channels' weights.
+    constexpr int kCopyRows = Tile::kThreads / 4;
     const int part = thread % 4;
-    int corner[Tile::kPasses];  // the pixel under the first tap, as its place in the source
-    int top[Tile::kPasses], left[Tile::kPasses];
+    int corner[Tile::kPasses];       // the pixel under the first tap, as its place in the source
+    uint32_t inside[Tile::kPasses];  // whether it lies in the image, a bit for each tap
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
-        const int64_t pixel = first_pixel + pass * (Tile::kThreads / 4) + thread / 4;
+        const int64_t pixel = first_pixel + pass * kCopyRows + thread / 4;
         const int64_t line = pixel / problem.out_width;
-        const int64_t image = line / problem.out_height;
-        top[pass] = static_cast<int>(line - image * problem.out_height) * p.stride - p.padding + phase_row;
-        left[pass] = static_cast<int>(pixel - line * problem.out_width) * p.stride - p.padding + phase_column;
-        corner[pass] = (static_cast<int>(image) * p.height + top[pass]) * p.width + left[pass];
-        if (pixel >= problem.pixels) top[pass] = p.height + p.kernel;  // outside, whatever the tap
+        const int image = static_cast<int>(line / problem.out_height);
+        const int top = static_cast<int>(line % problem.out_height) * p.stride - p.padding + phase_row;
+        const int left = static_cast<int>(pixel - line * problem.out_width) * p.stride - p.padding + phase_column;
+        corner[pass] = (image * p.height + top) * p.width + left;
+        inside[pass] = 0;
+        for (int tap = 0; tap < taps; ++tap) {
+            const int y = top + tap / p.kernel, x = left + tap % p.kernel;
+            const bool is_inside = y >= 0 && y < p.height && x >= 0 && x < p.width && pixel < problem.pixels;
+            inside[pass] |= static_cast<uint32_t>(is_inside) << tap;
+        }
     }
+    const char* source[Tile::kPasses];
+    const char* weight[Tile::kWeightPasses];
+    // From one source to the next, with the weights that belong to it.
+    const auto begin_source = [&](const void* data, int source_channels, int first_channel) {
+#pragma unroll
+        for (int pass = 0; pass < Tile::kPasses; ++pass) {
+            source[pass] =
+                static_cast<const char*>(data) + (static_cast<int64_t>(corner[pass]) * source_channels + part * 8) * 2;
+        }
+#pragma unroll
+        for (int pass = 0; pass < Tile::kWeightPasses; ++pass) {
+            const int64_t output =
+                static_cast<int64_t>(phase) * p.outputs + first_column + pass * kCopyRows + thread / 4;
+            weight[pass] =
+                static_cast<const char*>(p.weight) + (output * taps * channels + first_channel + part * 8) * 2;
+        }
+    };
+    begin_source(p.a, p.channels_a, 0);
+    const int missing = p.outputs - first_column - thread / 4;  // output channels of the first pass and later ones
 
     const uint32_t ring = shared_address(shared_memory());
-    const int chunks_a = divide_up(p.channels_a, kChunk);
-    const int chunks = chunks_a + divide_up(p.channels_b, kChunk);
-    const int steps = taps * chunks;
-    int tap_row = 0, tap_column = 0, chunk = 0;  // of the step that is copied next
+    const uint32_t copy_offset = part_offset(thread / 4, part);
+    const int steps = taps * (divide_up(p.channels_a, kChunk) + divide_up(p.channels_b, kChunk));
+    // Of the step that is copied next. Offsets are bytes.
+    int source_channels = p.channels_a, tap_row = 0, tap_column = 0, channel = 0;
+    int64_t tap_offset = 0;
+    int stage_copied = 0, to_copy = steps;
 
-    const auto copy_step = [&](int step) {
-        if (step < steps) {
-            const uint32_t stage = ring + step % kStages * Tile::kStageBytes;
-            const bool second = chunk >= chunks_a;
-            const int source_channels = second ? p.channels_b : p.channels_a;
-            const int channel = (second ? chunk - chunks_a : chunk) * kChunk + part * 8;
-            const bool exists = channel < source_channels;
-            const T* source = second ? b : a;
+    const auto copy_step = [&] {
+        if (to_copy > 0) {
+            --to_copy;
+            const uint32_t stage = ring + stage_copied * Tile::kStageBytes + copy_offset;
+            const bool exists = channel + part * 8 < source_channels;
+            const int tap = tap_row * p.kernel + tap_column;
+            const int64_t in_source = tap_offset + 2 * channel;
 #pragma unroll
             for (int pass = 0; pass < Tile::kPasses; ++pass) {
-                const int y = top[pass] + tap_row, x = left[pass] + tap_column;
-                const bool inside = exists && y >= 0 && y < p.height && x >= 0 && x < p.width;
-                const int64_t pixel = corner[pass] + tap_row * p.width + tap_column;
-                const int row = pass * (Tile::kThreads / 4) + thread / 4;
-                copy_async(stage + part_offset(row, part), inside ? source + pixel * source_channels + channel : source,
-                           inside);
+                copy_async(stage + pass * kCopyRows * kRowBytes, source[pass] + in_source,
+                           exists && (inside[pass] >> tap & 1));
             }
-            const int tap = tap_row * p.kernel + tap_column;
-            const int in_weight = tap * channels + (second ? p.channels_a : 0) + channel;
+            const int64_t in_weight = 2 * (tap * channels + channel);
 #pragma unroll
-            for (int row = thread / 4; row < kColumns; row += Tile::kThreads / 4) {
-                const int output = first_column + row;
-                const bool valid = exists && output < p.outputs;
-                copy_async(stage + kRows * kRowBytes + part_offset(row, part),
-                           valid ? weight + static_cast<int64_t>(output) * taps * channels + in_weight : weight, valid);
+            for (int pass = 0; pass < Tile::kWeightPasses; ++pass) {
+                copy_async(stage + (kRows + pass * kCopyRows) * kRowBytes, weight[pass] + in_weight,
+                           exists && pass * kCopyRows < missing);
             }
-            if (++chunk == chunks) {
-                chunk = 0;
+            channel += kChunk;
+            if (channel >= source_channels) {
+                channel = 0;
                 if (++tap_column == p.kernel) {
                     tap_column = 0;
-                    ++tap_row;
+                    if (++tap_row == p.kernel) {
+                        tap_row = 0;
+                        source_channels = p.channels_b;
+                        begin_source(p.b, p.channels_b, p.channels_a);
+                    }
                 }
+                tap_offset = (static_cast<int64_t>(tap_row) * p.width + tap_column) * source_channels * 2;
             }
         }
+        stage_copied = stage_copied + 1 == kStages ? 0 : stage_copied + 1;
         copy_commit();  // an empty group too: groups are what is counted
     };
 
@@ -112,14 +139,17 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     clear(sums);
     const int warp_row = warp % kWarpsDown * (kRows / kWarpsDown);
     const int warp_column = warp / kWarpsDown * (kColumns / kWarpsAcross);
-    for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+    const uint32_t left = ring + left_offset(warp_row, lane);
+    const uint32_t right = ring + kRows * kRowBytes + right_offset(warp_column, lane);
+    for (int step = 0; step < kStages - 1; ++step) copy_step();
+    int stage = 0;
     for (int step = 0; step < steps; ++step) {
         copy_wait<kStages - 2>();
         // Everyone's part of this step is there, and everyone is done with the stage that is overwritten next.
         __syncthreads();
-        copy_step(step + kStages - 1);
-        const uint32_t stage = ring + step % kStages * Tile::kStageBytes;
-        multiply_step<T>(sums, stage, warp_row, stage + kRows * kRowBytes, warp_column, lane);
+        copy_step();
+        multiply_step<T>(sums, left + stage * Tile::kStageBytes, right + stage * Tile::kStageBytes);
+        stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     copy_wait<0>();
     __syncthreads();
@@ -154,9 +184,10 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
                         value.x += added.x;
                         value.y += added.y;
                     }
-                    if (p.relu) value = make_float2(rectify(value.x), rectify(value.y));
                 }
-                *reinterpret_cast<uint32_t*>(result + row * Tile::kPitch + 2 * column) = pack<T>(value.x, value.y);
+                const uint32_t pair = pack<T>(value.x, value.y);
+                *reinterpret_cast<uint32_t*>(result + row * Tile::kPitch + 2 * column) =
+                    p.relu ? rectify<T>(pair) : pair;
             }
         }
     }
@@ -201,6 +232,7 @@ inline cudaError_t run_convolution(const Convolution& arguments, cudaStream_t st
     problem.out_height = phases ? arguments.height : (arguments.height + 2 * padding - kernel) / stride + 1;
     problem.out_width = phases ? arguments.width : (arguments.width + 2 * padding - kernel) / stride + 1;
     problem.pixels = static_cast<int64_t>(arguments.batch) * problem.out_height * problem.out_width;
+    if (kernel > kLargestKernel) return cudaErrorInvalidValue;
     // Places of pixels are 32 bits wide in the kernel, which spares registers; those of elements are 64.
     const int64_t rows = static_cast<int64_t>(arguments.batch) * (arguments.height + kernel) + kernel;
     if (rows * (arguments.width + kernel) > INT32_MAX) return cudaErrorInvalidValue;

@@ -15,7 +15,7 @@ namespace fastden {
 enum class DType { kFloat16, kBFloat16, kFloat32 };
 
 // relu(conv2d(cat(a, b), weight) + bias + residual), batch normalisation folded into weight and bias.
-// channels_a, channels_b and outputs are multiples of 8.
+// channels_a, channels_b and outputs are multiples of 8, kernel is at most 5.
 struct Convolution {
     const void* a;         // (batch, height, width, channels_a)
     const void* b;         // (batch, height, width, channels_b), or null

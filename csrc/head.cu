@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
         uint32_t b[kWindow][4];
 #pragma unroll
         for (int row = 0; row < kWindow; ++row) {
-            load_matrices(
-                b[row], right_address(shared_address(patch) + kLeftBytes + row * kColumns * kRowBytes, 0, half, lane));
+            load_matrices(b[row], ((shared_address(patch) + kLeftBytes + right_offset(0, lane)) ^ (half << 4)) +
+                                      row * kColumns * kRowBytes);
         }
 #pragma unroll
         for (int row = 0; row < 2 * kWarpRows + kWindow - 2; ++row) {

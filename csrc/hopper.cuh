@@ -130,12 +130,15 @@ __device__ __forceinline__ int uniform_warp() {
     return __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);
 }
 
+// Every thread of the cluster; the warp's own come together first, as the aligned form asks.
 __device__ __forceinline__ void meet_cluster() {
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // `count` threads of the block at the numbered barrier, 1 to 15.
 __device__ __forceinline__ void meet_at(int barrier, int count) {
+    __syncwarp();
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 

@@ -10,6 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef FASTDEN_EMULATED
 
@@ -147,9 +148,23 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
     return make_float2(to_float(values[0]), to_float(values[1]));
 }
 
-// Not fmaxf, which would hide a NaN.
-__device__ __forceinline__ float rectify(float value) {
-    return value < 0.0f ? 0.0f : value;
+// The larger of each half of a pair and 0; a NaN stays one.
+template <typename T>
+__device__ __forceinline__ uint32_t rectify(uint32_t pair) {
+#ifdef FASTDEN_EMULATED
+    const float2 values = unpack<T>(pair);
+    return pack<T>(values.x < 0.0f ? 0.0f : values.x, values.y < 0.0f ? 0.0f : values.y);
+#else
+    // One instruction for two values, where float32 takes two for each.
+    if constexpr (std::is_same_v<T, __half>) {
+        const __half2 values = __hmax2_nan(*reinterpret_cast<const __half2*>(&pair), __float2half2_rn(0.0f));
+        return *reinterpret_cast<const uint32_t*>(&values);
+    } else {
+        const __nv_bfloat162 values =
+            __hmax2_nan(*reinterpret_cast<const __nv_bfloat162*>(&pair), __float2bfloat162_rn(0.0f));
+        return *reinterpret_cast<const uint32_t*>(&values);
+    }
+#endif
 }
 
 // A number that the compiler knows, as an argument.

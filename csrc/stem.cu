@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
             const int across = row & ((1 << r.log_columns) - 1);
             window[i] = patch_address + (2 * down * columns + 2 * across) * kPixelBytes + (lane >> 4) * 16;
         }
+        const uint32_t right = weights_address + right_offset(warp_column, lane);
         float sums[kDown][kAcross][4];
         clear(sums);
 #pragma unroll 1  // or registers spill on sm_80
@@ -115,8 +116,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
 #pragma unroll
                 for (int j = 0; j < kAcross; j += 2) {
                     uint32_t b[4];
-                    load_matrices(b, right_address(weights_address + step * kColumns * kRowBytes, warp_column + 8 * j,
-                                                   part, lane));
+                    load_matrices(b, (right ^ (part << 4)) + (step * kColumns + 8 * j) * kRowBytes);
 #pragma unroll
                     for (int i = 0; i < kDown; ++i) {
                         multiply_add<T>(sums[i][j], a[i], b[0], b[1]);
@@ -144,10 +144,9 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
                         const float2 offset = unpack<T>(added[j]);
-                        float2 value = make_float2(sums[i][first + j][2 * half] + offset.x,
-                                                   sums[i][first + j][2 * half + 1] + offset.y);
-                        if (problem.relu) value = make_float2(rectify(value.x), rectify(value.y));
-                        values[j] = pack<T>(value.x, value.y);
+                        values[j] = pack<T>(sums[i][first + j][2 * half] + offset.x,
+                                            sums[i][first + j][2 * half + 1] + offset.y);
+                        if (problem.relu) values[j] = rectify<T>(values[j]);
                     }
                     const int64_t place =
                         (static_cast<int64_t>(n) * problem.out_height + r.first_row + top + down) * problem.out_width +

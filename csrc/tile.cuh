@@ -16,40 +16,48 @@ __device__ __forceinline__ uint32_t part_offset(int row, int part) {
     return row * kRowBytes + ((part ^ ((row >> 1) & 3)) << 4);
 }
 
-// Where a lane's matrix row begins for load_matrices, of a 16x16 block whose first row is `row` and first part `part`:
-// the left half's rows, then the right half's, as multiply_add wants its first factor.
-__device__ __forceinline__ uint32_t left_address(uint32_t tile, int row, int part, int lane) {
-    return tile + part_offset(row + (lane & 15), part + (lane >> 4));
+// Where a lane's matrix row begins for load_matrices, of the first 16x16 block from `row` on, relative to the tile: the
+// left half's rows, then the right half's, as multiply_add wants its first factor. The block two parts further is at
+// ^ 32, the one 16 rows below at + 16 kRowBytes: with one sum a step, addresses stay out of the way of products.
+__device__ __forceinline__ uint32_t left_offset(int row, int lane) {
+    return part_offset(row + (lane & 15), lane >> 4);
 }
 
 // The same for the second factor, stored as columns x channels: 16 columns give two of its 16x8 blocks.
-__device__ __forceinline__ uint32_t right_address(uint32_t tile, int column, int part, int lane) {
-    return tile + part_offset(column + (lane & 7) + ((lane >> 4) << 3), part + ((lane >> 3) & 1));
+__device__ __forceinline__ uint32_t right_offset(int column, int lane) {
+    return part_offset(column + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
 
-// sums += rows (16 kRows of them, from `first_row` of `left`) x columns (8 kColumns, from `first_column` of `right`),
-// over one step of the inner dimension.
+// sums += rows (16 kRows of them) x columns (8 kColumns), over one step of the inner dimension; `left` and `right` are
+// the tiles' addresses with left_offset of each block of 16 rows and right_offset of the first column.
 template <typename T, int kRows, int kColumns>
-__device__ __forceinline__ void multiply_step(float (&sums)[kRows][kColumns][4], uint32_t left, int first_row,
-                                              uint32_t right, int first_column, int lane) {
+__device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kColumns][4], const uint32_t (&left)[kRows],
+                                              uint32_t right) {
     static_assert(kColumns % 2 == 0);
 #pragma unroll
     for (int part = 0; part < 4; part += 2) {
         uint32_t b[kColumns / 2][4];
 #pragma unroll
-        for (int j = 0; j < kColumns / 2; ++j) {
-            load_matrices(b[j], right_address(right, first_column + 16 * j, part, lane));
-        }
+        for (int j = 0; j < kColumns / 2; ++j) load_matrices(b[j], (right ^ (part << 4)) + 16 * j * kRowBytes);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             uint32_t a[4];
-            load_matrices(a, left_address(left, first_row + 16 * i, part, lane));
+            load_matrices(a, left[i] ^ (part << 4));
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
                 multiply_add<T>(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
             }
         }
     }
+}
+
+// The same for rows that follow each other.
+template <typename T, int kRows, int kColumns>
+__device__ __forceinline__ void multiply_step(float (&sums)[kRows][kColumns][4], uint32_t left, uint32_t right) {
+    uint32_t blocks[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) blocks[i] = left + 16 * i * kRowBytes;
+    multiply_rows<T>(sums, blocks, right);
 }
 
 template <int kRows, int kColumns>
