@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,23 +23,28 @@ def version(wheel: Path) -> str:
     return wheel.name.split("-")[1]
 
 
-@pytest.fixture(scope="module")
-def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools leaves files beside the sources, and takes stale ones from there."""
-    source = tmp_path_factory.mktemp("source") / "fastden"
+def build_wheel(root: Path, folder: Path, **environ: str) -> tuple[Path, str]:
+    """The wheel, and what was printed; from a copy: setuptools leaves files beside sources, and takes stale ones."""
+    source, target = folder / "fastden", folder / "wheel"
     source.mkdir()
     for path in root.iterdir():
         if path.is_file():
             shutil.copy(path, source)
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "_cuda.json")
     for name in filter(lambda name: (root / name).is_dir(), COPIED):
-        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    target = tmp_path_factory.mktemp("wheel")
+        shutil.copytree(root / name, source / name, ignore=ignored)
     built = run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, source
-    )
-    assert built.returncode == 0, built.stderr
+        sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", target,
+        source, env={**os.environ, **environ},
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
     (found,) = target.glob("fastden-*.whl")
-    return found
+    return found, built.stdout + built.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(root, tmp_path_factory.mktemp("source"), FASTDEN_BUILD="none")[0]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +71,12 @@ def test_every_module_is_in_the_wheel(root: Path, names: set[str]) -> None:
     assert modules == {name for name in names if name.endswith(".py")}
 
 
-def test_typing_marker_and_every_weights_file_are_in_the_wheel(root: Path, names: set[str]) -> None:
+def test_typing_marker_weights_and_cuda_sources_are_in_the_wheel(root: Path, names: set[str]) -> None:
+    """And nothing else: no library, no emulator."""
     weights = {path.relative_to(root).as_posix() for path in (root / "fastden" / "weights").glob("*/*")}
-    assert {"fastden/py.typed"} | weights == {
+    sources = {f"fastden/_csrc/{path.name}" for path in (root / "csrc").iterdir() if path.suffix != ".md"}
+    assert "fastden/_csrc/bindings.cpp" in sources
+    assert {"fastden/py.typed"} | weights | sources == {
         name for name in names if name.startswith("fastden/") and not name.endswith(".py")
     }
 
@@ -107,17 +116,91 @@ print(fastden.__file__, fastden.kernels.__file__, fastden.__version__, sep="\\n"
     ]
 
 
+def test_cuda_sources_are_found_in_the_installed_package(installed: Path, tmp_path: Path) -> None:
+    """``fastden build`` lacks nothing but what the machine lacks."""
+    script = "from fastden import build, extension; print(build.plan(extension.sources(), toolkit='/x').sources[0])"
+    done = run(sys.executable, "-c", script, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)})
+    assert done.stdout.strip() == str(installed / "fastden" / "_csrc" / "bindings.cpp"), done.stderr
+
+
+TORCH = """
+__version__ = "2.99.0+cu130"
+class version:
+    cuda = "13.0"
+"""
+LOAD = """
+import pathlib
+def load(name, sources, extra_cflags, extra_cuda_cflags, extra_include_paths, build_directory, with_cuda):
+    assert with_cuda and all(pathlib.Path(source).is_file() for source in sources)
+    assert "-gencode=arch=compute_90a,code=sm_90a" in extra_cuda_cflags
+    (pathlib.Path(build_directory) / f"{name}.so").write_text("a library")
+    class Module:
+        @staticmethod
+        def build_config():
+            return {"torch": "2.99.0+cu130", "cuda": "13.0", "python": "any", "architectures": ["9.0a"]}
+    return Module
+"""
+
+
+@pytest.fixture(scope="module")
+def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A wheel with the extension, as far as setuptools is concerned: PyTorch, nvcc and what they do are made up."""
+    folder = tmp_path_factory.mktemp("built")
+    package = {"__init__.py": TORCH, "utils/__init__.py": "", "utils/cpp_extension.py": LOAD}
+    for name, text in package.items():
+        path = folder / "site" / "torch" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    (folder / "cuda" / "include").mkdir(parents=True)
+    (folder / "cuda" / "include" / "cuda_runtime_api.h").touch()
+    nvcc.parent.mkdir()
+    listed = "compute_80 compute_90 compute_100"
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "release 13.0, V13.0.1" || echo {listed}\n')
+    nvcc.chmod(0o755)
+    environ = {"PYTHONPATH": str(folder / "site"), "CUDA_HOME": str(folder / "cuda"), "FASTDEN_BUILD": "auto"}
+    for variable in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        environ[variable] = ""
+    wheel, _ = build_wheel(root, folder, **environ)
+    target = folder / "installed"
+    done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
+    assert done.returncode == 0, done.stderr
+    return wheel, target
+
+
+def test_a_built_wheel_holds_the_extension_and_its_description(built: tuple[Path, Path]) -> None:
+    wheel, _ = built
+    assert not wheel.name.endswith("-any.whl")
+    with ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        assert len(libraries) == 1
+        assert libraries[0].startswith("fastden/_cuda.cpython-")
+        assert json.loads(archive.read("fastden/_cuda.json"))["torch"] == "2.99.0+cu130"
+
+
+def test_an_extension_of_another_torch_says_so(built: tuple[Path, Path], tmp_path: Path) -> None:
+    # The made-up library knows nothing of the sources that it would be built from.
+    description = built[1] / "fastden" / "_cuda.json"
+    script = "from fastden import build, extension; print(build.digest([extension.sources()]))"
+    environ = {**os.environ, "PYTHONPATH": str(built[1]), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    digest = run(sys.executable, "-c", script, cwd=tmp_path, env=environ).stdout.strip()
+    description.write_text(json.dumps({**json.loads(description.read_text()), "sources": digest}))
+    done = run(sys.executable, "-m", "fastden.info", cwd=tmp_path, env=environ)
+    assert "built for torch 2.99.0+cu130 / CUDA 13.0; this is torch" in done.stdout, done.stdout + done.stderr
+
+
+def test_auto_says_in_one_line_why_nothing_is_built(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "torch.py").write_text(TORCH.replace('"13.0"', "None"))
+    wheel, shown = build_wheel(root, tmp_path, PYTHONPATH=str(tmp_path / "site"), FASTDEN_BUILD="auto")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    (line,) = {line.strip() for line in shown.splitlines() if "without the CUDA extension" in line}
+    assert line.startswith("fastden: pure Python, without the CUDA extension: ")
+    assert "this PyTorch is not a CUDA build" in line
+
+
 def test_kernels_refuse_to_be_imported_from_the_checkout(root: Path) -> None:
     done = run(sys.executable, "-c", "import kernels", cwd=root)
     assert done.returncode != 0
     assert "pip install -e ." in done.stderr
     assert "fastden.kernels" in done.stderr
-
-
-@pytest.mark.parametrize(("value", "message"), [("cuda", "ships no CUDA sources"), ("cudda", "accepted: auto, cuda")])
-def test_build_choice_that_cannot_be_met_is_refused(root: Path, tmp_path: Path, value: str, message: str) -> None:
-    shutil.copy(root / "setup.py", tmp_path)
-    done = run(sys.executable, "setup.py", "--name", cwd=tmp_path, env={**os.environ, "FASTDEN_BUILD": value})
-    assert done.returncode != 0
-    assert f"FASTDEN_BUILD: {value!r}" in done.stderr
-    assert message in done.stderr
