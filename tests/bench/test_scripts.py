@@ -40,9 +40,9 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     python, log = tmp_path / "python", tmp_path / "log"
     # The bench of training fails; all else succeeds.
     python.write_text(f'#!/bin/sh\necho "$@" >>{log}\ncase "$*" in *"bench train"*) echo broken; exit 3 ;; esac\n')
-    for name in ("nvidia-smi", "compute-sanitizer"):
+    for name in ("nvidia-smi", "compute-sanitizer", "ncu"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{log}\n')
-    for path in (python, tmp_path / "nvidia-smi", tmp_path / "compute-sanitizer"):
+    for path in (python, *(tmp_path / name for name in ("nvidia-smi", "compute-sanitizer", "ncu"))):
         path.chmod(0o755)
     out = tmp_path / "results"
     environment = {**os.environ, "PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -52,7 +52,9 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     assert done.stdout.endswith("failed: train\n"), done.stdout + done.stderr
     assert (out / "train.log").read_text() == "broken\n"
     asked = log.read_text().splitlines()
-    assert any(line.startswith("-m pytest tests/kernels tests/ops") for line in asked)
+    assert any(line.startswith("-m pytest tests/kernels tests/ops tests/cuda") for line in asked)
+    assert any(line.startswith("ncu --csv --metrics sm__pipe_tensor_cycles_active") for line in asked)
+    assert "-m fastden build" in asked
     assert {tool for line in asked for tool in line.split() if tool.endswith("check")} == {
         "memcheck",
         "racecheck",
@@ -60,6 +62,8 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     }
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
     assert [bench[1] for bench in benches] == ["ops", "model", "model", "train", "ops", "model"]
+    own = [bench[bench.index("--backends") + 1] for bench in benches]
+    assert own == ["torch,triton,cuda"] * 3 + ["torch,triton"] * 2 + ["torch,triton,cuda"]
     for bench in benches:
         # Every option is one that the command has: the first thing that it finds missing is the GPU.
         fails(*bench, saying="finds no CUDA device")
@@ -76,4 +80,4 @@ def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, env={**environment, "BUDGET": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "failed: gpu-tests (no time left)" in done.stdout
+    assert "failed: build (no time left)\nfailed: gpu-tests (no time left)" in done.stdout
