@@ -19,7 +19,8 @@ from rich.table import Table
 from fastden.errors import in_one_line
 
 if TYPE_CHECKING:
-    from fastden.inference.pipeline import BatchDenoiser, Report
+    from fastden.inference.pipeline import BatchDenoiser
+    from fastden.inference.report import Report
     from fastden.jobs import Job
     from fastden.manifest import Record
 
@@ -66,7 +67,7 @@ class Run:
             output: file or folder.
             unreadable: folders that could not be looked into; they count as failures.
         """
-        from fastden.inference.pipeline import Interrupted, Listener
+        from fastden.inference.report import Interrupted, Listener
 
         start = time.perf_counter()
         console = Console(stderr=True)

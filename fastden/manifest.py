@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fastden.errors import UserError
-from fastden.files import digest, reason
+from fastden.files import check_target, digest, reason
 from fastden.jobs import Job
 
 #: The manifest's name in an output folder.
@@ -155,3 +156,16 @@ class Manifest:
             return same_path and (same or in_place) and digest(job.target) == record.get("output_sha256")
         except OSError:
             return False
+
+
+def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path) -> Manifest | None:
+    """The manifest that :meth:`fastden.BatchDenoiser.run` means; None for none."""
+    if manifest is None:
+        return None
+    if manifest != "auto":
+        path = Path(manifest)
+        if path.parent != output:  # which may have to be made
+            check_target(path, overwrite=True)
+        return Manifest(path)
+    is_file = len(jobs) == 1 and jobs[0].target == output
+    return None if is_file else Manifest(output / NAME, eager=False)

@@ -17,9 +17,9 @@ from fastden.errors import UserError
 from fastden.files import remove_leftovers
 from fastden.hub import models
 from fastden.inference.distributed import Row, distribute, has_scheme
-from fastden.inference.pipeline import BatchDenoiser, open_manifest
+from fastden.inference.pipeline import BatchDenoiser
 from fastden.jobs import Job
-from fastden.manifest import Manifest, Record
+from fastden.manifest import Manifest, Record, open_manifest
 
 
 def run_rows(
@@ -109,16 +109,16 @@ def _prepared(rows: list[Row], settings: dict[str, Any], book: Manifest, resume:
     run that resumes.
     """
     # Which weights and options count is known without a device, which the workers alone may have.
-    stages = BatchDenoiser(**{**settings, "device": "cpu"}).stages
+    shared = BatchDenoiser(**{**settings, "device": "cpu"}).settings
     left = []
     for row in rows:
         job = Job(Path(row["input"]), Path(row["output"]))
         try:
-            options = stages.options(job)
+            options = shared.options(job)
         except UserError:  # no format that can be written: the worker says so
             left.append(row)
             continue
-        if resume and book.finished(job, stages.weights, options):
+        if resume and book.finished(job, shared.weights, options):
             continue
         if resume and book.knows(job):
             left.append({**row, "replaces": "yes"})
@@ -128,7 +128,7 @@ def _prepared(rows: list[Row], settings: dict[str, Any], book: Manifest, resume:
             job.target.parent.mkdir(parents=True, exist_ok=True)
             began = datetime.now(timezone.utc).isoformat(timespec="seconds")
             book.add(
-                Record(row["input"], book.name_of(job.target), "writing", began, dict(stages.weights), dict(options))
+                Record(row["input"], book.name_of(job.target), "writing", began, dict(shared.weights), dict(options))
             )
     if resume:
         for folder in {Path(row["output"]).parent for row in rows}:

@@ -148,7 +148,7 @@ class Worker:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refusal = UserError(f"output: cannot make the folder {target.parent}: {error.strerror}")
-            return asdict(self.denoiser.stages.failure(job, refusal, None))
+            return asdict(self.denoiser.stages.writing.failure(job, refusal, None))
         return asdict(self.denoiser.one(job, replaces=replaces))
 
     def _through_copies(self, source: str, target: str) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def exact() -> fastden.FusedDenoiser:
 
 def streaming(batch: fastden.BatchDenoiser) -> fastden.BatchDenoiser:
     """The same, with every image streamed, small as it is."""
-    look = batch.stages.look
-    batch.stages.look = lambda job: replace(look(job), streamed=True)
+    look = batch.stages.reading.look
+    batch.stages.reading.look = lambda job: replace(look(job), streamed=True)
     return batch
 
 
@@ -54,7 +54,7 @@ def test_max_memory_decides(tmp_path: Path, network: Any) -> None:
     least = 2 * least_memory(network)
     for memory, expected in ((4 * least, False), (least, True)):
         batch = fastden.BatchDenoiser(network, sigma=20, max_memory=memory)
-        assert batch.stages.look(Job(tmp_path / "a.tif", tmp_path / "b.tif")).streamed == expected
+        assert batch.stages.reading.look(Job(tmp_path / "a.tif", tmp_path / "b.tif")).streamed == expected
     assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
     whole = fastden.denoise(picture, 20, model=network, tile=16)
     np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, whole)
@@ -191,7 +191,7 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path, network: Any, monkeypatc
 def test_strips_that_do_not_fit(tmp_path: Path, network: Any) -> None:
     (tmp_path / "a.png").write_bytes(encoded(pixels(60, 4000), "PNG"))
     batch = fastden.BatchDenoiser(network, sigma=20)
-    batch.stages.budget = type(batch.stages.budget)(1 << 30, 300_000)
+    batch.settings.budget = type(batch.settings.budget)(1 << 30, 300_000)
     (record,) = batch.run(tmp_path / "a.png", tmp_path / "b.png").records
     assert record.error is not None
     assert "strips of 4000 pixels do not fit" in record.error
