@@ -29,7 +29,8 @@ class Step:
 
     Attributes:
         job: what would be read and written.
-        width, height: pixels; 0 where the file says nothing.
+        width, height: pixels, of a page; 0 where the file says nothing.
+        pages: of the file.
         sigma: where the noise level would come from.
         streamed: strip by strip, because it does not fit into memory.
         done: by an earlier run, so that nothing remains.
@@ -39,6 +40,7 @@ class Step:
     job: Job
     width: int = 0
     height: int = 0
+    pages: int = 1
     sigma: str = ""
     streamed: bool = False
     done: bool = False
@@ -62,7 +64,7 @@ class Rehearsal:
     @property
     def megapixels(self) -> float:
         """That would be denoised."""
-        return sum(step.width * step.height for step in self.steps if not (step.done or step.error)) / 1e6
+        return sum(step.width * step.height * step.pages for step in self.steps if not (step.done or step.error)) / 1e6
 
     @property
     def seconds(self) -> float:
@@ -110,7 +112,7 @@ def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
         sigma = "no sigma (blind model)"
     else:
         sigma = "sigma to be estimated" if settings.sigma == "auto" else f"sigma {settings.sigma:g}"
-    return Step(job, work.header.width, work.header.height, sigma, work.streamed)
+    return Step(job, work.header.width, work.header.height, work.header.pages, sigma, work.streamed)
 
 
 def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> None:

@@ -18,7 +18,9 @@ from fastden.inference.settings import Settings
 from fastden.inference.tiling import SMALLEST, automatic_tile
 from fastden.inference.transfer import Lane, Pending
 from fastden.inference.work import Progress, Work
+from fastden.io import ImageFile
 from fastden.model import ALIGNMENT
+from fastden.values import Array
 
 
 class Computing:
@@ -37,25 +39,43 @@ class Computing:
 
     def compute(self, works: list[Work], progress: Progress | None = None) -> None:
         """Denoise images of one size and type together; one of them may be of any size."""
-        if self.settings.lane is not None and self._compute_on_device(self.settings.lane, works, progress):
-            return
+        images = [work.image for work in works if work.image is not None]
         start = time.perf_counter()
-        images = [work.image for work in works]
-        pixels = [image.pixels for image in images if image is not None]
+        if images[0].pages > 1:
+            results = [self._denoised_pages(images[0], works[0].level, progress)]
+        elif self.settings.lane is not None and self._compute_on_device(self.settings.lane, works, progress):
+            return
+        else:
+            results = self._denoised([image.pixels for image in images], levels(works), progress)
+        seconds = (time.perf_counter() - start) / len(works)
+        for work, image, result in zip(works, images, results, strict=True):
+            work.image = replace(image, pixels=result)
+            work.seconds["compute"] = seconds
+
+    def _denoised(self, pixels: list[Array], level: float | Tensor | None, progress: Progress | None) -> list[Array]:
         network = self.settings.network(pixels[0].dtype == np.uint8)
-        level = levels(works)
         shape = (len(pixels), *pixels[0].shape[:2])
         options: dict[str, Any] = {"strength": self.settings.strength, "progress": progress}
-        results = self.attempt(
+        results: list[Array] = self.attempt(
             network,
             shape,
             lambda tile, memory: denoise_batch(pixels, level, network, tile=tile, max_memory=memory, **options),
         )
-        seconds = (time.perf_counter() - start) / len(works)
-        for work, image, result in zip(works, images, results, strict=True):
-            assert image is not None
-            work.image = replace(image, pixels=result)
-            work.seconds["compute"] = seconds
+        return results
+
+    def _denoised_pages(self, image: ImageFile, level: float | Tensor | None, progress: Progress | None) -> Array:
+        """One page after another: each gets what it gets as a file of its own."""
+        result = np.empty_like(image.pixels)
+        pages = zip(image.split(), np.split(result, image.pages), strict=True)
+        for index, (page, target) in enumerate(pages):
+            own = float(level[index]) if isinstance(level, Tensor) and level.dim() == 1 else level
+
+            def part(done: int, total: int, index: int = index) -> None:
+                if progress is not None:
+                    progress(index * total + done, image.pages * total)
+
+            (target[:],) = self._denoised([page], own, part)
+        return result
 
     def _compute_on_device(self, lane: Lane, works: list[Work], progress: Progress | None) -> bool:
         """Queue a pass over whole images on the device; False where they are too large for it."""
@@ -78,7 +98,7 @@ class Computing:
 
     def group_limit(self, work: Work) -> int:
         """How many images like this one may go through the network together; 1 for alone."""
-        if work.image is None or isinstance(work.level, Tensor):
+        if work.image is None or work.image.pages > 1 or isinstance(work.level, Tensor):
             return 1
         height, width = work.image.pixels.shape[:2]
         network = self.settings.network(work.image.pixels.dtype == np.uint8)
@@ -113,7 +133,7 @@ class Computing:
 
 def alike(one: Work, another: Work) -> bool:
     """Whether two images may go through the network together."""
-    if one.image is None or another.image is None or isinstance(another.level, Tensor):
+    if one.image is None or another.image is None or another.image.pages > 1 or isinstance(another.level, Tensor):
         return False
     a, b = one.image.pixels, another.image.pixels
     return a.shape == b.shape and a.dtype == b.dtype

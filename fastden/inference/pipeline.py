@@ -19,7 +19,7 @@ from fastden.inference.tiling import check_tile
 from fastden.io import MAX_PIXELS
 from fastden.jobs import Job, plan
 from fastden.loading import Model, check_max_pixels, check_strength, parse_memory
-from fastden.manifest import Manifest, Record, open_manifest
+from fastden.manifest import Manifest, Record, made_before, open_manifest
 
 
 class BatchDenoiser:
@@ -119,7 +119,8 @@ class BatchDenoiser:
             manifest: file of the records; ``"auto"`` is ``.fastden-manifest.jsonl`` in an output folder, and none for
                 an output file; None writes none.
             resume: leave out what a run on record has done: same input, weights and options, output unchanged. Other
-                outputs on record are replaced. No other run may be writing to the same folders.
+                outputs on record are replaced; beside their inputs they are no inputs. No other run may be writing to
+                the same folders.
             listener: is told what happens.
 
         Raises:
@@ -127,7 +128,8 @@ class BatchDenoiser:
             Interrupted: Ctrl-C.
         """
         names = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-        jobs = plan([str(name) for name in names], Path(output), recursive=recursive, format_name=format)
+        made = made_before(manifest, Path(output)) if resume else None
+        jobs = plan([str(name) for name in names], Path(output), recursive=recursive, format_name=format, made=made)
         return self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
 
     def run_jobs(

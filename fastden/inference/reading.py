@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastden.api import noise_level_of, shown_level, to_batch
-from fastden.encoding import check_alpha
+from fastden.encoding import check_alpha, check_pages
 from fastden.errors import UserError
 from fastden.files import check_target, reason
 from fastden.inference.settings import Settings
 from fastden.inference.work import Work, stamp
 from fastden.io import format_for, read_image
 from fastden.jobs import Job
-from fastden.noise import sigma_of_gray
+from fastden.noise import estimate_sigma, sigma_of_gray
 from fastden.strips import estimate_sigma_of_file, read_header
 from fastden.values import Array
 
@@ -58,10 +59,11 @@ class Reading:
         if stat.S_ISREG(status.st_mode):
             # What is wrong with the file is told by reading it.
             with suppress(UserError):
-                header = read_header(job.source, max_pixels=self.settings.max_pixels)
+                header = read_header(job.source, max_pixels=self.settings.max_pixels, several=True)
         size = 2 * status.st_size
         if header is not None:
             check_alpha(header.has_alpha, format_name)
+            check_pages(header.pages, format_name)
             # Decoded and denoised; alpha is cut off the decoded image, and joined to the denoised one.
             size += (4 if header.has_alpha else 2) * header.nbytes
             if self.settings.lane is not None:
@@ -69,6 +71,10 @@ class Reading:
             if self.settings.sigma_map is not None:
                 size += 12 * header.width * header.height
         streamed = header is not None and size > self.settings.budget.images
+        if streamed and header is not None and header.pages > 1:
+            raise UserError(
+                f"{job.source}: {header.pages} pages take {size} bytes; accepted: less than half of --max-memory"
+            )
         return Work(job, format_name, stamp(status), header, size, streamed)
 
     def read(self, work: Work) -> None:
@@ -87,18 +93,22 @@ class Reading:
                 work.sigma = shown_level(work.level)
         else:
             with work.libvips():
-                image = read_image(job.source, max_pixels=self.settings.max_pixels)
+                image = read_image(job.source, max_pixels=self.settings.max_pixels, several=True)
             self.check_unchanged(work)
             check_alpha(image.alpha is not None, work.format_name)
-            shape = (image.pixels.shape[0], image.pixels.shape[1])
-            self._check_map(*shape)
+            pages = image.split()
+            height, width = pages[0].shape[:2]
+            self._check_map(height, width)
             sigma_map = self.settings.sigma_map
             level = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
             network = self.settings.network(image.pixels.dtype == np.uint8)
-            work.level = noise_level_of(level, network, [image.pixels], shape)
+            if image.pages > 1 and isinstance(level, str) and network.noise_level_input:
+                work.level = torch.tensor([estimate_sigma(page) / 255 for page in pages], dtype=torch.float64)
+            else:
+                work.level = noise_level_of(level, network, pages[:1], (height, width))
             work.image, work.sigma = image, shown_level(work.level)
             work.notes += image.notes
-            if self.settings.lane is not None:
+            if self.settings.lane is not None and image.pages == 1:
                 work.pinned = self.settings.lane.pin(to_batch([image.pixels], network))
         work.seconds["read"] = time.perf_counter() - start
 

@@ -40,7 +40,7 @@ class Report:
     @property
     def megapixels(self) -> float:
         """Of the images that were done."""
-        return sum(record.width * record.height for record in self.done) / 1e6
+        return sum(record.width * record.height * record.pages for record in self.done) / 1e6
 
     @property
     def compute_share(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,12 +26,32 @@ WAITING = 2 * MOST
 GRACE = 5.0
 #: An encoder that is at work cannot be left alone: the process would end below it.
 LONGEST_GRACE = 120.0
+#: Seconds after which who waits looks up: a signal that comes at the wrong moment does not wake the main thread.
+POLL = 0.1
 
 
 class _Thread(threading.Thread):
-    """A thread, and what it is working on."""
+    """A thread, what it is working on, and its end.
 
-    work: Work | None = None
+    ``join`` does not do for a main thread whose waiting a signal may break off: Python 3.11 takes the thread for ended
+    then.
+    """
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        super().__init__(target=work, name=name, daemon=True)
+        self.work: Work | None = None
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.ended.set()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        while not self.ended.wait(POLL):
+            pass
 
 
 class ThreadedRun:
@@ -72,8 +92,8 @@ class ThreadedRun:
         self.fatal: BaseException | None = None
         self.made: list[Path] = []
         workers = min(workers, max(len(jobs), 1))
-        self.readers = [_Thread(target=self._read, name="fastden-read", daemon=True) for _ in range(workers)]
-        self.writers = [_Thread(target=self._write, name="fastden-write", daemon=True) for _ in range(workers)]
+        self.readers = [_Thread("fastden-read", self._read) for _ in range(workers)]
+        self.writers = [_Thread("fastden-write", self._write) for _ in range(workers)]
 
     def all(self) -> Report:
         """Do the jobs.
@@ -90,9 +110,9 @@ class ThreadedRun:
         try:
             self._compute()
             for _ in self.writers:
-                self.computed.put(None)
+                self._put(self.computed, None)
             for thread in (*self.readers, *self.writers):
-                thread.join()
+                thread.wait()
             if self.fatal is not None:
                 raise self.fatal
         except BaseException as error:
@@ -120,8 +140,8 @@ class ThreadedRun:
         started = time.monotonic()
         with suppress(KeyboardInterrupt):  # pressed twice: no more patience
             for thread in (*self.readers, *self.writers):
-                while thread.is_alive() and time.monotonic() - started < _grace(thread.work):
-                    thread.join(0.05)
+                while time.monotonic() - started < _grace(thread.work) and not thread.ended.wait(POLL / 2):
+                    pass
         self.dropped = True
         drop_unfinished()
 
@@ -184,7 +204,7 @@ class ThreadedRun:
     def _put(self, into: queue.Queue[Work | None], work: Work | None) -> None:
         while not self.stopping:
             with suppress(queue.Full):
-                into.put(work, timeout=0.1)
+                into.put(work, timeout=POLL)
                 return
         raise Stopped
 
@@ -196,7 +216,10 @@ class ThreadedRun:
         while working or waiting is not None:
             if self.fatal is not None:
                 raise self.fatal
-            work = waiting if waiting is not None else self.read.get()
+            try:
+                work = waiting if waiting is not None else self.read.get(timeout=POLL)
+            except queue.Empty:
+                continue
             waiting = None
             if work is None:
                 working -= 1
@@ -238,7 +261,7 @@ class ThreadedRun:
                 self._fail(group[0].job, error)
             return
         for work in group:
-            self.computed.put(work)
+            self._put(self.computed, work)
 
     def _may_join(self, group: list[Work]) -> bool:
         settings, images = self.stages.settings, [work.image.pixels for work in group if work.image is not None]
@@ -279,7 +302,7 @@ class ThreadedRun:
     def _next_computed(self) -> Work | None:
         while not self.dropped:
             try:
-                return self.computed.get(timeout=0.1)
+                return self.computed.get(timeout=POLL)
             except queue.Empty:
                 if self.stopping:
                     break

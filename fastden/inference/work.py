@@ -28,7 +28,7 @@ class Work:
         size: bytes in the host's memory.
         streamed: whether it is read, denoised and written strip by strip.
         image: its pixels, then the denoised ones.
-        level, sigma: what the network takes, and on the scale 0-255.
+        level, sigma: what the network takes, of several pages (N,) if they differ; and on the scale 0-255, their mean.
         seconds: spent in each stage.
         notes: for the user.
         pinned: the image as a batch of one in pinned memory, on the way to a CUDA device.

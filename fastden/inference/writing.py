@@ -46,12 +46,13 @@ class Writing:
         except UserError as error:
             raise UserError(f"{job.target}: {error}") from error
         work.notes += notes
-        height, width = work.image.pixels.shape[:2]
+        height, width, pages = work.image.pixels.shape[0], work.image.pixels.shape[1], work.image.pages
         with whole_file(job.target) as temporary:
             write_synced(temporary, data)
             work.seconds["write"] = time.perf_counter() - start
-            output = {"output_size": len(data), "output_sha256": sha256(data).hexdigest()}
-            record = self.record(work, manifest, "writing", width=width, height=height, **output)
+            output: dict[str, Any] = {"output_size": len(data), "output_sha256": sha256(data).hexdigest()}
+            size = {"width": width, "height": height // pages, "pages": pages}
+            record = self.record(work, manifest, "writing", **size, **output)
             if manifest is not None:
                 manifest.add(record)
         return self.finish(record, manifest)
