@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fastden.inference.computing import Computing
 from fastden.inference.memory import Gate, Stopped, split_memory
 from fastden.inference.reading import Reading
 from fastden.inference.report import Interrupted, Listener
+from fastden.inference.streaming import denoise_strips
 from fastden.inference.tiling import least_memory
 from fastden.inference.transfer import Pending
 from fastden.inference.writing import Writing
@@ -382,3 +385,37 @@ def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
     assert sorted(outputs(tmp_path / "out")) == ["a.png"]
     assert list(tmp_path.rglob("*.tmp")) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_images_of_more_than_8_bits_go_through_their_own_network(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    """Where 8 bits allow bfloat16, the others keep float32: alone, together, streamed and of several pages."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for dtype in (np.uint8, np.uint16, np.float32):
+        for index in range(2):
+            write_image(folder / f"{np.dtype(dtype).name}-{index}.tif", ImageFile(pixels(dtype=dtype, seed=index)))
+    write_image(folder / "uint16-2.tif", ImageFile(pixels(dtype=np.uint16), pages=2))
+    marked = {True: copy.copy(network), False: network}
+    seen: dict[str, set[bool]] = {}
+    monkeypatch.setattr("fastden.inference.settings.load_network", lambda *_, eight_bit: marked[eight_bit])
+
+    def watched(images: list[Any], level: Any, chosen: Any, **options: Any) -> list[Any]:
+        seen.setdefault(images[0].dtype.name, set()).add(chosen is marked[True])
+        return fastden.api.denoise_batch(images, level, chosen, **options)
+
+    def strips(chosen: Any, reader: Any, *rest: Any, **options: Any) -> float:
+        seen.setdefault(reader.header.dtype.name, set()).add(chosen is marked[True])
+        return denoise_strips(chosen, reader, *rest, **options)
+
+    monkeypatch.setattr("fastden.inference.computing.denoise_batch", watched)
+    monkeypatch.setattr("fastden.inference.stages.denoise_strips", strips)
+    batch = fastden.BatchDenoiser(network, sigma=20)
+    if streamed:
+        (folder / "uint16-2.tif").unlink()
+        look = batch.stages.reading.look
+        batch.stages.reading.look = lambda job: replace(look(job), streamed=True)  # type: ignore[method-assign]
+    assert batch.run(folder, tmp_path / "out").failed == []
+    assert seen == {"uint8": {True}, "uint16": {False}, "float32": {False}}
