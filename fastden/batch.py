@@ -19,9 +19,11 @@ from rich.table import Table
 from fastden.errors import in_one_line
 
 if TYPE_CHECKING:
-    from fastden.inference.pipeline import BatchDenoiser, Report
+    from fastden.inference.pipeline import BatchDenoiser
+    from fastden.inference.report import Report
     from fastden.jobs import Job
     from fastden.manifest import Record
+    from fastden.rehearsal import Step
 
 
 def say(text: str, *, error: bool = False, console: Console | None = None) -> None:
@@ -66,7 +68,7 @@ class Run:
             output: file or folder.
             unreadable: folders that could not be looked into; they count as failures.
         """
-        from fastden.inference.pipeline import Interrupted, Listener
+        from fastden.inference.report import Interrupted, Listener
 
         start = time.perf_counter()
         console = Console(stderr=True)
@@ -116,7 +118,7 @@ class Run:
                 say(f"{step.job.target}: done before")
             else:
                 how = ", streamed" if step.streamed else ""
-                say(f"{step.job.source} -> {step.job.target}, {step.width} x {step.height}, {step.sigma}{how}")
+                say(f"{step.job.source} -> {step.job.target}, {_size(step)}, {step.sigma}{how}")
         failed = sum(step.error is not None for step in plan.steps) + len(unreadable)
         todo = sum(step.error is None and not step.done for step in plan.steps)
         if todo:
@@ -157,10 +159,14 @@ class Run:
             return
         estimated = " (estimated)" if record.sigma_source == "estimated" else ""
         shown = "" if record.sigma is None else f", sigma {record.sigma:.1f}{estimated}"
-        self._say(f"{job.source} -> {job.target}, {record.width} x {record.height}{shown}")
+        self._say(f"{job.source} -> {job.target}, {_size(record)}{shown}")
         for note in record.notes:
             self._say(f"note: {job.target}: {note}", error=True)
 
     def _show_error(self, job: Job, error: str) -> None:
         named = error.startswith((str(job.source), str(job.target)))
         self._say(f"error: {error}" if named else f"error: {job.source}: {error}", error=True)
+
+
+def _size(image: Record | Step) -> str:
+    return f"{image.width} x {image.height}" + (f", {image.pages} pages" if image.pages > 1 else "")

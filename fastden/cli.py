@@ -204,6 +204,7 @@ def denoise(
     from fastden.inference.pipeline import BatchDenoiser
     from fastden.jobs import plan
     from fastden.loading import parse_memory
+    from fastden.manifest import made_before
     from fastden.ray_run import run_rows
     from fastden.video_run import is_one_video, run_video
 
@@ -227,10 +228,13 @@ def denoise(
         "strip_metadata": strip_metadata,
         "max_pixels": int(max_megapixels * 1e6),
     }
+    unreadable: list[OSError] = []
+    planning: dict[str, Any] = {"recursive": recursive, "format_name": format_name, "unreadable": unreadable}
+    planning["made"] = made_before(record, output) if resume else None
     if engine is Engine.ray:
         if dry_run:
             raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
-        rows = plan_rows(inputs, output_name, recursive=recursive, format_name=format_name)
+        rows = plan_rows(inputs, output_name, **planning)
         raise typer.Exit(
             run_rows(
                 rows,
@@ -240,6 +244,7 @@ def denoise(
                 resume=resume,
                 workers=workers,
                 workers_per_device=workers_per_device,
+                unreadable=unreadable,
             )
         )
     if workers is not None or workers_per_device != 1:
@@ -252,8 +257,7 @@ def denoise(
     }
     for_images |= {"sigma_map": sigma_map, "dry_run": dry_run}
     video = is_one_video(inputs, crf, [name for name, value in for_images.items() if value])
-    unreadable: list[OSError] = []
-    jobs = [] if video else plan(inputs, output, recursive=recursive, format_name=format_name, unreadable=unreadable)
+    jobs = [] if video else plan(inputs, output, **planning)
     # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
     _load(model, device, dtype, eight_bit=True)
     with _naming():

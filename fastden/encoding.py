@@ -20,6 +20,12 @@ def check_alpha(has_alpha: bool, format_name: str) -> None:
         raise UserError(f"JPEG has no alpha channel; accepted: {accepted}")
 
 
+def check_pages(pages: int, format_name: str) -> None:
+    """Raise UserError where an image has several pages and the format one."""
+    if pages > 1 and format_name != "tiff":
+        raise UserError(f"{pages} pages, which {format_name} has not; accepted: tiff (by the suffix, or --format)")
+
+
 def plan_encoding(
     channels: int, dtype: np.dtype[Any], bits: int, metadata: Mapping[str, Any], format_name: str, *, strip: bool
 ) -> tuple[np.dtype[Any], dict[str, Any], list[str]]:

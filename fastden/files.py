@@ -31,6 +31,8 @@ def check_target(path: str | Path, overwrite: bool) -> None:
                 raise UserError(f"{path}: exists and is not a regular file")
             if not overwrite:
                 raise UserError(f"{path}: exists already; accepted: another name, or overwrite (--overwrite)")
+        elif target.is_symlink():
+            raise UserError(f"{path}: is a link that leads to itself")
         elif not target.parent.is_dir():
             raise UserError(f"{path}: the folder {target.parent} does not exist")
     except OSError as error:

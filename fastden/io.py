@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastden.encoding import check_alpha, described, plan_encoding, plan_saving
+from fastden.encoding import check_alpha, check_pages, described, plan_encoding, plan_saving
 from fastden.errors import UserError
 from fastden.files import check_target, reason, write_bytes
 from fastden.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
@@ -73,7 +73,8 @@ class ImageFile:
 
     Attributes:
         pixels: (H, W, C), C 1 (gray) or 3 (RGB); uint8, uint16, or float32 on the scale [0, 1]. As stored: where
-            ``metadata["orientation"]`` is not 1, the picture is shown turned (:meth:`upright`).
+            ``metadata["orientation"]`` is not 1, the picture is shown turned (:meth:`upright`). The pages of a file of
+            several lie one below the other (:meth:`split`).
         alpha: (H, W) in the dtype of ``pixels``, or None.
         format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif``, or what libvips calls it.
         bits: significant bits a channel: 8, 10, 12, 16 or 32; 0 stands for all that the dtype has.
@@ -81,6 +82,7 @@ class ImageFile:
         metadata: header fields by libvips' names (:data:`METADATA`): EXIF, ICC profile, XMP, IPTC, resolution,
             orientation.
         notes: what a user should know of the reading, such as a conversion.
+        pages: of the file, all of one size.
     """
 
     pixels: Array
@@ -90,21 +92,26 @@ class ImageFile:
     lossless: bool = True
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    pages: int = 1
 
     def __post_init__(self) -> None:
         if not self.bits:
             object.__setattr__(self, "bits", 8 * self.pixels.dtype.itemsize)
+
+    def split(self) -> list[Array]:
+        """The pixels of each page, (H, W, C)."""
+        return np.split(self.pixels, self.pages)
 
     def upright(self) -> ImageFile:
         """The same picture with its orientation applied to the pixels, and the tag set to say so."""
         orientation = int(self.metadata.get("orientation", 1))
         if orientation in (0, 1):
             return self
-        alpha = None if self.alpha is None else _turned(self.alpha, orientation)
+        alpha = None if self.alpha is None else _turned(self.alpha, orientation, self.pages)
         metadata = {**self.metadata, "orientation": 1}
         if orientation >= 5 and {"xres", "yres"} <= metadata.keys():
             metadata["xres"], metadata["yres"] = metadata["yres"], metadata["xres"]
-        return replace(self, pixels=_turned(self.pixels, orientation), alpha=alpha, metadata=metadata)
+        return replace(self, pixels=_turned(self.pixels, orientation, self.pages), alpha=alpha, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -112,11 +119,11 @@ class Header:
     """What is known of an image file before its pixels are decoded.
 
     Attributes:
-        width, height: pixels.
+        width, height: pixels, of a page.
         channels: 1 or 3.
         has_alpha: whether an alpha channel follows them.
         dtype: of the decoded values.
-        format, bits, lossless, metadata, notes: as of :class:`ImageFile`.
+        format, bits, lossless, metadata, notes, pages: as of :class:`ImageFile`.
     """
 
     width: int
@@ -129,6 +136,7 @@ class Header:
     lossless: bool
     metadata: Mapping[str, Any]
     notes: tuple[str, ...]
+    pages: int = 1
 
     @property
     def bands(self) -> int:
@@ -138,22 +146,29 @@ class Header:
     @property
     def nbytes(self) -> int:
         """Of the decoded values, alpha included."""
-        return self.width * self.height * self.bands * self.dtype.itemsize
+        return self.pages * self.width * self.height * self.bands * self.dtype.itemsize
 
 
-def _turned(array: Array, orientation: int) -> Array:
-    """(H, W, ...) with EXIF orientation 2 to 8 undone."""
+def _turned(array: Array, orientation: int, pages: int = 1) -> Array:
+    """(H, W, ...) with EXIF orientation 2 to 8 undone, page by page."""
+    if pages > 1:
+        return np.concatenate([_turned(page, orientation) for page in np.split(array, pages)])
     mirrored = {2: array[:, ::-1], 4: array[::-1], 5: array.swapaxes(0, 1), 7: array[::-1, ::-1].swapaxes(0, 1)}
     turns = {3: 2, 6: -1, 8: 1}
     turned = np.rot90(array, turns[orientation]) if orientation in turns else mirrored.get(orientation, array)
     return np.ascontiguousarray(turned)
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> ImageFile:
     """Decode an image file.
 
     Gray stays gray, a palette becomes RGB, 1-bit becomes 8-bit gray, CMYK becomes sRGB (with a note), float16 becomes
     float32. The EXIF orientation is not applied to the pixels (but AVIF's own rotation is: libvips does it).
+
+    Args:
+        path: of the file.
+        max_pixels: more are refused, all pages together.
+        several: take TIFFs of several pages, which have to be of one size, depth and colour space.
 
     Raises:
         UserError: missing, empty, truncated, corrupt or no image; several pages; more than ``max_pixels``; not 1 or 3
@@ -165,19 +180,25 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from error
     try:
-        return decode_image(data, max_pixels=max_pixels)
+        return decode_image(data, max_pixels=max_pixels, several=several)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> ImageFile:
     """Decode the bytes of an image file; see :func:`read_image`."""
     vips = load_vips()
     if not data:
         raise UserError("the file is empty")
     with vips_errors():
-        image = vips.Image.new_from_buffer(data, "", access="sequential", fail_on="error")
-        image, header = open_image(image, data, max_pixels)
+        options = {"access": "sequential", "fail_on": "error"}
+        image, header = open_image(vips.Image.new_from_buffer(data, "", **options), data, max_pixels, several)
+        if header.pages > 1:
+            try:
+                image = vips.Image.new_from_buffer(data, "", n=-1, **options)
+            except vips.Error as error:
+                raise UserError(f"{header.pages} pages ({detail(error)}); accepted: pages that are alike") from error
+            image, _ = open_image(image, data, max_pixels, several)
         # Not image.numpy(): it drops the dimensions of one-pixel images.
         shape = (image.height, image.width, image.bands)
         values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
@@ -187,24 +208,29 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
     pixels, alpha = values, None
     if header.has_alpha:
         pixels, alpha = np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])
-    return ImageFile(pixels, alpha, header.format, header.bits, header.lossless, header.metadata, header.notes)
+    known = (header.format, header.bits, header.lossless, header.metadata, header.notes, header.pages)
+    return ImageFile(pixels, alpha, *known)
 
 
-def open_image(image: Any, data: bytes, max_pixels: int) -> tuple[Any, Header]:
+def open_image(image: Any, data: bytes, max_pixels: int, several: bool = False) -> tuple[Any, Header]:
     """An image that libvips has opened: checked, CMYK converted, and its header.
 
     Args:
         image: of pyvips; its pixels are not decoded here.
         data: the file's bytes; of formats other than WebP they are not looked at.
-        max_pixels: as in :func:`read_image`.
+        max_pixels, several: as in :func:`read_image`.
 
     Raises:
         UserError: an image that :func:`read_image` refuses.
     """
     fields = set(image.get_fields())
-    _check_header(image, fields, max_pixels)
     loader = image.get("vips-loader").replace("_buffer", "").replace("_source", "").replace("load", "")
     format_name = "avif" if loader == "heif" else _LOADERS.get(loader, loader)
+    pages = int(image.get("n-pages")) if "n-pages" in fields else 1
+    if pages > 1:
+        _check_pages(pages, format_name, several)
+    height = image.get_page_height()
+    _check_header(image, pages * height, max_pixels)
     bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 0
     metadata = {name: image.get(name) for name in METADATA if name in fields}
     notes = []
@@ -215,6 +241,8 @@ def open_image(image: Any, data: bytes, max_pixels: int) -> tuple[Any, Header]:
         notes.append("CMYK is converted to sRGB")
     if "gainmap-data" in fields:
         notes.append("the HDR gain map is not kept")
+    if pages > 1:
+        notes.append(f"{pages} pages: all get the metadata of the first")
     if "exif-data" in metadata:
         # Where the loader has turned the picture already, EXIF must not turn it again.
         metadata.setdefault("orientation", 1)
@@ -226,7 +254,7 @@ def open_image(image: Any, data: bytes, max_pixels: int) -> tuple[Any, Header]:
     channels, has_alpha = _channels(image.bands, bool(image.hasalpha()))
     header = Header(
         width=image.width,
-        height=image.height,
+        height=height,
         channels=channels,
         has_alpha=has_alpha,
         dtype=dtype,
@@ -235,17 +263,22 @@ def open_image(image: Any, data: bytes, max_pixels: int) -> tuple[Any, Header]:
         lossless=_is_lossless(format_name, data),
         metadata=metadata,
         notes=tuple(notes),
+        pages=pages,
     )
     return image, header
 
 
-def _check_header(image: Any, fields: set[str], max_pixels: int) -> None:
-    pages = image.get("n-pages") if "n-pages" in fields else 1
-    if pages > 1:
-        raise UserError(f"{pages} pages: multi-page and animated images are not supported yet; accepted: one page")
-    if image.width * image.height > max_pixels:
+def _check_pages(pages: int, format_name: str, several: bool) -> None:
+    if format_name != "tiff":
+        raise UserError(f"{pages} pages, in a file that is no TIFF; accepted: one page")
+    if not several:
+        raise UserError(f"{pages} pages; accepted: one page here, several with BatchDenoiser and the command")
+
+
+def _check_header(image: Any, rows: int, max_pixels: int) -> None:
+    if image.width * rows > max_pixels:
         limit = f"at most {max_pixels / 1e6:g} megapixels (max_pixels; --max-megapixels of the command)"
-        raise UserError(f"{image.width} x {image.height} pixels; accepted: {limit}")
+        raise UserError(f"{image.width} x {rows} pixels; accepted: {limit}")
     if image.coding != "none" or image.interpretation in _OTHER_SPACES:
         raise UserError(f"colour space {image.interpretation}; accepted: gray, RGB, CMYK")
     if image.format not in VIPS_DTYPES:
@@ -328,12 +361,15 @@ def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> 
     if strip:
         image = image.upright()
     check_alpha(image.alpha is not None, format_name)
+    check_pages(image.pages, format_name)
     shape = image.pixels.shape[2], image.pixels.dtype, image.bits
     dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name, strip=strip)
     planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
     planes = np.ascontiguousarray(to_dtype(planes, dtype))
     height, width, bands = planes.shape
     saver, options = plan_saving(format_name, dtype, planes.nbytes, image.bits, image.lossless, strip=strip)
+    if image.pages > 1:
+        options["page_height"] = height // image.pages
     try:
         encoded = vips.Image.new_from_memory(planes.data, width, height, bands, VIPS_FORMATS[dtype])
         return getattr(described(encoded, metadata, strip=strip), f"{saver}_buffer")(**options), notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -53,6 +54,7 @@ def plan(
     recursive: bool = False,
     format_name: str | None = None,
     unreadable: list[OSError] | None = None,
+    made: Callable[[Path], bool] | None = None,
 ) -> list[Job]:
     """One job for each input file, in order.
 
@@ -62,9 +64,12 @@ def plan(
         recursive: descend into the folders, and keep their structure in ``output``.
         format_name: of the results; the inputs' suffixes otherwise.
         unreadable: as in :func:`find_images`.
+        made: whether a file is a result of the run that is resumed, and so no input; see
+            :func:`fastden.manifest.made_before`.
 
     Raises:
-        UserError: an input that does not exist or holds no image; two inputs with one output; an output that cannot be.
+        UserError: an input that does not exist or holds no image; two inputs with one output; an output that is another
+            one's input, or cannot be.
     """
     single = len(inputs) == 1 and _is_file(inputs[0])
     if single and not output.is_dir() and output.suffix:
@@ -75,7 +80,7 @@ def plan(
     if not single and output.suffix.lower() in SUFFIXES and not output.exists():
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
-    for source, relative in _sources(inputs, output, recursive, unreadable):
+    for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False)):
         suffix = SUFFIX_OF[format_name] if format_name else source.suffix
         if format_name and SUFFIXES.get(source.suffix.lower()) == format_name:
             suffix = source.suffix
@@ -89,7 +94,11 @@ def _is_file(name: str) -> bool:
 
 
 def _sources(
-    inputs: list[str], output: Path, recursive: bool, unreadable: list[OSError] | None
+    inputs: list[str],
+    output: Path,
+    recursive: bool,
+    unreadable: list[OSError] | None,
+    made: Callable[[Path], bool],
 ) -> list[tuple[Path, Path]]:
     """Pairs of an input file and its path below the output folder."""
     found: dict[Path, Path] = {}
@@ -97,22 +106,28 @@ def _sources(
         path = Path(name)
         if path.is_dir():
             found_here = find_images(path, recursive, unreadable)
-            images = [image for image in found_here if not _written_before(image, path, output)]
+            images = [image for image in found_here if not (_written_before(image, path, output) or made(image))]
+            if found_here and not images:
+                raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
             if not images:
                 hint = "" if recursive else ", --recursive to descend"
                 raise UserError(f"input: no images in {path}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
             found.update((image, image.relative_to(path)) for image in images)
         elif path.exists():
-            found[path] = Path(path.name)
+            if not made(path):
+                found[path] = Path(path.name)
         elif glob.has_magic(name):
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
             top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-            files = _once([match for match in matches if match.is_file() and not _written_before(match, top, output)])
+            files = [match for match in matches if match.is_file() and not _written_before(match, top, output)]
+            files = [file for file in _once(files) if not made(file)]
             if not files:
                 raise UserError(f"input: nothing matches {name}")
             found.update((file, Path(file.name)) for file in files)
         else:
             raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
+    if not found:
+        raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
     return list(found.items())
 
 
@@ -130,11 +145,20 @@ def _written_before(image: Path, folder: Path, output: Path) -> bool:
 
 
 def _refuse_collisions(jobs: list[Job]) -> None:
-    sources = defaultdict(list)
+    by_target = defaultdict(list)
     for job in jobs:
-        # Case-insensitive file systems would let one overwrite the other.
-        sources[os.path.normcase(os.path.realpath(job.target)).casefold()].append(job)
-    for same in sources.values():
+        by_target[_place(job.target)].append(job)
+    for same in by_target.values():
         if len(same) > 1:
             names = ", ".join(str(job.source) for job in same)
             raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")
+    for job in jobs:
+        # Whether it were read before it is replaced or after would be chance.
+        (writer,) = by_target.get(_place(job.source), [job])
+        if writer is not job:
+            raise UserError(f"output: {writer.target}, of {writer.source}, is an input too; accepted: another folder")
+
+
+def _place(path: Path) -> str:
+    # Case-insensitive file systems would let one overwrite the other.
+    return os.path.normcase(os.path.realpath(path)).casefold()

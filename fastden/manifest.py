@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fastden.errors import UserError
-from fastden.files import digest, reason
+from fastden.files import check_target, digest, reason
 from fastden.jobs import Job
 
 #: The manifest's name in an output folder.
 NAME = ".fastden-manifest.jsonl"
+_BEGINNING = b'{"input": '
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Record:
         seconds: spent reading, computing and writing, by name.
         input_size, input_mtime_ns: of the input when it was read: bytes, nanoseconds.
         output_size, output_sha256: of the output.
-        width, height: pixels.
+        width, height: pixels, of a page.
+        pages: of the file.
         streamed: whether it went through strip by strip.
         notes: what the user was told.
         error: of a failure.
@@ -54,6 +57,7 @@ class Record:
     output_sha256: str = ""
     width: int = 0
     height: int = 0
+    pages: int = 1
     streamed: bool = False
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -68,7 +72,7 @@ class Manifest:
         eager: make the file with its first line. Else with the first output: a run that fails altogether leaves none.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is another kind of file.
     """
 
     def __init__(self, path: Path, *, eager: bool = True) -> None:
@@ -77,13 +81,18 @@ class Manifest:
         self._lock = threading.Lock()
         self._held: list[bytes] | None = None if eager or path.exists() else []
         self._last: dict[str, dict[str, Any]] = {}
-        for line in self._read().split(b"\n"):
+        data = self._read()
+        for line in data.split(b"\n"):
             try:
                 record = json.loads(line)
-                if isinstance(record["model"], dict):
+                names = (record["input"], record["output"])
+                if isinstance(record["model"], dict) and all(isinstance(name, str) for name in names):
                     self._keep(record["output"], record)
             except (ValueError, KeyError, TypeError):
                 continue
+        # One line that was cut off is the least that a run leaves.
+        if not self._last and data[: len(_BEGINNING)] != _BEGINNING[: len(data)]:
+            raise UserError(f"manifest: {path} is no record of a run; accepted: a new file, or one that a run has made")
 
     def _keep(self, output: str, record: dict[str, Any]) -> None:
         # A failure leaves the output as an earlier run made it, which is what resuming has to know.
@@ -134,8 +143,18 @@ class Manifest:
 
     def knows(self, job: Job) -> bool:
         """Whether a run on record wrote the job's output, or was about to, from the same input."""
-        record = self._last.get(self.name_of(job.target), {})
-        return record.get("status") in ("writing", "done") and record.get("input") == os.path.abspath(job.source)
+        record = self._last.get(self.name_of(job.target))
+        if record is None or record.get("status") not in ("writing", "done"):
+            return False
+        return _place(record["input"]) == _place(job.source)
+
+    def written(self) -> dict[Path, dict[str, Any]]:
+        """The outputs that runs on record wrote, or were about to, each with its record."""
+        return {
+            self._folder / name: record
+            for name, record in self._last.items()
+            if record.get("status") in ("writing", "done")
+        }
 
     def finished(self, job: Job, model: dict[str, str], options: dict[str, Any]) -> bool:
         """Whether the job need not be done again: same input, weights and options, and the output is still the same."""
@@ -151,7 +170,54 @@ class Manifest:
             same = (record.get("input_size"), record.get("input_mtime_ns")) == (source.st_size, source.st_mtime_ns)
             # An image that was replaced by its result is another one since.
             in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
-            same_path = record.get("input") == os.path.abspath(job.source)
+            same_path = _place(record["input"]) == _place(job.source)
             return same_path and (same or in_place) and digest(job.target) == record.get("output_sha256")
         except OSError:
             return False
+
+
+def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path) -> Manifest | None:
+    """The manifest that :meth:`fastden.BatchDenoiser.run` means; None for none."""
+    if manifest is None:
+        return None
+    if manifest != "auto":
+        path = Path(manifest)
+        if path.parent != output:  # which may have to be made
+            check_target(path, overwrite=True)
+        return Manifest(path)
+    is_file = len(jobs) == 1 and jobs[0].target == output
+    return None if is_file else Manifest(output / NAME, eager=False)
+
+
+def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], bool]:
+    """What tells a file that a run on record has made from another one: for the run that goes on, it is no input.
+
+    Without it a run whose outputs lie beside its inputs would take them for inputs when it is resumed.
+
+    Args:
+        manifest, output: as of :meth:`fastden.BatchDenoiser.run`.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    book = None if manifest is None else Manifest(output / NAME if manifest == "auto" else Path(manifest), eager=False)
+    made = {} if book is None else {_place(path): record for path, record in book.written().items()}
+
+    def is_made(path: Path) -> bool:
+        record = made.get(_place(path))
+        if record is None or _place(record["input"]) == _place(path):
+            return False
+        if os.path.lexists(record["input"]):
+            return True
+        try:  # its input is gone: a file of the same name may be another one
+            return digest(path) == record.get("output_sha256")
+        except OSError:
+            return False
+
+    return is_made
+
+
+def _place(path: str | Path) -> str:
+    """Where a file lies, whatever links lead to its folder; a link to a file is a file of its own."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from fastden.batch import say
-from fastden.errors import UserError
+from fastden.errors import UserError, in_one_line
 from fastden.files import remove_leftovers
 from fastden.hub import models
 from fastden.inference.distributed import Row, distribute, has_scheme
-from fastden.inference.pipeline import BatchDenoiser, open_manifest
+from fastden.inference.pipeline import BatchDenoiser
 from fastden.jobs import Job
-from fastden.manifest import Manifest, Record
+from fastden.manifest import Manifest, Record, open_manifest
 
 
 def run_rows(
@@ -31,6 +32,7 @@ def run_rows(
     resume: bool,
     workers: int | None,
     workers_per_device: int,
+    unreadable: Sequence[OSError] = (),
 ) -> int:
     """Do the rows on Ray, print a line for each and the sums, return the exit code.
 
@@ -41,6 +43,7 @@ def run_rows(
         manifest, resume: as of :meth:`fastden.BatchDenoiser.run`. This process alone writes the manifest; a run that
             names URLs has none.
         workers, workers_per_device: as of :func:`fastden.inference.distributed.choose_pool`.
+        unreadable: folders that could not be looked into; they count as failures.
 
     Raises:
         UserError: a wrong setting, an output that is its own input, or Ray does not start.
@@ -59,6 +62,8 @@ def run_rows(
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, redirect_stdout=False)
     failed: list[str] = []
     pixels = 0
+    for missing in unreadable:
+        say(f"error: {in_one_line(missing)}", error=True)
     with bar:
         task = bar.add_task("denoising", total=len(rows))
         for record in distribute(rows, settings, workers=workers, workers_per_device=workers_per_device):
@@ -71,10 +76,11 @@ def run_rows(
                 text = record["error"]
                 say(f"error: {text}" if text.startswith((source, target)) else f"error: {source}: {text}", error=True)
                 continue
-            pixels += record["width"] * record["height"]
+            pixels += record["width"] * record["height"] * record["pages"]
             estimated = " (estimated)" if record["sigma_source"] == "estimated" else ""
             level = "" if record["sigma"] is None else f", sigma {record['sigma']:.1f}{estimated}"
-            say(f"{source} -> {target}, {record['width']} x {record['height']}{level}")
+            pages = f", {record['pages']} pages" if record["pages"] > 1 else ""
+            say(f"{source} -> {target}, {record['width']} x {record['height']}{pages}{level}")
             for note in record["notes"]:
                 say(f"note: {target}: {note}", error=True)
     seconds = time.perf_counter() - start
@@ -84,8 +90,9 @@ def run_rows(
     if done:
         rate = f"{pixels / 1e6 / seconds:.2f} MP/s, files read and written, Ray's start included"
         say(f"{done} image{'s' * (done != 1)}, {pixels / 1e6:.2f} megapixels, {seconds:.2f} s ({rate})")
+    failed += [str(missing.filename) for missing in unreadable]
     if failed and len(rows) > 1:
-        say(f"error: {len(failed)} of {len(rows)} files failed: {', '.join(failed)}", error=True)
+        say(f"error: {len(failed)} of {len(rows) + len(unreadable)} files failed: {', '.join(failed)}", error=True)
     return 1 if failed else 0
 
 
@@ -109,16 +116,16 @@ def _prepared(rows: list[Row], settings: dict[str, Any], book: Manifest, resume:
     run that resumes.
     """
     # Which weights and options count is known without a device, which the workers alone may have.
-    stages = BatchDenoiser(**{**settings, "device": "cpu"}).stages
+    shared = BatchDenoiser(**{**settings, "device": "cpu"}).settings
     left = []
     for row in rows:
         job = Job(Path(row["input"]), Path(row["output"]))
         try:
-            options = stages.options(job)
+            options = shared.options(job)
         except UserError:  # no format that can be written: the worker says so
             left.append(row)
             continue
-        if resume and book.finished(job, stages.weights, options):
+        if resume and book.finished(job, shared.weights, options):
             continue
         if resume and book.knows(job):
             left.append({**row, "replaces": "yes"})
@@ -128,7 +135,7 @@ def _prepared(rows: list[Row], settings: dict[str, Any], book: Manifest, resume:
             job.target.parent.mkdir(parents=True, exist_ok=True)
             began = datetime.now(timezone.utc).isoformat(timespec="seconds")
             book.add(
-                Record(row["input"], book.name_of(job.target), "writing", began, dict(stages.weights), dict(options))
+                Record(row["input"], book.name_of(job.target), "writing", began, dict(shared.weights), dict(options))
             )
     if resume:
         for folder in {Path(row["output"]).parent for row in rows}:

@@ -13,11 +13,11 @@ import torch
 from fastden.api import denoise_batch, noise_level_of
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.fused import FusedDenoiser
-from fastden.inference.pipeline import BatchDenoiser, open_manifest
-from fastden.inference.stages import Stages
+from fastden.inference.pipeline import BatchDenoiser
+from fastden.inference.settings import Settings
 from fastden.inference.tiling import HALO, automatic_tile, bytes_per_pixel
 from fastden.jobs import Job
-from fastden.manifest import Manifest
+from fastden.manifest import Manifest, open_manifest
 
 #: Side of the image by which the speed is measured, pixels.
 SAMPLE = 384
@@ -29,7 +29,8 @@ class Step:
 
     Attributes:
         job: what would be read and written.
-        width, height: pixels; 0 where the file says nothing.
+        width, height: pixels, of a page; 0 where the file says nothing.
+        pages: of the file.
         sigma: where the noise level would come from.
         streamed: strip by strip, because it does not fit into memory.
         done: by an earlier run, so that nothing remains.
@@ -39,6 +40,7 @@ class Step:
     job: Job
     width: int = 0
     height: int = 0
+    pages: int = 1
     sigma: str = ""
     streamed: bool = False
     done: bool = False
@@ -62,7 +64,7 @@ class Rehearsal:
     @property
     def megapixels(self) -> float:
         """That would be denoised."""
-        return sum(step.width * step.height for step in self.steps if not (step.done or step.error)) / 1e6
+        return sum(step.width * step.height * step.pages for step in self.steps if not (step.done or step.error)) / 1e6
 
     @property
     def seconds(self) -> float:
@@ -84,37 +86,37 @@ def rehearse(
         batch: what would run.
         jobs, output, manifest, resume: as in :meth:`fastden.BatchDenoiser.run_jobs`.
     """
-    stages = batch.stages
     book = open_manifest(manifest, jobs, output)
-    steps = [_step(stages, job, book if resume else None) for job in jobs]
+    steps = [_step(batch, job, book if resume else None) for job in jobs]
     todo = [step for step in steps if not (step.done or step.error)]
     if not todo:
         return Rehearsal(steps, 0.0, 0)
-    network = stages.network(eight_bit=True)
-    return Rehearsal(steps, _rate(network), _memory(stages, network, todo))
+    network = batch.network(eight_bit=True)
+    return Rehearsal(steps, _rate(network), _memory(batch.settings, network, todo))
 
 
-def _step(stages: Stages, job: Job, manifest: Manifest | None) -> Step:
+def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
+    settings = batch.settings
     try:
-        if manifest is not None and manifest.finished(job, stages.weights, stages.options(job)):
+        if manifest is not None and manifest.finished(job, settings.weights, settings.options(job)):
             return Step(job, done=True)
-        _check_output(stages, job, manifest)
-        work = stages.look(job)
+        _check_output(settings, job, manifest)
+        work = batch.stages.reading.look(job)
     except FAILURES as error:
         return Step(job, error=in_one_line(error))
     if work.header is None:
         return Step(job, error="cannot be read")
-    if stages.sigma_map is not None:
-        sigma = f"sigma from {stages.sigma_map}"
-    elif not stages.network(eight_bit=True).noise_level_input:
+    if settings.sigma_map is not None:
+        sigma = f"sigma from {settings.sigma_map}"
+    elif not settings.network(eight_bit=True).noise_level_input:
         sigma = "no sigma (blind model)"
     else:
-        sigma = "sigma to be estimated" if stages.sigma == "auto" else f"sigma {stages.sigma:g}"
-    return Step(job, work.header.width, work.header.height, sigma, work.streamed)
+        sigma = "sigma to be estimated" if settings.sigma == "auto" else f"sigma {settings.sigma:g}"
+    return Step(job, work.header.width, work.header.height, work.header.pages, sigma, work.streamed)
 
 
-def _check_output(stages: Stages, job: Job, manifest: Manifest | None) -> None:
-    replaces = stages.overwrite or (manifest is not None and manifest.knows(job))
+def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> None:
+    replaces = settings.overwrite or (manifest is not None and manifest.knows(job))
     if os.path.lexists(job.target) and not replaces:
         raise UserError(f"{job.target}: exists already; accepted: another name, or overwrite (--overwrite)")
 
@@ -131,11 +133,11 @@ def _rate(network: FusedDenoiser) -> float:
     return SAMPLE * SAMPLE / 1e6 / seconds
 
 
-def _memory(stages: Stages, network: FusedDenoiser, steps: list[Step]) -> int:
+def _memory(settings: Settings, network: FusedDenoiser, steps: list[Step]) -> int:
     """Bytes at most: of the largest tile, and of the images in hand."""
     largest = max(steps, key=lambda step: step.width * step.height)
-    side = stages.tile
+    side = settings.tile
     if side == "auto":
-        side = automatic_tile(network, largest.height, largest.width, 1, stages.budget.network)[0]
+        side = automatic_tile(network, largest.height, largest.width, 1, settings.budget.network)[0]
     height, width = (min(size, side or size) + 2 * HALO for size in (largest.height, largest.width))
-    return int(bytes_per_pixel(network) * height * width) + stages.budget.images
+    return int(bytes_per_pixel(network) * height * width) + settings.budget.images

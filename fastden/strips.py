@@ -34,6 +34,7 @@ class StripReader:
     Args:
         path: of the file.
         max_pixels: as in :func:`fastden.io.read_image`.
+        several: take TIFFs of several pages, of which the first is read.
 
     Attributes:
         header: what the file says before its pixels are decoded.
@@ -41,7 +42,7 @@ class StripReader:
 
     header: Header
 
-    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> None:
         self.path = path
         vips = load_vips()
         try:
@@ -60,7 +61,7 @@ class StripReader:
                 else:
                     # A source, not the file's name: of names libvips takes what is in brackets for options.
                     image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(path)), "", **options)
-                image, self.header = open_image(image, data, max_pixels)
+                image, self.header = open_image(image, data, max_pixels, several)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {reason(error)}") from error
         except UserError as error:
@@ -90,9 +91,9 @@ class StripReader:
         return rows
 
 
-def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> Header:
     """What an image file says before its pixels are decoded; errors as of :func:`fastden.io.read_image`."""
-    return StripReader(path, max_pixels=max_pixels).header
+    return StripReader(path, max_pixels=max_pixels, several=several).header
 
 
 def estimate_sigma_of_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> float:

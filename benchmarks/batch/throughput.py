@@ -70,7 +70,7 @@ def main() -> None:
         "compute_share": round(report.compute_share, 4),
         "seconds_by_stage": {stage: round(sum(item.seconds[stage] for item in report.done), 2) for stage in stages},
         "dtype": arguments.dtype,
-        "device": str(batch.stages.network(eight_bit=True).device),
+        "device": str(batch.network(eight_bit=True).device),
         "machine": collect(paths=False),
     }
     text = json.dumps(figures, indent=1) + "\n"

@@ -27,7 +27,7 @@ class Cost:
             ValueError: no image among them is done.
         """
         done = [record for record in records if record["status"] == "done"]
-        megapixels = sum(record["width"] * record["height"] for record in done) / 1e6
+        megapixels = sum(record["width"] * record["height"] * record.get("pages", 1) for record in done) / 1e6
         if not megapixels:
             raise ValueError("records: none is done; accepted: at least one image that was denoised")
         stages = ("read", "compute", "write")

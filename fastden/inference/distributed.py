@@ -11,7 +11,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,13 @@ def has_scheme(name: str) -> bool:
 
 
 def plan_rows(
-    inputs: Sequence[str], output: str, *, recursive: bool = False, format_name: str | None = None
+    inputs: Sequence[str],
+    output: str,
+    *,
+    recursive: bool = False,
+    format_name: str | None = None,
+    unreadable: list[OSError] | None = None,
+    made: Callable[[Path], bool] | None = None,
 ) -> list[Row]:
     """What to read and where to write it: a row ``{"input", "output"}`` for each image.
 
@@ -51,6 +57,7 @@ def plan_rows(
         output: a folder, or for one local file a file.
         recursive: descend into folders, keeping their structure.
         format_name: of the results; the inputs' suffixes otherwise.
+        unreadable, made: as in :func:`fastden.jobs.plan`; of paths alone.
 
     Raises:
         UserError: as :func:`fastden.jobs.plan`.
@@ -58,7 +65,8 @@ def plan_rows(
     from fastden.jobs import SUFFIX_OF, plan
 
     if not any(map(has_scheme, (*inputs, output))):
-        jobs = plan(list(inputs), Path(output), recursive=recursive, format_name=format_name)
+        options: dict[str, Any] = {"recursive": recursive, "format_name": format_name}
+        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, **options)
         return [{"input": os.path.abspath(job.source), "output": os.path.abspath(job.target)} for job in jobs]
     if not has_scheme(output):
         output = os.path.abspath(output)  # workers have working folders of their own
@@ -148,7 +156,7 @@ class Worker:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refusal = UserError(f"output: cannot make the folder {target.parent}: {error.strerror}")
-            return asdict(self.denoiser.stages.failure(job, refusal, None))
+            return asdict(self.denoiser.stages.writing.failure(job, refusal, None))
         return asdict(self.denoiser.one(job, replaces=replaces))
 
     def _through_copies(self, source: str, target: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ back is in :mod:`fastden.inference.frames`.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 import shutil
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastden.errors import UserError
+from fastden.inference.encoders import Encoders
 from fastden.inference.frames import FrameConverter
 from fastden.values import Array
 
@@ -28,14 +30,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 #: Frames that ``sigma="auto"`` looks at; their median holds for the whole video, so that it does not flicker.
 ESTIMATED = 5
-#: Constant rate factor of each encoder where none is asked for: little loss that one could see.
-RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}
-#: Quantiser of the other lossy encoders, where the input's bit rate is unknown: 1 is best, 31 worst.
-QUANTISER = 3
-#: Encoders that know more pixel formats than the one which FFmpeg takes first.
-ENCODERS = {"prores": "prores_ks"}
-#: What is tried, in this order, where the input's own codec cannot be encoded.
-INSTEAD = ("h264", "hevc", "av1", "ffv1")
 #: What a file says of its own container and encoder, not of its content.
 NOT_COPIED = ("major_brand", "minor_version", "compatible_brands", "encoder", "duration")
 #: Kinds of side data that PyAV reads and cannot write.
@@ -46,9 +40,6 @@ LOST = {
     "DOVI_METADATA": "Dolby Vision metadata",
     "A53_CC": "closed captions inside the video stream",
 }
-#: The FFmpeg constant by which quantisers are scaled in ``global_quality``.
-_LAMBDA = 118
-_FULL_RANGE = 2
 
 
 @dataclass
@@ -168,12 +159,19 @@ class _Copy:
         pictures = [stream for stream in reader.streams.video if not self._is_cover(stream)]
         if not pictures:
             raise UserError(f"{source}: no video stream; accepted: a file with one")
+        if writer.format.name == "avi" and reader.format.name != "avi":
+            raise UserError(f"output: {target}: AVI has no times of frames; accepted for {source.suffix}: .mkv, .mp4")
         self.video = pictures[0]
         self.video.thread_type = "AUTO"
         self.total = self.video.frames or self._expected()
 
     def _is_cover(self, stream: Any) -> bool:
         return bool(stream.disposition & self.av.stream.Disposition.attached_pic)
+
+    def _is_gap(self, packet: Any) -> bool:
+        """Whether a packet is the nothing between two subtitles of an MP4, which is written anew."""
+        codec = packet.stream.codec_context
+        return codec is not None and codec.name == "mov_text" and bytes(packet) == b"\0\0"
 
     def _expected(self) -> int:
         rate, duration = self.video.average_rate, self.reader.duration
@@ -200,6 +198,8 @@ class _Copy:
         encoder = outputs[self.video.index]
         level: Any = sigma
         waiting: deque[tuple[Any, Array]] = deque()
+        # Frames of an AVI have the times of packets, which are late by as many as the decoder holds back.
+        late = (first.pts or 0) - (self.video.start_time or 0) if self.reader.format.name == "avi" else 0
         last: int | None = None
 
         def finish(frame: Any, pixels: Array) -> None:
@@ -207,6 +207,8 @@ class _Copy:
             colours = pixels.shape[2] // 3 * 3 or 1
             done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], level, network, **options)
             encoded = converter.frame(np.concatenate([done, pixels[:, :, colours:]], 2), frame, encoder.pix_fmt)
+            if encoded.pts is not None:
+                encoded.pts -= late
             # A decoder that lost its way gives no time, or one twice.
             if encoded.pts is None or (last is not None and encoded.pts <= last):
                 encoded.pts = 0 if last is None else last + 1
@@ -218,7 +220,7 @@ class _Copy:
 
         for item in self._items(packets):
             if isinstance(item, self.av.Packet):
-                if item.stream.index in outputs:
+                if item.stream.index in outputs and not self._is_gap(item):
                     item.stream = outputs[item.stream.index]
                     self.writer.mux(item)
                 continue
@@ -306,98 +308,37 @@ class _Copy:
         return outputs
 
     def _add_copy(self, stream: Any) -> Any:
+        if stream.discard == self.av.stream.Discard.all:  # the titles of chapters, which are written as chapters
+            return None
         codec = stream.codec_context.name if stream.codec_context else "unknown"
-        if stream.type == "video" and not self._is_cover(stream):
-            self.note(f"stream {stream.index}, a second video, is copied as it is")
         try:
-            return self.writer.add_stream_from_template(stream, opaque=True)
+            self._try_copy(stream)
         except (ValueError, self.av.error.FFmpegError) as error:
             text = f"stream {stream.index} ({stream.type}, {codec}) cannot be copied into {self.target.suffix}"
             if stream.type == "audio":
                 raise UserError(f"output: {text}; accepted: {self.source.suffix}, or .mkv") from error
             self.note(f"{text}, and is missing")
             return None
+        if stream.type == "video" and not self._is_cover(stream):
+            self.note(f"stream {stream.index}, a second video, is copied as it is")
+        return self.writer.add_stream_from_template(stream, opaque=True)
+
+    def _try_copy(self, stream: Any) -> None:
+        """Raise where the container does not take a stream, which some say only when they write their header."""
+        with self.av.open(io.BytesIO(), "w", format=self.writer.format.name) as scratch:
+            scratch.add_stream_from_template(stream, opaque=True)
+            scratch.start_encoding()
 
     def _add_encoder(self, first: Any) -> Any:
-        codec, pixel_format = self._choose_encoder(first)
-        stream = self.writer.add_stream(codec.name, options=self._encoder_options(codec.name))
-        self._configure(stream.codec_context, first, pixel_format)
+        encoders = Encoders(self.av, self.video, self.writer, self.target.suffix, self.crf, self.note)
+        codec, pixel_format = encoders.choose(first)
+        stream = self.writer.add_stream(codec.name, options=encoders.options(codec.name))
+        encoders.configure(stream.codec_context, first, pixel_format)
         stream.time_base = self.video.time_base
         matrix = next((data for data in first.side_data if data.type.name == "DISPLAYMATRIX"), None)
         if matrix is not None:
             stream.set_display_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
         return stream
-
-    def _choose_encoder(self, first: Any) -> tuple[Any, str]:
-        """An encoder that takes the input's frames and goes into the output's container, and its pixel format."""
-        own = self.video.codec_context.codec.canonical_name
-        wanted = first.format.name
-        usable = []
-        for name in dict.fromkeys((own, *INSTEAD)):
-            try:
-                codec = self.av.Codec(ENCODERS.get(name, name), "w")
-            except ValueError:  # FFmpeg has none for it
-                continue
-            if not self.writer.supported_codecs & {name, codec.name}:
-                continue
-            formats = [known.name for known in codec.video_formats or ()]
-            # The formats named yuvj are those named yuv, tagged as full range.
-            for pixel_format in (wanted, wanted.replace("yuvj", "yuv")):
-                if (not formats or pixel_format in formats) and self._opens(codec, first, pixel_format):
-                    if name != own:
-                        self.note(f"{own} cannot be encoded into {self.target.suffix}; the video is encoded as {name}")
-                    return codec, pixel_format
-            usable.append((codec, formats))
-        for codec, formats in usable:
-            best, _ = self.av.codec.codec.find_best_pix_fmt_of_list(formats, wanted)
-            if best is not None and self._opens(codec, first, best.name):
-                made = f"the video is {codec.canonical_name}, {best.name}"
-                self.note(f"{own} in {wanted} cannot be encoded into {self.target.suffix}; {made}")
-                return codec, best.name
-        raise UserError(f"output: nothing encodes {own} in {wanted} into {self.target.suffix}; accepted: .mkv, .mp4")
-
-    def _opens(self, codec: Any, first: Any, pixel_format: str) -> bool:
-        """Whether the encoder takes the frame's size, times and format: some know certain rates alone."""
-        context = self.av.CodecContext.create(codec, "w")
-        context.options = self._encoder_options(codec.name)
-        self._configure(context, first, pixel_format)
-        try:
-            context.open()
-        except (ValueError, self.av.error.FFmpegError):
-            return False
-        return True
-
-    def _encoder_options(self, name: str) -> dict[str, str]:
-        if name not in RATE_FACTORS:
-            if self.crf is not None:
-                raise UserError(f"crf: {self.crf}, but the encoder {name} has none; accepted: no --crf for this codec")
-            return {}
-        options = {"crf": str(RATE_FACTORS[name] if self.crf is None else self.crf)}
-        if name == "libx265":
-            options["x265-params"] = "log-level=error"
-        return options
-
-    def _configure(self, context: Any, first: Any, pixel_format: str) -> None:
-        source = self.video.codec_context
-        context.width, context.height, context.pix_fmt = first.width, first.height, pixel_format
-        context.time_base = self.video.time_base
-        rate = self.video.average_rate or self.video.guessed_rate
-        if rate:
-            context.framerate = rate
-        if self.video.sample_aspect_ratio:
-            context.sample_aspect_ratio = self.video.sample_aspect_ratio
-        context.color_range, context.colorspace = first.color_range, first.colorspace
-        context.color_trc, context.color_primaries = first.color_trc, first.color_primaries
-        context.flags |= self.av.codec.context.Flags.frame_duration
-        if self.writer.format.name == "avi":  # which has no times for frames out of order
-            context.max_b_frames = 0
-        context.bit_rate = 0
-        if context.codec.name not in RATE_FACTORS:
-            context.bit_rate = self.video.bit_rate or 0
-            if not context.bit_rate:
-                context.qscale, context.global_quality = True, QUANTISER * _LAMBDA
-        if context.codec.name == "prores_ks" and source.profile:
-            context.profile = source.profile
 
 
 def _chain(items: list[Any], packets: Iterator[Any]) -> Iterator[Any]:

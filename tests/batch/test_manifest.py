@@ -15,7 +15,7 @@ import pytest
 import fastden
 from fastden.errors import UserError
 from fastden.files import digest
-from fastden.inference.pipeline import Listener
+from fastden.inference.report import Listener
 from fastden.jobs import Job
 from fastden.manifest import NAME, Manifest
 from tests.images import encoded, pixels, save_model
@@ -53,7 +53,7 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
         "format": "png",
         "strip_metadata": False,
     }
-    assert wide["model"] == {"name": "Blend", "sha256": batch.stages.weights["sha256"]}
+    assert wide["model"] == {"name": "Blend", "sha256": batch.settings.weights["sha256"]}
     assert len(wide["model"]["sha256"]) == 64
     assert by_name["bad.png"]["status"] == "failed"
     assert by_name["bad.png"]["error"] == f"{photos / 'bad.png'}: not an image in a known format"
@@ -159,7 +159,7 @@ def test_the_record_of_a_single_file(photos: Path, tmp_path: Path, network: Any)
     batch = fastden.BatchDenoiser(network, sigma=5)
     job = Job(photos / "0.png", tmp_path / "0.png")
     assert batch.one(job, manifest).status == "done"
-    assert Manifest(manifest.path).finished(job, batch.stages.weights, batch.stages.options(job))
+    assert Manifest(manifest.path).finished(job, batch.settings.weights, batch.settings.options(job))
     failed = batch.one(Job(photos / "missing.png", tmp_path / "1.png"), manifest)
     assert (failed.status, failed.output) == ("failed", "1.png")
     assert failed.error == f"{photos / 'missing.png'}: cannot be read: {os.strerror(errno.ENOENT)}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ import torch
 
 import fastden
 from fastden.errors import UserError
-from fastden.inference import stages as stages_module
+from fastden.inference import reading
 from fastden.inference.batching import Equality, together
+from fastden.inference.computing import Computing
 from fastden.inference.memory import Gate, Stopped, split_memory
-from fastden.inference.pipeline import Interrupted, Listener
+from fastden.inference.reading import Reading
+from fastden.inference.report import Interrupted, Listener
+from fastden.inference.streaming import denoise_strips
 from fastden.inference.tiling import least_memory
 from fastden.inference.transfer import Pending
+from fastden.inference.writing import Writing
 from fastden.io import ImageFile, read_image, write_image
 from fastden.jobs import Job
 from tests.batch.conftest import Blend
@@ -54,21 +60,21 @@ def test_results_are_those_of_one_image_at_a_time(photos: Path, tmp_path: Path, 
 def test_small_images_go_together(photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reader far ahead, all images of one size are one pass; their bytes stay."""
     sizes: list[int] = []
-    compute = stages_module.Stages.compute
+    compute = Computing.compute
     ready = threading.Event()
     monkeypatch.setattr(
-        stages_module.Stages, "compute", lambda self, works, progress: sizes.append(len(works)) or compute(self, works)
+        Computing, "compute", lambda self, works, progress: sizes.append(len(works)) or compute(self, works)
     )
-    limit = stages_module.Stages.group_limit
-    monkeypatch.setattr(stages_module.Stages, "group_limit", lambda self, work: ready.wait(30) and limit(self, work))
-    read = stages_module.Stages.read
+    limit = Computing.group_limit
+    monkeypatch.setattr(Computing, "group_limit", lambda self, work: ready.wait(30) and limit(self, work))
+    read = Reading.read
 
     def count(self: Any, work: Any) -> None:
         read(self, work)
         if work.job.source.name == "wide.jpg":
             threading.Timer(0.3, ready.set).start()
 
-    monkeypatch.setattr(stages_module.Stages, "read", count)
+    monkeypatch.setattr(Reading, "read", count)
     fastden.BatchDenoiser(network, sigma=20).run(photos, tmp_path / "out")
     assert sizes == [4, 1]
     for index in range(4):
@@ -116,9 +122,9 @@ def test_memory_bounds_the_images_in_hand(
     for index in range(8):
         (photos / f"{index}.png").write_bytes(encoded(pixels(400, 600, seed=index), "PNG"))
     batch = fastden.BatchDenoiser(network, sigma=5, strength=0.5, max_memory="12MiB")
-    work = batch.stages.open(Job(photos / "0.png", tmp_path / "0.png"))
+    work = batch.stages.reading.open(Job(photos / "0.png", tmp_path / "0.png"))
     assert not work.streamed
-    assert 2 * work.size <= batch.stages.budget.images < 3 * work.size
+    assert 2 * work.size <= batch.settings.budget.images < 3 * work.size
     highest = 0
     take = Gate.take
 
@@ -130,7 +136,7 @@ def test_memory_bounds_the_images_in_hand(
     monkeypatch.setattr(Gate, "take", watched)
     monkeypatch.setattr("fastden.api.denoise_tiled", lambda network, batch, *_, **__: batch)
     assert len(batch.run(photos, tmp_path / "out").done) == 8
-    assert highest <= batch.stages.budget.images
+    assert highest <= batch.settings.budget.images
 
 
 def test_gate() -> None:
@@ -220,7 +226,7 @@ def test_the_way_to_a_device_and_back(photos: Path, tmp_path: Path, network: Any
     batch = fastden.BatchDenoiser(network, sigma=20)
     batch.run(photos, tmp_path / "host")
     lane = OnTheSpot()
-    batch.stages.lane = lane
+    batch.settings.lane = lane
     report = batch.run(photos, tmp_path / "device")
     assert report.failed == []
     assert sum(shape[0] for shape in lane.batches) == 4
@@ -255,7 +261,7 @@ def test_a_file_that_changes_while_it_is_read(
             path.write_bytes(path.read_bytes() + b"\0")
         return image
 
-    monkeypatch.setattr(stages_module, "read_image", meddle)
+    monkeypatch.setattr(reading, "read_image", meddle)
     report = fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out")
     assert [record.error for record in report.failed] == [f"{photos / '2.png'}: changed while it was read"]
     assert sorted(outputs(tmp_path / "out")) == ["0.png", "1.png", "3.png", "wide.jpg"]
@@ -264,13 +270,13 @@ def test_a_file_that_changes_while_it_is_read(
 def test_a_defect_is_shown_and_ends_the_run(
     photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in ("read", "compute", "write"):
+    for stage, name in ((Reading, "read"), (Computing, "compute"), (Writing, "write")):
 
         def broken(*arguments: Any, **options: Any) -> None:
             raise AssertionError("a defect")
 
         with monkeypatch.context() as patch:
-            patch.setattr(stages_module.Stages, stage, broken)
+            patch.setattr(stage, name, broken)
             with pytest.raises(AssertionError, match="a defect"):
                 fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -379,3 +385,37 @@ def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
     assert sorted(outputs(tmp_path / "out")) == ["a.png"]
     assert list(tmp_path.rglob("*.tmp")) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_images_of_more_than_8_bits_go_through_their_own_network(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    """Where 8 bits allow bfloat16, the others keep float32: alone, together, streamed and of several pages."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for dtype in (np.uint8, np.uint16, np.float32):
+        for index in range(2):
+            write_image(folder / f"{np.dtype(dtype).name}-{index}.tif", ImageFile(pixels(dtype=dtype, seed=index)))
+    write_image(folder / "uint16-2.tif", ImageFile(pixels(dtype=np.uint16), pages=2))
+    marked = {True: copy.copy(network), False: network}
+    seen: dict[str, set[bool]] = {}
+    monkeypatch.setattr("fastden.inference.settings.load_network", lambda *_, eight_bit: marked[eight_bit])
+
+    def watched(images: list[Any], level: Any, chosen: Any, **options: Any) -> list[Any]:
+        seen.setdefault(images[0].dtype.name, set()).add(chosen is marked[True])
+        return fastden.api.denoise_batch(images, level, chosen, **options)
+
+    def strips(chosen: Any, reader: Any, *rest: Any, **options: Any) -> float:
+        seen.setdefault(reader.header.dtype.name, set()).add(chosen is marked[True])
+        return denoise_strips(chosen, reader, *rest, **options)
+
+    monkeypatch.setattr("fastden.inference.computing.denoise_batch", watched)
+    monkeypatch.setattr("fastden.inference.stages.denoise_strips", strips)
+    batch = fastden.BatchDenoiser(network, sigma=20)
+    if streamed:
+        (folder / "uint16-2.tif").unlink()
+        look = batch.stages.reading.look
+        batch.stages.reading.look = lambda job: replace(look(job), streamed=True)  # type: ignore[method-assign]
+    assert batch.run(folder, tmp_path / "out").failed == []
+    assert seen == {"uint8": {True}, "uint16": {False}, "float32": {False}}

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fastden
 from fastden.errors import UserError
+from fastden.inference.report import Listener
 from fastden.inference.stages import Stages
 from fastden.inference.tiling import least_memory
 from fastden.io import ImageFile, read_image, write_image
 from fastden.jobs import Job
 from fastden.strips import StripReader, StripWriter, estimate_sigma_of_file
+from tests.batch.conftest import Blend
 from tests.helpers import random_network
-from tests.images import MAKE, encoded, exif, icc_profile, pixels
+from tests.images import MAKE, encoded, exif, icc_profile, pixels, save_model
 
 SIZE = (300, 500)
 
@@ -26,15 +32,13 @@ SIZE = (300, 500)
 @pytest.fixture(scope="module")
 def exact() -> fastden.FusedDenoiser:
     """In float64, where tiles equal the whole image to the last bit of the written values."""
-    import torch
-
     return fastden.fuse(random_network(), torch.float64)
 
 
 def streaming(batch: fastden.BatchDenoiser) -> fastden.BatchDenoiser:
     """The same, with every image streamed, small as it is."""
-    look = batch.stages.look
-    batch.stages.look = lambda job: replace(look(job), streamed=True)
+    look = batch.stages.reading.look
+    batch.stages.reading.look = lambda job: replace(look(job), streamed=True)
     return batch
 
 
@@ -54,7 +58,7 @@ def test_max_memory_decides(tmp_path: Path, network: Any) -> None:
     least = 2 * least_memory(network)
     for memory, expected in ((4 * least, False), (least, True)):
         batch = fastden.BatchDenoiser(network, sigma=20, max_memory=memory)
-        assert batch.stages.look(Job(tmp_path / "a.tif", tmp_path / "b.tif")).streamed == expected
+        assert batch.stages.reading.look(Job(tmp_path / "a.tif", tmp_path / "b.tif")).streamed == expected
     assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
     whole = fastden.denoise(picture, 20, model=network, tile=16)
     np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, whole)
@@ -191,7 +195,64 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path, network: Any, monkeypatc
 def test_strips_that_do_not_fit(tmp_path: Path, network: Any) -> None:
     (tmp_path / "a.png").write_bytes(encoded(pixels(60, 4000), "PNG"))
     batch = fastden.BatchDenoiser(network, sigma=20)
-    batch.stages.budget = type(batch.stages.budget)(1 << 30, 300_000)
+    batch.settings.budget = type(batch.settings.budget)(1 << 30, 300_000)
     (record,) = batch.run(tmp_path / "a.png", tmp_path / "b.png").records
     assert record.error is not None
     assert "strips of 4000 pixels do not fit" in record.error
+
+
+class Greedy(Blend):
+    """Runs out of memory on tiles above a size, as a device does."""
+
+    def forward_padded(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] * x.shape[3] > 130 * 130:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward_padded(x)
+
+
+def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, network: Any) -> None:
+    write_image(tmp_path / "a.tif", ImageFile(pixels(*SIZE)))
+    notes: list[str] = []
+    batch = streaming(fastden.BatchDenoiser(Greedy(fastden.Denoiser().eval()).float(), sigma=20, tile=128))
+    assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif", listener=Listener(note=notes.append)).failed == []
+    assert notes == ["out of memory on cpu: going on in tiles of 64 pixels or less"]
+    expected = fastden.denoise(tmp_path / "a.tif", 20, model=network, tile=64).astype(int)
+    assert np.abs(read_image(tmp_path / "b.tif").pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1)])
+def test_extreme_shapes(tmp_path: Path, network: Any, height: int, width: int) -> None:
+    picture = pixels(height, width, 1)
+    write_image(tmp_path / "a.tif", ImageFile(picture))
+    batch = streaming(fastden.BatchDenoiser(network, sigma=20, tile=2048))
+    assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
+    expected = fastden.denoise(picture, 20, model=network, tile=2048)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, expected)
+
+
+LIMITED = """
+import resource, sys
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from fastden import BatchDenoiser
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+batch = BatchDenoiser(sys.argv[1], sigma=0, strength=0)
+look = batch.stages.reading.look
+batch.stages.reading.look = lambda job: replace(look(job), streamed=True)
+print(*[record.error for record in batch.run(sys.argv[2], sys.argv[3]).failed])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of file sizes")
+def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
+    """A limit of file sizes stands for the full disk, in the middle of a file that libvips writes."""
+    write_image(tmp_path / "a.tif", ImageFile(pixels(*SIZE)))
+    model = save_model(tmp_path / "model")
+    before = set(tmp_path.iterdir())
+    command = [sys.executable, "-c", LIMITED, str(model), str(tmp_path / "a.tif"), str(tmp_path / "b.tif")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "cannot be written" in done.stdout
+    assert set(tmp_path.iterdir()) == before

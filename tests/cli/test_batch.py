@@ -131,14 +131,14 @@ def test_interruption(photos: Path, tmp_path: Path, model: str) -> None:
         # What a shell starts in the background inherits that SIGINT is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from fastden import cli\n"
-        "from fastden.inference import stages\n"
-        "compute = stages.Stages.compute\n"
+        "from fastden.inference.computing import Computing\n"
+        "compute = Computing.compute\n"
         "def slow(self, works, progress):\n"
         "    if works[0].job.source.name == 'b.jpg':\n"
         "        print('computing', flush=True)\n"
         "        time.sleep(60)\n"
         "    compute(self, works, progress)\n"
-        "stages.Stages.compute = slow\n"
+        "Computing.compute = slow\n"
         "cli.app(prog_name='fastden')\n"
     )
     arguments = ["denoise", str(photos), "-o", str(tmp_path / "out"), "--model", model]

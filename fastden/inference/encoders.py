@@ -1,0 +1,117 @@
+"""Which encoder a denoised video gets, and how it is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastden.errors import UserError
+
+#: Constant rate factor of each encoder where none is asked for: little loss that one could see.
+RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}
+#: Quantiser of the other lossy encoders, where the input's bit rate is unknown: 1 is best, 31 worst.
+QUANTISER = 3
+#: Encoders that know more pixel formats than the one which FFmpeg takes first.
+ENCODERS = {"prores": "prores_ks"}
+#: What is tried, in this order, where the input's own codec cannot be encoded.
+INSTEAD = ("h264", "hevc", "av1", "ffv1")
+#: Frames a second that SVT-AV1 takes at most. Times are given with each frame; this serves its control of the rate.
+SVT_RATE = 240
+#: The FFmpeg constant by which quantisers are scaled in ``global_quality``.
+_LAMBDA = 118
+
+
+class Encoders:
+    """The encoders for a video in a container.
+
+    Args:
+        av: the module of PyAV.
+        video: the input's stream.
+        writer: the output's container.
+        suffix: of the output.
+        crf: constant rate factor that was asked for.
+        note: takes what a user should know of the choice.
+    """
+
+    def __init__(
+        self, av: Any, video: Any, writer: Any, suffix: str, crf: int | None, note: Callable[[str], None]
+    ) -> None:
+        self.av, self.video, self.writer, self.suffix, self.crf, self.note = av, video, writer, suffix, crf, note
+
+    def choose(self, first: Any) -> tuple[Any, str]:
+        """An encoder that takes the input's frames and goes into the output's container, and its pixel format."""
+        own = self.video.codec_context.codec.canonical_name
+        wanted = first.format.name
+        usable = []
+        for name in dict.fromkeys((own, *INSTEAD)):
+            try:
+                codec = self.av.Codec(ENCODERS.get(name, name), "w")
+            except ValueError:  # FFmpeg has none for it
+                continue
+            if not self.writer.supported_codecs & {name, codec.name}:
+                continue
+            formats = [known.name for known in codec.video_formats or ()]
+            # The formats named yuvj are those named yuv, tagged as full range.
+            for pixel_format in (wanted, wanted.replace("yuvj", "yuv")):
+                if (not formats or pixel_format in formats) and self._opens(codec, first, pixel_format):
+                    if name != own:
+                        self.note(f"{own} cannot be encoded into {self.suffix}; the video is encoded as {name}")
+                    return codec, pixel_format
+            usable.append((codec, formats))
+        for codec, formats in usable:
+            best, _ = self.av.codec.codec.find_best_pix_fmt_of_list(formats, wanted)
+            if best is not None and self._opens(codec, first, best.name):
+                made = f"the video is {codec.canonical_name}, {best.name}"
+                self.note(f"{own} in {wanted} cannot be encoded into {self.suffix}; {made}")
+                return codec, best.name
+        raise UserError(f"output: nothing encodes {own} in {wanted} into {self.suffix}; accepted: .mkv, .mp4")
+
+    def _opens(self, codec: Any, first: Any, pixel_format: str) -> bool:
+        """Whether the encoder takes the frame's size, times and format: some know certain rates alone."""
+        context = self.av.CodecContext.create(codec, "w")
+        context.options = self.options(codec.name)
+        self.configure(context, first, pixel_format)
+        try:
+            context.open()
+        except (ValueError, self.av.error.FFmpegError):
+            return False
+        return True
+
+    def options(self, name: str) -> dict[str, str]:
+        """FFmpeg's options of an encoder.
+
+        Raises:
+            UserError: a constant rate factor for one that has none.
+        """
+        if name not in RATE_FACTORS:
+            if self.crf is not None:
+                raise UserError(f"crf: {self.crf}, but the encoder {name} has none; accepted: no --crf for this codec")
+            return {}
+        options = {"crf": str(RATE_FACTORS[name] if self.crf is None else self.crf)}
+        if name == "libx265":
+            options["x265-params"] = "log-level=error"
+        return options
+
+    def configure(self, context: Any, first: Any, pixel_format: str) -> None:
+        """Set an encoder's size, times, colours and quality."""
+        source = self.video.codec_context
+        context.width, context.height, context.pix_fmt = first.width, first.height, pixel_format
+        context.time_base = self.video.time_base
+        rate = self.video.average_rate or self.video.guessed_rate
+        if rate:
+            # Of a few frames at varying times FFmpeg may take the unit of time for the rate.
+            context.framerate = min(rate, SVT_RATE) if context.codec.name == "libsvtav1" else rate
+        if self.video.sample_aspect_ratio:
+            context.sample_aspect_ratio = self.video.sample_aspect_ratio
+        context.color_range, context.colorspace = first.color_range, first.colorspace
+        context.color_trc, context.color_primaries = first.color_trc, first.color_primaries
+        context.flags |= self.av.codec.context.Flags.frame_duration
+        if self.writer.format.name == "avi":  # which has no times for frames out of order
+            context.max_b_frames = 0
+        context.bit_rate = 0
+        if context.codec.name not in RATE_FACTORS:
+            context.bit_rate = self.video.bit_rate or 0
+            if not context.bit_rate:
+                context.qscale, context.global_quality = True, QUANTISER * _LAMBDA
+        if context.codec.name == "prores_ks" and source.profile:
+            context.profile = source.profile
