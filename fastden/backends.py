@@ -87,16 +87,18 @@ def choose(operator: str, backend: str | None, **tensors: Tensor | None) -> str:
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: the backend that was asked for cannot run.
+        RuntimeError: the backend that was asked for cannot run. Under ``torch.compile`` PyTorch's own error, a
+            RuntimeError too, quotes it at the first call.
     """
     name = requested() if backend is None else _known(backend, "backend")
     if name is None:
         name = _automatic(operator, tensors)
-    if name == "torch" or torch.compiler.is_compiling():
-        return name  # tracing has run, or will run, into the kernel's own refusal
-    reasons = why_not(operator, name, **tensors)
-    if reasons:
-        raise RuntimeError(_refusal(operator, name, tensors))
+    if name == "torch":
+        return name
+    if torch.compiler.is_compiling():
+        _check_traced(operator, name, **tensors)
+    else:
+        _check(operator, name, **tensors)
     return name
 
 
@@ -157,6 +159,26 @@ def _known(name: str, what: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{what}: {name!r}; accepted: {', '.join(NAMES)}")
     return name
+
+
+def _check(operator: str, name: str, **tensors: Tensor | None) -> None:
+    """Raise RuntimeError, which says why, where ``operator`` cannot run on ``name``."""
+    if why_not(operator, name, **tensors):
+        raise RuntimeError(_refusal(operator, name, tensors))
+
+
+@torch.compiler.allow_in_graph  # not looked into: called with fake tensors while Dynamo traces
+def _check_traced(operator: str, name: str, **tensors: Tensor | None) -> None:
+    """:func:`_check` with the sizes of the first call: a question about a symbolic one would limit it to the answer."""
+    seen: dict[str, Tensor | None] = {}
+    for key, tensor in tensors.items():
+        seen[key] = tensor
+        if tensor is not None and any(isinstance(size, torch.SymInt) for size in tensor.shape):
+            sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+            if None in sizes:
+                return  # known only when it runs
+            seen[key] = tensor.new_empty(sizes)
+    _check(operator, name, **seen)
 
 
 def _automatic(operator: str, tensors: dict[str, Tensor | None]) -> str:
