@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastden import backends, ops
 from tests.helpers import relative_l2
+from tests.kernels.images import DTYPES
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 sizes = st.tuples(st.integers(1, 13), st.integers(1, 13))
 
 

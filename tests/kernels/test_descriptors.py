@@ -17,7 +17,8 @@ from fastden.kernels import _descriptors
 from fastden.kernels._conv import ConvConfig, config_for, launch_conv
 from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu, specimens
 from fastden.kernels.conv_bn_relu import conv_bn_relu
-from tests.kernels.test_convolutions import DTYPES, assert_as_exact_as_eager, random
+from tests.kernels.images import DTYPES
+from tests.kernels.test_convolutions import assert_as_exact_as_eager, random
 
 # Tiles of 4 x 4 pixels, so that small images have several.
 SMALL = ConvConfig(block_m=16, block_n=16, block_k=16, warps=4, stages=2, descriptors=True)
