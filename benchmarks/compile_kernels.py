@@ -1,4 +1,4 @@
-"""Compile every Triton kernel in its default configuration, without a GPU, and print what it needs.
+"""Compile every Triton kernel as it is launched by default, or on request, without a GPU, and print what it needs.
 
 For sm_80, sm_90 and sm_100: registers a thread, local memory (spilled registers), shared memory a block, and the matrix
 instruction. Exits with 1 where a kernel spills, where one with a matrix product has no matrix instruction, or where one

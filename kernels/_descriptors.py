@@ -154,13 +154,17 @@ def launch_descriptor_conv(
     weights = [outputs, kernel**2 * (channels + others)]
     out_height, out_width = y.shape[2:]
     tiles = y.shape[0] * triton.cdiv(out_height, box[1]) * triton.cdiv(out_width, box[2])
+    described = {
+        "a_desc": _describe(a, _channels_innermost(a), [*box, constants["BLOCK_K"]]),
+        "w_desc": _describe(weight, weights, [config.block_n, constants["BLOCK_K"]]),
+    }
+    if b is not None:
+        described["b_desc"] = _describe(b, _channels_innermost(b), [*box, constants["BLOCK_B"]])
+        described["b_w_desc"] = _describe(weight, weights, [config.block_n, constants["BLOCK_B"]])
     with device_guard(a):
         descriptor_conv_kernel[(tiles, triton.cdiv(outputs, config.block_n))](
-            _describe(a, _channels_innermost(a), [*box, constants["BLOCK_K"]]),
-            None if b is None else _describe(b, _channels_innermost(b), [*box, constants["BLOCK_B"]]),
-            _describe(weight, weights, [config.block_n, constants["BLOCK_K"]]),
-            None if b is None else _describe(weight, weights, [config.block_n, constants["BLOCK_B"]]),
-            a if bias is None else bias, a if residual is None else residual, y, out_height, out_width,
+            **described, bias_ptr=a if bias is None else bias, residual_ptr=a if residual is None else residual,
+            y_ptr=y, out_height=out_height, out_width=out_width,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, RELU=relu, PRECISION=precision(a),
             **constants, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -187,10 +191,11 @@ def why_not(a: Tensor, b: Tensor | None, weight: Tensor) -> list[str]:
 def constants_of(
     channels: int, others: int, outputs: int, kernel: int, padding: int, config: ConvConfig
 ) -> dict[str, Any]:
-    """Compile-time arguments of the kernel but for its epilogue's and its products'."""
+    """Compile-time arguments of the kernel but for its epilogue's and its products': descriptors of no source, too."""
     # As near to square as powers of two allow, wider than high: the fewest pixels are read by two tiles.
     height = 1 << (config.block_m.bit_length() - 1) // 2
-    return {
+    absent = {} if others else {"b_desc": None, "b_w_desc": None}
+    return absent | {
         "A": channels, "B": others, "O": outputs, "KERNEL": kernel, "PADDING": padding, "TILE_HEIGHT": height,
         "TILE_WIDTH": config.block_m // height, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "BLOCK_B": second_block(others, config),

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastden
 from fastden import ops
 from fastden.kernels import _packed
 from fastden.kernels._packed import PACKED, PackedWeights, keepable
-from tests.helpers import max_error
+from tests.helpers import max_error, random_network
 
 
 def reversed_rows(weight: Tensor, times: int = 1) -> Tensor:
@@ -59,6 +60,15 @@ def test_operators(device: str, index: int) -> None:
         assert not torch.equal(found, first)
     # The weight that did not change was found each time.
     assert PACKED.hits == before + len(names) + len(names) * (len(names) - 1)
+
+
+def test_fused_network_keeps_its_weights(device: str) -> None:
+    fused = fastden.fuse(random_network().to(device))
+    x = torch.rand(1, 3, 8, 8, device=device)
+    with torch.inference_mode(), ops.use_backend("triton"):
+        first, before = fused(x, 0.1), PACKED.hits
+        assert torch.equal(fused(x, 0.1), first)
+    assert PACKED.hits == before + 4  # of stem and upsample one weight each, of head two
 
 
 def test_options_are_told_apart(packed: PackedWeights, weight: Tensor) -> None:
