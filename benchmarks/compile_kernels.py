@@ -1,7 +1,8 @@
-"""Compile every Triton kernel in its default configuration, without a GPU, and print what it needs.
+"""Compile every Triton kernel as it is launched by default, or on request, without a GPU, and print what it needs.
 
 For sm_80, sm_90 and sm_100: registers a thread, local memory (spilled registers), shared memory a block, and the matrix
-instruction. Exits with 1 where a kernel spills, or where one with a matrix product has no matrix instruction.
+instruction. Exits with 1 where a kernel spills, where one with a matrix product has no matrix instruction, or where one
+that loads by descriptors has no bulk copy or less than its architecture's best matrix instruction.
 
     python benchmarks/compile_kernels.py                                   # the table
     python benchmarks/compile_kernels.py --json benchmarks/results/compile.json
@@ -36,6 +37,13 @@ ARCHITECTURES = (80, 90, 100)
 #: What each architecture's tensor cores are fed by, best first.
 INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
 
+BULK_COPY = "cp.async.bulk.tensor"
+
+
+def architectures(specimen: Specimen) -> tuple[int, ...]:
+    """Where a kernel can run."""
+    return tuple(version for version in ARCHITECTURES if version >= 90 or not specimen.bulk_copies)
+
 
 def inspect(specimen: Specimen, architecture: int) -> dict[str, Any]:
     """Compile one kernel and read its resources from the binary."""
@@ -64,8 +72,17 @@ def inspect(specimen: Specimen, architecture: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "warps": specimen.warps,
         "matrix_instruction": matrix,
-        "product": "PRECISION" in specimen.constants,
+        "bulk_copies": BULK_COPY in compiled.asm["ptx"],
+        "missing": missing(specimen, architecture, compiled.asm["ptx"]),
     }
+
+
+def missing(specimen: Specimen, architecture: int, ptx: str) -> list[str]:
+    """Instructions that a kernel should have, and has not."""
+    if specimen.bulk_copies:
+        return [name for name in (BULK_COPY, INSTRUCTIONS[architecture][0]) if name not in ptx]
+    known = INSTRUCTIONS[architecture]
+    return [known[0]] if "PRECISION" in specimen.constants and not any(name in ptx for name in known) else []
 
 
 def main() -> int:
@@ -77,7 +94,7 @@ def main() -> int:
         inspect(specimen, architecture)
         for operator in arguments.only
         for specimen in import_module(f"fastden.kernels.{operator}").specimens()
-        for architecture in ARCHITECTURES
+        for architecture in architectures(specimen)
     ]
     table = Table("kernel", "architecture", "registers", "spilled B", "shared KiB", "warps", "matrix instruction")
     failures = []
@@ -85,8 +102,9 @@ def main() -> int:
         wrong = []
         if row["spilled_bytes"]:
             wrong.append("spills")
-        if row["product"] and row["matrix_instruction"] is None:
-            wrong.append("no matrix instruction")
+        lacks = row.pop("missing")
+        if lacks:
+            wrong.append(f"no {', '.join(lacks)}")
         if wrong:
             failures.append(f"{row['kernel']}, {row['architecture']}: {', '.join(wrong)}")
         values = (row["registers"], row["spilled_bytes"], f"{row['shared_bytes'] / 1024:.0f}", row["warps"])

@@ -53,6 +53,7 @@ $python -c 'from fastden import extension; raise SystemExit(len(extension.why_no
 run gpu-tests 170 \
     "$python" -m pytest tests/kernels tests/ops tests/cuda -q --maxfail=40 -p no:cacheprovider "${workers[@]}"
 bench ops 60 "$inference" ops --size 1080 1920 "${peers[@]}"
+run conv3-tiles 40 "$python" benchmarks/conv3_tiles.py --json "$out/conv3-tiles.json"
 bench model-2160 60 "$inference" model --size 2160 3840 --batch 1 "${peers[@]}"
 bench model-1080 60 "$inference" model --size 1080 1920 --batch 8 "${peers[@]}"
 bench train 60 "$training" train --size 128 128 --batch 64 "${peers[@]}"

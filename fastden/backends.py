@@ -90,7 +90,8 @@ def choose(operator: str, backend: str | None, *, batch_statistics: bool = False
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: the backend that was asked for cannot run.
+        RuntimeError: the backend that was asked for cannot run. Under ``torch.compile`` PyTorch's own error, a
+            RuntimeError too, quotes it at the first call.
     """
     name = requested() if backend is None else _known(backend, "backend")
     if name is None:
@@ -98,12 +99,10 @@ def choose(operator: str, backend: str | None, *, batch_statistics: bool = False
     if name == "torch":
         return name
     if torch.compiler.is_compiling():
-        # Tracing has run, or will run, into the kernel's own refusal of its inputs.
-        _make_ready(name, batch_statistics)
-        return name
-    reasons = why_not(operator, name, batch_statistics=batch_statistics, **tensors)
-    if reasons:
-        raise RuntimeError(_refusal(operator, name, batch_statistics, tensors))
+        _make_ready(name)
+        _check_traced(operator, name, batch_statistics, **tensors)
+    else:
+        _check(operator, name, batch_statistics, **tensors)
     return name
 
 
@@ -157,13 +156,9 @@ def _why_not_statistics(backend: Backend) -> list[str]:
 
 
 @torch.compiler.assume_constant_result
-def _make_ready(name: str, batch_statistics: bool) -> bool:
-    """What :func:`choose` does once, when code is traced: loads what registers the operators."""
-    entry = _entry(name)
-    reasons = unavailable(entry) + (_why_not_statistics(entry) if batch_statistics else [])
-    if reasons:
-        raise RuntimeError(f"backend {name!r} was asked for and cannot run: {'; '.join(reasons)}")
-    return True
+def _make_ready(name: str) -> bool:
+    """Load what registers the operators, where code is traced that will name them; whether that could be done."""
+    return not unavailable(_entry(name))
 
 
 def _runs_on_cpu(backend: Backend) -> bool:
@@ -197,6 +192,26 @@ def _known(name: str, what: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{what}: {name!r}; accepted: {', '.join(NAMES)}")
     return name
+
+
+def _check(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
+    """Raise RuntimeError, which says why, where ``operator`` cannot run on ``name``."""
+    if why_not(operator, name, batch_statistics=batch_statistics, **tensors):
+        raise RuntimeError(_refusal(operator, name, batch_statistics, tensors))
+
+
+@torch.compiler.allow_in_graph  # not looked into: called with fake tensors while Dynamo traces
+def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
+    """:func:`_check` with the sizes of the first call: a question about a symbolic one would limit it to the answer."""
+    seen: dict[str, Tensor | None] = {}
+    for key, tensor in tensors.items():
+        seen[key] = tensor
+        if tensor is not None and any(isinstance(size, torch.SymInt) for size in tensor.shape):
+            sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+            if None in sizes:
+                return  # known only when it runs
+            seen[key] = tensor.new_empty(sizes)
+    _check(operator, name, batch_statistics, **seen)
 
 
 def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:

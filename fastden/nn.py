@@ -10,6 +10,8 @@ normalisation by forward hooks) is not called: the block reads its tensors.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastden import ops
@@ -17,7 +19,30 @@ from fastden import ops
 __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]
 
 
-class ConvBNReLU(nn.Module):
+class _ConvBNReLU(nn.Module):
+    """A convolution, BN and perhaps ReLU; parameters as of :class:`ConvBNReLU`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int | None,
+        bias: bool,
+        relu: bool,
+    ) -> None:
+        super().__init__()
+        padding = kernel_size // 2 if padding is None else padding
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.relu = relu
+
+    def _settings(self) -> dict[str, Any]:
+        return {"bn": ops.BatchNorm.of(self.bn), "relu": self.relu, "padding": int(self.conv.padding[0])}
+
+
+class ConvBNReLU(_ConvBNReLU):
     """``relu(bn(conv(x)) + residual)``: (N, C, H, W) -> (N, O, H', W').
 
     Args:
@@ -39,28 +64,15 @@ class ConvBNReLU(nn.Module):
         bias: bool = True,
         relu: bool = True,
     ) -> None:
-        super().__init__()
-        padding = kernel_size // 2 if padding is None else padding
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-        self.bn = nn.BatchNorm2d(out_channels)
-        self.relu = relu
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias, relu)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` (N, C, H, W) and ``residual``, of the result's shape, or None."""
         conv = self.conv
-        return ops.conv_bn_relu(
-            x,
-            conv.weight,
-            conv.bias,
-            bn=ops.BatchNorm.of(self.bn),
-            residual=residual,
-            relu=self.relu,
-            stride=conv.stride[0],
-            padding=int(conv.padding[0]),
-        )
+        return ops.conv_bn_relu(x, conv.weight, conv.bias, residual=residual, stride=conv.stride[0], **self._settings())
 
 
-class ConcatConvBNReLU(nn.Module):
+class ConcatConvBNReLU(_ConvBNReLU):
     """``relu(bn(conv(cat([a, b], 1))))`` without the concatenation: (N, A, H, W), (N, B, H, W) -> (N, O, H', W').
 
     Args:
@@ -81,19 +93,11 @@ class ConcatConvBNReLU(nn.Module):
         bias: bool = True,
         relu: bool = True,
     ) -> None:
-        super().__init__()
-        padding = kernel_size // 2 if padding is None else padding
-        self.conv = nn.Conv2d(a_channels + b_channels, out_channels, kernel_size, 1, padding, bias=bias)
-        self.bn = nn.BatchNorm2d(out_channels)
-        self.relu = relu
+        super().__init__(a_channels + b_channels, out_channels, kernel_size, 1, padding, bias, relu)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """``a`` (N, A, H, W) and ``b`` (N, B, H, W), the second behind the first."""
-        conv = self.conv
-        bn = ops.BatchNorm.of(self.bn)
-        return ops.concat_conv_bn_relu(
-            a, b, conv.weight, conv.bias, bn=bn, relu=self.relu, padding=int(conv.padding[0])
-        )
+        return ops.concat_conv_bn_relu(a, b, self.conv.weight, self.conv.bias, **self._settings())
 
 
 class Bottleneck(nn.Module):

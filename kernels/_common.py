@@ -19,6 +19,8 @@ class Specimen(NamedTuple):
         constants: values of the constexpr arguments.
         warps, stages: as launched.
         label: for tables.
+        bulk_copies: whether its loads are TMA's, which only sm_90 and later have; its products are then to be the best
+            matrix instruction's too.
     """
 
     kernel: Any
@@ -27,6 +29,7 @@ class Specimen(NamedTuple):
     warps: int
     stages: int
     label: str
+    bulk_copies: bool = False
 
 
 #: Whether kernels are interpreted on the CPU (``TRITON_INTERPRET=1``).

@@ -20,13 +20,17 @@ from fastden.kernels._common import Specimen, device_guard, dot, precision
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Sizes of a tile and how it is run: output pixels, output channels, inner dimension, warps, pipeline stages."""
+    """Sizes of a tile and how it is run: output pixels, output channels, inner dimension, warps, pipeline stages.
+
+    With ``descriptors`` the form of ``_descriptors.py`` runs, for stride 1 and without statistics, from sm_90 on.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 def config_for(channels: int, outputs: int, pixels: int, itemsize: int, statistics: bool = False) -> ConvConfig:
@@ -44,6 +48,11 @@ def config_for(channels: int, outputs: int, pixels: int, itemsize: int, statisti
     # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80.
     warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 else 4
     return ConvConfig(block_m, block_n, block_k, warps, stages=3)
+
+
+def second_block(others: int, config: ConvConfig) -> int:
+    """Inner dimension of a step over the second source's channels: no wider than these, 32 of conv3's 160."""
+    return min(config.block_k, max(16, int(triton.next_power_of_2(others))))
 
 
 @triton.jit
@@ -91,6 +100,17 @@ def _accumulate(
     return acc
 
 
+@triton.jit
+def finish(acc, residual_ptr, y_ptr, target, kept, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr):
+    """Store ``relu(acc + residual)`` at ``target``."""
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + target, mask=kept, other=0.0).to(tl.float32)
+    if RELU:
+        # Not maximum(acc, 0) alone, which would hide a NaN.
+        acc = tl.where(acc < 0.0, 0.0, acc)
+    tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=kept)
+
+
 # Sizes of images are no part of the compiled kernel: no new image size compiles it again.
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
 def conv_kernel(
@@ -120,6 +140,7 @@ def conv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of ``relu(conv(cat(a, b)) + bias + residual)``; with statistics, those of what is stored.
@@ -155,7 +176,7 @@ def conv_kernel(
     if B > 0:
         acc = _accumulate(
             acc, b_ptr, w_ptr, image, top, left, rows, column, outputs, height, width,
-            B, A, A + B, KERNEL, BLOCK_K, O, PRECISION,
+            B, A, A + B, KERNEL, BLOCK_B, O, PRECISION,
         )  # fmt: skip
 
     kept = rows[:, None] & (outputs < O)[None, :]
@@ -175,12 +196,7 @@ def conv_kernel(
         target = (line * (out_width * 2) + column * 2 + phase_x)[:, None] * O + outputs[None, :]
     else:
         target = pixels[:, None] * O + outputs[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + target, mask=kept, other=0.0).to(tl.float32)
-    if RELU:
-        # Not maximum(acc, 0) alone, which would hide a NaN.
-        acc = tl.where(acc < 0.0, 0.0, acc)
-    tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=kept)
+    finish(acc, residual_ptr, y_ptr, target, kept, HAS_RESIDUAL, RELU)
 
 
 def launch_conv(
@@ -231,6 +247,14 @@ def launch_conv(
     found = torch.empty((tiles, 2, outputs), dtype=torch.float32, device=a.device) if statistics else None
     if count == 0:
         return y, found
+    if config.descriptors:
+        from fastden.kernels._descriptors import launch_descriptor_conv
+
+        if stride != 1 or phases != 1 or statistics:
+            given = f"stride {stride}, {phases} phases, {'' if statistics else 'no '}statistics"
+            raise ValueError(f"config: descriptors=True with {given}; accepted: stride 1, 1 phase, no statistics")
+        launch_descriptor_conv(a, b, weight, bias, residual, y, relu=relu, padding=padding, config=config)
+        return y, None
     grid = (tiles, triton.cdiv(outputs, config.block_n), phases)
     with device_guard(a):
         conv_kernel[grid](
@@ -239,7 +263,8 @@ def launch_conv(
             batch, height, width, out_height, out_width,
             A=channels, B=others, O=outputs, KERNEL=kernel, STRIDE=stride, PADDING=padding, PHASES=phases,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, RELU=relu, STATISTICS=statistics,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PRECISION=precision(a),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            BLOCK_B=second_block(others, config), PRECISION=precision(a),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y, found
@@ -258,10 +283,20 @@ def conv_specimen(
     relu: bool = True,
     residual: bool = False,
     statistics: bool = False,
+    config: ConvConfig | None = None,
 ) -> Specimen:
-    """:func:`conv_kernel` as :func:`launch_conv` launches it on a large image, ``dtype`` in Triton's spelling."""
-    config = config_for(channels, outputs, 1 << 20, 4 if dtype == "fp32" else 2, statistics)
-    constants = {
+    """The kernel that :func:`launch_conv` runs on a large image, ``dtype`` in Triton's spelling."""
+    config = config or config_for(channels, outputs, 1 << 20, 4 if dtype == "fp32" else 2, statistics)
+    epilogue = {"HAS_BIAS": True, "HAS_RESIDUAL": residual, "RELU": relu, "PRECISION": "ieee"}
+    if config.descriptors:
+        from fastden.kernels._descriptors import constants_of, descriptor_conv_kernel, descriptor_signature
+
+        constants = constants_of(channels, others, outputs, kernel, kernel // 2, config) | epilogue
+        signature = descriptor_signature(dtype, constants)
+        shape = f"{constants['TILE_HEIGHT']}x{constants['TILE_WIDTH']}x{config.block_n}"
+        label = f"{label} by descriptors {shape} {dtype}"
+        return Specimen(descriptor_conv_kernel, signature, constants, config.warps, config.stages, label, True)
+    constants = epilogue | {
         "A": channels,
         "B": others,
         "O": outputs,
@@ -269,14 +304,11 @@ def conv_specimen(
         "STRIDE": stride,
         "PADDING": kernel // 2,
         "PHASES": phases,
-        "HAS_BIAS": True,
-        "HAS_RESIDUAL": residual,
-        "RELU": relu,
         "STATISTICS": statistics,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "PRECISION": "ieee",
+        "BLOCK_B": second_block(others, config),
     }
     signature = {}
     for name in conv_kernel.arg_names:

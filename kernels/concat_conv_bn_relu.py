@@ -8,6 +8,14 @@ from fastden.kernels._common import Specimen, channels_last
 from fastden.kernels._conv import ConvConfig, conv_specimen, launch_conv
 from fastden.kernels.conv_bn_relu import LARGEST_KERNEL
 
+#: Tiles with descriptors for conv3, to be measured on a GPU of sm_90 or later. The second reads each box of input once
+#: for all outputs, the third each box of weights once for twice the pixels.
+DESCRIBED = (
+    ConvConfig(128, 128, 64, warps=8, stages=3, descriptors=True),
+    ConvConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
+    ConvConfig(256, 128, 64, warps=8, stages=3, descriptors=True),
+)
+
 
 def concat_conv_bn_relu(
     a: Tensor,
@@ -36,17 +44,12 @@ def why_not(a: Tensor, b: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
 
 
 def specimens() -> list[Specimen]:
-    """Default kernels at the network's sizes, for checks by compilation alone."""
-    return [
-        conv_specimen(
-            f"concat_conv_bn_relu conv3{' with statistics' if statistics else ''}",
-            dtype,
-            channels=128,
-            others=32,
-            outputs=256,
-            kernel=3,
-            statistics=statistics,
-        )
-        for statistics in (False, True)
-        for dtype in ("bf16", "fp16")
-    ]
+    """Kernels at the network's sizes, the default ones and those with descriptors, for checks by compilation alone."""
+    conv3 = {"channels": 128, "others": 32, "outputs": 256, "kernel": 3}
+    label = "concat_conv_bn_relu conv3"
+    found = []
+    for dtype in ("bf16", "fp16"):
+        found.append(conv_specimen(label, dtype, **conv3))
+        found.append(conv_specimen(f"{label} with statistics", dtype, statistics=True, **conv3))
+        found += [conv_specimen(label, dtype, config=config, **conv3) for config in DESCRIBED]
+    return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
 from fastden.kernels._common import Specimen, channels_last
@@ -76,15 +79,18 @@ def why_not(x: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
 
 
 def specimens() -> list[Specimen]:
-    """Default kernels at the network's sizes, for checks by compilation alone."""
-    shapes = {
+    """Kernels at the network's sizes, by default and with descriptors, for checks by compilation alone."""
+    shapes: dict[str, dict[str, Any]] = {
         "conv2": {"channels": 128, "outputs": 128, "kernel": 3, "stride": 2},
         "reduce": {"channels": 256, "outputs": 64, "kernel": 1},
         "expand": {"channels": 64, "outputs": 256, "kernel": 1, "residual": True},
         "conv2 with statistics": {"channels": 128, "outputs": 128, "kernel": 3, "stride": 2, "statistics": True},
     }
+    # What a bottleneck's 3x3 convolution is on descriptors.
+    described = replace(config_for(64, 64, 1 << 20, itemsize=2), descriptors=True)
+    shapes["conv"] = {"channels": 64, "outputs": 64, "kernel": 3, "config": described}
     return [
-        conv_specimen(f"conv_bn_relu {name}", dtype, **shape)  # type: ignore[arg-type]
+        conv_specimen(f"conv_bn_relu {name}", dtype, **shape)
         for name, shape in shapes.items()
         for dtype in ("bf16", "fp16")
     ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.kernels._common import Specimen, channels_last, device_guard, dot, precision
+from fastden.kernels._packed import PACKED
 from fastden.kernels.stem import SMALLEST, gather, is_dense, locate, pixel_room, tap_rows
 
 
@@ -237,8 +238,8 @@ def head(
     grid = (triton.cdiv(groups, config.block_m), triton.cdiv(channels * side**2, config.block_n))
     with device_guard(features):
         head_kernel[grid](
-            channels_last(features), x, image, feature_weights(weight, config.group, composed),
-            tap_rows(image_weights(image_weight, config.group), room, block_row), bias.contiguous(), y,
+            channels_last(features), x, image, PACKED.get(feature_weights, weight, config.group, composed),
+            PACKED.get(image_weights, image_weight, config.group, room, block_row), bias.contiguous(), y,
             batch, height, width, *x.stride(), *image.stride(),
             M=maps, C=of_image, K=channels, ROOM=room, DENSE=is_dense(x), GROUP=config.group, SKIPPED=skipped,
             ADD_INPUT=add_input, CLAMP=clamp, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -272,9 +273,10 @@ def feature_weights(weight: Tensor, group: int, composed: bool) -> Tensor:
     return moved.permute(0, 6, 2, 4, 1, 5, 7, 3).flatten(0, 4).contiguous()
 
 
-def image_weights(weight: Tensor, group: int) -> Tensor:
-    """From a group's window of the input to its pixels: (K, C, 7, 7) -> (K (2 group)^2, C, window, window)."""
-    return slide_both(weight, 2 * group).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
+def image_weights(weight: Tensor, group: int, room: int, block: int) -> Tensor:
+    """From a group's window of the input to its pixels: (K, C, 7, 7) -> (K (2 group)^2, rows, places)."""
+    windows = slide_both(weight, 2 * group).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
+    return tap_rows(windows, room, block)
 
 
 def why_not(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor, **_: Tensor) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.kernels._common import Specimen, device_guard, dot, precision
+from fastden.kernels._packed import PACKED
 
 SMALLEST = 8
 TAPS = tl.constexpr(7)
@@ -195,11 +196,12 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: Ste
     config = config or config_for(outputs, x.element_size())
     room = pixel_room(channels)
     block_k = row_block(room)
+    rows = PACKED.get(tap_rows, weight, room, block_k)
     regions = ((out_height - 1) * (out_width - 1), out_width - 1, out_height - 1, 1)
     tiles = sum(triton.cdiv(batch * pixels, config.block_m) for pixels in regions)
     with device_guard(x):
         stem_kernel[(tiles, triton.cdiv(outputs, config.block_n))](
-            x, tap_rows(weight, room, block_k), bias.contiguous(), y, batch, out_height, out_width, *x.stride(),
+            x, rows, bias.contiguous(), y, batch, out_height, out_width, *x.stride(),
             C=channels, OUTPUTS=outputs, ROOM=room, DENSE=is_dense(x), RELU=relu, BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, BLOCK_K=block_k, PRECISION=precision(x), num_warps=config.warps,
             num_stages=config.stages,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastden.kernels._common import Specimen, channels_last
 from fastden.kernels._conv import ConvConfig, conv_specimen, launch_conv
+from fastden.kernels._packed import PACKED
 
 
 def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: ConvConfig | None = None) -> Tensor:
@@ -14,9 +15,8 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Conv
     Returns:
         (N, O, 2 H, 2 W), channels-last.
     """
-    return launch_conv(
-        channels_last(x), None, phase_weights(weight), bias, None, relu=False, padding=1, phases=4, config=config
-    )[0]
+    weight = PACKED.get(phase_weights, weight)
+    return launch_conv(channels_last(x), None, weight, bias, None, relu=False, padding=1, phases=4, config=config)[0]
 
 
 def phase_weights(weight: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastden import ops
 from fastden.kernels.bottleneck import BottleneckConfig, bottleneck, config_for, specimens, why_not
+from tests.kernels.images import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Tiles of 4 x 4 pixels, so that small images have several; two interpreted programs share them.
 FUSED = BottleneckConfig(block_m=16, warps=4, stages=2, fused=True)
 SPLIT = BottleneckConfig(block_m=16, warps=4, stages=2, fused=False)

@@ -10,11 +10,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastden import backends, ops
 from tests.helpers import relative_l2
+from tests.kernels.images import DTYPES
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 sizes = st.tuples(st.integers(1, 13), st.integers(1, 13))
 
 
@@ -325,6 +326,38 @@ class TestRefusals:
     def test_shape(self, device: str) -> None:
         with pytest.raises(RuntimeError, match=r"triton: weight: kernel \(9, 9\); accepted: square, up to 7"):
             ops.conv_bn_relu(random(device, 1, 2, 4, 4), random(device, 3, 2, 9, 9), padding=4, backend="triton")
+
+    @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+    def test_compiled(self, device: str, compiler: str) -> None:
+        @torch.compile(fullgraph=True, backend=compiler)
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            return ops.conv_bn_relu(x, weight, padding=weight.shape[2] // 2, backend="triton")
+
+        x, weight = random(device, 1, 2, 4, 4), random(device, 3, 2, 9, 9)
+        with pytest.raises(RuntimeError, match=r"'triton' was asked for.*x: \(1, 2, 4, 4\) torch.float32") as caught:
+            run(x, weight)
+        assert "triton: weight: kernel (9, 9); accepted: square, up to 7" in str(caught.value)
+        assert "torch: can run" in str(caught.value)
+        with pytest.raises(RuntimeError, match=r"triton: dtype float64; accepted: bfloat16, float16, float32"):
+            run(x.double(), weight[:, :, :3, :3].double())
+        assert run(x, weight[:, :, :3, :3]).shape == (1, 3, 4, 4)
+
+    def test_compiled_for_any_size(self, device: str) -> None:
+        """Asking whether a size will do does not bind the compiled function to it."""
+        counter = CompileCounterWithBackend("aot_eager")
+
+        @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+        def run(x: Tensor) -> Tensor:
+            return ops.stem(x, weight, bias, backend="triton")
+
+        weight, bias = random(device, 4, 5, 3, 7, 7), random(device, 4, 5)
+        for size in ((10, 12), (8, 14)):
+            x = random(device, 2, 3, *size)
+            torch.testing.assert_close(run(x), ops.stem(x, weight, bias, backend="torch"), rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 1
+        torch.compiler.reset()
+        with pytest.raises(RuntimeError, match=r"triton: x: \(2, 3, 11, 9\); accepted: .* H and W even"):
+            run(random(device, 2, 3, 11, 9))
 
     def test_unknown_backend(self, device: str) -> None:
         with pytest.raises(ValueError, match=r"backend: 'cudnn'; accepted: torch, triton"):

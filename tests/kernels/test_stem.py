@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastden import ops
+from tests.kernels.images import DTYPES, amid_nan, assert_as_exact_as_eager, image_in
 
 kernels = pytest.importorskip("fastden.kernels.stem")
 SMALL = kernels.StemConfig(block_m=16, block_n=16, warps=4, stages=2)
@@ -28,20 +29,9 @@ def arguments(
     return tuple(value.to(device, dtype) for value in (x, weight, torch.randn(4, outputs)))  # type: ignore[return-value]
 
 
-def assert_as_exact_as_eager(y: Tensor, inputs: tuple[Tensor, Tensor, Tensor], relu: bool = True) -> None:
-    """On each border, and inside, ``y`` errs at most twice as much as eager PyTorch, and by an ulp of the largest."""
-    exact = ops.stem(*(value.double() for value in inputs), relu=relu, backend="torch")
-    eager = ops.stem(*inputs, relu=relu, backend="torch")
-    assert y.dtype == eager.dtype
-    assert y.shape == eager.shape
+def check(y: Tensor, inputs: tuple[Tensor, Tensor, Tensor], relu: bool = True) -> None:
+    assert_as_exact_as_eager(y, ops.stem, inputs, relu=relu)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    error, allowed = (y.double() - exact).abs(), (eager.double() - exact).abs()
-    unit = torch.finfo(y.dtype).eps * exact.abs().max()
-    whole = slice(None)
-    for rows in (0, -1, whole):
-        for columns in (0, -1, whole):
-            part = (whole, whole, rows, columns)
-            assert error[part].max() <= 2 * allowed[part].max() + unit, (rows, columns)
 
 
 @settings(max_examples=12)
@@ -51,7 +41,7 @@ def assert_as_exact_as_eager(y: Tensor, inputs: tuple[Tensor, Tensor, Tensor], r
     channels=st.integers(1, 4),
     outputs=st.integers(1, 20),
     relu=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES),
     config=st.sampled_from([None, SMALL]),
 )
 @example((4, 4), 1, 1, 1, True, torch.bfloat16, None)
@@ -69,20 +59,15 @@ def test_against_the_reference(
 ) -> None:
     inputs = arguments(device, (2 * size[0], 2 * size[1]), batch, channels, outputs, dtype)
     assert kernels.why_not(*inputs) == []
-    assert_as_exact_as_eager(kernels.stem(*inputs, relu=relu, config=config), inputs, relu)
+    check(kernels.stem(*inputs, relu=relu, config=config), inputs, relu)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("layout", ["channels last", "sliced", "expanded", "transposed"])
 def test_any_layout(device: str, layout: str, channels: int) -> None:
     _, weight, bias = arguments(device, (12, 10), 2, channels)
-    x = {
-        "channels last": torch.rand(2, channels, 12, 10).contiguous(memory_format=torch.channels_last),
-        "sliced": torch.rand(3, 2 * channels, 24, 13)[1:, ::2, ::2, 2:12],
-        "expanded": torch.rand(1, channels, 1, 10).expand(2, channels, 12, 10),
-        "transposed": torch.rand(2, channels, 10, 12).transpose(2, 3),
-    }[layout].to(device)
-    assert_as_exact_as_eager(kernels.stem(x, weight, bias, config=SMALL), (x, weight, bias))
+    x = image_in(layout, channels, device)
+    check(kernels.stem(x, weight, bias, config=SMALL), (x, weight, bias))
 
 
 def test_nan_shows_where_the_reference_shows_it(device: str) -> None:
@@ -96,9 +81,7 @@ def test_nan_shows_where_the_reference_shows_it(device: str) -> None:
 
 def test_nan_beside_the_image_is_not_read(device: str) -> None:
     x, weight, bias = arguments(device, (10, 12), 2)
-    around = torch.full((2, 3, 16, 18), float("nan"), device=device)
-    around[:, :, 3:13, 3:15] = x
-    assert torch.equal(kernels.stem(around[:, :, 3:13, 3:15], weight, bias), kernels.stem(x, weight, bias))
+    assert torch.equal(kernels.stem(amid_nan(x), weight, bias), kernels.stem(x, weight, bias))
 
 
 def test_empty_batch(device: str) -> None:

@@ -1,0 +1,165 @@
+"""Convolution by tensor descriptors on Triton: as exact as the default form on all that descriptors can describe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton import language as tl
+
+from fastden import ops
+from fastden.kernels import _descriptors
+from fastden.kernels._conv import ConvConfig, config_for, launch_conv
+from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu, specimens
+from fastden.kernels.conv_bn_relu import conv_bn_relu
+from tests.kernels.images import DTYPES
+from tests.kernels.test_convolutions import assert_as_exact_as_eager, random
+
+# Tiles of 4 x 4 pixels, so that small images have several.
+SMALL = ConvConfig(block_m=16, block_n=16, block_k=16, warps=4, stages=2, descriptors=True)
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@pytest.fixture(autouse=True)
+def bulk_copies(device: str) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() < _descriptors.CAPABILITY:
+        pytest.skip("no bulk copies before compute capability 9.0")
+
+
+def by_descriptors(
+    operator: Callable[..., Tensor], kernel: Callable[..., Tensor], config: ConvConfig
+) -> Callable[..., Tensor]:
+    def run(backend: str, **arguments: Any) -> Tensor:
+        return operator(**arguments, backend="torch") if backend == "torch" else kernel(**arguments, config=config)
+
+    return run
+
+
+@settings(max_examples=10)
+@given(
+    size=sizes, batch=st.integers(0, 3), channels=st.sampled_from([8, 16, 24, 40]), outputs=st.integers(1, 20),
+    kernel=st.sampled_from([1, 3, 5]), bias=st.booleans(), residual=st.booleans(), relu=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@example((1, 1), 1, 8, 1, 3, True, True, True, torch.bfloat16)
+@example((7, 9), 2, 24, 19, 3, True, True, True, torch.float32)
+def test_conv_bn_relu(
+    device: str, size: tuple[int, int], batch: int, channels: int, outputs: int, kernel: int, bias: bool,
+    residual: bool, relu: bool, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    tensors = {
+        "x": random(device, batch, channels, *size, dtype=dtype),
+        "weight": random(device, outputs, channels, kernel, kernel, dtype=dtype) / (channels * kernel**2) ** 0.5,
+        "bias": random(device, outputs, dtype=dtype) if bias else None,
+        "residual": random(device, batch, outputs, *size, dtype=dtype) if residual else None,
+    }
+    run = by_descriptors(ops.conv_bn_relu, conv_bn_relu, SMALL)
+    assert_as_exact_as_eager(run, tensors, relu=relu, padding=kernel // 2)
+
+
+@settings(max_examples=8)
+@given(
+    size=sizes, batch=st.integers(1, 2), a=st.sampled_from([8, 24, 32]), b=st.sampled_from([8, 16, 40]),
+    outputs=st.integers(1, 20), padding=st.integers(0, 2), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@example((7, 5), 2, 24, 8, 19, 1, torch.bfloat16)
+@example((3, 3), 1, 8, 40, 5, 0, torch.float16)
+def test_concat_conv_bn_relu(
+    device: str, size: tuple[int, int], batch: int, a: int, b: int, outputs: int, padding: int, dtype: torch.dtype
+) -> None:
+    height, width = (max(side, 3 - 2 * padding) for side in size)
+    tensors = {
+        "a": random(device, batch, a, height, width, dtype=dtype),
+        "b": random(device, batch, b, height, width, dtype=dtype),
+        "weight": random(device, outputs, a + b, 3, 3, dtype=dtype) / (9 * (a + b)) ** 0.5,
+        "bias": random(device, outputs, dtype=dtype),
+    }
+    run = by_descriptors(ops.concat_conv_bn_relu, concat_conv_bn_relu, SMALL)
+    assert_as_exact_as_eager(run, tensors, padding=padding)
+
+
+@pytest.mark.parametrize("config", DESCRIBED, ids=str)
+def test_tiles_for_the_network(device: str, config: ConvConfig) -> None:
+    tensors = {
+        "a": random(device, 1, 128, 9, 17, dtype=torch.bfloat16),
+        "b": random(device, 1, 32, 9, 17, dtype=torch.bfloat16),
+        "weight": random(device, 256, 160, 3, 3, dtype=torch.bfloat16) / 40,
+        "bias": random(device, 256, dtype=torch.bfloat16),
+    }
+    assert_as_exact_as_eager(by_descriptors(ops.concat_conv_bn_relu, concat_conv_bn_relu, config), tensors)
+
+
+def test_nan_reaches_its_neighbours_alone(device: str) -> None:
+    x = random(device, 2, 24, 6, 7)
+    x[1, 3, 3, 3] = float("nan")
+    y = conv_bn_relu(x, random(device, 5, 24, 3, 3), padding=1, config=SMALL)
+    assert y[1, :, 2:5, 2:5].isnan().all()
+    assert y.isnan().sum() == 5 * 9
+
+
+def test_nothing_chooses_them() -> None:
+    assert not config_for(128, 256, 1 << 20, 2).descriptors
+
+
+class TestRefusals:
+    def test_channels(self, device: str) -> None:
+        x, weight = random(device, 1, 12, 4, 4).bfloat16(), random(device, 8, 12, 1, 1).bfloat16()
+        message = r"config: descriptors=True; accepted: False here \(a: 12 channels; accepted: a multiple of 8; weight"
+        with pytest.raises(ValueError, match=message):
+            conv_bn_relu(x, weight, config=SMALL)
+        assert conv_bn_relu(x.float(), weight.float(), config=SMALL).shape == (1, 8, 4, 4)
+
+    def test_alignment(self, device: str) -> None:
+        memory = random(device, 8 * 16 + 1)
+        x = memory[1:].view(1, 4, 4, 8).permute(0, 3, 1, 2)
+        (reason,) = _descriptors.why_not(x, None, random(device, 8, 8, 1, 1))
+        assert reason.startswith("a: begins at 0x")
+        assert reason.endswith("4; accepted: a multiple of 16 bytes")
+
+    @pytest.mark.parametrize("other", [{"stride": 2}, {"phases": 4}, {"statistics": True}], ids=str)
+    def test_other_convolutions(self, device: str, other: dict[str, int]) -> None:
+        x, weight = random(device, 1, 8, 4, 4), random(device, *([4] if "phases" in other else []), 8, 8, 2, 2)
+        with pytest.raises(ValueError, match=r"accepted: stride 1, 1 phase, no statistics"):
+            launch_conv(x, None, weight, None, None, relu=False, config=SMALL, **other)  # type: ignore[arg-type]
+
+    def test_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, weight = torch.rand(1, 8, 4, 4), torch.rand(8, 8, 1, 1)
+        monkeypatch.setattr(_descriptors, "INTERPRETED", tl.constexpr(False))
+        assert _descriptors.why_not(x, None, weight) == ["device: cpu; accepted: cuda"]
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+        (reason,) = _descriptors.why_not(x, None, weight)
+        assert reason == "device: compute capability 8.6; accepted: 9.0 or later"
+
+
+@pytest.mark.slow
+def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
+    """Bulk copies feed the matrix instruction, and nothing spills; nothing is compiled for what has no bulk copies."""
+    script, table = root / "benchmarks" / "compile_kernels.py", tmp_path / "table.json"
+    command = [sys.executable, str(script), "--only", "concat_conv_bn_relu", "--json", str(table)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [row for row in json.loads(table.read_text())["kernels"] if "descriptors" in row["kernel"]]
+    assert len(rows) == 2 * 2 * len(DESCRIBED)
+    best = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    for row in rows:
+        assert row["bulk_copies"]
+        assert row["spilled_bytes"] == 0
+        assert row["matrix_instruction"] == best[row["architecture"]]
+
+
+def test_specimens_name_every_argument() -> None:
+    for specimen in specimens():
+        constants = {name for name, kind in specimen.signature.items() if kind == "constexpr"}
+        assert constants == set(specimen.constants)
