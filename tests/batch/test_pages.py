@@ -15,8 +15,10 @@ from PIL import Image
 
 import fastden
 from fastden.errors import UserError
+from fastden.inference.computing import alike
 from fastden.inference.transfer import Pending
 from fastden.io import ImageFile, decode_image, encode_image, read_image, write_image
+from fastden.jobs import Job
 from tests.batch.test_fuzz import FUZZ
 from tests.cli.run import fails, works
 from tests.images import encoded, icc_profile, pixels, save_model
@@ -105,6 +107,13 @@ def test_they_do_not_go_together_with_others(tmp_path: Path, network: Any) -> No
     write_image(folder / "a.tif", ImageFile(pixels()))
     write_image(folder / "b.tif", file_of(pages_of(2, size=(16, 40))))
     write_image(folder / "c.tif", ImageFile(pixels(seed=2)))
+    stages = fastden.BatchDenoiser(network, sigma=20).stages
+    works = [stages.reading.look(Job(path, tmp_path / path.name)) for path in sorted(folder.iterdir())]
+    for work in works:
+        stages.reading.read(work)
+    one, several, another = works
+    assert (alike(one, another), alike(one, several)) == (True, False)
+    assert stages.computing.group_limit(one) > stages.computing.group_limit(several) == 1
     report = fastden.BatchDenoiser(network, sigma=20).run(folder, tmp_path / "out")
     assert report.failed == []
     assert report.megapixels == 3 * 32 * 40 / 1e6
