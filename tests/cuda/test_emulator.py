@@ -1,0 +1,122 @@
+"""The emulator shows what a GPU would hide or do at random: kernels with a wait or a barrier taken out fail on it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastden import build
+
+#: The kernel's function for ctypes, which knows no exceptions.
+PLAIN = """
+#include <cstdio>
+#include <exception>
+#include "fastden.h"
+
+extern "C" int run(const fastden::Convolution* arguments) {
+    try {
+        const auto operation = arguments->b ? fastden::concat_conv_bn_relu : fastden::conv_bn_relu;
+        return operation(*arguments, nullptr);
+    } catch (const std::exception& error) {
+        return -1;
+    }
+}
+"""
+#: File, what is taken out, and whether the convolution has two sources (Hopper's kernel).
+BROKEN = {
+    "copies that nobody waits for": ("convolution.cuh", "copy_wait<kStages - 2>();", False),
+    "a stage overwritten while read": ("convolution.cuh", "__syncthreads();\n        copy_step();", False),
+    "results stored before they are there": ("convolution.cuh", "__syncthreads();\n    T* y", False),
+    "loads over what is in use": ("concat_conv_bn_relu.cu", "barrier_wait(ring.empty(), ring.parity ^ 1);", True),
+    "products that nobody waits for": ("concat_conv_bn_relu.cu", "group_wait<0>();", True),
+    "stores that nobody waits for": ("concat_conv_bn_relu.cu", "if (member == 0) tensor_store_wait_read<0>();", True),
+}
+
+
+class Convolution(ctypes.Structure):
+    """``fastden::Convolution``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "weight", "bias", "residual", "y")),
+        *((name, ctypes.c_int) for name in ("dtype", "batch", "height", "width", "channels_a", "channels_b")),
+        *((name, ctypes.c_int) for name in ("outputs", "kernel", "stride", "padding")),
+        ("relu", ctypes.c_bool),
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiler(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """g++ with the emulator, compiled, among its inputs."""
+    toolkit = build.find_toolkit()
+    if toolkit is None or shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++ and the CUDA toolkit's headers")
+    emulator = root / "tests" / "emulator"
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER"]
+    command += [f"-I{emulator}", f"-I{toolkit / 'include'}"]
+    compiled = tmp_path_factory.mktemp("emulator") / "emulator.o"
+    subprocess.run([*command, "-c", str(emulator / "emulator.cpp"), "-o", str(compiled)], check=True)
+    return [*command, "-shared", str(compiled)]
+
+
+def build_from(compiler: list[str], csrc: Path) -> ctypes.CDLL:
+    plain = csrc / "plain.cpp"
+    plain.write_text(PLAIN)
+    sources = [str(plain), str(csrc / "conv_bn_relu.cu"), str(csrc / "concat_conv_bn_relu.cu")]
+    library = csrc / "library.so"
+    subprocess.run([*compiler, f"-I{csrc}", "-x", "c++", *sources, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def is_right(library: ctypes.CDLL, two_sources: bool) -> bool:
+    """Whether a small convolution is; with two sources its tiles and steps go round the kernel's ring twice."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    a, b = draw(2, 64, 9, 20), draw(2, 32, 9, 20) if two_sources else None
+    weight = draw(256 if two_sources else 32, 96 if two_sources else 64, 3, 3)
+    expected = F.conv2d((a if b is None else torch.cat([a, b], 1)).double(), weight.double(), padding=1).relu()
+    y = torch.full_like(expected, float("nan"), dtype=a.dtype, memory_format=torch.channels_last)
+    arguments = Convolution(
+        a.data_ptr(), None if b is None else b.data_ptr(), weight.data_ptr(), None, None, y.data_ptr(),
+        1, 2, 9, 20, 64, 32 if two_sources else 0, len(weight), 3, 1, 1, True,
+    )  # fmt: skip
+    if library.run(ctypes.byref(arguments)):
+        return False
+    return bool((y.double() - expected).norm() <= 0.01 * expected.norm())  # false where a NaN is
+
+
+@pytest.mark.parametrize("two_sources", [False, True], ids=["portable", "hopper"])
+def test_right_kernels_pass_whatever_the_order_of_threads(
+    root: Path, compiler: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_sources: bool
+) -> None:
+    csrc = shutil.copytree(root / "csrc", tmp_path / "csrc")
+    library = build_from(compiler, csrc)
+    for seed in range(6):
+        monkeypatch.setenv("FASTDEN_EMULATOR_SEED", str(seed))
+        assert is_right(library, two_sources), f"seed {seed}"
+
+
+@pytest.mark.parametrize(("file", "removed", "two_sources"), BROKEN.values(), ids=BROKEN)
+def test_what_is_missing_shows(
+    root: Path, compiler: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, removed: str,
+    two_sources: bool,
+) -> None:  # fmt: skip
+    csrc = shutil.copytree(root / "csrc", tmp_path / "csrc")
+    source = (csrc / file).read_text()
+    assert source.count(removed) == 1
+    (csrc / file).write_text(source.replace(removed, removed.partition(";")[2]))
+    library = build_from(compiler, csrc)
+    found = []
+    for seed in range(6):
+        monkeypatch.setenv("FASTDEN_EMULATOR_SEED", str(seed))
+        found.append(is_right(library, two_sources))
+    assert not all(found)
