@@ -5,7 +5,8 @@ instruction. Exits with 1 where a kernel spills, where one with a matrix product
 that loads by descriptors has no bulk copy or less than its architecture's best matrix instruction.
 
     python benchmarks/compile_kernels.py                                   # the table
-    python benchmarks/compile_kernels.py --json benchmarks/results/compile.json
+    python benchmarks/compile_kernels.py --json benchmarks/results/compile.json   # of Triton 3.6
+    python benchmarks/compile_kernels.py --json benchmarks/results/compile-triton-3.9.json
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from triton.compiler import ASTSource
 from fastden.kernels._common import Specimen
 
 OPERATORS = ("batch_norm", "bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample")
+DTYPES = ("bf16", "fp16")
 ARCHITECTURES = (80, 90, 100)
 #: What each architecture's tensor cores are fed by, best first.
 INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
@@ -89,11 +91,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile all Triton kernels without a GPU.")
     parser.add_argument("--json", type=Path, help="write the table there too")
     parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args()
     rows = [
         inspect(specimen, architecture)
         for operator in arguments.only
         for specimen in import_module(f"fastden.kernels.{operator}").specimens()
+        if specimen.label.endswith(tuple(arguments.dtypes))
         for architecture in architectures(specimen)
     ]
     table = Table("kernel", "architecture", "registers", "spilled B", "shared KiB", "warps", "matrix instruction")

@@ -46,6 +46,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def locate(first, index, height, width):
+    """Row and column (32 bits) and image (64 bits) of pixels ``first + index`` of a batch of ``height`` x ``width``.
+
+    ``first`` is 64 bits wide: dividing it once, and small numbers for each pixel, spares 64-bit divisions by pixel.
+    """
+    line = first // width
+    offset = (first % width).to(tl.int32) + index
+    image = line // height
+    rows = (line % height).to(tl.int32) + offset // width
+    return rows % height, offset % width, image + rows // height
+
+
 def precision(x: Tensor) -> str:
     """How products of float32 are formed: TF32 where torch allows convolutions to use it."""
     if x.dtype != torch.float32 or not x.is_cuda:

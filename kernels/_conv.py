@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import Specimen, device_guard, dot, precision
+from fastden.kernels._common import Specimen, device_guard, dot, locate, precision
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,14 @@ class ConvConfig:
     descriptors: bool = False
 
 
-def config_for(channels: int, outputs: int, pixels: int, itemsize: int, statistics: bool = False) -> ConvConfig:
+def config_for(channels: int, outputs: int, pixels: int, itemsize: int) -> ConvConfig:
     """Default tile of a convolution.
 
     Not measured on a GPU: chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the pipeline's buffers
     take at most 96 KiB of shared memory, which fits two blocks on sm_90 and one on sm_80.
     """
-    # Statistics hold the accumulators twice: on sm_80, 128 x 128 of them spill.
-    widest = 64 if statistics else 128
-    block_n = min(widest, max(16, triton.next_power_of_2(outputs)))
+    # Sums and products of float32 have no matrix instruction, and spill at 128 x 128.
+    block_n = min(128 if itemsize <= 2 else 64, max(16, triton.next_power_of_2(outputs)))
     block_k = min(64 if itemsize <= 2 else 32, max(16, triton.next_power_of_2(channels)))
     # Few pixels: smaller tiles keep more multiprocessors busy.
     block_m = 128 if pixels >= 128 * 132 else 64
@@ -60,11 +59,10 @@ def _accumulate(
     acc,
     x_ptr,
     w_ptr,
-    image,
+    origin,
     top,
     left,
     rows,
-    columns,
     outputs,
     height,
     width,
@@ -76,7 +74,10 @@ def _accumulate(
     O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``acc`` plus the taps of one source with C of the TOTAL input channels, from channel OFFSET of the weights on."""
+    """``acc`` plus the taps of one source with C of the TOTAL input channels, from channel OFFSET of the weights on.
+
+    ``origin`` is the pixel under the first tap, counted over the batch; ``top`` and ``left`` are its row and column.
+    """
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     k = tl.arange(0, BLOCK_K)
     for step in range(KERNEL * KERNEL * STEPS):
@@ -85,7 +86,7 @@ def _accumulate(
         y = top + tap // KERNEL
         x = left + tap % KERNEL
         inside = rows & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        pixel = (image * height + y) * width + x
+        pixel = origin + ((tap // KERNEL).to(tl.int64) * width + tap % KERNEL)
         source = tl.load(
             x_ptr + pixel[:, None] * C + channel[None, :],
             mask=inside[:, None] & (channel < C)[None, :],
@@ -157,10 +158,7 @@ def conv_kernel(
     pixels = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     count = batch.to(tl.int64) * out_height * out_width
     rows = pixels < count
-    column = pixels % out_width
-    line = pixels // out_width
-    row = line % out_height
-    image = line // out_height
+    row, column, image = locate(tile.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M), out_height, out_width)
     top = row * STRIDE - PADDING
     left = column * STRIDE - PADDING
     if PHASES == 4:
@@ -168,14 +166,15 @@ def conv_kernel(
         left += phase_x
         w_ptr += phase * (O * KERNEL * KERNEL * (A + B))
 
+    origin = (image * height + top) * width + left
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _accumulate(
-        acc, a_ptr, w_ptr, image, top, left, rows, column, outputs, height, width,
+        acc, a_ptr, w_ptr, origin, top, left, rows, outputs, height, width,
         A, 0, A + B, KERNEL, BLOCK_K, O, PRECISION,
     )  # fmt: skip
     if B > 0:
         acc = _accumulate(
-            acc, b_ptr, w_ptr, image, top, left, rows, column, outputs, height, width,
+            acc, b_ptr, w_ptr, origin, top, left, rows, outputs, height, width,
             B, A, A + B, KERNEL, BLOCK_B, O, PRECISION,
         )  # fmt: skip
 
@@ -184,10 +183,10 @@ def conv_kernel(
         acc += tl.load(bias_ptr + outputs, mask=outputs < O, other=0.0).to(tl.float32)[None, :]
     if STATISTICS:
         # Of the values as they are stored: normalisation reads those.
-        stored = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
+        acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
         present = tl.minimum(count - tile.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean = tl.sum(tl.where(kept, stored, 0.0), 0) / present
-        deviation = tl.where(kept, stored - mean[None, :], 0.0)
+        mean = tl.sum(tl.where(kept, acc, 0.0), 0) / present
+        deviation = tl.where(kept, acc - mean[None, :], 0.0)
         place = statistics_ptr + tile.to(tl.int64) * (2 * O) + outputs
         tl.store(place, mean, mask=outputs < O)
         tl.store(place + O, tl.sum(deviation * deviation, 0), mask=outputs < O)
@@ -242,7 +241,7 @@ def launch_conv(
     shape = (batch, outputs, out_height * scale, out_width * scale)
     y = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
     count = batch * out_height * out_width
-    config = config or config_for(channels, outputs, count, a.element_size(), statistics)
+    config = config or config_for(channels, outputs, count, a.element_size())
     tiles = triton.cdiv(count, config.block_m)
     found = torch.empty((tiles, 2, outputs), dtype=torch.float32, device=a.device) if statistics else None
     if count == 0:
@@ -286,7 +285,7 @@ def conv_specimen(
     config: ConvConfig | None = None,
 ) -> Specimen:
     """The kernel that :func:`launch_conv` runs on a large image, ``dtype`` in Triton's spelling."""
-    config = config or config_for(channels, outputs, 1 << 20, 4 if dtype == "fp32" else 2, statistics)
+    config = config or config_for(channels, outputs, 1 << 20, 4 if dtype == "fp32" else 2)
     epilogue = {"HAS_BIAS": True, "HAS_RESIDUAL": residual, "RELU": relu, "PRECISION": "ieee"}
     if config.descriptors:
         from fastden.kernels._descriptors import constants_of, descriptor_conv_kernel, descriptor_signature

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import Specimen, device_guard, dot, precision
+from fastden.kernels._common import Specimen, device_guard, dot, locate, precision
 from fastden.kernels._conv import _accumulate, launch_conv
 
 #: The sums of the 3x3 convolution of a pixel are all held by one program.
@@ -311,12 +311,12 @@ def conv_expand_kernel(
     """The second of two kernels: ``relu(x + expand(relu(conv(middle))))``, BLOCK_M pixels a program."""
     outputs = tl.arange(0, BLOCK_MID)
     pixels = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    line = pixels // width
-    image = line // height
+    row, column, image = locate(tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M), height, width)
     rows = image < batch
+    origin = (image * height + row - 1) * width + column - 1
     acc = tl.zeros((BLOCK_M, BLOCK_MID), tl.float32)
     acc = _accumulate(
-        acc, middle_ptr, conv_ptr, image, line % height - 1, pixels % width - 1, rows, pixels, outputs,
+        acc, middle_ptr, conv_ptr, origin, row - 1, column - 1, rows, outputs,
         height, width, M, 0, M, 3, min(BLOCK_K, BLOCK_MID), M, PRECISION,
     )  # fmt: skip
     _expand(

@@ -53,7 +53,7 @@ def conv_statistics(
     """
     a, weight = channels_last(a), channels_last(weight)
     pixels = a.shape[0] * _size(a.shape[2], weight, stride, padding) * _size(a.shape[3], weight, stride, padding)
-    config = config_for(a.shape[1], weight.shape[0], pixels, a.element_size(), statistics=True)
+    config = config_for(a.shape[1], weight.shape[0], pixels, a.element_size())
     y, statistics = launch_conv(
         a,
         None if b is None else channels_last(b),

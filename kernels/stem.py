@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.kernels._common import Specimen, device_guard, dot, precision
+from fastden.kernels._common import Specimen, device_guard, dot, locate, precision
 from fastden.kernels._packed import PACKED
 
 SMALLEST = 8
@@ -68,19 +68,6 @@ def gather(x_ptr, corner, exists, inner, wants):
     """
     mask = (exists[:, None] & wants[None, :]) != 0
     return tl.load(x_ptr + (corner[:, None] + inner[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
-def locate(first, index, height, width):
-    """Row and column (32 bits) and image (64 bits) of pixels ``first + index`` of a batch of ``height`` x ``width``.
-
-    ``first`` is 64 bits wide: dividing it once, and small numbers for each pixel, spares 64-bit divisions by pixel.
-    """
-    line = first // width
-    offset = (first % width).to(tl.int32) + index
-    image = line // height
-    rows = (line % height).to(tl.int32) + offset // width
-    return rows % height, offset % width, image + rows // height
 
 
 @triton.jit

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,23 +135,6 @@ class TestRefusals:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
         (reason,) = _descriptors.why_not(x, None, weight)
         assert reason == "device: compute capability 8.6; accepted: 9.0 or later"
-
-
-@pytest.mark.slow
-def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
-    """Bulk copies feed the matrix instruction, and nothing spills; nothing is compiled for what has no bulk copies."""
-    script, table = root / "benchmarks" / "compile_kernels.py", tmp_path / "table.json"
-    command = [sys.executable, str(script), "--only", "concat_conv_bn_relu", "--json", str(table)]
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [row for row in json.loads(table.read_text())["kernels"] if "descriptors" in row["kernel"]]
-    assert len(rows) == 2 * 2 * len(DESCRIBED)
-    best = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
-    for row in rows:
-        assert row["bulk_copies"]
-        assert row["spilled_bytes"] == 0
-        assert row["matrix_instruction"] == best[row["architecture"]]
 
 
 def test_specimens_name_every_argument() -> None:

@@ -1,0 +1,40 @@
+"""Every Triton kernel, in its default configurations and those on request, compiled without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastden.kernels.concat_conv_bn_relu import DESCRIBED
+
+BEST = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+@pytest.mark.slow
+def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
+    """Nothing spills, and bulk copies feed the best matrix instruction; where there are none, nothing is compiled.
+
+    float16 compiles to the same but for the products' type, and would take as long again.
+    """
+    script, table = root / "benchmarks" / "compile_kernels.py", tmp_path / "table.json"
+    command = [sys.executable, str(script), "--dtypes", "bf16", "--json", str(table)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(table.read_text())["kernels"]
+    operators = ("batch_norm", "bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample")
+    for operator in operators:
+        compiled = {row["architecture"] for row in rows if row["kernel"].startswith(f"{operator} ")}
+        assert compiled == set(BEST), operator
+    assert not any(row["spilled_bytes"] for row in rows)
+    described = [row for row in rows if "concat" in row["kernel"] and "descriptors" in row["kernel"]]
+    assert len(described) == 2 * len(DESCRIBED)
+    assert all(row["bulk_copies"] and row["architecture"] != "sm_80" for row in described)
+    # Statistics are sums without products.
+    products = [row for row in rows if not row["kernel"].startswith("batch_norm ")]
+    assert all(row["matrix_instruction"] == BEST[row["architecture"]] for row in products)
