@@ -63,7 +63,7 @@ def plan(
         output: a file for one input file, where it has an image's suffix and is no folder; else a folder.
         recursive: descend into the folders, and keep their structure in ``output``.
         format_name: of the results; the inputs' suffixes otherwise.
-        unreadable: as in :func:`find_images`.
+        unreadable: as in :func:`find_images`; of patterns too.
         made: whether a file is a result of the run that is resumed, and so no input; see
             :func:`fastden.manifest.made_before`.
 
@@ -121,6 +121,11 @@ def _sources(
             top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
             files = [match for match in matches if match.is_file() and not _written_before(match, top, output)]
             files = [file for file in _once(files) if not made(file)]
+            errors = _passed_over(name)
+            if errors and (unreadable is None or not files):
+                raise errors[0]
+            if unreadable is not None:
+                unreadable += errors
             if not files:
                 raise UserError(f"input: nothing matches {name}")
             found.update((file, Path(file.name)) for file in files)
@@ -129,6 +134,23 @@ def _sources(
     if not found:
         raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
     return list(found.items())
+
+
+def _passed_over(pattern: str) -> list[OSError]:
+    """The errors of folders that ``pattern`` leads into and that cannot be looked into: glob says nothing of them."""
+    parts = Path(pattern).parts
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    folders: set[str] = set()
+    for index in range(first, len(parts)):
+        above = parts[: index + 1] if parts[index] == "**" else parts[:index]
+        folders.update(glob.glob(os.path.join(*above, ""), recursive=True) if above else [os.curdir])
+    errors = []
+    for folder in sorted(folders):
+        try:
+            os.scandir(Path(folder)).close()
+        except OSError as error:
+            errors.append(error)
+    return errors
 
 
 def _once(files: list[Path]) -> list[Path]:

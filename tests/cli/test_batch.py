@@ -88,8 +88,9 @@ def test_strength_and_sigma_map(photos: Path, tmp_path: Path, model: str) -> Non
     fails("denoise", photos / "a.png", *rest[:-1], tmp_path / "missing.png", saying="missing.png: No such file")
 
 
+@pytest.mark.parametrize("pattern", [None, "**/[abc].*"])
 def test_an_unreadable_folder_is_reported_and_skipped(
-    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, pattern: str | None
 ) -> None:
     scandir = os.scandir
 
@@ -100,8 +101,9 @@ def test_an_unreadable_folder_is_reported_and_skipped(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    rest = ["-o", tmp_path / "out", "--model", model, "-r"]
-    error = fails("denoise", photos, *rest, saying=f"^error: {photos / 'inner'}: {os.strerror(errno.EACCES)}")
+    what = [photos, "-r"] if pattern is None else [f"{photos}/{pattern}"]
+    rest = ["-o", tmp_path / "out", "--model", model]
+    error = fails("denoise", *what, *rest, saying=f"^error: {photos / 'inner'}: {os.strerror(errno.EACCES)}")
     assert "error: 1 of 3 files failed" in error
     assert outputs(tmp_path / "out") == ["a.png", "b.jpg"]
 
