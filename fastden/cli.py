@@ -2,89 +2,37 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand, TyperGroup
 
+from fastden.arguments import (
+    DeviceOption,
+    Dtype,
+    Engine,
+    Format,
+    ModelOption,
+    OneLineErrors,
+    is_number_list,
+    naming,
+    parse_level,
+    parse_sigma,
+    parse_tile,
+    takes_several,
+)
 from fastden.batch import Run, clean_termination, say
 from fastden.bench.command import app as bench
-from fastden.errors import FAILURES, UserError, in_one_line
-
-
-class _Group(TyperGroup):
-    """Turns the user's mistakes into one line and exit code 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (UserError, OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # typer ends quietly then
-                raise
-            say(f"error: {in_one_line(error)}", error=True)
-            raise typer.Exit(1) from error
-
-
-def _takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperCommand]:
-    """A command whose ``option`` takes every following word that ``belongs`` says is a value of it."""
-
-    class Several(TyperCommand):
-        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            expanded: list[str] = []
-            inside = False
-            for word in args:
-                if inside and expanded[-1] != option and belongs(word):
-                    expanded.append(option)
-                elif word == "--":
-                    return super().parse_args(ctx, expanded + args[args.index("--") :])
-                elif inside and expanded[-1] != option:
-                    inside = False
-                inside = inside or word == option or word.startswith(f"{option}=")
-                expanded.append(word)
-            return super().parse_args(ctx, expanded)
-
-    return Several
-
-
-@contextmanager
-def _naming(what: str = "", errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Turns an argument's ValueError or TypeError, or what a model's files cause, into the user's error.
-
-    Args:
-        what: to begin the message with, unless it does so already.
-        errors: those that are the user's; the others are defects and pass.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except errors as error:
-        text = in_one_line(error)
-        raise UserError(text if text.startswith(what) else f"{what}: {text}") from error
-
-
-def _is_number_list(word: str) -> bool:
-    if os.path.isdir(word):  # a folder may be named 25
-        return False
-    try:
-        return all(math.isfinite(float(part)) for part in word.split(","))
-    except ValueError:
-        return False
-
+from fastden.errors import FAILURES, UserError
 
 app = typer.Typer(
-    cls=_Group,
+    cls=OneLineErrors,
     help="Fast, exact image denoising.",
     no_args_is_help=True,
     add_completion=False,
@@ -92,33 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
-
-
-class Format(str, Enum):
-    """Formats that can be written."""
-
-    jpeg = "jpeg"
-    png = "png"
-    tiff = "tiff"
-    webp = "webp"
-    avif = "avif"
-
-
-class Engine(str, Enum):
-    """What a run over many files runs on."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Dtype(str, Enum):
-    """Dtypes to compute in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
 
 
 def _version(wanted: bool) -> None:
@@ -136,12 +57,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-ModelOption = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hugging Face Hub id.")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default CUDA if there is any.")
-]
 
 
 @app.command()
@@ -209,8 +124,8 @@ def denoise(
     from fastden.video_run import is_one_video, run_video
 
     keep_freed_memory()
-    level = _parse_sigma(sigma)
-    side = _parse_tile(tile)
+    level = parse_sigma(sigma)
+    side = parse_tile(tile)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
     output, format_name = Path(output_name), format.value if format else None
@@ -260,7 +175,7 @@ def denoise(
     jobs = [] if video else plan(inputs, output, **planning)
     # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
     _load(model, device, dtype, eight_bit=True)
-    with _naming():
+    with naming():
         batch = BatchDenoiser(**settings)
     if level != "auto" and float(level) > 75:
         say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
@@ -280,37 +195,13 @@ def denoise(
 def _load(model: str, device: str | None, dtype: Dtype, eight_bit: bool = False) -> Any:
     from fastden.loading import load_network, parse_device
 
-    with _naming("device"):
+    with naming("device"):
         place = parse_device(device)
-    with _naming("model"):
+    with naming("model"):
         return load_network(model, place, dtype.value, eight_bit=eight_bit)
 
 
-def _parse_sigma(text: str) -> Literal["auto"] | float:
-    return "auto" if text == "auto" else _parse_level(text, "auto, or a number from 0 to 255")
-
-
-def _parse_level(text: str, accepted: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 255:
-        raise UserError(f"sigma: {text!r}; accepted: {accepted}")
-    return value
-
-
-def _parse_tile(text: str) -> Literal["auto"] | int | None:
-    if text == "auto":
-        return "auto"
-    if text == "none":
-        return None
-    if not text.isdecimal():
-        raise UserError(f"tile: {text!r}; accepted: auto, none, or pixels")
-    return int(text)
-
-
-@app.command("eval", cls=_takes_several("--sigma", _is_number_list))
+@app.command("eval", cls=takes_several("--sigma", is_number_list))
 def evaluate(
     folders: Annotated[
         list[Path], typer.Argument(metavar="FOLDER...", help="Folders of 8-bit photographs, each a set.")
@@ -339,7 +230,7 @@ def evaluate(
     from fastden.io import check_target, write_bytes
 
     accepted = "numbers from 0 to 255"
-    levels = [_parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
+    levels = [parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
     if gray and pairs:
         raise UserError("gray: given with --pairs; accepted: one of them")
     if json_file is not None:  # before the work, not behind it
@@ -351,7 +242,7 @@ def evaluate(
     with console.status("evaluating") as status:
         for folder in folders:
             started = _shower(status, folder)
-            with _naming(str(folder), FAILURES):
+            with naming(str(folder), FAILURES):
                 if pairs:
                     results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
                 else:
@@ -425,7 +316,7 @@ def _summary(card: Path) -> str:
     return first.split(". ")[0].rstrip(".")
 
 
-@app.command(cls=_takes_several("--set", lambda word: "=" in word and not word.startswith("-")))
+@app.command(cls=takes_several("--set", lambda word: "=" in word and not word.startswith("-")))
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of the run.")],
     changes: Annotated[
@@ -444,6 +335,6 @@ def train(
     except ModuleNotFoundError as error:
         raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
     settings = load_config(config, changes or [])
-    with _naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
+    with naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
         folder = run(settings, resume=resume, accelerator=accelerator, devices=devices)
     say(f"model written to {folder}")
