@@ -61,9 +61,9 @@ def compiler(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     emulator = root / "tests" / "emulator"
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER"]
     command += [f"-I{emulator}", f"-I{toolkit / 'include'}"]
-    compiled = tmp_path_factory.mktemp("emulator") / "emulator.o"
-    subprocess.run([*command, "-c", str(emulator / "emulator.cpp"), "-o", str(compiled)], check=True)
-    return [*command, "-shared", str(compiled)]
+    objects = tmp_path_factory.mktemp("emulator")
+    subprocess.run([*command, "-c", *map(str, emulator.glob("*.cpp"))], cwd=objects, check=True)
+    return [*command, "-shared", *map(str, objects.glob("*.o"))]
 
 
 def build_from(compiler: list[str], csrc: Path) -> ctypes.CDLL:

@@ -1,0 +1,132 @@
+// Matrix instructions: ldmatrix and mma.sync of a warp, wgmma of a warp group.
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+
+namespace fastden::emulator {
+namespace {
+
+void execute(Block& block, const Product& product) {
+    const auto value = [&](uint64_t descriptor, int row, int k) {
+        if ((descriptor >> 62) != 1) fail("a descriptor without the 128-byte swizzle");
+        if ((descriptor >> 49 & 7) != 0) fail("a descriptor with a base offset");
+        const uint32_t start = (descriptor & 0x3FFF) << 4;
+        const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
+        uint16_t bits;
+        std::memcpy(&bits, at(block, swizzled(start + row / 8 * stride + row % 8 * 128 + 2 * k), 2), 2);
+        return product.to_float(bits);
+    };
+    std::vector<float> a(64 * 16), b(product.columns * 16);
+    for (int row = 0; row < 64; ++row) {
+        for (int k = 0; k < 16; ++k) a[row * 16 + k] = value(product.a, row, k);
+    }
+    for (int column = 0; column < product.columns; ++column) {
+        for (int k = 0; k < 16; ++k) b[column * 16 + k] = value(product.b, column, k);
+    }
+    for (int thread = 0; thread < kGroup; ++thread) {
+        for (int index = 0; index < product.columns / 2; ++index) {
+            const int row = thread / kWarp * 16 + thread % kWarp / 4 + (index & 2 ? 8 : 0);
+            const int column = index / 4 * 8 + thread % 4 * 2 + (index & 1);
+            float sum = product.add ? product.sums[thread][index] : 0.0f;
+            for (int k = 0; k < 16; ++k) sum += a[row * 16 + k] * b[column * 16 + k];
+            product.sums[thread][index] = sum;
+        }
+    }
+}
+
+// All but the last `pending` groups of products.
+void multiply_groups(Block& block, WarpGroup& all, int pending) {
+    for (; static_cast<int>(all.committed.size()) > pending; all.committed.pop_front()) {
+        for (const Product& product : all.committed.front()) execute(block, product);
+    }
+}
+
+}  // namespace
+
+void load_matrices(uint32_t* values, uint32_t address) {
+    Warp& all = warp();
+    all.address[lane()] = address;
+    all.values[lane()] = values;
+    meet(all.meeting, kWarp, [&] {
+        ++counted.matrix_loads;
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            int used[8] = {};
+            for (int row = 0; row < 8; ++row) {
+                const uint32_t start = all.address[matrix * 8 + row];
+                if (start % 16 != 0) fail("a matrix row that is not aligned");
+                const unsigned char* found = at(start, 16);
+                bool again = false;
+                for (int before = 0; before < row; ++before) again |= all.address[matrix * 8 + before] == start;
+                if (!again) ++used[start / 16 % 8];
+                for (int part = 0; part < 4; ++part) {
+                    std::memcpy(&all.values[row * 4 + part][matrix], found + 4 * part, 4);
+                }
+            }
+            counted.conflicts += *std::max_element(used, used + 8) - 1;
+        }
+    });
+}
+
+void multiply_add(float* sums, const uint32_t* a, uint32_t b0, uint32_t b1, float (*to_float)(uint16_t)) {
+    Warp& all = warp();
+    all.sums[lane()] = sums;
+    all.a[lane()] = a;
+    all.b[lane()][0] = b0;
+    all.b[lane()][1] = b1;
+    meet(all.meeting, kWarp, [&] {
+        ++counted.multiplications;
+        float left[16][16], right[16][8];
+        const auto half = [&](uint32_t pair, int which) { return to_float(static_cast<uint16_t>(pair >> 16 * which)); };
+        for (int thread = 0; thread < kWarp; ++thread) {
+            const int row = thread / 4, column = thread % 4 * 2;
+            for (int index = 0; index < 8; ++index) {
+                const int down = index / 2 % 2 * 8, across = index / 4 * 8, odd = index % 2;
+                left[row + down][column + across + odd] = half(all.a[thread][index / 2], odd);
+            }
+            for (int index = 0; index < 4; ++index) {
+                right[column + index / 2 * 8 + index % 2][row] = half(all.b[thread][index / 2], index % 2);
+            }
+        }
+        for (int thread = 0; thread < kWarp; ++thread) {
+            for (int index = 0; index < 4; ++index) {
+                const int row = thread / 4 + index / 2 * 8, column = thread % 4 * 2 + index % 2;
+                float sum = all.sums[thread][index];
+                for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+                all.sums[thread][index] = sum;
+            }
+        }
+    });
+}
+
+void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, float (*to_float)(uint16_t)) {
+    WarpGroup& all = group();
+    all.product.sums[self().position.thread.x % kGroup] = sums;
+    meet(all.meeting, kGroup, [&] {
+        all.product.columns = columns;
+        all.product.a = a;
+        all.product.b = b;
+        all.product.add = add;
+        all.product.to_float = to_float;
+        all.open.push_back(all.product);
+    });
+}
+
+void group_commit() {
+    WarpGroup& all = group();
+    Block& block = *self().block;
+    meet(all.meeting, kGroup, [&] {
+        all.committed.push_back(std::move(all.open));
+        all.open.clear();
+        // At once at times: a factor that is not there yet shows only so.
+        if (draw() % 2 == 0) multiply_groups(block, all, 0);
+    });
+}
+
+void group_wait(int pending) {
+    WarpGroup& all = group();
+    Block& block = *self().block;
+    meet(all.meeting, kGroup, [&] { multiply_groups(block, all, pending); });
+}
+
+}  // namespace fastden::emulator
