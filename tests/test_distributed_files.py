@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +223,54 @@ def test_a_file_appears_whole_behind_a_url(memory: Any, tmp_path: Path, monkeypa
     assert memory.cat("/out/a.png") == b"whole"
 
 
+def test_a_worker_reads_while_it_computes(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called from several threads: files side by side, one thread that computes, within the memory for images."""
+    worker = Worker({"model": model, "dtype": "float32"}, 1)
+    stages = worker.denoiser.stages
+    read, compute = stages.reading.read, stages.computing.compute
+    computing, computers, held = threading.Event(), set(), []
+    reading_beside = threading.Event()
+
+    def slow(works: list[Any], *rest: Any) -> None:
+        computers.add(threading.current_thread().name)
+        held.append(worker.denoiser._gate.taken)
+        computing.set()
+        assert reading_beside.wait(20), "no file was read while another was computed"
+        compute(works, *rest)
+
+    def beside(work: Any) -> None:
+        if not work.job.source.name.startswith("0"):
+            assert computing.wait(20)
+            reading_beside.set()
+        read(work)
+
+    monkeypatch.setattr(stages.computing, "compute", slow)
+    monkeypatch.setattr(stages.reading, "read", beside)
+    for index in range(5):
+        shutil.copy(photos / "a.png", photos / f"{index}.png")
+    with ThreadPoolExecutor(3) as threads:
+        paths = [(photos / f"{index}.png", tmp_path / f"{index}.png") for index in range(5)]
+        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    assert [record["status"] for record in records] == ["done"] * 5, records
+    assert len(computers) == 1
+    assert max(held) > min(held)
+    assert worker.denoiser._gate.taken == 0
+    assert len({path.read_bytes() for _, path in paths}) == 1
+    # Nothing is admitted beside what fills the memory for images; who fails gives back what it took.
+    worker.denoiser._gate.limit = 1
+    held.clear()
+    broken = photos / "broken.png"
+    broken.write_bytes((photos / "a.png").read_bytes()[:200])
+    with ThreadPoolExecutor(3) as threads:
+        paths = [(path, tmp_path / f"again-{path.name}") for path in (photos / "1.png", broken, photos / "2.png")]
+        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    assert [record["status"] for record in records] == ["done", "failed", "done"]
+    assert held == [1, 1]
+    assert worker.denoiser._gate.taken == 0
+
+
 def test_cost() -> None:
     """100 ms a megapixel of network, 20 and 30 of reading and writing."""
     records = [
@@ -231,6 +282,9 @@ def test_cost() -> None:
     assert (cost.read, cost.compute, cost.write) == pytest.approx((20, 100, 30))
     assert cost.images_an_hour(24) == pytest.approx(1000)
     assert cost.images_an_hour(24, workers=2) == pytest.approx(1500)
-    assert cost.images_an_hour(24, overlapped=True) == pytest.approx(1500)
+    assert cost.images_an_hour(24, files_at_once=9) == pytest.approx(1500)
+    # Half of each core is reading or writing while the network has the other halves.
+    assert cost.images_an_hour(24, files_at_once=3, cores=2) == pytest.approx(1200)
+    assert cost.images_an_hour(24, files_at_once=1, cores=2) == pytest.approx(1000)
     with pytest.raises(ValueError, match=r"records: none is done"):
         Cost.of(records[2:])

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastden.cpu import keep_freed_memory
 from fastden.inference.cost import Cost
-from fastden.inference.distributed import distribute, plan_rows
+from fastden.inference.distributed import choose_pool, distribute, files_at_once, plan_rows
 from fastden.inference.pipeline import BatchDenoiser
 from fastden.info import collect
 from fastden.io import ImageFile, write_image
@@ -111,7 +111,13 @@ def main() -> None:
                 done([record])
                 ended.append(time.perf_counter())
             # The first record ends the start of Ray and of its workers, which a long run does not feel.
-            steady = row(cost.images_an_hour(megapixels, together), len(rows) - 1, ended[-1] - ended[0])
+            import ray
+
+            pool = choose_pool(ray.cluster_resources(), None, together, arguments.device)
+            predicted = cost.images_an_hour(
+                megapixels, together, files_at_once=files_at_once(pool), cores=None if pool.gpus else int(pool.cpus)
+            )
+            steady = row(predicted, len(rows) - 1, ended[-1] - ended[0])
             document["ray"] = {**steady, "workers_per_device": together, "start_seconds": round(ended[0] - start, 1)}
             print(json.dumps(document["ray"], indent=1))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

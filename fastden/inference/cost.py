@@ -33,17 +33,20 @@ class Cost:
         stages = ("read", "compute", "write")
         return cls(*(1000 * sum(record["seconds"][stage] for record in done) / megapixels for stage in stages))
 
-    def images_an_hour(self, megapixels: float, workers: int = 1, overlapped: bool = False) -> float:
+    def images_an_hour(
+        self, megapixels: float, workers: int = 1, *, files_at_once: int = 1, cores: int | None = None
+    ) -> float:
         """Images that one device does in an hour.
 
-        A worker of the ``ray`` engine reads, computes and writes one file after another, so ``workers`` that share a
-        GPU hide each other's reading and writing until the network is always at work. On a CPU the stages compete for
-        the same cores, and one worker for all cores is what the figure holds for.
+        Files that are in hand together hide each other's reading and writing until the network is always at work.
 
         Args:
             megapixels: of an image.
             workers: that share the device.
-            overlapped: a worker reads and writes while it computes, as the local engine does.
+            files_at_once: that a worker has in hand; see :func:`fastden.inference.distributed.files_at_once`.
+            cores: of a CPU that is the device: reading and writing take of them what the network lacks then. None for a
+                GPU, beside which they are taken for free.
         """
-        longest = max(self.read, self.compute, self.write) if overlapped else self.read + self.compute + self.write
-        return 3.6e6 / (megapixels * max(self.compute, longest / workers))
+        beside = self.read + self.write
+        one_by_one = (beside + self.compute) / (workers * files_at_once)
+        return 3.6e6 / (megapixels * max(self.compute + (beside / cores if cores else 0), one_by_one))

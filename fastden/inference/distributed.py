@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ class Pool:
     workers: int
     gpus: float
     cpus: float
+
+
+#: Of workers. glibc otherwise keeps a thread's memory apart from the main thread's, in pieces that it gives back to the
+#: system and takes again: of 4 megapixels the network then takes 1.0 to 1.1 s on 2 cores, instead of 0.87 to 0.92.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+
+
+def files_at_once(pool: Pool) -> int:
+    """Files that a worker has in hand: read, computed and written side by side, as the local engine does."""
+    from fastden.inference.pipeline import default_workers
+
+    return 2 * default_workers(on_cpu=not pool.gpus) + 1
 
 
 def has_scheme(name: str) -> bool:
@@ -117,7 +130,7 @@ def _filesystem(name: str) -> tuple[Any, str]:
 
 
 class Worker:
-    """One actor: a network on its device, and one file after another.
+    """One actor: a network on its device. Ray calls it from several threads, each with a file; one thread computes.
 
     Args:
         settings: keyword arguments of :class:`fastden.BatchDenoiser`.
@@ -134,6 +147,7 @@ class Worker:
         torch.set_num_threads(max(int(cpus), 1))
         self.denoiser = BatchDenoiser(**settings)
         self.overwrite = bool(settings.get("overwrite"))
+        self.computer = ThreadPoolExecutor(1, "fastden-compute")
 
     def __call__(self, row: Row) -> dict[str, Any]:
         """The record of a row, its names those of the row, as one JSON text: Ray's columns hold no mixed types."""
@@ -157,7 +171,7 @@ class Worker:
         except OSError as error:
             refusal = UserError(f"output: cannot make the folder {target.parent}: {error.strerror}")
             return asdict(self.denoiser.stages.writing.failure(job, refusal, None))
-        return asdict(self.denoiser.one(job, replaces=replaces))
+        return asdict(self.denoiser.one(job, replaces=replaces, computer=self.computer))
 
     def _through_copies(self, source: str, target: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="fastden-") as folder:
@@ -264,12 +278,19 @@ def distribute(
     pool = choose_pool(ray.cluster_resources(), workers, workers_per_device, settings.get("device"))
     # One row a block: a worker that is done takes the next file, however unequal they are.
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    at_once = files_at_once(pool)
     records = dataset.map(
         Worker,
         fn_constructor_args=(settings, pool.cpus),
-        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows))),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(pool.workers, len(rows)),
+            max_concurrent_calls_per_actor=at_once,
+            max_tasks_in_flight_per_actor=at_once,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=pool.cpus if not pool.gpus else None,
         num_gpus=pool.gpus or None,
+        runtime_env={"env_vars": ENVIRONMENT},
     )
     for row in records.iter_rows():
         yield json.loads(row["record"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from fastden.errors import FAILURES, UserError
 from fastden.fused import FusedDenoiser
 from fastden.inference.batching import Equality
+from fastden.inference.memory import Gate
 from fastden.inference.report import Listener, Report
 from fastden.inference.settings import Settings
 from fastden.inference.stages import Stages
@@ -20,6 +22,13 @@ from fastden.io import MAX_PIXELS
 from fastden.jobs import Job, plan
 from fastden.loading import Model, check_max_pixels, check_strength, parse_memory
 from fastden.manifest import Manifest, Record, made_before, open_manifest
+
+_T = TypeVar("_T")
+
+
+def default_workers(on_cpu: bool) -> int:
+    """Threads that decode, and as many that encode: a CPU that computes has nothing to spare."""
+    return 1 if on_cpu else 4
 
 
 class BatchDenoiser:
@@ -95,8 +104,9 @@ class BatchDenoiser:
         )
         self.stages = Stages(self.settings)
         on_cpu = self.settings.network(eight_bit=True).device.type == "cpu"
-        self.workers = workers or (1 if on_cpu else 4)
+        self.workers = workers or default_workers(on_cpu)
         self._equality = Equality()
+        self._gate = Gate(self.settings.budget.images)
 
     def run(
         self,
@@ -165,24 +175,45 @@ class BatchDenoiser:
         """The network for images of 8 bits, or of more."""
         return self.settings.network(eight_bit)
 
-    def one(self, job: Job, manifest: Manifest | None = None, *, replaces: bool = False) -> Record:
-        """Denoise one file in this thread; for engines that bring parallelism of their own.
+    def one(
+        self,
+        job: Job,
+        manifest: Manifest | None = None,
+        *,
+        replaces: bool = False,
+        computer: Executor | None = None,
+    ) -> Record:
+        """Denoise one file; for engines that bring parallelism of their own.
+
+        With a ``computer`` of one thread it may be called from several threads at once: they read and write their files
+        side by side, and wait for each other's computing, and where ``max_memory`` has no room for one more image.
 
         Args:
             job: whose output's folder exists.
             manifest: to write the record to.
             replaces: the output may be replaced, whatever ``overwrite`` says.
+            computer: runs the network; None is this thread.
 
         Returns:
             The record, of a failure too.
         """
-        stages = self.stages
+        stages, taken = self.stages, 0
         try:
             work = stages.reading.open(job, replaces=replaces)
+            # An image that is streamed keeps to all of the limit.
+            work.size = self._gate.limit if work.streamed else min(work.size, self._gate.limit)
+            self._gate.take(work.size)
+            taken = work.size
             stages.reading.read(work)
             if work.streamed:
-                return stages.stream(work, manifest)
-            stages.computing.compute([work])
+                return _run(computer, lambda: stages.stream(work, manifest))
+            _run(computer, lambda: stages.computing.compute([work]))
             return stages.writing.write(work, manifest)
         except FAILURES as error:
             return stages.writing.failure(job, error, manifest)
+        finally:
+            self._gate.give_back(taken)
+
+
+def _run(computer: Executor | None, work: Callable[[], _T]) -> _T:
+    return work() if computer is None else computer.submit(work).result()
