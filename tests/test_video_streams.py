@@ -133,7 +133,9 @@ def make(path: Path, times: list[int], codec: str = "libx264", unit: int = 1000,
 
 
 def matrix_of(path: Path) -> list[int]:
-    (data,) = (data for data in decoded(path)[0].side_data if data.type.name == "DISPLAYMATRIX")
+    found = decoded(path)[0].side_data
+    # By number: in PyAV 19 going through them gives kinds.
+    (data,) = (data for data in map(found.__getitem__, range(len(found))) if data.type.name == "DISPLAYMATRIX")
     return np.frombuffer(bytes(data), np.int32).tolist()
 
 

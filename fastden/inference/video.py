@@ -138,10 +138,17 @@ def _av() -> Any:
 
 
 def _opened(av: Any, source: Path) -> Any:
+    # Since PyAV 19 tags of other encodings are kept as they are; before, they stop the reading unless replaced.
+    options = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
     try:
-        return av.open(str(source), metadata_errors="replace")
+        return av.open(str(source), **options)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{source}: cannot be read as a video: {error.strerror or error}") from error
+
+
+def _side_data(frame: Any) -> list[Any]:
+    # By number: going through them gives the data itself in PyAV 18, its kind in 19.
+    return [frame.side_data[number] for number in range(len(frame.side_data))]
 
 
 def _container_options(reader: Any) -> dict[str, str]:
@@ -287,7 +294,7 @@ class _Copy:
             raise UserError(f"{self.source}: frames change from {before} to {now}; accepted: frames of one kind")
         if frame.interlaced_frame:
             self.note("interlaced frames were denoised as whole frames, and are written as progressive ones")
-        for data in frame.side_data:
+        for data in _side_data(frame):
             if data.type.name in LOST:
                 self.note(f"{LOST[data.type.name]} cannot be written, and is missing")
 
@@ -335,7 +342,7 @@ class _Copy:
         stream = self.writer.add_stream(codec.name, options=encoders.options(codec.name))
         encoders.configure(stream.codec_context, first, pixel_format)
         stream.time_base = self.video.time_base
-        matrix = next((data for data in first.side_data if data.type.name == "DISPLAYMATRIX"), None)
+        matrix = next((data for data in _side_data(first) if data.type.name == "DISPLAYMATRIX"), None)
         if matrix is not None:
             stream.set_display_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
         return stream

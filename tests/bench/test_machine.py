@@ -20,7 +20,8 @@ def test_description() -> None:
     found = machine.describe(CPU)
     assert found["device"] == "cpu"
     assert found["threads"] == torch.get_num_threads()
-    assert found["versions"]["torch"] == torch.__version__
+    # Of CUDA builds the package leaves out what stands behind the plus.
+    assert torch.__version__.startswith(found["versions"]["torch"])
     assert set(found) >= {"cpu", "cores", "native_bf16", "platform", "python", "commit", "date"}
 
 
