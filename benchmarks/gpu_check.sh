@@ -59,7 +59,7 @@ bench model-1080 60 "$inference" model --size 1080 1920 --batch 8 "${peers[@]}"
 bench train 60 "$training" train --size 128 128 --batch 64 "${peers[@]}"
 bench ops-backward 60 "$training" ops --backward --size 1080 1920 --compare eager,channels_last
 if command -v ncu >/dev/null; then
-    # How busy each of the CUDA kernels keeps the tensor cores, in a single pass of the network.
+    # How busy each of the CUDA kernels keeps the tensor cores, in a single pass of the network, at the clocks that it finds.
     network='import torch, fastden
 from fastden import ops
 model = fastden.fuse(fastden.Denoiser.from_pretrained("color").cuda(), torch.bfloat16)
@@ -68,7 +68,7 @@ with torch.no_grad(), ops.use_backend("cuda"):
 torch.cuda.synchronize()'
     metrics=sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active,gpu__time_duration.sum
     kernels='regex:^(concat|convolution|bottleneck|stem|head)_kernel'
-    run tensor-cores 60 ncu --csv --metrics "$metrics" --kernel-name "$kernels" "$python" -c "$network"
+    run tensor-cores 60 ncu --csv --clock-control none --metrics "$metrics" --kernel-name "$kernels" "$python" -c "$network"
 fi
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck synccheck; do
