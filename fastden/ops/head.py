@@ -56,7 +56,7 @@ def head(
         image = None
     backend = choose("head", backend, batch_statistics=False, **tensors)
     if backend != "torch":
-        from fastden.ops._autograd import Head
+        from fastden.ops._autograd_image import Head
 
         # A limit hides which side of it a value was on, which its gradient needs.
         later = clamp and wants_gradient(*tensors.values(), image)

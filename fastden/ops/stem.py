@@ -48,7 +48,8 @@ def stem(
         check_batch_norm("bn", bn, weight.shape[1])
     backend = choose("stem", backend, batch_statistics=batch_statistics(bn), x=x, weight=weight, bias=bias)
     if backend != "torch":
-        from fastden.ops._autograd import Stem, batch_norm_relu
+        from fastden.ops._autograd import batch_norm_relu
+        from fastden.ops._autograd_image import Stem
 
         y = Stem.apply(*in_autocast(x, weight, bias), relu and bn is None, backend)
         if bn is not None and bn.training:
