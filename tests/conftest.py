@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports huggingface_hub, which reads it once: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -60,3 +62,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no photographs in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture
+def unreadable_inner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders named ``inner`` cannot be looked into. Not by permissions: root reads without."""
+    scandir = os.scandir
+
+    def refused(path: Any = ".") -> Any:
+        if Path(path).name == "inner":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)

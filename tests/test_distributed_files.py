@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastden.errors import UserError
 from fastden.inference import distributed
 from fastden.inference.cost import Cost
 from fastden.inference.distributed import Pool, Row, Worker, choose_pool, distribute, plan_rows
+from fastden.io import read_image
 from fastden.jobs import Job
 from fastden.manifest import NAME
 from tests.cli.run import fails, works
@@ -269,6 +271,23 @@ def test_a_worker_reads_while_it_computes(
         records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
     assert [record["status"] for record in records] == ["done", "failed", "done"]
     assert held == [1, 1]
+    assert worker.denoiser._gate.taken == 0
+    # What is streamed is read and written by the thread that computes.
+    look, stream, streamers = stages.reading.look, stages.stream, set()
+
+    def watched(work: Any, *rest: Any) -> Any:
+        streamers.add(threading.current_thread().name)
+        return stream(work, *rest)
+
+    monkeypatch.setattr(stages.reading, "look", lambda job: replace(look(job), streamed=True))
+    monkeypatch.setattr(stages, "stream", watched)
+    with ThreadPoolExecutor(2) as threads:
+        paths = [(photos / f"{index}.png", tmp_path / f"streamed-{index}.png") for index in (1, 2)]
+        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    assert [record["status"] for record in records] == ["done", "done"]
+    assert streamers == computers
+    expected = read_image(tmp_path / "1.png").pixels
+    assert all(np.array_equal(read_image(target).pixels, expected) for _, target in paths)
     assert worker.denoiser._gate.taken == 0
 
 

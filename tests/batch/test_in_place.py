@@ -193,19 +193,11 @@ def test_a_file_that_is_no_manifest_is_not_written_to(photos: Path, tmp_path: Pa
         Manifest(tmp_path / "cut")
 
 
+@pytest.mark.usefixtures("unreadable_inner")
 def test_ray_reports_folders_that_cannot_be_looked_into(
     photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "inner").mkdir()
-    scandir = os.scandir
-
-    def refused(path: Any) -> Any:
-        # Not a folder without permissions: root reads that too.
-        if Path(path).name == "inner":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refused)
     monkeypatch.setattr("fastden.ray_run.distribute", lambda rows, settings, **_: iter(()))
     unreadable: list[OSError] = []
     assert len(plan_rows([str(photos)], str(tmp_path / "out"), recursive=True, unreadable=unreadable)) == 5

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -88,24 +87,30 @@ def test_strength_and_sigma_map(photos: Path, tmp_path: Path, model: str) -> Non
     fails("denoise", photos / "a.png", *rest[:-1], tmp_path / "missing.png", saying="missing.png: No such file")
 
 
+@pytest.mark.usefixtures("unreadable_inner")
 @pytest.mark.parametrize("pattern", [None, "**/[abc].*"])
 def test_an_unreadable_folder_is_reported_and_skipped(
-    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, pattern: str | None
+    photos: Path, tmp_path: Path, model: str, pattern: str | None
 ) -> None:
-    scandir = os.scandir
-
-    def refused(path: Any) -> Any:
-        # Not a folder without permissions: root reads that too.
-        if Path(path).name == "inner":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refused)
     what = [photos, "-r"] if pattern is None else [f"{photos}/{pattern}"]
     rest = ["-o", tmp_path / "out", "--model", model]
     error = fails("denoise", *what, *rest, saying=f"^error: {photos / 'inner'}: {os.strerror(errno.EACCES)}")
     assert "error: 1 of 3 files failed" in error
     assert outputs(tmp_path / "out") == ["a.png", "b.jpg"]
+
+
+@pytest.mark.usefixtures("unreadable_inner")
+def test_a_pattern_that_leads_into_an_unreadable_folder_alone(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = f"inner: {os.strerror(errno.EACCES)}"
+    for pattern in ("inner/*.png", "*/c.png", "inner/**/*.png"):
+        rest = ["-o", tmp_path / "out", "--model", model]
+        fails("denoise", f"{photos}/{pattern}", *rest, saying=f"^error: {photos}/{refused}")
+    monkeypatch.chdir(photos)
+    error = fails("denoise", "**/[abc].*", "-o", tmp_path / "out", "--model", model, saying=f"^error: {refused}")
+    assert "error: 1 of 3 files failed" in error
+    works("denoise", "[ab].*", "-o", tmp_path / "again", "--model", model)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
