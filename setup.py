@@ -19,7 +19,7 @@ SOURCES = ROOT / "csrc"
 CHOICE = os.environ.get("FASTDEN_BUILD", "auto")
 
 # By its path: fastden is not installed yet, and importing the checkout would import what it needs.
-_spec = importlib.util.spec_from_file_location("fastden_build", ROOT / "fastden" / "build.py")
+_spec = importlib.util.spec_from_file_location("fastden_build", ROOT / "fastden" / "cuda" / "build.py")
 assert _spec is not None
 assert _spec.loader is not None
 build = importlib.util.module_from_spec(_spec)

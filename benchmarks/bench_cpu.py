@@ -27,11 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastden
 from fastden.bench import forms, machine
+from fastden.bench.counts import COMPOSED_MACS, PLAIN_MACS
 from fastden.bench.images import SIGMA, photograph
 from fastden.bench.timing import Call, interleaved, seconds, status_mib
-from fastden.bench.work import COMPOSED_MACS, PLAIN_MACS
-from fastden.cpu import native_bf16
 from fastden.inference import denoise_tiled
+from fastden.network.onednn import native_bf16
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = (512, 768)

@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastden import build
+from fastden.cuda import build
 
 ROOT = Path(__file__).resolve().parent.parent
 

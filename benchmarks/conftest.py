@@ -22,7 +22,7 @@ import torch
 import fastden
 from fastden.bench import files, forms, machine, network, operators
 from fastden.bench.compare import Contender, Job, Settings, ready, tensors
-from fastden.loading import choose_dtype, parse_device
+from fastden.network.loading import choose_dtype, parse_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fastden import ops
-from fastden.bench import machine, report
+from fastden.bench import machine, tables
 from fastden.bench.compare import Contender, Job, Settings, bounds, compare
 from fastden.kernels._conv import ConvConfig
 from fastden.kernels._descriptors import why_not
@@ -61,11 +61,11 @@ def main() -> int:
     with machine.steady_settings(device):
         limits = machine.ceilings(device, dtype)
         results = [compare(job, contenders, settings, limits)]
-    report.show(results, limits, {})
+    tables.show(results, limits, {})
     if arguments.json:
         document = {"machine": machine.describe(device), "size": arguments.size, "ceilings": limits, "results": results}
-        report.write(arguments.json, {"command": "python benchmarks/conv3_tiles.py", **document})
-    return report.exit_code(results)
+        tables.write(arguments.json, {"command": "python benchmarks/conv3_tiles.py", **document})
+    return tables.exit_code(results)
 
 
 if __name__ == "__main__":

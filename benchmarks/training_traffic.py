@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastden import ops
-from fastden.model import Denoiser
+from fastden.network.model import Denoiser
 
 #: Operators that ask, or reserve memory.
 FREE = {"prim::device", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach"}

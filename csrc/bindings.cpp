@@ -397,7 +397,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
     return y.to(result);
 }
 
-// What this library was built with and for, as fastden/build.py described it, and what the headers say.
+// What this library was built with and for, as fastden/cuda/build.py described it, and what the headers say.
 pybind11::dict build_config() {
     pybind11::dict config = pybind11::module_::import("json").attr("loads")(FASTDEN_BUILD);
     config["torch_headers"] = TORCH_VERSION;

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastden import joint, nn, ops
     from fastden.api import denoise
+    from fastden.batch.denoiser import BatchDenoiser
     from fastden.errors import UserError
-    from fastden.fused import FusedDenoiser, fuse
-    from fastden.hub import models
+    from fastden.images.noise import estimate_sigma
     from fastden.inference.arrays import denoise_array
-    from fastden.inference.pipeline import BatchDenoiser
-    from fastden.model import Denoiser
-    from fastden.noise import estimate_sigma
+    from fastden.network.fused import FusedDenoiser, fuse
+    from fastden.network.hub import models
+    from fastden.network.model import Denoiser
 
     __version__: str
 
@@ -41,15 +41,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BatchDenoiser": "fastden.inference.pipeline",
-    "Denoiser": "fastden.model",
-    "FusedDenoiser": "fastden.fused",
+    "BatchDenoiser": "fastden.batch.denoiser",
+    "Denoiser": "fastden.network.model",
+    "FusedDenoiser": "fastden.network.fused",
     "UserError": "fastden.errors",
     "denoise": "fastden.api",
     "denoise_array": "fastden.inference.arrays",
-    "estimate_sigma": "fastden.noise",
-    "fuse": "fastden.fused",
-    "models": "fastden.hub",
+    "estimate_sigma": "fastden.images.noise",
+    "fuse": "fastden.network.fused",
+    "models": "fastden.network.hub",
 }
 
 

@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 from skimage.metrics import structural_similarity
 
-from fastden.api import denoise_pixels
+from fastden.batch.plan import find_images
 from fastden.errors import UserError
-from fastden.fused import FusedDenoiser
-from fastden.io import SUFFIXES, ImageFile, read_image
-from fastden.jobs import find_images
-from fastden.values import to_dtype
+from fastden.images.codec import SUFFIXES, ImageFile, read_image
+from fastden.images.pixels import to_dtype
+from fastden.inference.run import denoise_pixels
+from fastden.network.fused import FusedDenoiser
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -118,7 +118,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _native_bf16() -> bool:
-    from fastden.cpu import native_bf16
+    from fastden.network.onednn import native_bf16
 
     return native_bf16()
 
@@ -182,7 +182,7 @@ def _output(command: list[str]) -> str:
 
 def _extension() -> dict[str, Any]:
     """What the CUDA extension was built with and for."""
-    from fastden import extension
+    from fastden.cuda import extension
 
     reasons = extension.why_not()
     return {"why_not": reasons} if reasons else extension.load()
@@ -198,7 +198,7 @@ def _images() -> dict[str, Any]:
 
 
 def _models() -> list[str]:
-    from fastden.hub import models
+    from fastden.network.hub import models
 
     return list(models())
 
@@ -229,7 +229,7 @@ def _why_not_onednn(dtype: str) -> list[str]:
     def ask() -> list[str]:
         import torch
 
-        from fastden.cpu import why_not
+        from fastden.network.onednn import why_not
 
         return why_not(torch.device("cpu"), getattr(torch, dtype))
 

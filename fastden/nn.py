@@ -4,8 +4,8 @@
 
 Each holds the layers that it fuses as ordinary ``torch.nn`` layers, so that states load into, and from, the unfused
 sequence; ``train()``, ``eval()``, autocast and ``torch.compile`` work as for those. Which kernels run is the operators'
-choice (:mod:`fastden.backends`). A layer that another module wraps or replaces inside a block (pruning hooks, spectral
-normalisation by forward hooks) is not called: the block reads its tensors.
+choice (:mod:`fastden.ops.backends`). A layer that another module wraps or replaces inside a block (pruning hooks,
+spectral normalisation by forward hooks) is not called: the block reads its tensors.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastden.model import Denoiser
+from fastden.network.model import Denoiser
 
 
 def randomise(model: Denoiser, seed: int = 0) -> Denoiser:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastden import ops
 from fastden.algebra import compose_head, compose_stem, fold_batch_norm
-from fastden.model import Denoiser
+from fastden.network.model import Denoiser
 from tests.helpers import border_rms, level, max_error, random_network
 
 SIZES = [(1, 1), (1, 6), (2, 3), (7, 5), (13, 30), (33, 46), (48, 64)]

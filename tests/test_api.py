@@ -14,9 +14,9 @@ from PIL import Image
 
 import fastden
 from fastden import UserError
-from fastden.io import ImageFile, write_image
+from fastden.images.codec import ImageFile, write_image
 from tests.helpers import random_network
-from tests.images import ORIENTATION, encoded, exif, icc_profile, pixels
+from tests.image_files import ORIENTATION, encoded, exif, icc_profile, pixels
 
 SIGMA = 20.0
 

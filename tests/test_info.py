@@ -44,14 +44,16 @@ def test_triton_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_onednn_form_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"float32": [], "bfloat16": ["no bfloat16 on this CPU"]}
-    monkeypatch.setattr("fastden.cpu.why_not", lambda device, dtype: reasons[str(dtype).removeprefix("torch.")])
+    monkeypatch.setattr(
+        "fastden.network.onednn.why_not", lambda device, dtype: reasons[str(dtype).removeprefix("torch.")]
+    )
     report = info.collect()
     assert report["backends"]["onednn float32"] == {"available": True, "why_not": []}
     assert report["backends"]["onednn bfloat16"] == {"available": False, "why_not": reasons["bfloat16"]}
     assert "onednn bfloat16  no: no bfloat16 on this CPU\n" in info.as_text(report)
-    monkeypatch.setitem(sys.modules, "fastden.cpu", None)
+    monkeypatch.setitem(sys.modules, "fastden.network.onednn", None)
     (reason,) = info.collect()["backends"]["onednn float32"]["why_not"]
-    assert "fastden.cpu" in reason
+    assert "fastden.network.onednn" in reason
 
 
 def test_backends_of_other_machines() -> None:
@@ -68,7 +70,7 @@ def test_backends_of_other_machines() -> None:
     assert broken["cuda"]["why_not"] == broken["torch"]["why_not"]
 
 
-@pytest.mark.parametrize("broken", ["torch", "pyvips", "fastden.hub", "fastden.cpu"])
+@pytest.mark.parametrize("broken", ["torch", "pyvips", "fastden.network.hub", "fastden.network.onednn"])
 @pytest.mark.parametrize("error", [ImportError("cannot be found"), OSError("libx.so: undefined symbol"), SystemExit(3)])
 def test_broken_packages_become_lines(monkeypatch: pytest.MonkeyPatch, broken: str, error: BaseException) -> None:
     original = builtins.__import__
@@ -81,7 +83,7 @@ def test_broken_packages_become_lines(monkeypatch: pytest.MonkeyPatch, broken: s
     monkeypatch.setattr(builtins, "__import__", failing)
     report = info.collect()
     text = info.as_text(report)
-    section = {"torch": "torch", "pyvips": "images", "fastden.hub": "models"}.get(broken)
+    section = {"torch": "torch", "pyvips": "images", "fastden.network.hub": "models"}.get(broken)
     found = report[section] if section else report["cpu"]["native_bf16"]
     assert found == {"error": f"{type(error).__name__}: {error}"}
     assert str(error) in text

@@ -19,7 +19,7 @@ from fastden.joint import (
     SegmentationLoss,
     check_preprocess,
 )
-from fastden.model import Denoiser
+from fastden.network.model import Denoiser
 from tests.helpers import random_network
 
 

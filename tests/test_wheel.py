@@ -88,7 +88,7 @@ def test_nothing_but_the_package_is_in_the_wheel(wheel: Path, names: set[str]) -
 def test_wheel_declares_the_command_and_carries_the_licence(wheel: Path) -> None:
     metadata = f"fastden-{version(wheel)}.dist-info"
     with ZipFile(wheel) as archive:
-        assert "fastden = fastden.cli:app" in archive.read(f"{metadata}/entry_points.txt").decode()
+        assert "fastden = fastden.cli.main:app" in archive.read(f"{metadata}/entry_points.txt").decode()
         assert "Apache License" in archive.read(f"{metadata}/licenses/LICENSE").decode()
 
 
@@ -118,7 +118,9 @@ print(fastden.__file__, fastden.kernels.__file__, fastden.__version__, sep="\\n"
 
 def test_cuda_sources_are_found_in_the_installed_package(installed: Path, tmp_path: Path) -> None:
     """``fastden build`` lacks nothing but what the machine lacks."""
-    script = "from fastden import build, extension; print(build.plan(extension.sources(), toolkit='/x').sources[0])"
+    script = (
+        "from fastden.cuda import build, extension; print(build.plan(extension.sources(), toolkit='/x').sources[0])"
+    )
     done = run(sys.executable, "-c", script, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)})
     assert done.stdout.strip() == str(installed / "fastden" / "_csrc" / "bindings.cpp"), done.stderr
 
@@ -181,7 +183,7 @@ def test_a_built_wheel_holds_the_extension_and_its_description(built: tuple[Path
 def test_an_extension_of_another_torch_says_so(built: tuple[Path, Path], tmp_path: Path) -> None:
     # The made-up library knows nothing of the sources that it would be built from.
     description = built[1] / "fastden" / "_cuda.json"
-    script = "from fastden import build, extension; print(build.digest([extension.sources()]))"
+    script = "from fastden.cuda import build, extension; print(build.digest([extension.sources()]))"
     environ = {**os.environ, "PYTHONPATH": str(built[1]), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     digest = run(sys.executable, "-c", script, cwd=tmp_path, env=environ).stdout.strip()
     description.write_text(json.dumps({**json.loads(description.read_text()), "sources": digest}))

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from fastden.cpu import keep_freed_memory
-from fastden.inference.cost import Cost
-from fastden.inference.distributed import choose_pool, distribute, files_at_once, plan_rows
-from fastden.inference.pipeline import BatchDenoiser
+from fastden.batch.cost import Cost
+from fastden.batch.denoiser import BatchDenoiser
+from fastden.batch.plan import Job
+from fastden.batch.ray import choose_pool, distribute, files_at_once, plan_rows
+from fastden.images.codec import ImageFile, write_image
 from fastden.info import collect
-from fastden.io import ImageFile, write_image
-from fastden.jobs import Job
+from fastden.network.onednn import keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "batch"
 

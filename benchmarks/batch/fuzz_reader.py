@@ -35,7 +35,7 @@ INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x800
 
 def corpus() -> dict[str, bytes]:
     """Small valid files of every format, depth and layout that is read."""
-    from fastden.io import ImageFile, encode_image
+    from fastden.images.codec import ImageFile, encode_image
 
     generator = np.random.default_rng(0)
     files = {}
@@ -106,8 +106,8 @@ def numbered(number: int, seed: int, files: dict[str, bytes]) -> tuple[str, byte
 def examine(path: Path, output: Path) -> str:
     """Read a file in both ways and write what was read; returns what became of it, or raises on a defect."""
     from fastden.errors import UserError
-    from fastden.io import read_image, write_image
-    from fastden.strips import StripReader
+    from fastden.images.codec import read_image, write_image
+    from fastden.images.strips import StripReader
 
     rows = None
     try:

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 import fastden
+from fastden.images.libvips import load_vips
 from fastden.info import collect
-from fastden.libvips import load_vips
-from fastden.loading import parse_memory
+from fastden.network.loading import parse_memory
 
 RESULTS = Path(__file__).parents[1] / "results" / "batch"
 SIGMA = 15
@@ -37,7 +37,7 @@ CROP = 256
 CHILD = """
 import json, resource, sys, time
 start = time.perf_counter()
-from fastden.cli import app
+from fastden.cli.main import app
 try:
     app(sys.argv[2:], prog_name="fastden")
 except SystemExit as error:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fastden.io import ImageFile, write_image
+from fastden.images.codec import ImageFile, write_image
 
 RESULTS = Path(__file__).parents[1] / "results" / "batch"
 SUFFIXES = (".png", ".jpg", ".tif", ".webp")

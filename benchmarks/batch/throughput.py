@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 import fastden
-from fastden.cpu import keep_freed_memory
+from fastden.images.codec import ImageFile, write_image
 from fastden.info import collect
-from fastden.io import ImageFile, write_image
+from fastden.network.onednn import keep_freed_memory
 
 RESULTS = Path(__file__).parents[1] / "results" / "batch"
 SIGMA = 15

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import fastden
-from fastden.cpu import native_bf16
+from fastden.images.pixels import to_dtype
 from fastden.joint import FrozenTask, resize_prediction
+from fastden.network.onednn import native_bf16
 from fastden.training.labelled import LabelledImages, load_classified, load_segmented
 from fastden.training.tasks import Task, load_task
-from fastden.values import to_dtype
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

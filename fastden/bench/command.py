@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fastden.bench.compare import Settings
     from fastden.bench.machine import Sensors
-    from fastden.model import Denoiser
+    from fastden.network.model import Denoiser
 
 app = typer.Typer(
     help="Measure speed, memory and, on a GPU, energy beside other ways to run the same network. Contenders run in turn"
@@ -83,7 +83,7 @@ class _Run:
         self, measure: Callable[[Mapping[str, float]], Sequence[Mapping[str, Any]]], floors: bool = True
     ) -> None:
         """Measure, print, write, and exit with the code."""
-        from fastden.bench import machine, plots, report
+        from fastden.bench import machine, plots, tables
 
         device, dtype = self.settings.device, self.settings.dtype
         with machine.steady_settings(device):
@@ -91,7 +91,7 @@ class _Run:
             limits = machine.ceilings(device, dtype) if floors else {}
             results = measure(limits)
             after = self.sensors.state() if self.sensors else None
-        code = report.exit_code(results)
+        code = tables.exit_code(results)
         document = {
             "command": f"fastden bench {self.command}",
             "name": self.command,
@@ -114,9 +114,9 @@ class _Run:
             "all_right": code == 0,
             "results": results,
         }
-        report.show(results, limits, self.left_out)
+        tables.show(results, limits, self.left_out)
         if self.json is not None:
-            report.write(self.json, document)
+            tables.write(self.json, document)
         if self.plots is not None:
             plots.draw(document, self.plots)
         raise typer.Exit(code)
@@ -144,9 +144,9 @@ def _prepare(
     from fastden.bench.compare import Settings
     from fastden.bench.machine import Sensors
     from fastden.bench.plots import check_folder
-    from fastden.io import check_target
-    from fastden.loading import choose_dtype, parse_device
-    from fastden.model import Denoiser
+    from fastden.images.codec import check_target
+    from fastden.network.loading import choose_dtype, parse_device
+    from fastden.network.model import Denoiser
 
     try:
         place = parse_device(device)

@@ -18,11 +18,11 @@ from fastden.bench.compare import Contender, Job, bounds
 from fastden.bench.images import SIGMA, photograph
 from fastden.bench.network import level
 from fastden.bench.timing import Call, seconds
+from fastden.images.codec import ImageFile, read_image, write_image
+from fastden.images.pixels import Array
 from fastden.inference import denoise_tiled
-from fastden.io import ImageFile, read_image, write_image
-from fastden.loading import load_network
-from fastden.model import Denoiser
-from fastden.values import Array
+from fastden.network.loading import load_network
+from fastden.network.model import Denoiser
 
 
 class Command:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastden import backends
-from fastden.backends import use_backend
 from fastden.bench.images import SIGMA
 from fastden.bench.timing import Call
 from fastden.errors import UserError
+from fastden.ops import backends
+from fastden.ops.backends import use_backend
 
 #: PyTorch's own ways to run a module.
 PLAIN = ("eager", "channels_last", "compile", "max_autotune")

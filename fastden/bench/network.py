@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastden.backends import use_backend
 from fastden.bench import forms
 from fastden.bench.compare import Contender, Job, bounds
+from fastden.bench.counts import COMPOSED_MACS, PLAIN_MACS, TRAINING, VALUES
 from fastden.bench.images import SIGMA, photograph
 from fastden.bench.timing import Call
-from fastden.bench.work import COMPOSED_MACS, PLAIN_MACS, TRAINING, VALUES
-from fastden.fused import fuse
 from fastden.inference import denoise_tiled
-from fastden.model import Denoiser
+from fastden.network.fused import fuse
+from fastden.network.model import Denoiser
+from fastden.ops.backends import use_backend
 
 
 def level(model: Denoiser) -> float | None:

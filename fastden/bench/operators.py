@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from fastden import ops
 from fastden.algebra import compose_head, compose_stem
-from fastden.backends import use_backend
 from fastden.bench import forms
 from fastden.bench.compare import Contender, Job, bounds, tensors
+from fastden.bench.counts import PARTS, TRAINING, UNITS
 from fastden.bench.timing import Call
-from fastden.bench.work import PARTS, TRAINING, UNITS
 from fastden.errors import UserError
-from fastden.fused import FusedDenoiser, fuse
-from fastden.model import BORDER, Denoiser, padding_for
+from fastden.network.fused import FusedDenoiser, fuse
+from fastden.network.model import Denoiser
+from fastden.network.padding import BORDER, padding_for
 from fastden.nn import Bottleneck
+from fastden.ops.backends import use_backend
 
 #: The parts of the network that each operator serves; those of res3, one by one, are conv_bn_relu's in training.
 OPERATORS = {

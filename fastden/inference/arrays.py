@@ -23,15 +23,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fastden.api import denoise_pixels, noise_level_of
 from fastden.errors import UserError
-from fastden.fused import FusedDenoiser
-from fastden.hub import models
+from fastden.images.noise import crop_windows, estimate_sigma
+from fastden.images.pixels import Array
+from fastden.inference.run import denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
-from fastden.loading import check_strength, load_network, parse_memory
-from fastden.model import ALIGNMENT
-from fastden.noise import crop_windows, estimate_sigma
-from fastden.values import Array
+from fastden.network.fused import FusedDenoiser
+from fastden.network.hub import models
+from fastden.network.loading import check_strength, load_network, parse_memory
+from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 #: Side, in pixels, that chunks of Zarr arrays are joined to: smaller ones would spend more on their halo (24 pixels a

@@ -14,9 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastden import cpu
-from fastden.fused import FusedDenoiser
-from fastden.model import ALIGNMENT, BORDER, Denoiser, noise_level, padding_for, reflected_index
+from fastden.network import onednn
+from fastden.network.fused import FusedDenoiser
+from fastden.network.inputs import noise_level
+from fastden.network.model import Denoiser
+from fastden.network.padding import ALIGNMENT, BORDER, padding_for, reflected_index
 
 #: Pixels that a tile reads around its own: the smallest multiple of 4 beyond the network's reach.
 HALO = 24
@@ -185,7 +187,7 @@ def bytes_per_pixel(model: Model) -> float:
     """What a forward pass takes for each pixel of a tile and its halo."""
     if isinstance(model, FusedDenoiser):
         dtype = model.dtype
-        form = "operators" if cpu.why_not(model.device, dtype) else "onednn"
+        form = "operators" if onednn.why_not(model.device, dtype) else "onednn"
     else:
         dtype = model.conv0.weight.dtype
         form = "plain"

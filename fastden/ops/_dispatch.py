@@ -2,7 +2,7 @@
 
 They take tensors and numbers alone, know their output's shape without running (so that ``torch.compile`` and
 ``torch.export`` trace them), and have no gradient of their own: :mod:`fastden.ops._autograd` gives it. Those of CUDA
-are registered, with the same schemas, when :mod:`fastden.extension` loads the library (``csrc/bindings.cpp``).
+are registered, with the same schemas, when :mod:`fastden.cuda.extension` loads the library (``csrc/bindings.cpp``).
 """
 
 from __future__ import annotations

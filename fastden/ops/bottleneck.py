@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastden.backends import choose
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._types import BatchNorm, batch_statistics, in_autocast, wants_gradient
+from fastden.ops.backends import choose
 from fastden.ops.conv_bn_relu import conv_bn_relu
 
 
@@ -30,7 +30,7 @@ def bottleneck(
         expand: (C, M, 1, 1).
         biases: of the three convolutions; they appear where BN is folded.
         bns: batch normalisation of the three convolutions; None where folded.
-        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
             A kernel for all three serves inference; training takes the kernels of :func:`conv_bn_relu`, and with batch
             statistics stores, of all that lies inside, the two narrow convolutions' outputs alone.
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.backends import choose
 from fastden.ops._checks import check_convolution
 from fastden.ops._types import BatchNorm, batch_statistics, convolve, finish, in_autocast
+from fastden.ops.backends import choose
 
 
 def concat_conv_bn_relu(
@@ -32,7 +32,7 @@ def concat_conv_bn_relu(
         bn: batch normalisation over O channels; None where it is folded.
         relu: whether the ReLU is applied.
         padding: as in ``torch.nn.functional.conv2d``.
-        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, H', W').

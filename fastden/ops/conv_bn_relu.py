@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.backends import choose
 from fastden.ops._checks import check_convolution
 from fastden.ops._types import BatchNorm, batch_statistics, convolve, finish, in_autocast
+from fastden.ops.backends import choose
 
 
 def conv_bn_relu(
@@ -32,7 +32,7 @@ def conv_bn_relu(
         residual: tensor of the output's shape, added before the ReLU.
         relu: whether the ReLU is applied.
         stride, padding: as in ``torch.nn.functional.conv2d``.
-        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1.

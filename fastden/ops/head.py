@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.backends import choose
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._types import in_autocast, wants_gradient
+from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
 
 
@@ -39,7 +39,7 @@ def head(
         clamp: limit the result to [0, 1].
         composed: promises that ``weight`` is what :func:`fastden.algebra.compose_head` makes: phase 0 has nothing on
             the last row (column) of its taps, phase 1 nothing on the first. A kernel then leaves these out.
-        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, K, H - 6, W - 6), in the dtype of ``image`` where that is given, else of ``features``.

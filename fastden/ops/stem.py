@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.backends import choose
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._types import BatchNorm, batch_statistics, finish, in_autocast
+from fastden.ops.backends import choose
 
 
 def stem(
@@ -31,7 +31,7 @@ def stem(
         bias: (4, O), likewise.
         bn: batch normalisation over O channels; None where it is folded.
         relu: whether the ReLU is applied.
-        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, (H - 4) / 2, (W - 4) / 2).

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.backends import choose
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._types import in_autocast
+from fastden.ops.backends import choose
 
 
 def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -18,7 +18,7 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: 
         x: (N, C, H, W), any floating dtype.
         weight: (C, O, 4, 4), same dtype as ``x``.
         bias: (O,) or None.
-        backend: see :mod:`fastden.backends`; None leaves it to the context, the environment or fastden.
+        backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
         (N, O, 2 H, 2 W).

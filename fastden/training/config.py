@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastden.errors import UserError
-from fastden.training.noise import NoiseModel
+from fastden.training.synthetic_noise import NoiseModel
 
 
 class TrainConfig(BaseModel):

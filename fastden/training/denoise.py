@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, TensorDataset
 
 from fastden.errors import UserError
-from fastden.model import Denoiser, noise_level, pad_image
+from fastden.network.inputs import noise_level
+from fastden.network.model import Denoiser
+from fastden.network.padding import pad_image
 from fastden.training.config import TrainConfig
 from fastden.training.data import CropDataset, Image, find_images, load_rgb
-from fastden.training.noise import NoisyDataset, gaussian
+from fastden.training.synthetic_noise import NoisyDataset, gaussian
 
 #: Levels (0-255 scale) of the validation noise, all on the same photographs.
 VALIDATION_SIGMAS = (15, 25, 50)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastden
 from tests.helpers import random_network
-from tests.images import encoded, pixels
+from tests.image_files import encoded, pixels
 
 
 class Blend(fastden.FusedDenoiser):

@@ -14,13 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 import fastden
-from fastden.cli import app
+from fastden.batch.manifest import NAME, Manifest, made_before
+from fastden.batch.plan import plan
+from fastden.batch.ray import Worker, plan_rows
+from fastden.cli.main import app
 from fastden.errors import UserError
-from fastden.inference.distributed import Worker, plan_rows
-from fastden.jobs import plan
-from fastden.manifest import NAME, Manifest, made_before
 from tests.cli.run import fails, works
-from tests.images import encoded, pixels, save_model
+from tests.image_files import encoded, pixels, save_model
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -129,7 +129,7 @@ def test_on_ray(photos: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> No
             asked.append(Path(row["input"]).name)
             yield json.loads(worker(row)["record"])
 
-    monkeypatch.setattr("fastden.ray_run.distribute", here)
+    monkeypatch.setattr("fastden.cli.ray.distribute", here)
     rest = ["-o", photos, "--format", "tiff", "--model", model, "--sigma", 5, "--engine", "ray"]
     works("denoise", photos, *rest)
     expected = results(photos)
@@ -198,7 +198,7 @@ def test_ray_reports_folders_that_cannot_be_looked_into(
     photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "inner").mkdir()
-    monkeypatch.setattr("fastden.ray_run.distribute", lambda rows, settings, **_: iter(()))
+    monkeypatch.setattr("fastden.cli.ray.distribute", lambda rows, settings, **_: iter(()))
     unreadable: list[OSError] = []
     assert len(plan_rows([str(photos)], str(tmp_path / "out"), recursive=True, unreadable=unreadable)) == 5
     assert [error.filename for error in unreadable] == [str(photos / "inner")]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import fastden
+from fastden.batch.manifest import NAME, Manifest
+from fastden.batch.plan import Job
+from fastden.batch.report import Listener
 from fastden.errors import UserError
-from fastden.files import digest
-from fastden.inference.report import Listener
-from fastden.jobs import Job
-from fastden.manifest import NAME, Manifest
-from tests.images import encoded, pixels, save_model
+from fastden.images.whole_files import digest
+from tests.image_files import encoded, pixels, save_model
 
 
 def names(report: Any) -> list[str]:
@@ -170,7 +170,7 @@ def test_the_record_of_a_single_file(photos: Path, tmp_path: Path, network: Any)
 KILLED = """
 import os, signal, sys
 import fastden
-from fastden.inference.pipeline import BatchDenoiser
+from fastden.batch.denoiser import BatchDenoiser
 
 source, target, model, moments = sys.argv[1:]
 

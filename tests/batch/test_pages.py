@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 import fastden
+from fastden.batch.computing import alike
+from fastden.batch.plan import Job
+from fastden.batch.transfer import Pending
 from fastden.errors import UserError
-from fastden.inference.computing import alike
-from fastden.inference.transfer import Pending
-from fastden.io import ImageFile, decode_image, encode_image, read_image, write_image
-from fastden.jobs import Job
+from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
 from tests.batch.test_fuzz import FUZZ
 from tests.cli.run import fails, works
-from tests.images import encoded, icc_profile, pixels, save_model
+from tests.image_files import encoded, icc_profile, pixels, save_model
 
 
 def pages_of(count: int = 3, channels: int = 3, dtype: Any = np.uint8, size: tuple[int, int] = (32, 40)) -> list[Any]:
@@ -138,7 +138,7 @@ def test_past_the_way_to_a_device(tmp_path: Path, network: Any) -> None:
 
 
 def test_progress_goes_through_all_pages(tmp_path: Path, network: Any) -> None:
-    from fastden.inference.report import Listener
+    from fastden.batch.report import Listener
 
     write_image(tmp_path / "a.tif", file_of(pages_of(4)))
     parts: list[float] = []

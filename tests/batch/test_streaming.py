@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 
 import fastden
+from fastden.batch.plan import Job
+from fastden.batch.report import Listener
+from fastden.batch.stages import Stages
 from fastden.errors import UserError
-from fastden.inference.report import Listener
-from fastden.inference.stages import Stages
+from fastden.images.codec import ImageFile, read_image, write_image
+from fastden.images.strips import StripReader, StripWriter, estimate_sigma_of_file
 from fastden.inference.tiling import least_memory
-from fastden.io import ImageFile, read_image, write_image
-from fastden.jobs import Job
-from fastden.strips import StripReader, StripWriter, estimate_sigma_of_file
 from tests.batch.conftest import Blend
 from tests.helpers import random_network
-from tests.images import MAKE, encoded, exif, icc_profile, pixels, save_model
+from tests.image_files import MAKE, encoded, exif, icc_profile, pixels, save_model
 
 SIZE = (300, 500)
 

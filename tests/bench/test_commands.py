@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from fastden.bench import files, forms, machine, network, operators
-from fastden.cli import app
+from fastden.cli.main import app
 from tests.cli.run import fails, works
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--rounds", "2")

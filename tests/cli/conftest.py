@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.images import encoded, exif, icc_profile, pixels, save_model
+from tests.image_files import encoded, exif, icc_profile, pixels, save_model
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from fastden.cli import app
-from fastden.manifest import NAME as MANIFEST
+from fastden.batch.manifest import NAME as MANIFEST
+from fastden.cli.main import app
 
 
 def fails(*arguments: Any, saying: str, code: int = 1) -> str:

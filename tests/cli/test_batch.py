@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fastden.cli import app
-from fastden.io import ImageFile, read_image, write_image
-from fastden.manifest import NAME
+from fastden.batch.manifest import NAME
+from fastden.cli.main import app
+from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, outputs, works
-from tests.images import encoded, pixels
+from tests.image_files import encoded, pixels
 
 
 def test_resume(photos: Path, tmp_path: Path, model: str) -> None:
@@ -137,8 +137,8 @@ def test_interruption(photos: Path, tmp_path: Path, model: str) -> None:
         "import signal, sys, time\n"
         # What a shell starts in the background inherits that SIGINT is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from fastden import cli\n"
-        "from fastden.inference.computing import Computing\n"
+        "from fastden.cli import main as cli\n"
+        "from fastden.batch.computing import Computing\n"
         "compute = Computing.compute\n"
         "def slow(self, works, progress):\n"
         "    if works[0].job.source.name == 'b.jpg':\n"

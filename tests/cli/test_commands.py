@@ -18,7 +18,7 @@ from tests.cli.run import fails, works
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['fastden', '--help']\n"
-        "from fastden.cli import app\n"
+        "from fastden.cli.main import app\n"
         "try: app()\n"
         "except SystemExit as error: assert not error.code\n"
         "assert not {'torch', 'numpy', 'pyvips', 'skimage', 'huggingface_hub'} & set(sys.modules), 'heavy'\n"
@@ -62,7 +62,7 @@ def test_info_and_version() -> None:
 
 
 def test_models_are_listed_with_a_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastden.hub.WEIGHTS", tmp_path)
+    monkeypatch.setattr("fastden.network.hub.WEIGHTS", tmp_path)
     assert "no models are bundled" in works("models")
     for name, card in (
         ("one", "---\nlicense: x\n---\n# Title\n\nRemoves noise of\nany level. More.\n"),
@@ -82,7 +82,7 @@ def test_train_reads_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         calls.append((config, options))
         return tmp_path / "model"
 
-    monkeypatch.setattr("fastden.training.run.train", run)
+    monkeypatch.setattr("fastden.training.trainer.train", run)
     config = tmp_path / "run.yaml"
     config.write_text(f"data: [{tmp_path}]\noutput: {tmp_path / 'out'}\nsteps: 7\n")
     text = works("train", config, "--set", "batch=2", "crop=32", "--resume", "--accelerator", "cpu", "--set", "lr=0.5")
@@ -96,7 +96,7 @@ def test_train_reads_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_train_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    monkeypatch.delitem(sys.modules, "fastden.training.run", raising=False)
+    monkeypatch.delitem(sys.modules, "fastden.training.trainer", raising=False)
     fails("train", tmp_path / "run.yaml", saying=r"pip install 'fastden\[train\]'")
 
 

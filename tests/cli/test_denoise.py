@@ -18,10 +18,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastden
-from fastden.cli import app
-from fastden.io import ImageFile, read_image, write_image
+from fastden.cli.main import app
+from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, outputs, process, works
-from tests.images import MAKE, ORIENTATION, encoded, icc_profile, pixels
+from tests.image_files import MAKE, ORIENTATION, encoded, icc_profile, pixels
 
 
 def test_one_file(photos: Path, tmp_path: Path, model: str) -> None:
@@ -149,7 +149,9 @@ def test_speed_is_measured_over_the_files(
     photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = iter([100.0, 102.0])
-    monkeypatch.setattr("fastden.batch.time", type("Clock", (), {"perf_counter": staticmethod(lambda: next(ticks))}))
+    monkeypatch.setattr(
+        "fastden.cli.console.time", type("Clock", (), {"perf_counter": staticmethod(lambda: next(ticks))})
+    )
     image = np.zeros((100, 200, 3), np.uint8)
     (tmp_path / "big.png").write_bytes(encoded(image, "PNG"))
     text = works("denoise", tmp_path / "big.png", "-o", tmp_path / "out.png", "--model", model)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fastden
-from fastden.io import ImageFile, read_image, write_image
+from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, works
-from tests.images import encoded, pixels, save_model
+from tests.image_files import encoded, pixels, save_model
 
 
 def test_eval_follows_the_protocol(photos: Path, tmp_path: Path, model: str) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastden.io import read_image
+from fastden.images.codec import read_image
 from tests.cli.run import fails, outputs, works
-from tests.images import bad_files, encoded, pixels, save_model
+from tests.image_files import bad_files, encoded, pixels, save_model
 
 
 def test_bad_files_in_a_batch_are_reported_and_skipped(photos: Path, tmp_path: Path, model: str) -> None:
@@ -58,7 +58,7 @@ def test_what_cannot_be_written_is_not_computed(
     def computed(*arguments: Any, **options: Any) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr("fastden.api.denoise_tiled", computed)
+    monkeypatch.setattr("fastden.inference.run.denoise_tiled", computed)
     (tmp_path / "out.png").write_bytes(b"mine")
     fails("denoise", photos / "a.png", "-o", tmp_path / "out.png", "--model", model, saying="exists already")
 
@@ -174,7 +174,7 @@ def test_what_the_system_refuses_is_one_line(
     def exhausted(*arguments: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fastden.jobs.plan", exhausted)
+    monkeypatch.setattr("fastden.batch.plan.plan", exhausted)
     fails("denoise", photos, "-o", tmp_path / "out", "--model", model, saying="^error: out of memory; a smaller")
 
 
@@ -184,7 +184,7 @@ def test_alpha_for_a_jpeg_is_not_computed(
     def computed(*arguments: Any, **options: Any) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr("fastden.api.denoise_tiled", computed)
+    monkeypatch.setattr("fastden.inference.run.denoise_tiled", computed)
     (photos / "a.png").write_bytes(encoded(pixels(channels=4), "PNG"))
     fails("denoise", photos / "a.png", "-o", tmp_path / "a.jpg", "--model", model, saying="a.png: JPEG has no alpha")
 
@@ -247,7 +247,7 @@ def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, m
     """The process is ended while it writes (a stand-in for fsync waits), and removes what it has begun."""
     code = (
         "import os, sys, time\n"
-        "from fastden import cli\n"
+        "from fastden.cli import main as cli\n"
         "def wait(number):\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"
@@ -280,7 +280,7 @@ def test_out_of_memory_says_what_to_do(
     def exhausted(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr("fastden.api.denoise_tiled", exhausted)
+    monkeypatch.setattr("fastden.inference.run.denoise_tiled", exhausted)
     output = tmp_path / "out.png"
     fails("denoise", photos / "a.png", "-o", output, "--model", model, saying="out of memory; a smaller --max-memory")
     assert not output.exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastden import build, extension
+from fastden.cuda import build, extension
 
 
 def emulated(root: Path) -> Path:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from fastden import build
+from fastden.cuda import build
 
 LISTING = """
 ptxas info    : 0 bytes gmem

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden import build
+from fastden.cuda import build
 
 #: The kernel's function for ctypes, which knows no exceptions.
 PLAIN = """

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastden import backends, build, extension
 from fastden.bench import forms
+from fastden.cuda import build, extension, limits
 from fastden.errors import UserError
-from fastden.ops import _cuda
+from fastden.ops import backends
 from tests.cli.run import fails, works
 
 ADVICE = "run `fastden build` with TORCH_CUDA_ARCH_LIST"
@@ -183,7 +183,7 @@ class TestGpus:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(extension, "load", lambda: {"architectures": built})
-        assert _cuda._why_not_device(torch.device("cuda")) == ([] if reason is None else [reason])
+        assert limits._why_not_device(torch.device("cuda")) == ([] if reason is None else [reason])
 
     def test_benchmarks_leave_out_what_it_cannot_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "unavailable", lambda backend: [])

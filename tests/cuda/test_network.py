@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fastden
-from fastden import backends, ops
-from fastden.model import Denoiser
+from fastden import ops
+from fastden.network.model import Denoiser
+from fastden.ops import backends
 from tests.cuda.compare import DTYPES
 from tests.helpers import random_network, relative_l2
 

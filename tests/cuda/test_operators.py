@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastden import algebra, backends, ops
+from fastden import algebra, ops
+from fastden.ops import backends
 from tests.cuda import compare
 from tests.cuda.compare import DTYPES, Tensors, assert_as_exact_as_eager, random
 from tests.helpers import relative_l2

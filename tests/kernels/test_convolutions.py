@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastden import backends, ops
+from fastden import ops
+from fastden.ops import backends
 from tests.helpers import relative_l2
 from tests.kernels.images import DTYPES
 from tests.rounding import slack

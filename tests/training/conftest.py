@@ -16,7 +16,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
 from fastden.training.config import JointConfig, TrainConfig
-from fastden.training.run import train
+from fastden.training.trainer import train
 
 Run = Callable[..., Path]
 

@@ -17,7 +17,7 @@ pytest.importorskip("pydantic")
 from fastden.errors import UserError
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.data import CropDataset, find_images, load_rgb
-from fastden.training.noise import NoiseModel, NoisyDataset, compress, gaussian
+from fastden.training.synthetic_noise import NoiseModel, NoisyDataset, compress, gaussian
 
 REQUIRED = ["data=[photographs]", "output=run"]
 

@@ -13,7 +13,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
 from fastden.errors import UserError
-from fastden.model import Denoiser
+from fastden.network.model import Denoiser
 from fastden.training import denoise
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.data import find_images, load_rgb

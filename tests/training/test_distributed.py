@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from fastden.model import Denoiser
+from fastden.network.model import Denoiser
 from tests.helpers import relative_l2
 from tests.training.conftest import Run
 

@@ -15,9 +15,9 @@ pytest.importorskip("lightning")
 
 from fastden.errors import UserError
 from fastden.joint import FrozenTask
-from fastden.model import Denoiser
+from fastden.network.model import Denoiser
 from fastden.training.config import JointConfig, TrainConfig, load_config
-from fastden.training.joint import JointData, JointTraining
+from fastden.training.joint_training import JointData, JointTraining
 from fastden.training.labelled import (
     LabelledCrops,
     LabelledImages,
@@ -27,8 +27,8 @@ from fastden.training.labelled import (
     read_classes,
     read_masks,
 )
-from fastden.training.run import train
 from fastden.training.tasks import load_task, normalise_efficientnet_lite
+from fastden.training.trainer import train
 from tests.training.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("quiet")

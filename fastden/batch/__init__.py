@@ -1,0 +1,1 @@
+"""Many files: planned, read, denoised, written whole, and recorded."""

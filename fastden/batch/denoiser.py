@@ -1,0 +1,219 @@
+"""Batches of image files: :class:`BatchDenoiser`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from fastden.batch.grouping import Equality
+from fastden.batch.manifest import Manifest, Record, made_before, open_manifest
+from fastden.batch.memory import Gate
+from fastden.batch.plan import Job, plan
+from fastden.batch.report import Listener, Report
+from fastden.batch.settings import Settings
+from fastden.batch.stages import Stages
+from fastden.batch.threads import ThreadedRun
+from fastden.errors import FAILURES, UserError
+from fastden.images.codec import MAX_PIXELS
+from fastden.inference.tiling import check_tile
+from fastden.network.fused import FusedDenoiser
+from fastden.network.loading import Model, check_max_pixels, check_strength, parse_memory
+
+_T = TypeVar("_T")
+
+
+def default_workers(on_cpu: bool) -> int:
+    """Threads that decode, and as many that encode: a CPU that computes has nothing to spare."""
+    return 1 if on_cpu else 4
+
+
+class BatchDenoiser:
+    """Denoise many image files: what ``fastden denoise`` does.
+
+    While one image is denoised others are decoded and encoded, in threads; images that are not finished are held back
+    so that they fit in ``max_memory``, and an image that does not fit alone is streamed through strip by strip. A file
+    that fails does not stop the others. Outputs appear under their names whole.
+
+        >>> batch = fastden.BatchDenoiser("color", sigma=15)
+        >>> report = batch.run("photographs/", "clean/", resume=True)
+        >>> report.failed
+        []
+
+    Args:
+        model, device, dtype, tile, strength, max_pixels: as in :func:`fastden.denoise`.
+        sigma: ``"auto"``, or a number on the scale 0-255.
+        sigma_map: an image file of the images' size, gray: its values are the noise level, white standing for 255 at
+            any depth (an 8-bit value is the sigma itself). With ``sigma="auto"`` alone.
+        max_memory: bytes or such as ``"4GiB"``. Half of it is for the network's tensors, half for images that are not
+            finished; None is 1 GiB each. On an accelerator the network's half is the device's memory. Python and
+            PyTorch themselves come on top.
+        overwrite: replace existing files.
+        strip_metadata: drop EXIF, XMP, IPTC and comments; the ICC profile stays.
+        workers: threads that decode, and as many that encode; None is 1 on a CPU, which has nothing to spare, and 4 on
+            an accelerator.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what is accepted.
+        UserError: the map cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: Model = "color",
+        *,
+        sigma: Literal["auto"] | float = "auto",
+        sigma_map: str | Path | None = None,
+        strength: float = 1.0,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        tile: int | Literal["auto"] | None = "auto",
+        max_memory: int | str | None = None,
+        overwrite: bool = False,
+        strip_metadata: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        workers: int | None = None,
+    ) -> None:
+        check_strength(strength)
+        check_max_pixels(max_pixels)
+        memory = parse_memory(max_memory)
+        check_tile(tile, memory)
+        if sigma != "auto" and (isinstance(sigma, str) or not 0 <= sigma <= 255):
+            raise ValueError(f"sigma: {sigma!r}; accepted: 'auto', or 0 to 255 (the scale of 8-bit values)")
+        if sigma_map is not None and sigma != "auto":
+            raise ValueError(f"sigma_map: given together with sigma={sigma:g}; accepted: one of them")
+        if workers is not None and (not isinstance(workers, int) or workers < 1):
+            raise ValueError(f"workers: {workers!r}; accepted: None, or a whole number of at least 1")
+        self._listener = Listener()
+        self.settings = Settings(
+            model,
+            sigma=sigma,
+            sigma_map=None if sigma_map is None else Path(sigma_map),
+            strength=strength,
+            device=device,
+            dtype=dtype,
+            tile=tile,
+            max_memory=memory,
+            overwrite=overwrite,
+            strip=strip_metadata,
+            max_pixels=max_pixels,
+            say=self._note,
+        )
+        self.stages = Stages(self.settings)
+        on_cpu = self.settings.network(eight_bit=True).device.type == "cpu"
+        self.workers = workers or default_workers(on_cpu)
+        self._equality = Equality()
+        self._gate = Gate(self.settings.budget.images)
+
+    def run(
+        self,
+        inputs: str | Path | Sequence[str | Path],
+        output: str | Path,
+        *,
+        recursive: bool = False,
+        format: str | None = None,
+        manifest: str | Path | None = "auto",
+        resume: bool = False,
+        listener: Listener | None = None,
+    ) -> Report:
+        """Denoise files, folders and patterns.
+
+        Args:
+            inputs: files, folders (their images by suffix) and glob patterns.
+            output: a file for one input file, else a folder.
+            recursive: descend into folders, keeping their structure.
+            format: ``jpeg``, ``png``, ``tiff``, ``webp`` or ``avif``; None for that of each input.
+            manifest: file of the records; ``"auto"`` is ``.fastden-manifest.jsonl`` in an output folder, and none for
+                an output file; None writes none.
+            resume: leave out what a run on record has done: same input, weights and options, output unchanged. Other
+                outputs on record are replaced; beside their inputs they are no inputs. No other run may be writing to
+                the same folders.
+            listener: is told what happens.
+
+        Raises:
+            UserError: nothing to do, two inputs with one output, no place for the outputs.
+            Interrupted: Ctrl-C.
+        """
+        names = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+        made = made_before(manifest, Path(output)) if resume else None
+        jobs = plan([str(name) for name in names], Path(output), recursive=recursive, format_name=format, made=made)
+        return self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
+
+    def run_jobs(
+        self,
+        jobs: Sequence[Job],
+        output: Path,
+        *,
+        manifest: str | Path | None = "auto",
+        resume: bool = False,
+        listener: Listener | None = None,
+    ) -> Report:
+        """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`."""
+        book = open_manifest(manifest, jobs, output)
+        if resume and book is None:
+            raise UserError("resume: there is no manifest to resume from; accepted: an output folder, or a manifest")
+        self._listener = listener or Listener()
+        run = ThreadedRun(
+            self.stages,
+            jobs,
+            output,
+            manifest=book,
+            resume=resume,
+            listener=self._listener,
+            equality=self._equality,
+            workers=self.workers,
+        )
+        return run.all()
+
+    def _note(self, text: str) -> None:
+        self._listener.note(text)
+
+    def network(self, eight_bit: bool) -> FusedDenoiser:
+        """The network for images of 8 bits, or of more."""
+        return self.settings.network(eight_bit)
+
+    def one(
+        self,
+        job: Job,
+        manifest: Manifest | None = None,
+        *,
+        replaces: bool = False,
+        computer: Executor | None = None,
+    ) -> Record:
+        """Denoise one file; for engines that bring parallelism of their own.
+
+        With a ``computer`` of one thread it may be called from several threads at once: they read and write their files
+        side by side, and wait for each other's computing, and where ``max_memory`` has no room for one more image.
+
+        Args:
+            job: whose output's folder exists.
+            manifest: to write the record to.
+            replaces: the output may be replaced, whatever ``overwrite`` says.
+            computer: runs the network; None is this thread.
+
+        Returns:
+            The record, of a failure too.
+        """
+        stages, taken = self.stages, 0
+        try:
+            work = stages.reading.open(job, replaces=replaces)
+            # An image that is streamed keeps to all of the limit.
+            work.size = self._gate.limit if work.streamed else min(work.size, self._gate.limit)
+            self._gate.take(work.size)
+            taken = work.size
+            stages.reading.read(work)
+            if work.streamed:
+                return _run(computer, lambda: stages.stream(work, manifest))
+            _run(computer, lambda: stages.computing.compute([work]))
+            return stages.writing.write(work, manifest)
+        except FAILURES as error:
+            return stages.writing.failure(job, error, manifest)
+        finally:
+            self._gate.give_back(taken)
+
+
+def _run(computer: Executor | None, work: Callable[[], _T]) -> _T:
+    return work() if computer is None else computer.submit(work).result()

@@ -1,0 +1,143 @@
+"""What a batch run would do, without doing it: each image, the time, the memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastden.batch.denoiser import BatchDenoiser
+from fastden.batch.manifest import Manifest, open_manifest
+from fastden.batch.plan import Job
+from fastden.batch.settings import Settings
+from fastden.errors import FAILURES, UserError, in_one_line
+from fastden.inference.run import denoise_batch, noise_level_of
+from fastden.inference.tiling import HALO, automatic_tile, bytes_per_pixel
+from fastden.network.fused import FusedDenoiser
+
+#: Side of the image by which the speed is measured, pixels.
+SAMPLE = 384
+
+
+@dataclass(frozen=True)
+class Step:
+    """What would become of one image.
+
+    Attributes:
+        job: what would be read and written.
+        width, height: pixels, of a page; 0 where the file says nothing.
+        pages: of the file.
+        sigma: where the noise level would come from.
+        streamed: strip by strip, because it does not fit into memory.
+        done: by an earlier run, so that nothing remains.
+        error: why it would fail, as far as that shows without decoding it.
+    """
+
+    job: Job
+    width: int = 0
+    height: int = 0
+    pages: int = 1
+    sigma: str = ""
+    streamed: bool = False
+    done: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run would do.
+
+    Attributes:
+        steps: of each image.
+        rate: measured megapixels a second of the network alone; 0 where nothing would be computed.
+        memory: bytes that the network and the images would take at most, beside Python and PyTorch.
+    """
+
+    steps: list[Step]
+    rate: float
+    memory: int
+
+    @property
+    def megapixels(self) -> float:
+        """That would be denoised."""
+        return sum(step.width * step.height * step.pages for step in self.steps if not (step.done or step.error)) / 1e6
+
+    @property
+    def seconds(self) -> float:
+        """Expected for the network's work."""
+        return self.megapixels / self.rate if self.rate else 0.0
+
+
+def rehearse(
+    batch: BatchDenoiser,
+    jobs: Sequence[Job],
+    output: Path,
+    *,
+    manifest: str | Path | None = "auto",
+    resume: bool = False,
+) -> Rehearsal:
+    """Look at the files' headers and measure the network's speed; write nothing.
+
+    Args:
+        batch: what would run.
+        jobs, output, manifest, resume: as in :meth:`fastden.BatchDenoiser.run_jobs`.
+    """
+    book = open_manifest(manifest, jobs, output)
+    steps = [_step(batch, job, book if resume else None) for job in jobs]
+    todo = [step for step in steps if not (step.done or step.error)]
+    if not todo:
+        return Rehearsal(steps, 0.0, 0)
+    network = batch.network(eight_bit=True)
+    return Rehearsal(steps, _rate(network), _memory(batch.settings, network, todo))
+
+
+def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
+    settings = batch.settings
+    try:
+        if manifest is not None and manifest.finished(job, settings.weights, settings.options(job)):
+            return Step(job, done=True)
+        _check_output(settings, job, manifest)
+        work = batch.stages.reading.look(job)
+    except FAILURES as error:
+        return Step(job, error=in_one_line(error))
+    if work.header is None:
+        return Step(job, error="cannot be read")
+    if settings.sigma_map is not None:
+        sigma = f"sigma from {settings.sigma_map}"
+    elif not settings.network(eight_bit=True).noise_level_input:
+        sigma = "no sigma (blind model)"
+    else:
+        sigma = "sigma to be estimated" if settings.sigma == "auto" else f"sigma {settings.sigma:g}"
+    return Step(job, work.header.width, work.header.height, work.header.pages, sigma, work.streamed)
+
+
+def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> None:
+    replaces = settings.overwrite or (manifest is not None and manifest.knows(job))
+    if os.path.lexists(job.target) and not replaces:
+        raise UserError(f"{job.target}: exists already; accepted: another name, or overwrite (--overwrite)")
+
+
+def _rate(network: FusedDenoiser) -> float:
+    """Megapixels a second."""
+    image = torch.rand(SAMPLE, SAMPLE, network.image_channels, generator=torch.Generator().manual_seed(0)).numpy()
+    level = noise_level_of(25 if network.noise_level_input else "auto", network, [image], (SAMPLE, SAMPLE))
+    seconds = 0.0
+    for _ in range(2):  # the first packs weights
+        start = time.perf_counter()
+        denoise_batch([image], level, network)
+        seconds = time.perf_counter() - start
+    return SAMPLE * SAMPLE / 1e6 / seconds
+
+
+def _memory(settings: Settings, network: FusedDenoiser, steps: list[Step]) -> int:
+    """Bytes at most: of the largest tile, and of the images in hand."""
+    largest = max(steps, key=lambda step: step.width * step.height)
+    side = settings.tile
+    if side == "auto":
+        side = automatic_tile(network, largest.height, largest.width, 1, settings.budget.network)[0]
+    height, width = (min(size, side or size) + 2 * HALO for size in (largest.height, largest.width))
+    return int(bytes_per_pixel(network) * height * width) + settings.budget.images

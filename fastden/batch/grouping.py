@@ -1,0 +1,69 @@
+"""Small images through the network together: where it pays, and only where it changes no bit of the results."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastden.images.pixels import Array, to_dtype
+from fastden.inference.run import denoise_batch
+from fastden.inference.tiling import HALO, WHOLE, automatic_tile
+from fastden.network.fused import FusedDenoiser
+from fastden.network.onednn import BATCH_PIXELS
+
+#: Most images that go together: beyond it little is left to gain, and all of them are lost if one is too much.
+MOST = 16
+
+
+def together(network: FusedDenoiser, height: int, width: int, memory: int) -> int:
+    """How many images of a size a pass may take, where that pays; 1 where it does not.
+
+    On a CPU the network itself takes small images together up to
+    :data:`fastden.network.onednn.BATCH_PIXELS`, and larger ones one by one. On an accelerator images that
+    are a single tile go together.
+
+    Args:
+        network: any.
+        height, width: of the images, pixels.
+        memory: bytes for the network's tensors.
+    """
+    if max(height, width) > WHOLE:
+        return 1
+    fitting = automatic_tile(network, height, width, MOST, memory)[1]
+    if network.device.type == "cpu":
+        fitting = min(fitting, BATCH_PIXELS // ((height + 2 * HALO) * (width + 2 * HALO)))
+    return max(fitting, 1)
+
+
+class Equality:
+    """Whether a pass over several images gives each the bits that it gets alone, on this machine and these shapes.
+
+    Libraries may choose other kernels for other batch sizes, which add up in another order. A run that is resumed forms
+    other batches than one that was not interrupted, and is to write the same files. So the first images of each shape
+    are denoised both ways, in floating point, before rounding could hide a difference.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], bool] = {}
+
+    def holds(self, network: FusedDenoiser, images: list[Array], levels: list[float] | None, memory: int) -> bool:
+        """Compare on first sight of the images' number, shape and network.
+
+        Args:
+            network: any.
+            images: (H, W, C), of one shape and dtype.
+            levels: of the images, on the scale 0-1; None for a blind network.
+            memory: bytes for the network's tensors.
+        """
+        key = (len(images), images[0].shape, network.dtype, network.device)
+        if key not in self._known:
+            floats = [to_dtype(image, np.float32) for image in images]
+            several = None if levels is None else torch.tensor(levels, dtype=torch.float64)
+            joint = denoise_batch(floats, several, network, max_memory=memory)
+            ends = (0, len(images) - 1)
+            alone = [
+                denoise_batch([floats[i]], None if levels is None else levels[i], network, max_memory=memory)[0]
+                for i in ends
+            ]
+            self._known[key] = all(np.array_equal(joint[i], one) for i, one in zip(ends, alone, strict=True))
+        return self._known[key]

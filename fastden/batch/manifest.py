@@ -1,0 +1,223 @@
+"""The record of a batch run, a line of JSON for each event: what makes a run that was interrupted resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastden.batch.plan import Job
+from fastden.errors import UserError
+from fastden.images.whole_files import check_target, digest, reason
+
+#: The manifest's name in an output folder.
+NAME = ".fastden-manifest.jsonl"
+_BEGINNING = b'{"input": '
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one image.
+
+    Attributes:
+        input, output: paths; the input's absolute, the output's from the manifest's folder where it lies there, else
+            absolute.
+        status: ``writing`` (whole, about to get its name), ``done`` or ``failed``.
+        sigma: the noise level used, on the scale 0-255, of a map its mean; None for a blind model, or a failure.
+        sigma_source: ``given``, ``estimated``, ``map`` or ``blind``.
+        model: name and SHA-256 of the weights.
+        options: what else decides the result.
+        time: when the line was written, UTC.
+        seconds: spent reading, computing and writing, by name.
+        input_size, input_mtime_ns: of the input when it was read: bytes, nanoseconds.
+        output_size, output_sha256: of the output.
+        width, height: pixels, of a page.
+        pages: of the file.
+        streamed: whether it went through strip by strip.
+        notes: what the user was told.
+        error: of a failure.
+    """
+
+    input: str
+    output: str
+    status: Literal["writing", "done", "failed"]
+    time: str
+    model: dict[str, str]
+    options: dict[str, Any]
+    sigma: float | None = None
+    sigma_source: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    input_size: int = 0
+    input_mtime_ns: int = 0
+    output_size: int = 0
+    output_sha256: str = ""
+    width: int = 0
+    height: int = 0
+    pages: int = 1
+    streamed: bool = False
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
+class Manifest:
+    """A file of records; lines are appended, down to the disk, and never changed.
+
+    Args:
+        path: of the file. Its lines that are no records, such as one that was cut off when a process was killed, are
+            passed over.
+        eager: make the file with its first line. Else with the first output: a run that fails altogether leaves none.
+
+    Raises:
+        UserError: the file cannot be read, or is another kind of file.
+    """
+
+    def __init__(self, path: Path, *, eager: bool = True) -> None:
+        self.path = path
+        self._folder = Path(os.path.abspath(path)).parent
+        self._lock = threading.Lock()
+        self._held: list[bytes] | None = None if eager or path.exists() else []
+        self._last: dict[str, dict[str, Any]] = {}
+        data = self._read()
+        for line in data.split(b"\n"):
+            try:
+                record = json.loads(line)
+                names = (record["input"], record["output"])
+                if isinstance(record["model"], dict) and all(isinstance(name, str) for name in names):
+                    self._keep(record["output"], record)
+            except (ValueError, KeyError, TypeError):
+                continue
+        # One line that was cut off is the least that a run leaves.
+        if not self._last and data[: len(_BEGINNING)] != _BEGINNING[: len(data)]:
+            raise UserError(f"manifest: {path} is no record of a run; accepted: a new file, or one that a run has made")
+
+    def _keep(self, output: str, record: dict[str, Any]) -> None:
+        # A failure leaves the output as an earlier run made it, which is what resuming has to know.
+        if record["status"] != "failed" or output not in self._last:
+            self._last[output] = record
+
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise UserError(f"manifest: {self.path} cannot be read: {reason(error)}") from error
+
+    def name_of(self, output: Path) -> str:
+        """An output's path as records give it."""
+        path = Path(os.path.abspath(output))
+        return path.relative_to(self._folder).as_posix() if path.is_relative_to(self._folder) else str(path)
+
+    def add(self, record: Record) -> None:
+        """Append a line and bring it down to the disk.
+
+        Raises:
+            UserError: the system refuses.
+        """
+        # File names are bytes: what is no UTF-8 in them is a lone surrogate in Python.
+        line = json.dumps(asdict(record), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        with self._lock:
+            self._keep(record.output, asdict(record))
+            if self._held is not None:
+                self._held.append(line)
+                if record.status == "failed":
+                    return
+                line, self._held = b"".join(self._held), None
+            try:
+                self._append(line)
+            except OSError as error:
+                raise UserError(f"manifest: {self.path} cannot be written: {reason(error)}") from error
+
+    def _append(self, line: bytes) -> None:
+        with self.path.open("ab+") as file:
+            # A line that was cut off by a crash or a full disk must not swallow this one.
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def knows(self, job: Job) -> bool:
+        """Whether a run on record wrote the job's output, or was about to, from the same input."""
+        record = self._last.get(self.name_of(job.target))
+        if record is None or record.get("status") not in ("writing", "done"):
+            return False
+        return _place(record["input"]) == _place(job.source)
+
+    def written(self) -> dict[Path, dict[str, Any]]:
+        """The outputs that runs on record wrote, or were about to, each with its record."""
+        return {
+            self._folder / name: record
+            for name, record in self._last.items()
+            if record.get("status") in ("writing", "done")
+        }
+
+    def finished(self, job: Job, model: dict[str, str], options: dict[str, Any]) -> bool:
+        """Whether the job need not be done again: same input, weights and options, and the output is still the same."""
+        record = self._last.get(self.name_of(job.target))
+        if record is None or record.get("status") not in ("writing", "done"):
+            return False
+        if record["model"].get("sha256") != model["sha256"] or record.get("options") != options:
+            return False
+        try:
+            if os.stat(job.target).st_size != record.get("output_size"):
+                return False
+            source = os.stat(job.source)
+            same = (record.get("input_size"), record.get("input_mtime_ns")) == (source.st_size, source.st_mtime_ns)
+            # An image that was replaced by its result is another one since.
+            in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
+            same_path = _place(record["input"]) == _place(job.source)
+            return same_path and (same or in_place) and digest(job.target) == record.get("output_sha256")
+        except OSError:
+            return False
+
+
+def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path) -> Manifest | None:
+    """The manifest that :meth:`fastden.BatchDenoiser.run` means; None for none."""
+    if manifest is None:
+        return None
+    if manifest != "auto":
+        path = Path(manifest)
+        if path.parent != output:  # which may have to be made
+            check_target(path, overwrite=True)
+        return Manifest(path)
+    is_file = len(jobs) == 1 and jobs[0].target == output
+    return None if is_file else Manifest(output / NAME, eager=False)
+
+
+def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], bool]:
+    """What tells a file that a run on record has made from another one: for the run that goes on, it is no input.
+
+    Without it a run whose outputs lie beside its inputs would take them for inputs when it is resumed.
+
+    Args:
+        manifest, output: as of :meth:`fastden.BatchDenoiser.run`.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    book = None if manifest is None else Manifest(output / NAME if manifest == "auto" else Path(manifest), eager=False)
+    made = {} if book is None else {_place(path): record for path, record in book.written().items()}
+
+    def is_made(path: Path) -> bool:
+        record = made.get(_place(path))
+        if record is None or _place(record["input"]) == _place(path):
+            return False
+        if os.path.lexists(record["input"]):
+            return True
+        try:  # its input is gone: a file of the same name may be another one
+            return digest(path) == record.get("output_sha256")
+        except OSError:
+            return False
+
+    return is_made
+
+
+def _place(path: str | Path) -> str:
+    """Where a file lies, whatever links lead to its folder; a link to a file is a file of its own."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)

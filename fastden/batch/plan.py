@@ -1,0 +1,186 @@
+"""Which files a command reads and where each result goes, decided before any work starts."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from fastden.errors import UserError
+from fastden.images.codec import SUFFIXES, format_for
+
+#: The suffix that each format gets when ``--format`` renames a file.
+SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image: read ``source``, write ``target``."""
+
+    source: Path
+    target: Path
+
+
+def find_images(folder: Path, recursive: bool = False, unreadable: list[OSError] | None = None) -> list[Path]:
+    """Image files in ``folder`` (by suffix), sorted; hidden ones are left out. Links to folders are not followed.
+
+    Args:
+        folder: to look into.
+        recursive: and into the folders in it.
+        unreadable: takes the errors of folders below that cannot be looked into; None raises the first.
+    """
+    files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
+    images = (path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in images if path.is_file())
+
+
+def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:
+    def failed(error: OSError) -> None:
+        if unreadable is None or error.filename == str(top):
+            raise error
+        unreadable.append(error)
+
+    return [Path(folder, name) for folder, _, names in os.walk(top, onerror=failed) for name in names]
+
+
+def plan(
+    inputs: list[str],
+    output: Path,
+    *,
+    recursive: bool = False,
+    format_name: str | None = None,
+    unreadable: list[OSError] | None = None,
+    made: Callable[[Path], bool] | None = None,
+) -> list[Job]:
+    """One job for each input file, in order.
+
+    Args:
+        inputs: files, folders (their images by suffix) and glob patterns (``**`` descends).
+        output: a file for one input file, where it has an image's suffix and is no folder; else a folder.
+        recursive: descend into the folders, and keep their structure in ``output``.
+        format_name: of the results; the inputs' suffixes otherwise.
+        unreadable: as in :func:`find_images`; of patterns too.
+        made: whether a file is a result of the run that is resumed, and so no input; see
+            :func:`fastden.batch.manifest.made_before`.
+
+    Raises:
+        UserError: an input that does not exist or holds no image; two inputs with one output; an output that is another
+            one's input, or cannot be.
+    """
+    single = len(inputs) == 1 and _is_file(inputs[0])
+    if single and not output.is_dir() and output.suffix:
+        format_for(output, format_name)
+        return [Job(Path(inputs[0]), output)]
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file; accepted for more than one input: a folder")
+    if not single and output.suffix.lower() in SUFFIXES and not output.exists():
+        raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
+    jobs = []
+    for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False)):
+        suffix = SUFFIX_OF[format_name] if format_name else source.suffix
+        if format_name and SUFFIXES.get(source.suffix.lower()) == format_name:
+            suffix = source.suffix
+        jobs.append(Job(source, output / relative.with_suffix(suffix)))
+    _refuse_collisions(jobs)
+    return jobs
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).exists() and not Path(name).is_dir()
+
+
+def _sources(
+    inputs: list[str],
+    output: Path,
+    recursive: bool,
+    unreadable: list[OSError] | None,
+    made: Callable[[Path], bool],
+) -> list[tuple[Path, Path]]:
+    """Pairs of an input file and its path below the output folder."""
+    found: dict[Path, Path] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found_here = find_images(path, recursive, unreadable)
+            images = [image for image in found_here if not (_written_before(image, path, output) or made(image))]
+            if found_here and not images:
+                raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
+            if not images:
+                hint = "" if recursive else ", --recursive to descend"
+                raise UserError(f"input: no images in {path}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
+            found.update((image, image.relative_to(path)) for image in images)
+        elif path.exists():
+            if not made(path):
+                found[path] = Path(path.name)
+        elif glob.has_magic(name):
+            matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
+            top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            files = [match for match in matches if match.is_file() and not _written_before(match, top, output)]
+            files = [file for file in _once(files) if not made(file)]
+            errors = _passed_over(name)
+            if errors and (unreadable is None or not files):
+                raise errors[0]
+            if unreadable is not None:
+                unreadable += errors
+            if not files:
+                raise UserError(f"input: nothing matches {name}")
+            found.update((file, Path(file.name)) for file in files)
+        else:
+            raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
+    if not found:
+        raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
+    return list(found.items())
+
+
+def _passed_over(pattern: str) -> list[OSError]:
+    """The errors of folders that ``pattern`` leads into and that cannot be looked into: glob says nothing of them."""
+    parts = Path(pattern).parts
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    folders: set[str] = set()
+    for index in range(first, len(parts)):
+        above = parts[: index + 1] if parts[index] == "**" else parts[:index]
+        folders.update(glob.glob(os.path.join(*above, ""), recursive=True) if above else [os.curdir])
+    errors = []
+    for folder in sorted(folders):
+        try:
+            os.scandir(Path(folder)).close()
+        except OSError as error:
+            errors.append(error)
+    return errors
+
+
+def _once(files: list[Path]) -> list[Path]:
+    """Without those that ``**`` met again behind a link to a folder; a link to a file is a file of its own."""
+    places = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
+    return sorted(places.values())
+
+
+def _written_before(image: Path, folder: Path, output: Path) -> bool:
+    """Whether ``image`` lies in an output folder inside the input ``folder``: a result of an earlier run, no input."""
+    top, below = os.path.realpath(folder), os.path.realpath(output)
+    inside = below != top and below.startswith(top + os.sep)
+    return inside and os.path.realpath(image).startswith(below + os.sep)
+
+
+def _refuse_collisions(jobs: list[Job]) -> None:
+    by_target = defaultdict(list)
+    for job in jobs:
+        by_target[_place(job.target)].append(job)
+    for same in by_target.values():
+        if len(same) > 1:
+            names = ", ".join(str(job.source) for job in same)
+            raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")
+    for job in jobs:
+        # Whether it were read before it is replaced or after would be chance.
+        (writer,) = by_target.get(_place(job.source), [job])
+        if writer is not job:
+            raise UserError(f"output: {writer.target}, of {writer.source}, is an input too; accepted: another folder")
+
+
+def _place(path: Path) -> str:
+    # Case-insensitive file systems would let one overwrite the other.
+    return os.path.normcase(os.path.realpath(path)).casefold()

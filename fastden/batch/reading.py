@@ -1,0 +1,141 @@
+"""The first stage of a batch: looking at an image file, and decoding it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastden.batch.plan import Job
+from fastden.batch.settings import Settings
+from fastden.batch.work import Work, stamp
+from fastden.errors import UserError
+from fastden.images.codec import format_for, read_image
+from fastden.images.encoding import check_alpha, check_pages
+from fastden.images.noise import estimate_sigma, sigma_of_gray
+from fastden.images.pixels import Array
+from fastden.images.strips import estimate_sigma_of_file, read_header
+from fastden.images.whole_files import check_target, reason
+from fastden.inference.run import noise_level_of, shown_level, to_batch
+
+
+class Reading:
+    """The stage that reads; in several threads at once.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._map: Array | None = None
+
+    def open(self, job: Job, *, replaces: bool = False) -> Work:
+        """Find what cannot be done before anything is computed, and how much memory the rest takes.
+
+        Args:
+            job: whose output's folder exists.
+            replaces: the output may be replaced, whatever ``overwrite`` says.
+        """
+        check_target(job.target, self.settings.overwrite or replaces)
+        return self.look(job)
+
+    def look(self, job: Job) -> Work:
+        """The part of :meth:`open` that looks at the input alone."""
+        format_name = format_for(job.target)
+        try:
+            status = os.stat(job.source)
+        except OSError as error:
+            raise UserError(f"{job.source}: cannot be read: {reason(error)}") from error
+        header = None
+        if stat.S_ISREG(status.st_mode):
+            # What is wrong with the file is told by reading it.
+            with suppress(UserError):
+                header = read_header(job.source, max_pixels=self.settings.max_pixels, several=True)
+        size = 2 * status.st_size
+        if header is not None:
+            check_alpha(header.has_alpha, format_name)
+            check_pages(header.pages, format_name)
+            # Decoded and denoised; alpha is cut off the decoded image, and joined to the denoised one.
+            size += (4 if header.has_alpha else 2) * header.nbytes
+            if self.settings.lane is not None:
+                size += 2 * header.nbytes
+            if self.settings.sigma_map is not None:
+                size += 12 * header.width * header.height
+        streamed = header is not None and size > self.settings.budget.images
+        if streamed and header is not None and header.pages > 1:
+            raise UserError(
+                f"{job.source}: {header.pages} pages take {size} bytes; accepted: less than half of --max-memory"
+            )
+        return Work(job, format_name, stamp(status), header, size, streamed)
+
+    def read(self, work: Work) -> None:
+        """Decode an image and find its noise level; of one that is streamed the noise level alone."""
+        start = time.perf_counter()
+        job = work.job
+        if work.streamed and work.header is not None:
+            self._check_map(work.header.height, work.header.width)
+            network = self.settings.network(work.header.dtype == np.uint8)
+            if self.settings.sigma_map is None:
+                sigma: Any = self.settings.sigma
+                if sigma == "auto" and network.noise_level_input:
+                    with work.libvips():
+                        sigma = estimate_sigma_of_file(job.source, max_pixels=self.settings.max_pixels)
+                work.level = noise_level_of(sigma, network, [], (0, 0)) if network.noise_level_input else None
+                work.sigma = shown_level(work.level)
+        else:
+            with work.libvips():
+                image = read_image(job.source, max_pixels=self.settings.max_pixels, several=True)
+            self.check_unchanged(work)
+            check_alpha(image.alpha is not None, work.format_name)
+            pages = image.split()
+            height, width = pages[0].shape[:2]
+            self._check_map(height, width)
+            sigma_map = self.settings.sigma_map
+            level = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
+            network = self.settings.network(image.pixels.dtype == np.uint8)
+            if image.pages > 1 and isinstance(level, str) and network.noise_level_input:
+                work.level = torch.tensor([estimate_sigma(page) / 255 for page in pages], dtype=torch.float64)
+            else:
+                work.level = noise_level_of(level, network, pages[:1], (height, width))
+            work.image, work.sigma = image, shown_level(work.level)
+            work.notes += image.notes
+            if self.settings.lane is not None and image.pages == 1:
+                work.pinned = self.settings.lane.pin(to_batch([image.pixels], network))
+        work.seconds["read"] = time.perf_counter() - start
+
+    def _check_map(self, height: int, width: int) -> None:
+        """Compare the size of the map of noise levels with an image's."""
+        path = self.settings.sigma_map
+        if path is None:
+            return
+        header = read_header(path, max_pixels=self.settings.max_pixels)
+        if header.bands != 1:
+            raise UserError(f"sigma_map: {path} has {header.bands} channels; accepted: 1 (gray)")
+        if (header.height, header.width) != (height, width):
+            size = f"{header.width} x {header.height}"
+            raise UserError(f"sigma_map: {path} is {size} pixels; accepted: {width} x {height}, the image's")
+
+    def _loaded_map(self, path: Path) -> Array:
+        """(H, W) on the scale 0-255."""
+        with self._lock:
+            if self._map is None:
+                self._map = sigma_of_gray(read_image(path, max_pixels=self.settings.max_pixels).pixels[:, :, 0])
+            return self._map
+
+    def check_unchanged(self, work: Work) -> None:
+        """Raise UserError where an input is not what it was when it was opened."""
+        try:
+            now = stamp(os.stat(work.job.source))
+        except OSError as error:
+            raise UserError(f"{work.job.source}: cannot be read: {reason(error)}") from error
+        if now != work.stamp and stat.S_ISREG(work.stamp[3]):
+            raise UserError(f"{work.job.source}: changed while it was read")

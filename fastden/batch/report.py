@@ -1,0 +1,75 @@
+"""What a run over many files tells: while it goes on, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastden.batch.manifest import Record
+from fastden.batch.plan import Job
+
+
+@dataclass
+class Report:
+    """What became of a run.
+
+    Attributes:
+        jobs: how many images were asked for.
+        records: of the images that were done or failed, in the order in which they ended.
+        skipped: jobs that an earlier run had done.
+        left: jobs that an interrupted run has not come to.
+        seconds: from beginning to end.
+        compute_seconds: in which the network was at work on images that were done; on a CUDA device as its clock says.
+    """
+
+    jobs: int
+    records: list[Record] = field(default_factory=list)
+    skipped: list[Job] = field(default_factory=list)
+    left: int = 0
+    seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    @property
+    def done(self) -> list[Record]:
+        return [record for record in self.records if record.status == "done"]
+
+    @property
+    def failed(self) -> list[Record]:
+        return [record for record in self.records if record.status == "failed"]
+
+    @property
+    def megapixels(self) -> float:
+        """Of the images that were done."""
+        return sum(record.width * record.height * record.pages for record in self.done) / 1e6
+
+    @property
+    def compute_share(self) -> float:
+        """Part of the time in which the network was at work: 0 to 1."""
+        return self.compute_seconds / self.seconds if self.seconds else 0.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run: what was begun is finished or gone.
+
+    Attributes:
+        report: of what was done until then.
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("interrupted")
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a run tells while it goes on. The functions are called in one thread at a time, which may be any.
+
+    Attributes:
+        record: an image is done, or has failed: its job, its record.
+        progress: an image's tiles are done: how many images have ended, and the part of the present one.
+        note: something that concerns the whole run.
+    """
+
+    record: Callable[[Job, Record], None] = lambda job, record: None
+    progress: Callable[[int, float], None] = lambda ended, part: None
+    note: Callable[[str], None] = lambda text: None

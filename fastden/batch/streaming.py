@@ -1,0 +1,140 @@
+"""Images larger than memory: read, denoised and written a strip of rows at a time, with the result of the whole image.
+
+A strip is a row of tiles. The next one is read, and the last one encoded, while one is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fastden.images.codec import Header
+from fastden.images.noise import sigma_of_gray
+from fastden.images.pixels import Array, to_dtype
+from fastden.inference.run import adapted, from_batch, to_batch
+from fastden.inference.tiling import HALO, SMALLEST, denoise_rows, rows_needed, spans
+from fastden.network.fused import FusedDenoiser
+from fastden.network.padding import ALIGNMENT, BORDER
+
+#: Strips that exist at the same time: one being read, one computed from and one computed, and two on the way out.
+STRIPS = 5
+
+
+class Reader(Protocol):
+    """Where rows come from: :class:`fastden.images.strips.StripReader`."""
+
+    header: Header
+
+    def read_into(self, rows: Array) -> None: ...
+
+
+def side_for_strips(side: int, header: Header, memory: int, *, with_map: bool = False) -> int:
+    """The side of tiles of which whole rows fit into memory, at most ``side``.
+
+    Args:
+        side: that the network's memory allows, pixels.
+        header: of the image.
+        memory: bytes for the strips.
+        with_map: a map of noise levels is read beside the image.
+
+    Raises:
+        ValueError: not even rows of the smallest tiles fit.
+    """
+    per_row = header.width * (header.bands * header.dtype.itemsize + 4 * with_map) * STRIPS
+    extra = 2 * (HALO + BORDER)
+    rows = (memory // per_row - extra) // ALIGNMENT * ALIGNMENT
+    if rows < SMALLEST:
+        least = 2 * per_row * (SMALLEST + extra + ALIGNMENT)
+        raise ValueError(f"max_memory: strips of {header.width} pixels do not fit; accepted: at least {least} bytes")
+    return min(side, rows)
+
+
+class _Window:
+    """The rows of an image that a strip needs; each row is read once."""
+
+    def __init__(self, reader: Reader, height: int) -> None:
+        self._reader, self._height = reader, height
+        header = reader.header
+        self.rows: Array = np.empty((0, header.width, header.bands), header.dtype)
+        self.first = 0
+
+    def advanced(self, top: int, bottom: int) -> tuple[Array, int]:
+        """(h, W, bands) for the tiles of the rows ``top`` to ``bottom``, and the image row at which they begin."""
+        first, last = rows_needed(top, bottom, self._height)
+        known = self.rows[first - self.first :]
+        rows = np.empty((last - first, *known.shape[1:]), known.dtype)
+        rows[: len(known)] = known
+        self._reader.read_into(rows[len(known) :])
+        self.rows, self.first = rows, first
+        return rows, first
+
+
+def denoise_strips(
+    network: FusedDenoiser,
+    reader: Reader,
+    write: Callable[[Array], None],
+    level: float | Reader | None,
+    *,
+    side: Callable[[], int],
+    dtype: np.dtype[np.generic],
+    strength: float = 1.0,
+    attempt: Callable[[Callable[[int], torch.Tensor]], torch.Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Denoise an image from a reader to a writer.
+
+    Args:
+        network: as in :func:`fastden.inference.run.run_network`.
+        reader: of the image.
+        write: called with rows (n, W, bands), in order.
+        level: on the scale 0-1; or a reader of a map, gray, white for 1; None for a blind network.
+        side: of the tiles, pixels: asked once, for the strips.
+        dtype: of the rows that are written.
+        strength: as in :func:`fastden.denoise`.
+        attempt: calls its argument with a side of tiles, at most ``side``, and may call it again with a smaller one.
+        progress: called with the pixels done and in all.
+
+    Returns:
+        Seconds spent computing.
+    """
+    header = reader.header
+    height, channels = header.height, header.channels
+    network = adapted(network, channels, strength)
+    strips = spans(height, side())
+    image = _Window(reader, height)
+    levels = None if level is None or isinstance(level, float) else _Window(level, height)
+    seconds = 0.0
+
+    def load(rows: tuple[int, int]) -> tuple[Array, int, Array | None]:
+        strip, first = image.advanced(*rows)
+        return strip, first, None if levels is None else levels.advanced(*rows)[0]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="fastden-strip-reader") as pool:
+        following = pool.submit(load, strips[0])
+        for index, (top, bottom) in enumerate(strips):
+            strip, first, level_rows = following.result()
+            if index + 1 < len(strips):
+                following = pool.submit(load, strips[index + 1])
+            start = time.perf_counter()
+            batch = to_batch([strip[:, :, :channels]], network)
+            sigma = level if level_rows is None else _level_tensor(level_rows)
+            assert sigma is None or isinstance(sigma, float | torch.Tensor)
+            run = partial(denoise_rows, network, batch, sigma, (top, bottom), first, height)
+            (pixels,) = from_batch(run(side()) if attempt is None else attempt(run), header.dtype)
+            seconds += time.perf_counter() - start
+            if header.has_alpha:
+                pixels = np.concatenate([pixels, strip[top - first : bottom - first, :, channels:]], 2)
+            write(to_dtype(pixels, dtype))
+            if progress is not None:
+                progress(bottom * header.width, height * header.width)
+    return seconds
+
+
+def _level_tensor(rows: Array) -> torch.Tensor:
+    return torch.from_numpy(sigma_of_gray(rows)).permute(2, 0, 1)[None] / 255

@@ -1,0 +1,109 @@
+"""The last stage of a batch: encoding, and the records of what became of each image."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timezone
+from hashlib import sha256
+from typing import Any, Literal
+
+from fastden.batch.manifest import Manifest, Record
+from fastden.batch.plan import Job
+from fastden.batch.settings import Settings
+from fastden.batch.work import Work
+from fastden.errors import UserError, in_one_line
+from fastden.images.codec import encode_image
+from fastden.images.whole_files import whole_file, write_synced
+
+
+class Writing:
+    """The stage that writes; in several threads at once.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def write(self, work: Work, manifest: Manifest | None = None) -> Record:
+        """Encode an image and write it; on record before it gets its name, and after."""
+        start = time.perf_counter()
+        assert work.image is not None
+        job = work.job
+        if work.pending is not None:
+            pending, index, count = work.pending
+            dtype = work.image.pixels.dtype
+            work.image = replace(work.image, pixels=pending.image(index).astype(dtype, copy=False))
+            work.seconds["compute"] = pending.seconds() / count
+            work.pending = None
+        try:
+            with work.libvips():
+                data, notes = encode_image(work.image, work.format_name, strip=self.settings.strip)
+        except UserError as error:
+            raise UserError(f"{job.target}: {error}") from error
+        work.notes += notes
+        height, width, pages = work.image.pixels.shape[0], work.image.pixels.shape[1], work.image.pages
+        with whole_file(job.target) as temporary:
+            write_synced(temporary, data)
+            work.seconds["write"] = time.perf_counter() - start
+            output: dict[str, Any] = {"output_size": len(data), "output_sha256": sha256(data).hexdigest()}
+            size = {"width": width, "height": height // pages, "pages": pages}
+            record = self.record(work, manifest, "writing", **size, **output)
+            if manifest is not None:
+                manifest.add(record)
+        return self.finish(record, manifest)
+
+    def finish(self, record: Record, manifest: Manifest | None) -> Record:
+        """Put on record that an output has its name."""
+        record = replace(record, status="done", time=_now())
+        if manifest is not None:
+            manifest.add(record)
+        return record
+
+    def failure(self, job: Job, error: BaseException, manifest: Manifest | None = None) -> Record:
+        """The record of an image that failed."""
+        record = Record(
+            input=os.path.abspath(job.source),
+            output=str(job.target) if manifest is None else manifest.name_of(job.target),
+            status="failed",
+            time=_now(),
+            model=self.settings.weights,
+            options={},
+            error=in_one_line(error),
+        )
+        if manifest is not None:
+            # Where the disk is full, the failure is told all the same.
+            with suppress(UserError):
+                manifest.add(record)
+        return record
+
+    def record(
+        self, work: Work, manifest: Manifest | None, status: Literal["writing", "done"], **values: Any
+    ) -> Record:
+        """What is on record of an image: ``values`` are fields of :class:`fastden.batch.manifest.Record`."""
+        job = work.job
+        source = "blind" if work.sigma is None else "estimated" if self.settings.sigma == "auto" else "given"
+        return Record(
+            input=os.path.abspath(job.source),
+            output=str(job.target) if manifest is None else manifest.name_of(job.target),
+            status=status,
+            time=_now(),
+            model=self.settings.weights,
+            options=self.settings.options(job),
+            sigma=work.sigma,
+            sigma_source="map" if self.settings.sigma_map is not None else source,
+            seconds={name: round(seconds, 4) for name, seconds in work.seconds.items()},
+            input_size=work.stamp[0],
+            input_mtime_ns=work.stamp[1],
+            streamed=work.streamed,
+            notes=tuple(work.notes),
+            **values,
+        )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

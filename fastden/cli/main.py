@@ -1,0 +1,340 @@
+"""The command ``fastden``. Heavy imports wait inside the commands: ``fastden --help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastden.bench.command import app as bench
+from fastden.cli.console import Run, clean_termination, say
+from fastden.cli.options import (
+    DeviceOption,
+    Dtype,
+    Engine,
+    Format,
+    ModelOption,
+    OneLineErrors,
+    is_number_list,
+    naming,
+    parse_level,
+    parse_sigma,
+    parse_tile,
+    takes_several,
+)
+from fastden.errors import FAILURES, UserError
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Fast, exact image denoising.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(bench, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import fastden
+
+        typer.echo(f"fastden {fastden.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def denoise(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders or glob patterns.")],
+    output_name: Annotated[str, typer.Option("--output", "-o", help="A file for one input file, else a folder.")],
+    sigma: Annotated[
+        str, typer.Option(help="Noise level on the 0-255 scale, 0 to 75 for the bundled models; auto estimates it.")
+    ] = "auto",
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: bfloat16 for 8-bit images where the machine has it natively, else float32.")
+    ] = Dtype.auto,
+    tile: Annotated[
+        str, typer.Option(help="Side of the tiles in pixels, auto, or none. The result is the same, up to rounding.")
+    ] = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Such as 2GiB, the default: half for the network's tensors, half for images in hand."),
+    ] = None,
+    strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,
+    format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Descend into folders, keeping their structure.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    strip_metadata: Annotated[
+        bool, typer.Option("--strip-metadata", help="Drop EXIF, XMP, IPTC and comments (the ICC profile stays).")
+    ] = False,
+    max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 500.0,
+    sigma_map: Annotated[
+        Path | None,
+        typer.Option(help="Gray image of the input's size, its values the noise level; white is 255 at any depth."),
+    ] = None,
+    manifest: Annotated[
+        str,
+        typer.Option(help="Record of the run, JSON lines; auto: .fastden-manifest.jsonl in an output folder; none."),
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what the manifest says is done and has not changed since.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, in what time and memory, and do nothing.")
+    ] = False,
+    crf: Annotated[int | None, typer.Option(min=0, max=63, help="Quality of a video: lower is better.")] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: on all devices of a Ray cluster; URLs are accepted.")
+    ] = Engine.local,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of ray: in all; default one for each device.")] = None,
+    workers_per_device: Annotated[int, typer.Option(min=1, help="Of ray: that share a GPU.")] = 1,
+) -> None:
+    """Denoise image files. EXIF, ICC profile, alpha and bit depth are kept.
+
+    Images larger than --max-memory are streamed. A file that fails is reported and skipped; the exit code is then 1. A
+    single video is denoised frame by frame, its sound and subtitles copied (needs pip install 'fastden[video]').
+    """
+    from fastden.batch.denoiser import BatchDenoiser
+    from fastden.batch.manifest import made_before
+    from fastden.batch.plan import plan
+    from fastden.batch.ray import plan_rows
+    from fastden.cli.ray import run_rows
+    from fastden.cli.video import is_one_video, run_video
+    from fastden.network.loading import parse_memory
+    from fastden.network.onednn import keep_freed_memory
+
+    keep_freed_memory()
+    level = parse_sigma(sigma)
+    side = parse_tile(tile)
+    if not 0 < max_megapixels < math.inf:
+        raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
+    output, format_name = Path(output_name), format.value if format else None
+    record = None if manifest == "none" else manifest
+    settings: dict[str, Any] = {
+        "model": model,
+        "sigma": level,
+        "sigma_map": sigma_map,
+        "strength": strength,
+        "device": device,
+        "dtype": dtype.value,
+        "tile": side,
+        "max_memory": max_memory,
+        "overwrite": overwrite,
+        "strip_metadata": strip_metadata,
+        "max_pixels": int(max_megapixels * 1e6),
+    }
+    unreadable: list[OSError] = []
+    planning: dict[str, Any] = {"recursive": recursive, "format_name": format_name, "unreadable": unreadable}
+    planning["made"] = made_before(record, output) if resume else None
+    if engine is Engine.ray:
+        if dry_run:
+            raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
+        rows = plan_rows(inputs, output_name, **planning)
+        raise typer.Exit(
+            run_rows(
+                rows,
+                settings,
+                output=output_name,
+                manifest=record,
+                resume=resume,
+                workers=workers,
+                workers_per_device=workers_per_device,
+                unreadable=unreadable,
+            )
+        )
+    if workers is not None or workers_per_device != 1:
+        raise UserError("workers: given with --engine local; accepted: with --engine ray")
+    for_images: dict[str, object] = {
+        "format": format,
+        "recursive": recursive,
+        "strip_metadata": strip_metadata,
+        "resume": resume,
+    }
+    for_images |= {"sigma_map": sigma_map, "dry_run": dry_run}
+    video = is_one_video(inputs, crf, [name for name, value in for_images.items() if value])
+    jobs = [] if video else plan(inputs, output, **planning)
+    # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
+    _load(model, device, dtype, eight_bit=True)
+    with naming():
+        batch = BatchDenoiser(**settings)
+    if level != "auto" and float(level) > 75:
+        say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
+    if video:
+        options = {"tile": side, "max_memory": parse_memory(max_memory), "strength": strength}
+        with clean_termination():
+            run_video(Path(inputs[0]), output, level, batch.network, crf=crf, overwrite=overwrite, options=options)
+        return
+    run = Run(batch, manifest=record, resume=resume)
+    if dry_run:
+        raise typer.Exit(run.rehearse(jobs, output, unreadable))
+    with clean_termination():
+        code = run.all(jobs, output, unreadable)
+    raise typer.Exit(code)
+
+
+def _load(model: str, device: str | None, dtype: Dtype, eight_bit: bool = False) -> Any:
+    from fastden.network.loading import load_network, parse_device
+
+    with naming("device"):
+        place = parse_device(device)
+    with naming("model"):
+        return load_network(model, place, dtype.value, eight_bit=eight_bit)
+
+
+@app.command("eval", cls=takes_several("--sigma", is_number_list))
+def evaluate(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of 8-bit photographs, each a set.")
+    ],
+    sigma: Annotated[
+        list[str] | None,
+        typer.Option("--sigma", help="Noise levels, 0-255 scale: --sigma 15 25 50 or --sigma 15,25,50."),
+    ] = None,
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
+    gray: Annotated[bool, typer.Option("--gray", help="Make the photographs gray first.")] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise; the image's index is added.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
+    ] = None,
+) -> None:
+    """Print PSNR and SSIM of a model on folders of photographs.
+
+    Gaussian noise, not clipped; results clipped and rounded to 8 bits; PSNR over RGB, mean over the images.
+    """
+    from fastden import evaluation
+    from fastden.images.codec import check_target, write_bytes
+
+    accepted = "numbers from 0 to 255"
+    levels = [parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
+    if gray and pairs:
+        raise UserError("gray: given with --pairs; accepted: one of them")
+    if json_file is not None:  # before the work, not behind it
+        check_target(json_file, overwrite=True)
+    network = _load(model, device, dtype)
+    sets: dict[str, Any] = {}
+    table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM")
+    console = Console(stderr=True)
+    with console.status("evaluating") as status:
+        for folder in folders:
+            started = _shower(status, folder)
+            with naming(str(folder), FAILURES):
+                if pairs:
+                    results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
+                else:
+                    wanted = levels or [15.0, 25.0, 50.0]
+                    results = evaluation.evaluate_folder(folder, network, wanted, gray=gray, seed=seed, started=started)
+            name = folder.resolve().name
+            sets[name if name not in sets else str(folder)] = results
+            for row in results:
+                level = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
+                decibels = [f"{row[key]:.2f}" for key in ("psnr_noisy", "psnr")]
+                similarities = [f"{row[key]:.4f}" for key in ("ssim_noisy", "ssim")]
+                table.add_row(name, str(len(row["images"])), level, *decibels, *similarities)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if json_file is not None:
+        settings = {"seed": seed, "gray": gray, "pairs": pairs}
+        document = evaluation.results_document(model, network, settings, sets)
+        write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _shower(status: Any, folder: Path) -> Callable[[str], None]:
+    return lambda name: status.update(f"{folder.name}: {name}")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions, devices, CPU features, and which backends can run and why the others cannot."""
+    from fastden.info import as_text, collect
+
+    report = collect()
+    typer.echo(json.dumps(report, indent=2) if as_json else as_text(report))
+
+
+@app.command("build")
+def build_extension(
+    force: Annotated[bool, typer.Option("--force", help="Build even what is built already.")] = False,
+) -> None:
+    """Build the CUDA C++ kernels for the PyTorch and the GPUs that are here; TORCH_CUDA_ARCH_LIST names others."""
+    from fastden.cuda.build import BuildError
+    from fastden.cuda.extension import build_here
+
+    try:
+        build_here(typer.echo, force)
+    except BuildError as error:
+        typer.echo(error.output, err=True, nl=bool(error.output))
+        raise UserError(f"build: {error}") from error
+
+
+@app.command()
+def models() -> None:
+    """List the models that come with the package."""
+    from fastden.network.hub import models as bundled
+
+    found = bundled()
+    width = max(map(len, found), default=0)
+    for name, folder in found.items():
+        typer.echo(f"{name:<{width}}  {_summary(folder / 'README.md')}")
+    if not found:
+        typer.echo("no models are bundled with this installation; --model takes a folder or a Hugging Face Hub id")
+
+
+def _summary(card: Path) -> str:
+    """The first sentence of a model card's text, behind its header and its titles."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except OSError:
+        return "(no model card)"
+    if text.startswith("---"):
+        text = text.split("---", 2)[-1]
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    first = next((part for part in paragraphs if part and part[0] not in "#|!<["), "(empty model card)")
+    return first.split(". ")[0].rstrip(".")
+
+
+@app.command(cls=takes_several("--set", lambda word: "=" in word and not word.startswith("-")))
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of the run.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, overrides the file; several may follow.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    accelerator: Annotated[str, typer.Option(help="As Lightning's: auto, cpu, gpu, ...")] = "auto",
+    devices: Annotated[str, typer.Option(help="As Lightning's: auto, a count, a list.")] = "auto",
+) -> None:
+    """Train a denoiser, alone or jointly with a frozen network (needs pip install 'fastden[train]')."""
+    try:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from fastden.training.config import load_config
+        from fastden.training.trainer import train as run
+    except ModuleNotFoundError as error:
+        raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
+    settings = load_config(config, changes or [])
+    with naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
+        folder = run(settings, resume=resume, accelerator=accelerator, devices=devices)
+    say(f"model written to {folder}")

@@ -1,0 +1,138 @@
+"""Arguments of the commands: their types, how they are read, and how a mistake in one is told."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from fastden.cli.console import say
+from fastden.errors import UserError, in_one_line
+
+
+class OneLineErrors(TyperGroup):
+    """Turns the user's mistakes into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # typer ends quietly then
+                raise
+            say(f"error: {in_one_line(error)}", error=True)
+            raise typer.Exit(1) from error
+
+
+def takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperCommand]:
+    """A command whose ``option`` takes every following word that ``belongs`` says is a value of it."""
+
+    class Several(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            expanded: list[str] = []
+            inside = False
+            for word in args:
+                if inside and expanded[-1] != option and belongs(word):
+                    expanded.append(option)
+                elif word == "--":
+                    return super().parse_args(ctx, expanded + args[args.index("--") :])
+                elif inside and expanded[-1] != option:
+                    inside = False
+                inside = inside or word == option or word.startswith(f"{option}=")
+                expanded.append(word)
+            return super().parse_args(ctx, expanded)
+
+    return Several
+
+
+@contextmanager
+def naming(what: str = "", errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turns an argument's ValueError or TypeError, or what a model's files cause, into the user's error.
+
+    Args:
+        what: to begin the message with, unless it does so already.
+        errors: those that are the user's; the others are defects and pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        text = in_one_line(error)
+        raise UserError(text if text.startswith(what) else f"{what}: {text}") from error
+
+
+def is_number_list(word: str) -> bool:
+    """Whether a word is a number, or several between commas."""
+    if os.path.isdir(word):  # a folder may be named 25
+        return False
+    try:
+        return all(math.isfinite(float(part)) for part in word.split(","))
+    except ValueError:
+        return False
+
+
+ModelOption = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hugging Face Hub id.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default CUDA if there is any.")
+]
+
+
+class Format(str, Enum):
+    """Formats that can be written."""
+
+    jpeg = "jpeg"
+    png = "png"
+    tiff = "tiff"
+    webp = "webp"
+    avif = "avif"
+
+
+class Engine(str, Enum):
+    """What a run over many files runs on."""
+
+    local = "local"
+    ray = "ray"
+
+
+class Dtype(str, Enum):
+    """Dtypes to compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+def parse_sigma(text: str) -> Literal["auto"] | float:
+    """A noise level, or auto."""
+    return "auto" if text == "auto" else parse_level(text, "auto, or a number from 0 to 255")
+
+
+def parse_level(text: str, accepted: str) -> float:
+    """A noise level on the 0-255 scale; ``accepted`` says to the user what may stand there."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 255:
+        raise UserError(f"sigma: {text!r}; accepted: {accepted}")
+    return value
+
+
+def parse_tile(text: str) -> Literal["auto"] | int | None:
+    """The side of tiles in pixels, auto, or None."""
+    if text == "auto":
+        return "auto"
+    if text == "none":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"tile: {text!r}; accepted: auto, none, or pixels")
+    return int(text)

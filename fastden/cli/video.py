@@ -1,0 +1,84 @@
+"""``fastden denoise`` of a video: whether it is one, progress, and the summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastden.cli.console import say
+from fastden.errors import UserError
+from fastden.video.copy import ESTIMATED, denoise_video, is_video
+
+
+def is_one_video(inputs: list[str], crf: int | None, others: list[str]) -> bool:
+    """Whether the input is a video file.
+
+    Args:
+        inputs: of the command. Videos inside folders are no input, as all files that are no images.
+        crf: the option, which is a video's.
+        others: options that were given and are for images.
+
+    Raises:
+        UserError: a video together with other inputs, or options that do not belong together.
+    """
+    videos = [name for name in inputs if is_video(name) and not Path(name).is_dir()]
+    if videos and len(inputs) > 1:
+        raise UserError(f"input: {videos[0]} with {len(inputs) - 1} more; accepted: a video alone, or images")
+    if crf is not None and not videos:
+        raise UserError(f"crf: {crf}, but the input is no video; accepted: with a video")
+    if videos and others:
+        raise UserError(f"{others[0]}: given with a video; accepted: with images")
+    return bool(videos)
+
+
+def run_video(
+    source: Path,
+    output: Path,
+    sigma: float | Literal["auto"],
+    load: Callable[[bool], Any],
+    *,
+    crf: int | None,
+    overwrite: bool,
+    options: dict[str, Any],
+) -> None:
+    """Denoise ``source`` into the file or folder ``output`` with a progress bar, and print what was done."""
+    target = output if output.suffix and not output.is_dir() else output / source.name
+    made = not target.parent.exists()
+    if made:
+        target.parent.mkdir(parents=True)
+    console = Console(stderr=True)
+    columns = (TextColumn("frame"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, redirect_stdout=False)
+    start = time.perf_counter()
+    try:
+        with bar:
+            task = bar.add_task("denoising", total=None)
+            result = denoise_video(
+                source,
+                target,
+                sigma,
+                load,
+                crf=crf,
+                overwrite=overwrite,
+                progress=lambda done, total: bar.update(task, completed=done, total=max(total, done) or None),
+                **options,
+            )
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                target.parent.rmdir()
+        raise
+    seconds = time.perf_counter() - start
+    looked = min(ESTIMATED, result.frames)
+    held = f" (estimated on the first {looked} frames)" if sigma == "auto" else ""
+    level = "" if result.sigma is None else f", sigma {result.sigma:.1f}{held}"
+    say(f"{source} -> {target}, {result.frames} frames of {result.width} x {result.height}{level}")
+    for note in result.notes:
+        say(f"note: {target}: {note}", error=True)
+    say(f"{seconds:.2f} s ({result.frames / seconds:.2f} frames/s, decoded and encoded)")

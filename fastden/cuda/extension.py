@@ -1,0 +1,189 @@
+"""The CUDA extension: where it is, whether it fits the PyTorch that is there, and loading it, at its first use.
+
+It comes with the installation (``FASTDEN_BUILD=cuda pip install ...``), or from ``fastden build``, which compiles it
+into the user's cache. Beside each library lies a description of what it was built for: a library of another PyTorch
+would fail with undefined symbols, which tell a user nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import util
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+from fastden.cuda import build
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+_config: dict[str, Any] | None = None
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Library:
+    """A built extension.
+
+    Args:
+        path: of the library.
+        description: what it says of itself.
+    """
+
+    path: Path
+    description: dict[str, Any]
+
+    def why_not(self) -> list[str]:
+        """Why it does not fit what is here; nothing where it does."""
+        here = build.environment()
+        own = {key: str(self.description.get(key, "unknown")) for key in here}
+        if (own["torch"], own["cuda"]) != (here["torch"], here["cuda"]):
+            there = f"built for torch {own['torch']} / CUDA {own['cuda']}"
+            return [f"{there}; this is torch {here['torch']} / CUDA {here['cuda']}; run `fastden build`"]
+        if own["python"] != here["python"]:
+            return [f"built for Python {own['python']}; this is {here['python']}; run `fastden build`"]
+        return []
+
+
+def sources() -> Path | None:
+    """The folder of the extension's sources: inside an installation, beside the package in a checkout."""
+    places = (PACKAGE / "_csrc", PACKAGE.parent / "csrc")
+    return next((place for place in places if (place / "bindings.cpp").is_file()), None)
+
+
+def cache() -> Path:
+    """The folder under which ``fastden build`` keeps what it builds."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is None:
+        variable = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
+        root = os.environ.get(variable) or str(Path.home() / ".cache")
+    return Path(root) / "fastden"
+
+
+def build_here(say: Callable[[str], None] = lambda text: None, force: bool = False) -> Path:
+    """Build the extension for the PyTorch and the GPUs that are here, into the cache, where that is not done already.
+
+    Args:
+        say: told what happens.
+        force: build even so.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        fastden.cuda.build.BuildError: something is missing, or a compiler failed.
+    """
+    source, toolkit = sources(), build.find_toolkit()
+    reasons = build.missing(toolkit) + ([] if source else ["this installation has no CUDA sources"])
+    if reasons or source is None or toolkit is None:
+        raise build.BuildError("; ".join(reasons))
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    listed = build.ask_nvcc(toolkit, "--list-gpu-arch")
+    capabilities = [torch.cuda.get_device_capability(index) for index in devices]
+    wanted = build.plan(source, build.choose_architectures(os.environ, listed, capabilities), toolkit=toolkit)
+    folder = cache() / wanted.key(build.environment())
+    library = folder / f"{build.NAME}.so"
+    if library.is_file() and (folder / build.DESCRIPTION).is_file() and not force:
+        say(f"built already: {library}")
+        return library
+    say(
+        f"building {len(wanted.sources)} sources for {', '.join(wanted.architectures)} with"
+        f" {build.jobs(os.environ, os.cpu_count() or 1, build.free_memory())} compilers at once: this takes minutes"
+    )
+    library = build.build(wanted, folder)
+    say(f"built {library}")
+    return library
+
+
+def libraries() -> Iterator[Library]:
+    """Everything that is built, what came with the installation first, then the newest."""
+    found = [PACKAGE / f"{build.NAME}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    cached = list(cache().glob(f"*/{build.NAME}.so"))
+    found += sorted(cached, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        description = path.parent / build.DESCRIPTION
+        if path.is_file() and description.is_file():
+            try:
+                yield Library(path, json.loads(description.read_text()))
+            except (OSError, ValueError):  # a damaged description is none
+                continue
+
+
+def find() -> tuple[Library | None, list[str]]:
+    """The library to load; or None, and why there is none."""
+    source = sources()
+    digest = None if source is None else build.digest([source])
+    reasons: list[str] = []
+    for library in libraries():
+        if digest is not None and library.description.get("sources") != digest:
+            reasons.append("built from other sources than these; run `fastden build`")
+            continue
+        unfit = library.why_not()
+        if not unfit:
+            return library, []
+        reasons += unfit
+    if reasons:
+        # Of another PyTorch is what a user should hear of; of older sources is what a cache is full of.
+        return None, [next((reason for reason in reasons if "built for" in reason), reasons[0])]
+    lacking = build.missing(build.find_toolkit())
+    return None, ["not built; run `fastden build`" + (f", which needs: {'; '.join(lacking)}" if lacking else "")]
+
+
+def load(library: Path | None = None) -> dict[str, Any]:
+    """Load the extension, which registers its operators as ``torch.ops.fastden_cuda``; once in a process.
+
+    Args:
+        library: which; None for what :func:`find` finds.
+
+    Returns:
+        What it was built with and for.
+
+    Raises:
+        RuntimeError: there is none that fits, or it cannot be loaded, with the reason.
+    """
+    global _config  # noqa: PLW0603 - a process loads one extension: operators register once
+    with _lock:
+        if _config is not None:
+            return _config
+        if library is None:
+            found, reasons = find()
+            if found is None:
+                raise RuntimeError("; ".join(reasons))
+            library = found.path
+        import torch  # noqa: F401 - its libraries are those that the extension needs
+
+        spec = util.spec_from_file_location(f"fastden.{build.NAME}", library)
+        assert spec is not None
+        assert spec.loader is not None
+        try:
+            module = util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except (ImportError, OSError) as error:
+            raise RuntimeError(f"{library} cannot be loaded ({error}); run `fastden build --force`") from error
+        from fastden.ops._dispatch import register_shapes
+
+        register_shapes("fastden_cuda")
+        _config = dict(module.build_config())
+        return _config
+
+
+def why_not() -> list[str]:
+    """Why the extension cannot be used here, whatever the inputs; nothing where it can. Loads it."""
+    if _config is not None:
+        return []
+    try:
+        load()
+    except RuntimeError as error:
+        return [str(error)]
+    return []
+
+
+def emulated() -> bool:
+    """Whether the extension that is loaded runs its kernels on the CPU."""
+    return _config is not None and bool(_config["emulated"])

@@ -1,0 +1,80 @@
+"""What the CUDA C++ kernels can do: the limits of ``csrc/fastden.h``, as reasons that name the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastden.cuda import extension
+from fastden.cuda.build import covers, name_of
+
+#: Whole fragments of the matrix instructions, in channels.
+FRAGMENT = 8
+MAPS = 16
+BLOCK = 32
+MIDDLES = (32, 64)
+IMAGE_CHANNELS = 4
+STEM_OUTPUTS = 128
+SMALLEST_CAPABILITY = (8, 0)
+
+
+def why_not(operator: str, **tensors: Tensor) -> list[str]:
+    """Why the kernel of ``operator`` cannot do these inputs; nothing where it can."""
+    return _why_not_device(next(iter(tensors.values())).device) + LIMITS[operator](**tensors)
+
+
+def _why_not_device(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []  # another reason already, or the emulated build
+    capability = torch.cuda.get_device_capability(device)
+    reason = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < SMALLEST_CAPABILITY:
+        return [f"{reason}; accepted: from 8.0 on"]
+    built = extension.load()["architectures"]
+    if not covers(built, capability):
+        advice = f"run `fastden build` with TORCH_CUDA_ARCH_LIST={name_of(capability)}"
+        return [f"{reason}; built for {', '.join(built)}: {advice}"]
+    return []
+
+
+def _channels(name: str, value: int, of: int, most: int | None = None) -> list[str]:
+    if value > 0 and value % of == 0 and (most is None or value <= most):
+        return []
+    return [f"{name}: {value}; accepted: a multiple of {of}" + ("" if most is None else f" up to {most}")]
+
+
+def _any(**_: Tensor) -> list[str]:
+    return []  # the bindings fill channels up to whole fragments
+
+
+def _bottleneck(x: Tensor, reduce: Tensor, **_: Tensor) -> list[str]:
+    reasons = _channels("x's channels", x.shape[1], BLOCK)
+    if reduce.shape[0] not in MIDDLES:
+        reasons.append(f"reduce's outputs: {reduce.shape[0]}; accepted: {', '.join(map(str, MIDDLES))}")
+    return reasons
+
+
+def _image(x: Tensor) -> list[str]:
+    if x.shape[1] <= IMAGE_CHANNELS:
+        return []
+    return [f"x's channels: {x.shape[1]}; accepted: up to {IMAGE_CHANNELS}"]
+
+
+def _stem(x: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
+    return _image(x) + _channels("weight's outputs", weight.shape[1], FRAGMENT, STEM_OUTPUTS)
+
+
+def _head(features: Tensor, x: Tensor, **_: Tensor) -> list[str]:
+    return _channels("features' channels", features.shape[1], MAPS) + _image(x)
+
+
+LIMITS: dict[str, Callable[..., list[str]]] = {
+    "bottleneck": _bottleneck,
+    "concat_conv_bn_relu": _any,
+    "conv_bn_relu": _any,
+    "head": _head,
+    "stem": _stem,
+    "upsample": _any,
+}

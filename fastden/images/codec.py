@@ -1,0 +1,377 @@
+"""Image files through libvips: pixels at their own depth, alpha, colour profile and metadata in; the same out.
+
+Writing is all or nothing: a file appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastden.errors import UserError
+from fastden.images.encoding import check_alpha, check_pages, described, plan_encoding, plan_saving
+from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
+from fastden.images.pixels import Array, check_floats, to_dtype
+from fastden.images.whole_files import check_target, reason, write_bytes
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "METADATA",
+    "SUFFIXES",
+    "ImageFile",
+    "check_alpha",
+    "check_target",
+    "decode_image",
+    "encode_image",
+    "format_for",
+    "read_image",
+    "write_bytes",
+    "write_image",
+]
+
+#: File name suffixes and the formats that they stand for: what can be written, and what is looked for in a folder.
+SUFFIXES = {
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".jpe": "jpeg",
+    ".jfif": "jpeg",
+    ".png": "png",
+    ".tif": "tiff",
+    ".tiff": "tiff",
+    ".webp": "webp",
+    ".avif": "avif",
+}
+FORMATS = ("jpeg", "png", "tiff", "webp", "avif")
+#: Images with more pixels are refused, so that a small file cannot claim all memory.
+MAX_PIXELS = 500_000_000
+
+#: libvips' names of the header fields that go from a file to its denoised copy.
+METADATA = (
+    "orientation",
+    "exif-data",
+    "icc-profile-data",
+    "xmp-data",
+    "iptc-data",
+    "photoshop-data",
+    "image-description",
+    "resolution-unit",
+    "xres",
+    "yres",
+)
+_LOADERS = {"uhdr": "jpeg"}
+_OTHER_SPACES = ("lab", "labs", "xyz", "lch", "cmc", "hsv", "yxy", "fourier", "matrix")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A decoded image file.
+
+    Attributes:
+        pixels: (H, W, C), C 1 (gray) or 3 (RGB); uint8, uint16, or float32 on the scale [0, 1]. As stored: where
+            ``metadata["orientation"]`` is not 1, the picture is shown turned (:meth:`upright`). The pages of a file of
+            several lie one below the other (:meth:`split`).
+        alpha: (H, W) in the dtype of ``pixels``, or None.
+        format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif``, or what libvips calls it.
+        bits: significant bits a channel: 8, 10, 12, 16 or 32; 0 stands for all that the dtype has.
+        lossless: whether the file stores its pixels without loss.
+        metadata: header fields by libvips' names (:data:`METADATA`): EXIF, ICC profile, XMP, IPTC, resolution,
+            orientation.
+        notes: what a user should know of the reading, such as a conversion.
+        pages: of the file, all of one size.
+    """
+
+    pixels: Array
+    alpha: Array | None = None
+    format: str = "png"
+    bits: int = 0
+    lossless: bool = True
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    pages: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.bits:
+            object.__setattr__(self, "bits", 8 * self.pixels.dtype.itemsize)
+
+    def split(self) -> list[Array]:
+        """The pixels of each page, (H, W, C)."""
+        return np.split(self.pixels, self.pages)
+
+    def upright(self) -> ImageFile:
+        """The same picture with its orientation applied to the pixels, and the tag set to say so."""
+        orientation = int(self.metadata.get("orientation", 1))
+        if orientation in (0, 1):
+            return self
+        alpha = None if self.alpha is None else _turned(self.alpha, orientation, self.pages)
+        metadata = {**self.metadata, "orientation": 1}
+        if orientation >= 5 and {"xres", "yres"} <= metadata.keys():
+            metadata["xres"], metadata["yres"] = metadata["yres"], metadata["xres"]
+        return replace(self, pixels=_turned(self.pixels, orientation, self.pages), alpha=alpha, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of an image file before its pixels are decoded.
+
+    Attributes:
+        width, height: pixels, of a page.
+        channels: 1 or 3.
+        has_alpha: whether an alpha channel follows them.
+        dtype: of the decoded values.
+        format, bits, lossless, metadata, notes, pages: as of :class:`ImageFile`.
+    """
+
+    width: int
+    height: int
+    channels: int
+    has_alpha: bool
+    dtype: np.dtype[Any]
+    format: str
+    bits: int
+    lossless: bool
+    metadata: Mapping[str, Any]
+    notes: tuple[str, ...]
+    pages: int = 1
+
+    @property
+    def bands(self) -> int:
+        """Channels, alpha included."""
+        return self.channels + self.has_alpha
+
+    @property
+    def nbytes(self) -> int:
+        """Of the decoded values, alpha included."""
+        return self.pages * self.width * self.height * self.bands * self.dtype.itemsize
+
+
+def _turned(array: Array, orientation: int, pages: int = 1) -> Array:
+    """(H, W, ...) with EXIF orientation 2 to 8 undone, page by page."""
+    if pages > 1:
+        return np.concatenate([_turned(page, orientation) for page in np.split(array, pages)])
+    mirrored = {2: array[:, ::-1], 4: array[::-1], 5: array.swapaxes(0, 1), 7: array[::-1, ::-1].swapaxes(0, 1)}
+    turns = {3: 2, 6: -1, 8: 1}
+    turned = np.rot90(array, turns[orientation]) if orientation in turns else mirrored.get(orientation, array)
+    return np.ascontiguousarray(turned)
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> ImageFile:
+    """Decode an image file.
+
+    Gray stays gray, a palette becomes RGB, 1-bit becomes 8-bit gray, CMYK becomes sRGB (with a note), float16 becomes
+    float32. The EXIF orientation is not applied to the pixels (but AVIF's own rotation is: libvips does it).
+
+    Args:
+        path: of the file.
+        max_pixels: more are refused, all pages together.
+        several: take TIFFs of several pages, which have to be of one size, depth and colour space.
+
+    Raises:
+        UserError: missing, empty, truncated, corrupt or no image; several pages; more than ``max_pixels``; not 1 or 3
+            channels plus alpha; integers of other than 8 or 16 bits unsigned; NaN, infinity or a scale other than
+            [0, 1] in a floating image. The message begins with the path.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from error
+    try:
+        return decode_image(data, max_pixels=max_pixels, several=several)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> ImageFile:
+    """Decode the bytes of an image file; see :func:`read_image`."""
+    vips = load_vips()
+    if not data:
+        raise UserError("the file is empty")
+    with vips_errors():
+        options = {"access": "sequential", "fail_on": "error"}
+        image, header = open_image(vips.Image.new_from_buffer(data, "", **options), data, max_pixels, several)
+        if header.pages > 1:
+            try:
+                image = vips.Image.new_from_buffer(data, "", n=-1, **options)
+            except vips.Error as error:
+                raise UserError(f"{header.pages} pages ({detail(error)}); accepted: pages that are alike") from error
+            image, _ = open_image(image, data, max_pixels, several)
+        # Not image.numpy(): it drops the dimensions of one-pixel images.
+        shape = (image.height, image.width, image.bands)
+        values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
+    if values.dtype.kind == "f":
+        values = values.astype(np.float32, copy=False)
+        check_floats(values, UserError)
+    pixels, alpha = values, None
+    if header.has_alpha:
+        pixels, alpha = np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])
+    known = (header.format, header.bits, header.lossless, header.metadata, header.notes, header.pages)
+    return ImageFile(pixels, alpha, *known)
+
+
+def open_image(image: Any, data: bytes, max_pixels: int, several: bool = False) -> tuple[Any, Header]:
+    """An image that libvips has opened: checked, CMYK converted, and its header.
+
+    Args:
+        image: of pyvips; its pixels are not decoded here.
+        data: the file's bytes; of formats other than WebP they are not looked at.
+        max_pixels, several: as in :func:`read_image`.
+
+    Raises:
+        UserError: an image that :func:`read_image` refuses.
+    """
+    fields = set(image.get_fields())
+    loader = image.get("vips-loader").replace("_buffer", "").replace("_source", "").replace("load", "")
+    format_name = "avif" if loader == "heif" else _LOADERS.get(loader, loader)
+    pages = int(image.get("n-pages")) if "n-pages" in fields else 1
+    if pages > 1:
+        _check_pages(pages, format_name, several)
+    height = image.get_page_height()
+    _check_header(image, pages * height, max_pixels)
+    bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 0
+    metadata = {name: image.get(name) for name in METADATA if name in fields}
+    notes = []
+    if image.interpretation == "cmyk":
+        depth = 8 if image.format == "uchar" else 16
+        image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
+        metadata["icc-profile-data"] = image.get("icc-profile-data")
+        notes.append("CMYK is converted to sRGB")
+    if "gainmap-data" in fields:
+        notes.append("the HDR gain map is not kept")
+    if pages > 1:
+        notes.append(f"{pages} pages: all get the metadata of the first")
+    if "exif-data" in metadata:
+        # Where the loader has turned the picture already, EXIF must not turn it again.
+        metadata.setdefault("orientation", 1)
+    dtype = np.dtype(VIPS_DTYPES[image.format])
+    if dtype.kind == "f":
+        dtype, bits = np.dtype(np.float32), 32
+    elif dtype == np.uint8:
+        bits = 8
+    channels, has_alpha = _channels(image.bands, bool(image.hasalpha()))
+    header = Header(
+        width=image.width,
+        height=height,
+        channels=channels,
+        has_alpha=has_alpha,
+        dtype=dtype,
+        format=format_name,
+        bits=bits or 8 * dtype.itemsize,
+        lossless=_is_lossless(format_name, data),
+        metadata=metadata,
+        notes=tuple(notes),
+        pages=pages,
+    )
+    return image, header
+
+
+def _check_pages(pages: int, format_name: str, several: bool) -> None:
+    if format_name != "tiff":
+        raise UserError(f"{pages} pages, in a file that is no TIFF; accepted: one page")
+    if not several:
+        raise UserError(f"{pages} pages; accepted: one page here, several with BatchDenoiser and the command")
+
+
+def _check_header(image: Any, rows: int, max_pixels: int) -> None:
+    if image.width * rows > max_pixels:
+        limit = f"at most {max_pixels / 1e6:g} megapixels (max_pixels; --max-megapixels of the command)"
+        raise UserError(f"{image.width} x {rows} pixels; accepted: {limit}")
+    if image.coding != "none" or image.interpretation in _OTHER_SPACES:
+        raise UserError(f"colour space {image.interpretation}; accepted: gray, RGB, CMYK")
+    if image.format not in VIPS_DTYPES:
+        raise UserError(f"pixels of type {image.format}; accepted: 8 or 16 bits unsigned, or floating")
+
+
+def _channels(bands: int, has_alpha: bool) -> tuple[int, bool]:
+    """Channels of the image itself, and whether alpha follows them."""
+    # What libvips calls alpha in three channels is the third of a TIFF that does not say RGB.
+    if bands not in (1, 3, 4) and not (bands == 2 and has_alpha):
+        raise UserError(f"{bands} channels; accepted: 1 or 3, with or without alpha")
+    return (bands, False) if bands in (1, 3) else (bands - 1, True)
+
+
+def _is_lossless(format_name: str, data: bytes) -> bool:
+    if format_name != "webp":
+        return format_name in ("png", "tiff", "gif")
+    position = 12
+    while position + 8 <= len(data):
+        name, size = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8L"
+        position += 8 + size + size % 2
+    return False
+
+
+def format_for(path: str | Path, format_name: str | None = None) -> str:
+    """The format to write ``path`` in: the one asked for, else by the suffix.
+
+    Raises:
+        UserError: an unknown format or suffix, or a suffix that says another format.
+    """
+    suffix = Path(path).suffix.lower()
+    by_suffix = SUFFIXES.get(suffix)
+    if format_name is not None and format_name not in FORMATS:
+        raise UserError(f"format: {format_name!r}; accepted: {', '.join(FORMATS)}")
+    if by_suffix is None:
+        raise UserError(f"{path}: cannot write {suffix or 'a file without suffix'}; accepted: {', '.join(SUFFIXES)}")
+    if format_name is not None and format_name != by_suffix:
+        raise UserError(f"{path}: the suffix says {by_suffix}, format says {format_name}; accepted: the same")
+    return by_suffix
+
+
+def write_image(
+    path: str | Path, image: ImageFile, *, overwrite: bool = False, strip: bool = False, format_name: str | None = None
+) -> list[str]:
+    """Encode and write an image file; nothing half-written is left behind, whatever happens.
+
+    Formats: JPEG quality 95 without chroma subsampling; PNG; TIFF, deflate; WebP lossless where the source was, else
+    quality 95; AVIF quality 90 without chroma subsampling. JPEG and WebP hold 8 bits, PNG 16, AVIF 12, TIFF all: deeper
+    pixels are rounded, with a note. EXIF is not written to TIFF, a limit of libvips, with a note.
+
+    Args:
+        path: its suffix chooses the format; the folder must exist.
+        image: what to write; ``image.format`` and ``image.notes`` play no part.
+        overwrite: replace an existing file.
+        strip: leave out EXIF, XMP, IPTC and comments. The orientation is then applied to the pixels; the ICC profile
+            is kept, because colours would change without it.
+        format_name: must agree with the suffix.
+
+    Returns:
+        Notes for the user on what was lost; empty if nothing.
+
+    Raises:
+        UserError: the path or the encoding is impossible, or the disk is full or read-only.
+    """
+    check_target(path, overwrite)
+    try:
+        data, notes = encode_image(image, format_for(path, format_name), strip=strip)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    write_bytes(Path(path), data)
+    return notes
+
+
+def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> tuple[bytes, list[str]]:
+    """The bytes of a file in ``format_name``, and notes on what was lost; see :func:`write_image`."""
+    vips = load_vips()
+    if strip:
+        image = image.upright()
+    check_alpha(image.alpha is not None, format_name)
+    check_pages(image.pages, format_name)
+    shape = image.pixels.shape[2], image.pixels.dtype, image.bits
+    dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name, strip=strip)
+    planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
+    planes = np.ascontiguousarray(to_dtype(planes, dtype))
+    height, width, bands = planes.shape
+    saver, options = plan_saving(format_name, dtype, planes.nbytes, image.bits, image.lossless, strip=strip)
+    if image.pages > 1:
+        options["page_height"] = height // image.pages
+    try:
+        encoded = vips.Image.new_from_memory(planes.data, width, height, bands, VIPS_FORMATS[dtype])
+        return getattr(described(encoded, metadata, strip=strip), f"{saver}_buffer")(**options), notes
+    except vips.Error as error:
+        raise UserError(f"cannot be written as {format_name} ({detail(error)})") from error

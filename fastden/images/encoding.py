@@ -1,0 +1,99 @@
+"""How an image is written in each format: what it holds, what is lost, and libvips' options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastden.errors import UserError
+from fastden.images.libvips import load_vips
+
+INTERPRETATIONS = {"uchar": ("b-w", "srgb"), "ushort": ("grey16", "rgb16"), "float": ("b-w", "scrgb")}
+
+
+def check_alpha(has_alpha: bool, format_name: str) -> None:
+    """Raise UserError where an image has an alpha channel and the format has none."""
+    if has_alpha and format_name == "jpeg":
+        accepted = "png, tiff, webp or avif (by the suffix, or --format of the command)"
+        raise UserError(f"JPEG has no alpha channel; accepted: {accepted}")
+
+
+def check_pages(pages: int, format_name: str) -> None:
+    """Raise UserError where an image has several pages and the format one."""
+    if pages > 1 and format_name != "tiff":
+        raise UserError(f"{pages} pages, which {format_name} has not; accepted: tiff (by the suffix, or --format)")
+
+
+def plan_encoding(
+    channels: int, dtype: np.dtype[Any], bits: int, metadata: Mapping[str, Any], format_name: str, *, strip: bool
+) -> tuple[np.dtype[Any], dict[str, Any], list[str]]:
+    """What a file in ``format_name`` holds of an image: the dtype of its values, its metadata, and notes on the rest.
+
+    Args:
+        channels, dtype, bits, metadata: of the image, as in :class:`Header`.
+        format_name, strip: as in :func:`encode_image`.
+    """
+    kept = dict(metadata)
+    notes = []
+    most = {"jpeg": 8, "webp": 8, "png": 16, "avif": 12, "tiff": 32}[format_name]
+    if bits > most:
+        kind = "floating" if bits == 32 else f"{bits}-bit"
+        notes.append(f"{kind} values are rounded to the {most} bits of {format_name} (tiff keeps them)")
+    if most == 8:
+        dtype = np.dtype(np.uint8)
+    elif most < 32 and dtype == np.float32:
+        dtype = np.dtype(np.uint16)
+    if format_name in ("webp", "avif") and channels == 1 and _profile_space(kept) == b"GRAY":
+        del kept["icc-profile-data"]
+        notes.append(f"the gray ICC profile is not kept: {format_name} stores gray as RGB")
+    if format_name == "tiff" and not strip and "exif-data" in kept:
+        notes.append("EXIF is not written to TIFF (ICC, XMP and IPTC are)")
+    return dtype, kept, notes
+
+
+def _profile_space(metadata: Mapping[str, Any]) -> bytes:
+    return bytes(metadata.get("icc-profile-data", b""))[16:20]
+
+
+def described(image: Any, metadata: Mapping[str, Any], *, strip: bool) -> Any:
+    """A pyvips image with its colour space and metadata set."""
+    vips = load_vips()
+    image = image.copy(
+        interpretation=INTERPRETATIONS[image.format][int(image.bands > 2)],
+        xres=metadata.get("xres", 1.0),
+        yres=metadata.get("yres", 1.0),
+    )
+    types = {bytes: vips.GValue.blob_type, int: vips.GValue.gint_type, str: vips.GValue.refstr_type}
+    for name, value in metadata.items():
+        if name not in ("xres", "yres") and (not strip or name == "icc-profile-data"):
+            image.set_type(types[type(value)], name, value)
+    return image
+
+
+def plan_saving(
+    format_name: str, dtype: np.dtype[Any], nbytes: int, bits: int, lossless: bool, *, strip: bool
+) -> tuple[str, dict[str, Any]]:
+    """The operation of libvips that writes a file, and its options.
+
+    Args:
+        format_name, strip: as in :func:`encode_image`.
+        dtype, nbytes: of the values to write.
+        bits, lossless: as in :class:`Header`.
+    """
+    keep = "icc" if strip else "all"
+    if format_name == "jpeg":
+        return "jpegsave", {"Q": 95, "subsample_mode": "off", "optimize_coding": True, "keep": keep}
+    if format_name == "png":
+        return "pngsave", {"compression": 6, "keep": keep}
+    if format_name == "webp":
+        quality = {"lossless": True, "exact": True} if lossless else {"Q": 95, "smart_subsample": True}
+        return "webpsave", {**quality, "keep": keep}
+    if format_name == "avif":
+        depth = 8 if dtype == np.uint8 else min(bits, 12)
+        return "heifsave", {"compression": "av1", "Q": 90, "subsample_mode": "off", "bitdepth": depth, "keep": keep}
+    # The floating predictor compresses better, but few other readers know it.
+    predictor = "none" if dtype == np.float32 else "horizontal"
+    large = nbytes > 2**32 - 2**25
+    return "tiffsave", {"compression": "deflate", "predictor": predictor, "bigtiff": large, "keep": keep}

@@ -1,0 +1,295 @@
+"""Image files read and written from top to bottom, a strip of rows at a time, in memory that does not grow."""
+
+from __future__ import annotations
+
+import os
+import queue
+import struct
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastden.errors import UserError
+from fastden.images.codec import MAX_PIXELS, Header, open_image
+from fastden.images.encoding import described, plan_saving
+from fastden.images.libvips import detail, load_vips, vips_errors
+from fastden.images.noise import sample_windows, sigma_of_samples
+from fastden.images.pixels import Array, check_floats
+from fastden.images.whole_files import reason
+
+#: Rows that are asked of libvips at a time.
+CHUNK = 64
+#: Side of the tiles of a TIFF that is written strip by strip.
+TIFF_TILE = 256
+#: Rows of a strip of the uncompressed TIFF through which rows travel to libvips.
+_ROWS = 16
+
+
+class StripReader:
+    """An image file whose rows are read once, in order.
+
+    Values and errors are those of :func:`fastden.images.codec.read_image`.
+
+    Args:
+        path: of the file.
+        max_pixels: as in :func:`fastden.images.codec.read_image`.
+        several: take TIFFs of several pages, of which the first is read.
+
+    Attributes:
+        header: what the file says before its pixels are decoded.
+    """
+
+    header: Header
+
+    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> None:
+        self.path = path
+        vips = load_vips()
+        try:
+            with open(path, "rb") as file:
+                head = file.read(12)
+                # Their decoders hold the whole image anyhow; libvips would map the file, and a file that shrinks while
+                # it is mapped ends the process.
+                whole = head[8:] == b"WEBP" or head[4:8] == b"ftyp"
+                data = head + file.read() if whole else head
+            if not head:
+                raise UserError("the file is empty")
+            with vips_errors():
+                options = {"access": "sequential", "fail_on": "error"}
+                if whole:
+                    image = vips.Image.new_from_buffer(data, "", **options)
+                else:
+                    # A source, not the file's name: of names libvips takes what is in brackets for options.
+                    image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(path)), "", **options)
+                image, self.header = open_image(image, data, max_pixels, several)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {reason(error)}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        self._region = vips.Region.new(image)
+        self._dtype = {"double": np.float64}.get(image.format, self.header.dtype)
+        self.position = 0
+
+    def read_into(self, rows: Array) -> None:
+        """Fill ``rows`` (n, W, bands, of the header's dtype) with the next rows of the file."""
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            try:
+                with vips_errors():
+                    data = self._region.fetch(0, self.position, self.header.width, len(part))
+                part[:] = np.frombuffer(data, self._dtype).reshape(part.shape)
+                if part.dtype.kind == "f":
+                    check_floats(part, UserError)
+            except UserError as error:
+                raise UserError(f"{self.path}: {error}") from error
+            self.position += len(part)
+
+    def read(self, count: int) -> Array:
+        """The next rows: (count, W, bands)."""
+        rows = np.empty((count, self.header.width, self.header.bands), self.header.dtype)
+        self.read_into(rows)
+        return rows
+
+
+def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> Header:
+    """What an image file says before its pixels are decoded; errors as of :func:`fastden.images.codec.read_image`."""
+    return StripReader(path, max_pixels=max_pixels, several=several).header
+
+
+def estimate_sigma_of_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> float:
+    """:func:`fastden.estimate_sigma` of an image file, in little memory."""
+    reader = StripReader(path, max_pixels=max_pixels)
+    header = reader.header
+    windows = sample_windows(header.height, header.width)
+    crops = [
+        np.empty((rows.stop - rows.start, columns.stop - columns.start, header.channels), header.dtype)
+        for rows, columns in windows
+    ]
+    last = max(rows.stop for rows, _ in windows)
+    while reader.position < last:
+        top = reader.position
+        chunk = reader.read(min(CHUNK, last - top))
+        for crop, (rows, columns) in zip(crops, windows, strict=True):
+            first, stop = max(rows.start, top), min(rows.stop, reader.position)
+            if first < stop:
+                part = chunk[first - top : stop - top, columns, : header.channels]
+                crop[first - rows.start : stop - rows.start] = part
+    return sigma_of_samples(crops)
+
+
+class StripWriter:
+    """An image file that is encoded while its rows arrive; libvips runs in a thread of its own.
+
+    Rows reach libvips as a TIFF without compression that exists only as a stream: the one format that it reads from a
+    stream in order at every depth, with alpha.
+
+    Args:
+        path: of the file, whatever its suffix.
+        shape: (H, W, bands).
+        dtype: of the rows.
+        format_name: to write in. WebP and AVIF encoders hold the whole image.
+        bits, lossless, metadata: as in :class:`fastden.images.codec.Header`.
+        strip: leave out metadata, as in :func:`fastden.images.codec.write_image`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: np.dtype[Any],
+        format_name: str,
+        *,
+        bits: int,
+        lossless: bool,
+        metadata: Mapping[str, Any],
+        strip: bool,
+    ) -> None:
+        self._path, self._format_name, self._dtype = path, format_name, dtype
+        self._metadata, self._strip = metadata, strip
+        height, width, bands = shape
+        self._saver, self._options = plan_saving(
+            format_name, dtype, height * width * bands * dtype.itemsize, bits, lossless, strip=strip
+        )
+        if format_name == "tiff":
+            self._options |= {"tile": True, "tile_width": TIFF_TILE, "tile_height": TIFF_TILE}
+        if format_name == "jpeg":
+            # Its second pass would hold the whole image's coefficients: 36 megapixels took 420 MiB with it, 9 without.
+            self._options["optimize_coding"] = False
+        self._stream = _Stream(_tiff_header(height, width, bands, dtype), height * width * bands * dtype.itemsize)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._save, name="fastden-strip-writer", daemon=True)
+        self._thread.start()
+
+    def _save(self) -> None:
+        vips = load_vips()
+        try:
+            source = vips.SourceCustom()
+            source.on_read(self._stream.read)
+            source.on_seek(self._stream.seek)
+            image = vips.Image.new_from_source(source, "", access="sequential", fail_on="error")
+            getattr(described(image, self._metadata, strip=self._strip), self._saver)(str(self._path), **self._options)
+        except vips.Error as error:
+            self._error = UserError(f"cannot be written as {self._format_name} ({detail(error)})")
+        except Exception as error:  # shown in the thread that waits for this one
+            self._error = error
+        finally:
+            self._stream.closed = True
+
+    def write(self, rows: Array) -> None:
+        """Hand over the next rows, (n, W, bands) of the writer's dtype; waits while the encoder is behind.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if not self._stream.put(np.ascontiguousarray(rows, self._dtype)):
+            self._thread.join()
+            raise self._error or UserError(f"cannot be written as {self._format_name}")
+
+    def close(self) -> None:
+        """Wait until the file is complete.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def abort(self) -> None:
+        """Give up; the file stays incomplete."""
+        self._stream.closed = True
+        self._thread.join()
+
+
+class _Stream:
+    """A file that libvips reads while it is made: a header, then rows, of which only the present block exists."""
+
+    def __init__(self, header: bytes, size: int) -> None:
+        self._header = header
+        self._length = len(header) + size
+        self._position = 0
+        self._block = memoryview(b"")
+        self._start = len(header)
+        self._blocks: queue.Queue[Array] = queue.Queue(maxsize=1)
+        self.closed = False
+
+    def put(self, rows: Array) -> bool:
+        """Hand rows over; False where nobody reads any more."""
+        while not self.closed:
+            try:
+                self._blocks.put(rows, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def seek(self, offset: int, whence: int) -> int:
+        self._position = offset + (0, self._position, self._length)[whence]
+        return self._position
+
+    def read(self, size: int) -> bytes | None:
+        """Up to ``size`` bytes; None at the end, where rows are gone, and after an abort.
+
+        libtiff takes fewer bytes than it asked for as an error, hence the loop.
+        """
+        parts = []
+        wanted = min(size, self._length - self._position)
+        while wanted > 0:
+            part = self._available()[:wanted]
+            if not part:
+                return None
+            parts.append(bytes(part))
+            self._position += len(part)
+            wanted -= len(part)
+        return b"".join(parts) or None
+
+    def _available(self) -> bytes | memoryview:
+        if self._position < len(self._header):
+            return self._header[self._position :]
+        while self._position >= self._start + len(self._block):
+            if self.closed:
+                return b""
+            try:
+                rows = self._blocks.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            self._start += len(self._block)
+            self._block = rows.reshape(-1).view(np.uint8).data
+        return self._block[self._position - self._start :] if self._position >= self._start else b""
+
+
+def _tiff_header(height: int, width: int, bands: int, dtype: np.dtype[Any]) -> bytes:
+    """Everything but the pixels of an uncompressed BigTIFF, little-endian, whose strips follow in order."""
+    row = width * bands * dtype.itemsize
+    counts = [min(_ROWS, height - top) * row for top in range(0, height, _ROWS)]
+    short, long, long8 = (3, "H"), (4, "I"), (16, "Q")
+    tags: list[tuple[int, tuple[int, str], list[int]]] = [
+        (256, long, [width]),
+        (257, long, [height]),
+        (258, short, [8 * dtype.itemsize] * bands),
+        (259, short, [1]),  # no compression
+        (262, short, [2 if bands > 2 else 1]),  # RGB, or gray with 0 for black
+        (273, long8, counts),  # offsets of the strips: filled in below, when the header's length is known
+        (277, short, [bands]),
+        (278, long, [_ROWS]),
+        (279, long8, counts),
+        (284, short, [1]),  # channels side by side
+        *([(338, short, [2])] if bands in (2, 4) else []),  # alpha, not multiplied in
+        (339, short, [3 if dtype.kind == "f" else 1] * bands),
+    ]
+    behind = 16 + 8 + 20 * len(tags) + 8
+    size = behind + sum(len(_packed(kind, values)) for _, kind, values in tags if len(_packed(kind, values)) > 8)
+    offsets = [size + _ROWS * row * index for index in range(len(counts))]
+    directory, extra = struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(tags)), b""
+    for tag, kind, values in tags:
+        data = _packed(kind, offsets if tag == 273 else values)
+        field = data.ljust(8, b"\0") if len(data) <= 8 else struct.pack("<Q", behind + len(extra))
+        extra += data if len(data) > 8 else b""
+        directory += struct.pack("<HHQ", tag, kind[0], len(values)) + field
+    return directory + struct.pack("<Q", 0) + extra
+
+
+def _packed(kind: tuple[int, str], values: list[int]) -> bytes:
+    return struct.pack(f"<{len(values)}{kind[1]}", *values)

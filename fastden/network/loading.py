@@ -1,0 +1,129 @@
+"""From the words that a user gives (a model's name, a device, a dtype, a size) to a network that is ready to run."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from numbers import Real
+from pathlib import Path
+
+import torch
+
+from fastden.network.fused import FusedDenoiser, fuse
+from fastden.network.hub import models
+from fastden.network.model import Denoiser
+from fastden.network.onednn import native_bf16
+
+Model = str | Path | Denoiser | FusedDenoiser
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+#: Binary exponents of the units of memory.
+_UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def load_network(
+    model: Model,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    eight_bit: bool = False,
+) -> FusedDenoiser:
+    """The fused network for :func:`denoise`'s arguments; networks loaded by name are cached.
+
+    Args:
+        model, device, dtype: as in :func:`denoise`.
+        eight_bit: the image has 8 bits, so ``dtype="auto"`` may reduce the precision.
+    """
+    if isinstance(model, FusedDenoiser):
+        if device is not None or dtype != "auto":
+            raise ValueError("device, dtype: given with a FusedDenoiser, which has its own; accepted: None and 'auto'")
+        return model
+    if isinstance(model, Denoiser):
+        place = model.conv0.weight.device if device is None else parse_device(device)
+        return fuse(model, choose_dtype(dtype, place, eight_bit), place)
+    if not isinstance(model, str | Path):
+        raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
+    place = parse_device(device)
+    folder = models().get(str(model), Path(model))
+    weights = folder / "model.safetensors"
+    # A folder that has been written again since is another model.
+    changed = weights.stat().st_mtime_ns if weights.is_file() else 0
+    return _load_cached(str(model), place, choose_dtype(dtype, place, eight_bit), changed)
+
+
+@lru_cache(maxsize=4)
+def _load_cached(name: str, device: torch.device, dtype: torch.dtype, changed: int) -> FusedDenoiser:
+    return fuse(Denoiser.from_pretrained(name), dtype, device)
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """A usable device; None is CUDA where there is a device, else the CPU.
+
+    Raises:
+        ValueError: another device than cpu, cuda and, where PyTorch has it, mps; CUDA where PyTorch finds none.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    types = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
+    refusal = f"device: {str(device)!r}; accepted: {', '.join(types)}, or one of several such as cuda:1"
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(refusal) from error
+    # PyTorch knows more devices, some without data (meta), some that need packages of their own (xla).
+    if place.type not in types:
+        raise ValueError(refusal)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {str(device)!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {str(device)!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return place
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool) -> torch.dtype:
+    """The dtype that ``dtype`` means for an image on ``device``."""
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype == "auto":
+        fast = native_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        return torch.bfloat16 if fast and eight_bit else torch.float32
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ValueError(f"dtype: {dtype!r}; accepted: auto, {', '.join(DTYPES)}")
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError unless ``strength`` is a number in [0, 1]."""
+    if not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise ValueError(f"strength: {strength!r}; accepted: a number from 0 to 1")
+
+
+def check_max_pixels(max_pixels: float) -> None:
+    """Raise ValueError unless ``max_pixels`` is a number of at least 1."""
+    if not isinstance(max_pixels, Real) or not max_pixels >= 1:  # refuses NaN too
+        raise ValueError(f"max_pixels: {max_pixels!r}; accepted: a number of at least 1")
+
+
+def parse_memory(value: int | str | None) -> int | None:
+    """Bytes of ``2GiB``, ``500 MB`` (decimal where the i is missing), ``4G`` (binary) or an integer.
+
+    Raises:
+        ValueError: anything else, or less than 1.
+    """
+    if value is None:
+        return None
+    number = value if isinstance(value, int) else 0
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(i?B)?\s*", value, re.IGNORECASE)
+        if match:
+            unit, ending = match[2].upper(), (match[3] or "").lower()
+            factor = 10 ** (_UNITS[unit] * 3 // 10) if ending == "b" else 2 ** _UNITS[unit] if unit else 1
+            number = int(float(match[1]) * factor)
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"max_memory: {value!r}; accepted: bytes, or a size such as 500MB or 2GiB")
+    return number

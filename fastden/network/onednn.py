@@ -1,0 +1,336 @@
+"""The fused network on a CPU: oneDNN convolutions with post-operations on tiles that stay in cache.
+
+Bias, ReLU and the residual sum run inside the convolutions, weights are packed once for each tile shape, activations
+are channels-last and the concatenation in front of conv3 is made tile by tile. Everything is PyTorch's own operators;
+there is nothing to build.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastden.algebra import HeadWeights, StemWeights, image_phases, phase_weights, separated_head, unshuffled_weight
+
+#: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
+#: run at 3.1 TFLOP/s on maps up to 192 wide and at 1.1 on the 386 columns of a 768-pixel image (2 cores, conv3); rows
+#: are few enough to bound memory, and cost recomputed edges: 83 ms for 512 x 768 pixels in bf16, 92 with 128 rows, 99
+#: with 64; 404, 412 and 476 ms in float32.
+TILE_ROWS, TILE_COLUMNS = 256, 192
+#: Features that a tile needs around its own: 1 for res3's 3x3, and 1 before, 2 behind for the head's 4x4 (conv3's own
+#: neighbours are inputs, see ``_gather``).
+BEFORE, BEHIND = 2, 3
+#: Rows of half-resolution features that stem and res1 make at a time: 10 ms less in 100 than with all rows, 5 less than
+#: with 16 (512 x 768 pixels, bf16).
+FRONT_ROWS = 64
+#: Images are run together up to this many pixels: small ones fill the cores better so, large ones leave the cache.
+BATCH_PIXELS = 1 << 17
+#: Packed weights kept for each convolution, one for each input shape; a tiled image has up to nine.
+PACKED_SHAPES = 32
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices natively (AMX tiles) and PyTorch can use it."""
+    return not _missing() and bool(torch.cpu._is_amx_tile_supported() and _onednn_bf16())
+
+
+def _onednn_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _missing() -> list[str]:
+    """What this PyTorch or machine lacks for oneDNN's fused convolutions."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return [f"processor: {platform.machine()}; accepted: x86-64"]
+    if not torch.backends.mkldnn.is_available():
+        return ["this PyTorch has no oneDNN"]
+    wanted = ("_convolution_pointwise", "_convolution_pointwise_", "_is_mkldnn_bf16_supported")
+    lacking = [f"torch.ops.mkldnn.{name}" for name in wanted if not hasattr(torch.ops.mkldnn, name)]
+    return [f"this PyTorch lacks {', '.join(lacking)}"] if lacking else []
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Reasons why the oneDNN form cannot run; empty where it can."""
+    if device.type != "cpu":
+        return [f"device: {device}; accepted: cpu"]
+    reasons = _missing()
+    if dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"dtype: {dtype}; accepted: torch.float32, torch.bfloat16")
+    elif dtype == torch.bfloat16 and not reasons and not _onednn_bf16():
+        reasons.append("dtype: torch.bfloat16, but oneDNN has no bfloat16 on this CPU (AVX-512 at least)")
+    if not torch.backends.mkldnn.enabled:
+        reasons.append("torch.backends.mkldnn.enabled is False")
+    return reasons
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep what is freed, up to 2 GiB, instead of returning it to the system; whether it agreed.
+
+    Activations are freed and allocated again all the time, and fresh pages cost the system's time to map: with this,
+    512 x 768 pixels take 78 ms instead of 83 in bf16 and 395 instead of 404 in float32. It holds for the whole process,
+    so it is for programs, such as the command line, not for libraries. glibc only.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    # Older versions take at most 32 MiB here. Setting either ends glibc's own adaptation, so the order matters.
+    if not (mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)):
+        return False
+    return bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+class Convolution:
+    """A convolution with its bias and, on call, ReLU and a residual sum as post-operations.
+
+    Args:
+        weight: (O, C, k, k), float32 or bfloat16, on the CPU.
+        bias: (O,), same dtype.
+        stride, padding: as in ``torch.nn.functional.conv2d``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.geometry = ([padding] * 2 if isinstance(padding, int) else list(padding), [stride] * 2, [1, 1], 1)
+        self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    def _pack(self, shape: tuple[int, ...]) -> Tensor:
+        """Weights in the layout that oneDNN wants for this input shape (it differs between shapes)."""
+        packed = self._packed.get(shape)
+        if packed is None:
+            # PyTorch's stub for this function lacks the shape, without which the layout is a guess.
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
+                self.weight.to_mkldnn(), *self.geometry, shape
+            )
+            self._packed[shape] = packed
+            if len(self._packed) > PACKED_SHAPES:
+                self._packed.popitem(last=False)
+        else:
+            self._packed.move_to_end(shape)
+        return packed
+
+    def __call__(self, x: Tensor, relu: bool = True) -> Tensor:
+        """(N, C, H, W) channels-last -> (N, O, H', W') channels-last."""
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._pack(x.shape), self.bias, *self.geometry, "relu" if relu else "none", [], ""
+        )
+
+    def add_to_(self, y: Tensor, x: Tensor, relu: bool = True) -> Tensor:
+        """``y <- relu(y + conv(x))`` in place, as a post-operation."""
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            y, x, self._pack(x.shape), self.bias, *self.geometry, "add", 1.0, "relu" if relu else None, [], ""
+        )
+
+
+@dataclass(frozen=True)
+class FoldedBottleneck:
+    """Three convolutions with BN folded."""
+
+    reduce: Convolution
+    conv: Convolution
+    expand: Convolution
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same tensor, overwritten."""
+        return self.expand.add_to_(x, self.conv(self.reduce(x)))
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """All folded and composed weights of a network, in one dtype.
+
+    Attributes name the parts of :class:`fastden.Denoiser`; pairs are (weight, bias), bottlenecks three pairs.
+    """
+
+    stem: StemWeights
+    res1: tuple[tuple[Tensor, Tensor], ...]
+    conv2: tuple[Tensor, Tensor]
+    res2: tuple[tuple[Tensor, Tensor], ...]
+    up2: tuple[Tensor, Tensor]
+    conv3: tuple[Tensor, Tensor]
+    res3: tuple[tuple[Tensor, Tensor], ...]
+    head: HeadWeights
+
+
+class OneDnnNetwork:
+    """The fused network, on float32 or bfloat16 CPU tensors, without gradients."""
+
+    def __init__(self, weights: FoldedWeights) -> None:
+        stem, head = weights.stem, weights.head
+        self.dtype = head.weight.dtype
+        self.channels = head.image_weight.shape[0]
+        # oneDNN's bf16 kernels run three times slower on 12 input channels than on 16 (stem, 386 columns): a blind
+        # colour network gets a channel of zeros. Float32 is faster without.
+        inputs = stem.weight.shape[2]
+        self.zero_channels = 1 if self.dtype == torch.bfloat16 and inputs == 3 else 0
+        self.stem = [
+            Convolution(unshuffled_weight(w, 4, self.zero_channels), b)
+            for w, b in zip(stem.weight, stem.bias, strict=True)
+        ]
+        self.res1 = _bottleneck(weights.res1)
+        self.conv2 = Convolution(*weights.conv2, stride=2, padding=1)
+        self.res2 = _bottleneck(weights.res2)
+        self.up2 = [Convolution(w, weights.up2[1], padding=1) for w in phase_weights(weights.up2[0])]
+        self.conv3 = Convolution(*weights.conv3)
+        self.res3 = _bottleneck(weights.res3)
+        self.head = _head(head)
+        image = image_phases(head.image_weight)
+        self.image = Convolution(unshuffled_weight(image, 5, self.zero_channels), image.new_zeros(len(image)))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), padded network input, H and W multiples of 4 -> (N, K, H - 6, W - 6), in the dtype of ``x``."""
+        together = max(BATCH_PIXELS // (x.shape[2] * x.shape[3]), 1)
+        parts = [self._run(part) for part in x.split(together)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, x: Tensor) -> Tensor:
+        folded = self._fold(x)
+        skip = self._front(folded)
+        low = self.res2(self.conv2(skip))
+        upsampled = join_phases([phase(low, relu=False) for phase in self.up2])
+        y = self.image(folded, relu=False)
+        self._add_tail(skip, upsampled, y)
+        # The four phases go to their pixels, and the input is added at its own precision, in one pass.
+        image = x[:, : self.channels, 3:-3, 3:-3]
+        result = torch.empty(image.shape, dtype=x.dtype, device=x.device)
+        pairs = (y.shape[2], 2), (y.shape[3], 2)
+        torch.add(
+            image.unflatten(2, pairs[0]).unflatten(4, pairs[1]),
+            y.unflatten(1, (self.channels, 2, 2)).permute(0, 1, 4, 2, 5, 3),
+            out=result.unflatten(2, pairs[0]).unflatten(4, pairs[1]),
+        )
+        return result
+
+    def _fold(self, x: Tensor) -> Tensor:
+        """``pixel_unshuffle(2)`` of ``x`` with one more pixel of zeros around, in this network's dtype, channels-last.
+
+        The pixel in front aligns the windows of the stem and of the image's own path to pairs of pixels.
+        """
+        n, c, height, width = x.shape
+        h, w = height // 2 + 1, width // 2 + 1
+        folded = torch.empty(n, h, w, c + self.zero_channels, 2, 2, dtype=self.dtype, device=x.device)
+        for edge in (folded[:, 0], folded[:, -1], folded[:, :, 0], folded[:, :, -1], folded[:, :, :, c:]):
+            edge.zero_()
+        pixels = x.permute(0, 2, 3, 1)
+        # Four strided copies take 1.1 ms for 0.4 megapixels; pad, pixel_unshuffle and a change of layout take 2.1.
+        for row in (0, 1):
+            for column in (0, 1):
+                into = folded[:, 1 - row : h - row, 1 - column : w - column, :c, row, column]
+                into.copy_(pixels[:, 1 - row :: 2, 1 - column :: 2])
+        return folded.flatten(3).permute(0, 3, 1, 2)
+
+    def _front(self, folded: Tensor) -> Tensor:
+        """stem and res1 in strips of rows, so that what one writes the other finds in cache: (N, 128, h, w)."""
+        height, width = folded.shape[2] - 3, folded.shape[3] - 3
+        skip = _channels_last(folded.shape[0], len(self.stem[0].bias), height, width, self.dtype)
+        for top, bottom, first, last in tile_regions(height, height, FRONT_ROWS, 1, 1):
+            y = self.res1(self._stem(folded[:, :, first : last + 3], first == 0))
+            skip[:, :, top:bottom] = y[:, :, top - first : bottom - first]
+        return skip
+
+    def _stem(self, folded: Tensor, at_top: bool) -> Tensor:
+        inside, top, left, corner = self.stem
+        y = inside(folded)
+        # Five columns for the sake of the first: see fastden.ops.stem.
+        y[:, :, :, :1] = left(folded[..., :5].contiguous(memory_format=torch.channels_last))[..., :1]
+        if at_top:
+            y[:, :, :1] = top(folded[:, :, :4])
+            y[:, :, :1, :1] = corner(folded[:, :, :4, :4].contiguous(memory_format=torch.channels_last))
+        return y
+
+    def _add_tail(self, skip: Tensor, upsampled: Tensor, y: Tensor) -> None:
+        """conv3, res3 and head, tile by tile, added to ``y`` (N, 4 K, h - 1, w - 1)."""
+        rows = tile_regions(y.shape[2], skip.shape[2], TILE_ROWS, BEFORE, BEHIND)
+        columns = tile_regions(y.shape[3], skip.shape[3], TILE_COLUMNS, BEFORE, BEHIND)
+        for top, bottom, first_row, last_row in rows:
+            for left, right, first_column, last_column in columns:
+                tile = _gather(skip, upsampled, (first_row, last_row), (first_column, last_column))
+                part = self.head(self.res3(self.conv3(tile)))
+                inner = part[:, :, top - first_row : bottom - first_row, left - first_column : right - first_column]
+                y[:, :, top:bottom, left:right] += inner
+
+
+def _channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(n, h, w, c, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
+
+
+def _bottleneck(pairs: tuple[tuple[Tensor, Tensor], ...]) -> FoldedBottleneck:
+    reduce, conv, expand = pairs
+    return FoldedBottleneck(Convolution(*reduce), Convolution(*conv, padding=1), Convolution(*expand))
+
+
+def _head(weights: HeadWeights) -> Callable[[Tensor], Tensor]:
+    """The features' part of the head, with the bias: (N, M, h, w) -> (N, 4 K, h - 1, w - 1)."""
+    bias = weights.bias.repeat_interleave(4)
+    if weights.weight.dtype == torch.bfloat16:
+        # Two convolutions would read and round once more than they save: 8.9 against 8.0 ms for 0.4 megapixels.
+        whole = Convolution(weights.weight, bias, padding=1)
+        return lambda features: whole(features, relu=False)
+    rows, merge = separated_head(weights.weight)
+    first = Convolution(rows, rows.new_zeros(len(rows)), padding=(0, 1))
+    second = Convolution(merge, bias, padding=(1, 0))
+    return lambda features: second(first(features, relu=False), relu=False)
+
+
+def _gather(skip: Tensor, upsampled: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """conv3's input for the given output rows and columns: both sources side by side, one pixel more on each side."""
+    n, a, height, width = skip.shape
+    sides = rows[1] - rows[0] + 2, columns[1] - columns[0] + 2
+    tile = _channels_last(n, a + upsampled.shape[1], *sides, skip.dtype)
+    top, bottom = max(rows[0] - 1, 0), min(rows[1] + 1, height)
+    left, right = max(columns[0] - 1, 0), min(columns[1] + 1, width)
+    into = tile[:, :, top - rows[0] + 1 : bottom - rows[0] + 1, left - columns[0] + 1 : right - columns[0] + 1]
+    into[:, :a] = skip[:, :, top:bottom, left:right]
+    into[:, a:] = upsampled[:, :, top:bottom, left:right]
+    # Beyond the image conv3 sees zeros.
+    if rows[0] == 0:
+        tile[:, :, 0] = 0
+    if rows[1] == height:
+        tile[:, :, -1] = 0
+    if columns[0] == 0:
+        tile[:, :, :, 0] = 0
+    if columns[1] == width:
+        tile[:, :, :, -1] = 0
+    return tile
+
+
+def tile_spans(length: int, tile: int) -> list[tuple[int, int]]:
+    """[0, length) in the fewest spans of at most ``tile``, of nearly equal lengths."""
+    count = -(-length // tile)
+    return [(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
+def tile_regions(outputs: int, inputs: int, tile: int, before: int, behind: int) -> list[tuple[int, int, int, int]]:
+    """Tiles of an axis: the outputs [start, stop) that each makes and the inputs [first, last) that it reads.
+
+    All read equally many inputs, at the borders too, so that few shapes occur: weights are packed for each.
+
+    Args:
+        outputs, inputs: lengths of the axis.
+        tile: most outputs of a tile.
+        before, behind: inputs that an output needs before and behind its own position, where they exist.
+    """
+    spans = tile_spans(outputs, tile)
+    size = min(max(stop - start for start, stop in spans) + before + behind, inputs)
+    firsts = [min(max(start - before, 0), inputs - size) for start, _ in spans]
+    return [(start, stop, first, first + size) for (start, stop), first in zip(spans, firsts, strict=True)]
+
+
+def join_phases(phases: list[Tensor]) -> Tensor:
+    """Four (N, O, h + 1, w + 1) phases of :func:`phase_weights` -> (N, O, 2 h, 2 w), channels-last."""
+    n, c, height, width = phases[0].shape
+    h, w = height - 1, width - 1
+    joined = phases[0].new_empty(n, h, 2, w, 2, c)
+    for index, phase in enumerate(phases):
+        p, q = divmod(index, 2)
+        joined[:, :, p, :, q] = phase[:, :, p : p + h, q : q + w].permute(0, 2, 3, 1)
+    return joined.view(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)

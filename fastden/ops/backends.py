@@ -1,0 +1,250 @@
+"""Backends of the operators: which there are, which one is asked for, and why one cannot run.
+
+An operator runs on the backend that its ``backend`` argument names; else on that of the innermost
+:func:`use_backend`; else on that of the environment variable ``FASTDEN_BACKEND``; else on the one that is chosen
+automatically. What was asked for and cannot run raises, with every backend's reasons; nothing falls back silently.
+The automatic choice takes a kernel only where committed results of a GPU show it right and faster (:data:`PROVEN`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, util
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run operators.
+
+    Args:
+        name: what users call it.
+        summary: one line for ``fastden info``.
+        dtypes: of its operators' inputs; None for any.
+        batch_statistics: whether its operators normalise with the statistics of the batch.
+    """
+
+    name: str
+    summary: str
+    dtypes: tuple[torch.dtype, ...] | None = None
+    batch_statistics: bool = True
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BACKENDS = (
+    Backend("torch", "PyTorch's own operations: the reference, on any device"),
+    Backend("triton", "Triton kernels, for CUDA devices", KERNEL_DTYPES),
+    Backend("cuda", "CUDA C++ kernels, built ahead, for inference", KERNEL_DTYPES[:2], batch_statistics=False),
+)
+NAMES = tuple(backend.name for backend in BACKENDS)
+#: (backend, operator, compute capability) for which committed results show a kernel right and faster.
+PROVEN: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
+ENVIRONMENT = "FASTDEN_BACKEND"
+#: Where Triton's kernels live, one module an operator.
+KERNELS = "fastden.kernels"
+
+_scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run operators on backend ``name`` inside the ``with`` block, in this thread or task alone.
+
+    A function compiled by ``torch.compile`` keeps the backend that it was traced with.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    token = _scoped.set(_known(name, "backend"))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def requested() -> str | None:
+    """The backend that the context or the environment asks for; None where the choice is automatic."""
+    scoped = _scoped.get()
+    if scoped is not None:
+        return scoped
+    name = os.environ.get(ENVIRONMENT)
+    return _known(name, ENVIRONMENT) if name else None
+
+
+def choose(operator: str, backend: str | None, *, batch_statistics: bool = False, **tensors: Tensor | None) -> str:
+    """Name of the backend that ``operator`` runs on.
+
+    Args:
+        operator: its name.
+        backend: what the caller asks for, or None.
+        batch_statistics: whether it has to normalise with the statistics of the batch.
+        **tensors: the inputs, by the names of the operator's arguments.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend that was asked for cannot run. Under ``torch.compile`` PyTorch's own error, a
+            RuntimeError too, quotes it at the first call.
+    """
+    name = requested() if backend is None else _known(backend, "backend")
+    if name is None:
+        name = _automatic(operator, batch_statistics, tensors)
+    if name == "torch":
+        return name
+    if torch.compiler.is_compiling():
+        _make_ready(name)
+        _check_traced(operator, name, batch_statistics, **tensors)
+    else:
+        _check(operator, name, batch_statistics, **tensors)
+    return name
+
+
+def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **tensors: Tensor | None) -> list[str]:
+    """Why ``operator`` cannot run on ``backend`` with these inputs; empty where it can. Arguments as :func:`choose`.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    entry = _entry(_known(backend, "backend"))
+    if entry.dtypes is None:
+        return []
+    missing = unavailable(entry)
+    if missing:
+        return missing
+    reasons = _why_not_statistics(entry) if batch_statistics else []
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {tensor.device.type for tensor in given.values()}
+    if devices != {"cuda"} and not (_runs_on_cpu(entry) and devices == {"cpu"}):
+        reasons.append(f"device {', '.join(sorted(devices))}; accepted: cuda")
+    dtypes = {_as_run(tensor) for tensor in given.values()}
+    if not dtypes <= set(entry.dtypes):
+        reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(entry.dtypes)}")
+    elif len(dtypes) > 1:
+        reasons.append(f"dtypes {_names(dtypes)}; accepted: one for all inputs")
+    if entry.name == "triton":
+        return reasons + import_module(f"{KERNELS}.{operator}").why_not(**given)
+    from fastden.cuda import limits
+
+    return reasons + limits.why_not(operator, **given)
+
+
+def unavailable(backend: Backend) -> list[str]:
+    """Why ``backend`` cannot run anything here; empty where it can."""
+    if backend.name == "cuda":
+        from fastden.cuda import extension
+
+        return extension.why_not()
+    if backend.name == "triton":
+        if not _installed("triton"):
+            return ["triton is not installed (pip install 'fastden[gpu]')"]
+        if not _installed(KERNELS):
+            return [f"{KERNELS} is not installed: fastden runs from an uninstalled checkout (pip install -e .)"]
+    return []
+
+
+def _why_not_statistics(backend: Backend) -> list[str]:
+    if backend.batch_statistics:
+        return []
+    return ["batch statistics; accepted: folded or frozen batch normalisation; the triton backend makes them"]
+
+
+@torch.compiler.assume_constant_result
+def _make_ready(name: str) -> bool:
+    """Load what registers the operators, where code is traced that will name them; whether that could be done."""
+    return not unavailable(_entry(name))
+
+
+def _runs_on_cpu(backend: Backend) -> bool:
+    """Whether its kernels run on the CPU here, interpreted or emulated, for tests."""
+    if backend.name == "cuda":
+        from fastden.cuda import extension
+
+        return extension.emulated()
+    return interpreted()
+
+
+def _entry(name: str) -> Backend:
+    return BACKENDS[NAMES.index(name)]
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on the CPU, because ``TRITON_INTERPRET=1`` is set."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _installed(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _known(name: str, what: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{what}: {name!r}; accepted: {', '.join(NAMES)}")
+    return name
+
+
+def _check(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
+    """Raise RuntimeError, which says why, where ``operator`` cannot run on ``name``."""
+    if why_not(operator, name, batch_statistics=batch_statistics, **tensors):
+        raise RuntimeError(_refusal(operator, name, batch_statistics, tensors))
+
+
+@torch.compiler.allow_in_graph  # not looked into: called with fake tensors while Dynamo traces
+def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
+    """:func:`_check` with the sizes of the first call: a question about a symbolic one would limit it to the answer."""
+    seen: dict[str, Tensor | None] = {}
+    for key, tensor in tensors.items():
+        seen[key] = tensor
+        if tensor is not None and any(isinstance(size, torch.SymInt) for size in tensor.shape):
+            sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+            if None in sizes:
+                return  # known only when it runs
+            seen[key] = tensor.new_empty(sizes)
+    _check(operator, name, batch_statistics, **seen)
+
+
+def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
+    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+    if not PROVEN or device.type != "cuda":
+        return "torch"
+    capability = torch.cuda.get_device_capability(device)
+    for name in NAMES:
+        proven = (name, operator, capability) in PROVEN
+        if proven and not why_not(operator, name, batch_statistics=batch_statistics, **tensors):
+            return name
+    return "torch"
+
+
+def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
+    inputs = "; ".join(
+        f"{key}: {tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
+        for key, tensor in tensors.items()
+        if tensor is not None
+    )
+    lines = [f"backend {name!r} was asked for and cannot run {operator} on {inputs}"]
+    for backend in NAMES:
+        reasons = why_not(operator, backend, batch_statistics=batch_statistics, **tensors)
+        lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'can run'}")
+    return "\n".join(lines)
+
+
+def _as_run(tensor: Tensor) -> torch.dtype:
+    """The dtype that an operator computes in: autocast's, where that is on."""
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def _names(dtypes: object) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]

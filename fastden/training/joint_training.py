@@ -1,0 +1,135 @@
+"""Joint training of the denoiser with a frozen network: its data and its Lightning module (:mod:`fastden.joint`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from fastden.errors import UserError
+from fastden.joint import (
+    TASK,
+    ClassificationLoss,
+    FrozenTask,
+    JointLoss,
+    JointOutput,
+    SegmentationLoss,
+    check_preprocess,
+    resize_prediction,
+)
+from fastden.network.model import Denoiser
+from fastden.training.config import JointConfig
+from fastden.training.denoise import DenoiserData, DenoiserTraining
+from fastden.training.labelled import Label, LabelledCrops, LabelledImages, load_classified, load_segmented
+from fastden.training.synthetic_noise import gaussian
+from fastden.training.tasks import Task
+
+#: Levels (0-255 scale) of the validation noise.
+VALIDATION_SIGMAS = (30, 60)
+
+
+class JointData(DenoiserData):
+    """Labelled images, decoded once into memory."""
+
+    config: JointConfig
+
+    def __init__(self, config: JointConfig) -> None:
+        super().__init__(config)
+        self.labelled: list[Any] = []
+        self.held_out: list[Any] = []
+
+    def setup(self, stage: str) -> None:
+        if self.labelled:
+            return
+        config = self.config
+        self.labelled = [pair for folder in config.data for pair in self._load(folder)]
+        if config.validation_data is not None and config.validation:
+            found = self._load(config.validation_data)
+            # Evenly spaced: a table or a folder may be sorted by class.
+            count = min(config.validation, len(found))
+            self.held_out = [found[i * len(found) // count] for i in range(count)]
+
+    def _load(self, folder: Any) -> list[tuple[Any, Label]]:
+        load = load_classified if self.config.objective == "joint-classify" else load_segmented
+        return load(folder, self.config.crop)
+
+    def crops(self, length: int, epoch: int) -> Dataset[dict[str, Tensor]]:
+        config = self.config
+        return LabelledCrops(self.labelled, length, config.crop, config.gray, config.seed, epoch)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if not self.held_out:
+            return []
+        classify = self.config.objective == "joint-classify"
+        images = LabelledImages(self.held_out, self.config.crop if classify else None)
+        return DataLoader(images, batch_size=4 if classify else 1, sampler=self.shared(images), num_workers=0)
+
+
+class JointTraining(DenoiserTraining):
+    """Denoising with the loss of a frozen network beside the denoiser's own.
+
+    Args:
+        model: the denoiser.
+        config: all settings.
+        task: the frozen network.
+
+    Raises:
+        UserError: ``task`` is not of the kind that ``config.objective`` names.
+    """
+
+    config: JointConfig
+
+    def __init__(self, model: Denoiser, config: JointConfig, task: Task) -> None:
+        super().__init__(model, config)
+        wanted = "classification" if config.objective == "joint-classify" else "segmentation"
+        if task.kind != wanted:
+            raise UserError(f"network: {config.network} is for {task.kind}; accepted for {config.objective}: {wanted}")
+        self.task = FrozenTask(task.network, task.preprocess)
+        if task.preprocess is not None:
+            try:
+                check_preprocess(task.preprocess, torch.rand(1, 3, config.crop, config.crop))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"network: {error}") from error
+        self._predict = torch.compile(self.task.forward) if config.compile else self.task.forward
+        task_loss = (ClassificationLoss if wanted == "classification" else SegmentationLoss)(task.ignore_index)
+        self.joint_loss = JointLoss(config.weight, task_loss, F.l1_loss if config.loss == "l1" else None)
+        self.metrics = nn.ModuleList([_metric(task) for _ in VALIDATION_SIGMAS])
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        denoised = self(batch["noisy"], batch["level"]).float()
+        output = JointOutput(denoised, {TASK: self._predict(denoised)})
+        try:
+            terms = self.joint_loss(output, batch["clean"], batch["label"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"training: {error}") from error
+        self.log("train_denoise_loss", terms.denoise)
+        self.log("train_task_loss", terms.tasks[TASK], prog_bar=True)
+        return terms.total
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        clean, labels = batch["clean"], batch["label"]
+        for level, metric in zip(VALIDATION_SIGMAS, self.metrics, strict=True):
+            assert isinstance(metric, Metric)
+            sigma = torch.full((len(clean),), level / 255, device=self.device)
+            noisy = gaussian(clean, sigma, torch.Generator().manual_seed(batch_index))
+            output = self(noisy, sigma).float()
+            prediction = self.task(output).float()
+            if prediction.dim() == 4:
+                prediction = resize_prediction(prediction, labels.shape[1:])
+            metric.update(prediction, labels)
+            name = "top1" if prediction.dim() == 2 else "miou"
+            self.log(f"val_{name}_{level}", metric, prog_bar=level == 60, batch_size=len(clean))
+            self.log_quality(level, output.clamp(0, 1), clean)
+            if batch_index == 0:
+                self.log_picture(level, noisy[0], output[0], clean[0])
+
+
+def _metric(task: Task) -> Metric:
+    if task.kind == "classification":
+        return MulticlassAccuracy(task.classes, average="micro", ignore_index=task.ignore_index)
+    return MulticlassJaccardIndex(task.classes, ignore_index=task.ignore_index)

@@ -1,0 +1,175 @@
+"""A training run: Lightning's trainer, checkpoints, logs, and the model that it leaves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from fastden.errors import UserError
+from fastden.network.model import Denoiser
+from fastden.training.config import JointConfig, TrainConfig
+from fastden.training.denoise import DenoiserData, DenoiserTraining
+from fastden.training.joint_training import JointData, JointTraining
+from fastden.training.tasks import load_task
+
+
+def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto", devices: str | int = "auto") -> Path:
+    """Train a denoiser, alone or jointly, and save it.
+
+    Writes ``checkpoints/last.ckpt`` after every epoch, ``log/metrics.csv`` (a resumed run keeps the earlier part as
+    ``metrics-1.csv`` and so on) and TensorBoard files, and at the end
+    ``model/`` (weights averaged over the run, as ``save_pretrained`` writes them) with ``train.yaml`` beside them.
+
+    Under ``torchrun`` every process calls this, and the batch is shared among them.
+
+    Args:
+        config: all settings.
+        resume: go on from the last checkpoint in ``config.output``, with the same settings; only ``steps`` may change.
+        accelerator, devices: as Lightning's. Under ``torchrun`` its processes count, and ``devices`` is not used.
+
+    Returns:
+        The folder of the final model.
+
+    Raises:
+        UserError: unusable data or network, a used output folder, other settings than those of the run to resume, or a
+            loss that is not finite.
+    """
+    last = config.output / "checkpoints" / "last.ckpt"
+    if resume and not last.exists():
+        raise UserError(f"resume: {last} does not exist; accepted: an output folder with a checkpoint")
+    if not resume and last.exists():
+        raise UserError(f"output: {config.output} holds a run already; accepted: a new folder, or --resume")
+    if resume:
+        _check_settings(config)
+    pl.seed_everything(config.seed, verbose=False)
+    ema = EMAWeightAveraging(decay=config.ema)
+    trainer = _trainer(config, ema, last, accelerator, devices)
+    if config.batch % trainer.world_size:
+        raise UserError(f"batch: {config.batch}; accepted for {trainer.world_size} processes: a multiple of them")
+    model = _model(config)
+    module: DenoiserTraining
+    if isinstance(config, JointConfig):
+        module = JointTraining(model, config, load_task(config.network, config.network_arguments))
+        data: DenoiserData = JointData(config)
+    else:
+        module, data = DenoiserTraining(model, config), DenoiserData(config)
+    data.setup("fit")  # what is wrong with the data shows before anything is written
+    _prepare_output(config)
+    trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=False)
+    # Lightning does this when a fit ends, but not where a resumed run had no step left to do.
+    ema.on_train_end(trainer, module)
+    target = config.output / "model"
+    if trainer.is_global_zero:
+        if isinstance(config, JointConfig):
+            blend_weights(model, config)
+        _save(model, target)
+    return target
+
+
+def _model(config: TrainConfig) -> Denoiser:
+    if config.init:
+        model = Denoiser.from_pretrained(config.init).adapt(config.noise_level_input)
+    else:
+        model = Denoiser(config.noise_level_input)
+    model.composed = config.composed
+    return model.train().to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def blend_weights(model: Denoiser, config: JointConfig) -> None:
+    """Move the trained weights back towards those that training started from, as ``config.blend`` says.
+
+    Between two networks of one training path the error grows with the square of the way, what the task gains more
+    nearly with the way itself: half of it keeps most of the gain at a quarter of the loss in PSNR.
+    """
+    if config.blend == 1.0:
+        return
+    assert config.init is not None  # the configuration's check
+    start = Denoiser.from_pretrained(config.init).adapt(config.noise_level_input).state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(start[name].to(value), 1.0 - config.blend)
+
+
+def _trainer(
+    config: TrainConfig, ema: EMAWeightAveraging, last: Path, accelerator: str, devices: str | int
+) -> pl.Trainer:
+    nodes = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Lightning takes the ranks from torchrun, but not the counts.
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        precision=config.precision,
+        max_steps=config.steps,
+        gradient_clip_val=config.clip,
+        default_root_dir=config.output,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        log_every_n_steps=50,
+        callbacks=[
+            ema,
+            LearningRateMonitor("step"),
+            # One file, replaced after every epoch. (save_last with save_top_k=0 would write it only when training
+            # ends.)
+            ModelCheckpoint(
+                last.parent, last.stem, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+            ),
+        ],
+        logger=[
+            CSVLogger(config.output, "log", version=""),
+            TensorBoardLogger(config.output, "tensorboard", version=""),
+        ],
+    )
+
+
+def _check_settings(config: TrainConfig) -> None:
+    """Raise unless the run to resume had the same settings, but for ``steps``."""
+    record = config.output / "train.yaml"
+    if not record.exists():
+        return
+    before = yaml.safe_load(record.read_text())
+    settings = config.model_dump(mode="json")
+    changed = [name for name, value in settings.items() if name != "steps" and before.get(name) != value]
+    if changed:
+        shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)
+        raise UserError(f"resume: other settings than the run had ({shown}); accepted: the same, but for steps")
+
+
+@rank_zero_only
+def _prepare_output(config: TrainConfig) -> None:
+    """Write ``train.yaml``, and put the log of the run that is resumed aside."""
+    metrics = config.output / "log" / "metrics.csv"
+    if metrics.exists():  # CSVLogger would delete it
+        metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('*.csv')))}.csv"))
+    config.output.mkdir(parents=True, exist_ok=True)
+    record = config.output / "train.yaml"
+    # Renamed, because other processes of the run may be reading it.
+    partial = record.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    partial.replace(record)
+
+
+def _save(model: Denoiser, target: Path) -> None:
+    """Write the model beside ``target``, then put it there."""
+    model.composed = False
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.save_pretrained(partial)
+    shutil.copy(target.parent / "train.yaml", partial / "train.yaml")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)

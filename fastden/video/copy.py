@@ -1,0 +1,370 @@
+"""Video files through PyAV: frames are denoised one by one, everything else is copied.
+
+Memory does not grow with the length, and the output appears when it is complete. The way from a frame to pixels and
+back is in :mod:`fastden.video.frames`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fastden.errors import UserError
+from fastden.images.pixels import Array
+from fastden.video.encoders import Encoders
+from fastden.video.frames import FrameConverter
+
+if TYPE_CHECKING:
+    from fastden.network.fused import FusedDenoiser
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+#: Frames that ``sigma="auto"`` looks at; their median holds for the whole video, so that it does not flicker.
+ESTIMATED = 5
+#: What a file says of its own container and encoder, not of its content.
+NOT_COPIED = ("major_brand", "minor_version", "compatible_brands", "encoder", "duration")
+#: Kinds of side data that PyAV reads and cannot write.
+LOST = {
+    "MASTERING_DISPLAY_METADATA": "the mastering display's description (HDR10)",
+    "CONTENT_LIGHT_LEVEL": "the content light level (HDR10)",
+    "DYNAMIC_HDR_PLUS": "HDR10+ metadata",
+    "DOVI_METADATA": "Dolby Vision metadata",
+    "A53_CC": "closed captions inside the video stream",
+}
+
+
+@dataclass
+class VideoResult:
+    """What was done.
+
+    Attributes:
+        frames, width, height: of the video stream.
+        sigma: the noise level taken, on the scale 0-255; None for a blind network.
+        damaged: packets that could not be decoded, and frames that the decoder repaired.
+        notes: what differs from the input, each a line.
+    """
+
+    frames: int = 0
+    width: int = 0
+    height: int = 0
+    sigma: float | None = None
+    damaged: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether the suffix is a video's."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+def denoise_video(
+    source: str | Path,
+    target: str | Path,
+    sigma: float | Literal["auto"],
+    load: Callable[[bool], FusedDenoiser],
+    *,
+    crf: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> VideoResult:
+    """Denoise the video stream of a file and copy its other streams.
+
+    Audio, subtitles, chapters, metadata, rotation, colour tags, and the time of every frame are kept; memory does not
+    grow with the length. The video is encoded with the input's codec where there is an encoder for it that takes the
+    input's pixel format, else with another, which is noted.
+
+    Args:
+        source: a file that FFmpeg can read.
+        target: its suffix chooses the container; appears when it is complete.
+        sigma: on the scale 0-255 of the coded values, or ``"auto"``: the median of the estimates on the first frames.
+        load: gives the network, told whether the video has 8 bits.
+        crf: constant rate factor of the encoder (lower is better and larger); None is 18 to 24, depending on the codec.
+        overwrite: replace an existing ``target``.
+        progress: called after each frame with the frames done and the frames in all (0 if unknown).
+        **options: of :func:`fastden.inference.run.run_network`.
+
+    Returns:
+        What was done, with notes.
+
+    Raises:
+        UserError: a file that cannot be read, written or encoded, or PyAV is missing.
+    """
+    from fastden.images.codec import check_target
+
+    av = _av()
+    source, target = Path(source), Path(target)
+    if not is_video(target):
+        raise UserError(f"output: {target}; accepted suffixes for a video: {', '.join(SUFFIXES)}")
+    check_target(target, overwrite)
+    if target.exists() and os.path.samefile(source, target):
+        raise UserError(f"output: {target} is the input; accepted: another file")
+    # A link stays a link: what it points to is replaced.
+    final = Path(os.path.realpath(target))
+    temporary = final.with_name(f".fastden-{secrets.token_hex(8)}.tmp{target.suffix.lower()}")
+    try:
+        with _opened(av, source) as reader, av.open(str(temporary), "w", options=_container_options(reader)) as writer:
+            copy = _Copy(av, source, target, reader, writer, crf)
+            copy.run(sigma, load, progress, options)
+        if final.exists():
+            shutil.copymode(final, temporary)
+        os.replace(temporary, final)
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return copy.result
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise UserError(f"video: the package {error.name} is missing; install: pip install 'fastden[video]'") from error
+    # FFmpeg's own remarks go to standard error otherwise; errors are raised all the same.
+    av.logging.set_level(av.logging.FATAL)
+    os.environ.setdefault("SVT_LOG", "1")
+    return av
+
+
+def _opened(av: Any, source: Path) -> Any:
+    # Since PyAV 19 tags of other encodings are kept as they are; before, they stop the reading unless replaced.
+    options = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+    try:
+        return av.open(str(source), **options)
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{source}: cannot be read as a video: {error.strerror or error}") from error
+
+
+def _side_data(frame: Any) -> list[Any]:
+    # By number: going through them gives the data itself in PyAV 18, its kind in 19.
+    return [frame.side_data[number] for number in range(len(frame.side_data))]
+
+
+def _container_options(reader: Any) -> dict[str, str]:
+    # Cameras write keys of their own, which MP4 and MOV keep only on request.
+    return {"movflags": "use_metadata_tags"} if any(key.startswith("com.") for key in reader.metadata) else {}
+
+
+class _Copy:
+    """One run of :func:`denoise_video` over opened containers."""
+
+    def __init__(self, av: Any, source: Path, target: Path, reader: Any, writer: Any, crf: int | None) -> None:
+        self.av, self.source, self.target, self.reader, self.writer = av, source, target, reader, writer
+        self.crf = crf
+        self.result = VideoResult()
+        pictures = [stream for stream in reader.streams.video if not self._is_cover(stream)]
+        if not pictures:
+            raise UserError(f"{source}: no video stream; accepted: a file with one")
+        if writer.format.name == "avi" and reader.format.name != "avi":
+            raise UserError(f"output: {target}: AVI has no times of frames; accepted for {source.suffix}: .mkv, .mp4")
+        self.video = pictures[0]
+        self.video.thread_type = "AUTO"
+        self.total = self.video.frames or self._expected()
+
+    def _is_cover(self, stream: Any) -> bool:
+        return bool(stream.disposition & self.av.stream.Disposition.attached_pic)
+
+    def _is_gap(self, packet: Any) -> bool:
+        """Whether a packet is the nothing between two subtitles of an MP4, which is written anew."""
+        codec = packet.stream.codec_context
+        return codec is not None and codec.name == "mov_text" and bytes(packet) == b"\0\0"
+
+    def _expected(self) -> int:
+        rate, duration = self.video.average_rate, self.reader.duration
+        return int(duration / self.av.time_base * rate) if rate and duration else 0
+
+    def note(self, text: str) -> None:
+        if text not in self.result.notes:
+            self.result.notes.append(text)
+
+    def run(
+        self,
+        sigma: float | Literal["auto"],
+        load: Callable[[bool], FusedDenoiser],
+        progress: Callable[[int, int], None] | None,
+        options: dict[str, Any],
+    ) -> None:
+        from fastden.inference.run import denoise_pixels
+
+        first, packets = self._first_frame()
+        converter = FrameConverter(self.av, first)
+        eight_bit = max(component.bits for component in first.format.components) <= 8
+        network = load(eight_bit)
+        outputs = self._add_streams(first)
+        encoder = outputs[self.video.index]
+        level: Any = sigma
+        waiting: deque[tuple[Any, Array]] = deque()
+        # Frames of an AVI have the times of packets, which are late by as many as the decoder holds back.
+        late = (first.pts or 0) - (self.video.start_time or 0) if self.reader.format.name == "avi" else 0
+        last: int | None = None
+
+        def finish(frame: Any, pixels: Array) -> None:
+            nonlocal last
+            colours = pixels.shape[2] // 3 * 3 or 1
+            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], level, network, **options)
+            encoded = converter.frame(np.concatenate([done, pixels[:, :, colours:]], 2), frame, encoder.pix_fmt)
+            if encoded.pts is not None:
+                encoded.pts -= late
+            # A decoder that lost its way gives no time, or one twice.
+            if encoded.pts is None or (last is not None and encoded.pts <= last):
+                encoded.pts = 0 if last is None else last + 1
+            last = encoded.pts
+            self.writer.mux(encoder.encode(encoded))
+            self.result.frames += 1
+            if progress is not None:
+                progress(self.result.frames, self.total)
+
+        for item in self._items(packets):
+            if isinstance(item, self.av.Packet):
+                if item.stream.index in outputs and not self._is_gap(item):
+                    item.stream = outputs[item.stream.index]
+                    self.writer.mux(item)
+                continue
+            self._check_frame(item, first)
+            waiting.append((item, converter.pixels(item)))
+            if level == "auto" and network.noise_level_input and len(waiting) < ESTIMATED:
+                continue
+            level = _held(level, network, waiting)
+            while waiting:
+                finish(*waiting.popleft())
+        level = _held(level, network, waiting)
+        while waiting:
+            finish(*waiting.popleft())
+        self.writer.mux(encoder.encode(None))
+        if self.result.damaged:
+            self.note(
+                f"{self.result.damaged} damaged packets or frames in the input, missing or made up by the decoder"
+            )
+
+    def _packets(self) -> Iterator[Any]:
+        try:
+            for packet in self.reader.demux():
+                if packet.size or packet.stream is self.video:
+                    yield packet
+        except self.av.error.InvalidDataError:
+            self.note("the input ends early: it is damaged")
+
+    def _frames(self, packet: Any) -> list[Any]:
+        try:
+            frames = packet.decode()
+        except self.av.error.InvalidDataError:
+            self.result.damaged += 1
+            return []
+        # What the decoder made up for a damaged frame is kept: a gap would show more.
+        self.result.damaged += sum(frame.is_corrupt for frame in frames)
+        return list(frames)
+
+    def _first_frame(self) -> tuple[Any, Iterator[Any]]:
+        """The first frame, which tells more than the header, and packets and frames from the beginning."""
+        items: list[Any] = []
+        packets = self._packets()
+        for packet in packets:
+            if packet.stream is not self.video:
+                items.append(packet)
+                continue
+            frames = self._frames(packet)
+            items.extend(frames)
+            if frames:
+                self.result.width, self.result.height = frames[0].width, frames[0].height
+                return frames[0], _chain(items, packets)
+        raise UserError(f"{self.source}: no frame can be decoded ({self.result.damaged} damaged)")
+
+    def _items(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Packets to copy, and decoded frames of the video."""
+        for item in packets:
+            if isinstance(item, self.av.Packet) and item.stream is self.video:
+                yield from self._frames(item)
+            else:
+                yield item
+
+    def _check_frame(self, frame: Any, first: Any) -> None:
+        if (frame.width, frame.height, frame.format.name) != (first.width, first.height, first.format.name):
+            now, before = (f"{f.width} x {f.height} {f.format.name}" for f in (frame, first))
+            raise UserError(f"{self.source}: frames change from {before} to {now}; accepted: frames of one kind")
+        if frame.interlaced_frame:
+            self.note("interlaced frames were denoised as whole frames, and are written as progressive ones")
+        for data in _side_data(frame):
+            if data.type.name in LOST:
+                self.note(f"{LOST[data.type.name]} cannot be written, and is missing")
+
+    def _add_streams(self, first: Any) -> dict[int, Any]:
+        """The output's stream for each of the input's that goes into it, by index."""
+        outputs = {}
+        for stream in self.reader.streams:
+            made = self._add_encoder(first) if stream is self.video else self._add_copy(stream)
+            if made is None:
+                continue
+            outputs[stream.index] = made
+            made.metadata.update(_content(stream.metadata))
+            made.disposition = stream.disposition
+        self.writer.metadata.update(_content(self.reader.metadata))
+        chapters = self.reader.chapters()
+        if chapters:
+            self.writer.set_chapters(chapters)
+        return outputs
+
+    def _add_copy(self, stream: Any) -> Any:
+        if stream.discard == self.av.stream.Discard.all:  # the titles of chapters, which are written as chapters
+            return None
+        codec = stream.codec_context.name if stream.codec_context else "unknown"
+        try:
+            self._try_copy(stream)
+        except (ValueError, self.av.error.FFmpegError) as error:
+            text = f"stream {stream.index} ({stream.type}, {codec}) cannot be copied into {self.target.suffix}"
+            if stream.type == "audio":
+                raise UserError(f"output: {text}; accepted: {self.source.suffix}, or .mkv") from error
+            self.note(f"{text}, and is missing")
+            return None
+        if stream.type == "video" and not self._is_cover(stream):
+            self.note(f"stream {stream.index}, a second video, is copied as it is")
+        return self.writer.add_stream_from_template(stream, opaque=True)
+
+    def _try_copy(self, stream: Any) -> None:
+        """Raise where the container does not take a stream, which some say only when they write their header."""
+        with self.av.open(io.BytesIO(), "w", format=self.writer.format.name) as scratch:
+            scratch.add_stream_from_template(stream, opaque=True)
+            scratch.start_encoding()
+
+    def _add_encoder(self, first: Any) -> Any:
+        encoders = Encoders(self.av, self.video, self.writer, self.target.suffix, self.crf, self.note)
+        codec, pixel_format = encoders.choose(first)
+        stream = self.writer.add_stream(codec.name, options=encoders.options(codec.name))
+        encoders.configure(stream.codec_context, first, pixel_format)
+        stream.time_base = self.video.time_base
+        matrix = next((data for data in _side_data(first) if data.type.name == "DISPLAYMATRIX"), None)
+        if matrix is not None:
+            stream.set_display_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
+        return stream
+
+
+def _chain(items: list[Any], packets: Iterator[Any]) -> Iterator[Any]:
+    """The items, each dropped when it is taken, then the packets."""
+    queue = deque(items)
+    items.clear()
+    while queue:
+        yield queue.popleft()
+    yield from packets
+
+
+def _content(metadata: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key.lower() not in NOT_COPIED}
+
+
+def _held(level: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:
+    """The noise level for all frames: what was given, or the median of the estimates on those that wait."""
+    from fastden.images.noise import estimate_sigma
+
+    if level != "auto" or not network.noise_level_input or not waiting:
+        return level
+    return float(np.median([estimate_sigma(pixels) for _, pixels in waiting]))

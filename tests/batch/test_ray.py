@@ -1,0 +1,310 @@
+"""The Ray engine: rows of names, records back, the local engine's bytes; and the cost model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastden.batch import ray as ray_module
+from fastden.batch.cost import Cost
+from fastden.batch.manifest import NAME
+from fastden.batch.plan import Job
+from fastden.batch.ray import Pool, Row, Worker, choose_pool, distribute, plan_rows
+from fastden.errors import UserError
+from fastden.images.codec import read_image
+from tests.cli.run import fails, works
+from tests.image_files import encoded, exif, pixels, save_model
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a.png").write_bytes(encoded(pixels(seed=1), "PNG"))
+    (folder / "b.jpg").write_bytes(encoded(pixels(seed=2), "JPEG", exif=exif(6)))
+    (folder / "inner" / "c.tif").write_bytes(encoded(pixels(dtype=np.uint16, channels=0, seed=3), "TIFF"))
+    return folder
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """A file system behind URLs, in this process alone."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def test_rows_of_paths(photos: Path, tmp_path: Path) -> None:
+    rows = plan_rows([str(photos)], str(tmp_path / "out"), recursive=True, format_name="png")
+    assert [(row["input"], row["output"]) for row in rows] == [
+        (str(photos / name), str(tmp_path / "out" / target))
+        for name, target in (("a.png", "a.png"), ("b.jpg", "b.png"), ("inner/c.tif", "inner/c.png"))
+    ]
+
+
+def test_rows_of_urls(memory: Any, photos: Path) -> None:
+    for name in ("in/a.png", "in/b/a.PNG", "in/notes.txt", "in/.hidden.png"):
+        memory.pipe(f"/{name}", b"x")
+    below = {"input": "memory:///in/b/a.PNG", "output": "memory://out/b/a.PNG"}
+    first = {"input": "memory:///in/a.png", "output": "memory://out/a.png"}
+    assert [_plain(row) for row in plan_rows(["memory://in"], "memory://out/")] == [_plain(first)]
+    rows = plan_rows(["memory://in"], "memory://out", recursive=True)
+    assert [_plain(row) for row in rows] == [_plain(first), _plain(below)]
+    (row,) = plan_rows(["memory://in/*.png"], "/data/out", format_name="jpeg")
+    assert row["output"] == "/data/out/a.jpg"
+    (row,) = plan_rows([str(photos / "a.png")], "memory://out")
+    assert row == {"input": str(photos / "a.png"), "output": "memory://out/a.png"}
+    with pytest.raises(UserError, match=r"would both be written to memory://out/a\.png"):
+        plan_rows(["memory://in/a.png", str(photos / "a.png")], "memory://out")
+    with pytest.raises(UserError, match=r"input: no images at memory://nothing"):
+        plan_rows(["memory://nothing"], "memory://out")
+    with pytest.raises(UserError, match=r"nosuch://x: Protocol not known"):
+        plan_rows(["nosuch://x"], "memory://out")
+
+
+def _plain(row: dict[str, str]) -> dict[str, str]:
+    """How many slashes follow the scheme is the file system's habit."""
+    return {key: value.replace(":///", "://") for key, value in row.items()}
+
+
+def record_of(worker: Worker, source: Any, target: Any) -> dict[str, Any]:
+    return json.loads(worker({"input": str(source), "output": str(target)})["record"])
+
+
+def test_a_worker(photos: Path, tmp_path: Path, memory: Any, model: str) -> None:
+    """Paths, URLs in and out, and failures, each with its record."""
+    works("denoise", photos / "b.jpg", "-o", tmp_path / "expected.jpg", "--model", model)
+    expected = (tmp_path / "expected.jpg").read_bytes()
+    worker = Worker({"model": model}, 1)
+    record = record_of(worker, photos / "b.jpg", tmp_path / "new" / "b.jpg")
+    assert (record["status"], record["error"]) == ("done", None)
+    assert (record["width"], record["height"]) == (40, 32)
+    assert set(record["seconds"]) == {"read", "compute", "write"}
+    assert (tmp_path / "new" / "b.jpg").read_bytes() == expected
+    memory.pipe("/in/b.jpg", (photos / "b.jpg").read_bytes())
+    record = record_of(worker, "memory://in/b.jpg", "memory://out/deep/b.jpg")
+    assert (record["status"], record["input"]) == ("done", "memory://in/b.jpg")
+    assert memory.cat("/out/deep/b.jpg") == expected
+    again = record_of(worker, "memory://in/b.jpg", "memory://out/deep/b.jpg")
+    assert again["status"] == "failed"
+    assert "exists already" in again["error"]
+    missing = record_of(worker, "memory://in/missing.jpg", "memory://out/missing.jpg")
+    assert missing["status"] == "failed"
+    memory.pipe("/in/text.png", b"no image")
+    bad = record_of(worker, "memory://in/text.png", tmp_path / "text.png")
+    assert bad["status"] == "failed"
+    assert bad["error"]
+    assert memory.find("/out") == ["/out/deep/b.jpg"]
+    assert not (tmp_path / "text.png").exists()
+
+
+def test_pools() -> None:
+    machine = {"CPU": 16.0, "GPU": 2.0, "node:10.0.0.1": 1.0, "node:__internal_head__": 1.0}
+    assert choose_pool(machine, None, 1, None) == Pool(2, 1, 8)
+    assert choose_pool(machine, None, 4, None) == Pool(8, 0.25, 2)
+    assert choose_pool(machine, 3, 1, None) == Pool(3, 1, 5)
+    assert choose_pool(machine, None, 1, "cpu") == Pool(1, 0, 16)
+    assert choose_pool({"CPU": 8.0, "node:a": 1.0, "node:b": 1.0}, None, 1, None) == Pool(2, 0, 4)
+    assert choose_pool({"CPU": 2.0, "node:a": 1.0}, 4, 1, None) == Pool(4, 0, 1)
+    with pytest.raises(UserError, match=r"workers: 0; accepted: 1 or more"):
+        choose_pool(machine, 0, 1, None)
+
+
+@pytest.mark.slow
+def test_same_bytes_as_the_local_engine(photos: Path, tmp_path: Path, model: str) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    pytest.importorskip("ray.data", reason="ray[data] is not installed")
+    (photos / "bad.png").write_bytes(b"no image")
+    options = ["--model", model, "--sigma", 20, "--recursive"]
+    fails("denoise", photos, "-o", tmp_path / "local", *options, saying="1 of 4 files failed")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    try:
+        errors = fails(
+            "denoise",
+            photos,
+            "-o",
+            tmp_path / "ray",
+            *options,
+            "--engine",
+            "ray",
+            "--workers",
+            2,
+            saying="1 of 4 files",
+        )
+    finally:
+        ray.shutdown()
+    assert f"{photos / 'bad.png'}" in errors
+    names = [str(path.relative_to(tmp_path / "local")) for path in (tmp_path / "local").rglob("[!.]*.*")]
+    assert sorted(names) == ["a.png", "b.jpg", "inner/c.tif"]
+    for name in names:
+        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+
+
+def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on record as done is left out; what a killed run had begun is made again; nothing else is replaced."""
+    asked: list[Row] = []
+
+    def here(rows: list[Row], settings: dict[str, Any], **_: Any) -> Iterator[dict[str, Any]]:
+        worker = Worker(settings, 1)
+        for row in rows:
+            asked.append(row)
+            yield json.loads(worker(row)["record"])
+
+    monkeypatch.setattr("fastden.cli.ray.distribute", here)
+    out = tmp_path / "out"
+    options = ["--model", model, "--sigma", 20, "-r", "--engine", "ray"]
+    works("denoise", photos, "-o", out, *options)
+    expected = {path: path.read_bytes() for path in out.rglob("[!.]*.*")}
+    assert len(expected) == len(asked) == 3
+    manifest = out / NAME
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(line for line in lines if not ("b.jpg" in line and '"status": "done"' in line)))
+    (out / "inner" / "c.tif").write_bytes(b"another")
+    asked.clear()
+    text = works("denoise", photos, "-o", out, *options, "--resume")
+    assert "1 image done before" in text
+    assert sorted(Path(row["input"]).name for row in asked) == ["b.jpg", "c.tif"]
+    assert {path: path.read_bytes() for path in out.rglob("[!.]*.*")} == expected
+    asked.clear()
+    works("denoise", photos, "-o", out, *options, "--resume")
+    assert asked == []
+    manifest.unlink()
+    fails("denoise", photos, "-o", out, *options, "--resume", saying="exists already")
+    assert {path: path.read_bytes() for path in out.rglob("[!.]*.*")} == expected
+    fails("denoise", photos, "-o", photos, *options, "--overwrite", saying="is the input; accepted with --engine ray")
+    fails("denoise", photos, "-o", "memory://out", *options, "--resume", saying="resume: there is no manifest")
+
+
+def test_mistakes(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails(
+        "denoise",
+        photos,
+        "-o",
+        tmp_path / "out",
+        "--model",
+        model,
+        "--workers",
+        2,
+        saying="accepted: with --engine ray",
+    )
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"install: pip install 'fastden\[ray\]'"):
+        next(distribute([{"input": "a.png", "output": "b.png"}], {}))
+
+
+def test_a_file_appears_whole_behind_a_url(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(b"whole")
+
+    def breaks(local: Any, remote: Any, size: int) -> None:
+        remote.write(b"ha")
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(ray_module.shutil, "copyfileobj", breaks)
+    with pytest.raises(OSError, match="connection lost"):
+        ray_module._send(tmp_path / "a.png", "memory://out/a.png")
+    assert memory.find("/out") == []
+    monkeypatch.undo()
+    ray_module._send(tmp_path / "a.png", "memory://out/a.png")
+    assert memory.cat("/out/a.png") == b"whole"
+
+
+def test_a_worker_reads_while_it_computes(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called from several threads: files side by side, one thread that computes, within the memory for images."""
+    worker = Worker({"model": model, "dtype": "float32"}, 1)
+    stages = worker.denoiser.stages
+    read, compute = stages.reading.read, stages.computing.compute
+    computing, computers, held = threading.Event(), set(), []
+    reading_beside = threading.Event()
+
+    def slow(works: list[Any], *rest: Any) -> None:
+        computers.add(threading.current_thread().name)
+        computing.set()
+        assert reading_beside.wait(20), "no file was read while another was computed"
+        held.append(worker.denoiser._gate.taken)
+        compute(works, *rest)
+
+    def beside(work: Any) -> None:
+        if not work.job.source.name.startswith("0"):
+            assert computing.wait(20)
+            reading_beside.set()
+        read(work)
+
+    monkeypatch.setattr(stages.computing, "compute", slow)
+    monkeypatch.setattr(stages.reading, "read", beside)
+    for index in range(5):
+        shutil.copy(photos / "a.png", photos / f"{index}.png")
+    with ThreadPoolExecutor(3) as threads:
+        paths = [(photos / f"{index}.png", tmp_path / f"{index}.png") for index in range(5)]
+        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    assert [record["status"] for record in records] == ["done"] * 5, records
+    assert len(computers) == 1
+    assert held[0] >= 2 * stages.reading.look(Job(*paths[0])).size
+    assert worker.denoiser._gate.taken == 0
+    assert len({path.read_bytes() for _, path in paths}) == 1
+    # Nothing is admitted beside what fills the memory for images; who fails gives back what it took.
+    worker.denoiser._gate.limit = 1
+    held.clear()
+    broken = photos / "broken.png"
+    broken.write_bytes((photos / "a.png").read_bytes()[:200])
+    with ThreadPoolExecutor(3) as threads:
+        paths = [(path, tmp_path / f"again-{path.name}") for path in (photos / "1.png", broken, photos / "2.png")]
+        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    assert [record["status"] for record in records] == ["done", "failed", "done"]
+    assert held == [1, 1]
+    assert worker.denoiser._gate.taken == 0
+    # What is streamed is read and written by the thread that computes.
+    look, stream, streamers = stages.reading.look, stages.stream, set()
+
+    def watched(work: Any, *rest: Any) -> Any:
+        streamers.add(threading.current_thread().name)
+        return stream(work, *rest)
+
+    monkeypatch.setattr(stages.reading, "look", lambda job: replace(look(job), streamed=True))
+    monkeypatch.setattr(stages, "stream", watched)
+    with ThreadPoolExecutor(2) as threads:
+        paths = [(photos / f"{index}.png", tmp_path / f"streamed-{index}.png") for index in (1, 2)]
+        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    assert [record["status"] for record in records] == ["done", "done"]
+    assert streamers == computers
+    expected = read_image(tmp_path / "1.png").pixels
+    assert all(np.array_equal(read_image(target).pixels, expected) for _, target in paths)
+    assert worker.denoiser._gate.taken == 0
+
+
+def test_cost() -> None:
+    """100 ms a megapixel of network, 20 and 30 of reading and writing."""
+    records = [
+        {"status": "done", "width": 1000, "height": 1000, "seconds": {"read": 0.02, "compute": 0.1, "write": 0.03}},
+        {"status": "done", "width": 2000, "height": 1000, "seconds": {"read": 0.04, "compute": 0.2, "write": 0.06}},
+        {"status": "failed", "width": 0, "height": 0, "seconds": {}},
+    ]
+    cost = Cost.of(records)
+    assert (cost.read, cost.compute, cost.write) == pytest.approx((20, 100, 30))
+    assert cost.images_an_hour(24) == pytest.approx(1000)
+    assert cost.images_an_hour(24, workers=2) == pytest.approx(1500)
+    assert cost.images_an_hour(24, files_at_once=9) == pytest.approx(1500)
+    # Half of each core is reading or writing while the network has the other halves.
+    assert cost.images_an_hour(24, files_at_once=3, cores=2) == pytest.approx(1200)
+    assert cost.images_an_hour(24, files_at_once=1, cores=2) == pytest.approx(1000)
+    with pytest.raises(ValueError, match=r"records: none is done"):
+        Cost.of(records[2:])

@@ -1,0 +1,111 @@
+"""Writing is all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastden.errors import UserError
+from fastden.images.codec import ImageFile, encode_image, format_for, read_image, write_image
+from tests.image_files import (
+    pixels,
+)
+
+
+def test_file_names_with_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "a [Q=1] é.jpg"
+    write_image(path, ImageFile(pixels()))
+    assert read_image(path).pixels.shape == (32, 40, 3)
+
+
+def test_suffix_and_format_must_agree() -> None:
+    assert format_for("a.JPG") == "jpeg"
+    assert format_for("a.tif", "tiff") == "tiff"
+    for path, format_name, message in (
+        ("a.bmp", None, "cannot write .bmp"),
+        ("a", None, "without suffix"),
+        ("a.png", "jpeg", "the same"),
+        ("a.png", "gif", "accepted: jpeg"),
+    ):
+        with pytest.raises(UserError, match=message):
+            format_for(path, format_name)
+
+
+def test_existing_files_are_kept_unless_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"exists already; accepted: another name, or overwrite \(--overwrite\)"):
+        write_image(path, ImageFile(pixels()))
+    assert path.read_bytes() == b"mine"
+    path.chmod(0o640)
+    write_image(path, ImageFile(pixels()), overwrite=True)
+    assert read_image(path).pixels.shape == (32, 40, 3)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.png", tmp_path / "link.png"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_image(link, ImageFile(pixels()), overwrite=True)
+    assert link.is_symlink()
+    assert read_image(target).pixels.shape == (32, 40, 3)
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "a.png"
+    folder.mkdir()
+    with pytest.raises(UserError, match="not a regular file"):
+        write_image(folder, ImageFile(pixels()), overwrite=True)
+    with pytest.raises(UserError, match="does not exist"):
+        write_image(tmp_path / "missing" / "a.png", ImageFile(pixels()))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="does not exist"):
+        write_image(tmp_path / "file" / "a.png", ImageFile(pixels()))
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, which nobody can write to, root included")
+def test_a_place_that_takes_no_files() -> None:
+    with pytest.raises(UserError, match=r"^/proc/a\.png: cannot be written: "):
+        write_image("/proc/a.png", ImageFile(pixels()))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("before", [None, b"the old file"])
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, before: bytes | None
+) -> None:
+    path = tmp_path / "a.png"
+    if before is not None:
+        path.write_bytes(before)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(UserError, match=f"a.png: cannot be written: {os.strerror(errno.ENOSPC)}"):
+        write_image(path, ImageFile(pixels()), overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == (
+        {} if before is None else {"a.png": before}
+    )
+
+
+def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_image(tmp_path / "a.png", ImageFile(pixels()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_large_for_the_format() -> None:
+    wide = ImageFile(np.zeros((1, 20000, 3), np.uint8))
+    with pytest.raises(UserError, match="cannot be written as webp"):
+        encode_image(wide, "webp")

@@ -1,0 +1,310 @@
+"""Exact tiling: tiled and untiled results are equal, in bounded memory."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastden.inference.tiling import BYTES_PER_PIXEL, Model, automatic_tile, denoise_tiled, plan_tiles
+from fastden.network.fused import fuse
+from fastden.network.model import Denoiser
+from tests.helpers import level, max_error, random_network
+
+
+@settings(max_examples=60)
+@given(size=st.tuples(st.integers(1, 200), st.integers(1, 200)), side=st.integers(4, 60).map(lambda n: 4 * n))
+def test_tiles_cover_every_pixel_once(size: tuple[int, int], side: int) -> None:
+    seen = torch.zeros(size, dtype=torch.int32)
+    for top, bottom, left, right in plan_tiles(*size, side):
+        seen[top:bottom, left:right] += 1
+        assert 0 < bottom - top <= side
+        assert 0 < right - left <= side
+        assert top % 4 == left % 4 == 0
+        assert bottom % 4 == 0 or bottom == size[0]
+        assert right % 4 == 0 or right == size[1]
+    assert bool((seen == 1).all())
+
+
+@settings(max_examples=15)
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    tile=st.sampled_from([16, 17, 20, 32, 48]),
+    blind=st.booleans(),
+    batch=st.integers(1, 2),
+)
+@example(size=(1, 1), tile=16, blind=False, batch=1)
+@example(size=(1, 89), tile=16, blind=False, batch=1)
+@example(size=(17, 65), tile=16, blind=True, batch=2)
+@example(size=(64, 64), tile=32, blind=False, batch=1)
+def test_equal_to_the_untiled_result(size: tuple[int, int], tile: int, blind: bool, batch: int) -> None:
+    """In float64, where only the order of sums could differ."""
+    model = random_network(not blind, dtype=torch.float64)
+    x = torch.rand(batch, 3, *size, dtype=torch.float64)
+    sigma = level(model)
+    with torch.no_grad():
+        untiled = model(x, sigma)
+    assert max_error(denoise_tiled(model, x, sigma, tile=tile), untiled) < 1e-13
+
+
+@pytest.mark.parametrize("tile", [16, 36, None])
+@pytest.mark.parametrize("size", [(61, 83), (40, 64), (23, 7)], ids=str)
+def test_float32(size: tuple[int, int], tile: int | None) -> None:
+    model = random_network()
+    x = torch.rand(1, 3, *size)
+    for network in (model, fuse(model)):
+        with torch.no_grad():
+            untiled = network(x, 0.1)
+        assert max_error(denoise_tiled(network, x, 0.1, tile=tile), untiled) < 1e-6
+
+
+def test_a_wrong_halo_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The equality above has teeth: four pixels less around a tile change its result."""
+    model = random_network(dtype=torch.float64)
+    x = torch.rand(1, 3, 70, 70, dtype=torch.float64)
+    with torch.no_grad():
+        untiled = model(x, 0.1)
+    monkeypatch.setattr("fastden.inference.tiling.HALO", 16)
+    assert max_error(denoise_tiled(model, x, 0.1, tile=32), untiled) > 1e-9
+
+
+@pytest.mark.parametrize("sigma", ["number", "per image", "map", "one map"])
+def test_noise_level_in_every_form(sigma: str) -> None:
+    model = random_network(dtype=torch.float64)
+    x = torch.rand(2, 3, 45, 38, dtype=torch.float64)
+    value = {
+        "number": 0.2,
+        "per image": torch.tensor([0.1, 0.3]),
+        "map": torch.rand(2, 1, 45, 38, dtype=torch.float64),
+        "one map": torch.rand(1, 1, 45, 38, dtype=torch.float64),
+    }[sigma]
+    with torch.no_grad():
+        assert max_error(denoise_tiled(model, x, value, tile=16), model(x, value)) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
+@pytest.mark.parametrize("tile", [16, None])
+def test_integers(dtype: torch.dtype, tile: int | None) -> None:
+    """Scaled to [0, 1], denoised, clipped and rounded back."""
+    largest = 255 if dtype == torch.uint8 else 65535
+    image = (torch.rand(1, 3, 33, 42) * largest).round().to(dtype)
+    before = image.clone()
+    model = random_network()
+    with torch.no_grad():
+        exact = model(image.float() / largest, 0.1) * largest
+    result = denoise_tiled(model, image, 0.1, tile=tile)
+    assert result.dtype == dtype
+    assert torch.equal(image, before)
+    assert exact.min() < 0
+    assert exact.max() > largest  # so that clipping is tested
+    expected = exact.round().clamp(0, largest)
+    difference = (result.to(torch.int32) - expected.to(torch.int32)).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01
+
+
+def test_float_results_are_not_clipped() -> None:
+    y = denoise_tiled(random_network(), torch.rand(1, 3, 40, 40), 0.1, tile=16)
+    assert y.min() < 0
+    assert y.max() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_image_of_another_dtype(dtype: torch.dtype) -> None:
+    model = random_network()
+    x = torch.rand(1, 3, 37, 30).to(dtype)
+    for network in (model, fuse(model)):
+        y = denoise_tiled(network, x, 0.1, tile=16)
+        assert y.dtype == dtype
+        with torch.no_grad():
+            assert max_error(y, model(x.float(), 0.1)) < 4 * torch.finfo(dtype).eps + 1e-5
+
+
+def test_layout_of_the_image() -> None:
+    model = random_network()
+    rows = torch.randint(0, 256, (40, 51, 3), dtype=torch.uint8)
+    image = rows.permute(2, 0, 1)[None]
+    assert torch.equal(
+        denoise_tiled(model, image, 0.1, tile=16), denoise_tiled(model, image.contiguous(), 0.1, tile=16)
+    )
+
+
+def test_progress() -> None:
+    calls: list[tuple[int, int]] = []
+    denoise_tiled(random_network(), torch.rand(1, 3, 40, 50), 0.1, tile=16, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (2000, 2000)
+    assert len(calls) > 4
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert {total for _, total in calls} == {2000}
+
+
+def test_progress_may_cancel() -> None:
+    class CancelledError(Exception):
+        pass
+
+    def cancel(done: int, total: int) -> None:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        denoise_tiled(random_network(), torch.rand(1, 3, 40, 50), 0.1, tile=16, progress=cancel)
+
+
+def test_network_keeps_its_mode_and_no_graph_is_built() -> None:
+    model = random_network()
+    y = denoise_tiled(model, torch.rand(1, 3, 20, 20), 0.1, tile=16)
+    assert not y.requires_grad
+    assert not model.training
+
+
+def test_automatic_tile_grows_with_memory() -> None:
+    fused = fuse(Denoiser())
+    sides = [side_for(fused, megabytes << 20) for megabytes in (8, 64, 512, 4096, 1 << 20)]
+    assert sides == sorted(sides)
+    assert all(side % 4 == 0 for side in sides)
+    assert sides[0] < sides[1] < sides[2]
+    assert sides[-1] <= 2048
+    assert side_for(fuse(Denoiser(), dtype=torch.bfloat16), 64 << 20) > side_for(fused, 64 << 20)
+    assert side_for(fuse(Denoiser(), dtype=torch.float64), 64 << 20) < side_for(fused, 64 << 20)
+
+
+def side_for(model: Model, max_memory: int) -> int:
+    return automatic_tile(model, 4000, 6000, 1, max_memory)[0]
+
+
+def test_small_images_go_together_and_large_ones_alone() -> None:
+    fused = fuse(Denoiser())
+    assert automatic_tile(fused, 8, 8, 500, 1 << 30)[1] == 500
+    assert automatic_tile(fused, 8, 8, 500, 64 << 20)[1] < 100
+    assert automatic_tile(fused, 4000, 6000, 4, 64 << 20) == (side_for(fused, 64 << 20), 1)
+
+
+def test_a_batch_larger_than_memory_is_split() -> None:
+    model = random_network(dtype=torch.float64)
+    x = torch.rand(7, 3, 9, 12, dtype=torch.float64)
+    sigma = torch.linspace(0.01, 0.2, 7, dtype=torch.float64)
+    calls: list[int] = []
+    y = denoise_tiled(model, x, sigma, max_memory=90 << 20, progress=lambda done, total: calls.append(done))
+    assert 1 < len(calls) < 7
+    assert calls[-1] == 7 * 9 * 12
+    with torch.no_grad():
+        assert max_error(y, model(x, sigma)) < 1e-13
+
+
+def test_no_images() -> None:
+    assert denoise_tiled(random_network(), torch.empty(0, 3, 9, 12), 0.1).shape == (0, 3, 9, 12)
+
+
+def test_a_network_in_training_is_refused_and_left_alone() -> None:
+    model = Denoiser()
+    with pytest.raises(ValueError, match=r"model: in training mode; accepted: evaluation mode"):
+        denoise_tiled(model, torch.rand(1, 3, 40, 50), 0.1, tile=16)
+    assert int(model.conv1.bn.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_bfloat16(blind: bool) -> None:
+    """Equal up to rounding: oneDNN orders the sums of a tile of another shape differently."""
+    model = random_network(not blind)
+    x = torch.rand(1, 3, 90, 131)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double(), level(model))
+    fast = fuse(model, dtype=torch.bfloat16)
+    whole, tiled = (denoise_tiled(fast, x, level(model), tile=tile) for tile in (None, 32))
+    assert max_error(tiled, exact) < 1.5 * max_error(whole, exact)
+
+
+def test_automatic_tile_is_exact_too() -> None:
+    model = random_network(dtype=torch.float64)
+    x = torch.rand(1, 3, 150, 90, dtype=torch.float64)
+    calls: list[int] = []
+    y = denoise_tiled(model, x, 0.1, max_memory=50 << 20, progress=lambda done, total: calls.append(done))
+    assert len(calls) > 1
+    with torch.no_grad():
+        assert max_error(y, model(x, 0.1)) < 1e-13
+
+
+WRONG = {
+    "array": ({"image": [[1]]}, TypeError, r"image: list; accepted: a torch\.Tensor"),
+    "int32": ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.int32)}, TypeError, r"image: dtype torch\.int32; accepted"),
+    "three axes": ({"image": torch.zeros(3, 8, 8)}, ValueError, r"image: shape \(3, 8, 8\); accepted"),
+    "gray": ({"image": torch.zeros(1, 1, 8, 8)}, ValueError, r"image: shape \(1, 1, 8, 8\); accepted"),
+    "no pixels": ({"image": torch.zeros(1, 3, 0, 8)}, ValueError, r"image: shape .*H, W >= 1"),
+    "small tile": ({"tile": 8}, ValueError, r"tile: 8; accepted: a whole number of at least 16"),
+    "negative tile": ({"tile": -32}, ValueError, r"tile: -32; accepted"),
+    "fractional tile": ({"tile": 32.5}, ValueError, r"tile: 32\.5; accepted"),
+    "word for a tile": ({"tile": "large"}, ValueError, r"tile: 'large'; accepted"),
+    "both limits": ({"tile": 32, "max_memory": 1 << 30}, ValueError, r"max_memory: given together with tile=32"),
+    "no memory": ({"max_memory": 1000}, ValueError, r"max_memory: 1000 bytes; accepted: at least \d+"),
+    "negative memory": ({"max_memory": -1}, ValueError, r"max_memory: -1 bytes; accepted: at least \d+"),
+    "no sigma": ({"sigma": None}, ValueError, r"sigma: None.*accepted"),
+    "sigma on the scale of bytes": ({"sigma": 25}, ValueError, r"sigma: 25; accepted: 0 to 1"),
+    "map of another size": ({"sigma": torch.zeros(1, 1, 9, 8)}, ValueError, r"sigma: shape \(1, 1, 9, 8\); accepted"),
+    "three levels": ({"sigma": torch.zeros(3)}, ValueError, r"sigma: shape \(3,\); accepted"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case: str) -> None:
+    changes, kind, message = WRONG[case]
+    arguments = {"image": torch.zeros(1, 3, 8, 8), "sigma": 0.1, **changes}
+    with pytest.raises(kind, match=message):
+        denoise_tiled(Denoiser().eval(), **arguments)
+
+
+def test_the_smallest_accepted_memory_is_what_the_message_says() -> None:
+    fused = fuse(Denoiser())
+    with pytest.raises(ValueError, match="at least") as caught:
+        automatic_tile(fused, 100, 100, 3, 1000)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    assert automatic_tile(fused, 100, 100, 3, least) == (16, 1)
+    with pytest.raises(ValueError, match="max_memory"):
+        automatic_tile(fused, 100, 100, 3, least - 1)
+
+
+PEAK = """
+import sys, torch
+from fastden.network.fused import fuse
+from fastden.inference.tiling import denoise_tiled
+from fastden.network.model import Denoiser
+
+def peak():  # getrusage's ru_maxrss would start at the peak of the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+side, form, dtype, max_memory = int(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(2)
+torch.manual_seed(0)
+model = Denoiser().eval()
+model = fuse(model, dtype=dtype) if form != "plain" else model.to(dtype)
+denoise_tiled(model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 0.1, tile=None)
+before = peak()
+image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+denoise_tiled(model, image, 0.1, **({"max_memory": max_memory} if max_memory else {"tile": None}))
+print((peak() - before) * 1024 - 2 * image.numel())
+"""
+
+
+def peak(root: Path, side: int, form: str, dtype: str, max_memory: int = 0) -> int:
+    """Bytes by which a process grows, beyond the image and the result."""
+    command = [sys.executable, "-c", PEAK, str(side), form, dtype, str(max_memory)]
+    done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("onednn", "float32"), ("onednn", "bfloat16"), ("operators", "float64"), ("plain", "float32")],
+)
+def test_peak_memory(form: str, dtype: str, root: Path) -> None:
+    """What a pixel is said to take holds, and ``max_memory`` bounds the process whatever the image's size."""
+    claimed = BYTES_PER_PIXEL[form] * getattr(torch, dtype).itemsize / 4
+    assert 0.4 * claimed < peak(root, 512, form, dtype) / 512**2 < 1.1 * claimed
+    if form == "onednn":
+        assert peak(root, 1200, form, dtype, 256 << 20) < 256 << 20

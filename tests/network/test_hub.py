@@ -1,0 +1,159 @@
+"""Saving and loading, from folders and by bundled name, without a network connection."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from huggingface_hub import hub_mixin
+from safetensors.torch import load_file, save_file
+
+import fastden.network.hub
+from fastden.network.model import Denoiser
+from tests.helpers import level, random_network
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Any attempt to download or connect fails the test."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        pytest.fail(f"reached for the network: {args} {kwargs}")
+
+    monkeypatch.setattr(hub_mixin, "hf_hub_download", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("noise_level_input", [False, True])
+@pytest.mark.parametrize("image_channels", [1, 3])
+def test_round_trip(tmp_path: Path, noise_level_input: bool, image_channels: int) -> None:
+    model = random_network(noise_level_input, image_channels)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = Denoiser.from_pretrained(tmp_path / "saved")
+    assert isinstance(loaded, Denoiser)
+    assert not loaded.training
+    x = torch.rand(1, image_channels, 9, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(x, level(loaded)), model(x, level(model)))
+    state = loaded.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_config_keeps_the_arguments(tmp_path: Path) -> None:
+    Denoiser(False, image_channels=1, composed=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"noise_level_input": False, "image_channels": 1, "composed": True}
+    loaded = Denoiser.from_pretrained(tmp_path)
+    assert (loaded.noise_level_input, loaded.image_channels, loaded.composed) == (False, 1, True)
+
+
+def test_saved_files(tmp_path: Path) -> None:
+    model = random_network()
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+    assert "apache-2.0" in (tmp_path / "README.md").read_text()
+
+
+def test_adapted_network_saves_its_own_arguments(tmp_path: Path) -> None:
+    random_network().adapt(noise_level_input=False).save_pretrained(tmp_path)
+    assert Denoiser.from_pretrained(tmp_path).noise_level_input is False
+
+
+def test_arguments_given_on_loading_win(tmp_path: Path) -> None:
+    random_network().save_pretrained(tmp_path)
+    assert Denoiser.from_pretrained(tmp_path, composed=True).composed is True
+
+
+@pytest.fixture
+def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package folder with the bundled models "small" and "blind", and a folder without weights."""
+    random_network(seed=1).save_pretrained(tmp_path / "small")
+    random_network(noise_level_input=False, seed=2).save_pretrained(tmp_path / "blind")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(fastden.network.hub, "WEIGHTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("no_network")
+def test_bundled_names(bundled: Path) -> None:
+    assert fastden.network.hub.models() == {"blind": bundled / "blind", "small": bundled / "small"}
+    assert torch.equal(Denoiser.from_pretrained("small").conv0.weight, random_network(seed=1).conv0.weight)
+    assert Denoiser.from_pretrained("blind").noise_level_input is False
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_bundled_name_wins_over_a_folder(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = bundled / "elsewhere"
+    random_network(seed=3).save_pretrained(elsewhere / "small")
+    monkeypatch.chdir(elsewhere)
+    assert torch.equal(Denoiser.from_pretrained("small").conv0.weight, random_network(seed=1).conv0.weight)
+    assert torch.equal(Denoiser.from_pretrained("./small").conv0.weight, random_network(seed=3).conv0.weight)
+
+
+@pytest.mark.usefixtures("no_network", "bundled")
+@pytest.mark.parametrize("name", ["smal", "/no/such/folder", "a/b/c", ""])
+def test_unknown_name(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"model: .*accepted: blind, small, a folder with .*, or a Hugging Face Hub id"
+    ):
+        Denoiser.from_pretrained(name)
+
+
+@pytest.mark.usefixtures("bundled")
+@pytest.mark.parametrize("name", ["owner/no-such-model", "owner/not a name"])
+def test_unreachable_repository(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"model: '{name}'.*accepted: blind, small, a folder") as caught:
+        Denoiser.from_pretrained(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_incomplete_folder(tmp_path: Path, file: str) -> None:
+    random_network().save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match=rf"holds no {file}; accepted"):
+        Denoiser.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed"])
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: str) -> None:
+    """Never random weights in place of missing ones."""
+    random_network().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    weight = state.pop("conv2.conv.weight")
+    if change == "renamed":
+        state["conv2.weight"] = weight
+    save_file(state, path)
+    with pytest.raises(RuntimeError, match=r"conv2\.conv\.weight"):
+        Denoiser.from_pretrained(tmp_path)
+
+
+def test_loading_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output belongs to the program that loads."""
+    random_network().save_pretrained(tmp_path)
+    Denoiser.from_pretrained(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", sorted(fastden.network.hub.models()))
+def test_shipped_models_load_and_denoise(name: str) -> None:
+    model = Denoiser.from_pretrained(name)
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.linspace(0.2, 0.8, 48).expand(1, 3, 48, 48)
+    noisy = clean + 25 / 255 * torch.randn(clean.shape, generator=generator)
+    with torch.no_grad():
+        denoised = model(noisy, level(model, 25 / 255))
+    assert (denoised - clean).square().mean() < (noisy - clean).square().mean() / 8
+    assert (fastden.network.hub.models()[name] / "README.md").is_file()

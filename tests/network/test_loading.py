@@ -1,0 +1,109 @@
+"""From names, devices and dtypes to a network that is ready to run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastden
+from fastden.network import loading
+from tests.helpers import random_network
+from tests.image_files import pixels, save_model
+
+SIGMA = 20.0
+
+
+@pytest.fixture(scope="module")
+def network() -> fastden.FusedDenoiser:
+    return fastden.fuse(fastden.Denoiser().eval())
+
+
+def test_wrong_models_devices_and_dtypes(network: fastden.FusedDenoiser, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"model": "no-such-model"}, ValueError, "model: 'no-such-model'.*accepted"),
+        ({"model": 3}, TypeError, "model: int"),
+        ({"model": model, "device": "gpu9"}, ValueError, "^device: 'gpu9'; accepted: cpu, cuda"),
+        ({"model": model, "device": "meta"}, ValueError, "^device: 'meta'; accepted: cpu, cuda"),
+        ({"model": model, "device": torch.device("xla")}, ValueError, "^device: 'xla'; accepted: cpu, cuda"),
+        ({"model": model, "device": 1.5}, ValueError, "^device: '1.5'; accepted: cpu, cuda"),
+        ({"model": model, "dtype": "int8"}, ValueError, "dtype: 'int8'; accepted: auto, float32"),
+        ({"model": model, "dtype": torch.int8}, ValueError, "dtype: torch.int8"),
+        ({"model": network, "dtype": "float64"}, ValueError, "device, dtype: given with a FusedDenoiser"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(({"model": model, "device": "cuda"}, ValueError, "no CUDA device"))
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            fastden.denoise(pixels(), SIGMA, **options)
+
+
+def test_models_by_folder_are_kept_until_they_change(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    first = loading.load_network(folder)
+    assert loading.load_network(str(folder)) is first
+    assert loading.load_network(folder, dtype="float64") is not first
+    random_network(seed=5).save_pretrained(folder)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert not torch.equal(loading.load_network(folder).stem_weight, first.stem_weight)
+
+
+def test_a_module_is_fused_where_it_is(network: fastden.FusedDenoiser) -> None:
+    model = random_network()
+    found = loading.load_network(model, dtype="float64")
+    assert (found.dtype, found.device) == (torch.float64, torch.device("cpu"))
+    image = pixels(dtype=np.float64)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = random_network(dtype=torch.float64)(x, SIGMA / 255)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(fastden.denoise(image, SIGMA, model=model, dtype="float64"), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(loading, "native_bf16", lambda: native)
+    cpu = torch.device("cpu")
+    assert loading.choose_dtype("auto", cpu, True) == (torch.bfloat16 if native else torch.float32)
+    assert loading.choose_dtype("auto", cpu, False) == torch.float32
+    assert loading.choose_dtype("float32", cpu, True) == torch.float32
+    assert loading.choose_dtype(torch.float16, cpu, True) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GiB", 2 << 30),
+        ("2G", 2 << 30),
+        ("1.5 GiB", 3 << 29),
+        ("500MB", 500_000_000),
+        ("64k", 65536),
+        ("1tb", 10**12),
+        ("123", 123),
+        ("7B", 7),
+        (5, 5),
+        (None, None),
+    ],
+)
+def test_memory_sizes(text: Any, expected: int | None) -> None:
+    assert loading.parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1 2", "0", 0, -5, True, 1.5])
+def test_wrong_memory_sizes(text: Any) -> None:
+    with pytest.raises(ValueError, match="max_memory"):
+        loading.parse_memory(text)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_mps_is_a_device_where_it_is(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: available)
+    if available:
+        assert loading.parse_device("mps") == torch.device("mps")
+    else:
+        with pytest.raises(ValueError, match=r"^device: 'mps'; accepted: cpu, cuda, or"):
+            loading.parse_device("mps")

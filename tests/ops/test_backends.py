@@ -1,0 +1,123 @@
+"""Which backend an operator runs on: argument, context, environment, automatic."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+
+from fastden import ops
+from fastden.ops import backends
+from fastden.ops.backends import choose, requested, use_backend, why_not
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.rand(1, 2, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+
+
+@pytest.fixture
+def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend refuses."""
+    monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
+
+
+@pytest.mark.usefixtures("anything_goes")
+class TestPrecedence:
+    def test_the_reference_by_itself(self, x: torch.Tensor) -> None:
+        assert choose("upsample", None, x=x) == "torch"
+
+    def test_environment(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(backends.ENVIRONMENT, "triton")
+        assert choose("upsample", None, x=x) == "triton"
+
+    def test_context_before_environment(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(backends.ENVIRONMENT, "triton")
+        with use_backend("torch"):
+            assert choose("upsample", None, x=x) == "torch"
+        assert choose("upsample", None, x=x) == "triton"
+
+    def test_argument_before_context(self, x: torch.Tensor) -> None:
+        with use_backend("triton"):
+            assert choose("upsample", "torch", x=x) == "torch"
+
+    def test_innermost_context(self, x: torch.Tensor) -> None:
+        with use_backend("triton"):
+            with use_backend("torch"):
+                assert requested() == "torch"
+            assert requested() == "triton"
+        assert requested() is None
+
+    def test_context_ends_with_an_exception(self) -> None:
+        with pytest.raises(KeyError), use_backend("triton"):
+            raise KeyError
+        assert requested() is None
+
+    def test_other_threads_are_left_alone(self) -> None:
+        seen = []
+        with use_backend("triton"):
+            thread = threading.Thread(target=lambda: seen.append(requested()))
+            thread.start()
+            thread.join()
+        assert seen == [None]
+
+
+class TestMistakes:
+    def test_argument(self, x: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match=r"backend: 'fast'; accepted: torch, triton"):
+            ops.conv_bn_relu(x, torch.rand(3, 2, 1, 1), backend="fast")
+
+    def test_context(self) -> None:
+        with pytest.raises(ValueError, match=r"backend: 'fast'; accepted: torch, triton"), use_backend("fast"):
+            pass
+
+    def test_environment(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(backends.ENVIRONMENT, "fast")
+        with pytest.raises(ValueError, match=r"FASTDEN_BACKEND: 'fast'; accepted: torch, triton"):
+            choose("upsample", None, x=x)
+
+    def test_missing_package(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "_installed", lambda module: module != "triton")
+        assert why_not("upsample", "triton", x=x) == ["triton is not installed (pip install 'fastden[gpu]')"]
+        with pytest.raises(RuntimeError, match=r"cannot run upsample on x: \(1, 2, 4, 4\) torch.float32 cpu") as caught:
+            choose("upsample", "triton", x=x)
+        assert "torch: can run" in str(caught.value)
+
+    def test_missing_package_under_compile(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "_installed", lambda module: module != "triton")
+        run = torch.compile(partial(ops.conv_bn_relu, backend="triton"), fullgraph=True, backend="eager")
+        with pytest.raises(RuntimeError, match=r"cannot run conv_bn_relu on x: \(1, 2, 4.*triton is not installed"):
+            run(x, torch.rand(3, 2, 1, 1))
+
+    def test_uninstalled_checkout(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "_installed", lambda module: module == "triton")
+        (reason,) = why_not("upsample", "triton", x=x)
+        assert "pip install -e ." in reason
+
+
+class TestAutomatic:
+    def test_a_proven_kernel_is_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where its results are committed, on that GPU, and it can run: nowhere else."""
+
+        class OnGpu:
+            device = torch.device("cuda")
+
+        monkeypatch.setattr(backends, "PROVEN", frozenset({("triton", "stem", (9, 0)), ("cuda", "upsample", (9, 0))}))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
+        assert choose("stem", None, x=OnGpu()) == "triton"  # type: ignore[arg-type]
+        assert choose("upsample", None, x=OnGpu()) == "cuda"  # type: ignore[arg-type]
+        assert choose("head", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
+        assert choose("stem", None, x=torch.rand(1)) == "torch"
+        monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: ["no"])
+        assert choose("stem", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
+
+    def test_nothing_is_proven_yet(self) -> None:
+        assert frozenset() == backends.PROVEN

@@ -1,0 +1,337 @@
+"""Videos: frames are denoised; times, sound, depth, tags and everything else stay."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastden
+from fastden.cli.main import app
+from fastden.errors import UserError
+from fastden.network.fused import FusedDenoiser, fuse
+from fastden.video.copy import ESTIMATED, VideoResult, denoise_video
+from fastden.video.frames import FrameConverter
+from tests.helpers import random_network
+
+av = pytest.importorskip("av")
+
+WIDTH, HEIGHT, FRAMES = 64, 48, 10
+#: Times of the frames in units of 1 / 1000 s: the rate varies.
+TIMES = [0, 40, 80, 130, 170, 300, 340, 380, 390, 430]
+
+
+def planes(index: int, bits: int) -> Any:
+    """(H, W) luma with noise, in limited range, all levels in use."""
+    random = np.random.default_rng(index)
+    top = 1 << bits
+    ramp = np.linspace(0.1 * top, 0.85 * top, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    return np.clip(ramp + random.normal(0, 0.03 * top, ramp.shape), 0, top - 1).astype(np.uint8 if bits == 8 else "<u2")
+
+
+def frame(index: int, pixel_format: str) -> Any:
+    bits = max(component.bits for component in av.VideoFormat(pixel_format).components)
+    made = av.VideoFrame(WIDTH, HEIGHT, pixel_format)
+    for number, plane in enumerate(made.planes):
+        values = planes(index, bits) if number == 0 else np.full((plane.height, plane.width), 1 << (bits - 1))
+        rows = np.zeros((plane.height, plane.line_size), np.uint8)
+        data = np.ascontiguousarray(values.astype(np.uint8 if bits == 8 else "<u2")).view(np.uint8)
+        rows[:, : data.shape[1]] = data
+        plane.update(rows.tobytes())
+    made.color_range, made.colorspace, made.color_primaries, made.color_trc = 1, 1, 1, 1
+    return made
+
+
+def make_clip(
+    path: Path,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    *,
+    frames: int = FRAMES,
+    sound: bool = True,
+    rotation: int = 0,
+    **options: str,
+) -> Path:
+    with av.open(str(path), "w") as writer:
+        writer.metadata["title"] = "A clip"
+        stream = writer.add_stream(codec, options=options or ({"qp": "0"} if codec == "libx264" else {}))
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = WIDTH, HEIGHT, pixel_format
+        context.time_base, context.framerate = Fraction(1, 1000), Fraction(25)
+        context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 1, 1, 1
+        context.sample_aspect_ratio = Fraction(4, 3)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        name = "libopus" if path.suffix == ".webm" else "aac"
+        audio = writer.add_stream(name, rate=48000, layout="mono") if sound else None
+        if audio is not None:
+            audio.metadata["language"] = "deu"
+            tone = np.sin(np.arange(48000 // 2) * 0.05).astype(np.float32)[None]
+            sample = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            sample.sample_rate, sample.pts = 48000, 0
+            resampler = av.AudioResampler(format=audio.codec_context.format, layout="mono", rate=48000)
+            for part in resampler.resample(sample):
+                writer.mux(audio.encode(part))
+            writer.mux(audio.encode(None))
+        for index in range(frames):
+            picture = frame(index, pixel_format)
+            picture.pts, picture.time_base = TIMES[index % 10] + 470 * (index // 10), Fraction(1, 1000)
+            writer.mux(stream.encode(picture))
+        writer.mux(stream.encode(None))
+    return path
+
+
+def streams(path: Path, kind: str) -> list[tuple[Any, bytes]]:
+    """Times and bytes of the packets of a kind of stream."""
+    with av.open(str(path)) as reader:
+        stream = next(stream for stream in reader.streams if stream.type == kind)
+        return [(packet.pts * packet.time_base, bytes(packet)) for packet in reader.demux(stream) if packet.size]
+
+
+def decoded(path: Path) -> list[Any]:
+    with av.open(str(path)) as reader:
+        return list(reader.decode(video=0))
+
+
+def luma(picture: Any) -> Any:
+    plane = picture.planes[0]
+    kind = "<u2" if picture.format.components[0].bits > 8 else np.uint8
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, -1).view(kind)[:, : plane.width].astype(int)
+
+
+@pytest.fixture(scope="module")
+def network() -> FusedDenoiser:
+    return fuse(random_network(), torch.float32)
+
+
+def run(source: Path, target: Path, network: Any, sigma: Any = 20.0, **options: Any) -> VideoResult:
+    return denoise_video(source, target, sigma, lambda eight_bit: network, **options)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_times_sound_and_tags_stay(suffix: str, tmp_path: Path, network: FusedDenoiser) -> None:
+    source, target = make_clip(tmp_path / f"a{suffix}", rotation=90), tmp_path / f"b{suffix}"
+    calls: list[tuple[int, int]] = []
+    result = run(source, target, network, progress=lambda *call: calls.append(call))
+    assert (result.frames, result.width, result.height, result.sigma) == (FRAMES, WIDTH, HEIGHT, 20)
+    assert (result.damaged, result.notes) == (0, [])
+    assert [done for done, _ in calls] == list(range(1, FRAMES + 1))
+    before, after = decoded(source), decoded(target)
+    assert [picture.time for picture in after] == pytest.approx([picture.time for picture in before])
+    assert [round(1000 * picture.time) for picture in after] == TIMES
+    assert streams(source, "audio") == streams(target, "audio")
+    assert len(streams(source, "audio")) > 10
+    for one, other in zip(before, after, strict=True):
+        assert one.format.name == other.format.name
+        for tag in ("color_range", "colorspace", "color_primaries", "color_trc", "rotation"):
+            assert getattr(one, tag) == getattr(other, tag), tag
+    assert after[0].rotation in (90, -90)
+    with av.open(str(target)) as reader:
+        assert reader.metadata["title"] == "A clip"
+        # MOV has no code for this language.
+        assert reader.streams.audio[0].metadata.get("language") == (None if suffix == ".mov" else "deu")
+        assert reader.streams.video[0].codec_context.name == "h264"
+        assert reader.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a{suffix}", f"b{suffix}"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "suffix"),
+    [
+        ("libx264", "yuv420p", ".mp4"),
+        ("libx264", "yuvj420p", ".mp4"),
+        ("ffv1", "yuv420p10le", ".mkv"),
+        ("ffv1", "yuv422p12le", ".mkv"),
+        ("ffv1", "yuva444p10le", ".mkv"),
+        ("ffv1", "gray10le", ".mkv"),
+        ("ffv1", "gbrp10le", ".mkv"),
+    ],
+)
+def test_nothing_denoised_is_nothing_changed(
+    codec: str, pixel_format: str, suffix: str, tmp_path: Path, network: FusedDenoiser
+) -> None:
+    """Through RGB and back with strength 0: the luma is the same, whiter than white and at all depths."""
+    source, target = make_clip(tmp_path / f"a{suffix}", codec, pixel_format, frames=3), tmp_path / f"b{suffix}"
+    result = run(source, target, network, strength=0.0, crf=0 if codec == "libx264" else None)
+    assert result.notes == []
+    for one, other in zip(decoded(source), decoded(target), strict=True):
+        assert other.format.name == pixel_format
+        np.testing.assert_array_equal(luma(one), luma(other))
+
+
+def test_ten_bits_are_not_reduced(tmp_path: Path, network: FusedDenoiser) -> None:
+    source, target = make_clip(tmp_path / "a.mkv", "ffv1", "yuv420p10le", frames=2), tmp_path / "b.mkv"
+    depths: list[bool] = []
+    denoise_video(source, target, 20.0, lambda eight_bit: depths.append(eight_bit) or network, strength=0.1)
+    assert depths == [False]
+    values = luma(decoded(target)[0])
+    assert len(np.unique(values)) > 500
+    assert len(np.unique(values % 4)) == 4
+
+
+def test_frames_are_denoised_as_images_are(tmp_path: Path, network: FusedDenoiser) -> None:
+    """Sigma is on the scale of the coded values."""
+    source, target = make_clip(tmp_path / "a.mkv", "ffv1", "gray", frames=2), tmp_path / "b.mkv"
+    run(source, target, network, 30.0, strength=0.05)
+    for one, other in zip(decoded(source), decoded(target), strict=True):
+        expected = fastden.denoise((luma(one) / 255).astype(np.float32), 30, model=network, strength=0.05) * 255
+        expected = np.clip(expected, 0, 255)
+        assert np.abs(luma(other) - expected).max() <= 1
+        assert np.abs(luma(other) - luma(one)).max() > 3
+
+
+def test_sigma_is_estimated_once(tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_clip(tmp_path / "a.mp4", frames=8)
+    estimates = iter([1.0, 9.0, 5.0, 30.0, 2.0])
+    monkeypatch.setattr("fastden.images.noise.estimate_sigma", lambda pixels: next(estimates))
+    assert run(source, tmp_path / "b.mp4", network, "auto").sigma == 5
+    monkeypatch.undo()
+    short = make_clip(tmp_path / "c.mp4", frames=2)
+    result = run(short, tmp_path / "d.mp4", network, "auto")
+    assert result.frames == 2
+    assert result.sigma == pytest.approx(0.03 * 255, rel=0.3)
+    blind = fuse(random_network(noise_level_input=False))
+    assert run(short, tmp_path / "e.mp4", blind, "auto").sigma is None
+
+
+def test_other_codecs(tmp_path: Path, network: FusedDenoiser) -> None:
+    """One that cannot be written is replaced, and said; the container must take it."""
+    source = make_clip(tmp_path / "a.webm", "libvpx-vp9", frames=3)
+    assert run(source, tmp_path / "b.webm", network).notes == []
+    with av.open(str(tmp_path / "b.webm")) as reader:
+        assert reader.streams.video[0].codec_context.codec.canonical_name == "vp9"
+    source = make_clip(tmp_path / "a.mkv", "ffv1", "yuv420p10le", frames=3, sound=False)
+    result = run(source, tmp_path / "c.webm", network)
+    assert result.notes == ["ffv1 cannot be encoded into .webm; the video is encoded as av1"]
+    assert decoded(tmp_path / "c.webm")[0].format.name == "yuv420p10le"
+    source = make_clip(tmp_path / "d.mkv", "ffv1", "gbrp12le", frames=1, sound=False)
+    result = run(source, tmp_path / "d.webm", network)
+    assert result.notes == ["ffv1 in gbrp12le cannot be encoded into .webm; the video is av1, yuv420p10le"]
+    with pytest.raises(UserError, match=r"stream 1 \(audio, aac\) cannot be copied into \.webm; accepted: \.mp4, or"):
+        run(make_clip(tmp_path / "c.mp4", frames=1), tmp_path / "e.webm", network)
+    with pytest.raises(UserError, match=r"crf: 20, but the encoder ffv1 has none"):
+        run(tmp_path / "a.mkv", tmp_path / "e.mkv", network, crf=20)
+
+
+def test_damaged_files(tmp_path: Path, network: FusedDenoiser) -> None:
+    source = make_clip(tmp_path / "a.mkv", frames=10, sound=False)
+    data = bytearray(source.read_bytes())
+    (tmp_path / "truncated.mkv").write_bytes(data[: len(data) * 6 // 10])
+    result = run(tmp_path / "truncated.mkv", tmp_path / "b.mkv", network)
+    assert 2 < result.frames < 10
+    middle = len(data) // 2
+    data[middle : middle + 600] = bytes(600)
+    (tmp_path / "zeros.mkv").write_bytes(data)
+    result = run(tmp_path / "zeros.mkv", tmp_path / "c.mkv", network)
+    assert result.damaged > 0
+    assert any("damaged packets or frames in the input" in note for note in result.notes)
+    (tmp_path / "text.mp4").write_text("no video" * 100)
+    with pytest.raises(UserError, match=r"text\.mp4: cannot be read as a video: Invalid data"):
+        run(tmp_path / "text.mp4", tmp_path / "d.mp4", network)
+    make_sound_only(tmp_path / "sound.mp4")
+    with pytest.raises(UserError, match=r"sound\.mp4: no video stream"):
+        run(tmp_path / "sound.mp4", tmp_path / "d.mp4", network)
+    assert not any(path.name.startswith((".fastden", "d.")) for path in tmp_path.iterdir())
+
+
+def make_sound_only(path: Path) -> None:
+    with av.open(str(path), "w") as writer:
+        audio = writer.add_stream("aac", rate=48000, layout="mono")
+        sample = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        sample.sample_rate = 48000
+        writer.mux(audio.encode(sample))
+        writer.mux(audio.encode(None))
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, network: FusedDenoiser) -> None:
+    source = make_clip(tmp_path / "a.mp4", frames=3)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "b.mp4", network, progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_targets(tmp_path: Path, network: FusedDenoiser) -> None:
+    source = make_clip(tmp_path / "a.mp4", frames=1)
+    before = source.read_bytes()
+    with pytest.raises(UserError, match=r"a\.mp4: exists already"):
+        run(source, source, network)
+    with pytest.raises(UserError, match=r"is the input; accepted: another file"):
+        run(source, source, network, overwrite=True)
+    with pytest.raises(UserError, match=r"b\.png; accepted suffixes for a video: \.mp4"):
+        run(source, tmp_path / "b.png", network)
+    assert source.read_bytes() == before
+    (tmp_path / "b.mp4").write_bytes(b"old")
+    run(source, tmp_path / "b.mp4", network, overwrite=True)
+    assert len(decoded(tmp_path / "b.mp4")) == 1
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path: Path, network: FusedDenoiser) -> None:
+    """No more frames are alive at once in a long video than in a short one."""
+    alive: list[int] = []
+    frames: list[Any] = []
+    original = FrameConverter.pixels
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        array = original(self, *arguments)
+        frames.append(weakref.ref(array))
+        gc.collect(0)
+        alive.append(sum(reference() is not None for reference in frames))
+        return array
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrameConverter, "pixels", watched)
+        run(make_clip(tmp_path / "a.mp4", frames=20, sound=False), tmp_path / "b.mp4", network, "auto")
+    assert len(alive) == 20
+    assert max(alive) <= ESTIMATED + 1
+    assert max(alive[10:]) <= 2
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    random_network().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_command(tmp_path: Path, model: str) -> None:
+    source = make_clip(tmp_path / "a.mp4", frames=3)
+
+    def call(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, ["denoise", *map(str, arguments), "--model", model])
+
+    done = call(source, "-o", tmp_path / "b.mp4", "--crf", 30)
+    assert done.exit_code == 0, done.output
+    assert f"{source} -> {tmp_path / 'b.mp4'}, 3 frames of 64 x 48, sigma " in done.stdout
+    assert "(estimated on the first 3 frames)" in done.stdout
+    assert call(source, "-o", tmp_path / "folder").exit_code == 0
+    assert (tmp_path / "folder" / "a.mp4").stat().st_size > (tmp_path / "b.mp4").stat().st_size
+    for arguments, message in {
+        (source, tmp_path / "b.mp4", "-o", tmp_path / "c"): "with 1 more; accepted: a video alone, or images",
+        (source, "-o", tmp_path / "c.mp4", "--format", "png"): "format: given with a video; accepted: with images",
+        (tmp_path / "a.png", "-o", tmp_path / "c.png", "--crf", 20): "crf: 20, but the input is no video",
+        (tmp_path / "missing.mp4", "-o", tmp_path / "new" / "c.mp4"): "missing.mp4: cannot be read as a video: No such",
+    }.items():
+        failed = call(*arguments)
+        assert failed.exit_code == 1
+        assert message in failed.stderr
+        assert len(failed.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_pyav(tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_clip(tmp_path / "a.mp4", frames=1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"install: pip install 'fastden\[video\]'"):
+        run(source, tmp_path / "b.mp4", network)
