@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastden.images.codec import MAX_PIXELS, read_image
-from fastden.images.pixels import Array, check_floats, check_pixels
+from fastden.images.pixels import Array, check_pixels
+from fastden.images.value_range import ORDINARY, ValueRange, find_range
 from fastden.inference.run import Progress, denoise_pixels, noise_level_of, run_network
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model, check_max_pixels, check_strength, load_network, parse_memory
@@ -109,7 +110,13 @@ class _Options:
     def network(self, eight_bit: bool) -> FusedDenoiser:
         return load_network(self.model, self.device, self.dtype, eight_bit=eight_bit)
 
-    def run(self, network: FusedDenoiser, batch: Tensor, level: float | Tensor | None) -> Tensor:
+    def run(
+        self,
+        network: FusedDenoiser,
+        batch: Tensor,
+        level: float | Tensor | None,
+        value_range: ValueRange = ORDINARY,
+    ) -> Tensor:
         return run_network(
             network,
             batch,
@@ -118,6 +125,7 @@ class _Options:
             max_memory=self.max_memory,
             strength=self.strength,
             progress=self.progress,
+            value_range=value_range,
         )
 
 
@@ -178,8 +186,15 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
     network = options.network(eight_bit=tensor.dtype == torch.uint8)
     if batch.is_floating_point():
         batch = batch.to(torch.float64 if network.dtype == torch.float64 else torch.float32)
-        check_floats(batch.numpy(), ValueError, "image")
     images = [item.permute(1, 2, 0).numpy() for item in batch]
-    level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])))
-    result = options.run(network, batch, level)
+    ranges = [find_range(image) for image in images]
+    level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])), ranges)
+    if all(value_range.ordinary for value_range in ranges):
+        result = options.run(network, batch, level)
+    else:
+        result = torch.empty_like(batch)
+        for index, value_range in enumerate(ranges):
+            one = slice(index, index + 1)
+            own = level[one] if isinstance(level, Tensor) and len(level) == len(batch) else level
+            result[one] = options.run(network, batch[one], own, value_range)
     return result.reshape(tensor.shape).to(tensor)

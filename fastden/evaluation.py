@@ -24,6 +24,7 @@ from fastden.batch.plan import find_images
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, ImageFile, read_image
 from fastden.images.pixels import to_dtype
+from fastden.images.value_range import ORDINARY
 from fastden.inference.run import denoise_pixels
 from fastden.network.fused import FusedDenoiser
 
@@ -73,7 +74,7 @@ def evaluate_folder(
         for sigma, found in zip(sigmas, scores, strict=True):
             noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise
             level: float | str = sigma if network.noise_level_input else "auto"
-            denoised, _ = denoise_pixels(noisy, level, network)
+            denoised, _ = denoise_pixels(noisy, level, network, value_range=ORDINARY)
             found[file.name] = _scores(clean, noisy, denoised)
     return [{"sigma": sigma, **_means(found), "images": found} for sigma, found in zip(sigmas, scores, strict=True)]
 
@@ -105,7 +106,7 @@ def evaluate_pairs(
         if clean.shape != noisy.shape:
             raise UserError(f"pairs: {file} is {noisy.shape}, its reference {clean.shape}; accepted: the same size")
         for sigma, found in zip(levels, scores, strict=True):
-            denoised, level = denoise_pixels(to_dtype(noisy, np.float32), sigma, network)
+            denoised, level = denoise_pixels(to_dtype(noisy, np.float32), sigma, network, value_range=ORDINARY)
             found[file.name] = _scores(clean, to_dtype(noisy, np.float32), denoised)
             if level is not None:
                 found[file.name]["sigma"] = round(level, 3)

@@ -17,6 +17,7 @@ from fastden.batch.transfer import Lane, Pending
 from fastden.batch.work import Progress, Work
 from fastden.images.codec import ImageFile
 from fastden.images.pixels import Array
+from fastden.images.value_range import ValueRange
 from fastden.inference.run import denoise_batch, run_network
 from fastden.inference.tiling import SMALLEST, automatic_tile
 from fastden.network.fused import FusedDenoiser
@@ -42,20 +43,26 @@ class Computing:
         images = [work.image for work in works if work.image is not None]
         start = time.perf_counter()
         if images[0].pages > 1:
-            results = [self._denoised_pages(images[0], works[0].level, progress)]
+            results = [self._denoised_pages(images[0], works[0], progress)]
         elif self.settings.lane is not None and self._compute_on_device(self.settings.lane, works, progress):
             return
         else:
-            results = self._denoised([image.pixels for image in images], levels(works), progress)
+            results = self._denoised([image.pixels for image in images], levels(works), progress, works[0].ranges[0])
         seconds = (time.perf_counter() - start) / len(works)
         for work, image, result in zip(works, images, results, strict=True):
             work.image = replace(image, pixels=result)
             work.seconds["compute"] = seconds
 
-    def _denoised(self, pixels: list[Array], level: float | Tensor | None, progress: Progress | None) -> list[Array]:
+    def _denoised(
+        self,
+        pixels: list[Array],
+        level: float | Tensor | None,
+        progress: Progress | None,
+        value_range: ValueRange,
+    ) -> list[Array]:
         network = self.settings.network(pixels[0].dtype == np.uint8)
         shape = (len(pixels), *pixels[0].shape[:2])
-        options: dict[str, Any] = {"strength": self.settings.strength, "progress": progress}
+        options: dict[str, Any] = {"strength": self.settings.strength, "progress": progress, "value_range": value_range}
         results: list[Array] = self.attempt(
             network,
             shape,
@@ -63,9 +70,9 @@ class Computing:
         )
         return results
 
-    def _denoised_pages(self, image: ImageFile, level: float | Tensor | None, progress: Progress | None) -> Array:
+    def _denoised_pages(self, image: ImageFile, work: Work, progress: Progress | None) -> Array:
         """One page after another: each gets what it gets as a file of its own."""
-        result = np.empty_like(image.pixels)
+        result, level = np.empty_like(image.pixels), work.level
         pages = zip(image.split(), np.split(result, image.pages), strict=True)
         for index, (page, target) in enumerate(pages):
             own = float(level[index]) if isinstance(level, Tensor) and level.dim() == 1 else level
@@ -74,7 +81,7 @@ class Computing:
                 if progress is not None:
                     progress(index * total + done, image.pages * total)
 
-            (target[:],) = self._denoised([page], own, part)
+            (target[:],) = self._denoised([page], own, part, work.ranges[index])
         return result
 
     def _compute_on_device(self, lane: Lane, works: list[Work], progress: Progress | None) -> bool:
@@ -89,6 +96,7 @@ class Computing:
 
         def once(tile: Any, memory: int | None) -> Pending:
             options: dict[str, Any] = {"tile": tile, "max_memory": memory, "strength": self.settings.strength}
+            options["value_range"] = works[0].ranges[0]
             return lane.run(batch, lambda image: run_network(network, image, level, progress=progress, **options))
 
         pending = self.attempt(network, (n, height, width), once)
@@ -99,6 +107,8 @@ class Computing:
     def group_limit(self, work: Work) -> int:
         """How many images like this one may go through the network together; 1 for alone."""
         if work.image is None or work.image.pages > 1 or isinstance(work.level, Tensor):
+            return 1
+        if not work.ranges[0].ordinary:
             return 1
         height, width = work.image.pixels.shape[:2]
         network = self.settings.network(work.image.pixels.dtype == np.uint8)
@@ -134,6 +144,8 @@ class Computing:
 def alike(one: Work, another: Work) -> bool:
     """Whether two images may go through the network together."""
     if one.image is None or another.image is None or another.image.pages > 1 or isinstance(another.level, Tensor):
+        return False
+    if one.ranges != another.ranges:
         return False
     a, b = one.image.pixels, another.image.pixels
     return a.shape == b.shape and a.dtype == b.dtype

@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,14 @@ from fastden.batch.work import Work, stamp
 from fastden.errors import UserError
 from fastden.images.codec import format_for, read_image
 from fastden.images.encoding import check_alpha, check_pages
-from fastden.images.noise import estimate_sigma, sigma_of_gray
+from fastden.images.extras import check_colour
+from fastden.images.noise import sigma_of_gray
 from fastden.images.pixels import Array
-from fastden.images.strips import estimate_sigma_of_file, read_header
+from fastden.images.strips import read_header, survey_file
+from fastden.images.value_range import find_range
 from fastden.images.whole_files import check_target, reason
 from fastden.inference.run import noise_level_of, shown_level, to_batch
+from fastden.inference.scaling import sigma_in_range, sigma_of_crops
 
 
 class Reading:
@@ -84,32 +86,41 @@ class Reading:
         if work.streamed and work.header is not None:
             self._check_map(work.header.height, work.header.width)
             network = self.settings.network(work.header.dtype == np.uint8)
-            if self.settings.sigma_map is None:
-                sigma: Any = self.settings.sigma
-                if sigma == "auto" and network.noise_level_input:
-                    with work.libvips():
-                        sigma = estimate_sigma_of_file(job.source, max_pixels=self.settings.max_pixels)
-                work.level = noise_level_of(sigma, network, [], (0, 0)) if network.noise_level_input else None
-                work.sigma = shown_level(work.level)
+            dtype = work.header.dtype
+            estimated = self.settings.sigma_map is None and self.settings.sigma == "auto" and network.noise_level_input
+            if estimated or dtype != np.uint8:
+                with work.libvips():
+                    crops, found = survey_file(job.source, crops=estimated, max_pixels=self.settings.max_pixels)
+                work.ranges = (found,)
+                if estimated:
+                    work.level = sigma_of_crops(crops, found) / 255
+            if self.settings.sigma_map is None and not estimated and network.noise_level_input:
+                work.level = noise_level_of(self.settings.sigma, network, [], (0, 0))
+            work.sigma = shown_level(work.level)
         else:
             with work.libvips():
                 image = read_image(job.source, max_pixels=self.settings.max_pixels, several=True)
             self.check_unchanged(work)
             check_alpha(image.alpha is not None, work.format_name)
-            pages = image.split()
+            check_colour(image.extras, work.format_name, has_profile="icc-profile-data" in image.metadata)
+            pages, dtype = image.split(), image.pixels.dtype
             height, width = pages[0].shape[:2]
             self._check_map(height, width)
             sigma_map = self.settings.sigma_map
             level = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
+            name = f"{job.source}: floating image"
+            work.ranges = tuple(find_range(page, error=UserError, name=name) for page in pages)
             network = self.settings.network(image.pixels.dtype == np.uint8)
             if image.pages > 1 and isinstance(level, str) and network.noise_level_input:
-                work.level = torch.tensor([estimate_sigma(page) / 255 for page in pages], dtype=torch.float64)
+                found_levels = [sigma_in_range(page, of_page) for page, of_page in zip(pages, work.ranges, strict=True)]
+                work.level = torch.tensor(found_levels, dtype=torch.float64) / 255
             else:
-                work.level = noise_level_of(level, network, pages[:1], (height, width))
+                work.level = noise_level_of(level, network, pages[:1], (height, width), work.ranges[:1])
             work.image, work.sigma = image, shown_level(work.level)
             work.notes += image.notes
             if self.settings.lane is not None and image.pages == 1:
                 work.pinned = self.settings.lane.pin(to_batch([image.pixels], network))
+        work.notes += dict.fromkeys(filter(None, (found.note(dtype) for found in work.ranges)))
         work.seconds["read"] = time.perf_counter() - start
 
     def _check_map(self, height: int, width: int) -> None:

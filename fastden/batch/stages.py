@@ -50,7 +50,8 @@ class Stages:
         if settings.strip and turned:
             raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
         shape = (header.channels, header.dtype, header.bits)
-        dtype, metadata, notes = plan_encoding(*shape, header.metadata, work.format_name, strip=settings.strip)
+        extras, metadata = reader.extras()
+        dtype, metadata, notes = plan_encoding(*shape, metadata, work.format_name, strip=settings.strip)
         for name, coder in ((header.format, "decoder"), (work.format_name, "encoder")):
             if name in ("webp", "avif"):
                 notes.append(f"the {coder} of {name} holds the whole image in memory")
@@ -87,13 +88,16 @@ class Stages:
                 lossless=header.lossless,
                 metadata=metadata,
                 strip=settings.strip,
+                extras=extras,
             )
+            work.notes += [writer.note] if writer.note else []
             try:
                 work.seconds["compute"] = denoise_strips(
                     network,
                     reader,
                     writer.write,
                     level,
+                    work.ranges[0],
                     side=side,
                     dtype=dtype,
                     strength=settings.strength,

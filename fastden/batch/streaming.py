@@ -17,7 +17,9 @@ import torch
 from fastden.images.codec import Header
 from fastden.images.noise import sigma_of_gray
 from fastden.images.pixels import Array, to_dtype
+from fastden.images.value_range import ORDINARY, ValueRange
 from fastden.inference.run import adapted, from_batch, to_batch
+from fastden.inference.scaling import scaled
 from fastden.inference.tiling import HALO, SMALLEST, denoise_rows, rows_needed, spans
 from fastden.network.fused import FusedDenoiser
 from fastden.network.padding import ALIGNMENT, BORDER
@@ -80,6 +82,7 @@ def denoise_strips(
     reader: Reader,
     write: Callable[[Array], None],
     level: float | Reader | None,
+    value_range: ValueRange = ORDINARY,
     *,
     side: Callable[[], int],
     dtype: np.dtype[np.generic],
@@ -94,6 +97,7 @@ def denoise_strips(
         reader: of the image.
         write: called with rows (n, W, bands), in order.
         level: on the scale 0-1; or a reader of a map, gray, white for 1; None for a blind network.
+        value_range: of the image's values.
         side: of the tiles, pixels: asked once, for the strips.
         dtype: of the rows that are written.
         strength: as in :func:`fastden.denoise`.
@@ -105,6 +109,7 @@ def denoise_strips(
     """
     header = reader.header
     height, channels = header.height, header.channels
+    network = scaled(network, value_range, level if isinstance(level, float) else None)
     network = adapted(network, channels, strength)
     strips = spans(height, side())
     image = _Window(reader, height)

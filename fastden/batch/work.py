@@ -12,6 +12,7 @@ from torch import Tensor
 from fastden.batch.plan import Job
 from fastden.batch.transfer import Pending
 from fastden.images.codec import Header, ImageFile
+from fastden.images.value_range import ORDINARY, ValueRange
 
 Progress = Callable[[int, int], None]
 
@@ -28,6 +29,7 @@ class Work:
         size: bytes in the host's memory.
         streamed: whether it is read, denoised and written strip by strip.
         image: its pixels, then the denoised ones.
+        ranges: of the values of each page; of one that is streamed a single one.
         level, sigma: what the network takes, of several pages (N,) if they differ; and on the scale 0-255, their mean.
         seconds: spent in each stage.
         notes: for the user.
@@ -43,6 +45,7 @@ class Work:
     size: int
     streamed: bool
     image: ImageFile | None = None
+    ranges: tuple[ValueRange, ...] = (ORDINARY,)
     level: float | Tensor | None = None
     sigma: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)

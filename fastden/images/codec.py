@@ -5,17 +5,21 @@ Writing is all or nothing: a file appears under its name when it is complete.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastden.errors import UserError
+from fastden.images.containers import riff_chunks
 from fastden.images.encoding import check_alpha, check_pages, described, plan_encoding, plan_saving
+from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
+from fastden.images.kinds import check_supported, full_pages
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
-from fastden.images.pixels import Array, check_floats, to_dtype
+from fastden.images.pixels import Array, check_finite, to_dtype
 from fastden.images.whole_files import check_target, reason, write_bytes
 
 __all__ = [
@@ -83,6 +87,7 @@ class ImageFile:
             orientation.
         notes: what a user should know of the reading, such as a conversion.
         pages: of the file, all of one size.
+        extras: what else the file holds.
     """
 
     pixels: Array
@@ -93,6 +98,7 @@ class ImageFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     pages: int = 1
+    extras: Extras = field(default_factory=Extras)
 
     def __post_init__(self) -> None:
         if not self.bits:
@@ -172,8 +178,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool 
 
     Raises:
         UserError: missing, empty, truncated, corrupt or no image; several pages; more than ``max_pixels``; not 1 or 3
-            channels plus alpha; integers of other than 8 or 16 bits unsigned; NaN, infinity or a scale other than
-            [0, 1] in a floating image. The message begins with the path.
+            channels plus alpha; integers of other than 8 or 16 bits unsigned; NaN or infinity in a floating image. The
+            message begins with the path.
     """
     try:
         data = Path(path).read_bytes()
@@ -190,34 +196,37 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
     vips = load_vips()
     if not data:
         raise UserError("the file is empty")
-    with vips_errors():
+    file = io.BytesIO(data)
+    with vips_errors(file):
         options = {"access": "sequential", "fail_on": "error"}
-        image, header = open_image(vips.Image.new_from_buffer(data, "", **options), data, max_pixels, several)
+        check_supported(file)
+        image, header = open_image(vips.Image.new_from_buffer(data, "", **options), file, max_pixels, several)
         if header.pages > 1:
             try:
-                image = vips.Image.new_from_buffer(data, "", n=-1, **options)
+                image = vips.Image.new_from_buffer(data, "", n=header.pages, **options)
             except vips.Error as error:
                 raise UserError(f"{header.pages} pages ({detail(error)}); accepted: pages that are alike") from error
-            image, _ = open_image(image, data, max_pixels, several)
+            image, _ = open_image(image, file, max_pixels, several)
+        extras, metadata = read_extras(file, header.format, header.metadata)
         # Not image.numpy(): it drops the dimensions of one-pixel images.
         shape = (image.height, image.width, image.bands)
         values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
     if values.dtype.kind == "f":
         values = values.astype(np.float32, copy=False)
-        check_floats(values, UserError)
+        check_finite(values, UserError)
     pixels, alpha = values, None
     if header.has_alpha:
         pixels, alpha = np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])
-    known = (header.format, header.bits, header.lossless, header.metadata, header.notes, header.pages)
+    known = (header.format, header.bits, header.lossless, metadata, header.notes, header.pages, extras)
     return ImageFile(pixels, alpha, *known)
 
 
-def open_image(image: Any, data: bytes, max_pixels: int, several: bool = False) -> tuple[Any, Header]:
+def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = False) -> tuple[Any, Header]:
     """An image that libvips has opened: checked, CMYK converted, and its header.
 
     Args:
         image: of pyvips; its pixels are not decoded here.
-        data: the file's bytes; of formats other than WebP they are not looked at.
+        file: its bytes; the pixels are passed over.
         max_pixels, several: as in :func:`read_image`.
 
     Raises:
@@ -227,20 +236,23 @@ def open_image(image: Any, data: bytes, max_pixels: int, several: bool = False) 
     loader = image.get("vips-loader").replace("_buffer", "").replace("_source", "").replace("load", "")
     format_name = "avif" if loader == "heif" else _LOADERS.get(loader, loader)
     pages = int(image.get("n-pages")) if "n-pages" in fields else 1
+    notes = []
+    if format_name == "tiff" and pages > 1:
+        full = full_pages(file)
+        if full is not None and full < pages:
+            notes.append(f"not kept: {pages - full} reduced copies or masks of the picture in the TIFF")
+            pages = full
     if pages > 1:
         _check_pages(pages, format_name, several)
     height = image.get_page_height()
     _check_header(image, pages * height, max_pixels)
     bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 0
     metadata = {name: image.get(name) for name in METADATA if name in fields}
-    notes = []
     if image.interpretation == "cmyk":
         depth = 8 if image.format == "uchar" else 16
         image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
         metadata["icc-profile-data"] = image.get("icc-profile-data")
         notes.append("CMYK is converted to sRGB")
-    if "gainmap-data" in fields:
-        notes.append("the HDR gain map is not kept")
     if pages > 1:
         notes.append(f"{pages} pages: all get the metadata of the first")
     if "exif-data" in metadata:
@@ -260,7 +272,7 @@ def open_image(image: Any, data: bytes, max_pixels: int, several: bool = False) 
         dtype=dtype,
         format=format_name,
         bits=bits or 8 * dtype.itemsize,
-        lossless=_is_lossless(format_name, data),
+        lossless=_is_lossless(format_name, file),
         metadata=metadata,
         notes=tuple(notes),
         pages=pages,
@@ -293,16 +305,12 @@ def _channels(bands: int, has_alpha: bool) -> tuple[int, bool]:
     return (bands, False) if bands in (1, 3) else (bands - 1, True)
 
 
-def _is_lossless(format_name: str, data: bytes) -> bool:
+def _is_lossless(format_name: str, file: BinaryIO) -> bool:
     if format_name != "webp":
         return format_name in ("png", "tiff", "gif")
-    position = 12
-    while position + 8 <= len(data):
-        name, size = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little")
-        if name in (b"VP8 ", b"VP8L"):
-            return name == b"VP8L"
-        position += 8 + size + size % 2
-    return False
+    file.seek(0)
+    names = (name for name, _, _ in riff_chunks(file.read()))
+    return next((name == b"VP8L" for name in names if name in (b"VP8 ", b"VP8L")), False)
 
 
 def format_for(path: str | Path, format_name: str | None = None) -> str:
@@ -329,7 +337,8 @@ def write_image(
 
     Formats: JPEG quality 95 without chroma subsampling; PNG; TIFF, deflate; WebP lossless where the source was, else
     quality 95; AVIF quality 90 without chroma subsampling. JPEG and WebP hold 8 bits, PNG 16, AVIF 12, TIFF all: deeper
-    pixels are rounded, with a note. EXIF is not written to TIFF, a limit of libvips, with a note.
+    pixels are rounded, with a note. Metadata is copied byte for byte where the format holds it; one note names what it
+    does not hold.
 
     Args:
         path: its suffix chooses the format; the folder must exist.
@@ -368,10 +377,16 @@ def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> 
     planes = np.ascontiguousarray(to_dtype(planes, dtype))
     height, width, bands = planes.shape
     saver, options = plan_saving(format_name, dtype, planes.nbytes, image.bits, image.lossless, strip=strip)
+    kind = png_kind(bands, planes.itemsize)
+    attachment = plan_attachment(image.extras, metadata, format_name, kind=kind, strip=strip)
+    if attachment.note:
+        notes.append(attachment.note)
+    metadata = for_libvips(metadata, attachment, image.extras)
     if image.pages > 1:
         options["page_height"] = height // image.pages
     try:
         encoded = vips.Image.new_from_memory(planes.data, width, height, bands, VIPS_FORMATS[dtype])
-        return getattr(described(encoded, metadata, strip=strip), f"{saver}_buffer")(**options), notes
+        data = getattr(described(encoded, metadata, strip=strip), f"{saver}_buffer")(**options)
+        return attachment.put_into(data), notes
     except vips.Error as error:
         raise UserError(f"cannot be written as {format_name} ({detail(error)})") from error

@@ -48,8 +48,6 @@ def plan_encoding(
     if format_name in ("webp", "avif") and channels == 1 and _profile_space(kept) == b"GRAY":
         del kept["icc-profile-data"]
         notes.append(f"the gray ICC profile is not kept: {format_name} stores gray as RGB")
-    if format_name == "tiff" and not strip and "exif-data" in kept:
-        notes.append("EXIF is not written to TIFF (ICC, XMP and IPTC are)")
     return dtype, kept, notes
 
 
@@ -82,7 +80,8 @@ def plan_saving(
         dtype, nbytes: of the values to write.
         bits, lossless: as in :class:`Header`.
     """
-    keep = "icc" if strip else "all"
+    # The rest is attached to what libvips has written, except where it takes an encoder to do so.
+    keep = "all" if format_name in ("webp", "avif") and not strip else "icc"
     if format_name == "jpeg":
         return "jpegsave", {"Q": 95, "subsample_mode": "off", "optimize_coding": True, "keep": keep}
     if format_name == "png":

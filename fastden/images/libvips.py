@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastden.errors import UserError
+from fastden.images.kinds import why_not_read
 
 VIPS_DTYPES = {"uchar": np.uint8, "ushort": np.uint16, "float": np.float32, "double": np.float64}
 VIPS_FORMATS = {np.dtype(np.uint8): "uchar", np.dtype(np.uint16): "ushort", np.dtype(np.float32): "float"}
@@ -35,12 +36,19 @@ def detail(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def vips_errors() -> Iterator[None]:
-    """Turns what libvips says of a file that it cannot read into the user's error."""
+def vips_errors(file: BinaryIO | None = None) -> Iterator[None]:
+    """Turns what libvips says of a file that it cannot read into the user's error.
+
+    Args:
+        file: what is read: a sound file of a kind that is not read here is told from a damaged one.
+    """
     try:
         yield
     except load_vips().Error as error:
         text = detail(error)
+        told = None if file is None else why_not_read(file, text)
+        if told is not None:
+            raise told from error
         if "known format" in text:
             raise UserError("not an image in a known format") from error
         raise UserError(f"corrupt or truncated ({text})") from error

@@ -15,9 +15,12 @@ import numpy as np
 from fastden.errors import UserError
 from fastden.images.codec import MAX_PIXELS, Header, open_image
 from fastden.images.encoding import described, plan_saving
+from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
+from fastden.images.kinds import check_supported
 from fastden.images.libvips import detail, load_vips, vips_errors
-from fastden.images.noise import sample_windows, sigma_of_samples
-from fastden.images.pixels import Array, check_floats
+from fastden.images.noise import sample_windows
+from fastden.images.pixels import Array, check_finite
+from fastden.images.value_range import RangeFinder, ValueRange
 from fastden.images.whole_files import reason
 
 #: Rows that are asked of libvips at a time.
@@ -53,17 +56,18 @@ class StripReader:
                 # Their decoders hold the whole image anyhow; libvips would map the file, and a file that shrinks while
                 # it is mapped ends the process.
                 whole = head[8:] == b"WEBP" or head[4:8] == b"ftyp"
-                data = head + file.read() if whole else head
-            if not head:
-                raise UserError("the file is empty")
-            with vips_errors():
-                options = {"access": "sequential", "fail_on": "error"}
-                if whole:
-                    image = vips.Image.new_from_buffer(data, "", **options)
-                else:
-                    # A source, not the file's name: of names libvips takes what is in brackets for options.
-                    image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(path)), "", **options)
-                image, self.header = open_image(image, data, max_pixels, several)
+                if not head:
+                    raise UserError("the file is empty")
+                data = head + file.read() if whole else b""
+                with vips_errors(file):
+                    check_supported(file)
+                    options = {"access": "sequential", "fail_on": "error"}
+                    if whole:
+                        image = vips.Image.new_from_buffer(data, "", **options)
+                    else:
+                        # A source, not the file's name: of names libvips takes what is in brackets for options.
+                        image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(path)), "", **options)
+                    image, self.header = open_image(image, file, max_pixels, several)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {reason(error)}") from error
         except UserError as error:
@@ -71,6 +75,14 @@ class StripReader:
         self._region = vips.Region.new(image)
         self._dtype = {"double": np.float64}.get(image.format, self.header.dtype)
         self.position = 0
+
+    def extras(self) -> tuple[Extras, dict[str, Any]]:
+        """What the file holds beside its pixels, and the header's metadata mended by it."""
+        try:
+            with open(self.path, "rb") as file:
+                return read_extras(file, self.header.format, self.header.metadata)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {reason(error)}") from error
 
     def read_into(self, rows: Array) -> None:
         """Fill ``rows`` (n, W, bands, of the header's dtype) with the next rows of the file."""
@@ -81,7 +93,7 @@ class StripReader:
                     data = self._region.fetch(0, self.position, self.header.width, len(part))
                 part[:] = np.frombuffer(data, self._dtype).reshape(part.shape)
                 if part.dtype.kind == "f":
-                    check_floats(part, UserError)
+                    check_finite(part, UserError)
             except UserError as error:
                 raise UserError(f"{self.path}: {error}") from error
             self.position += len(part)
@@ -98,25 +110,37 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool
     return StripReader(path, max_pixels=max_pixels, several=several).header
 
 
-def estimate_sigma_of_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> float:
-    """:func:`fastden.estimate_sigma` of an image file, in little memory."""
+def survey_file(path: str | Path, *, crops: bool, max_pixels: int = MAX_PIXELS) -> tuple[list[Array], ValueRange]:
+    """What is decided once for a whole picture, in little memory.
+
+    Args:
+        path: of the file.
+        crops: whether those by which the noise is judged are wanted.
+        max_pixels: as in :func:`fastden.images.codec.read_image`.
+
+    Returns:
+        The crops (H, W, C), none where they are not wanted, and the range of the picture's values.
+    """
     reader = StripReader(path, max_pixels=max_pixels)
     header = reader.header
-    windows = sample_windows(header.height, header.width)
-    crops = [
+    windows = sample_windows(header.height, header.width) if crops else []
+    found = [
         np.empty((rows.stop - rows.start, columns.stop - columns.start, header.channels), header.dtype)
         for rows, columns in windows
     ]
-    last = max(rows.stop for rows, _ in windows)
+    finder = RangeFinder(header.dtype, UserError, f"{path}: floating image")
+    # The range of 8 bits is known.
+    last = max((rows.stop for rows, _ in windows), default=0) if header.dtype == np.uint8 else header.height
     while reader.position < last:
         top = reader.position
         chunk = reader.read(min(CHUNK, last - top))
-        for crop, (rows, columns) in zip(crops, windows, strict=True):
+        finder.add(chunk[:, :, : header.channels])
+        for crop, (rows, columns) in zip(found, windows, strict=True):
             first, stop = max(rows.start, top), min(rows.stop, reader.position)
             if first < stop:
                 part = chunk[first - top : stop - top, columns, : header.channels]
                 crop[first - rows.start : stop - rows.start] = part
-    return sigma_of_samples(crops)
+    return found, finder.result()
 
 
 class StripWriter:
@@ -132,6 +156,10 @@ class StripWriter:
         format_name: to write in. WebP and AVIF encoders hold the whole image.
         bits, lossless, metadata: as in :class:`fastden.images.codec.Header`.
         strip: leave out metadata, as in :func:`fastden.images.codec.write_image`.
+        extras: of the source.
+
+    Attributes:
+        note: what the file does not hold of the source; empty for nothing.
     """
 
     def __init__(
@@ -145,10 +173,15 @@ class StripWriter:
         lossless: bool,
         metadata: Mapping[str, Any],
         strip: bool,
+        extras: Extras | None = None,
     ) -> None:
         self._path, self._format_name, self._dtype = path, format_name, dtype
-        self._metadata, self._strip = metadata, strip
         height, width, bands = shape
+        extras = extras or Extras()
+        kind = png_kind(bands, dtype.itemsize)
+        self._attachment = plan_attachment(extras, metadata, format_name, kind=kind, strip=strip)
+        self.note = self._attachment.note
+        self._metadata, self._strip = for_libvips(metadata, self._attachment, extras), strip
         self._saver, self._options = plan_saving(
             format_name, dtype, height * width * bands * dtype.itemsize, bits, lossless, strip=strip
         )
@@ -196,6 +229,15 @@ class StripWriter:
         self._thread.join()
         if self._error is not None:
             raise self._error
+        if not self._attachment.empty:
+            # A name that goes when a run's leftovers go.
+            attached = self._path.with_name(f"{self._path.name}.attached")
+            try:
+                with self._path.open("rb") as source, attached.open("x+b") as target:
+                    self._attachment.put(source, target)
+                os.replace(attached, self._path)
+            finally:
+                attached.unlink(missing_ok=True)
 
     def abort(self) -> None:
         """Give up; the file stays incomplete."""

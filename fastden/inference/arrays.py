@@ -24,9 +24,11 @@ import numpy as np
 import torch
 
 from fastden.errors import UserError
-from fastden.images.noise import crop_windows, estimate_sigma
+from fastden.images.noise import crop_windows
 from fastden.images.pixels import Array
+from fastden.images.value_range import BLOCK, ORDINARY, STATE, RangeFinder, ValueRange, find_range
 from fastden.inference.run import denoise_pixels, noise_level_of
+from fastden.inference.scaling import sigma_in_range
 from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import models
@@ -37,6 +39,8 @@ DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 #: Side, in pixels, that chunks of Zarr arrays are joined to: smaller ones would spend more on their halo (24 pixels a
 #: side are 10 % of the work at 1024, a third at 256).
 JOINED = 1024
+#: A :class:`ValueRange` in an array.
+_RANGE = np.dtype([("low", np.float64), ("high", np.float64), ("outliers", np.bool_)])
 
 # One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
 # concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
@@ -106,7 +110,9 @@ def denoise_array(
     if isinstance(array, np.ndarray) and out is None:
         planes = _planes(array, axis)
         levels = _levels(sigma, network, planes)
-        done = _denoise_block(planes, _estimate_block(planes) if levels is None else levels, settings=settings)
+        ranges = _range_block(planes)
+        levels = _estimate_block(planes, ranges) if levels is None else levels
+        done = _denoise_block(planes, levels, ranges, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
     da = _package("dask.array")
     planes = _planes(_lazy(da, array), axis)
@@ -215,13 +221,15 @@ def _overlapped(da: Any, planes: Any, levels: Array | None, settings: _Settings)
     planes = planes.rechunk({**chunks, at_c: -1})
     # An axis of one chunk has no neighbours, and may be shorter than the halo.
     depth = {axis: HALO if len(sizes) > 1 else 0 for axis, sizes in chunks.items()}
-    given = _estimates(da, planes) if levels is None else da.from_array(levels, chunks=-1)
+    ranges = _ranges(da, planes)
+    given = _estimates(da, planes, ranges) if levels is None else da.from_array(levels, chunks=-1)
     given_depth = {axis: halo if given.shape[axis] > 1 else 0 for axis, halo in depth.items()}
     return da.map_overlap(
         _denoise_block,
         planes,
         given,
-        depth=[depth, given_depth],
+        ranges,
+        depth=[depth, given_depth, dict.fromkeys(depth, 0)],
         boundary="none",
         dtype=planes.dtype,
         meta=planes._meta,
@@ -240,7 +248,59 @@ def snapped(sizes: Sequence[int], multiple: int, least: int = 1) -> tuple[int, .
     return tuple(stop - start for start, stop in pairwise([*borders, total]))
 
 
-def _estimates(da: Any, planes: Any) -> Any:
+def _ranges(da: Any, planes: Any) -> Any:
+    """The range of each image's values, lazily: (..., 1, 1, 1) of :data:`_RANGE` for (..., Y, X, C)."""
+    if planes.dtype == np.uint8:  # known
+        return da.from_array(np.full((1,) * planes.ndim, _as_row(ORDINARY)), chunks=-1)
+    at_y, at_x = planes.ndim - 3, planes.ndim - 2
+    # Squares of pixels, whose means count, lie where they lie in the whole image.
+    planes = planes.rechunk({axis: snapped(planes.chunks[axis], BLOCK) for axis in (at_y, at_x)})
+    ones = [(1,) * len(planes.chunks[axis]) for axis in (at_y, at_x)]
+    shape = (0,) * planes.ndim
+    chunks = (*planes.chunks[:-3], *ones, (STATE,))
+    states = planes.map_blocks(_count_block, chunks=chunks, dtype=np.float64, meta=np.empty(shape))
+    states = states.rechunk({at_y: -1, at_x: -1})
+    chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
+    meta = np.empty(shape, _RANGE)
+    return states.map_blocks(_joined_block, chunks=chunks, dtype=_RANGE, meta=meta, kind=planes.dtype)
+
+
+def _count_block(planes: Array) -> Array:
+    states = np.empty((*planes.shape[:-3], 1, 1, STATE))
+    for index in np.ndindex(planes.shape[:-3]):
+        finder = RangeFinder(planes.dtype)
+        finder.add(planes[index][..., :3])
+        states[index] = finder.state()
+    return states
+
+
+def _joined_block(states: Array, *, kind: np.dtype[Any]) -> Array:
+    rows = np.empty((*states.shape[:-3], 1, 1, 1), _RANGE)
+    for index in np.ndindex(states.shape[:-3]):
+        finder = RangeFinder(kind)
+        for state in states[index].reshape(-1, STATE):
+            finder.join(state)
+        rows[index] = _as_row(finder.result())
+    return rows
+
+
+def _range_block(planes: Array) -> Array:
+    """The range of each image's values: (..., 1, 1, 1) of :data:`_RANGE`."""
+    rows = np.empty((*planes.shape[:-3], 1, 1, 1), _RANGE)
+    for index in np.ndindex(planes.shape[:-3]):
+        rows[index] = _as_row(find_range(planes[index][..., :3]))
+    return rows
+
+
+def _as_row(value_range: ValueRange) -> Array:
+    return np.array((value_range.low, value_range.high, value_range.outliers), _RANGE)
+
+
+def _from_row(row: Any) -> ValueRange:
+    return ValueRange(float(row["low"]), float(row["high"]), bool(row["outliers"]))
+
+
+def _estimates(da: Any, planes: Any, ranges: Any) -> Any:
     """The estimated noise level of each image, lazily: (..., 1, 1, 1) for (..., Y, X, C)."""
     # Side by side, the crops that the estimate would take of the whole image are those that it takes of this one.
     for axis in (planes.ndim - 3, planes.ndim - 2):
@@ -249,20 +309,23 @@ def _estimates(da: Any, planes: Any) -> Any:
         planes = da.concatenate([planes[crop] for crop in crops], axis)
     planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
     chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
-    return planes.map_blocks(_estimate_block, chunks=chunks, dtype=np.float64, meta=np.empty((0,) * planes.ndim))
+    empty = np.empty((0,) * planes.ndim)
+    return da.map_blocks(_estimate_block, planes, ranges, chunks=chunks, dtype=np.float64, meta=empty)
 
 
-def _estimate_block(planes: Array) -> Array:
+def _estimate_block(planes: Array, ranges: Array) -> Array:
     levels = np.empty((*planes.shape[:-3], 1, 1, 1))
+    rows = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
     for index in np.ndindex(planes.shape[:-3]):
-        levels[index] = estimate_sigma(planes[index])
+        levels[index] = sigma_in_range(planes[index][..., :3], _from_row(rows[index][0, 0, 0]))
     return levels
 
 
-def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Array:
+def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Settings) -> Array:
     """(..., Y, X, C) and what broadcasts against it, in whatever process computes."""
     result = np.empty_like(planes)
     spread = np.broadcast_to(levels, (*planes.shape[:-3], *levels.shape[-3:]))
+    rows = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
     with _COMPUTING:
         eight_bit = planes.dtype == np.uint8
         network = load_network(settings.model, settings.device, settings.dtype, eight_bit=eight_bit)
@@ -273,6 +336,7 @@ def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Arra
                 planes[index][..., :3],
                 sigma if network.noise_level_input else "auto",
                 network,
+                value_range=_from_row(rows[index][0, 0, 0]),
                 max_memory=settings.max_memory,
                 strength=settings.strength,
             )

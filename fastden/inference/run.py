@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastden.images.noise import estimate_sigma
-from fastden.images.pixels import Array, check_floats
+from fastden.images.pixels import Array
+from fastden.images.value_range import ORDINARY, ValueRange, find_range
+from fastden.inference.scaling import scaled, sigma_in_range
 from fastden.inference.tiling import denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.padding import BORDER
@@ -63,6 +64,7 @@ def run_network(
     max_memory: int | None = None,
     strength: float = 1.0,
     progress: Progress | None = None,
+    value_range: ValueRange = ORDINARY,
 ) -> Tensor:
     """Denoise a batch in tiles.
 
@@ -71,10 +73,12 @@ def run_network(
         batch: (N, C, H, W) on the CPU, C 1 or 3, float in [0, 1], torch.uint8 or torch.uint16.
         level: on the scale 0-1: a number, (N,) or (N, 1, H, W); None for a blind network.
         tile, max_memory, strength, progress: as in :func:`denoise`.
+        value_range: of all images.
 
     Returns:
         As ``batch``.
     """
+    network = scaled(network, value_range, level)
     network = adapted(network, batch.shape[1], strength)
     return denoise_tiled(network, batch, level, tile=tile, max_memory=max_memory, progress=progress)
 
@@ -89,7 +93,11 @@ def adapted(network: FusedDenoiser, channels: int, strength: float) -> FusedDeno
 
 
 def noise_level_of(
-    sigma: Any, network: FusedDenoiser, images: list[Array], shape: tuple[int, int]
+    sigma: Any,
+    network: FusedDenoiser,
+    images: list[Array],
+    shape: tuple[int, int],
+    ranges: Sequence[ValueRange] | None = None,
 ) -> float | Tensor | None:
     """What to give to the network for the ``sigma`` of :func:`denoise`.
 
@@ -98,6 +106,7 @@ def noise_level_of(
         network: whether it takes a level at all.
         images: N arrays (H, W, C), for the estimate.
         shape: (H, W).
+        ranges: of the images' values; None for ordinary ones.
 
     Returns:
         On the scale 0-1: a number, or float32 (N,) or (N, 1, H, W) or (1, 1, H, W); None for a blind network.
@@ -105,7 +114,8 @@ def noise_level_of(
     if isinstance(sigma, str) and sigma == "auto":
         if not network.noise_level_input:
             return None
-        found = [estimate_sigma(image) for image in images]
+        known = ranges or [ORDINARY] * len(images)
+        found = [sigma_in_range(image, of_image) for image, of_image in zip(images, known, strict=True)]
         return found[0] / 255 if len(found) == 1 else torch.tensor(found) / 255
     if not network.noise_level_input:
         raise ValueError(f"sigma: {_shown(sigma)}, but this model is blind (it takes no noise level); accepted: 'auto'")
@@ -135,22 +145,25 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str | Real) else type(value).__name__
 
 
-def denoise_pixels(pixels: Array, sigma: Any, network: FusedDenoiser, **options: Any) -> tuple[Array, float | None]:
+def denoise_pixels(
+    pixels: Array, sigma: Any, network: FusedDenoiser, *, value_range: ValueRange | None = None, **options: Any
+) -> tuple[Array, float | None]:
     """Denoise (H, W, C), C 1 or 3, with a network that is loaded already.
 
     Args:
         pixels: uint8, uint16 or floating in [0, 1].
         sigma: as in :func:`denoise`.
         network: from :func:`load_network`.
+        value_range: of the pixels, or of the picture of which they are a part; None finds it.
         **options: of :func:`run_network`.
 
     Returns:
         The denoised pixels, and the noise level on the scale 0-255 (of a map its mean; None for a blind network).
     """
-    if pixels.dtype.kind == "f":
-        check_floats(pixels, ValueError, "image")
-    level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]))
-    (result,) = denoise_batch([pixels], level, network, **options)
+    if value_range is None:
+        value_range = find_range(pixels)
+    level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]), [value_range])
+    (result,) = denoise_batch([pixels], level, network, value_range=value_range, **options)
     return result, shown_level(level)
 
 

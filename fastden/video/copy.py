@@ -21,6 +21,7 @@ import numpy as np
 
 from fastden.errors import UserError
 from fastden.images.pixels import Array
+from fastden.images.value_range import ORDINARY
 from fastden.video.encoders import Encoders
 from fastden.video.frames import FrameConverter
 
@@ -212,7 +213,9 @@ class _Copy:
         def finish(frame: Any, pixels: Array) -> None:
             nonlocal last
             colours = pixels.shape[2] // 3 * 3 or 1
-            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], level, network, **options)
+            # A dark frame is one of a video whose range is known.
+            found = denoise_pixels(pixels[:, :, :colours], level, network, value_range=ORDINARY, **options)
+            done, self.result.sigma = found
             encoded = converter.frame(np.concatenate([done, pixels[:, :, colours:]], 2), frame, encoder.pix_fmt)
             if encoded.pts is not None:
                 encoded.pts -= late

@@ -20,7 +20,8 @@ from fastden.batch.report import Listener
 from fastden.batch.stages import Stages
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image, write_image
-from fastden.images.strips import StripReader, StripWriter, estimate_sigma_of_file
+from fastden.images.strips import StripReader, StripWriter, survey_file
+from fastden.inference.scaling import sigma_of_crops
 from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Blend
 from tests.helpers import random_network
@@ -139,7 +140,8 @@ def test_rows_come_and_go_unchanged(tmp_path: Path, shape: tuple[int, int, int])
     write_all(writer, reader.read(shape[0]))
     back = StripReader(tmp_path / "b.tif").read(shape[0])
     np.testing.assert_array_equal(back, values)
-    assert estimate_sigma_of_file(tmp_path / "b.tif") == fastden.estimate_sigma(picture.pixels)
+    crops, value_range = survey_file(tmp_path / "b.tif", crops=True)
+    assert sigma_of_crops(crops, value_range) == fastden.estimate_sigma(picture.pixels)
 
 
 def write_all(writer: StripWriter, rows: Any) -> None:

@@ -135,11 +135,11 @@ def test_metadata_survives(tmp_path: Path, format_name: str) -> None:
         assert again.metadata["xres"] == pytest.approx(300 / 25.4, rel=1e-3)
 
 
-def test_tiff_keeps_what_libvips_can_and_says_what_not() -> None:
+def test_tiff_keeps_metadata() -> None:
     source = decode_image(encoded(pixels(), "JPEG", exif=exif(6), icc_profile=icc_profile(), xmp=b"<x:xmpmeta/>"))
     data, notes = encode_image(source, "tiff")
     back = decode_image(data)
-    assert [note for note in notes if "EXIF" in note] == notes != []
+    assert notes == []
     assert back.metadata["icc-profile-data"] == icc_profile()
     assert back.metadata["xmp-data"] == b"<x:xmpmeta/>"
     assert back.metadata["orientation"] == 6
@@ -258,12 +258,11 @@ def test_cmyk_becomes_srgb_with_a_note() -> None:
     assert read.metadata["icc-profile-data"][16:20] == b"RGB "
 
 
-def test_floating_tiff_of_a_nonfinite_or_other_scale_is_refused(tmp_path: Path) -> None:
+def test_floating_tiff_of_nonfinite_values_is_refused(tmp_path: Path) -> None:
     for value, message in (
         (np.nan, "NaN or infinity"),
         (np.inf, "NaN or infinity"),
         (-np.inf, "NaN or infinity"),
-        (255.0, "0 to 255|to 255"),
     ):
         values = pixels(dtype=np.float32)
         values[3, 4, 1] = value

@@ -1,0 +1,172 @@
+"""Kinds of files, told by their first bytes and headers: which are not read here, why, and what reads them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, BinaryIO
+
+from fastden.errors import UserError
+from fastden.images.containers import PNG_SIGNATURE, png_chunks
+
+#: File name suffixes of images that are not read here, by kind; those of a folder are counted.
+OTHER_SUFFIXES = {
+    "HEIC": (".heic", ".heif", ".hif"),
+    "JPEG XL": (".jxl",),
+    "camera raw": (
+        *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".pef"),
+        *(".srw", ".x3f", ".3fr", ".fff", ".iiq", ".mos", ".mrw", ".erf", ".kdc", ".dcr", ".rwl", ".gpr"),
+    ),
+    "OpenEXR": (".exr",),
+    "DICOM": (".dcm",),
+    "JPEG 2000": (".jp2", ".j2k", ".jpx"),
+    "Photoshop": (".psd", ".psb"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "other images": (".hdr", ".pfm", ".pgm", ".ppm", ".pnm", ".fits", ".fit", ".tga", ".dds", ".xcf", ".svg", ".ico"),
+}
+_BY_SUFFIX = {suffix: kind for kind, suffixes in OTHER_SUFFIXES.items() for suffix in suffixes}
+
+# Where in a file which bytes stand for which kind.
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (128, b"DICM", "DICOM"),
+    (0, b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"BM", "BMP"),
+    (0, b"FUJIFILMCCD-RAW", "camera raw"),
+    (8, b"CR\x02\0", "camera raw"),
+    (0, b"IIU\0", "camera raw"),
+    (0, b"IIRO", "camera raw"),
+    (0, b"IIRS", "camera raw"),
+    (0, b"FOVb", "camera raw"),
+    (0, b"#?R", "Radiance HDR"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"%PDF", "PDF"),
+    (0, b"gimp xcf", "GIMP"),
+    (0, b"DDS ", "DirectDraw"),
+    (0, b"\x1aE\xdf\xa3", "video"),
+)
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_INSTEAD = {
+    "HEIC": "pip install 'fastden[formats]', or a copy as JPEG, PNG, TIFF, WebP or AVIF",
+    "JPEG XL": "pip install 'fastden[formats]', or a copy as PNG or TIFF (djxl makes one)",
+    "camera raw": "pip install 'fastden[formats]', or a 16-bit TIFF from a raw developer",
+    "OpenEXR": "a copy as TIFF of 32 bits floating",
+    "DICOM": "a copy as TIFF or PNG of 16 bits",
+    "video": "fastden denoise VIDEO -o VIDEO, with the suffix of a video",
+}
+_CFA, _LINEAR_RAW = 32803, 34892
+_REDUCED, _MASK = 1, 4
+
+
+def kind_of_suffix(suffix: str) -> str | None:
+    """The kind of images that a suffix stands for, of those that are not read here."""
+    return _BY_SUFFIX.get(suffix.lower())
+
+
+def kind_of_bytes(head: bytes) -> str | None:
+    """The kind of a file that begins with these bytes, of those that are not read here."""
+    if head[4:8] == b"ftyp":
+        brand = head[8:12]
+        compatible = {head[at : at + 4] for at in range(16, min(int.from_bytes(head[:4], "big"), len(head)), 4)}
+        if brand == b"crx ":
+            return "camera raw"
+        if brand in (b"avif", b"avis") or b"avif" in compatible:
+            return None
+        return "HEIC" if brand in _HEIF_BRANDS else "video"
+    return next((kind for at, what, kind in _SIGNATURES if head[at : at + len(what)] == what), None)
+
+
+def not_supported(kind: str, detail: str = "") -> UserError:
+    """The error for a kind of files."""
+    why = f" ({detail})" if detail else ""
+    return UserError(f"{kind} is not read here{why}; accepted: {_INSTEAD.get(kind, 'a copy as PNG, TIFF or JPEG')}")
+
+
+def check_supported(file: BinaryIO) -> None:
+    """Raise UserError for a file of which a reader would show something else than its picture.
+
+    These are animations of PNG, of which it would be the first frame, and raw files of cameras that look like TIFFs, of
+    which it would be a thumbnail.
+    """
+    file.seek(0)
+    head = file.read(512)
+    if head.startswith(PNG_SIGNATURE):
+        for name, data in png_chunks(file):
+            if name == b"acTL" and int.from_bytes(data[:4], "big") > 1:
+                frames = int.from_bytes(data[:4], "big")
+                raise UserError(f"an animation (APNG) of {frames} frames; accepted: one picture, or a video")
+            if name == b"IDAT":
+                break
+    elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        kind = kind_of_bytes(head)
+        if kind is not None or _is_raw(file):
+            raise not_supported("camera raw", "this TIFF holds what a sensor saw, and a thumbnail")
+
+
+def _directories(file: BinaryIO) -> Any:
+    """The directories of a TIFF in tifffile's form."""
+    import tifffile
+
+    file.seek(0)
+    return tifffile.TiffFile(file, name="image").pages
+
+
+def _is_raw(file: BinaryIO) -> bool:
+    try:
+        first = _directories(file).first
+        if 50706 in first.tags:  # the version of DNG
+            return True
+        below = [first, *(first.pages or ())]
+        return any(_photometric(page) in (_CFA, _LINEAR_RAW) for page in below)
+    except Exception:  # tifffile has errors of many kinds for a file that is damaged, which libvips tells
+        return False
+
+
+def _photometric(page: Any) -> int:
+    tag = page.tags.get(262)
+    return int(tag.value) if tag is not None else -1
+
+
+def full_pages(file: BinaryIO) -> int | None:
+    """How many of a TIFF's pages are pictures of their own, behind which reduced copies and masks follow.
+
+    Returns:
+        None where it cannot be told.
+
+    Raises:
+        UserError: a reduced copy comes before a picture.
+    """
+    try:
+        kinds = [int(page.subfiletype) for page in map(_loaded, _directories(file))]
+    except Exception:  # as above
+        return None
+    full = [not kind & (_REDUCED | _MASK) for kind in kinds]
+    count = sum(full)
+    if count == 0 or all(full[:count]):
+        return count or None
+    raise UserError("a TIFF whose reduced copies come before its pictures; accepted: pictures first")
+
+
+def _loaded(page: Any) -> Any:
+    return page.aspage() if hasattr(page, "aspage") else page
+
+
+def why_not_read(file: BinaryIO, detail: str) -> UserError | None:
+    """The error for what libvips cannot read though it is sound; None where it seems damaged.
+
+    Args:
+        file: what was to be read.
+        detail: what libvips said.
+    """
+    file.seek(0, os.SEEK_SET)
+    kind = kind_of_bytes(file.read(512))
+    if kind is not None:
+        return not_supported(kind)
+    lower = detail.lower()
+    if any(word in lower for word in ("unsupported", "not supported", "not been built", "not configured", "no codec")):
+        return UserError(f"not supported here ({detail}); accepted: a copy as PNG, or TIFF of 8, 16 or 32 bits")
+    return None

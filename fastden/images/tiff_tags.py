@@ -1,0 +1,181 @@
+"""TIFF tags, and EXIF, which is made of them: read, told apart, and put into a file that is written."""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
+
+#: Tags of an EXIF block, by the numbers that the TIFF and EXIF standards give them.
+ORIENTATION, EXIF_IFD, GPS_IFD, MAKER_NOTE = 274, 34665, 34853, 37500
+XMP, IPTC, PHOTOSHOP, ICC, EXTRA_SAMPLES, DESCRIPTION, RESOLUTION = 700, 33723, 34377, 34675, 338, 270, (282, 283, 296)
+_SUB_IFDS, _LAYERS = 330, 37724
+#: What a file may hold beside its picture.
+PARTS = {_SUB_IFDS: "the smaller copies of the picture (SubIFD)", _LAYERS: "Photoshop's layers"}
+#: What describes how pixels are stored: the file that is written has its own.
+_STORAGE = {
+    *(254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 277, 278, 279, 284, 288, 289, 290, 291, 292, 293),
+    *(297, 317, 320, 321, 322, 323, 324, 325, 326, 327, 328, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 343),
+    *(344, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 32997, 34677, 34925, 50674),
+}
+#: Of the first directory, what an EXIF block holds too.
+_OF_EXIF = {
+    *(269, 270, 271, 272, 274, 282, 283, 296, 301, 305, 306, 315, 316, 318, 319, 18246, 18249, 33432),
+    *(EXIF_IFD, GPS_IFD, 40091, 40092, 40093, 40094, 40095),
+}
+# Larger directories are damaged, or hold layers of the old picture.
+_LIMIT = 1 << 26
+_READS = 200_000
+
+Tags = Mapping[int, Any]
+
+
+class _Limited(io.RawIOBase):
+    """A file of which so much is read and no more: directories that lead in a circle have no end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left, self._reads = file, _LIMIT, _READS
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        self._left, self._reads = self._left - max(size, 0), self._reads - 1
+        if self._left < 0 or self._reads < 0 or size < 0:
+            raise ValueError("more than a directory takes")
+        return self._file.read(size)
+
+
+def _tifftools() -> Any:
+    import tifftools
+
+    # It warns of every oddity, to standard error unless somebody listens.
+    logging.getLogger("tifftools").addHandler(logging.NullHandler())
+    return tifftools
+
+
+def first_directory(file: BinaryIO) -> dict[int, Any] | None:
+    """Tags of a TIFF's first directory in tifftools' form, or None where they cannot be read."""
+    module = _tifftools()
+    try:
+        info = module.read_tiff(_Limited(file))
+        tags: dict[int, Any] = info["ifds"][0]["tags"]
+    except (module.TifftoolsError, ValueError, KeyError, IndexError, TypeError, struct.error, OSError, RecursionError):
+        return None
+    return _whole(tags)
+
+
+def _whole(tags: Tags) -> dict[int, Any]:
+    """The tags whose content could be read, in directories below them too."""
+    whole = {}
+    for tag, value in tags.items():
+        if "ifds" in value:
+            chains = [
+                [{**directory, "tags": _whole(directory["tags"])} for directory in chain] for chain in value["ifds"]
+            ]
+            if chains and all(chains):
+                whole[tag] = {**value, "ifds": chains}
+        elif "data" in value:
+            whole[tag] = value
+    return whole
+
+
+def exif_directory(block: bytes) -> dict[int, Any] | None:
+    """Tags of the first directory of an EXIF block, which begins with a TIFF header."""
+    return first_directory(io.BytesIO(block))
+
+
+def descriptive(tags: Tags) -> dict[int, Any]:
+    """Those that do not say how pixels are stored."""
+    return {tag: value for tag, value in tags.items() if tag not in _STORAGE and tag not in (_SUB_IFDS, _LAYERS)}
+
+
+def names(tags: Iterable[int]) -> list[str]:
+    """The standard's names of tags."""
+    known = _tifftools().constants.Tag
+    return [str(known[tag].name) if tag in known else str(tag) for tag in sorted(tags)]
+
+
+def exif_block(tags: Tags) -> tuple[bytes, list[int]]:
+    """An EXIF block of a TIFF's tags, empty where there are none, and the tags that it does not hold."""
+    kept = {tag: value for tag, value in tags.items() if tag in _OF_EXIF}
+    left = [tag for tag in tags if tag not in _OF_EXIF and tag not in (XMP, IPTC, PHOTOSHOP, ICC)]
+    if not kept:
+        return b"", left
+    block = io.BytesIO()
+    _write([{"tags": kept}], block)
+    return block.getvalue(), left
+
+
+def has_maker_note(tags: Tags) -> bool:
+    """Whether a camera's own notes are among them, whose offsets may count from the beginning of their file."""
+    return any(
+        MAKER_NOTE in directory["tags"] for chain in tags.get(EXIF_IFD, {}).get("ifds", []) for directory in chain
+    )
+
+
+def with_tags(source: BinaryIO, target: BinaryIO, tags: Tags) -> None:
+    """Copy a TIFF with tags added to its first directory; those that it has are replaced."""
+    info = _tifftools().read_tiff(source)
+    info["ifds"][0]["tags"].update(tags)
+    _write(info, target)
+
+
+def _write(info: Any, target: BinaryIO) -> None:
+    module = _tifftools()
+    target.seek(0)
+    if isinstance(info, list):
+        module.write_tiff(info, target, bigEndian=False, bigtiff=False)
+    else:
+        module.write_tiff(info, target)
+    # EXIF asks for pointers of type LONG, where tifftools writes IFD, which some readers do not know.
+    written = module.read_tiff(target)
+    wide = written["bigtiff"]
+    for tag in (EXIF_IFD, GPS_IFD):
+        if tag in written["ifds"][0]["tags"]:
+            target.seek(written["ifds"][0]["tags"][tag]["datapos"] - (10 if wide else 6))
+            target.write(struct.pack(written["endianPack"] + "H", 16 if wide else 4))
+
+
+def with_orientation(block: bytes, orientation: int) -> bytes:
+    """An EXIF block whose orientation says that, byte for byte the same otherwise."""
+    tags = exif_directory(block)
+    if tags is None or ORIENTATION not in tags or tags[ORIENTATION]["datatype"] != 3:
+        return block
+    if tags[ORIENTATION]["data"] == [orientation]:
+        return block
+    position = tags[ORIENTATION]["datapos"]
+    packed = struct.pack(">H" if block[:2] == b"MM" else "<H", orientation)
+    return block[:position] + packed + block[position + 2 :]
+
+
+def short(value: int) -> dict[str, Any]:
+    """A tag of one 16-bit number."""
+    return {"datatype": 3, "data": [value]}
+
+
+def raw(data: bytes, datatype: int = 1) -> dict[str, Any]:
+    """A tag of bytes (datatype 1), or of undefined content (7)."""
+    return {"datatype": datatype, "data": list(data) if datatype == 1 else data}
+
+
+def resolution_block(horizontal: float, vertical: float, orientation: int) -> bytes:
+    """An EXIF block that holds pixels per millimetre and an orientation alone."""
+    pairs = [[round(value * 25.4 * 1000), 1000] for value in (horizontal, vertical)]
+    tags = {282: {"datatype": 5, "data": pairs[0]}, 283: {"datatype": 5, "data": pairs[1]}, 296: short(2)}
+    block, _ = exif_block({ORIENTATION: short(orientation), **tags})
+    return block

@@ -1,0 +1,376 @@
+"""What a file holds beside its pixels: carried over, or named."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, PngImagePlugin
+
+import fastden
+from fastden.errors import UserError
+from fastden.images import xmp
+from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
+from fastden.images.containers import SEGMENT, jpeg_segments, png_chunks
+from fastden.images.pixels import Array
+from fastden.images.strips import StripReader, StripWriter
+
+MAKE, ARTIST, EXIF, GPS, MAKER_NOTE, ORIENTATION = 271, 315, 0x8769, 0x8825, 0x927C, 274
+RDF = 'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"'
+
+
+def pixels(height: int = 24, width: int = 20, dtype: Any = np.uint8) -> Array:
+    top = np.iinfo(dtype).max
+    return np.random.default_rng(0).integers(0, top, (height, width, 3)).astype(dtype)
+
+
+def exif(orientation: int = 1) -> Image.Exif:
+    block = Image.Exif()
+    block[MAKE], block[ARTIST], block[ORIENTATION] = "Maker", "Jane Doe", orientation
+    block.get_ifd(EXIF)[34855] = 640
+    block.get_ifd(EXIF)[MAKER_NOTE] = b"MAKER\0NOTE" + bytes(range(60))
+    block.get_ifd(GPS)[1] = "N"
+    return block
+
+
+def packet(body: str, spaces: str = "") -> bytes:
+    inside = (
+        f'<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/" {spaces}>{body}</rdf:Description>'
+    )
+    return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF {RDF}>{inside}</rdf:RDF></x:xmpmeta>'.encode()
+
+
+def png_with(*chunks: tuple[bytes, bytes], dtype: Any = np.uint8) -> bytes:
+    data, _ = encode_image(ImageFile(pixels(dtype=dtype)), "png")
+    at = data.index(b"IDAT") - 4
+    raw = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return data[:at] + raw + data[at:]
+
+
+def chunks_of(data: bytes) -> dict[bytes, bytes]:
+    return dict(png_chunks(io.BytesIO(data)))
+
+
+def jpeg_with(*segments: tuple[int, bytes], behind: bytes = b"", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels()).save(file, "JPEG", quality=95, **options)
+    data = file.getvalue()
+    raw = b"".join(struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload for marker, payload in segments)
+    return data[:2] + raw + data[2:] + behind
+
+
+def again(data: bytes, format_name: str, **options: Any) -> tuple[bytes, list[str]]:
+    image = decode_image(data)
+    written, notes = encode_image(image, format_name, **options)
+    return written, [*image.notes, *notes]
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"gAMA", struct.pack(">I", 100000)),
+        (b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)),
+        (b"cICP", bytes([9, 16, 0, 1])),
+    ],
+    ids=lambda chunk: chunk[0].decode(),
+)
+def test_colours_outside_of_profiles_are_written_back_or_refused(chunk: tuple[bytes, bytes]) -> None:
+    source = png_with(chunk)
+    for strip in (False, True):
+        data, notes = again(source, "png", strip=strip)
+        assert chunks_of(data)[chunk[0]] == chunk[1]
+        assert notes == []
+    for format_name in ("jpeg", "webp", "tiff", "avif"):
+        with pytest.raises(UserError, match="shown wrong; accepted: png"):
+            again(source, format_name)
+
+
+def test_hdr_metadata_of_png_is_written_back() -> None:
+    source = png_with((b"cICP", bytes([9, 18, 0, 1])), (b"mDCV", bytes(24)), (b"cLLI", bytes(8)), dtype=np.uint16)
+    found = chunks_of(again(source, "png")[0])
+    assert {b"cICP", b"mDCV", b"cLLI"} <= found.keys()
+
+
+def test_usual_colours_go_into_every_format() -> None:
+    colours = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+    source = png_with((b"gAMA", struct.pack(">I", 45455)), (b"cHRM", colours))
+    for format_name in ("jpeg", "webp", "tiff", "avif"):
+        assert again(source, format_name)[1] == []
+
+
+def test_nclx_of_avif_becomes_cicp_or_is_refused() -> None:
+    data, _ = encode_image(ImageFile(pixels()), "avif")
+    at = data.index(b"ipco") - 4
+    box = struct.pack(">I4s4sHHHB", 19, b"colr", b"nclx", 9, 16, 9, 128)
+    # A box in the list of properties that no item names is enough to be found; offsets behind it move.
+    source = bytearray(data[: at + 8] + box + data[at + 8 :])
+    for name in (b"ipco", b"iprp", b"meta"):
+        start = source.index(name) - 4
+        source[start : start + 4] = struct.pack(">I", struct.unpack(">I", source[start : start + 4])[0] + len(box))
+    from fastden.images.extras import check_colour, read_extras
+
+    extras, _ = read_extras(io.BytesIO(bytes(source)), "avif", {})
+    assert extras.colour() == {b"cICP": bytes([9, 16, 0, 1])}
+    for format_name in ("avif", "jpeg", "tiff", "webp"):
+        with pytest.raises(UserError, match=r"BT.2020 and PQ .*accepted: png"):
+            check_colour(extras, format_name, has_profile=False)
+    check_colour(extras, "png", has_profile=False)
+    check_colour(extras, "avif", has_profile=True)
+
+
+def test_text_of_png_and_comment_of_jpeg_stay() -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a tree\nSteps: 40")
+    info.add_itxt("workflow", "Ünïcode ✓")
+    info.add_text("Description", "long " * 500, zip=True)
+    file = io.BytesIO()
+    Image.fromarray(pixels()).save(file, "PNG", pnginfo=info)
+    data, notes = again(file.getvalue(), "png")
+    written: Any = Image.open(io.BytesIO(data))
+    assert written.text == {"parameters": "a tree\nSteps: 40", "workflow": "Ünïcode ✓", "Description": "long " * 500}
+    assert notes == []
+    for format_name in ("jpeg", "tiff", "webp", "avif"):
+        assert again(file.getvalue(), format_name)[1] == ["not kept: PNG text"]
+    comment = jpeg_with(comment=b"box 12")
+    assert Image.open(io.BytesIO(again(comment, "jpeg")[0])).info["comment"] == b"box 12"
+    as_png: Any = Image.open(io.BytesIO(again(comment, "png")[0]))
+    assert as_png.text == {"Comment": "box 12"}
+    assert again(comment, "webp")[1] == ["not kept: the JPEG comment"]
+    assert not chunks_of(again(file.getvalue(), "png", strip=True)[0]).keys() & {b"tEXt", b"zTXt", b"iTXt"}
+
+
+@pytest.mark.parametrize("format_name", ["jpeg", "png", "webp"])
+def test_exif_is_the_sources_bytes(format_name: str) -> None:
+    source = jpeg_with(exif=exif(6))
+    block = next(payload for marker, payload in jpeg_segments(io.BytesIO(source)) if payload.startswith(b"Exif"))[6:]
+    data, notes = again(source, format_name)
+    assert block in data
+    assert notes == []
+    assert decode_image(data).metadata["orientation"] == 6
+
+
+def test_orientation_is_changed_in_place() -> None:
+    image = decode_image(jpeg_with(exif=exif(6)))
+    image = ImageFile(image.pixels, metadata={**image.metadata, "orientation": 3}, extras=image.extras)
+    block = bytes(image.metadata["exif-data"])[6:]
+    data, _ = encode_image(image, "png")
+    changed = chunks_of(data)[b"eXIf"]
+    assert len(changed) == len(block)
+    assert sum(a != b for a, b in zip(changed, block, strict=True)) == 1
+    assert Image.open(io.BytesIO(data)).getexif()[ORIENTATION] == 3
+
+
+def tiff_with_tags(**options: Any) -> bytes:
+    block = exif()
+    file = io.BytesIO()
+    Image.fromarray(pixels()).save(file, "TIFF", exif=block.tobytes(), **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format_name", ["tiff", "jpeg", "png", "webp", "avif"])
+@pytest.mark.parametrize("source", ["tiff", "jpeg"])
+def test_exif_goes_from_every_format_to_every_other(source: str, format_name: str) -> None:
+    data, notes = again(tiff_with_tags() if source == "tiff" else jpeg_with(exif=exif()), format_name)
+    found = Image.open(io.BytesIO(data)).getexif()
+    assert found[MAKE] == "Maker"
+    assert found[ARTIST] == "Jane Doe"
+    assert found.get_ifd(EXIF)[34855] == 640
+    assert found.get_ifd(GPS)[1] == "N"
+    assert found.get_ifd(EXIF)[MAKER_NOTE] == exif().get_ifd(EXIF)[MAKER_NOTE]
+    moved = "tiff" in (source, format_name) or format_name == "avif"
+    assert bool([note for note in notes if "maker notes" in note]) == moved
+
+
+def test_geographic_and_private_tags_of_tiff_stay() -> None:
+    scale, keys = (0.05, 0.05, 0.0), (1, 1, 0, 1, 3072, 0, 1, 32633)
+    tags = [
+        (33550, 12, 3, scale, True),
+        (34735, 3, 8, keys, True),
+        (42113, 2, 0, "0", True),
+        (65000, 7, 3, b"abc", True),
+    ]
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file, pixels(), photometric="rgb", extratags=tags, metadata=None, resolution=(3, 4), resolutionunit=1
+    )
+    data, notes = again(file.getvalue(), "tiff")
+    assert notes == []
+    with tifffile.TiffFile(io.BytesIO(data)) as written:
+        first: Any = written.pages.first
+        assert first.tags[33550].value == scale
+        assert first.tags[34735].value == keys
+        assert first.tags[42113].value == "0"
+        assert first.tags[65000].value == b"abc"
+        assert first.tags[296].value == 1  # a ratio, no dots an inch
+        assert first.tags[282].value == (3, 1)
+    assert np.array_equal(decode_image(data).pixels, pixels())
+    (note,) = again(file.getvalue(), "png")[1]
+    assert "ModelPixelScale" in note
+    assert "65000" in note
+
+
+def test_a_channel_of_unknown_meaning_stays_one() -> None:
+    values = np.dstack([pixels(), pixels()[:, :, 0]])
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="rgb", extrasamples=["unspecified"], metadata=None)
+    data, _ = again(file.getvalue(), "tiff")
+    with tifffile.TiffFile(io.BytesIO(data)) as written:
+        assert tuple(map(int, written.pages.first.extrasamples)) == (0,)
+    assert "becomes alpha" in again(file.getvalue(), "png")[1][0]
+
+
+def test_xmp_beyond_a_segment_is_joined_and_split() -> None:
+    large = "edited " * 20000
+    source = packet(f"<dc:format>image/png</dc:format><dc:description>{large}</dc:description>")
+    png = png_with((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + source))
+    data, notes = again(png, "jpeg")
+    assert "ExtendedXMP" in notes[0]
+    segments = [payload for _, payload in jpeg_segments(io.BytesIO(data))]
+    assert max(map(len, segments)) <= SEGMENT
+    main = next(payload for payload in segments if payload.startswith(xmp.MAIN))
+    assert b"image/png" in main
+    assert b"HasExtendedXMP" in main
+    back = decode_image(data).metadata["xmp-data"]
+    assert large.encode() in back
+    assert b"HasExtendedXMP" not in back
+    twice, notes = again(data, "jpeg")
+    assert notes == []
+    assert large.encode() in decode_image(twice).metadata["xmp-data"]
+
+
+def test_a_damaged_continuation_is_named_and_not_pointed_at() -> None:
+    note = 'xmlns:xmpNote="http://ns.adobe.com/xmp/note/"'
+    main = packet(f"<xmpNote:HasExtendedXMP>{'A' * 32}</xmpNote:HasExtendedXMP><dc:format>x</dc:format>", note)
+    source = jpeg_with((0xE1, xmp.MAIN + main))
+    for format_name in ("jpeg", "png", "tiff", "webp", "avif"):
+        data, notes = again(source, format_name)
+        assert "XMP" in notes[0]
+        assert b"HasExtendedXMP" not in data
+        assert b"<dc:format>x</dc:format>" in data
+
+
+def test_descriptions_of_parts_that_are_gone_go_too() -> None:
+    spaces = (
+        'xmlns:GCamera="http://ns.google.com/photos/1.0/camera/" xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/" '
+    )
+    spaces += 'GCamera:MotionPhoto="1" GCamera:SpecialTypeID="x" hdrgm:Version="1.0"'
+    spaces += ' xmlns:Container="http://ns.google.com/photos/1.0/container/"'
+    main = packet("<dc:format>x</dc:format><Container:Directory><rdf:Seq/></Container:Directory>", spaces)
+    video = b"\0\0\0\x18ftypmp42" + bytes(100)
+    data, notes = again(jpeg_with((0xE1, xmp.MAIN + main), behind=video), "jpeg")
+    assert notes == ["not kept: the HDR gain map, the video of a motion photo"]
+    for word in (b"MotionPhoto", b"hdrgm", b"Container"):
+        assert word not in data
+    assert b"SpecialTypeID" in data
+    assert b"<dc:format>x</dc:format>" in data
+
+
+def test_further_pictures_are_named() -> None:
+    file = io.BytesIO()
+    frames = [Image.fromarray(pixels()), Image.fromarray(pixels())]
+    frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
+    data, notes = again(file.getvalue(), "jpeg")
+    assert notes == ["not kept: the second picture of the file (MPO)"]
+    assert b"MPF\0" not in data
+    assert again(jpeg_with(behind=b"x" * 40), "jpeg")[1] == ["not kept: 40 bytes behind the picture"]
+    assert again(jpeg_with(behind=bytes(40)), "jpeg")[1] == []
+
+
+def test_iptc_travels_between_jpeg_and_tiff() -> None:
+    iptc = b"\x1c\x02\x78\x00\x04boat"
+    resource = b"8BIM\x04\x04\0\0" + len(iptc).to_bytes(4, "big") + iptc + b"\0"
+    source = jpeg_with((0xED, b"Photoshop 3.0\0" + resource))
+    assert iptc in again(source, "jpeg")[0]
+    as_tiff, notes = again(source, "tiff")
+    assert notes == []
+    with tifffile.TiffFile(io.BytesIO(as_tiff)) as written:
+        assert written.pages.first.tags[33723].value == iptc
+    back, notes = again(as_tiff, "jpeg")
+    assert notes == []
+    assert Image.open(io.BytesIO(back)).info["photoshop"][0x0404] == iptc
+    assert again(source, "png")[1] == ["not kept: IPTC"]
+
+
+def test_an_animated_png_is_refused(tmp_path: Path) -> None:
+    frames = [Image.fromarray(pixels()), Image.fromarray(255 - pixels())]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match=r"APNG\) of 2 frames"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"APNG\) of 2 frames"):
+        StripReader(tmp_path / "a.png")
+
+
+def test_raw_files_of_cameras_are_refused(tmp_path: Path) -> None:
+    version = [(50706, 1, 4, (1, 4, 0, 0), True)]
+    tifffile.imwrite(tmp_path / "a.tif", pixels(), photometric="rgb", extratags=version, subfiletype=1)
+    with tifffile.TiffWriter(tmp_path / "b.tif") as writer:
+        writer.write(pixels(), photometric="rgb", subfiletype=1, subifds=1)
+        writer.write(pixels()[:, :, 0], photometric=32803, subfiletype=0)
+    for name in ("a.tif", "b.tif"):
+        with pytest.raises(UserError, match="camera raw is not read here"):
+            read_image(tmp_path / name)
+
+
+def test_reduced_copies_in_a_tiff_are_named(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "sub.tif") as writer:
+        writer.write(pixels(), photometric="rgb", subifds=1)
+        writer.write(pixels()[::2, ::2], photometric="rgb", subfiletype=1)
+    with tifffile.TiffWriter(tmp_path / "next.tif") as writer:
+        writer.write(pixels(), photometric="rgb")
+        writer.write(pixels()[::2, ::2], photometric="rgb", subfiletype=1)
+    for name in ("sub.tif", "next.tif"):
+        image = read_image(tmp_path / name)
+        assert image.pages == 1
+        assert np.array_equal(image.pixels, pixels())
+        notes = [*image.notes, *write_image(tmp_path / f"out_{name}", image)]
+        assert len(notes) == 1
+        assert "copies" in notes[0]
+        assert np.array_equal(read_image(tmp_path / f"out_{name}").pixels, pixels())
+
+
+@pytest.mark.parametrize("format_name", ["jpeg", "png", "tiff", "webp"])
+def test_strips_carry_the_same(tmp_path: Path, format_name: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg_with((0xE1, xmp.MAIN + packet("<dc:format>x</dc:format>")), exif=exif(6)))
+    reader = StripReader(tmp_path / "a.jpg")
+    extras, metadata = reader.extras()
+    shape = (reader.header.height, reader.header.width, 3)
+    options: Any = {"bits": 8, "lossless": False, "metadata": metadata, "strip": False, "extras": extras}
+    writer = StripWriter(tmp_path / "b.tmp", shape, np.dtype(np.uint8), format_name, **options)
+    writer.write(reader.read(shape[0]))
+    writer.close()
+    data = (tmp_path / "b.tmp").read_bytes()
+    found = Image.open(io.BytesIO(data)).getexif()
+    assert found[ORIENTATION] == 6
+    assert found.get_ifd(EXIF)[34855] == 640
+    assert b"<dc:format>x</dc:format>" in data
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "b.tmp"]
+
+
+def test_a_batch_tells_what_is_not_kept_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg_with((0xEB, b"JP" + bytes(20)), (0xE5, b"vendor"), comment=b"hello"))
+    report = fastden.BatchDenoiser("color", sigma=5).run(tmp_path / "a.jpg", tmp_path / "b.webp")
+    (note,) = report.done[0].notes
+    assert note.startswith("not kept: content credentials")
+    assert "application segments" in note
+    assert "the JPEG comment" in note
+
+
+def test_damaged_descriptions_do_no_harm() -> None:
+    rng = np.random.default_rng(0)
+    sources = [jpeg_with((0xE1, xmp.MAIN + packet("<dc:a>x</dc:a>")), exif=exif(6)), tiff_with_tags()]
+    for source in sources:
+        for _ in range(40):
+            data = bytearray(source)
+            for at in rng.integers(2, min(len(data), 700), 6):
+                data[at] = rng.integers(0, 256)
+            try:
+                again(bytes(data), "tiff")
+                again(bytes(data), "jpeg")
+            except UserError:
+                continue
