@@ -44,9 +44,15 @@ def denoise(
               denoised pixels would no longer meet, becomes an alpha channel (LA, RGBA); with I;16, which has none, it
               is dropped;
             - a NumPy array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha; uint8, uint16, or floating in
-              [0, 1]: an array of the same shape and dtype;
+              [0, 1]: an array of the same shape and dtype. Of a masked array the valid pixels are denoised, as if those
+              under the mask were like their nearest valid ones; mask and values under it stay. Other subclasses that
+              carry more than values (units, names) are refused, memory maps are read;
             - a tensor (C, H, W) or (N, C, H, W), C 1 or 3; torch.uint8, torch.uint16, or floating in [0, 1]: a tensor
               of the same shape, dtype and device, without gradient.
+
+            Floating values may go beyond [0, 1] (highlights above 1, values from -1 to 1), and 16-bit ones may fill a
+            small part of it (12 bits): image and ``sigma`` are then divided by the picture's own range, and the result
+            is multiplied back (:mod:`fastden.images.value_range`). Values on another scale, such as 0-255, are refused.
 
             Gray is denoised as a colour image with equal channels, and averaged back. Alpha is not touched. Integer
             results are rounded and clipped, floating ones are not clipped.
@@ -78,6 +84,8 @@ def denoise(
         return _denoise_path(image, sigma, options)
     if isinstance(image, Tensor):
         return _denoise_tensor(image, sigma, options)
+    if isinstance(image, np.ma.MaskedArray):
+        return _denoise_masked(image, sigma, options)
     if isinstance(image, np.ndarray):
         return _denoise_array(image, sigma, options)
     # An instance can exist only where the module is loaded: no need to import it otherwise.
@@ -148,6 +156,36 @@ def _denoise_array(array: Array, sigma: Any, options: _Options) -> Array:
     return pixels.reshape(array.shape)
 
 
+def _denoise_masked(array: np.ma.MaskedArray[Any, Any], sigma: Any, options: _Options) -> Any:
+    """The valid pixels, as if those under the mask were like their nearest valid ones; these stay as they are."""
+    mask = np.ma.getmaskarray(array)
+    if mask.all():
+        check_pixels(np.asarray(array.data))
+        return array.copy()
+    values = np.array(array.data)
+    hidden: Array = np.asarray(mask if mask.ndim == 2 else mask.any(2))
+    if hidden.all():  # no pixel is valid in all channels: each channel has its own neighbours
+        for channel in range(values.shape[2]):
+            _fill(values[:, :, channel], np.asarray(mask[:, :, channel]))
+    else:
+        _fill(values, hidden)
+    values = np.where(mask, values, array.data)
+    result = np.ma.MaskedArray(_denoise_array(values, sigma, options), mask=mask.copy(), fill_value=array.fill_value)
+    result.data[mask] = array.data[mask]
+    return result
+
+
+def _fill(values: Array, hidden: Array) -> None:
+    """Put the nearest pixel that is not hidden in the place of each one that is; all may be hidden."""
+    from scipy.ndimage import distance_transform_edt
+
+    if hidden.any() and not hidden.all():
+        nearest = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+        values[hidden] = values[tuple(nearest)][hidden]
+    elif hidden.all():
+        values[:] = 0
+
+
 def _denoise_path(path: str | Path, sigma: Any, options: _Options) -> Array:
     image = read_image(path, max_pixels=options.max_pixels).upright()
     gray = image.pixels.shape[2] == 1
@@ -176,6 +214,8 @@ def _denoise_pil(image: Any, sigma: Any, options: _Options) -> Any:
 
 
 def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
+    if type(tensor).__name__ == "MaskedTensor":
+        raise TypeError("image: a masked tensor; accepted: a plain tensor, or a NumPy masked array")
     if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.uint16):
         raise TypeError(f"image: dtype {tensor.dtype}; accepted: torch.uint8, torch.uint16, or floating in [0, 1]")
     if tensor.dim() not in (3, 4) or tensor.shape[-3] not in (1, 3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -139,8 +139,12 @@ class BatchDenoiser:
         """
         names = [inputs] if isinstance(inputs, str | Path) else list(inputs)
         made = made_before(manifest, Path(output)) if resume else None
-        jobs = plan([str(name) for name in names], Path(output), recursive=recursive, format_name=format, made=made)
-        return self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
+        left_out: list[Path] = []
+        planning: dict[str, Any] = {"recursive": recursive, "format_name": format, "made": made, "left_out": left_out}
+        jobs = plan([str(name) for name in names], Path(output), **planning)
+        report = self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
+        report.left_out += left_out
+        return report
 
     def run_jobs(
         self,

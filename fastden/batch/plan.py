@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for
+from fastden.images.kinds import kind_of_suffix
 
 #: The suffix that each format gets when ``--format`` renames a file.
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif"}
@@ -25,16 +26,25 @@ class Job:
     target: Path
 
 
-def find_images(folder: Path, recursive: bool = False, unreadable: list[OSError] | None = None) -> list[Path]:
+def find_images(
+    folder: Path,
+    recursive: bool = False,
+    unreadable: list[OSError] | None = None,
+    left_out: list[Path] | None = None,
+) -> list[Path]:
     """Image files in ``folder`` (by suffix), sorted; hidden ones are left out. Links to folders are not followed.
 
     Args:
         folder: to look into.
         recursive: and into the folders in it.
         unreadable: takes the errors of folders below that cannot be looked into; None raises the first.
+        left_out: takes files of images that are not read here.
     """
     files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
-    images = (path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    files = [path for path in files if not path.name.startswith(".")]
+    images = (path for path in files if path.suffix.lower() in SUFFIXES)
+    if left_out is not None:
+        left_out += sorted(path for path in files if kind_of_suffix(path.suffix) is not None and path.is_file())
     return sorted(path for path in images if path.is_file())
 
 
@@ -55,6 +65,7 @@ def plan(
     format_name: str | None = None,
     unreadable: list[OSError] | None = None,
     made: Callable[[Path], bool] | None = None,
+    left_out: list[Path] | None = None,
 ) -> list[Job]:
     """One job for each input file, in order.
 
@@ -66,6 +77,7 @@ def plan(
         unreadable: as in :func:`find_images`; of patterns too.
         made: whether a file is a result of the run that is resumed, and so no input; see
             :func:`fastden.batch.manifest.made_before`.
+        left_out: takes files in the folders that are images which are not read here.
 
     Raises:
         UserError: an input that does not exist or holds no image; two inputs with one output; an output that is another
@@ -80,13 +92,21 @@ def plan(
     if not single and output.suffix.lower() in SUFFIXES and not output.exists():
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
-    for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False)):
+    for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False), left_out):
         suffix = SUFFIX_OF[format_name] if format_name else source.suffix
         if format_name and SUFFIXES.get(source.suffix.lower()) == format_name:
             suffix = source.suffix
         jobs.append(Job(source, output / relative.with_suffix(suffix)))
     _refuse_collisions(jobs)
     return jobs
+
+
+def count_left_out(files: Iterable[Path]) -> str:
+    """What to tell of files that are images which are not read here."""
+    kinds = Counter(kind_of_suffix(path.suffix) or "other images" for path in files)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    total = sum(kinds.values())
+    return f"{total} image file{'s' * (total != 1)} left out, not read here: {counts}"
 
 
 def _is_file(name: str) -> bool:
@@ -99,19 +119,25 @@ def _sources(
     recursive: bool,
     unreadable: list[OSError] | None,
     made: Callable[[Path], bool],
+    left_out: list[Path] | None,
 ) -> list[tuple[Path, Path]]:
     """Pairs of an input file and its path below the output folder."""
     found: dict[Path, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found_here = find_images(path, recursive, unreadable)
+            others: list[Path] = []
+            found_here = find_images(path, recursive, unreadable, others)
+            others = [other for other in others if not _written_before(other, path, output)]
+            if left_out is not None:
+                left_out += others
             images = [image for image in found_here if not (_written_before(image, path, output) or made(image))]
             if found_here and not images:
                 raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
             if not images:
                 hint = "" if recursive else ", --recursive to descend"
-                raise UserError(f"input: no images in {path}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
+                told = f" ({count_left_out(others)})" if others else ""
+                raise UserError(f"input: no images in {path}{told}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
             found.update((image, image.relative_to(path)) for image in images)
         elif path.exists():
             if not made(path):

@@ -62,6 +62,7 @@ def plan_rows(
     format_name: str | None = None,
     unreadable: list[OSError] | None = None,
     made: Callable[[Path], bool] | None = None,
+    left_out: list[Path] | None = None,
 ) -> list[Row]:
     """What to read and where to write it: a row ``{"input", "output"}`` for each image.
 
@@ -70,7 +71,7 @@ def plan_rows(
         output: a folder, or for one local file a file.
         recursive: descend into folders, keeping their structure.
         format_name: of the results; the inputs' suffixes otherwise.
-        unreadable, made: as in :func:`fastden.batch.plan.plan`; of paths alone.
+        unreadable, made, left_out: as in :func:`fastden.batch.plan.plan`; of paths alone.
 
     Raises:
         UserError: as :func:`fastden.batch.plan.plan`.
@@ -79,7 +80,7 @@ def plan_rows(
 
     if not any(map(has_scheme, (*inputs, output))):
         options: dict[str, Any] = {"recursive": recursive, "format_name": format_name}
-        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, **options)
+        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, left_out=left_out, **options)
         return [{"input": os.path.abspath(job.source), "output": os.path.abspath(job.target)} for job in jobs]
     if not has_scheme(output):
         output = os.path.abspath(output)  # workers have working folders of their own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastden.batch.manifest import Record
 from fastden.batch.plan import Job
@@ -18,6 +19,7 @@ class Report:
         records: of the images that were done or failed, in the order in which they ended.
         skipped: jobs that an earlier run had done.
         left: jobs that an interrupted run has not come to.
+        left_out: files in the folders that are images which are not read here; of :meth:`fastden.BatchDenoiser.run`.
         seconds: from beginning to end.
         compute_seconds: in which the network was at work on images that were done; on a CUDA device as its clock says.
     """
@@ -26,6 +28,7 @@ class Report:
     records: list[Record] = field(default_factory=list)
     skipped: list[Job] = field(default_factory=list)
     left: int = 0
+    left_out: list[Path] = field(default_factory=list)
     seconds: float = 0.0
     compute_seconds: float = 0.0
 

@@ -116,7 +116,7 @@ def denoise(
     """
     from fastden.batch.denoiser import BatchDenoiser
     from fastden.batch.manifest import made_before
-    from fastden.batch.plan import plan
+    from fastden.batch.plan import count_left_out, plan
     from fastden.batch.ray import plan_rows
     from fastden.cli.ray import run_rows
     from fastden.cli.video import is_one_video, run_video
@@ -144,12 +144,16 @@ def denoise(
         "max_pixels": int(max_megapixels * 1e6),
     }
     unreadable: list[OSError] = []
+    left_out: list[Path] = []
     planning: dict[str, Any] = {"recursive": recursive, "format_name": format_name, "unreadable": unreadable}
+    planning["left_out"] = left_out
     planning["made"] = made_before(record, output) if resume else None
     if engine is Engine.ray:
         if dry_run:
             raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
         rows = plan_rows(inputs, output_name, **planning)
+        if left_out:
+            say(f"note: {count_left_out(left_out)}", error=True)
         raise typer.Exit(
             run_rows(
                 rows,
@@ -186,9 +190,14 @@ def denoise(
         return
     run = Run(batch, manifest=record, resume=resume)
     if dry_run:
-        raise typer.Exit(run.rehearse(jobs, output, unreadable))
+        code = run.rehearse(jobs, output, unreadable)
+        if left_out:
+            say(f"note: {count_left_out(left_out)}", error=True)
+        raise typer.Exit(code)
     with clean_termination():
         code = run.all(jobs, output, unreadable)
+    if left_out:
+        say(f"note: {count_left_out(left_out)}", error=True)
     raise typer.Exit(code)
 
 

@@ -34,6 +34,24 @@ def check_floats(values: Array, error: type[Exception], name: str = "floating im
         raise error(f"{name}: values from {low:g} to {high:g}; accepted: the scale [0, 1] (divide by the maximum)")
 
 
+def check_plain(array: Any, name: str) -> None:
+    """Raise TypeError for a kind of array that carries more than values: a mask, a unit, names of fields.
+
+    Its valid values would be mixed with those under the mask, and what it carries would be lost. Memory maps are plain.
+
+    Args:
+        array: any object; a Dask array is judged by its chunks.
+        name: of the argument.
+    """
+    chunk = getattr(array, "_meta", array)
+    if isinstance(chunk, np.ma.MaskedArray):
+        accepted = "a plain array (array.filled(value), or fastden.denoise for a single image)"
+        raise TypeError(f"{name}: a masked array; accepted: {accepted}")
+    if isinstance(chunk, np.ndarray) and type(chunk) not in (np.ndarray, np.memmap):
+        kind = f"{type(chunk).__module__}.{type(chunk).__qualname__}"
+        raise TypeError(f"{name}: {kind}, of which more than the values would be lost; accepted: numpy.asarray of it")
+
+
 def check_pixels(image: Any) -> None:
     """Raise TypeError or ValueError unless ``image`` has a dtype and a shape that can be denoised.
 
@@ -41,6 +59,7 @@ def check_pixels(image: Any) -> None:
     """
     if not isinstance(image, np.ndarray):
         raise TypeError(f"image: {type(image).__name__}; accepted: a NumPy array")
+    check_plain(image, "image")
     if (image.dtype.kind, image.dtype.itemsize) not in (("u", 1), ("u", 2), ("f", 2), ("f", 4), ("f", 8)):
         raise TypeError(f"image: dtype {image.dtype}; accepted: uint8, uint16, or float16, float32, float64 in [0, 1]")
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):

@@ -25,7 +25,7 @@ import torch
 
 from fastden.errors import UserError
 from fastden.images.noise import crop_windows
-from fastden.images.pixels import Array
+from fastden.images.pixels import Array, check_plain
 from fastden.images.value_range import BLOCK, ORDINARY, STATE, RangeFinder, ValueRange, find_range
 from fastden.inference.run import denoise_pixels, noise_level_of
 from fastden.inference.scaling import sigma_in_range
@@ -152,6 +152,7 @@ def _colour_axis(array: Any, channel_axis: int | Literal["auto"] | None) -> int 
     """Which axis of ``array`` is the colour's, counted from the first; None for gray images. Checks the array too."""
     if not (isinstance(array, np.ndarray) or _is("dask.array", array) or _is("zarr", array)):
         raise TypeError(f"array: {type(array).__name__}; accepted: a Dask, Zarr or NumPy array")
+    check_plain(array, "array")
     shape = tuple(array.shape)
     if any(isnan(size) for size in shape):
         raise ValueError(f"array: shape {shape}; accepted: known sizes (Dask's compute_chunk_sizes() finds them)")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastden.images.pixels import Array
+from fastden.images.pixels import Array, check_plain
 from fastden.images.value_range import ORDINARY, ValueRange, find_range
 from fastden.inference.scaling import scaled, sigma_in_range
 from fastden.inference.tiling import denoise_tiled
@@ -124,6 +124,8 @@ def noise_level_of(
         if not 0 <= value <= 255:  # refuses NaN too
             raise ValueError(f"sigma: {value:g}; accepted: 'auto', or 0 to 255 (the scale of 8-bit values)")
         return value / 255
+    if isinstance(sigma, np.ndarray):
+        check_plain(sigma, "sigma")
     if not isinstance(sigma, np.ndarray | Tensor):
         raise TypeError(f"sigma: {_shown(sigma)}; accepted: 'auto', a number from 0 to 255, or a map (H, W)")
     host = sigma.detach().cpu() if isinstance(sigma, Tensor) else torch.from_numpy(np.array(sigma, np.float32))

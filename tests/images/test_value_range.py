@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from skimage import data
 
 import fastden
 from fastden.images.codec import ImageFile, read_image, write_image
@@ -17,12 +18,8 @@ SIGMA = 10.0
 
 
 def photograph(height: int = 96, width: int = 112) -> Array:
-    """Edges and gradients in [0, 1], (H, W, 3) float64."""
-    y, x = np.mgrid[:height, :width]
-    waves = [0.5 + 0.45 * np.sin(x / 7 + phase) * np.cos(y / 11) for phase in (0, 1, 2)]
-    picture = np.stack(waves, 2)
-    picture[height // 3 : height // 2, width // 4 : width // 2] = (0.9, 0.2, 0.1)
-    return picture
+    """(H, W, 3) float64 in [0, 1]."""
+    return np.array(data.astronaut()[:height, 150 : 150 + width] / 255)
 
 
 def noisy(clean: Array, sigma: float = SIGMA) -> Array:
@@ -33,14 +30,13 @@ def error(a: Array, b: Array) -> float:
     return float(np.sqrt(np.mean((np.asarray(a, np.float64) - b) ** 2)))
 
 
-@pytest.mark.parametrize("factor", [2.5, 4.0, 20.0])
+@pytest.mark.parametrize("factor", [2.5, 4.0, 8.0])
 def test_values_above_one_are_denoised_as_well_as_divided_first(factor: float) -> None:
-    clean = photograph() * factor
-    image = noisy(clean).astype(np.float32)
-    found = fastden.denoise(image, SIGMA)
-    divided = fastden.denoise(image / np.float32(factor), SIGMA / factor) * factor
-    assert error(found, clean) < error(image, clean)
-    assert error(found, clean) < 1.05 * error(divided, clean)
+    clean, sigma = photograph() * factor, SIGMA * factor
+    image = noisy(clean, sigma).astype(np.float32)
+    found = fastden.denoise(image, sigma)
+    divided = fastden.denoise(image / np.float32(factor), SIGMA) * factor
+    assert error(found, clean) < 1.03 * error(divided, clean) < 0.6 * error(image, clean)
 
 
 def test_neutral_highlights_stay_neutral() -> None:
@@ -84,17 +80,17 @@ def test_noise_is_no_highlight_and_no_shadow() -> None:
 
 
 def test_black_stays() -> None:
-    for dtype in (np.uint16, np.float32):
+    for dtype, white in ((np.uint16, 65535), (np.float32, 1)):
         black = np.zeros((20, 30, 3), dtype)
         assert find_range(black) == ORDINARY
-        assert np.abs(fastden.denoise(black, 1.0)).max() <= 1
+        assert fastden.denoise(black, 1.0).max() < 0.01 * white
 
 
 def test_values_from_minus_one_to_one() -> None:
     clean = photograph() * 2 - 1
     image = noisy(clean).astype(np.float32)
     assert find_range(image).low == pytest.approx(-0.9, abs=0.1)
-    assert error(fastden.denoise(image, SIGMA), clean) < 0.6 * error(image, clean)
+    assert error(fastden.denoise(image, SIGMA), clean) < 0.7 * error(image, clean)
 
 
 def test_a_lamp_is_kept_and_its_surroundings_are_denoised() -> None:

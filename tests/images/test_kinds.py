@@ -1,0 +1,144 @@
+"""Files that are not read here: told by their kind, and counted where a folder holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+import fastden
+from fastden.batch.plan import count_left_out, plan
+from fastden.errors import UserError
+from fastden.images.codec import ImageFile, decode_image, read_image, write_image
+from fastden.images.strips import StripReader
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (HEIC, "HEIC"),
+        (b"\xff\x0a" + bytes(64), "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(64), "JPEG XL"),
+        (b"v/1\x01" + bytes(64), "OpenEXR"),
+        (bytes(128) + b"DICM" + bytes(64), "DICOM"),
+        (b"FUJIFILMCCD-RAW" + bytes(64), "camera raw"),
+        (b"II*\0\x10\0\0\0CR\x02\0" + bytes(64), "camera raw"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\0" + bytes(64), "camera raw"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0" + bytes(64), "video"),
+        (b"BM" + bytes(64), "BMP"),
+        (b"8BPS" + bytes(64), "Photoshop"),
+    ],
+)
+def test_a_sound_file_of_another_kind_is_not_called_damaged(head: bytes, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{kind} is not read here.*; accepted: ") as caught:
+        decode_image(head)
+    assert "corrupt" not in str(caught.value)
+    (tmp_path / "a.bin").write_bytes(head)
+    with pytest.raises(UserError, match=f"a.bin: {kind} is not read here"):
+        StripReader(tmp_path / "a.bin")
+
+
+def test_what_libvips_does_not_support_is_not_called_damaged(tmp_path: Path) -> None:
+    values = np.zeros((8, 8, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        at = file.pages.first.tags[259].valueoffset
+    data[at : at + 2] = (50002).to_bytes(2, "little")  # JPEG XL in TIFF
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(UserError, match="not supported here"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_truncated_files_still_are_called_so(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", ImageFile(np.zeros((30, 30, 3), np.uint8)))
+    data = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(UserError, match="corrupt or truncated"):
+        decode_image(data[: len(data) // 2])
+
+
+def test_images_of_a_folder_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    source = tmp_path / "DCIM"
+    (source / "deep").mkdir(parents=True)
+    write_image(source / "a.png", ImageFile(np.zeros((16, 16, 3), np.uint8)))
+    for name in ("b.HEIC", "c.heic", "d.dng", "deep/e.jxl", ".hidden.heic", "text.txt"):
+        (source / name).write_bytes(HEIC)
+    left_out: list[Path] = []
+    assert len(plan([str(source)], tmp_path / "out", left_out=left_out)) == 1
+    assert [path.name for path in left_out] == ["b.HEIC", "c.heic", "d.dng"]
+    assert count_left_out(left_out) == "3 image files left out, not read here: 2 HEIC, 1 camera raw"
+    report = fastden.BatchDenoiser("color", sigma=5).run(source, tmp_path / "out", recursive=True)
+    assert len(report.done) == 1
+    assert not report.failed
+    assert len(report.left_out) == 4
+    (source / "a.png").unlink()
+    with pytest.raises(UserError, match=r"no images in .* left out, not read here: 2 HEIC"):
+        plan([str(source)], tmp_path / "out")
+
+
+def masked(channels: int | None = 3) -> Any:
+    from skimage import data
+
+    picture = data.astronaut()[:64, 150:230] / 255
+    picture = picture if channels == 3 else picture[:, :, 0]
+    noisy = picture + np.random.default_rng(0).normal(0, 10 / 255, picture.shape)
+    mask = np.zeros(picture.shape, bool)
+    mask[20:30, 20:40] = True
+    values = np.where(mask, np.nan, noisy).astype(np.float32)
+    return picture, np.ma.MaskedArray(values, mask=mask, fill_value=-1)
+
+
+@pytest.mark.parametrize("channels", [3, None])
+def test_of_a_masked_array_the_valid_pixels_are_denoised(channels: int | None) -> None:
+    clean, array = masked(channels)
+    before = array.copy()
+    result = fastden.denoise(array, 10)
+    assert type(result) is np.ma.MaskedArray
+    assert np.array_equal(result.mask, array.mask)
+    assert result.fill_value == array.fill_value
+    assert np.isnan(result.data[array.mask]).all()
+    valid = ~array.mask
+    assert np.sqrt(np.mean((result.data[valid] - clean[valid]) ** 2)) < 0.65 * 10 / 255
+    assert np.array_equal(array.data[valid], before.data[valid])
+
+
+def test_a_value_beside_a_masked_one_of_its_pixel_stays_valid() -> None:
+    values = np.full((16, 16, 3), 0.5, np.float32)
+    values[8, 8] = (0.5, 9e9, 0.5)
+    mask = values > 1e9
+    result = fastden.denoise(np.ma.MaskedArray(values, mask=mask), 5)
+    assert result.data[8, 8, 1] == np.float32(9e9)
+    assert np.abs(result.data[~mask] - 0.5).max() < 0.05
+    everything = np.ma.MaskedArray(values, mask=np.ones_like(mask))
+    assert np.array_equal(fastden.denoise(everything, 5).data, values)
+
+
+class Quantity(np.ndarray):
+    """As packages for units make one."""
+
+
+def test_arrays_that_carry_more_than_values_are_refused(tmp_path: Path) -> None:
+    picture = np.full((16, 16, 3), 0.5, np.float32)
+    _, array = masked()
+    with pytest.raises(TypeError, match=r"Quantity.*accepted: numpy.asarray"):
+        fastden.denoise(picture.view(Quantity), 5)
+    for function in (fastden.estimate_sigma, fastden.denoise_array):
+        with pytest.raises(TypeError, match="a masked array"):
+            function(array)
+        with pytest.raises(TypeError, match="Quantity"):
+            function(picture.view(Quantity))
+    for sigma in (np.ma.masked_less(picture[:, :, 0], 0), picture[:, :, 0].view(Quantity)):
+        with pytest.raises(TypeError, match="sigma"):
+            fastden.denoise(picture, sigma)
+
+
+def test_memory_maps_are_read(tmp_path: Path) -> None:
+    picture = np.full((16, 16, 3), 0.5, np.float32)
+    np.save(tmp_path / "a.npy", picture)
+    result = fastden.denoise(np.load(tmp_path / "a.npy", mmap_mode="r"), 5)
+    assert np.array_equal(result, fastden.denoise(picture, 5))
