@@ -167,6 +167,16 @@ def why_not_read(file: BinaryIO, detail: str) -> UserError | None:
     if kind is not None:
         return not_supported(kind)
     lower = detail.lower()
-    if any(word in lower for word in ("unsupported", "not supported", "not been built", "not configured", "no codec")):
+    if any(
+        word in lower
+        for word in (
+            "unsupported",
+            "not supported",
+            "not been built",
+            "not configured",
+            "not implemented",
+            "samples out of range",
+        )
+    ):
         return UserError(f"not supported here ({detail}); accepted: a copy as PNG, or TIFF of 8, 16 or 32 bits")
     return None
