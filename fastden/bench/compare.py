@@ -15,6 +15,11 @@ from fastden.bench.timing import Call, Stopwatch, captured, interleaved, peak_mi
 
 #: A result may err, against float64, so many times as much as eager PyTorch in the same dtype.
 TOLERANCE = 2.0
+#: The largest of many errors varies by chance, their root mean square does not: of two operators with the same relative
+#: L2 norm one's maximum is up to twice the other's (float32, 14 x 18 pixels, 264 comparisons: the ratio's logarithm has
+#: a standard deviation of 0.19, the largest ratio was 1.96). The maximum is there to find what the norm hides, such as
+#: a wrong column.
+CHANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,11 @@ def bounds(
 ) -> dict[str, float]:
     """The largest errors accepted, from eager PyTorch's own; no result need be better than ``dtype`` resolves.
 
+    The relative L2 norm may be :data:`TOLERANCE` times eager's, the maximum :data:`CHANCE` times more.
+
     Args:
-        eager: what eager PyTorch returns in ``dtype``.
+        eager: what eager PyTorch returns in ``dtype``; a list of results where it has several ways, of which the worst
+            counts: by memory layout oneDNN adds in different orders, and errs differently by a factor of up to two.
         reference: the right result in float64.
         dtype: of the contenders.
         gradients: judge by ``relative_l2`` alone, and allow for ReLUs that open or close by rounding: where a share of
@@ -122,8 +130,9 @@ def bounds(
     """
     unit = torch.finfo(dtype).eps
     floors = {"relative_l2": TOLERANCE * unit**0.5} if gradients else {"relative_l2": unit / 2, "maximum": unit}
-    found = errors(tensors(eager), reference)
-    return {kind: max(TOLERANCE * found[kind], floor) for kind, floor in floors.items()}
+    ways = [errors(tensors(result), reference) for result in (eager if isinstance(eager, list) else [eager])]
+    factors = {"relative_l2": TOLERANCE, "maximum": TOLERANCE * CHANCE}
+    return {kind: max(factors[kind] * max(way[kind] for way in ways), floor) for kind, floor in floors.items()}
 
 
 def compare(

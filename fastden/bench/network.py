@@ -51,7 +51,8 @@ def inference(
         # By tiles: float64 activations of large images would not fit.
         reference = denoise_tiled(copy.deepcopy(model).double(), x.double(), level(model))
     network = forms.WithLevel(model, level(model))
-    bound = bounds(forms.plain("channels_last", network, (x,), dtype)(), (reference,), dtype)
+    eager = [forms.plain(form, network, (x,), dtype)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, (reference,), dtype)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
     plain_flops, own_flops = (2.0 * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
@@ -99,7 +100,8 @@ def training(
     """
     x = photograph(*size, count=batch).to(model.conv0.weight.device)
     reference = _step("eager", copy.deepcopy(model).double(), x.double(), torch.float64, None)()
-    bound = bounds(_step("channels_last", model, x, dtype, None)(), reference, dtype, gradients=True)
+    eager = [_step(form, model, x, dtype, None)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, reference, dtype, gradients=True)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
     plain_flops, own_flops = (2.0 * macs.of(channels, training=True) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))

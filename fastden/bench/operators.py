@@ -183,7 +183,8 @@ def forward(
     """
     inputs = tuple(tensor.to(dtype) for tensor in case.inputs)
     reference = forms.plain("eager", case.plain, inputs, torch.float64)()
-    bound = bounds(forms.plain("channels_last", case.plain, inputs, dtype)(), (reference,), dtype)
+    eager = [forms.plain(form, case.plain, inputs, dtype)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, (reference,), dtype)
     fused = fuse(model, dtype)
     builders = {name: partial(forms.plain, name, case.plain, inputs, dtype) for name in peers}
     own = {name: partial(_own, case.part, fused, inputs, name) for name in backends}
@@ -199,7 +200,8 @@ def backward(
     """
     inputs = tuple(tensor.to(dtype) for tensor in case.inputs)
     reference = tensors(_step("eager", case.plain, inputs, torch.float64, None)())
-    bound = bounds(_step("channels_last", case.plain, inputs, dtype, None)(), reference, dtype, gradients=True)
+    eager = [_step(form, case.plain, inputs, dtype, None)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, reference, dtype, gradients=True)
     builders = {name: partial(_step, name, case.plain, inputs, dtype, None) for name in peers}
     own = {name: partial(_step, "channels_last", case.composed, inputs, dtype, name) for name in backends}
     return _job(case, size, dtype, reference, bound, builders, own, training=True)
