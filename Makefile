@@ -1,5 +1,5 @@
 # make demo    denoise a real photograph: sets everything up on the first call
-# make test    run the tests                 make lint    style, types
+# make test    run the tests                 make lint    style, types, layers
 # make bench   CPU speed beside other runtimes    make format    apply the style
 # make dist    source distribution and wheel      make clean    remove everything that make made
 
@@ -26,6 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CUDA_SOURCES))
 
 format: $(VENV)/.dev

@@ -49,7 +49,7 @@ peers=(--compare eager,channels_last,compile)
 run build 150 "$python" -m fastden build
 training=torch,triton # the CUDA kernels make no batch statistics
 inference=$training
-$python -c 'from fastden import extension; raise SystemExit(len(extension.why_not()))' && inference=$training,cuda
+$python -c 'from fastden.cuda import extension; raise SystemExit(len(extension.why_not()))' && inference=$training,cuda
 run gpu-tests 170 \
     "$python" -m pytest tests/kernels tests/ops tests/cuda -q --maxfail=40 -p no:cacheprovider "${workers[@]}"
 bench ops 60 "$inference" ops --size 1080 1920 "${peers[@]}"

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 from skimage.metrics import structural_similarity
 
-from fastden.batch.plan import find_images
 from fastden.errors import UserError
-from fastden.images.codec import SUFFIXES, ImageFile, read_image
+from fastden.images.codec import ImageFile, read_image
+from fastden.images.finder import find_images
 from fastden.images.pixels import to_dtype
 from fastden.inference.run import denoise_pixels
 from fastden.network.fused import FusedDenoiser
@@ -123,10 +123,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _reference(noisy: Path) -> Path:
     stem = noisy.stem.removesuffix("_real") + "_mean"
-    found = sorted(path for path in noisy.parent.iterdir() if path.stem == stem and path.suffix.lower() in SUFFIXES)
-    if not found:
+    references = [path for path in find_images(noisy.parent) if path.stem == stem]
+    if not references:
         raise UserError(f"pairs: {noisy} has no reference {stem}.*")
-    return found[0]
+    return references[0]
 
 
 def _eight_bit(file: Path) -> Bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for
+from fastden.images.finder import find_images
 
 #: The suffix that each format gets when ``--format`` renames a file.
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif"}
@@ -23,28 +24,6 @@ class Job:
 
     source: Path
     target: Path
-
-
-def find_images(folder: Path, recursive: bool = False, unreadable: list[OSError] | None = None) -> list[Path]:
-    """Image files in ``folder`` (by suffix), sorted; hidden ones are left out. Links to folders are not followed.
-
-    Args:
-        folder: to look into.
-        recursive: and into the folders in it.
-        unreadable: takes the errors of folders below that cannot be looked into; None raises the first.
-    """
-    files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
-    images = (path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(path for path in images if path.is_file())
-
-
-def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:
-    def failed(error: OSError) -> None:
-        if unreadable is None or error.filename == str(top):
-            raise error
-        unreadable.append(error)
-
-    return [Path(folder, name) for folder, _, names in os.walk(top, onerror=failed) for name in names]
 
 
 def plan(

@@ -97,19 +97,20 @@ def plan_rows(
 def _sources(name: str, recursive: bool) -> list[tuple[str, str]]:
     """Names of images, each with its path below the output."""
     from fastden.images.codec import SUFFIXES
+    from fastden.images.finder import has_image_name
 
     system, path = _filesystem(name)
     try:
         if system.isdir(path):
             folder = path.rstrip("/")
-            found = sorted(system.find(folder, maxdepth=None if recursive else 1))
+            files = sorted(system.find(folder, maxdepth=None if recursive else 1))
         elif glob.has_magic(path):
-            folder, found = "", sorted(system.glob(path))
+            folder, files = "", sorted(system.glob(path))
         else:
-            folder, found = "", [path] if system.isfile(path) else []
+            folder, files = "", [path] if system.isfile(path) else []
     except OSError as error:
         raise UserError(f"input: {name}: {error.strerror or error}") from error
-    images = [file for file in found if Path(file).suffix.lower() in SUFFIXES and not Path(file).name.startswith(".")]
+    images = [file for file in files if has_image_name(file)]
     if not images:
         raise UserError(
             f"input: no images at {name}; accepted: files, folders and patterns, suffixes {', '.join(SUFFIXES)}"

@@ -22,6 +22,7 @@ from fastden.cuda import build
 PACKAGE = Path(__file__).resolve().parents[1]
 
 _config: dict[str, Any] | None = None
+_after_loading: list[Callable[[], None]] = []
 _lock = threading.RLock()
 
 
@@ -166,11 +167,21 @@ def load(library: Path | None = None) -> dict[str, Any]:
             spec.loader.exec_module(module)
         except (ImportError, OSError) as error:
             raise RuntimeError(f"{library} cannot be loaded ({error}); run `fastden build --force`") from error
-        from fastden.ops._dispatch import register_shapes
-
-        register_shapes("fastden_cuda")
         _config = dict(module.build_config())
+        for function in _after_loading:
+            function()
         return _config
+
+
+def after_loading(function: Callable[[], None]) -> None:
+    """Call ``function`` when the extension is loaded; at once where it is already.
+
+    The operators' shape functions are registered so: this module does not know the operators.
+    """
+    with _lock:
+        _after_loading.append(function)
+        if _config is not None:
+            function()
 
 
 def why_not() -> list[str]:

@@ -8,10 +8,13 @@ are registered, with the same schemas, when :mod:`fastden.cuda.extension` loads 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastden.cuda import extension
 
 LIBRARY = torch.library.Library("fastden", "DEF")
 
@@ -283,3 +286,4 @@ def _(
 
 
 register_shapes("fastden")
+extension.after_loading(partial(register_shapes, "fastden_cuda"))

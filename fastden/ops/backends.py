@@ -138,6 +138,7 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
 def unavailable(backend: Backend) -> list[str]:
     """Why ``backend`` cannot run anything here; empty where it can."""
     if backend.name == "cuda":
+        import fastden.ops._dispatch  # noqa: F401 - registers the operators' shapes behind the extension
         from fastden.cuda import extension
 
         return extension.why_not()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastden.errors import UserError
-from fastden.training.data import Image, find_images, load_rgb, to_gray
+from fastden.training.data import Image, find_photographs, load_rgb, to_gray
 
 #: A class, or a class for every pixel (H, W).
 Label = int | npt.NDArray[np.uint8]
@@ -51,7 +51,7 @@ def read_masks(folder: Path) -> list[tuple[Path, Path]]:
     Raises:
         UserError: no such folders, or an image without a label.
     """
-    images = find_images(folder / "images")
+    images = find_photographs(folder / "images")
     pairs = [(path, folder / "labels" / f"{path.stem}.png") for path in images]
     without = [image for image, label in pairs if not label.is_file()]
     if without:
