@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastden.api import denoise
     from fastden.batch.denoiser import BatchDenoiser
     from fastden.errors import UserError
+    from fastden.exports.api import export
     from fastden.images.noise import estimate_sigma
     from fastden.inference.arrays import denoise_array
     from fastden.network.fused import FusedDenoiser, fuse
@@ -33,6 +34,7 @@ __all__ = [
     "denoise",
     "denoise_array",
     "estimate_sigma",
+    "export",
     "fuse",
     "joint",
     "models",
@@ -48,6 +50,7 @@ _MODULES = {
     "denoise": "fastden.api",
     "denoise_array": "fastden.inference.arrays",
     "estimate_sigma": "fastden.images.noise",
+    "export": "fastden.exports.api",
     "fuse": "fastden.network.fused",
     "models": "fastden.network.hub",
 }

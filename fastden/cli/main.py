@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastden.bench.command import app as bench
 from fastden.cli.console import Run, clean_termination, say
+from fastden.cli.export import export
 from fastden.cli.options import (
     DeviceOption,
     Dtype,
@@ -40,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.command()(export)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,35 @@
+"""Programs of torch.export and packages of AOTInductor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import fastden
+from fastden.network.model import Denoiser
+
+
+def test_a_program_without_fastden(tmp_path: Path) -> None:
+    path = fastden.export("color", tmp_path / "color.pt2")
+    program = torch.export.load(path)
+    named = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in named if "fastden" in name]
+    model, network = Denoiser.from_pretrained("color"), program.module()
+    for batch, height, width in ((1, 1, 1), (1, 7, 5), (2, 33, 47), (3, 40, 40)):
+        image, level = torch.rand(batch, 3, height, width), 0.3 * torch.rand(batch, 1, height, width)
+        with torch.no_grad():
+            assert (network(image, level) - model(image, level)).abs().max() < 1e-5
+
+
+def test_composed_does_less() -> None:
+    model = Denoiser.from_pretrained("color")
+    counts = []
+    for composed in (True, False):
+        program = Program(collect(model, composed=composed, level=0.1))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            program(torch.rand(1, 3, 254, 254))
+        counts.append(counter.get_total_flops() / 2 / 254**2)
+    # By the layers' sizes 140 and 221 thousand multiply-accumulates a pixel, and up to 2 % for the padding.
+    assert 138e3 < counts[0] < 143e3
+    assert 220e3 < counts[1] < 225e3
