@@ -148,7 +148,7 @@ class _Graph:
         self, name: str, value: str, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0
     ) -> str:
         parameters = self.parameter(f"{name}.weight", weight), self.parameter(f"{name}.bias", bias)
-        sides = {"kernel_shape": list(weight.shape[2:]), "strides": [stride] * 2, "pads": [padding] * 4}
+        sides: dict[str, Any] = {"kernel_shape": list(weight.shape[2:]), "strides": [stride] * 2, "pads": [padding] * 4}
         return self.node("Conv", value, *parameters, **sides)
 
     def upsample(self, name: str, value: str) -> str:
