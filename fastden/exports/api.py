@@ -117,7 +117,7 @@ def export(
             added to the float32 image. ``"bf16"`` only for ``pt2`` and ``aoti``.
         layout: of ONNX, ``"separate"`` inputs, or ``"dpir"``: one input (N, 4, H, W) with the noise level as the fourth
             channel, as VapourSynth's vs-mlrt wants of a DPIR model.
-        composed: run conv1 o conv0 and out o cat(conv0, up3) as single convolutions, a third fewer multiply-accumulates;
+        composed: run conv1 o conv0 and out o cat(conv0, up3) as single convolutions, a third fewer operations;
             False writes the layers as they were trained, batch normalisation folded.
         sigma: a noise level to build in, **on the scale 0-255**; the file then takes the image alone.
         opset: of ONNX, 13 to 23.
