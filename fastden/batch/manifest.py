@@ -62,6 +62,16 @@ class Record:
     notes: tuple[str, ...] = ()
     error: str | None = None
 
+    def as_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """The record that :meth:`as_json` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "notes": tuple(values["notes"])})
+
 
 class Manifest:
     """A file of records; lines are appended, down to the disk, and never changed.
@@ -117,7 +127,7 @@ class Manifest:
             UserError: the system refuses.
         """
         # File names are bytes: what is no UTF-8 in them is a lone surrogate in Python.
-        line = json.dumps(asdict(record), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        line = record.as_json().encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             self._keep(record.output, asdict(record))
             if self._held is not None:

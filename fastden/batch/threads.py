@@ -125,9 +125,7 @@ class ThreadedRun:
         return self.report
 
     def _close(self, start: float) -> None:
-        report = self.report
-        report.left = report.jobs - len(report.records) - len(report.skipped)
-        report.seconds = time.perf_counter() - start
+        self.report.close(time.perf_counter() - start)
         # The folders that were made and are empty go again.
         for folder in sorted(self.made, key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):
@@ -324,8 +322,7 @@ class ThreadedRun:
 
     def _tell(self, job: Job, record: Record) -> None:
         with self.lock:
-            self.report.records.append(record)
-            self.report.compute_seconds += record.seconds.get("compute", 0.0)
+            self.report.add(record)
             self.listener.record(job, record)
             self.listener.progress(self._ended(), 0)
 

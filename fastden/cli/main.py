@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastden.bench.command import app as bench
-from fastden.cli.console import Run, clean_termination, say
+from fastden.cli.console import say
 from fastden.cli.export import export
 from fastden.cli.options import (
     DeviceOption,
@@ -23,6 +23,8 @@ from fastden.cli.options import (
     Format,
     ModelOption,
     OneLineErrors,
+    Request,
+    check_model,
     is_number_list,
     naming,
     parse_level,
@@ -116,91 +118,56 @@ def denoise(
     Images larger than --max-memory are streamed. A file that fails is reported and skipped; the exit code is then 1. A
     single video is denoised frame by frame, its sound and subtitles copied (needs pip install 'fastden[video]').
     """
-    from fastden.batch.denoiser import BatchDenoiser
-    from fastden.batch.manifest import made_before
-    from fastden.batch.plan import plan
-    from fastden.batch.ray import plan_rows
-    from fastden.cli.ray import run_rows
-    from fastden.cli.video import is_one_video, run_video
-    from fastden.network.loading import parse_memory
     from fastden.network.onednn import keep_freed_memory
 
-    keep_freed_memory()
-    level = parse_sigma(sigma)
-    side = parse_tile(tile)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
-    output, format_name = Path(output_name), format.value if format else None
-    record = None if manifest == "none" else manifest
-    settings: dict[str, Any] = {
+    settings = {
         "model": model,
-        "sigma": level,
+        "sigma": parse_sigma(sigma),
         "sigma_map": sigma_map,
         "strength": strength,
         "device": device,
         "dtype": dtype.value,
-        "tile": side,
+        "tile": parse_tile(tile),
         "max_memory": max_memory,
         "overwrite": overwrite,
         "strip_metadata": strip_metadata,
         "max_pixels": int(max_megapixels * 1e6),
     }
-    unreadable: list[OSError] = []
-    planning: dict[str, Any] = {"recursive": recursive, "format_name": format_name, "unreadable": unreadable}
-    planning["made"] = made_before(record, output) if resume else None
+    request = Request(
+        inputs,
+        output_name,
+        settings,
+        recursive=recursive,
+        format_name=format.value if format else None,
+        manifest=None if manifest == "none" else manifest,
+        resume=resume,
+    )
+    keep_freed_memory()
     if engine is Engine.ray:
+        from fastden.cli.cluster import denoise_on_cluster
+
         if dry_run:
             raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
-        rows = plan_rows(inputs, output_name, **planning)
-        raise typer.Exit(
-            run_rows(
-                rows,
-                settings,
-                output=output_name,
-                manifest=record,
-                resume=resume,
-                workers=workers,
-                workers_per_device=workers_per_device,
-                unreadable=unreadable,
-            )
-        )
+        raise typer.Exit(denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device))
     if workers is not None or workers_per_device != 1:
         raise UserError("workers: given with --engine local; accepted: with --engine ray")
+    from fastden.cli.video import denoise_one_video, is_one_video
+
     for_images: dict[str, object] = {
         "format": format,
         "recursive": recursive,
         "strip_metadata": strip_metadata,
         "resume": resume,
+        "sigma_map": sigma_map,
+        "dry_run": dry_run,
     }
-    for_images |= {"sigma_map": sigma_map, "dry_run": dry_run}
-    video = is_one_video(inputs, crf, [name for name, value in for_images.items() if value])
-    jobs = [] if video else plan(inputs, output, **planning)
-    # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
-    _load(model, device, dtype, eight_bit=True)
-    with naming():
-        batch = BatchDenoiser(**settings)
-    if level != "auto" and float(level) > 75:
-        say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
-    if video:
-        options = {"tile": side, "max_memory": parse_memory(max_memory), "strength": strength}
-        with clean_termination():
-            run_video(Path(inputs[0]), output, level, batch.network, crf=crf, overwrite=overwrite, options=options)
-        return
-    run = Run(batch, manifest=record, resume=resume)
-    if dry_run:
-        raise typer.Exit(run.rehearse(jobs, output, unreadable))
-    with clean_termination():
-        code = run.all(jobs, output, unreadable)
-    raise typer.Exit(code)
+    if is_one_video(inputs, crf, [name for name, value in for_images.items() if value]):
+        raise typer.Exit(denoise_one_video(request, crf=crf))
+    from fastden.cli.local import denoise_here
 
-
-def _load(model: str, device: str | None, dtype: Dtype, eight_bit: bool = False) -> Any:
-    from fastden.network.loading import load_network, parse_device
-
-    with naming("device"):
-        place = parse_device(device)
-    with naming("model"):
-        return load_network(model, place, dtype.value, eight_bit=eight_bit)
+    raise typer.Exit(denoise_here(request, dry_run=dry_run))
 
 
 @app.command("eval", cls=takes_several("--sigma", is_number_list))
@@ -237,7 +204,7 @@ def evaluate(
         raise UserError("gray: given with --pairs; accepted: one of them")
     if json_file is not None:  # before the work, not behind it
         check_target(json_file, overwrite=True)
-    network = _load(model, device, dtype)
+    network = check_model({"model": model, "device": device, "dtype": dtype.value}, eight_bit=False)
     sets: dict[str, Any] = {}
     table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM")
     console = Console(stderr=True)

@@ -6,11 +6,8 @@ back is in :mod:`fastden.video.frames`.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import secrets
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ import numpy as np
 
 from fastden.errors import UserError
 from fastden.images.pixels import Array
+from fastden.images.whole_files import check_target, whole_file
 from fastden.video.encoders import Encoders
 from fastden.video.frames import FrameConverter
 
@@ -99,8 +97,6 @@ def denoise_video(
     Raises:
         UserError: a file that cannot be read, written or encoded, or PyAV is missing.
     """
-    from fastden.images.codec import check_target
-
     av = _av()
     source, target = Path(source), Path(target)
     if not is_video(target):
@@ -108,21 +104,16 @@ def denoise_video(
     check_target(target, overwrite)
     if target.exists() and os.path.samefile(source, target):
         raise UserError(f"output: {target} is the input; accepted: another file")
-    # A link stays a link: what it points to is replaced.
-    final = Path(os.path.realpath(target))
-    temporary = final.with_name(f".fastden-{secrets.token_hex(8)}.tmp{target.suffix.lower()}")
-    try:
-        with _opened(av, source) as reader, av.open(str(temporary), "w", options=_container_options(reader)) as writer:
-            copy = _Copy(av, source, target, reader, writer, crf)
-            copy.run(sigma, load, progress, options)
-        if final.exists():
-            shutil.copymode(final, temporary)
-        os.replace(temporary, final)
-    except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with whole_file(target, target.suffix.lower()) as temporary:
+        try:
+            with (
+                _opened(av, source) as reader,
+                av.open(str(temporary), "w", options=_container_options(reader)) as writer,
+            ):
+                copy = _Copy(av, source, target, reader, writer, crf)
+                copy.run(sigma, load, progress, options)
+        except (av.error.FFmpegError, OSError) as error:
+            raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
     return copy.result
 
 
