@@ -1,6 +1,6 @@
 """Kill ``fastden denoise --resume`` again and again at random moments, and compare its files with those of a whole run.
 
-    python benchmarks/batch/kill_and_resume.py            # benchmarks/results/batch/kill_and_resume.json
+    python tests/soak/kill_and_resume.py            # benchmarks/results/batch/kill_and_resume.json
 
 Each start is a process of its own, killed by SIGKILL a random moment after a random number of images; what it left is
 looked at: no output may be incomplete, whatever the moment. A last run goes to the end.
@@ -25,7 +25,7 @@ import numpy as np
 
 from fastden.images.codec import ImageFile, write_image
 
-RESULTS = Path(__file__).parents[1] / "results" / "batch"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "batch"
 SUFFIXES = (".png", ".jpg", ".tif", ".webp")
 
 

@@ -1,7 +1,7 @@
 """Feed the reader mutated image files: bits flipped, bytes cut, spliced, repeated, and headers edited.
 
-    python benchmarks/batch/fuzz_reader.py                 # 20,000 files; benchmarks/results/batch/fuzz.json
-    python benchmarks/batch/fuzz_reader.py --inputs 500    # prints, and writes nothing
+    python tests/soak/fuzz_reader.py                 # 20,000 files; benchmarks/results/batch/fuzz.json
+    python tests/soak/fuzz_reader.py --inputs 500    # prints, and writes nothing
 
 Workers are processes of their own: a crash or a hang (10 seconds) of one is counted and its file kept. Each file is
 read as a whole and strip by strip; the outcome has to be an image, which is then written, or the user's error, and
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-RESULTS = Path(__file__).parents[1] / "results" / "batch"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "batch"
 LIMIT = 10.0
 #: So that a header which claims a large image costs no time.
 MAX_PIXELS = 4_000_000
