@@ -197,14 +197,12 @@ class BatchDenoiser:
         Returns:
             The record, of a failure too.
         """
-        stages, taken = self.stages, 0
+        stages = self.stages
         try:
-            work = stages.reading.open(job, replaces=replaces)
-            # An image that is streamed keeps to all of the limit.
-            work.size = self._gate.limit if work.streamed else min(work.size, self._gate.limit)
-            self._gate.take(work.size)
-            taken = work.size
-            stages.reading.read(work)
+            work = stages.read(job, self._gate, replaces=replaces)
+        except FAILURES as error:
+            return stages.writing.failure(job, error, manifest)
+        try:
             if work.streamed:
                 return _run(computer, lambda: stages.stream(work, manifest))
             _run(computer, lambda: stages.computing.compute([work]))
@@ -212,7 +210,7 @@ class BatchDenoiser:
         except FAILURES as error:
             return stages.writing.failure(job, error, manifest)
         finally:
-            self._gate.give_back(taken)
+            self._gate.give_back(work.size)
 
 
 def _run(computer: Executor | None, work: Callable[[], _T]) -> _T:

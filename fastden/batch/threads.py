@@ -164,7 +164,7 @@ class ThreadedRun:
                 self._put(self.read, None)
 
     def _read_one(self, job: Job) -> Work | None:
-        manifest, taken = self.manifest, 0
+        manifest = self.manifest
         try:
             if self.resume and manifest is not None and self._finished(job, manifest):
                 with self.lock:
@@ -172,16 +172,9 @@ class ThreadedRun:
                     self.listener.progress(self._ended(), 0)
                 return None
             self._make_folder(job.target.parent)
-            work = self.stages.reading.open(job, replaces=self.resume and manifest is not None and manifest.knows(job))
-            # An image that is streamed keeps to all of the limit.
-            work.size = min(work.size, self.gate.limit) if not work.streamed else self.gate.limit
-            self.gate.take(work.size)
-            taken = work.size
-            self._present(work)
-            self.stages.reading.read(work)
-            return work
+            replaces = self.resume and manifest is not None and manifest.knows(job)
+            return self.stages.read(job, self.gate, replaces=replaces, admitted=self._present)
         except FAILURES as error:
-            self.gate.give_back(taken)
             self._fail(job, error)
             return None
 
