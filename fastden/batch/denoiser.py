@@ -98,7 +98,7 @@ class BatchDenoiser:
             tile=tile,
             max_memory=memory,
             overwrite=overwrite,
-            strip=strip_metadata,
+            strip_metadata=strip_metadata,
             max_pixels=max_pixels,
             say=self._note,
         )
@@ -152,15 +152,15 @@ class BatchDenoiser:
         listener: Listener | None = None,
     ) -> Report:
         """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`."""
-        book = open_manifest(manifest, jobs, output)
-        if resume and book is None:
+        opened = open_manifest(manifest, jobs, output)
+        if resume and opened is None:
             raise UserError("resume: there is no manifest to resume from; accepted: an output folder, or a manifest")
         self._listener = listener or Listener()
         run = ThreadedRun(
             self.stages,
             jobs,
             output,
-            manifest=book,
+            manifest=opened,
             resume=resume,
             listener=self._listener,
             equality=self._equality,
@@ -199,19 +199,19 @@ class BatchDenoiser:
         """
         stages = self.stages
         try:
-            work = stages.read(job, self._gate, replaces=replaces)
+            picture = stages.read(job, self._gate, replaces=replaces)
         except FAILURES as error:
             return stages.writing.failure(job, error, manifest)
         try:
-            if work.streamed:
-                return _run(computer, lambda: stages.stream(work, manifest))
-            _run(computer, lambda: stages.computing.compute([work]))
-            return stages.writing.write(work, manifest)
+            if picture.streamed:
+                return _run(computer, lambda: stages.stream(picture, manifest))
+            _run(computer, lambda: stages.computing.compute([picture]))
+            return stages.writing.write(picture, manifest)
         except FAILURES as error:
             return stages.writing.failure(job, error, manifest)
         finally:
-            self._gate.give_back(work.size)
+            self._gate.give_back(picture.size)
 
 
-def _run(computer: Executor | None, work: Callable[[], _T]) -> _T:
-    return work() if computer is None else computer.submit(work).result()
+def _run(computer: Executor | None, function: Callable[[], _T]) -> _T:
+    return function() if computer is None else computer.submit(function).result()

@@ -156,7 +156,7 @@ class Manifest:
         record = self._last.get(self.name_of(job.target))
         if record is None or record.get("status") not in ("writing", "done"):
             return False
-        return _place(record["input"]) == _place(job.source)
+        return _location(record["input"]) == _location(job.source)
 
     def written(self) -> dict[Path, dict[str, Any]]:
         """The outputs that runs on record wrote, or were about to, each with its record."""
@@ -180,7 +180,7 @@ class Manifest:
             same = (record.get("input_size"), record.get("input_mtime_ns")) == (source.st_size, source.st_mtime_ns)
             # An image that was replaced by its result is another one since.
             in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
-            same_path = _place(record["input"]) == _place(job.source)
+            same_path = _location(record["input"]) == _location(job.source)
             return same_path and (same or in_place) and digest(job.target) == record.get("output_sha256")
         except OSError:
             return False
@@ -210,12 +210,14 @@ def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], b
     Raises:
         UserError: the manifest cannot be read.
     """
-    book = None if manifest is None else Manifest(output / NAME if manifest == "auto" else Path(manifest), eager=False)
-    made = {} if book is None else {_place(path): record for path, record in book.written().items()}
+    made: dict[str, dict[str, Any]] = {}
+    if manifest is not None:
+        earlier = Manifest(output / NAME if manifest == "auto" else Path(manifest), eager=False)
+        made = {_location(path): record for path, record in earlier.written().items()}
 
     def is_made(path: Path) -> bool:
-        record = made.get(_place(path))
-        if record is None or _place(record["input"]) == _place(path):
+        record = made.get(_location(path))
+        if record is None or _location(record["input"]) == _location(path):
             return False
         if os.path.lexists(record["input"]):
             return True
@@ -227,7 +229,7 @@ def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], b
     return is_made
 
 
-def _place(path: str | Path) -> str:
+def _location(path: str | Path) -> str:
     """Where a file lies, whatever links lead to its folder; a link to a file is a file of its own."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)

@@ -80,21 +80,21 @@ def _sources(
     made: Callable[[Path], bool],
 ) -> list[tuple[Path, Path]]:
     """Pairs of an input file and its path below the output folder."""
-    found: dict[Path, Path] = {}
+    sources: dict[Path, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found_here = find_images(path, recursive, unreadable)
-            images = [image for image in found_here if not (_written_before(image, path, output) or made(image))]
-            if found_here and not images:
+            images_here = find_images(path, recursive, unreadable)
+            images = [image for image in images_here if not (_written_before(image, path, output) or made(image))]
+            if images_here and not images:
                 raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
             if not images:
                 hint = "" if recursive else ", --recursive to descend"
                 raise UserError(f"input: no images in {path}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
-            found.update((image, image.relative_to(path)) for image in images)
+            sources.update((image, image.relative_to(path)) for image in images)
         elif path.exists():
             if not made(path):
-                found[path] = Path(path.name)
+                sources[path] = Path(path.name)
         elif glob.has_magic(name):
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
             top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
@@ -107,12 +107,12 @@ def _sources(
                 unreadable += errors
             if not files:
                 raise UserError(f"input: nothing matches {name}")
-            found.update((file, Path(file.name)) for file in files)
+            sources.update((file, Path(file.name)) for file in files)
         else:
             raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
-    if not found:
+    if not sources:
         raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
-    return list(found.items())
+    return list(sources.items())
 
 
 def _passed_over(pattern: str) -> list[OSError]:
@@ -134,8 +134,8 @@ def _passed_over(pattern: str) -> list[OSError]:
 
 def _once(files: list[Path]) -> list[Path]:
     """Without those that ``**`` met again behind a link to a folder; a link to a file is a file of its own."""
-    places = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
-    return sorted(places.values())
+    files_once = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
+    return sorted(files_once.values())
 
 
 def _written_before(image: Path, folder: Path, output: Path) -> bool:
@@ -148,18 +148,18 @@ def _written_before(image: Path, folder: Path, output: Path) -> bool:
 def _refuse_collisions(jobs: list[Job]) -> None:
     by_target = defaultdict(list)
     for job in jobs:
-        by_target[_place(job.target)].append(job)
+        by_target[_identity(job.target)].append(job)
     for same in by_target.values():
         if len(same) > 1:
             names = ", ".join(str(job.source) for job in same)
             raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")
     for job in jobs:
         # Whether it were read before it is replaced or after would be chance.
-        (writer,) = by_target.get(_place(job.source), [job])
+        (writer,) = by_target.get(_identity(job.source), [job])
         if writer is not job:
             raise UserError(f"output: {writer.target}, of {writer.source}, is an input too; accepted: another folder")
 
 
-def _place(path: Path) -> str:
+def _identity(path: Path) -> str:
     # Case-insensitive file systems would let one overwrite the other.
     return os.path.normcase(os.path.realpath(path)).casefold()

@@ -13,11 +13,11 @@ from torch import Tensor
 from fastden.batch.computing import Computing
 from fastden.batch.manifest import Manifest, Record
 from fastden.batch.memory import Gate
+from fastden.batch.picture import Picture, Progress
 from fastden.batch.plan import Job
 from fastden.batch.reading import Reading
 from fastden.batch.settings import Settings
 from fastden.batch.streaming import denoise_strips, side_for_strips
-from fastden.batch.work import Progress, Work
 from fastden.batch.writing import Writing
 from fastden.errors import UserError
 from fastden.images.codec import Header
@@ -50,8 +50,8 @@ class Stages:
         gate: Gate,
         *,
         replaces: bool = False,
-        admitted: Callable[[Work], None] = lambda work: None,
-    ) -> Work:
+        admitted: Callable[[Picture], None] = lambda picture: None,
+    ) -> Picture:
         """Open an image, wait until it fits in memory, and read it; where that fails its memory is given back.
 
         Args:
@@ -63,37 +63,39 @@ class Stages:
         Returns:
             The image; its ``size`` is what it claimed.
         """
-        work = self.reading.open(job, replaces=replaces)
-        work.size = gate.admit(work.size, whole=work.streamed)
+        picture = self.reading.open(job, replaces=replaces)
+        picture.size = gate.admit(picture.size, whole=picture.streamed)
         try:
-            admitted(work)
-            self.reading.read(work)
+            admitted(picture)
+            self.reading.read(picture)
         except BaseException:
-            gate.give_back(work.size)
+            gate.give_back(picture.size)
             raise
-        return work
+        return picture
 
-    def stream(self, work: Work, manifest: Manifest | None = None, progress: Progress | None = None) -> Record:
+    def stream(self, picture: Picture, manifest: Manifest | None = None, progress: Progress | None = None) -> Record:
         """Read, denoise and write an image strip by strip; on record as by :meth:`Writing.write`."""
-        job, settings = work.job, self.settings
+        job, settings = picture.job, self.settings
         start = time.perf_counter()
         reader = StripReader(job.source, max_pixels=settings.max_pixels)
         header = reader.header
         network = settings.network(header.dtype == np.uint8)
         turned = int(header.metadata.get("orientation", 1)) > 1
-        if settings.strip and turned:
+        if settings.strip_metadata and turned:
             raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
         shape = (header.channels, header.dtype, header.bits)
-        dtype, metadata, notes = plan_encoding(*shape, header.metadata, work.format_name, strip=settings.strip)
-        for name, coder in ((header.format, "decoder"), (work.format_name, "encoder")):
+        dtype, metadata, notes = plan_encoding(
+            *shape, header.metadata, picture.format_name, strip=settings.strip_metadata
+        )
+        for name, coder in ((header.format, "decoder"), (picture.format_name, "encoder")):
             if name in ("webp", "avif"):
                 notes.append(f"the {coder} of {name} holds the whole image in memory")
-        work.notes += [*header.notes, *notes]
+        picture.notes += [*header.notes, *notes]
         level: float | StripReader | None = None
         if settings.sigma_map is not None:
             level = StripReader(settings.sigma_map, max_pixels=settings.max_pixels)
-        elif work.level is not None:
-            level = float(work.level)
+        elif picture.level is not None:
+            level = float(picture.level)
 
         tiles = _StripTiles(self.settings, self.computing, header, network)
         with whole_file(job.target) as temporary:
@@ -101,14 +103,14 @@ class Stages:
                 temporary,
                 (header.height, header.width, header.bands),
                 dtype,
-                work.format_name,
+                picture.format_name,
                 bits=header.bits,
                 lossless=header.lossless,
                 metadata=metadata,
-                strip=settings.strip,
+                strip=settings.strip_metadata,
             )
             try:
-                work.seconds["compute"] = denoise_strips(
+                picture.seconds["compute"] = denoise_strips(
                     network,
                     reader,
                     writer.write,
@@ -123,11 +125,13 @@ class Stages:
             except BaseException:
                 writer.abort()
                 raise
-            self.reading.check_unchanged(work)
+            self.reading.check_unchanged(picture)
             sync(temporary)
-            work.seconds["write"] = time.perf_counter() - start - work.seconds["compute"]
+            picture.seconds["write"] = time.perf_counter() - start - picture.seconds["compute"]
             output: dict[str, Any] = {"output_size": temporary.stat().st_size, "output_sha256": digest(temporary)}
-            record = self.writing.record(work, manifest, "writing", width=header.width, height=header.height, **output)
+            record = self.writing.record(
+                picture, manifest, "writing", width=header.width, height=header.height, **output
+            )
             if manifest is not None:
                 manifest.add(record)
         return self.writing.finish(record, manifest)

@@ -97,7 +97,7 @@ def errors(results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str,
         raise ValueError(f"{len(results)} results; the reference has {len(references)}")
     references = [reference.detach() for reference in references]
     largest = max(float(reference.square().mean()) for reference in references) ** 0.5
-    found = {"relative_l2": 0.0, "maximum": 0.0}
+    worst = {"relative_l2": 0.0, "maximum": 0.0}
     for result, reference in zip(results, references, strict=True):
         if result.shape != reference.shape:
             raise ValueError(f"a result of shape {tuple(result.shape)}; the reference has {tuple(reference.shape)}")
@@ -109,8 +109,8 @@ def errors(results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str,
             ("maximum", difference.abs().max() / reference.abs().max()),
         ):
             # A NaN counts as infinitely wrong, and max() would drop it.
-            found[kind] = max(found[kind], float(value.nan_to_num(torch.inf, torch.inf)))
-    return found
+            worst[kind] = max(worst[kind], float(value.nan_to_num(torch.inf, torch.inf)))
+    return worst
 
 
 def bounds(
@@ -222,18 +222,18 @@ def ready(
 
 def _rates(job: Job, flops: float, milliseconds: float, limits: Mapping[str, float]) -> dict[str, float]:
     megapixels = job.pixels / 1e6
-    found = {
+    rates = {
         "ms_a_megapixel": milliseconds / megapixels,
         "megapixels_a_second": 1e3 * megapixels / milliseconds,
         "images_a_second": 1e3 * job.images / milliseconds,
     }
     if flops:
-        found |= {"flops": flops, "tflops": flops / milliseconds / 1e9}
-        found["share_of_matrix_rate"] = found["tflops"] / limits["matrix_tflops"]
+        rates |= {"flops": flops, "tflops": flops / milliseconds / 1e9}
+        rates["share_of_matrix_rate"] = rates["tflops"] / limits["matrix_tflops"]
     if job.bytes:
-        found["gigabytes_a_second"] = job.bytes / milliseconds / 1e6
-        found["share_of_copy_bandwidth"] = found["gigabytes_a_second"] / limits["copy_gigabytes_a_second"]
-    return found
+        rates["gigabytes_a_second"] = job.bytes / milliseconds / 1e6
+        rates["share_of_copy_bandwidth"] = rates["gigabytes_a_second"] / limits["copy_gigabytes_a_second"]
+    return rates
 
 
 def _ratios(rows: Mapping[str, dict[str, Any]]) -> None:

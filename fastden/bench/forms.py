@@ -70,7 +70,7 @@ def choose_backends(
     Raises:
         UserError: an unknown name, or one that cannot run here.
     """
-    found, left_out = [], {}
+    able, left_out = [], {}
     asked = None if text is None else [part.strip() for part in text.split(",") if part.strip()]
     for name in asked or ():
         if name not in backends.NAMES:
@@ -88,12 +88,12 @@ def choose_backends(
             if training and not backend.batch_statistics:
                 reasons.append("batch statistics, which its operators do not make")
         if not reasons:
-            found.append(backend.name)
+            able.append(backend.name)
         elif asked is not None:
             raise UserError(f"backends: {backend.name} cannot run: {'; '.join(reasons)}")
         else:
             left_out[own_name(backend.name)] = "; ".join(reasons)
-    return tuple(found), left_out
+    return tuple(able), left_out
 
 
 def own_name(backend: str) -> str:

@@ -56,7 +56,7 @@ def inference(
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
     plain_flops, own_flops = (2.0 * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
-    found = [
+    contenders = [
         Contender(forms.own_name(name), partial(_own, model, x, dtype, name), own_flops, own=True) for name in backends
     ]
     for name in peers:
@@ -65,9 +65,9 @@ def inference(
         else:
             build = partial(_runtime, name, model, x, dtype, folder)
         graphs = name in forms.PLAIN and name != "max_autotune"
-        found.append(Contender(name, build, plain_flops, graphs=graphs))
+        contenders.append(Contender(name, build, plain_flops, graphs=graphs))
     moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
-    return Job("model", batch, pixels, moved, (reference,), bound), found
+    return Job("model", batch, pixels, moved, (reference,), bound), contenders
 
 
 def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
@@ -105,16 +105,16 @@ def training(
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
     plain_flops, own_flops = (2.0 * macs.of(channels, training=True) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
-    found = [
+    contenders = [
         Contender(forms.own_name(name), partial(_step, "channels_last", model, x, dtype, name), own_flops, own=True)
         for name in backends
     ]
-    found += [
+    contenders += [
         Contender(name, partial(_step, name, model, x, dtype, None), plain_flops, graphs=name != "max_autotune")
         for name in peers
     ]
     moved = float(TRAINING * VALUES.of(channels) * pixels * dtype.itemsize)
-    return Job("train", batch, pixels, moved, reference, bound), found
+    return Job("train", batch, pixels, moved, reference, bound), contenders
 
 
 def _step(form: str, model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str | None) -> Call:

@@ -262,13 +262,13 @@ def build_extension(
 @app.command()
 def models() -> None:
     """List the models that come with the package."""
-    from fastden.network.hub import models as bundled
+    from fastden.network import hub
 
-    found = bundled()
-    width = max(map(len, found), default=0)
-    for name, folder in found.items():
+    bundled = hub.models()
+    width = max(map(len, bundled), default=0)
+    for name, folder in bundled.items():
         typer.echo(f"{name:<{width}}  {_summary(folder / 'README.md')}")
-    if not found:
+    if not bundled:
         typer.echo("no models are bundled with this installation; --model takes a folder or a Hugging Face Hub id")
 
 

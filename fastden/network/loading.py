@@ -44,16 +44,16 @@ def load_network(
             raise ValueError("device, dtype: given with a FusedDenoiser, which has its own; accepted: None and 'auto'")
         return model
     if isinstance(model, Denoiser):
-        place = model.conv0.weight.device if device is None else parse_device(device)
-        return fuse(model, choose_dtype(dtype, place, eight_bit), place)
+        target = model.conv0.weight.device if device is None else parse_device(device)
+        return fuse(model, choose_dtype(dtype, target, eight_bit), target)
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
-    place = parse_device(device)
+    target = parse_device(device)
     folder = models().get(str(model), Path(model))
     weights = folder / "model.safetensors"
     # A folder that has been written again since is another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
-    return _load_cached(str(model), place, choose_dtype(dtype, place, eight_bit), changed)
+    return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit), changed)
 
 
 @lru_cache(maxsize=4)
@@ -72,17 +72,17 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     types = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
     refusal = f"device: {str(device)!r}; accepted: {', '.join(types)}, or one of several such as cuda:1"
     try:
-        place = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(refusal) from error
     # PyTorch knows more devices, some without data (meta), some that need packages of their own (xla).
-    if place.type not in types:
+    if parsed.type not in types:
         raise ValueError(refusal)
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if parsed.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {str(device)!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {str(device)!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return place
+    return parsed
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool) -> torch.dtype:

@@ -43,9 +43,9 @@ class DenoiserData(pl.LightningDataModule):
                 f"validation: {config.validation}; accepted: up to the {len(files[0])} photographs in {config.data[0]}"
             )
         held = files[0][len(files[0]) - config.validation :]
-        kept = files[0][: len(files[0]) - config.validation] + [path for more in files[1:] for path in more]
+        for_training = files[0][: len(files[0]) - config.validation] + [path for more in files[1:] for path in more]
         self.validation_images = [load_rgb(path) for path in held]
-        self.train_images = [image for image in map(load_rgb, kept) if min(image.shape[:2]) >= config.crop]
+        self.train_images = [image for image in map(load_rgb, for_training) if min(image.shape[:2]) >= config.crop]
         if not self.train_images:
             raise UserError(
                 f"data: no photograph of at least {config.crop} x {config.crop} pixels (crop: {config.crop})"

@@ -32,17 +32,17 @@ def read_classes(folder: Path) -> list[tuple[Path, int]]:
         missing = {"file", "index"} - set(reader.fieldnames or [])
         if missing:
             raise UserError(f"data: {table} has no column {' and no column '.join(sorted(missing))}")
-        found = []
+        rows = []
         for number, row in enumerate(reader, 2):
             path = folder / str(row["file"])
             if not str(row["index"]).isdecimal():
                 raise UserError(f"data: {table}, line {number}: index {row['index']!r}; accepted: a number from 0 on")
             if not path.is_file():
                 raise UserError(f"data: {table}, line {number}: {path} does not exist")
-            found.append((path, int(row["index"])))
-    if not found:
+            rows.append((path, int(row["index"])))
+    if not rows:
         raise UserError(f"data: {table} has no rows")
-    return found
+    return rows
 
 
 def read_masks(folder: Path) -> list[tuple[Path, Path]]:
@@ -84,15 +84,15 @@ def load_segmented(folder: Path, crop: int) -> list[tuple[Image, Label]]:
     Raises:
         UserError: an image and its label of different sizes, or smaller than ``crop``.
     """
-    found: list[tuple[Image, Label]] = []
+    labelled: list[tuple[Image, Label]] = []
     for path, label_path in read_masks(folder):
         image, label = load_rgb(path), load_mask(label_path)
         if image.shape[:2] != label.shape:
             raise UserError(f"data: {path} is {image.shape[:2]}, its label {label.shape}; accepted: the same size")
         if min(label.shape) < crop:
             raise UserError(f"data: {path} is {label.shape}; accepted: at least crop ({crop}) pixels a side")
-        found.append((image, label))
-    return found
+        labelled.append((image, label))
+    return labelled
 
 
 def _at_least(image: Image, side: int) -> Image:

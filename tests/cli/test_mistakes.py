@@ -174,7 +174,7 @@ def test_what_the_system_refuses_is_one_line(
     def exhausted(*arguments: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fastden.batch.plan.plan", exhausted)
+    monkeypatch.setattr("fastden.cli.local.plan", exhausted)
     fails("denoise", photos, "-o", tmp_path / "out", "--model", model, saying="^error: out of memory; a smaller")
 
 

@@ -1,4 +1,4 @@
-"""An image of a batch on its way from file to file."""
+"""An image of a batch on its way from file to file: what each stage adds to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Work:
+class Picture:
     """An image on its way.
 
     Attributes:
