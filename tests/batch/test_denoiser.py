@@ -225,12 +225,12 @@ def test_the_way_to_a_device_and_back(photos: Path, tmp_path: Path, network: Any
     """Images that fit go there whole, the others tile by tile; the files are the same."""
     batch = fastden.BatchDenoiser(network, sigma=20)
     batch.run(photos, tmp_path / "host")
-    lane = OnTheSpot()
-    batch.settings.lane = lane
+    transfer = OnTheSpot()
+    batch.settings.transfer = transfer
     report = batch.run(photos, tmp_path / "device")
     assert report.failed == []
-    assert sum(shape[0] for shape in lane.batches) == 4
-    assert {shape[1:] for shape in lane.batches} == {(3, 32, 40)}
+    assert sum(shape[0] for shape in transfer.batches) == 4
+    assert {shape[1:] for shape in transfer.batches} == {(3, 32, 40)}
     assert outputs(tmp_path / "device") == outputs(tmp_path / "host")
     assert report.compute_seconds >= 2, "as the device's clock says"
 

@@ -133,7 +133,7 @@ def test_past_the_way_to_a_device(tmp_path: Path, network: Any) -> None:
 
     write_image(tmp_path / "a.tif", file_of(pages_of()))
     batch = fastden.BatchDenoiser(network, sigma=20)
-    batch.settings.lane = Unused()  # type: ignore[assignment]
+    batch.settings.transfer = Unused()  # type: ignore[assignment]
     assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
 
 
