@@ -51,7 +51,7 @@ class DenoiseColumn:
         images = rows[self.column]
         levels = rows[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
         if isinstance(images, list):
-            each = levels if self._sigma_is_a_column() else [levels] * len(images)
+            each: Any = levels if self._sigma_is_a_column() else [levels] * len(images)
             result: Any = [self._one(image, level) for image, level in zip(images, each, strict=True)]
         else:
             result = self._one(images, levels)
