@@ -55,11 +55,11 @@ class Stages:
             if name in ("webp", "avif"):
                 notes.append(f"the {coder} of {name} holds the whole image in memory")
         work.notes += [*header.notes, *notes]
-        level: float | StripReader | None = None
+        level: float | Tensor | StripReader | None = None
         if settings.sigma_map is not None:
             level = StripReader(settings.sigma_map, max_pixels=settings.max_pixels)
         elif work.level is not None:
-            level = float(work.level)
+            level = work.level
 
         def side() -> int:
             largest = automatic_tile(network, header.height, header.width, 1, settings.budget.network)[0]
@@ -96,7 +96,7 @@ class Stages:
                     level,
                     side=side,
                     dtype=dtype,
-                    strength=settings.strength,
+                    wishes=settings.wishes,
                     attempt=attempt,
                     progress=progress,
                 )

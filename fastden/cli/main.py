@@ -16,13 +16,14 @@ from rich.table import Table
 from fastden.bench.command import app as bench
 from fastden.cli.console import Run, clean_termination, say
 from fastden.cli.export import export
+from fastden.cli.noise import noise
 from fastden.cli.options import (
     DeviceOption,
     Dtype,
     Engine,
     Format,
-    ModelOption,
     OneLineErrors,
+    Quality,
     is_number_list,
     naming,
     parse_level,
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(export)
+app.command()(noise)
 
 
 def _version(wanted: bool) -> None:
@@ -68,7 +70,14 @@ def denoise(
     sigma: Annotated[
         str, typer.Option(help="Noise level on the 0-255 scale, 0 to 75 for the bundled models; auto estimates it.")
     ] = "auto",
-    model: ModelOption = "color",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Bundled name, folder or Hugging Face Hub id; default: photo, with --sigma N or --sigma-map color.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: bfloat16 for 8-bit images where the machine has it natively, else float32.")
@@ -80,7 +89,13 @@ def denoise(
         str | None,
         typer.Option(help="Such as 2GiB, the default: half for the network's tensors, half for images in hand."),
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="0 (nothing) to 2: factor of the noise level.")] = 1.0,
+    chroma: Annotated[
+        float | None, typer.Option(help="The same for colour noise alone, at twice the work; default: as --strength.")
+    ] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="best: the mean of the results of all flips and turns, at eight times the work.")
+    ] = Quality.normal,
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Descend into folders, keeping their structure.")
@@ -122,11 +137,13 @@ def denoise(
     from fastden.batch.ray import plan_rows
     from fastden.cli.ray import run_rows
     from fastden.cli.video import is_one_video, run_video
-    from fastden.network.loading import parse_memory
+    from fastden.network.loading import default_model, parse_memory
     from fastden.network.onednn import keep_freed_memory
 
     keep_freed_memory()
     level = parse_sigma(sigma)
+    if model is None:
+        model = default_model(level if sigma_map is None else 0.0)
     side = parse_tile(tile)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
@@ -137,6 +154,8 @@ def denoise(
         "sigma": level,
         "sigma_map": sigma_map,
         "strength": strength,
+        "chroma": chroma,
+        "quality": quality.value,
         "device": device,
         "dtype": dtype.value,
         "tile": side,
@@ -182,7 +201,7 @@ def denoise(
     if level != "auto" and float(level) > 75:
         say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
     if video:
-        options = {"tile": side, "max_memory": parse_memory(max_memory), "strength": strength}
+        options = {"tile": side, "max_memory": parse_memory(max_memory), "wishes": batch.settings.wishes}
         with clean_termination():
             run_video(Path(inputs[0]), output, level, batch.network, crf=crf, overwrite=overwrite, options=options)
         return
@@ -212,12 +231,14 @@ def evaluate(
         list[str] | None,
         typer.Option("--sigma", help="Noise levels, 0-255 scale: --sigma 15 25 50 or --sigma 15,25,50."),
     ] = None,
-    model: ModelOption = "color",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Default: photo with --real, else color.", show_default=False)
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
     gray: Annotated[bool, typer.Option("--gray", help="Make the photographs gray first.")] = False,
-    pairs: Annotated[
-        bool, typer.Option("--pairs", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    real: Annotated[
+        bool, typer.Option("--real", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise; the image's index is added.")] = 0,
     json_file: Annotated[
@@ -233,8 +254,9 @@ def evaluate(
 
     accepted = "numbers from 0 to 255"
     levels = [parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
-    if gray and pairs:
-        raise UserError("gray: given with --pairs; accepted: one of them")
+    if gray and real:
+        raise UserError("gray: given with --real; accepted: one of them")
+    model = model or ("photo" if real else "color")
     if json_file is not None:  # before the work, not behind it
         check_target(json_file, overwrite=True)
     network = _load(model, device, dtype)
@@ -245,7 +267,7 @@ def evaluate(
         for folder in folders:
             started = _shower(status, folder)
             with naming(str(folder), FAILURES):
-                if pairs:
+                if real:
                     results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
                 else:
                     wanted = levels or [15.0, 25.0, 50.0]
@@ -259,7 +281,7 @@ def evaluate(
                 table.add_row(name, str(len(row["images"])), level, *decibels, *similarities)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
-        settings = {"seed": seed, "gray": gray, "pairs": pairs}
+        settings = {"seed": seed, "gray": gray, "real": real}
         document = evaluation.results_document(model, network, settings, sets)
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 

@@ -84,7 +84,7 @@ def test_small_images_go_together(photos: Path, tmp_path: Path, network: Any, mo
 
 def test_batches_that_change_bits_are_not_used(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [pixels(seed=index) for index in range(3)]
-    levels = [0.1, 0.2, 0.3]
+    levels = torch.tensor([0.1, 0.2, 0.3])
     assert Equality().holds(real, images, levels, 1 << 28)
     exact = fastden.batch.grouping.denoise_batch
 
@@ -341,7 +341,7 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
         ({"sigma": 300}, "sigma: 300; accepted"),
         ({"sigma": "much"}, "sigma: 'much'"),
         ({"sigma": 5, "sigma_map": "map.png"}, "sigma_map: given together with sigma=5"),
-        ({"strength": 2}, "strength: 2"),
+        ({"strength": 3}, "strength: 3"),
         ({"workers": 0}, "workers: 0"),
         ({"max_memory": "1k"}, "max_memory: 1024 bytes; accepted: at least"),
         ({"max_pixels": 0}, "max_pixels: 0"),

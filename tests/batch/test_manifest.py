@@ -49,6 +49,8 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
         "sigma": 12.5,
         "sigma_map": None,
         "strength": 0.5,
+        "chroma": None,
+        "quality": "normal",
         "dtype": "auto",
         "format": "png",
         "strip_metadata": False,
