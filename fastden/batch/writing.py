@@ -96,6 +96,7 @@ class Writing:
             options=self.settings.options(job),
             sigma=work.sigma,
             sigma_source="map" if self.settings.sigma_map is not None else source,
+            noise=None if work.noise is None else work.noise.as_record(),
             seconds={name: round(seconds, 4) for name, seconds in work.seconds.items()},
             input_size=work.stamp[0],
             input_mtime_ns=work.stamp[1],

@@ -240,6 +240,9 @@ def evaluate(
     real: Annotated[
         bool, typer.Option("--real", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Give the network the level estimated from the noisy picture.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise; the image's index is added.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
@@ -271,7 +274,9 @@ def evaluate(
                     results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
                 else:
                     wanted = levels or [15.0, 25.0, 50.0]
-                    results = evaluation.evaluate_folder(folder, network, wanted, gray=gray, seed=seed, started=started)
+                    results = evaluation.evaluate_folder(
+                        folder, network, wanted, gray=gray, estimate=estimate, seed=seed, started=started
+                    )
             name = folder.resolve().name
             sets[name if name not in sets else str(folder)] = results
             for row in results:
@@ -281,7 +286,7 @@ def evaluate(
                 table.add_row(name, str(len(row["images"])), level, *decibels, *similarities)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
-        settings = {"seed": seed, "gray": gray, "real": real}
+        settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
         document = evaluation.results_document(model, network, settings, sets)
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 

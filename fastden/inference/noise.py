@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,11 @@ class NoiseEstimate:
         if self.sigma < CLEAN:
             return "clean"
         return "coarse" if self.coarseness > COARSE else "fine"
+
+    def as_record(self) -> dict[str, Any]:
+        """Rounded, for JSON."""
+        levels = [round(level, 2) for level in self.levels]
+        return {"levels": levels, "coarseness": round(self.coarseness, 3), "kind": self.kind}
 
     def describe(self) -> str:
         """One line for a person."""

@@ -48,7 +48,9 @@ def test_results_are_those_of_one_image_at_a_time(photos: Path, tmp_path: Path, 
         expected = fastden.denoise(record.input, model=real)
         if record.input.endswith(".png"):
             np.testing.assert_array_equal(read_image(tmp_path / "out" / record.output).pixels, expected)
-        assert record.sigma == pytest.approx(fastden.estimate_sigma(read_image(record.input).pixels))
+        estimate = fastden.estimate_noise(read_image(record.input).pixels)
+        assert record.sigma == pytest.approx(estimate.sigma)
+        assert record.noise == estimate.as_record()
         assert record.sigma_source == "estimated"
     alone = fastden.BatchDenoiser(real)
     for path in photos.iterdir():

@@ -55,6 +55,7 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
         "format": "png",
         "strip_metadata": False,
     }
+    assert wide["noise"] is None
     assert wide["model"] == {"name": "Blend", "sha256": batch.settings.weights["sha256"]}
     assert len(wide["model"]["sha256"]) == 64
     assert by_name["bad.png"]["status"] == "failed"

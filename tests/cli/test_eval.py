@@ -96,6 +96,19 @@ def test_eval_of_real_pairs(tmp_path: Path, model: str) -> None:
     fails("eval", folder, "--real", "--model", model, saying="has no reference y_mean")
 
 
+def test_eval_with_the_estimated_level(photos: Path, tmp_path: Path, model: str) -> None:
+    results = tmp_path / "results.json"
+    works("eval", photos, "--sigma", "20", "--estimate", "--model", model, "--json", results)
+    document = json.loads(results.read_text())
+    (row,) = document["sets"]["photos"]
+    assert document["settings"]["estimate"]
+    assert row["sigma"] == 20
+    assert all(scores["sigma"] != 20 for scores in row["images"].values())
+    works("eval", photos, "--sigma", "20", "--model", model, "--json", results)
+    (given,) = json.loads(results.read_text())["sets"]["photos"]
+    assert given["psnr"] != row["psnr"]
+
+
 def test_eval_mistakes(photos: Path, tmp_path: Path, model: str) -> None:
     fails("eval", tmp_path / "missing", "--model", model, saying="missing is not a folder")
     fails("eval", photos, "--sigma", "300", "--model", model, saying="sigma: '300'")
