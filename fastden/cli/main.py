@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastden.bench.command import app as bench
 from fastden.cli.console import Run, clean_termination, say
-from fastden.cli.export import export
+from fastden.cli.export import export, write_cards
 from fastden.cli.noise import noise
 from fastden.cli.options import (
     DeviceOption,
@@ -320,8 +320,16 @@ def build_extension(
 
 
 @app.command()
-def models() -> None:
-    """List the models that come with the package."""
+def models(
+    export_cards: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a folder for each model there, ready for the Hugging Face Hub."),
+    ] = None,
+) -> None:
+    """List the models that come with the package, or write them with their cards for the Hugging Face Hub."""
+    if export_cards is not None:
+        write_cards(export_cards)
+        return
     from fastden.network.hub import models as bundled
 
     found = bundled()
