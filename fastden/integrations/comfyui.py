@@ -11,6 +11,9 @@ from torch import Tensor
 from fastden.api import denoise
 from fastden.network.hub import models
 
+#: The model that fastden chooses.
+CHOICE = "auto"
+
 
 class FastdenDenoise:
     """The node *Denoise (fastden)*, under *image/denoise*."""
@@ -24,13 +27,13 @@ class FastdenDenoise:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI shows: the image, and the settings with their limits."""
-        names = list(models()) or ["color"]
+        names = [CHOICE, *models()]
         sigma = {"default": 0.0, "min": 0.0, "max": 75.0, "step": 0.5, "tooltip": "Noise level, 0-255 scale; 0: auto"}
-        strength = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.05, "tooltip": "0: nothing, 1: all"}
+        strength = {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "0: nothing; above 1: more"}
         return {
             "required": {
                 "image": ("IMAGE",),
-                "model": (names, {"default": "color" if "color" in names else names[0]}),
+                "model": (names, {"default": CHOICE}),
                 "sigma": ("FLOAT", sigma),
                 "strength": ("FLOAT", strength),
             }
@@ -41,9 +44,9 @@ class FastdenDenoise:
 
         Args:
             image: (N, H, W, 1, 3 or 4), float in [0, 1], as ComfyUI has images; a fourth channel is not touched.
-            model: a bundled name.
+            model: a bundled name, or ``"auto"``: ``photo`` where sigma is estimated, else ``color``.
             sigma: on the scale 0-255; 0 estimates it from each image.
-            strength: 0 to 1.
+            strength: 0 to 2.
 
         Returns:
             As ``image``, limited to [0, 1].
@@ -51,11 +54,12 @@ class FastdenDenoise:
         pixels, alpha = image[..., :3], image[..., 3:]
         batch = pixels.permute(0, 3, 1, 2)
         level: Any = sigma if sigma > 0 else "auto"
+        chosen = None if model == CHOICE else model
         cleaned = []
         for index, picture in enumerate(batch):
             report = _Report(index, len(batch))
             cleaned.append(
-                denoise(picture, level, model=model, strength=strength, device=_device(), progress=report).clamp(0, 1)
+                denoise(picture, level, model=chosen, strength=strength, device=_device(), progress=report).clamp(0, 1)
             )
         result = torch.stack(cleaned).permute(0, 2, 3, 1) if cleaned else pixels
         return (torch.cat([result, alpha], -1),)

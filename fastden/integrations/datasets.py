@@ -32,7 +32,7 @@ class DenoiseColumn:
     column: str = "image"
     sigma: float | str = "auto"
     into: str | None = None
-    model: str = "color"
+    model: str | None = None
     strength: float = 1.0
     device: str = "cpu"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastden.images.noise import estimate_sigma
+from fastden.inference.noise import estimate_noise
 from fastden.integrations._missing import missing
 from fastden.network.model import Denoiser
 
@@ -33,7 +33,7 @@ class FastdenArch(Architecture):
 
     Args:
         sigma: the noise level that networks get which take one, on the scale 0-255; ``"auto"`` estimates it from each
-            image, at most 75.
+            image (:func:`fastden.estimate_noise`).
 
     Raises:
         ValueError: another sigma.
@@ -84,7 +84,7 @@ class FastdenArch(Architecture):
         if self.sigma != "auto":
             return model(image, self.sigma / 255)
         pictures = image.detach().cpu().float().permute(0, 2, 3, 1).numpy()
-        return model(image, torch.tensor([estimate_sigma(picture) / 255 for picture in pictures]))
+        return model(image, torch.cat([estimate_noise(picture).curve for picture in pictures]))
 
 
 def install(sigma: float | Literal["auto"] = "auto") -> None:

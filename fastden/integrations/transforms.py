@@ -38,8 +38,8 @@ class Denoise(v2.Transform):
 
     Args:
         sigma: the noise level on the scale 0-255, or ``"auto"``, see :func:`fastden.denoise`.
-        model: a bundled name, a folder or a Hugging Face Hub id.
-        strength: 0 to 1.
+        model: a bundled name, a folder, a Hugging Face Hub id, or None, which is :func:`fastden.denoise`'s choice.
+        strength: 0 to 2.
         device: where to compute; a CPU by default, because workers that are forked cannot use CUDA.
     """
 
@@ -47,7 +47,7 @@ class Denoise(v2.Transform):
         self,
         sigma: float | str = "auto",
         *,
-        model: str = "color",
+        model: str | None = None,
         strength: float = 1.0,
         device: str = "cpu",
     ) -> None:

@@ -30,7 +30,7 @@ def test_what_the_loader_reads(node: Any) -> None:
     required = node.INPUT_TYPES()["required"]
     assert list(required) == ["image", "model", "sigma", "strength"]
     assert required["image"] == ("IMAGE",)
-    assert required["model"][0] == list(fastden.models())
+    assert required["model"][0] == ["auto", *fastden.models()]
     for name in ("sigma", "strength"):
         kind, limits = required[name]
         assert kind == "FLOAT"
@@ -52,7 +52,7 @@ def test_a_batch(node: Any, channels: int) -> None:
 
 def test_sigma_0_estimates(node: Any) -> None:
     images = (0.5 + 0.1 * torch.randn(1, 40, 40, 3)).clamp(0, 1)
-    (result,) = node().denoise(images, "color", 0.0, 1.0)
+    (result,) = node().denoise(images, "auto", 0.0, 1.0)
     assert (result - 0.5).std() < 0.3 * (images - 0.5).std()
 
 

@@ -59,5 +59,5 @@ def test_mistakes(table: Any) -> None:
         table.map(DenoiseColumn("photo"))
     with pytest.raises(KeyError, match=r"column: 'noise'; accepted: image, level"):
         table.map(DenoiseColumn(sigma="noise"))
-    with pytest.raises(ValueError, match="strength: 2"):
-        DenoiseColumn(strength=2)
+    with pytest.raises(ValueError, match="strength: 3"):
+        DenoiseColumn(strength=3)

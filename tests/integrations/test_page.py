@@ -11,7 +11,12 @@ import pytest
 from tests.integrations.installed import torchvision
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "use-from.md"
-BLOCKS = dict(re.findall(r"^## (.*?)\n(?:(?!^## ).*\n)*?```py\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^## (.*)\n([\s\S]*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE))
+#: The lines of Python of each library.
+BLOCKS = {
+    title: "\n".join(re.findall(r"^```py\n([\s\S]*?)^```", text, re.MULTILINE)) for title, text in SECTIONS.items()
+}
+BLOCKS = {title: block for title, block in BLOCKS.items() if block}
 
 
 def test_every_library_has_lines() -> None:

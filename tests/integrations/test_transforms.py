@@ -74,8 +74,8 @@ def test_it_is_small_to_pickle() -> None:
     assert len(pickled) < 2000
     assert torch.equal(pickle.loads(pickled)(picture()), transform(picture()))
     assert "sigma=25" in repr(transform)
-    with pytest.raises(ValueError, match="strength: 2"):
-        Denoise(25, strength=2)
+    with pytest.raises(ValueError, match="strength: 3"):
+        Denoise(25, strength=3)
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
