@@ -42,6 +42,7 @@ def evaluate_folder(
     sigmas: list[float],
     *,
     gray: bool = False,
+    estimate: bool = False,
     seed: int = 0,
     started: Started | None = None,
 ) -> list[dict[str, Any]]:
@@ -52,6 +53,7 @@ def evaluate_folder(
         network: a fused network.
         sigmas: noise levels on the scale 0-255.
         gray: make the photographs gray first (luma, rounded); noise and PSNR are of one channel.
+        estimate: the network gets the level that is estimated from the noisy image, not the one that was added.
         seed: of the noise.
         started: progress.
 
@@ -72,9 +74,11 @@ def evaluate_folder(
         noise = np.random.default_rng(seed + index).standard_normal(clean.shape, dtype=np.float32)
         for sigma, found in zip(sigmas, scores, strict=True):
             noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise
-            level: float | str = sigma if network.noise_level_input else "auto"
-            denoised, _ = denoise_pixels(noisy, level, network)
+            level: float | str = sigma if network.noise_level_input and not estimate else "auto"
+            denoised, used = denoise_pixels(noisy, level, network)
             found[file.name] = _scores(clean, noisy, denoised)
+            if estimate and used is not None:
+                found[file.name]["sigma"] = round(used, 3)
     return [{"sigma": sigma, **_means(found), "images": found} for sigma, found in zip(sigmas, scores, strict=True)]
 
 

@@ -55,7 +55,7 @@ class Computing:
     def _denoised(self, pixels: list[Array], level: float | Tensor | None, progress: Progress | None) -> list[Array]:
         network = self.settings.network(pixels[0].dtype == np.uint8)
         shape = (len(pixels), *pixels[0].shape[:2])
-        options: dict[str, Any] = {"strength": self.settings.strength, "progress": progress}
+        options: dict[str, Any] = {"wishes": self.settings.wishes, "progress": progress}
         results: list[Array] = self.attempt(
             network,
             shape,
@@ -68,7 +68,9 @@ class Computing:
         result = np.empty_like(image.pixels)
         pages = zip(image.split(), np.split(result, image.pages), strict=True)
         for index, (page, target) in enumerate(pages):
-            own = float(level[index]) if isinstance(level, Tensor) and level.dim() == 1 else level
+            own: float | Tensor | None = level
+            if isinstance(level, Tensor) and level.dim() == 2 and len(level) > 1:
+                own = level[index : index + 1]
 
             def part(done: int, total: int, index: int = index) -> None:
                 if progress is not None:
@@ -88,7 +90,7 @@ class Computing:
         n, _, height, width = batch.shape
 
         def once(tile: Any, memory: int | None) -> Pending:
-            options: dict[str, Any] = {"tile": tile, "max_memory": memory, "strength": self.settings.strength}
+            options: dict[str, Any] = {"tile": tile, "max_memory": memory, "wishes": self.settings.wishes}
             return transfer.run(batch, lambda image: run_network(network, image, level, progress=progress, **options))
 
         pending = self.attempt(network, (n, height, width), once)
@@ -98,7 +100,7 @@ class Computing:
 
     def group_limit(self, picture: Picture) -> int:
         """How many images like this one may go through the network together; 1 for alone."""
-        if picture.image is None or picture.image.pages > 1 or isinstance(picture.level, Tensor):
+        if picture.image is None or picture.image.pages > 1 or _is_map(picture.level):
             return 1
         height, width = picture.image.pixels.shape[:2]
         network = self.settings.network(picture.image.pixels.dtype == np.uint8)
@@ -133,7 +135,7 @@ class Computing:
 
 def alike(one: Picture, another: Picture) -> bool:
     """Whether two images may go through the network together."""
-    if one.image is None or another.image is None or another.image.pages > 1 or isinstance(another.level, Tensor):
+    if one.image is None or another.image is None or another.image.pages > 1 or _is_map(another.level):
         return False
     a, b = one.image.pixels, another.image.pixels
     return a.shape == b.shape and a.dtype == b.dtype
@@ -143,4 +145,11 @@ def levels(pictures: list[Picture]) -> float | Tensor | None:
     """The noise levels of images that go together."""
     if len(pictures) == 1 or pictures[0].level is None:
         return pictures[0].level
-    return torch.tensor([picture.level for picture in pictures], dtype=torch.float64)
+    values = [picture.level for picture in pictures]
+    if isinstance(values[0], Tensor):  # curves
+        return torch.cat([value for value in values if isinstance(value, Tensor)])
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _is_map(level: float | Tensor | None) -> bool:
+    return isinstance(level, Tensor) and level.dim() == 4

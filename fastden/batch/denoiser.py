@@ -19,9 +19,10 @@ from fastden.batch.stages import Stages
 from fastden.batch.threads import ThreadedRun
 from fastden.errors import FAILURES, UserError
 from fastden.images.codec import MAX_PIXELS
+from fastden.inference.run import Quality, Wishes
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
-from fastden.network.loading import Model, check_max_pixels, check_strength, parse_memory
+from fastden.network.loading import Model, check_max_pixels, default_model, parse_memory
 
 _T = TypeVar("_T")
 
@@ -44,7 +45,7 @@ class BatchDenoiser:
         []
 
     Args:
-        model, device, dtype, tile, strength, max_pixels: as in :func:`fastden.denoise`.
+        model, device, dtype, tile, strength, chroma, quality, max_pixels: as in :func:`fastden.denoise`.
         sigma: ``"auto"``, or a number on the scale 0-255.
         sigma_map: an image file of the images' size, gray: its values are the noise level, white standing for 255 at
             any depth (an 8-bit value is the sigma itself). With ``sigma="auto"`` alone.
@@ -63,11 +64,13 @@ class BatchDenoiser:
 
     def __init__(
         self,
-        model: Model = "color",
+        model: Model | None = None,
         *,
         sigma: Literal["auto"] | float = "auto",
         sigma_map: str | Path | None = None,
         strength: float = 1.0,
+        chroma: float | None = None,
+        quality: Quality = "normal",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         tile: int | Literal["auto"] | None = "auto",
@@ -77,7 +80,9 @@ class BatchDenoiser:
         max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
     ) -> None:
-        check_strength(strength)
+        wishes = Wishes(strength, chroma, quality)
+        if model is None:
+            model = default_model(sigma if sigma_map is None else 0.0)
         check_max_pixels(max_pixels)
         memory = parse_memory(max_memory)
         check_tile(tile, memory)
@@ -92,7 +97,7 @@ class BatchDenoiser:
             model,
             sigma=sigma,
             sigma_map=None if sigma_map is None else Path(sigma_map),
-            strength=strength,
+            wishes=wishes,
             device=device,
             dtype=dtype,
             tile=tile,

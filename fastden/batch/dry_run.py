@@ -128,7 +128,7 @@ def _rate(network: FusedDenoiser) -> float:
     seconds = 0.0
     for _ in range(2):  # the first packs weights
         start = time.perf_counter()
-        denoise_batch([image], level, network)
+        denoise_batch([image], level.value, network)
         seconds = time.perf_counter() - start
     return SAMPLE * SAMPLE / 1e6 / seconds
 

@@ -29,6 +29,8 @@ class Record:
         status: ``writing`` (whole, about to get its name), ``done`` or ``failed``.
         sigma: the noise level used, on the scale 0-255, of a map its mean; None for a blind model, or a failure.
         sigma_source: ``given``, ``estimated``, ``map`` or ``blind``.
+        noise: what was estimated of a file of one page: ``levels`` (0-255 scale, at eight values of brightness),
+            ``coarseness`` and ``kind`` of :class:`fastden.NoiseEstimate`.
         model: name and SHA-256 of the weights.
         options: what else decides the result.
         time: when the line was written, UTC.
@@ -50,6 +52,7 @@ class Record:
     options: dict[str, Any]
     sigma: float | None = None
     sigma_source: str | None = None
+    noise: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     input_size: int = 0
     input_mtime_ns: int = 0

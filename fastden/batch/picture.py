@@ -12,6 +12,7 @@ from torch import Tensor
 from fastden.batch.plan import Job
 from fastden.batch.transfer import Pending
 from fastden.images.codec import Header, ImageFile
+from fastden.inference.noise import NoiseEstimate
 
 Progress = Callable[[int, int], None]
 
@@ -28,7 +29,9 @@ class Picture:
         size: bytes in the host's memory.
         streamed: whether it is read, denoised and written strip by strip.
         image: its pixels, then the denoised ones.
-        level, sigma: what the network takes, of several pages (N,) if they differ; and on the scale 0-255, their mean.
+        level, sigma: what the network takes, of several pages curves (N, 8) if estimated; and on the scale 0-255, their
+            mean.
+        noise: what was estimated, of a single page.
         seconds: spent in each stage.
         notes: for the user.
         pinned: the image as a batch of one in pinned memory, on the way to a CUDA device.
@@ -45,6 +48,7 @@ class Picture:
     image: ImageFile | None = None
     level: float | Tensor | None = None
     sigma: float | None = None
+    noise: NoiseEstimate | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pinned: Tensor | None = None

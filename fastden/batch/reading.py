@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastden.batch.picture import Picture, stamp
 from fastden.batch.plan import Job
@@ -19,11 +18,12 @@ from fastden.batch.settings import Settings
 from fastden.errors import UserError
 from fastden.images.codec import format_for, read_image
 from fastden.images.encoding import check_alpha, check_pages
-from fastden.images.noise import estimate_sigma, sigma_of_gray
+from fastden.images.noise import sigma_of_gray
 from fastden.images.pixels import Array
-from fastden.images.strips import estimate_sigma_of_file, read_header
+from fastden.images.strips import read_header, read_samples
 from fastden.images.whole_files import check_target, reason
-from fastden.inference.run import noise_level_of, shown_level, to_batch
+from fastden.inference.noise import estimate_noise, noise_of_samples
+from fastden.inference.run import Level, estimated_level, noise_level_of, to_batch
 
 
 class Reading:
@@ -88,9 +88,9 @@ class Reading:
                 sigma: Any = self.settings.sigma
                 if sigma == "auto" and network.noise_level_input:
                     with picture.libvips():
-                        sigma = estimate_sigma_of_file(job.source, max_pixels=self.settings.max_pixels)
-                picture.level = noise_level_of(sigma, network, [], (0, 0)) if network.noise_level_input else None
-                picture.sigma = shown_level(picture.level)
+                        sigma = noise_of_samples(read_samples(job.source, max_pixels=self.settings.max_pixels))
+                if network.noise_level_input:
+                    self._set_level(picture, noise_level_of(sigma, network, [], (0, 0)))
         else:
             with picture.libvips():
                 image = read_image(job.source, max_pixels=self.settings.max_pixels, several=True)
@@ -103,14 +103,19 @@ class Reading:
             level = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
             network = self.settings.network(image.pixels.dtype == np.uint8)
             if image.pages > 1 and isinstance(level, str) and network.noise_level_input:
-                picture.level = torch.tensor([estimate_sigma(page) / 255 for page in pages], dtype=torch.float64)
+                self._set_level(picture, estimated_level([estimate_noise(page) for page in pages]))
             else:
-                picture.level = noise_level_of(level, network, pages[:1], (height, width))
-            picture.image, picture.sigma = image, shown_level(picture.level)
+                self._set_level(picture, noise_level_of(level, network, pages[:1], (height, width)))
+            picture.image = image
             picture.notes += image.notes
             if self.settings.transfer is not None and image.pages == 1:
                 picture.pinned = self.settings.transfer.pin(to_batch([image.pixels], network))
         picture.seconds["read"] = time.perf_counter() - start
+
+    def _set_level(self, picture: Picture, level: Level) -> None:
+        picture.level, picture.sigma, picture.noise = level
+        if picture.noise is not None and not picture.noise.decided:
+            picture.notes.append(f"noise: {picture.noise.describe()}")
 
     def _check_map(self, height: int, width: int) -> None:
         """Compare the size of the map of noise levels with an image's."""

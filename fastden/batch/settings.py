@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from fastden.batch.plan import Job
 from fastden.batch.transfer import Transfer
 from fastden.images.codec import format_for
 from fastden.images.whole_files import digest
+from fastden.inference.run import Wishes
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import models
 from fastden.network.loading import Model, load_network
@@ -25,7 +27,8 @@ class Settings:
     """What the stages share.
 
     Args:
-        model, device, dtype, tile, strength: as in :func:`fastden.denoise`.
+        model, device, dtype, tile: as in :func:`fastden.denoise`.
+        wishes: how the network is applied.
         sigma: ``"auto"`` or a number on the scale 0-255.
         sigma_map: an image file of noise levels.
         max_memory: bytes, halved as :func:`fastden.batch.memory.split_memory` says.
@@ -40,7 +43,7 @@ class Settings:
         *,
         sigma: Literal["auto"] | float,
         sigma_map: Path | None,
-        strength: float,
+        wishes: Wishes,
         device: str | torch.device | None,
         dtype: str | torch.dtype,
         tile: int | Literal["auto"] | None,
@@ -51,7 +54,7 @@ class Settings:
         say: Callable[[str], None],
     ) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self.sigma, self.sigma_map, self.strength = sigma, sigma_map, strength
+        self.sigma, self.sigma_map, self.wishes = sigma, sigma_map, wishes
         self.tile, self.max_pixels, self.say = tile, max_pixels, say
         self.overwrite, self.strip_metadata = overwrite, strip_metadata
         self._networks: dict[bool, FusedDenoiser] = {}
@@ -78,7 +81,7 @@ class Settings:
         return {
             "sigma": self.sigma,
             "sigma_map": self._map_digest,
-            "strength": self.strength,
+            **asdict(self.wishes),
             "dtype": str(self.dtype),
             "format": format_for(job.target),
             "strip_metadata": self.strip_metadata,

@@ -91,11 +91,11 @@ class Stages:
             if name in ("webp", "avif"):
                 notes.append(f"the {coder} of {name} holds the whole image in memory")
         picture.notes += [*header.notes, *notes]
-        level: float | StripReader | None = None
+        level: float | Tensor | StripReader | None = None
         if settings.sigma_map is not None:
             level = StripReader(settings.sigma_map, max_pixels=settings.max_pixels)
         elif picture.level is not None:
-            level = float(picture.level)
+            level = picture.level
 
         tiles = _StripTiles(self.settings, self.computing, header, network)
         with whole_file(job.target) as temporary:
@@ -117,7 +117,7 @@ class Stages:
                     level,
                     side=tiles.side,
                     dtype=dtype,
-                    strength=settings.strength,
+                    wishes=settings.wishes,
                     attempt=tiles.attempt,
                     progress=progress,
                 )

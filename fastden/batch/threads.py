@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fastden.batch.computing import alike
+from fastden.batch.computing import alike, levels
 from fastden.batch.grouping import MOST, Equality
 from fastden.batch.manifest import Manifest, Record
 from fastden.batch.memory import Gate, Stopped
@@ -260,11 +260,10 @@ class ThreadedRun:
             self.stages.settings,
             [picture.image.pixels for picture in group if picture.image is not None],
         )
-        levels = [picture.level for picture in group if isinstance(picture.level, float)]
         network = settings.network(images[0].dtype == "uint8")
         memory = settings.budget.network
         try:
-            return self.equality.holds(network, images, levels or None, memory)
+            return self.equality.holds(network, images, levels(group), memory)
         except FAILURES:  # of one of them, or of memory for all: alone each has its own answer
             return False
 

@@ -80,3 +80,11 @@ def export(
     except ModuleNotFoundError as error:
         raise UserError(f"export: {error}") from error
     say(f"{model} -> {written}, {written.stat().st_size / 1e6:.1f} MB")
+
+
+def write_cards(folder: Path) -> None:
+    """``fastden models --export-cards``."""
+    from fastden.exports.hub import export_cards
+
+    for made in export_cards(folder):
+        say(f"{made.name} -> {made}")

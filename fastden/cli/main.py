@@ -15,14 +15,15 @@ from rich.table import Table
 
 from fastden.bench.command import app as bench
 from fastden.cli.console import say
-from fastden.cli.export import export
+from fastden.cli.export import export, write_cards
+from fastden.cli.noise import noise
 from fastden.cli.options import (
     DeviceOption,
     Dtype,
     Engine,
     Format,
-    ModelOption,
     OneLineErrors,
+    Quality,
     Request,
     check_model,
     is_number_list,
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(export)
+app.command()(noise)
 
 
 def _version(wanted: bool) -> None:
@@ -70,7 +72,14 @@ def denoise(
     sigma: Annotated[
         str, typer.Option(help="Noise level on the 0-255 scale, 0 to 75 for the bundled models; auto estimates it.")
     ] = "auto",
-    model: ModelOption = "color",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Bundled name, folder or Hugging Face Hub id; default: photo, with --sigma N or --sigma-map color.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: bfloat16 for 8-bit images where the machine has it natively, else float32.")
@@ -82,7 +91,13 @@ def denoise(
         str | None,
         typer.Option(help="Such as 2GiB, the default: half for the network's tensors, half for images in hand."),
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="0 (nothing) to 2: factor of the noise level.")] = 1.0,
+    chroma: Annotated[
+        float | None, typer.Option(help="The same for colour noise alone, at twice the work; default: as --strength.")
+    ] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="best: the mean of the results of all flips and turns, at eight times the work.")
+    ] = Quality.normal,
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Descend into folders, keeping their structure.")
@@ -118,15 +133,21 @@ def denoise(
     Images larger than --max-memory are streamed. A file that fails is reported and skipped; the exit code is then 1. A
     single video is denoised frame by frame, its sound and subtitles copied (needs pip install 'fastden[video]').
     """
+    from fastden.network.loading import default_model
     from fastden.network.onednn import keep_freed_memory
 
+    level = parse_sigma(sigma)
+    if model is None:
+        model = default_model(level if sigma_map is None else 0.0)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
     settings = {
         "model": model,
-        "sigma": parse_sigma(sigma),
+        "sigma": level,
         "sigma_map": sigma_map,
         "strength": strength,
+        "chroma": chroma,
+        "quality": quality.value,
         "device": device,
         "dtype": dtype.value,
         "tile": parse_tile(tile),
@@ -179,12 +200,17 @@ def evaluate(
         list[str] | None,
         typer.Option("--sigma", help="Noise levels, 0-255 scale: --sigma 15 25 50 or --sigma 15,25,50."),
     ] = None,
-    model: ModelOption = "color",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Default: photo with --real, else color.", show_default=False)
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
     gray: Annotated[bool, typer.Option("--gray", help="Make the photographs gray first.")] = False,
-    pairs: Annotated[
-        bool, typer.Option("--pairs", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    real: Annotated[
+        bool, typer.Option("--real", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Give the network the level estimated from the noisy picture.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise; the image's index is added.")] = 0,
     json_file: Annotated[
@@ -200,8 +226,9 @@ def evaluate(
 
     accepted = "numbers from 0 to 255"
     levels = [parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
-    if gray and pairs:
-        raise UserError("gray: given with --pairs; accepted: one of them")
+    if gray and real:
+        raise UserError("gray: given with --real; accepted: one of them")
+    model = model or ("photo" if real else "color")
     if json_file is not None:  # before the work, not behind it
         check_target(json_file, overwrite=True)
     network = check_model({"model": model, "device": device, "dtype": dtype.value}, eight_bit=False)
@@ -212,11 +239,13 @@ def evaluate(
         for folder in folders:
             started = _shower(status, folder)
             with naming(str(folder), FAILURES):
-                if pairs:
+                if real:
                     results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
                 else:
                     wanted = levels or [15.0, 25.0, 50.0]
-                    results = evaluation.evaluate_folder(folder, network, wanted, gray=gray, seed=seed, started=started)
+                    results = evaluation.evaluate_folder(
+                        folder, network, wanted, gray=gray, estimate=estimate, seed=seed, started=started
+                    )
             name = folder.resolve().name
             sets[name if name not in sets else str(folder)] = results
             for row in results:
@@ -226,7 +255,7 @@ def evaluate(
                 table.add_row(name, str(len(row["images"])), level, *decibels, *similarities)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
-        settings = {"seed": seed, "gray": gray, "pairs": pairs}
+        settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
         document = evaluation.results_document(model, network, settings, sets)
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 
@@ -260,8 +289,16 @@ def build_extension(
 
 
 @app.command()
-def models() -> None:
-    """List the models that come with the package."""
+def models(
+    export_cards: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a folder for each model there, ready for the Hugging Face Hub."),
+    ] = None,
+) -> None:
+    """List the models that come with the package, or write them with their cards for the Hugging Face Hub."""
+    if export_cards is not None:
+        write_cards(export_cards)
+        return
     from fastden.network import hub
 
     bundled = hub.models()

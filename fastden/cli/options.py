@@ -145,6 +145,13 @@ class Engine(str, Enum):
     ray = "ray"
 
 
+class Quality(str, Enum):
+    """How much work a result is worth."""
+
+    normal = "normal"
+    best = "best"
+
+
 class Dtype(str, Enum):
     """Dtypes to compute in."""
 

@@ -56,7 +56,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
             batch.network,
             crf=crf,
             overwrite=settings["overwrite"],
-            options={**options, "strength": settings["strength"]},
+            options={**options, "wishes": batch.settings.wishes},
         )
     return 0
 

@@ -16,7 +16,7 @@ from fastden.errors import UserError
 from fastden.images.codec import MAX_PIXELS, Header, open_image
 from fastden.images.encoding import described, plan_saving
 from fastden.images.libvips import detail, load_vips, vips_errors
-from fastden.images.noise import sample_windows, sigma_of_samples
+from fastden.images.noise import sample_windows
 from fastden.images.pixels import Array, check_floats
 from fastden.images.whole_files import reason
 
@@ -98,8 +98,8 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool
     return StripReader(path, max_pixels=max_pixels, several=several).header
 
 
-def estimate_sigma_of_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> float:
-    """:func:`fastden.estimate_sigma` of an image file, in little memory."""
+def read_samples(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> list[Array]:
+    """The crops (H, W, C) by which the noise of an image file is judged, without alpha, in little memory."""
     reader = StripReader(path, max_pixels=max_pixels)
     header = reader.header
     windows = sample_windows(header.height, header.width)
@@ -116,7 +116,7 @@ def estimate_sigma_of_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) ->
             if first < stop:
                 part = chunk[first - top : stop - top, columns, : header.channels]
                 crop[first - rows.start : stop - rows.start] = part
-    return sigma_of_samples(crops)
+    return crops
 
 
 class StripWriter:

@@ -24,19 +24,24 @@ import numpy as np
 import torch
 
 from fastden.errors import UserError
-from fastden.images.noise import crop_windows, estimate_sigma
+from fastden.images.noise import crop_windows, sample_windows
 from fastden.images.pixels import Array
-from fastden.inference.run import denoise_pixels, noise_level_of
+from fastden.inference.noise import NoiseEstimate, noise_of_samples
+from fastden.inference.run import Quality, Wishes, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import models
-from fastden.network.loading import check_strength, load_network, parse_memory
+from fastden.network.level import KNOTS
+from fastden.network.loading import default_model, load_network, parse_memory
 from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 #: Side, in pixels, that chunks of Zarr arrays are joined to: smaller ones would spend more on their halo (24 pixels a
 #: side are 10 % of the work at 1024, a third at 256).
 JOINED = 1024
+
+#: The curve of an estimate as one element, so that it broadcasts against an image as a number does.
+CURVE = np.dtype([("levels", np.float64, KNOTS)])
 
 # One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
 # concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
@@ -51,18 +56,20 @@ class _Settings:
     device: str | None
     dtype: str | torch.dtype
     max_memory: int | None
-    strength: float
+    wishes: Wishes
 
 
 def denoise_array(
     array: Any,
     sigma: Any = "auto",
     *,
-    model: str | Path = "color",
+    model: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     max_memory: int | str | None = None,
     strength: float = 1.0,
+    chroma: float | None = None,
+    quality: Quality = "normal",
     channel_axis: int | Literal["auto"] | None = "auto",
     out: Any = None,
 ) -> Any:
@@ -80,8 +87,8 @@ def denoise_array(
             ``"auto"``, which estimates it from each image.
         model: a bundled name, a folder or a Hugging Face Hub id. Each process loads it once; it does not travel with
             the chunks.
-        device, dtype, strength: as in :func:`fastden.denoise`. Machines of several kinds give the same result only with
-            a ``dtype`` other than ``"auto"``.
+        device, dtype, strength, chroma, quality: as in :func:`fastden.denoise`. Machines of several kinds give the same
+            result only with one dtype named.
         max_memory: what the network's tensors may take in each process, bytes or such as ``"2GiB"``; None is 1 GiB.
         channel_axis: the axis of colour: ``"auto"`` is the last one where it is 1, 3 or 4 long (gray, RGB, RGB and
             alpha) and there are three axes or more. None: gray images without such an axis, for instance the channels
@@ -98,8 +105,9 @@ def denoise_array(
             (NaN, another scale) when chunks are computed.
         UserError: ``out`` exists, cannot be written, or a package is missing.
     """
-    check_strength(strength)
-    settings = _Settings(_model_name(model), _text(device), dtype, parse_memory(max_memory), float(strength))
+    wishes = Wishes(strength, chroma, quality)
+    model = default_model(sigma) if model is None else model
+    settings = _Settings(_model_name(model), _text(device), dtype, parse_memory(max_memory), wishes)
     # A wrong model is told here rather than by the first worker. Workers may have devices that this process has not.
     network = load_network(settings.model, "cpu", "float32")
     axis = _colour_axis(array, channel_axis)
@@ -183,14 +191,19 @@ def _lazy(da: Any, array: Any) -> Any:
 
 
 def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
-    """``sigma`` on the scale 0-255 as a float64 array that broadcasts against ``planes``, NaN for a blind network.
+    """``sigma`` on the scale 0-255 as a float64 array (..., Y, X, 1) that broadcasts against ``planes``.
 
-    None where it is to be estimated.
+    NaN for a blind network; of :data:`CURVE` for an estimate; None where it is to be estimated.
     """
     lead, (height, width) = planes.shape[:-3], planes.shape[-3:-1]
     ones = (1,) * len(lead)
     if isinstance(sigma, str) and sigma == "auto":
         return None if network.noise_level_input else np.full((*ones, 1, 1, 1), np.nan)
+    if isinstance(sigma, NoiseEstimate):
+        noise_level_of(sigma, network, [], (height, width))
+        curve = np.zeros((*ones, 1, 1, 1), CURVE)
+        curve["levels"][...] = sigma.levels
+        return curve
     if isinstance(sigma, list | tuple | torch.Tensor):
         sigma = np.array(sigma)
     if isinstance(sigma, np.ndarray) and sigma.ndim:
@@ -241,22 +254,31 @@ def snapped(sizes: Sequence[int], multiple: int, least: int = 1) -> tuple[int, .
 
 
 def _estimates(da: Any, planes: Any) -> Any:
-    """The estimated noise level of each image, lazily: (..., 1, 1, 1) for (..., Y, X, C)."""
-    # Side by side, the crops that the estimate would take of the whole image are those that it takes of this one.
+    """The estimated curve of each image, lazily: (..., 1, 1, 1) of :data:`CURVE` for (..., Y, X, C)."""
+    pieces: list[int] = []
     for axis in (planes.ndim - 3, planes.ndim - 2):
         before = (slice(None),) * axis
         crops = [(*before, part) for part in crop_windows(planes.shape[axis])]
+        pieces.append(len(crops))
         planes = da.concatenate([planes[crop] for crop in crops], axis)
     planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
     chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
-    return planes.map_blocks(_estimate_block, chunks=chunks, dtype=np.float64, meta=np.empty((0,) * planes.ndim))
+    return planes.map_blocks(
+        _estimate_block, chunks=chunks, dtype=CURVE, meta=np.empty((0,) * planes.ndim, CURVE), pieces=tuple(pieces)
+    )
 
 
-def _estimate_block(planes: Array) -> Array:
-    levels = np.empty((*planes.shape[:-3], 1, 1, 1))
+def _estimate_block(planes: Array, pieces: tuple[int, int] | None = None) -> Array:
+    """Curves of images (..., Y, X, C), or of their crops side by side: ``pieces`` along Y and along X."""
+    curves = np.zeros((*planes.shape[:-3], 1, 1, 1), CURVE)
     for index in np.ndindex(planes.shape[:-3]):
-        levels[index] = estimate_sigma(planes[index])
-    return levels
+        image = planes[index][..., :3]
+        if pieces is None:
+            windows = [image[rows, columns] for rows, columns in sample_windows(*image.shape[:2])]
+        else:
+            windows = [crop for rows in np.split(image, pieces[0], 0) for crop in np.split(rows, pieces[1], 1)]
+        curves["levels"][index] = noise_of_samples(windows).levels
+    return curves
 
 
 def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Array:
@@ -268,13 +290,17 @@ def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Arra
         network = load_network(settings.model, settings.device, settings.dtype, eight_bit=eight_bit)
         for index in np.ndindex(planes.shape[:-3]):
             level = spread[index][..., 0]
-            sigma: Any = level if level.size > 1 else float(level[0, 0])
+            if level.dtype == CURVE:
+                curve = level["levels"].reshape(KNOTS)
+                sigma: Any = NoiseEstimate(tuple(curve.tolist()), float(curve.mean()), 0.5)
+            else:
+                sigma = level if level.size > 1 else float(level.item())
             result[index][..., :3], _ = denoise_pixels(
                 planes[index][..., :3],
                 sigma if network.noise_level_input else "auto",
                 network,
                 max_memory=settings.max_memory,
-                strength=settings.strength,
+                wishes=settings.wishes,
             )
             result[index][..., 3:] = planes[index][..., 3:]
     return result

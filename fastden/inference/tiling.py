@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastden.network import onednn
-from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import noise_level
+from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, BORDER, padding_for, reflected_index
 
@@ -35,7 +35,23 @@ SMALLEST = 16
 #: Images of a batch go together only if tiles of this side, or the whole images, fit.
 WHOLE = 512
 
-Model = Denoiser | FusedDenoiser
+
+class TiledNetwork(Protocol):
+    """What tiles go through: a network, or one that is adapted to an image and to the user's wishes."""
+
+    noise_level_input: bool
+    image_channels: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward_padded(self, x: Tensor) -> Tensor: ...
+
+
+Model = Denoiser | TiledNetwork
 
 
 class Tile(NamedTuple):
@@ -63,7 +79,8 @@ def denoise_tiled(
         model: a network, on any device; tiles travel there one at a time.
         image: (N, 3, H, W) in the host's memory, or on the model's device: float in [0, 1], or torch.uint8 or
             torch.uint16, scaled tile by tile so that no float copy of the whole image exists.
-        sigma: noise level on the 0-1 scale: a number, (N,) or a map (N, 1, H, W); None for a blind network.
+        sigma: noise level on the 0-1 scale: a number, (N,), a map (N, 1, H, W), or a curve of levels over brightness
+            (N, 8) (:mod:`fastden.network.level`); None for a blind network.
         tile: side of the tiles in pixels (rounded up to a multiple of 4), ``"auto"`` to choose it from ``max_memory``,
             or None for the whole image at once.
         max_memory: bytes that the network's tensors may take; with ``tile="auto"`` alone. Default 1 GiB.
@@ -114,7 +131,7 @@ def denoise_rows(
     Args:
         model: as in :func:`denoise_tiled`.
         strip: (1, C, h, W), the image's rows from ``first_row`` on; it holds :func:`rows_needed` for ``rows``.
-        sigma: a number, or a map (1, 1, h, W) of the same rows as ``strip``; None for a blind network.
+        sigma: a number, a map (1, 1, h, W) of the same rows as ``strip``, or a curve (1, 8); None for a blind network.
         rows: half-open; they start, and unless the image ends there end, at multiples of 4.
         first_row: of the strip, in the image.
         height: of the image.
@@ -135,6 +152,7 @@ def denoise_rows(
 def rows_needed(top: int, bottom: int, height: int) -> tuple[int, int]:
     """Half-open range of the image rows that tiles of the rows ``top`` to ``bottom`` read."""
     (first, last), _ = _window(top, bottom, height)
+    first, last = _grown((first, last))
     return max(first, 0), min(last, height)
 
 
@@ -185,12 +203,12 @@ def _check(image: Tensor, channels: int) -> None:
 
 def bytes_per_pixel(model: Model) -> float:
     """What a forward pass takes for each pixel of a tile and its halo."""
-    if isinstance(model, FusedDenoiser):
-        dtype = model.dtype
-        form = "operators" if onednn.why_not(model.device, dtype) else "onednn"
-    else:
+    if isinstance(model, Denoiser):
         dtype = model.conv0.weight.dtype
         form = "plain"
+    else:
+        dtype = model.dtype
+        form = "operators" if onednn.why_not(model.device, dtype) else "onednn"
     return BYTES_PER_PIXEL[form] * dtype.itemsize / 4
 
 
@@ -242,18 +260,29 @@ def _run(
     height = image.shape[2] if height is None else height
     rows, top = _window(part.top, part.bottom, height)
     columns, left = _window(part.left, part.right, image.shape[3])
-    weight = next(model.buffers())
+    device = model.conv0.weight.device if isinstance(model, Denoiser) else model.device
     level = sigma
     if isinstance(sigma, Tensor) and sigma.dim() == 4:
         _check_map(sigma, image)
         level = _cut(sigma, rows, columns, first_row, height)
-    x = _to_float(_cut(image, rows, columns, first_row, height).to(weight.device))
+    if isinstance(sigma, Tensor) and sigma.dim() == 2 and model.noise_level_input:
+        # With the pixels around, whose brightness counts: the level is the same in every tile.
+        wide_rows, wide_columns = _grown(rows), _grown(columns)
+        wide = _to_float(_cut(image, wide_rows, wide_columns, first_row, height).to(device))
+        level = level_inside(sigma.to(device), wide)
+        x = wide[:, :, BRIGHTNESS_RADIUS:-BRIGHTNESS_RADIUS, BRIGHTNESS_RADIUS:-BRIGHTNESS_RADIUS]
+    else:
+        x = _to_float(_cut(image, rows, columns, first_row, height).to(device))
     if isinstance(model, Denoiser):
         x = x.to(model.conv0.weight.dtype)
     levels = noise_level(x, level, model.noise_level_input)
     y = model.forward_padded(x if levels is None else torch.cat([x, levels], 1))
     y = y[:, :, top : top + part.bottom - part.top, left : left + part.right - part.left]
     return _from_float(y, image.dtype)
+
+
+def _grown(span: tuple[int, int]) -> tuple[int, int]:
+    return span[0] - BRIGHTNESS_RADIUS, span[1] + BRIGHTNESS_RADIUS
 
 
 def _check_map(sigma: Tensor, image: Tensor) -> None:

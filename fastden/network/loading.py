@@ -26,6 +26,15 @@ DTYPES = {
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
+def default_model(sigma: object) -> str:
+    """The bundled model for a ``sigma`` where none is named.
+
+    ``photo`` for a level that is estimated, in whatever kind of noise; ``color`` for one that is given: it knows white
+    noise, whose level a number states, best.
+    """
+    return "color" if isinstance(sigma, Real) or hasattr(sigma, "shape") else "photo"
+
+
 def load_network(
     model: Model,
     device: str | torch.device | None = None,
@@ -97,10 +106,10 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool
     raise ValueError(f"dtype: {dtype!r}; accepted: auto, {', '.join(DTYPES)}")
 
 
-def check_strength(strength: float) -> None:
-    """Raise ValueError unless ``strength`` is a number in [0, 1]."""
-    if not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise ValueError(f"strength: {strength!r}; accepted: a number from 0 to 1")
+def check_strength(strength: float, name: str = "strength") -> None:
+    """Raise ValueError unless ``strength`` is a number in [0, 2]."""
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 2:
+        raise ValueError(f"{name}: {strength!r}; accepted: a number from 0 to 2")
 
 
 def check_max_pixels(max_pixels: float) -> None:

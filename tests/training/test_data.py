@@ -72,7 +72,7 @@ class TestConfiguration:
             ("jpeg=0", r"jpeg: 0: .*1 <= low <= high <= 100"),
             ("jpeg=[50, 101]", r"jpeg: \[50, 101\]: .*1 <= low <= high <= 100"),
             ("jpeg_share=2", r"jpeg_share: 2"),
-            ("objective=joint", r"objective: 'joint'; accepted: denoise, joint-classify, joint-segment"),
+            ("objective=joint", r"objective: 'joint'; accepted: denoise, photo, joint-classify, joint-segment"),
             ("gray=1.5", r"gray: 1\.5"),
             ("data=[]", r"data: \[\]: .*at least 1"),
             ("data=photographs", r"data: 'photographs': .*list"),
