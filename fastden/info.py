@@ -26,7 +26,6 @@ PACKAGES = (
     "pyvips",
     "pyvips-binary",
     "scikit-image",
-    "PyWavelets",
     "safetensors",
     "huggingface_hub",
     "lightning",

@@ -66,7 +66,8 @@ def interpolated(curves: Tensor, brightness: Tensor) -> Tensor:
     # A sum of ramps rather than a look-up, which PyTorch does pixel by pixel.
     for knot, slope in enumerate(curves.diff(dim=1).unbind(1)):
         level += slope[:, None, None, None] * (position - knot).clamp(0, 1)
-    return level
+    # Rounding may leave a zero a hair below zero, which is no level.
+    return level.clamp(min=0)
 
 
 def basis(brightness: Tensor) -> Tensor:

@@ -98,9 +98,29 @@ class PhotoConfig(TrainConfig):
     )
     estimate: float = Field(0.4, ge=0, le=1, description="share of crops whose level comes from the estimator")
     estimate_from: int = Field(1000, ge=0, description="first step at which it does")
+    denoiser: bool = Field(
+        True, description="train the denoiser too; false: the estimator alone, in a fraction of the time"
+    )
+    estimator: Path | None = Field(None, description="weights of an estimator to start from; null is none")
+    kinds: tuple[float, float, float, float] = Field(
+        (0.3, 0.42, 0.22, 0.06), description="shares of white noise, camera noise, grain and clean pictures"
+    )
+    clean_quality: tuple[int, int] = Field((50, 98), description="JPEG quality of clean pictures")
     jitter: float = Field(0.1, ge=0, le=1, description="standard deviation of the true log level's error, where given")
     crop: int = Field(126, ge=32, description="side of a training crop, pixels; 2 under a multiple of 4 wastes nothing")
     batch: int = Field(8, ge=1, description="crops a step, over all devices")
+
+    @field_validator("kinds")
+    @classmethod
+    def _check_kinds(cls, kinds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        if min(kinds) < 0 or abs(sum(kinds) - 1) > 1e-6:
+            raise ValueError("accepted: four shares of at least 0 that add up to 1")
+        return kinds
+
+    @field_validator("clean_quality")
+    @classmethod
+    def _check_quality(cls, quality: tuple[int, int]) -> tuple[int, int]:
+        return _check_range(quality, 1, 100)
 
 
 class JointConfig(TrainConfig):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -86,7 +87,10 @@ class PhotoData(DenoiserData):
 
     def noise(self) -> PhotoNoise:
         """The noise model of the settings."""
-        return PhotoNoise(PhotoRanges(sigma=self.config.sigma))
+        config = self.config
+        white, camera, grain, clean = config.kinds
+        ranges = PhotoRanges(white, camera, grain, clean, sigma=config.sigma, clean_quality=config.clean_quality)
+        return PhotoNoise(ranges)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         config = self.config
@@ -119,10 +123,14 @@ class PhotoTraining(DenoiserTraining):
     def __init__(self, model: Denoiser, config: PhotoConfig) -> None:
         super().__init__(model, config)
         self.estimator = NoiseEstimator()
+        if config.estimator is not None:
+            self.estimator.load_state_dict(load_file(config.estimator))
+        if not config.denoiser:
+            model.requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [
-            {"params": list(self.model.parameters())},
+            {"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]},
             {"params": list(self.estimator.parameters()), "lr": ESTIMATOR_RATE},
         ]
         optimizer = torch.optim.Adam(groups, lr=self.config.lr)
@@ -134,6 +142,9 @@ class PhotoTraining(DenoiserTraining):
         with torch.autocast(noisy.device.type, enabled=False):
             true, cells = true_cells(clean, noisy), self.estimator(noisy)
             judged = estimator_loss(cells, true)
+            if not self.config.denoiser:
+                self.log("level_loss", judged)
+                return ESTIMATOR_WEIGHT * judged
             level = self._level(batch, true, cells)
         self.log("level_loss", judged)
         denoised = self.loss(self(noisy, level), clean, level)
@@ -162,6 +173,8 @@ class PhotoTraining(DenoiserTraining):
             true, cells = true_cells(clean, noisy), self.estimator(noisy)
             self.log("val_level_loss", estimator_loss(cells, true), batch_size=len(clean), sync_dist=True)
             estimated = level_map(levels_of(curve_of(cells)), noisy)
+        if not self.config.denoiser:
+            return
         self._score("photo", noisy, estimated, clean, batch_index)
         for sigma in (15, 25, 50):
             generator = torch.Generator().manual_seed(batch_index)

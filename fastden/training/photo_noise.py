@@ -36,6 +36,7 @@ class PhotoRanges:
         scale: by what factor, log-uniform: enlarged or reduced up to twice.
         jpeg: probability of JPEG compression, ``twice`` that of a second one.
         quality: of JPEG; the square of a uniform number leans towards the upper end, as cameras and phones do.
+        clean_quality: the same for pictures without noise, whose only noise are the artefacts of JPEG.
         round: probability that a picture without JPEG is rounded to 8 bits.
     """
 
@@ -51,6 +52,7 @@ class PhotoRanges:
     jpeg: float = 0.75
     twice: float = 0.15
     quality: tuple[int, int] = (50, 98)
+    clean_quality: tuple[int, int] = (50, 98)
     round: float = 0.7
 
 
@@ -164,7 +166,7 @@ class Recipe:
         if random.random() < ranges.jpeg:
             rounds = 2 if random.random() < ranges.twice else 1
             for _ in range(rounds):
-                low, high = ranges.quality
+                low, high = ranges.clean_quality if self.kind == "clean" else ranges.quality
                 quality = round(high - (high - low) * random.random() ** 2)
                 noisy = compress(noisy, quality, SUBSAMPLINGS[int(random.integers(3))])
                 # A second compression seldom meets the blocks of the first: the picture was cut or moved between.

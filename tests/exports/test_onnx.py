@@ -185,3 +185,12 @@ def test_metadata(folder: Path, tmp_path: Path) -> None:
     assert "sigma / 255" in about["noise_level"]
     # A network in hand has no card, so nothing is said of its licence.
     assert "license" not in {entry.key for entry in onnx.load(folder / "composed.onnx").metadata_props}
+
+
+@pytest.mark.parametrize("name", fastden.models())
+def test_every_bundled_model(tmp_path: Path, name: str) -> None:
+    model = Denoiser.from_pretrained(name)
+    network = session(fastden.export(name, tmp_path / "a.onnx"))
+    image = torch.rand(1, 3, 22, 31)
+    sigma = SIGMA if model.noise_level_input else None
+    assert error(run(network, image, sigma), model, image, sigma) < 1e-5

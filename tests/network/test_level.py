@@ -110,3 +110,13 @@ def test_estimator_is_blind_to_brightness_alone_and_small() -> None:
         )
     )
     assert per_pixel < 0.1 * 140_000  # a tenth of the composed network's arithmetic
+
+
+def test_rounding_makes_no_negative_level() -> None:
+    """A curve that falls to zero: the sum of its ramps may end a hair below."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        curves = torch.rand(1, KNOTS, generator=generator) * 0.3
+        curves[:, -3:] = 0.0
+        brightness = torch.rand(1, 1, 32, 32, generator=generator)
+        assert float(interpolated(curves, brightness).min()) >= 0
