@@ -194,14 +194,16 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
     """The contenders that a command accepts, and those that it takes by itself."""
     import torch
 
-    from fastden.bench.forms import PLAIN
+    from fastden.bench.forms import FUSED_COMPILE, PLAIN
 
     plain = ("eager", "channels_last", "compile")
     if command == "batch":
         return plain, ("channels_last",)
     if command == "model" and device.type == "cpu":
         runtimes = {torch.float32: ("openvino", "onnxruntime"), torch.bfloat16: ("openvino",)}.get(dtype, ())
-        return (*PLAIN, *runtimes), (*plain, *runtimes)
+        return (*PLAIN, FUSED_COMPILE, *runtimes), (*plain, FUSED_COMPILE, *runtimes)
+    if command == "model":
+        return (*PLAIN, FUSED_COMPILE), (*plain, FUSED_COMPILE, "max_autotune")
     # On a GPU the search for the fastest form takes minutes: for the network and for training, not for each operator.
     return PLAIN, PLAIN if command != "ops" and device.type == "cuda" else plain
 

@@ -19,6 +19,8 @@ from fastden.ops.backends import use_backend
 
 #: PyTorch's own ways to run a module.
 PLAIN = ("eager", "channels_last", "compile", "max_autotune")
+#: fastden's own inference form, composed and folded, on PyTorch's compiled operations: for the whole network.
+FUSED_COMPILE = "fused_compile"
 #: Other runtimes, for the whole network on a CPU, and the packages that they need.
 RUNTIMES = {
     "openvino": ("openvino", "onnx", "onnxscript"),
