@@ -1,7 +1,8 @@
 # make demo    denoise a real photograph: sets everything up on the first call
-# make test    run the tests                 make lint    style, types
+# make test    run the tests                 make lint    style, types, layers
 # make bench   CPU speed beside other runtimes    make format    apply the style
-# make dist    source distribution and wheel      make clean    remove everything that make made
+# make docs    the pages of docs/, as site/       make dist    source distribution and wheel
+# make clean   remove everything that make made
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test lint format bench dist clean
+.PHONY: demo test lint format bench docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
@@ -26,6 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CUDA_SOURCES))
 
 format: $(VENV)/.dev
@@ -36,11 +38,14 @@ format: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_cpu.py --large
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 dist: $(VENV)/.dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist demo site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch: scripts/setup_venv.py
@@ -53,8 +58,13 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml setup.py
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
 	$(INSTALL) -e ".[dev]"
+	$(INSTALL) -e ".[adapters]" || echo "no torchvision for this PyTorch: the adapters' tests are skipped"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py
 	$(INSTALL) -e ".[bench]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml setup.py
+	$(INSTALL) -e ".[docs]"
 	touch $@

@@ -1,7 +1,9 @@
-"""Denoise a photograph with the fastden command and show what it did.
+"""Denoise two noisy photographs with the fastden command and show what it did.
 
-Takes a photograph that scikit-image ships, adds Gaussian noise, rounds to 8 bits as a camera's file would be, denoises
-the file with the ``fastden`` command, and writes ``noisy.png``, ``denoised.png`` and ``comparison.png``.
+Takes a photograph that scikit-image ships and makes it noisy twice: as a camera would at a high ISO number
+(:mod:`fastden.training.camera`: noise in the sensor, demosaicing, tone curve, JPEG; it is made, not shot), and by white
+Gaussian noise of a known level. The command gets no parameter for the first, and the level for the second. Writes the
+noisy and the denoised files, and ``camera.png`` and ``white.png``, which compare them.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import skimage.data
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import peak_signal_noise_ratio
 
 import fastden
+from fastden.training.camera import CameraNoise, CameraRanges
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -28,6 +32,8 @@ Pixels = npt.NDArray[np.uint8]
 PHOTOGRAPHS = {"chelsea": (112, 80), "coffee": (250, 220), "astronaut": (170, 60), "rocket": (250, 300)}
 ZOOM = 4
 MARGIN, HEADER = 12, 40
+#: Shot noise of the camera: that of a phone in a dim room.
+SHOT = 0.006
 TEXT, BACKGROUND, FRAME = (20, 20, 20), (255, 255, 255), (255, 220, 0)
 
 
@@ -37,13 +43,25 @@ def add_noise(clean: Pixels, sigma: float, seed: int) -> Pixels:
     return np.rint(np.clip(clean + noise, 0, 255)).astype(np.uint8)
 
 
-def run_command(noisy: Path, denoised: Path, sigma: float, model: list[str]) -> float:
+def shoot(clean: Pixels, file: Path, seed: int) -> Pixels:
+    """Write ``clean`` (H, W, 3) to a JPEG as a camera would have shot it; returns what it would be without noise."""
+    picture = torch.from_numpy(clean).permute(2, 0, 1).float() / 255
+    camera = CameraNoise(CameraRanges(shot=(SHOT, SHOT)))
+    target, noisy = (
+        (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        for image in camera(picture, np.random.default_rng(seed))
+    )
+    Image.fromarray(noisy).save(file, quality=92)
+    return target
+
+
+def run_command(noisy: Path, denoised: Path, options: list[str]) -> float:
     """Run ``fastden denoise`` as a user would. Returns its wall time in seconds."""
     beside = Path(sys.executable).with_name("fastden")
     command = str(beside) if beside.exists() else shutil.which("fastden")
     if command is None:
         raise SystemExit("fastden: the command is not installed; run: pip install -e .")
-    arguments = ["denoise", str(noisy), "-o", str(denoised), "--sigma", f"{sigma:g}", "--overwrite", *model]
+    arguments = ["denoise", str(noisy), "-o", str(denoised), "--overwrite", *options]
     print("$ fastden", " ".join(arguments), flush=True)
     start = time.perf_counter()
     done = subprocess.run([command, *arguments], check=False)
@@ -52,12 +70,12 @@ def run_command(noisy: Path, denoised: Path, sigma: float, model: list[str]) -> 
     return time.perf_counter() - start
 
 
-def time_denoising(noisy: Pixels, sigma: float, options: dict[str, Any]) -> float:
+def time_denoising(noisy: Pixels, options: dict[str, Any]) -> float:
     """Seconds of one call from Python: the fastest of three behind one that loads and packs the weights."""
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        fastden.denoise(noisy, sigma=sigma, **options)
+        fastden.denoise(noisy, **options)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
@@ -90,36 +108,54 @@ def main() -> None:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photograph", choices=PHOTOGRAPHS, default="chelsea")
-    parser.add_argument("--sigma", type=float, default=25.0, help="noise level on the 0-255 scale (default: 25)")
+    parser.add_argument("--sigma", type=float, default=25.0, help="level of the white noise, 0-255 scale (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--model", help="bundled name, folder or Hub id (default: the command's)")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the pictures (default: demo)")
     arguments = parser.parse_args()
 
-    clean: Pixels = getattr(skimage.data, arguments.photograph)()
-    noisy = add_noise(clean, arguments.sigma, arguments.seed)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    noisy_file, denoised_file = arguments.output / "noisy.png", arguments.output / "denoised.png"
-    Image.fromarray(noisy).save(noisy_file)
-
+    folder: Path = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    photograph: Pixels = getattr(skimage.data, arguments.photograph)()
+    corner = PHOTOGRAPHS[arguments.photograph]
     model = [] if arguments.model is None else ["--model", arguments.model]
-    options = {} if arguments.model is None else {"model": arguments.model}
-    command_seconds = run_command(noisy_file, denoised_file, arguments.sigma, model)
-    seconds = time_denoising(noisy, arguments.sigma, options)
+
+    shot = folder / "camera-noisy.jpg"
+    target = shoot(photograph, shot, arguments.seed)
+    noisy = np.asarray(Image.open(shot))
+    print(f"As a camera makes noise: {fastden.estimate_noise(noisy).describe()}")
+    show(folder / "camera.png", shot, target, noisy, [], model, corner)
+
+    scan = folder / "white-noisy.png"
+    noisy = add_noise(photograph, arguments.sigma, arguments.seed)
+    Image.fromarray(noisy).save(scan)
+    print(f"White Gaussian noise of sigma {arguments.sigma:g} of 255, clipped to 8 bits")
+    show(folder / "white.png", scan, photograph, noisy, ["--sigma", f"{arguments.sigma:g}"], model, corner)
+
+
+def show(
+    sheet: Path,
+    noisy_file: Path,
+    clean: Pixels,
+    noisy: Pixels,
+    options: list[str],
+    model: list[str],
+    corner: tuple[int, int],
+) -> None:
+    """Denoise a file by the command, compare it with the truth in figures and on a sheet, and time the call."""
+    denoised_file = sheet.with_name(f"{sheet.stem}-denoised.png")
+    command_seconds = run_command(noisy_file, denoised_file, [*options, *model])
+    arguments: dict[str, Any] = {"sigma": float(options[1])} if options else {}
+    seconds = time_denoising(noisy, arguments | ({"model": model[1]} if model else {}))
     denoised = np.asarray(Image.open(denoised_file))
-
-    before = peak_signal_noise_ratio(clean, noisy)
-    after = peak_signal_noise_ratio(clean, denoised)
-    comparison = arguments.output / "comparison.png"
-    pictures = {f"noisy, {before:.1f} dB": noisy, f"denoised, {after:.1f} dB": denoised, "original": clean}
-    compare(pictures, PHOTOGRAPHS[arguments.photograph]).save(comparison, optimize=True)
-
+    before, after = peak_signal_noise_ratio(clean, noisy), peak_signal_noise_ratio(clean, denoised)
+    pictures = {f"noisy, {before:.1f} dB": noisy, f"denoised, {after:.1f} dB": denoised, "without noise": clean}
+    compare(pictures, corner).save(sheet, optimize=True)
     height, width = clean.shape[:2]
-    print(f"{arguments.photograph}, {width} x {height}, noise of sigma {arguments.sigma:g} of 255, clipped to 8 bits")
     print(f"PSNR      {before:.2f} dB noisy, {after:.2f} dB denoised")
     print(f"command   {command_seconds:.2f} s, with the start of Python and loading")
     print(f"denoising {seconds:.3f} s, {height * width / 1e6 / seconds:.2f} megapixels a second (from Python, warm)")
-    print(f"pictures  {noisy_file}, {denoised_file}, {comparison}")
+    print(f"pictures  {noisy_file}, {denoised_file}, {sheet}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from fastden.api import denoise
     from fastden.batch.denoiser import BatchDenoiser
     from fastden.errors import UserError
-    from fastden.images.noise import estimate_sigma
+    from fastden.exports.api import export
     from fastden.inference.arrays import denoise_array
+    from fastden.inference.noise import NoiseEstimate, estimate_noise, estimate_sigma
     from fastden.network.fused import FusedDenoiser, fuse
     from fastden.network.hub import models
     from fastden.network.model import Denoiser
@@ -28,11 +29,14 @@ __all__ = [
     "BatchDenoiser",
     "Denoiser",
     "FusedDenoiser",
+    "NoiseEstimate",
     "UserError",
     "__version__",
     "denoise",
     "denoise_array",
+    "estimate_noise",
     "estimate_sigma",
+    "export",
     "fuse",
     "joint",
     "models",
@@ -44,10 +48,13 @@ _MODULES = {
     "BatchDenoiser": "fastden.batch.denoiser",
     "Denoiser": "fastden.network.model",
     "FusedDenoiser": "fastden.network.fused",
+    "NoiseEstimate": "fastden.inference.noise",
     "UserError": "fastden.errors",
     "denoise": "fastden.api",
     "denoise_array": "fastden.inference.arrays",
-    "estimate_sigma": "fastden.images.noise",
+    "estimate_noise": "fastden.inference.noise",
+    "estimate_sigma": "fastden.inference.noise",
+    "export": "fastden.exports.api",
     "fuse": "fastden.network.fused",
     "models": "fastden.network.hub",
 }

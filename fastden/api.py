@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 
 from fastden.images.codec import MAX_PIXELS, read_image
-from fastden.images.pixels import Array, check_pixels
-from fastden.images.value_range import ORDINARY, ValueRange, find_range
-from fastden.inference.run import Progress, denoise_pixels, noise_level_of, run_network
+from fastden.images.pixels import Array, check_floats, check_pixels
+from fastden.inference.run import Progress, Quality, Wishes, denoise_pixels, noise_level_of, run_network
 from fastden.network.fused import FusedDenoiser
-from fastden.network.loading import Model, check_max_pixels, check_strength, load_network, parse_memory
+from fastden.network.loading import Model, check_max_pixels, default_model, load_network, parse_memory
 
 
 def denoise(
     image: Any,
     sigma: Any = "auto",
     *,
-    model: Model = "color",
+    model: Model | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     tile: int | Literal["auto"] | None = "auto",
     max_memory: int | str | None = None,
     strength: float = 1.0,
+    chroma: float | None = None,
+    quality: Quality = "normal",
     progress: Progress | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Any:
@@ -50,19 +51,17 @@ def denoise(
             - a tensor (C, H, W) or (N, C, H, W), C 1 or 3; torch.uint8, torch.uint16, or floating in [0, 1]: a tensor
               of the same shape, dtype and device, without gradient.
 
-            Floating values may go beyond [0, 1] (highlights above 1, values from -1 to 1), and 16-bit ones may fill a
-            small part of it (12 bits): image and ``sigma`` are then divided by the picture's own range, and the result
-            is multiplied back (:mod:`fastden.images.value_range`). Values on another scale, such as 0-255, are refused.
-
             Gray is denoised as a colour image with equal channels, and averaged back. Alpha is not touched. Integer
             results are rounded and clipped, floating ones are not clipped.
         sigma: the noise's standard deviation **on the scale 0-255, whatever the image's dtype** (the habit of the
             field; ``model(x, sigma)`` by contrast takes the scale of ``x``). ``"auto"`` estimates it from each image
-            (:func:`fastden.estimate_sigma`, at most 75). Else a number, a map (H, W), or for a batch of tensors also
-            (N,) or (N, 1, H, W). The shipped models know 0 to 75. A blind model takes only ``"auto"``, and ignores it.
-        model: a bundled name (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network. Networks loaded
-            by name are kept for the next call; a :class:`fastden.Denoiser` is fused anew by each: for several images
-            call :func:`fastden.fuse` once and pass what it returns.
+            (:func:`fastden.estimate_noise`), as a curve of level over brightness; an estimate may be passed too. Else a
+            number, a map (H, W), or for a batch of tensors also (N,) or (N, 1, H, W). The shipped models know 0 to 75.
+            A blind model takes only ``"auto"``, and ignores it.
+        model: None is ``"photo"`` where sigma is estimated, and ``"color"``, which knows white noise best, where it is
+            given. Else a bundled name (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network. Networks
+            loaded by name are kept for the next call; a :class:`fastden.Denoiser` is fused anew by each: for several
+            images call :func:`fastden.fuse` once and pass what it returns.
         device: where to compute, ``"cpu"``, ``"cuda"``, ...; None is CUDA where there is a device, else the CPU (of a
             network: where it is).
         dtype: of the computation, ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype.
@@ -71,7 +70,10 @@ def denoise(
             result is the same, up to rounding.
         max_memory: with ``tile="auto"``, what the network's tensors may take: bytes or such as ``"2GiB"``; None is
             1 GiB.
-        strength: 0 returns the image, 1 the denoised one, between them a blend.
+        strength: 0 to 2: factor of the noise level. 0 returns the image; above 1 more is taken for noise. A blind model
+            takes no level: there 0 to 1 blends its result with the image.
+        chroma: the same for colour noise alone; None follows ``strength``. Where they differ the network runs twice.
+        quality: ``"best"`` averages the results of all eight flips and quarter turns, at eight times the work.
         progress: called with (pixels done, pixels in all) as tiles are finished.
         max_pixels: an image file of more pixels is refused before it is decoded; other kinds of images are not.
 
@@ -79,7 +81,9 @@ def denoise(
         UserError: a file that cannot be read (see :func:`fastden.images.codec.read_image`).
         ValueError, TypeError: naming the argument, what it was and what is accepted.
     """
-    options = _Options(model, device, dtype, tile, max_memory, strength, progress, max_pixels)
+    wishes = Wishes(strength, chroma, quality)
+    model = default_model(sigma) if model is None else model
+    options = _Options(model, device, dtype, tile, max_memory, wishes, progress, max_pixels)
     if isinstance(image, str | Path):
         return _denoise_path(image, sigma, options)
     if isinstance(image, Tensor):
@@ -105,35 +109,27 @@ class _Options:
         dtype: str | torch.dtype,
         tile: int | Literal["auto"] | None,
         max_memory: int | str | None,
-        strength: float,
+        wishes: Wishes,
         progress: Progress | None,
         max_pixels: int,
     ) -> None:
-        check_strength(strength)
         check_max_pixels(max_pixels)
         self.model, self.device, self.dtype = model, device, dtype
         self.tile, self.max_memory = tile, parse_memory(max_memory)
-        self.strength, self.progress, self.max_pixels = float(strength), progress, max_pixels
+        self.wishes, self.progress, self.max_pixels = wishes, progress, max_pixels
 
     def network(self, eight_bit: bool) -> FusedDenoiser:
         return load_network(self.model, self.device, self.dtype, eight_bit=eight_bit)
 
-    def run(
-        self,
-        network: FusedDenoiser,
-        batch: Tensor,
-        level: float | Tensor | None,
-        value_range: ValueRange = ORDINARY,
-    ) -> Tensor:
+    def run(self, network: FusedDenoiser, batch: Tensor, level: float | Tensor | None) -> Tensor:
         return run_network(
             network,
             batch,
             level,
             tile=self.tile,
             max_memory=self.max_memory,
-            strength=self.strength,
+            wishes=self.wishes,
             progress=self.progress,
-            value_range=value_range,
         )
 
 
@@ -148,7 +144,7 @@ def _denoise_array(array: Array, sigma: Any, options: _Options) -> Array:
         network,
         tile=options.tile,
         max_memory=options.max_memory,
-        strength=options.strength,
+        wishes=options.wishes,
         progress=options.progress,
     )
     if alpha.shape[2]:
@@ -226,15 +222,8 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
     network = options.network(eight_bit=tensor.dtype == torch.uint8)
     if batch.is_floating_point():
         batch = batch.to(torch.float64 if network.dtype == torch.float64 else torch.float32)
+        check_floats(batch.numpy(), ValueError, "image")
     images = [item.permute(1, 2, 0).numpy() for item in batch]
-    ranges = [find_range(image) for image in images]
-    level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])), ranges)
-    if all(value_range.ordinary for value_range in ranges):
-        result = options.run(network, batch, level)
-    else:
-        result = torch.empty_like(batch)
-        for index, value_range in enumerate(ranges):
-            one = slice(index, index + 1)
-            own = level[one] if isinstance(level, Tensor) and len(level) == len(batch) else level
-            result[one] = options.run(network, batch[one], own, value_range)
+    level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])))
+    result = options.run(network, batch, level.value)
     return result.reshape(tensor.shape).to(tensor)

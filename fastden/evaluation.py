@@ -20,11 +20,10 @@ import numpy.typing as npt
 import torch
 from skimage.metrics import structural_similarity
 
-from fastden.batch.plan import find_images
 from fastden.errors import UserError
-from fastden.images.codec import SUFFIXES, ImageFile, read_image
+from fastden.images.codec import ImageFile, read_image
+from fastden.images.finder import find_images
 from fastden.images.pixels import to_dtype
-from fastden.images.value_range import ORDINARY
 from fastden.inference.run import denoise_pixels
 from fastden.network.fused import FusedDenoiser
 
@@ -43,6 +42,7 @@ def evaluate_folder(
     sigmas: list[float],
     *,
     gray: bool = False,
+    estimate: bool = False,
     seed: int = 0,
     started: Started | None = None,
 ) -> list[dict[str, Any]]:
@@ -53,6 +53,7 @@ def evaluate_folder(
         network: a fused network.
         sigmas: noise levels on the scale 0-255.
         gray: make the photographs gray first (luma, rounded); noise and PSNR are of one channel.
+        estimate: the network gets the level that is estimated from the noisy image, not the one that was added.
         seed: of the noise.
         started: progress.
 
@@ -73,9 +74,11 @@ def evaluate_folder(
         noise = np.random.default_rng(seed + index).standard_normal(clean.shape, dtype=np.float32)
         for sigma, found in zip(sigmas, scores, strict=True):
             noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise
-            level: float | str = sigma if network.noise_level_input else "auto"
-            denoised, _ = denoise_pixels(noisy, level, network, value_range=ORDINARY)
+            level: float | str = sigma if network.noise_level_input and not estimate else "auto"
+            denoised, used = denoise_pixels(noisy, level, network)
             found[file.name] = _scores(clean, noisy, denoised)
+            if estimate and used is not None:
+                found[file.name]["sigma"] = round(used, 3)
     return [{"sigma": sigma, **_means(found), "images": found} for sigma, found in zip(sigmas, scores, strict=True)]
 
 
@@ -106,7 +109,7 @@ def evaluate_pairs(
         if clean.shape != noisy.shape:
             raise UserError(f"pairs: {file} is {noisy.shape}, its reference {clean.shape}; accepted: the same size")
         for sigma, found in zip(levels, scores, strict=True):
-            denoised, level = denoise_pixels(to_dtype(noisy, np.float32), sigma, network, value_range=ORDINARY)
+            denoised, level = denoise_pixels(to_dtype(noisy, np.float32), sigma, network)
             found[file.name] = _scores(clean, to_dtype(noisy, np.float32), denoised)
             if level is not None:
                 found[file.name]["sigma"] = round(level, 3)
@@ -124,10 +127,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _reference(noisy: Path) -> Path:
     stem = noisy.stem.removesuffix("_real") + "_mean"
-    found = sorted(path for path in noisy.parent.iterdir() if path.stem == stem and path.suffix.lower() in SUFFIXES)
-    if not found:
+    references = [path for path in find_images(noisy.parent) if path.stem == stem]
+    if not references:
         raise UserError(f"pairs: {noisy} has no reference {stem}.*")
-    return found[0]
+    return references[0]
 
 
 def _eight_bit(file: Path) -> Bytes:

@@ -26,7 +26,6 @@ PACKAGES = (
     "pyvips",
     "pyvips-binary",
     "scikit-image",
-    "PyWavelets",
     "safetensors",
     "huggingface_hub",
     "lightning",
@@ -163,8 +162,8 @@ def _nvidia_smi() -> list[str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    found = _output([program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
-    return [line.strip() for line in found.splitlines() if line.strip()]
+    text = _output([program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _nvcc_version(nvcc: str) -> str:
@@ -233,8 +232,8 @@ def _why_not_onednn(dtype: str) -> list[str]:
 
         return why_not(torch.device("cpu"), getattr(torch, dtype))
 
-    found = _guarded(ask)
-    return [found["error"]] if isinstance(found, dict) else found
+    reasons = _guarded(ask)
+    return [reasons["error"]] if isinstance(reasons, dict) else reasons
 
 
 def as_text(report: dict[str, Any]) -> str:

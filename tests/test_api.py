@@ -256,8 +256,8 @@ def test_sigma_maps_and_batches(network: fastden.FusedDenoiser) -> None:
 
 def test_auto_sigma_is_the_estimate(network: fastden.FusedDenoiser) -> None:
     image = pixels(64, 64, dtype=np.uint8)
-    estimate = fastden.estimate_sigma(image)
-    assert 10 < estimate < 40
+    estimate = fastden.estimate_noise(image)
+    assert estimate.decided
     np.testing.assert_array_equal(
         fastden.denoise(image, model=network), fastden.denoise(image, estimate, model=network)
     )
@@ -277,15 +277,66 @@ def test_blind_models_estimate_nothing_and_take_no_number(blind: fastden.FusedDe
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_strength_blends(network: fastden.FusedDenoiser, dtype: Any, channels: int) -> None:
+def test_strength_scales_the_level(network: fastden.FusedDenoiser, dtype: Any, channels: int) -> None:
     image = pixels(channels=channels, dtype=dtype)
-    full = 255 if dtype == np.uint8 else 1
-    values = np.repeat(image / full, 3 // channels, 2)
-    blend = ((values + reference(network, values)) / 2).mean(2 if channels == 1 else (), keepdims=True)
     np.testing.assert_array_equal(fastden.denoise(image, SIGMA, model=network, strength=0), image)
-    half = fastden.denoise(image, SIGMA, model=network, strength=0.5)
-    expected = blend * full if full == 1 else np.clip(blend * full, 0, full)
-    assert np.abs(half - expected).max() <= (1e-6 if full == 1 else 0.501)
+    for strength in (0.5, 1.5, 2.0):
+        scaled = fastden.denoise(image, SIGMA, model=network, strength=strength)
+        expected = fastden.denoise(image, SIGMA * strength, model=network)
+        np.testing.assert_allclose(scaled, expected, atol=1e-6 if dtype == np.float32 else 1)
+    curve = fastden.NoiseEstimate(tuple(10.0 + index for index in range(8)), 13.5, 0.5)
+    twice = fastden.NoiseEstimate(tuple(2 * level for level in curve.levels), 27.0, 0.5)
+    scaled = fastden.denoise(image, curve, model=network, strength=2)
+    expected = fastden.denoise(image, twice, model=network)
+    np.testing.assert_allclose(scaled, expected, atol=1e-5 if dtype == np.float32 else 1)
+
+
+def test_a_blind_model_blends(blind: fastden.FusedDenoiser) -> None:
+    image = pixels(dtype=np.float32)
+    full = fastden.denoise(image, model=blind)
+    half = fastden.denoise(image, model=blind, strength=0.5)
+    np.testing.assert_allclose(half, (image + full) / 2, atol=1e-6)
+    with pytest.raises(ValueError, match=r"strength: 1.5, but this model is blind .*; accepted: 0 to 1"):
+        fastden.denoise(image, model=blind, strength=1.5)
+
+
+def test_chroma_has_a_strength_of_its_own(network: fastden.FusedDenoiser) -> None:
+    """Luma from one result, the differences of colour to it from the other."""
+    image = pixels(dtype=np.float32)
+    weights = np.array([0.299, 0.587, 0.114], np.float32)
+    both = fastden.denoise(image, SIGMA, model=network, strength=0.5, chroma=2.0)
+    fine = fastden.denoise(image, SIGMA, model=network, strength=0.5)
+    strong = fastden.denoise(image, SIGMA, model=network, strength=2.0)
+    np.testing.assert_allclose(both @ weights, fine @ weights, atol=1e-5)
+    np.testing.assert_allclose(both - both[..., :1], strong - strong[..., :1], atol=1e-5)
+    same = fastden.denoise(image, SIGMA, model=network, strength=0.5, chroma=0.5)
+    np.testing.assert_array_equal(same, fine)
+    tiled = fastden.denoise(image, SIGMA, model=network, strength=0.5, chroma=2.0, tile=16)
+    np.testing.assert_allclose(tiled, both, atol=1e-5)
+
+
+def test_best_is_the_mean_of_eight(network: fastden.FusedDenoiser) -> None:
+    """Of sides 2 above a multiple of 4, which are padded by as much on all sides; tiles change nothing."""
+    image = pixels(38, 46, dtype=np.float32)
+    best = fastden.denoise(image, SIGMA, model=network, quality="best")
+    total = np.zeros_like(image)
+    for turns in range(4):
+        for flip in (False, True):
+            moved = np.rot90(image, turns)
+            done = fastden.denoise(np.ascontiguousarray(moved[:, ::-1] if flip else moved), SIGMA, model=network)
+            total += np.rot90(done[:, ::-1] if flip else done, -turns)
+    np.testing.assert_allclose(best, total / 8, atol=1e-5)
+    large = pixels(70, 90, dtype=np.float32)
+    whole = fastden.denoise(large, SIGMA, model=network, quality="best", tile=None)
+    np.testing.assert_allclose(fastden.denoise(large, SIGMA, model=network, quality="best", tile=32), whole, atol=1e-5)
+
+
+def test_the_default_model_follows_sigma() -> None:
+    image = pixels(20, 20, dtype=np.uint8)
+    np.testing.assert_array_equal(fastden.denoise(image), fastden.denoise(image, model="photo"))
+    np.testing.assert_array_equal(fastden.denoise(image, 20), fastden.denoise(image, 20, model="color"))
+    estimate = fastden.estimate_noise(image)
+    np.testing.assert_array_equal(fastden.denoise(image, estimate), fastden.denoise(image, estimate, model="photo"))
 
 
 def test_tiles_give_the_same_result_and_report_progress(network: fastden.FusedDenoiser) -> None:
@@ -358,7 +409,9 @@ def test_missing_path(network: fastden.FusedDenoiser, tmp_path: Path) -> None:
         ({"sigma": np.zeros((3, 3))}, ValueError, r"sigma: shape \(3, 3\)"),
         ({"sigma": np.full((32, 40), -1.0)}, ValueError, "sigma: values from -1 to -1"),
         ({"sigma": np.full((32, 40), np.nan)}, ValueError, "sigma: values from nan"),
-        ({"strength": 1.5}, ValueError, "strength: 1.5; accepted"),
+        ({"strength": 2.5}, ValueError, "strength: 2.5; accepted: a number from 0 to 2"),
+        ({"chroma": -1}, ValueError, "chroma: -1; accepted: a number from 0 to 2"),
+        ({"quality": "high"}, ValueError, "quality: 'high'; accepted: 'normal', 'best'"),
         ({"strength": "all"}, ValueError, "strength: 'all'"),
         ({"tile": "big"}, ValueError, "tile: 'big'"),
         ({"max_memory": "much"}, ValueError, "max_memory: 'much'; accepted"),

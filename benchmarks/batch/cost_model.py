@@ -13,7 +13,6 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import numpy as np
 
 from fastden.batch.cost import Cost
 from fastden.batch.denoiser import BatchDenoiser
+from fastden.batch.manifest import Record
 from fastden.batch.plan import Job
-from fastden.batch.ray import choose_pool, distribute, files_at_once, plan_rows
+from fastden.batch.ray import connect, distribute, files_at_once, plan_rows
 from fastden.images.codec import ImageFile, write_image
 from fastden.info import collect
 from fastden.network.onednn import keep_freed_memory
@@ -56,10 +56,10 @@ def row(predicted: float, images: int, seconds: float) -> dict[str, float]:
     }
 
 
-def done(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    failed = [record for record in records if record["status"] != "done"]
+def done(records: list[Record]) -> list[Record]:
+    failed = [record for record in records if record.status != "done"]
     if failed:
-        raise SystemExit(f"{failed[0]['input']}: {failed[0]['error']}")
+        raise SystemExit(f"{failed[0].input}: {failed[0].error}")
     return records
 
 
@@ -77,9 +77,9 @@ def main() -> None:
     settings = {"model": "color", "sigma": 15.0, "device": arguments.device, "dtype": arguments.dtype}
     batch = BatchDenoiser(**settings)
 
-    def denoise(items: list[dict[str, str]]) -> list[dict[str, Any]]:
+    def denoise(items: list[dict[str, str]]) -> list[Record]:
         Path(items[0]["output"]).parent.mkdir()
-        return [asdict(batch.one(Job(Path(item["input"]), Path(item["output"])))) for item in items]
+        return [batch.one(Job(Path(item["input"]), Path(item["output"]))) for item in items]
 
     side = arguments.side
     step = side // 10
@@ -107,13 +107,11 @@ def main() -> None:
             together = arguments.workers_per_device
             rows = plan_rows([str(top / "folder")], str(top / "ray"))
             start, ended = time.perf_counter(), []
-            for record in distribute(rows, settings, workers_per_device=together):
+            pool = connect(None, together, arguments.device)
+            for record in distribute(rows, settings, pool):
                 done([record])
                 ended.append(time.perf_counter())
             # The first record ends the start of Ray and of its workers, which a long run does not feel.
-            import ray
-
-            pool = choose_pool(ray.cluster_resources(), None, together, arguments.device)
             predicted = cost.images_an_hour(
                 megapixels, together, files_at_once=files_at_once(pool), cores=None if pool.gpus else int(pool.cpus)
             )

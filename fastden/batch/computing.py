@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fastden.batch.grouping import together
+from fastden.batch.picture import Picture, Progress
 from fastden.batch.settings import Settings
-from fastden.batch.transfer import Lane, Pending
-from fastden.batch.work import Progress, Work
+from fastden.batch.transfer import Pending, Transfer
 from fastden.images.codec import ImageFile
 from fastden.images.pixels import Array
-from fastden.images.value_range import ValueRange
 from fastden.inference.run import denoise_batch, run_network
 from fastden.inference.tiling import SMALLEST, automatic_tile
 from fastden.network.fused import FusedDenoiser
@@ -38,31 +37,25 @@ class Computing:
         self.settings = settings
         self.smaller: int | None = None
 
-    def compute(self, works: list[Work], progress: Progress | None = None) -> None:
+    def compute(self, pictures: list[Picture], progress: Progress | None = None) -> None:
         """Denoise images of one size and type together; one of them may be of any size."""
-        images = [work.image for work in works if work.image is not None]
+        images = [picture.image for picture in pictures if picture.image is not None]
         start = time.perf_counter()
         if images[0].pages > 1:
-            results = [self._denoised_pages(images[0], works[0], progress)]
-        elif self.settings.lane is not None and self._compute_on_device(self.settings.lane, works, progress):
+            results = [self._denoised_pages(images[0], pictures[0].level, progress)]
+        elif self.settings.transfer is not None and self._compute_on_device(self.settings.transfer, pictures, progress):
             return
         else:
-            results = self._denoised([image.pixels for image in images], levels(works), progress, works[0].ranges[0])
-        seconds = (time.perf_counter() - start) / len(works)
-        for work, image, result in zip(works, images, results, strict=True):
-            work.image = replace(image, pixels=result)
-            work.seconds["compute"] = seconds
+            results = self._denoised([image.pixels for image in images], levels(pictures), progress)
+        seconds = (time.perf_counter() - start) / len(pictures)
+        for picture, image, result in zip(pictures, images, results, strict=True):
+            picture.image = replace(image, pixels=result)
+            picture.seconds["compute"] = seconds
 
-    def _denoised(
-        self,
-        pixels: list[Array],
-        level: float | Tensor | None,
-        progress: Progress | None,
-        value_range: ValueRange,
-    ) -> list[Array]:
+    def _denoised(self, pixels: list[Array], level: float | Tensor | None, progress: Progress | None) -> list[Array]:
         network = self.settings.network(pixels[0].dtype == np.uint8)
         shape = (len(pixels), *pixels[0].shape[:2])
-        options: dict[str, Any] = {"strength": self.settings.strength, "progress": progress, "value_range": value_range}
+        options: dict[str, Any] = {"wishes": self.settings.wishes, "progress": progress}
         results: list[Array] = self.attempt(
             network,
             shape,
@@ -70,48 +63,47 @@ class Computing:
         )
         return results
 
-    def _denoised_pages(self, image: ImageFile, work: Work, progress: Progress | None) -> Array:
+    def _denoised_pages(self, image: ImageFile, level: float | Tensor | None, progress: Progress | None) -> Array:
         """One page after another: each gets what it gets as a file of its own."""
-        result, level = np.empty_like(image.pixels), work.level
+        result = np.empty_like(image.pixels)
         pages = zip(image.split(), np.split(result, image.pages), strict=True)
         for index, (page, target) in enumerate(pages):
-            own = float(level[index]) if isinstance(level, Tensor) and level.dim() == 1 else level
+            own: float | Tensor | None = level
+            if isinstance(level, Tensor) and level.dim() == 2 and len(level) > 1:
+                own = level[index : index + 1]
 
             def part(done: int, total: int, index: int = index) -> None:
                 if progress is not None:
                     progress(index * total + done, image.pages * total)
 
-            (target[:],) = self._denoised([page], own, part, work.ranges[index])
+            (target[:],) = self._denoised([page], own, part)
         return result
 
-    def _compute_on_device(self, lane: Lane, works: list[Work], progress: Progress | None) -> bool:
+    def _compute_on_device(self, transfer: Transfer, pictures: list[Picture], progress: Progress | None) -> bool:
         """Queue a pass over whole images on the device; False where they are too large for it."""
-        pinned = [work.pinned for work in works if work.pinned is not None]
-        batch = pinned[0] if len(pinned) == 1 else lane.pin(torch.cat(pinned))
-        if not lane.fits(batch, self.settings.budget.network):
+        pinned = [picture.pinned for picture in pictures if picture.pinned is not None]
+        batch = pinned[0] if len(pinned) == 1 else transfer.pin(torch.cat(pinned))
+        if not transfer.fits(batch, self.settings.budget.network):
             return False
-        assert works[0].image is not None
-        network, level = self.settings.network(works[0].image.pixels.dtype == np.uint8), levels(works)
+        assert pictures[0].image is not None
+        network, level = self.settings.network(pictures[0].image.pixels.dtype == np.uint8), levels(pictures)
         n, _, height, width = batch.shape
 
         def once(tile: Any, memory: int | None) -> Pending:
-            options: dict[str, Any] = {"tile": tile, "max_memory": memory, "strength": self.settings.strength}
-            options["value_range"] = works[0].ranges[0]
-            return lane.run(batch, lambda image: run_network(network, image, level, progress=progress, **options))
+            options: dict[str, Any] = {"tile": tile, "max_memory": memory, "wishes": self.settings.wishes}
+            return transfer.run(batch, lambda image: run_network(network, image, level, progress=progress, **options))
 
         pending = self.attempt(network, (n, height, width), once)
-        for index, work in enumerate(works):
-            work.pending, work.pinned = (pending, index, n), None
+        for index, picture in enumerate(pictures):
+            picture.pending, picture.pinned = (pending, index, n), None
         return True
 
-    def group_limit(self, work: Work) -> int:
+    def group_limit(self, picture: Picture) -> int:
         """How many images like this one may go through the network together; 1 for alone."""
-        if work.image is None or work.image.pages > 1 or isinstance(work.level, Tensor):
+        if picture.image is None or picture.image.pages > 1 or _is_map(picture.level):
             return 1
-        if not work.ranges[0].ordinary:
-            return 1
-        height, width = work.image.pixels.shape[:2]
-        network = self.settings.network(work.image.pixels.dtype == np.uint8)
+        height, width = picture.image.pixels.shape[:2]
+        network = self.settings.network(picture.image.pixels.dtype == np.uint8)
         return together(network, height, width, self.settings.budget.network)
 
     def attempt(
@@ -141,18 +133,23 @@ class Computing:
                 torch.cuda.empty_cache()
 
 
-def alike(one: Work, another: Work) -> bool:
+def alike(one: Picture, another: Picture) -> bool:
     """Whether two images may go through the network together."""
-    if one.image is None or another.image is None or another.image.pages > 1 or isinstance(another.level, Tensor):
-        return False
-    if one.ranges != another.ranges:
+    if one.image is None or another.image is None or another.image.pages > 1 or _is_map(another.level):
         return False
     a, b = one.image.pixels, another.image.pixels
     return a.shape == b.shape and a.dtype == b.dtype
 
 
-def levels(works: list[Work]) -> float | Tensor | None:
+def levels(pictures: list[Picture]) -> float | Tensor | None:
     """The noise levels of images that go together."""
-    if len(works) == 1 or works[0].level is None:
-        return works[0].level
-    return torch.tensor([work.level for work in works], dtype=torch.float64)
+    if len(pictures) == 1 or pictures[0].level is None:
+        return pictures[0].level
+    values = [picture.level for picture in pictures]
+    if isinstance(values[0], Tensor):  # curves
+        return torch.cat([value for value in values if isinstance(value, Tensor)])
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _is_map(level: float | Tensor | None) -> bool:
+    return isinstance(level, Tensor) and level.dim() == 4

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from fastden.batch.manifest import Record
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,18 @@ class Cost:
     write: float
 
     @classmethod
-    def of(cls, records: Iterable[dict[str, Any]]) -> Cost:
+    def of(cls, records: Iterable[Record]) -> Cost:
         """Means over the records of a run, weighted by pixels.
 
         Raises:
             ValueError: no image among them is done.
         """
-        done = [record for record in records if record["status"] == "done"]
-        megapixels = sum(record["width"] * record["height"] * record.get("pages", 1) for record in done) / 1e6
+        done = [record for record in records if record.status == "done"]
+        megapixels = sum(record.width * record.height * record.pages for record in done) / 1e6
         if not megapixels:
             raise ValueError("records: none is done; accepted: at least one image that was denoised")
         stages = ("read", "compute", "write")
-        return cls(*(1000 * sum(record["seconds"][stage] for record in done) / megapixels for stage in stages))
+        return cls(*(1000 * sum(record.seconds[stage] for record in done) / megapixels for stage in stages))
 
     def images_an_hour(
         self, megapixels: float, workers: int = 1, *, files_at_once: int = 1, cores: int | None = None

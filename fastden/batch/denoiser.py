@@ -19,9 +19,10 @@ from fastden.batch.stages import Stages
 from fastden.batch.threads import ThreadedRun
 from fastden.errors import FAILURES, UserError
 from fastden.images.codec import MAX_PIXELS
+from fastden.inference.run import Quality, Wishes
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
-from fastden.network.loading import Model, check_max_pixels, check_strength, parse_memory
+from fastden.network.loading import Model, check_max_pixels, default_model, parse_memory
 
 _T = TypeVar("_T")
 
@@ -44,7 +45,7 @@ class BatchDenoiser:
         []
 
     Args:
-        model, device, dtype, tile, strength, max_pixels: as in :func:`fastden.denoise`.
+        model, device, dtype, tile, strength, chroma, quality, max_pixels: as in :func:`fastden.denoise`.
         sigma: ``"auto"``, or a number on the scale 0-255.
         sigma_map: an image file of the images' size, gray: its values are the noise level, white standing for 255 at
             any depth (an 8-bit value is the sigma itself). With ``sigma="auto"`` alone.
@@ -63,11 +64,13 @@ class BatchDenoiser:
 
     def __init__(
         self,
-        model: Model = "color",
+        model: Model | None = None,
         *,
         sigma: Literal["auto"] | float = "auto",
         sigma_map: str | Path | None = None,
         strength: float = 1.0,
+        chroma: float | None = None,
+        quality: Quality = "normal",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         tile: int | Literal["auto"] | None = "auto",
@@ -77,7 +80,9 @@ class BatchDenoiser:
         max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
     ) -> None:
-        check_strength(strength)
+        wishes = Wishes(strength, chroma, quality)
+        if model is None:
+            model = default_model(sigma if sigma_map is None else 0.0)
         check_max_pixels(max_pixels)
         memory = parse_memory(max_memory)
         check_tile(tile, memory)
@@ -92,13 +97,13 @@ class BatchDenoiser:
             model,
             sigma=sigma,
             sigma_map=None if sigma_map is None else Path(sigma_map),
-            strength=strength,
+            wishes=wishes,
             device=device,
             dtype=dtype,
             tile=tile,
             max_memory=memory,
             overwrite=overwrite,
-            strip=strip_metadata,
+            strip_metadata=strip_metadata,
             max_pixels=max_pixels,
             say=self._note,
         )
@@ -156,15 +161,15 @@ class BatchDenoiser:
         listener: Listener | None = None,
     ) -> Report:
         """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`."""
-        book = open_manifest(manifest, jobs, output)
-        if resume and book is None:
+        opened = open_manifest(manifest, jobs, output)
+        if resume and opened is None:
             raise UserError("resume: there is no manifest to resume from; accepted: an output folder, or a manifest")
         self._listener = listener or Listener()
         run = ThreadedRun(
             self.stages,
             jobs,
             output,
-            manifest=book,
+            manifest=opened,
             resume=resume,
             listener=self._listener,
             equality=self._equality,
@@ -201,23 +206,21 @@ class BatchDenoiser:
         Returns:
             The record, of a failure too.
         """
-        stages, taken = self.stages, 0
+        stages = self.stages
         try:
-            work = stages.reading.open(job, replaces=replaces)
-            # An image that is streamed keeps to all of the limit.
-            work.size = self._gate.limit if work.streamed else min(work.size, self._gate.limit)
-            self._gate.take(work.size)
-            taken = work.size
-            stages.reading.read(work)
-            if work.streamed:
-                return _run(computer, lambda: stages.stream(work, manifest))
-            _run(computer, lambda: stages.computing.compute([work]))
-            return stages.writing.write(work, manifest)
+            picture = stages.read(job, self._gate, replaces=replaces)
+        except FAILURES as error:
+            return stages.writing.failure(job, error, manifest)
+        try:
+            if picture.streamed:
+                return _run(computer, lambda: stages.stream(picture, manifest))
+            _run(computer, lambda: stages.computing.compute([picture]))
+            return stages.writing.write(picture, manifest)
         except FAILURES as error:
             return stages.writing.failure(job, error, manifest)
         finally:
-            self._gate.give_back(taken)
+            self._gate.give_back(picture.size)
 
 
-def _run(computer: Executor | None, work: Callable[[], _T]) -> _T:
-    return work() if computer is None else computer.submit(work).result()
+def _run(computer: Executor | None, function: Callable[[], _T]) -> _T:
+    return function() if computer is None else computer.submit(function).result()

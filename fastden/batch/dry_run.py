@@ -86,8 +86,8 @@ def rehearse(
         batch: what would run.
         jobs, output, manifest, resume: as in :meth:`fastden.BatchDenoiser.run_jobs`.
     """
-    book = open_manifest(manifest, jobs, output)
-    steps = [_step(batch, job, book if resume else None) for job in jobs]
+    opened = open_manifest(manifest, jobs, output)
+    steps = [_step(batch, job, opened if resume else None) for job in jobs]
     todo = [step for step in steps if not (step.done or step.error)]
     if not todo:
         return Rehearsal(steps, 0.0, 0)
@@ -101,10 +101,10 @@ def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
         if manifest is not None and manifest.finished(job, settings.weights, settings.options(job)):
             return Step(job, done=True)
         _check_output(settings, job, manifest)
-        work = batch.stages.reading.look(job)
+        picture = batch.stages.reading.look(job)
     except FAILURES as error:
         return Step(job, error=in_one_line(error))
-    if work.header is None:
+    if picture.header is None:
         return Step(job, error="cannot be read")
     if settings.sigma_map is not None:
         sigma = f"sigma from {settings.sigma_map}"
@@ -112,7 +112,7 @@ def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
         sigma = "no sigma (blind model)"
     else:
         sigma = "sigma to be estimated" if settings.sigma == "auto" else f"sigma {settings.sigma:g}"
-    return Step(job, work.header.width, work.header.height, work.header.pages, sigma, work.streamed)
+    return Step(job, picture.header.width, picture.header.height, picture.header.pages, sigma, picture.streamed)
 
 
 def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> None:
@@ -128,7 +128,7 @@ def _rate(network: FusedDenoiser) -> float:
     seconds = 0.0
     for _ in range(2):  # the first packs weights
         start = time.perf_counter()
-        denoise_batch([image], level, network)
+        denoise_batch([image], level.value, network)
         seconds = time.perf_counter() - start
     return SAMPLE * SAMPLE / 1e6 / seconds
 

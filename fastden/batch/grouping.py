@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from fastden.images.pixels import Array, to_dtype
 from fastden.inference.run import denoise_batch
@@ -46,24 +46,24 @@ class Equality:
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], bool] = {}
 
-    def holds(self, network: FusedDenoiser, images: list[Array], levels: list[float] | None, memory: int) -> bool:
+    def holds(self, network: FusedDenoiser, images: list[Array], level: float | Tensor | None, memory: int) -> bool:
         """Compare on first sight of the images' number, shape and network.
 
         Args:
             network: any.
             images: (H, W, C), of one shape and dtype.
-            levels: of the images, on the scale 0-1; None for a blind network.
+            level: of the images, on the scale 0-1, (N,) or curves (N, 8); a number is that of one; None for a blind
+                network.
             memory: bytes for the network's tensors.
         """
         key = (len(images), images[0].shape, network.dtype, network.device)
         if key not in self._known:
             floats = [to_dtype(image, np.float32) for image in images]
-            several = None if levels is None else torch.tensor(levels, dtype=torch.float64)
-            joint = denoise_batch(floats, several, network, max_memory=memory)
+            joint = denoise_batch(floats, level, network, max_memory=memory)
             ends = (0, len(images) - 1)
+            own = [level[i : i + 1] if isinstance(level, Tensor) else level for i in ends]
             alone = [
-                denoise_batch([floats[i]], None if levels is None else levels[i], network, max_memory=memory)[0]
-                for i in ends
+                denoise_batch([floats[i]], one, network, max_memory=memory)[0] for i, one in zip(ends, own, strict=True)
             ]
             self._known[key] = all(np.array_equal(joint[i], one) for i, one in zip(ends, alone, strict=True))
         return self._known[key]

@@ -29,6 +29,8 @@ class Record:
         status: ``writing`` (whole, about to get its name), ``done`` or ``failed``.
         sigma: the noise level used, on the scale 0-255, of a map its mean; None for a blind model, or a failure.
         sigma_source: ``given``, ``estimated``, ``map`` or ``blind``.
+        noise: what was estimated of a file of one page: ``levels`` (0-255 scale, at eight values of brightness),
+            ``coarseness`` and ``kind`` of :class:`fastden.NoiseEstimate`.
         model: name and SHA-256 of the weights.
         options: what else decides the result.
         time: when the line was written, UTC.
@@ -50,6 +52,7 @@ class Record:
     options: dict[str, Any]
     sigma: float | None = None
     sigma_source: str | None = None
+    noise: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     input_size: int = 0
     input_mtime_ns: int = 0
@@ -61,6 +64,16 @@ class Record:
     streamed: bool = False
     notes: tuple[str, ...] = ()
     error: str | None = None
+
+    def as_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """The record that :meth:`as_json` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "notes": tuple(values["notes"])})
 
 
 class Manifest:
@@ -117,7 +130,7 @@ class Manifest:
             UserError: the system refuses.
         """
         # File names are bytes: what is no UTF-8 in them is a lone surrogate in Python.
-        line = json.dumps(asdict(record), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        line = record.as_json().encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             self._keep(record.output, asdict(record))
             if self._held is not None:
@@ -146,7 +159,7 @@ class Manifest:
         record = self._last.get(self.name_of(job.target))
         if record is None or record.get("status") not in ("writing", "done"):
             return False
-        return _place(record["input"]) == _place(job.source)
+        return _location(record["input"]) == _location(job.source)
 
     def written(self) -> dict[Path, dict[str, Any]]:
         """The outputs that runs on record wrote, or were about to, each with its record."""
@@ -170,7 +183,7 @@ class Manifest:
             same = (record.get("input_size"), record.get("input_mtime_ns")) == (source.st_size, source.st_mtime_ns)
             # An image that was replaced by its result is another one since.
             in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
-            same_path = _place(record["input"]) == _place(job.source)
+            same_path = _location(record["input"]) == _location(job.source)
             return same_path and (same or in_place) and digest(job.target) == record.get("output_sha256")
         except OSError:
             return False
@@ -200,12 +213,14 @@ def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], b
     Raises:
         UserError: the manifest cannot be read.
     """
-    book = None if manifest is None else Manifest(output / NAME if manifest == "auto" else Path(manifest), eager=False)
-    made = {} if book is None else {_place(path): record for path, record in book.written().items()}
+    made: dict[str, dict[str, Any]] = {}
+    if manifest is not None:
+        earlier = Manifest(output / NAME if manifest == "auto" else Path(manifest), eager=False)
+        made = {_location(path): record for path, record in earlier.written().items()}
 
     def is_made(path: Path) -> bool:
-        record = made.get(_place(path))
-        if record is None or _place(record["input"]) == _place(path):
+        record = made.get(_location(path))
+        if record is None or _location(record["input"]) == _location(path):
             return False
         if os.path.lexists(record["input"]):
             return True
@@ -217,7 +232,7 @@ def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], b
     return is_made
 
 
-def _place(path: str | Path) -> str:
+def _location(path: str | Path) -> str:
     """Where a file lies, whatever links lead to its folder; a link to a file is a file of its own."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)

@@ -62,6 +62,23 @@ class Gate:
                 raise Stopped
             self.taken += size
 
+    def admit(self, size: int, *, whole: bool) -> int:
+        """Wait until an image fits, and claim its bytes.
+
+        Args:
+            size: bytes that it takes; above the limit it is admitted alone.
+            whole: it keeps to all of the limit, as an image does that is streamed.
+
+        Returns:
+            What was claimed, to be given back.
+
+        Raises:
+            Stopped: the gate was closed.
+        """
+        claimed = self.limit if whole else min(size, self.limit)
+        self.take(claimed)
+        return claimed
+
     def give_back(self, size: int) -> None:
         with self._changed:
             self.taken -= size

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for
-from fastden.images.kinds import kind_of_suffix
+from fastden.images.finder import count_left_out, find_images
 
 #: The suffix that each format gets when ``--format`` renames a file.
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif"}
@@ -24,37 +24,6 @@ class Job:
 
     source: Path
     target: Path
-
-
-def find_images(
-    folder: Path,
-    recursive: bool = False,
-    unreadable: list[OSError] | None = None,
-    left_out: list[Path] | None = None,
-) -> list[Path]:
-    """Image files in ``folder`` (by suffix), sorted; hidden ones are left out. Links to folders are not followed.
-
-    Args:
-        folder: to look into.
-        recursive: and into the folders in it.
-        unreadable: takes the errors of folders below that cannot be looked into; None raises the first.
-        left_out: takes files of images that are not read here.
-    """
-    files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
-    files = [path for path in files if not path.name.startswith(".")]
-    images = (path for path in files if path.suffix.lower() in SUFFIXES)
-    if left_out is not None:
-        left_out += sorted(path for path in files if kind_of_suffix(path.suffix) is not None and path.is_file())
-    return sorted(path for path in images if path.is_file())
-
-
-def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:
-    def failed(error: OSError) -> None:
-        if unreadable is None or error.filename == str(top):
-            raise error
-        unreadable.append(error)
-
-    return [Path(folder, name) for folder, _, names in os.walk(top, onerror=failed) for name in names]
 
 
 def plan(
@@ -77,7 +46,6 @@ def plan(
         unreadable: as in :func:`find_images`; of patterns too.
         made: whether a file is a result of the run that is resumed, and so no input; see
             :func:`fastden.batch.manifest.made_before`.
-        left_out: takes files in the folders that are images which are not read here.
 
     Raises:
         UserError: an input that does not exist or holds no image; two inputs with one output; an output that is another
@@ -101,14 +69,6 @@ def plan(
     return jobs
 
 
-def count_left_out(files: Iterable[Path]) -> str:
-    """What to tell of files that are images which are not read here."""
-    kinds = Counter(kind_of_suffix(path.suffix) or "other images" for path in files)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    total = sum(kinds.values())
-    return f"{total} image file{'s' * (total != 1)} left out, not read here: {counts}"
-
-
 def _is_file(name: str) -> bool:
     return Path(name).exists() and not Path(name).is_dir()
 
@@ -122,26 +82,26 @@ def _sources(
     left_out: list[Path] | None,
 ) -> list[tuple[Path, Path]]:
     """Pairs of an input file and its path below the output folder."""
-    found: dict[Path, Path] = {}
+    sources: dict[Path, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
             others: list[Path] = []
-            found_here = find_images(path, recursive, unreadable, others)
+            images_here = find_images(path, recursive, unreadable, others)
             others = [other for other in others if not _written_before(other, path, output)]
             if left_out is not None:
                 left_out += others
-            images = [image for image in found_here if not (_written_before(image, path, output) or made(image))]
-            if found_here and not images:
+            images = [image for image in images_here if not (_written_before(image, path, output) or made(image))]
+            if images_here and not images:
                 raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
             if not images:
                 hint = "" if recursive else ", --recursive to descend"
                 told = f" ({count_left_out(others)})" if others else ""
                 raise UserError(f"input: no images in {path}{told}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
-            found.update((image, image.relative_to(path)) for image in images)
+            sources.update((image, image.relative_to(path)) for image in images)
         elif path.exists():
             if not made(path):
-                found[path] = Path(path.name)
+                sources[path] = Path(path.name)
         elif glob.has_magic(name):
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
             top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
@@ -154,12 +114,12 @@ def _sources(
                 unreadable += errors
             if not files:
                 raise UserError(f"input: nothing matches {name}")
-            found.update((file, Path(file.name)) for file in files)
+            sources.update((file, Path(file.name)) for file in files)
         else:
             raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
-    if not found:
+    if not sources:
         raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
-    return list(found.items())
+    return list(sources.items())
 
 
 def _passed_over(pattern: str) -> list[OSError]:
@@ -181,8 +141,8 @@ def _passed_over(pattern: str) -> list[OSError]:
 
 def _once(files: list[Path]) -> list[Path]:
     """Without those that ``**`` met again behind a link to a folder; a link to a file is a file of its own."""
-    places = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
-    return sorted(places.values())
+    files_once = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
+    return sorted(files_once.values())
 
 
 def _written_before(image: Path, folder: Path, output: Path) -> bool:
@@ -195,18 +155,18 @@ def _written_before(image: Path, folder: Path, output: Path) -> bool:
 def _refuse_collisions(jobs: list[Job]) -> None:
     by_target = defaultdict(list)
     for job in jobs:
-        by_target[_place(job.target)].append(job)
+        by_target[_identity(job.target)].append(job)
     for same in by_target.values():
         if len(same) > 1:
             names = ", ".join(str(job.source) for job in same)
             raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")
     for job in jobs:
         # Whether it were read before it is replaced or after would be chance.
-        (writer,) = by_target.get(_place(job.source), [job])
+        (writer,) = by_target.get(_identity(job.source), [job])
         if writer is not job:
             raise UserError(f"output: {writer.target}, of {writer.source}, is an input too; accepted: another folder")
 
 
-def _place(path: Path) -> str:
+def _identity(path: Path) -> str:
     # Case-insensitive file systems would let one overwrite the other.
     return os.path.normcase(os.path.realpath(path)).casefold()

@@ -13,11 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastden.batch.manifest import Record
+from fastden.batch.plan import SUFFIX_OF, Job, plan
 from fastden.errors import UserError
+from fastden.images.codec import SUFFIXES
+from fastden.images.finder import has_image_name
 
 Row = dict[str, str]
 
@@ -62,7 +66,6 @@ def plan_rows(
     format_name: str | None = None,
     unreadable: list[OSError] | None = None,
     made: Callable[[Path], bool] | None = None,
-    left_out: list[Path] | None = None,
 ) -> list[Row]:
     """What to read and where to write it: a row ``{"input", "output"}`` for each image.
 
@@ -71,16 +74,14 @@ def plan_rows(
         output: a folder, or for one local file a file.
         recursive: descend into folders, keeping their structure.
         format_name: of the results; the inputs' suffixes otherwise.
-        unreadable, made, left_out: as in :func:`fastden.batch.plan.plan`; of paths alone.
+        unreadable, made: as in :func:`fastden.batch.plan.plan`; of paths alone.
 
     Raises:
         UserError: as :func:`fastden.batch.plan.plan`.
     """
-    from fastden.batch.plan import SUFFIX_OF, plan
-
     if not any(map(has_scheme, (*inputs, output))):
         options: dict[str, Any] = {"recursive": recursive, "format_name": format_name}
-        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, left_out=left_out, **options)
+        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, **options)
         return [{"input": os.path.abspath(job.source), "output": os.path.abspath(job.target)} for job in jobs]
     if not has_scheme(output):
         output = os.path.abspath(output)  # workers have working folders of their own
@@ -97,20 +98,18 @@ def plan_rows(
 
 def _sources(name: str, recursive: bool) -> list[tuple[str, str]]:
     """Names of images, each with its path below the output."""
-    from fastden.images.codec import SUFFIXES
-
     system, path = _filesystem(name)
     try:
         if system.isdir(path):
             folder = path.rstrip("/")
-            found = sorted(system.find(folder, maxdepth=None if recursive else 1))
+            files = sorted(system.find(folder, maxdepth=None if recursive else 1))
         elif glob.has_magic(path):
-            folder, found = "", sorted(system.glob(path))
+            folder, files = "", sorted(system.glob(path))
         else:
-            folder, found = "", [path] if system.isfile(path) else []
+            folder, files = "", [path] if system.isfile(path) else []
     except OSError as error:
         raise UserError(f"input: {name}: {error.strerror or error}") from error
-    images = [file for file in found if Path(file).suffix.lower() in SUFFIXES and not Path(file).name.startswith(".")]
+    images = [file for file in files if has_image_name(file)]
     if not images:
         raise UserError(
             f"input: no images at {name}; accepted: files, folders and patterns, suffixes {', '.join(SUFFIXES)}"
@@ -150,48 +149,45 @@ class Worker:
         self.overwrite = bool(settings.get("overwrite"))
         self.computer = ThreadPoolExecutor(1, "fastden-compute")
 
-    def __call__(self, row: Row) -> dict[str, Any]:
+    def __call__(self, row: Row) -> dict[str, str]:
         """The record of a row, its names those of the row, as one JSON text: Ray's columns hold no mixed types."""
-        import json
-
         source, target = row["input"], row["output"]
-        if not (has_scheme(source) or has_scheme(target)):
-            record = self._one(Path(source), Path(target), replaces=row.get("replaces") == "yes")
-        else:
+        if has_scheme(source) or has_scheme(target):
             record = self._through_copies(source, target)
-        return {"record": json.dumps({**record, "input": source, "output": target})}
+        else:
+            record = self._one(Job(Path(source), Path(target)), replaces=row.get("replaces") == "yes")
+        return {"record": replace(record, input=source, output=target).as_json()}
 
-    def _one(self, source: Path, target: Path, replaces: bool = False) -> dict[str, Any]:
-        from dataclasses import asdict
-
-        from fastden.batch.plan import Job
-
-        job = Job(source, target)
+    def _one(self, job: Job, replaces: bool = False) -> Record:
+        folder = job.target.parent
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            refusal = UserError(f"output: cannot make the folder {target.parent}: {error.strerror}")
-            return asdict(self.denoiser.stages.writing.failure(job, refusal, None))
-        return asdict(self.denoiser.one(job, replaces=replaces, computer=self.computer))
+            return self._failure(job, UserError(f"output: cannot make the folder {folder}: {error.strerror}"))
+        return self.denoiser.one(job, replaces=replaces, computer=self.computer)
 
-    def _through_copies(self, source: str, target: str) -> dict[str, Any]:
+    def _through_copies(self, source: str, target: str) -> Record:
         with tempfile.TemporaryDirectory(prefix="fastden-") as folder:
-            here, there = Path(source), Path(target)
+            job = Job(
+                Path(folder, "input" + Path(source).suffix) if has_scheme(source) else Path(source),
+                Path(folder, "output" + Path(target).suffix) if has_scheme(target) else Path(target),
+            )
             try:
                 if has_scheme(source):
-                    here = Path(folder, "input" + Path(source).suffix)
-                    _fetch(source, here)
+                    _fetch(source, job.source)
                 if has_scheme(target):
-                    there = Path(folder, "output" + Path(target).suffix)
                     system, path = _filesystem(target)
                     if not self.overwrite and system.exists(path):
                         raise UserError(f"{target}: exists already; accepted: another name, or overwrite (--overwrite)")
-                record = self._one(here, there)
-                if record["status"] == "done" and has_scheme(target):
-                    _send(there, target)
+                record = self._one(job)
+                if record.status == "done" and has_scheme(target):
+                    _send(job.target, target)
             except Exception as error:  # every kind of store has errors of its own; one file's stop no others
-                return {"status": "failed", "error": str(error) or type(error).__name__, "notes": [], "seconds": {}}
+                return self._failure(job, error)
         return record
+
+    def _failure(self, job: Job, error: Exception) -> Record:
+        return self.denoiser.stages.writing.failure(job, error)
 
 
 def _fetch(source: str, here: Path) -> None:
@@ -243,44 +239,46 @@ def choose_pool(resources: dict[str, float], workers: int | None, per_device: in
     return Pool(count, 0, max(cpus // count, 1))
 
 
-def distribute(
-    rows: Sequence[Row],
-    settings: dict[str, Any],
-    *,
-    workers: int | None = None,
-    workers_per_device: int = 1,
-) -> Iterator[dict[str, Any]]:
-    """Denoise files on the Ray cluster that this process is connected to, or finds, or else on this machine.
+def connect(workers: int | None, workers_per_device: int, device: str | None) -> Pool:
+    """Connect to the Ray cluster that this process finds, or else start Ray on this machine; the pool that it gives.
 
     Args:
-        rows: from :func:`plan_rows`.
-        settings: keyword arguments of :class:`fastden.BatchDenoiser`; they travel to every worker.
-        workers, workers_per_device: as in :func:`choose_pool`.
-
-    Yields:
-        A record for each row as it is finished, in no particular order.
+        workers, workers_per_device, device: as in :func:`choose_pool`.
 
     Raises:
         UserError: Ray is missing, does not start, or finds no cluster where ``RAY_ADDRESS`` says.
     """
-    import json
     import logging
 
-    if not rows:
-        return
     ray = _ray()
     if not ray.is_initialized():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises that very class where a machine's processes do not come up
             raise UserError(f"engine: ray cannot be started or reached: {error}") from error
+    return choose_pool(ray.cluster_resources(), workers, workers_per_device, device)
+
+
+def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
+    """Denoise files on the workers of a Ray cluster.
+
+    Args:
+        rows: from :func:`plan_rows`, at least one.
+        settings: keyword arguments of :class:`fastden.BatchDenoiser`; they travel to every worker.
+        pool: from :func:`connect`.
+
+    Yields:
+        The record of each row as it is finished, in no particular order; its names are those of the row.
+    """
+    import logging
+
+    ray = _ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    pool = choose_pool(ray.cluster_resources(), workers, workers_per_device, settings.get("device"))
     # One row a block: a worker that is done takes the next file, however unequal they are.
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     at_once = files_at_once(pool)
-    records = dataset.map(
+    results = dataset.map(
         Worker,
         fn_constructor_args=(settings, pool.cpus),
         compute=ray.data.ActorPoolStrategy(
@@ -293,5 +291,5 @@ def distribute(
         num_gpus=pool.gpus or None,
         runtime_env={"env_vars": ENVIRONMENT},
     )
-    for row in records.iter_rows():
-        yield json.loads(row["record"])
+    for row in results.iter_rows():
+        yield Record.from_json(row["record"])

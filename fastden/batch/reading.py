@@ -8,24 +8,23 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
+from fastden.batch.picture import Picture, stamp
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
-from fastden.batch.work import Work, stamp
 from fastden.errors import UserError
 from fastden.images.codec import format_for, read_image
 from fastden.images.encoding import check_alpha, check_pages
 from fastden.images.extras import check_colour
 from fastden.images.noise import sigma_of_gray
 from fastden.images.pixels import Array
-from fastden.images.strips import read_header, survey_file
-from fastden.images.value_range import find_range
+from fastden.images.strips import read_header, read_samples
 from fastden.images.whole_files import check_target, reason
-from fastden.inference.run import noise_level_of, shown_level, to_batch
-from fastden.inference.scaling import sigma_in_range, sigma_of_crops
+from fastden.inference.noise import estimate_noise, noise_of_samples
+from fastden.inference.run import Level, estimated_level, noise_level_of, to_batch
 
 
 class Reading:
@@ -40,7 +39,7 @@ class Reading:
         self._lock = threading.Lock()
         self._map: Array | None = None
 
-    def open(self, job: Job, *, replaces: bool = False) -> Work:
+    def open(self, job: Job, *, replaces: bool = False) -> Picture:
         """Find what cannot be done before anything is computed, and how much memory the rest takes.
 
         Args:
@@ -50,7 +49,7 @@ class Reading:
         check_target(job.target, self.settings.overwrite or replaces)
         return self.look(job)
 
-    def look(self, job: Job) -> Work:
+    def look(self, job: Job) -> Picture:
         """The part of :meth:`open` that looks at the input alone."""
         format_name = format_for(job.target)
         try:
@@ -68,7 +67,7 @@ class Reading:
             check_pages(header.pages, format_name)
             # Decoded and denoised; alpha is cut off the decoded image, and joined to the denoised one.
             size += (4 if header.has_alpha else 2) * header.nbytes
-            if self.settings.lane is not None:
+            if self.settings.transfer is not None:
                 size += 2 * header.nbytes
             if self.settings.sigma_map is not None:
                 size += 12 * header.width * header.height
@@ -77,51 +76,48 @@ class Reading:
             raise UserError(
                 f"{job.source}: {header.pages} pages take {size} bytes; accepted: less than half of --max-memory"
             )
-        return Work(job, format_name, stamp(status), header, size, streamed)
+        return Picture(job, format_name, stamp(status), header, size, streamed)
 
-    def read(self, work: Work) -> None:
+    def read(self, picture: Picture) -> None:
         """Decode an image and find its noise level; of one that is streamed the noise level alone."""
         start = time.perf_counter()
-        job = work.job
-        if work.streamed and work.header is not None:
-            self._check_map(work.header.height, work.header.width)
-            network = self.settings.network(work.header.dtype == np.uint8)
-            dtype = work.header.dtype
-            estimated = self.settings.sigma_map is None and self.settings.sigma == "auto" and network.noise_level_input
-            if estimated or dtype != np.uint8:
-                with work.libvips():
-                    crops, found = survey_file(job.source, crops=estimated, max_pixels=self.settings.max_pixels)
-                work.ranges = (found,)
-                if estimated:
-                    work.level = sigma_of_crops(crops, found) / 255
-            if self.settings.sigma_map is None and not estimated and network.noise_level_input:
-                work.level = noise_level_of(self.settings.sigma, network, [], (0, 0))
-            work.sigma = shown_level(work.level)
+        job = picture.job
+        if picture.streamed and picture.header is not None:
+            self._check_map(picture.header.height, picture.header.width)
+            network = self.settings.network(picture.header.dtype == np.uint8)
+            if self.settings.sigma_map is None:
+                sigma: Any = self.settings.sigma
+                if sigma == "auto" and network.noise_level_input:
+                    with picture.libvips():
+                        sigma = noise_of_samples(read_samples(job.source, max_pixels=self.settings.max_pixels))
+                if network.noise_level_input:
+                    self._set_level(picture, noise_level_of(sigma, network, [], (0, 0)))
         else:
-            with work.libvips():
+            with picture.libvips():
                 image = read_image(job.source, max_pixels=self.settings.max_pixels, several=True)
-            self.check_unchanged(work)
-            check_alpha(image.alpha is not None, work.format_name)
-            check_colour(image.extras, work.format_name, has_profile="icc-profile-data" in image.metadata)
-            pages, dtype = image.split(), image.pixels.dtype
+            self.check_unchanged(picture)
+            check_alpha(image.alpha is not None, picture.format_name)
+            check_colour(image.extras, picture.format_name, has_profile="icc-profile-data" in image.metadata)
+            pages = image.split()
             height, width = pages[0].shape[:2]
             self._check_map(height, width)
             sigma_map = self.settings.sigma_map
             level = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
-            name = f"{job.source}: floating image"
-            work.ranges = tuple(find_range(page, error=UserError, name=name) for page in pages)
             network = self.settings.network(image.pixels.dtype == np.uint8)
             if image.pages > 1 and isinstance(level, str) and network.noise_level_input:
-                found_levels = [sigma_in_range(page, of_page) for page, of_page in zip(pages, work.ranges, strict=True)]
-                work.level = torch.tensor(found_levels, dtype=torch.float64) / 255
+                self._set_level(picture, estimated_level([estimate_noise(page) for page in pages]))
             else:
-                work.level = noise_level_of(level, network, pages[:1], (height, width), work.ranges[:1])
-            work.image, work.sigma = image, shown_level(work.level)
-            work.notes += image.notes
-            if self.settings.lane is not None and image.pages == 1:
-                work.pinned = self.settings.lane.pin(to_batch([image.pixels], network))
-        work.notes += dict.fromkeys(filter(None, (found.note(dtype) for found in work.ranges)))
-        work.seconds["read"] = time.perf_counter() - start
+                self._set_level(picture, noise_level_of(level, network, pages[:1], (height, width)))
+            picture.image = image
+            picture.notes += image.notes
+            if self.settings.transfer is not None and image.pages == 1:
+                picture.pinned = self.settings.transfer.pin(to_batch([image.pixels], network))
+        picture.seconds["read"] = time.perf_counter() - start
+
+    def _set_level(self, picture: Picture, level: Level) -> None:
+        picture.level, picture.sigma, picture.noise = level
+        if picture.noise is not None and not picture.noise.decided:
+            picture.notes.append(f"noise: {picture.noise.describe()}")
 
     def _check_map(self, height: int, width: int) -> None:
         """Compare the size of the map of noise levels with an image's."""
@@ -142,11 +138,11 @@ class Reading:
                 self._map = sigma_of_gray(read_image(path, max_pixels=self.settings.max_pixels).pixels[:, :, 0])
             return self._map
 
-    def check_unchanged(self, work: Work) -> None:
+    def check_unchanged(self, picture: Picture) -> None:
         """Raise UserError where an input is not what it was when it was opened."""
         try:
-            now = stamp(os.stat(work.job.source))
+            now = stamp(os.stat(picture.job.source))
         except OSError as error:
-            raise UserError(f"{work.job.source}: cannot be read: {reason(error)}") from error
-        if now != work.stamp and stat.S_ISREG(work.stamp[3]):
-            raise UserError(f"{work.job.source}: changed while it was read")
+            raise UserError(f"{picture.job.source}: cannot be read: {reason(error)}") from error
+        if now != picture.stamp and stat.S_ISREG(picture.stamp[3]):
+            raise UserError(f"{picture.job.source}: changed while it was read")

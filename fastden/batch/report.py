@@ -21,7 +21,8 @@ class Report:
         left: jobs that an interrupted run has not come to.
         left_out: files in the folders that are images which are not read here; of :meth:`fastden.BatchDenoiser.run`.
         seconds: from beginning to end.
-        compute_seconds: in which the network was at work on images that were done; on a CUDA device as its clock says.
+        compute_seconds: in which a network was at work on images that were done; on a CUDA device as its clock says.
+        networks: how many compute at the same time; more than one on a cluster.
     """
 
     jobs: int
@@ -31,6 +32,17 @@ class Report:
     left_out: list[Path] = field(default_factory=list)
     seconds: float = 0.0
     compute_seconds: float = 0.0
+    networks: int = 1
+
+    def add(self, record: Record) -> None:
+        """Count an image that is done or has failed."""
+        self.records.append(record)
+        self.compute_seconds += record.seconds.get("compute", 0.0)
+
+    def close(self, seconds: float) -> None:
+        """End the run after ``seconds``: what has no record yet is left."""
+        self.left = self.jobs - len(self.records) - len(self.skipped)
+        self.seconds = seconds
 
     @property
     def done(self) -> list[Record]:
@@ -47,8 +59,8 @@ class Report:
 
     @property
     def compute_share(self) -> float:
-        """Part of the time in which the network was at work: 0 to 1."""
-        return self.compute_seconds / self.seconds if self.seconds else 0.0
+        """Part of the time in which the networks were at work: 0 to 1."""
+        return self.compute_seconds / (self.seconds * self.networks) if self.seconds else 0.0
 
 
 class Interrupted(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,10 @@ import torch
 
 from fastden.batch.memory import Budget, split_memory
 from fastden.batch.plan import Job
-from fastden.batch.transfer import Lane
+from fastden.batch.transfer import Transfer
 from fastden.images.codec import format_for
 from fastden.images.whole_files import digest
+from fastden.inference.run import Wishes
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import models
 from fastden.network.loading import Model, load_network
@@ -25,12 +27,13 @@ class Settings:
     """What the stages share.
 
     Args:
-        model, device, dtype, tile, strength: as in :func:`fastden.denoise`.
+        model, device, dtype, tile: as in :func:`fastden.denoise`.
+        wishes: how the network is applied.
         sigma: ``"auto"`` or a number on the scale 0-255.
         sigma_map: an image file of noise levels.
         max_memory: bytes, halved as :func:`fastden.batch.memory.split_memory` says.
-        overwrite, strip, max_pixels: as in :func:`fastden.images.codec.write_image` and
-            :func:`fastden.images.codec.read_image`.
+        overwrite, strip_metadata: as ``overwrite`` and ``strip`` in :func:`fastden.images.codec.write_image`.
+        max_pixels: as in :func:`fastden.images.codec.read_image`.
         say: takes notes that concern the whole run.
     """
 
@@ -40,27 +43,28 @@ class Settings:
         *,
         sigma: Literal["auto"] | float,
         sigma_map: Path | None,
-        strength: float,
+        wishes: Wishes,
         device: str | torch.device | None,
         dtype: str | torch.dtype,
         tile: int | Literal["auto"] | None,
         max_memory: int | None,
         overwrite: bool,
-        strip: bool,
+        strip_metadata: bool,
         max_pixels: int,
         say: Callable[[str], None],
     ) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self.sigma, self.sigma_map, self.strength = sigma, sigma_map, strength
-        self.tile, self.overwrite, self.strip, self.max_pixels, self.say = tile, overwrite, strip, max_pixels, say
+        self.sigma, self.sigma_map, self.wishes = sigma, sigma_map, wishes
+        self.tile, self.max_pixels, self.say = tile, max_pixels, say
+        self.overwrite, self.strip_metadata = overwrite, strip_metadata
         self._networks: dict[bool, FusedDenoiser] = {}
         self._lock = threading.Lock()
         self._map_digest = None if sigma_map is None else digest(sigma_map)
         network = self.network(eight_bit=True)
         if (sigma != "auto" or sigma_map is not None) and not network.noise_level_input:
-            given = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"
-            raise ValueError(f"sigma: {given}, but this model is blind (it takes no noise level); accepted: 'auto'")
-        self.lane = Lane(network.device) if network.device.type == "cuda" else None
+            asked = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"
+            raise ValueError(f"sigma: {asked}, but this model is blind (it takes no noise level); accepted: 'auto'")
+        self.transfer = Transfer(network.device) if network.device.type == "cuda" else None
         # The network for deep images takes more where it is another one.
         self.budget: Budget = split_memory(max_memory, self.network(eight_bit=dtype != "auto"))
         self.weights = {"name": _name(model), "sha256": _weights_digest(model, network)}
@@ -77,10 +81,10 @@ class Settings:
         return {
             "sigma": self.sigma,
             "sigma_map": self._map_digest,
-            "strength": self.strength,
+            **asdict(self.wishes),
             "dtype": str(self.dtype),
             "format": format_for(job.target),
-            "strip_metadata": self.strip,
+            "strip_metadata": self.strip_metadata,
         }
 
 

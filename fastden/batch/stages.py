@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,20 @@ from torch import Tensor
 
 from fastden.batch.computing import Computing
 from fastden.batch.manifest import Manifest, Record
+from fastden.batch.memory import Gate
+from fastden.batch.picture import Picture, Progress
+from fastden.batch.plan import Job
 from fastden.batch.reading import Reading
 from fastden.batch.settings import Settings
 from fastden.batch.streaming import denoise_strips, side_for_strips
-from fastden.batch.work import Progress, Work
 from fastden.batch.writing import Writing
 from fastden.errors import UserError
+from fastden.images.codec import Header
 from fastden.images.encoding import plan_encoding
 from fastden.images.strips import StripReader, StripWriter
 from fastden.images.whole_files import digest, sync, whole_file
 from fastden.inference.tiling import automatic_tile
+from fastden.network.fused import FusedDenoiser
 
 
 class Stages:
@@ -39,80 +44,131 @@ class Stages:
         self.computing = Computing(settings)
         self.writing = Writing(settings)
 
-    def stream(self, work: Work, manifest: Manifest | None = None, progress: Progress | None = None) -> Record:
+    def read(
+        self,
+        job: Job,
+        gate: Gate,
+        *,
+        replaces: bool = False,
+        admitted: Callable[[Picture], None] = lambda picture: None,
+    ) -> Picture:
+        """Open an image, wait until it fits in memory, and read it; where that fails its memory is given back.
+
+        Args:
+            job: whose output's folder exists.
+            gate: of the run.
+            replaces: the output may be replaced, whatever ``overwrite`` says.
+            admitted: called when the image has its memory, before it is read.
+
+        Returns:
+            The image; its ``size`` is what it claimed.
+        """
+        picture = self.reading.open(job, replaces=replaces)
+        picture.size = gate.admit(picture.size, whole=picture.streamed)
+        try:
+            admitted(picture)
+            self.reading.read(picture)
+        except BaseException:
+            gate.give_back(picture.size)
+            raise
+        return picture
+
+    def stream(self, picture: Picture, manifest: Manifest | None = None, progress: Progress | None = None) -> Record:
         """Read, denoise and write an image strip by strip; on record as by :meth:`Writing.write`."""
-        job, settings = work.job, self.settings
+        job, settings = picture.job, self.settings
         start = time.perf_counter()
         reader = StripReader(job.source, max_pixels=settings.max_pixels)
         header = reader.header
         network = settings.network(header.dtype == np.uint8)
         turned = int(header.metadata.get("orientation", 1)) > 1
-        if settings.strip and turned:
+        if settings.strip_metadata and turned:
             raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
         shape = (header.channels, header.dtype, header.bits)
         extras, metadata = reader.extras()
-        dtype, metadata, notes = plan_encoding(*shape, metadata, work.format_name, strip=settings.strip)
-        for name, coder in ((header.format, "decoder"), (work.format_name, "encoder")):
+        dtype, metadata, notes = plan_encoding(*shape, metadata, picture.format_name, strip=settings.strip_metadata)
+        for name, coder in ((header.format, "decoder"), (picture.format_name, "encoder")):
             if name in ("webp", "avif"):
                 notes.append(f"the {coder} of {name} holds the whole image in memory")
-        work.notes += [*header.notes, *notes]
-        level: float | StripReader | None = None
+        picture.notes += [*header.notes, *notes]
+        level: float | Tensor | StripReader | None = None
         if settings.sigma_map is not None:
             level = StripReader(settings.sigma_map, max_pixels=settings.max_pixels)
-        elif work.level is not None:
-            level = float(work.level)
+        elif picture.level is not None:
+            level = picture.level
 
-        def side() -> int:
-            largest = automatic_tile(network, header.height, header.width, 1, settings.budget.network)[0]
-            if isinstance(settings.tile, int):
-                largest = settings.tile
-            with_map = settings.sigma_map is not None
-            limit = side_for_strips(largest, header, settings.budget.images, with_map=with_map)
-            return limit if self.computing.smaller is None else min(limit, self.computing.smaller)
-
-        def attempt(run: Callable[[int], Tensor]) -> Tensor:
-            limit = side()
-
-            def once(tile: Any, _memory: int | None) -> Tensor:
-                return run(min(limit, tile) if isinstance(tile, int) else limit)
-
-            return self.computing.attempt(network, (1, limit, limit), once)
-
+        tiles = _StripTiles(self.settings, self.computing, header, network)
         with whole_file(job.target) as temporary:
             writer = StripWriter(
                 temporary,
                 (header.height, header.width, header.bands),
                 dtype,
-                work.format_name,
+                picture.format_name,
                 bits=header.bits,
                 lossless=header.lossless,
                 metadata=metadata,
-                strip=settings.strip,
+                strip=settings.strip_metadata,
                 extras=extras,
             )
-            work.notes += [writer.note] if writer.note else []
+            picture.notes += [writer.note] if writer.note else []
             try:
-                work.seconds["compute"] = denoise_strips(
+                picture.seconds["compute"] = denoise_strips(
                     network,
                     reader,
                     writer.write,
                     level,
-                    work.ranges[0],
-                    side=side,
+                    side=tiles.side,
                     dtype=dtype,
-                    strength=settings.strength,
-                    attempt=attempt,
+                    wishes=settings.wishes,
+                    attempt=tiles.attempt,
                     progress=progress,
                 )
                 writer.close()
             except BaseException:
                 writer.abort()
                 raise
-            self.reading.check_unchanged(work)
+            self.reading.check_unchanged(picture)
             sync(temporary)
-            work.seconds["write"] = time.perf_counter() - start - work.seconds["compute"]
+            picture.seconds["write"] = time.perf_counter() - start - picture.seconds["compute"]
             output: dict[str, Any] = {"output_size": temporary.stat().st_size, "output_sha256": digest(temporary)}
-            record = self.writing.record(work, manifest, "writing", width=header.width, height=header.height, **output)
+            record = self.writing.record(
+                picture, manifest, "writing", width=header.width, height=header.height, **output
+            )
             if manifest is not None:
                 manifest.add(record)
         return self.writing.finish(record, manifest)
+
+
+class _StripTiles:
+    """Tiles of an image that is streamed: as large as memory, the user and earlier failures allow.
+
+    Args:
+        settings: of the run.
+        computing: the stage, which knows how small tiles had to become.
+        header: of the image.
+        network: that denoises it.
+    """
+
+    def __init__(self, settings: Settings, computing: Computing, header: Header, network: FusedDenoiser) -> None:
+        self.settings, self.computing, self.header, self.network = settings, computing, header, network
+
+    def side(self) -> int:
+        """The side of the tiles now, pixels."""
+        settings, header = self.settings, self.header
+        if isinstance(settings.tile, int):
+            largest = settings.tile
+        else:
+            largest = automatic_tile(self.network, header.height, header.width, 1, settings.budget.network)[0]
+        with_map = settings.sigma_map is not None
+        limit = side_for_strips(largest, header, settings.budget.images, with_map=with_map)
+        smaller = self.computing.smaller
+        return limit if smaller is None else min(limit, smaller)
+
+    def attempt(self, run: Callable[[int], Tensor]) -> Tensor:
+        """Call ``run`` with a side; as long as the device's memory does not suffice, with smaller ones."""
+        side = self.side()
+        result: Tensor = self.computing.attempt(self.network, (1, side, side), partial(self._once, run, side))
+        return result
+
+    @staticmethod
+    def _once(run: Callable[[int], Tensor], side: int, tile: Any, _memory: int | None) -> Tensor:
+        return run(min(side, tile) if isinstance(tile, int) else side)

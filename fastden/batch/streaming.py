@@ -17,9 +17,7 @@ import torch
 from fastden.images.codec import Header
 from fastden.images.noise import sigma_of_gray
 from fastden.images.pixels import Array, to_dtype
-from fastden.images.value_range import ORDINARY, ValueRange
-from fastden.inference.run import adapted, from_batch, to_batch
-from fastden.inference.scaling import scaled
+from fastden.inference.run import PLAIN, Wishes, adapted, from_batch, to_batch
 from fastden.inference.tiling import HALO, SMALLEST, denoise_rows, rows_needed, spans
 from fastden.network.fused import FusedDenoiser
 from fastden.network.padding import ALIGNMENT, BORDER
@@ -81,12 +79,11 @@ def denoise_strips(
     network: FusedDenoiser,
     reader: Reader,
     write: Callable[[Array], None],
-    level: float | Reader | None,
-    value_range: ValueRange = ORDINARY,
+    level: float | torch.Tensor | Reader | None,
     *,
     side: Callable[[], int],
     dtype: np.dtype[np.generic],
-    strength: float = 1.0,
+    wishes: Wishes = PLAIN,
     attempt: Callable[[Callable[[int], torch.Tensor]], torch.Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
@@ -96,11 +93,11 @@ def denoise_strips(
         network: as in :func:`fastden.inference.run.run_network`.
         reader: of the image.
         write: called with rows (n, W, bands), in order.
-        level: on the scale 0-1; or a reader of a map, gray, white for 1; None for a blind network.
-        value_range: of the image's values.
+        level: on the scale 0-1, a number or a curve (1, 8); or a reader of a map, gray, white for 1; None for a blind
+            network.
         side: of the tiles, pixels: asked once, for the strips.
         dtype: of the rows that are written.
-        strength: as in :func:`fastden.denoise`.
+        wishes: how the network is applied.
         attempt: calls its argument with a side of tiles, at most ``side``, and may call it again with a smaller one.
         progress: called with the pixels done and in all.
 
@@ -109,11 +106,10 @@ def denoise_strips(
     """
     header = reader.header
     height, channels = header.height, header.channels
-    network = scaled(network, value_range, level if isinstance(level, float) else None)
-    network = adapted(network, channels, strength)
+    tiled = adapted(network, channels, wishes)
     strips = spans(height, side())
     image = _Window(reader, height)
-    levels = None if level is None or isinstance(level, float) else _Window(level, height)
+    levels = None if level is None or isinstance(level, float | torch.Tensor) else _Window(level, height)
     seconds = 0.0
 
     def load(rows: tuple[int, int]) -> tuple[Array, int, Array | None]:
@@ -130,7 +126,7 @@ def denoise_strips(
             batch = to_batch([strip[:, :, :channels]], network)
             sigma = level if level_rows is None else _level_tensor(level_rows)
             assert sigma is None or isinstance(sigma, float | torch.Tensor)
-            run = partial(denoise_rows, network, batch, sigma, (top, bottom), first, height)
+            run = partial(denoise_rows, tiled, batch, sigma, (top, bottom), first, height)
             (pixels,) = from_batch(run(side()) if attempt is None else attempt(run), header.dtype)
             seconds += time.perf_counter() - start
             if header.has_alpha:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fastden.batch.computing import alike
+from fastden.batch.computing import alike, levels
 from fastden.batch.grouping import MOST, Equality
 from fastden.batch.manifest import Manifest, Record
 from fastden.batch.memory import Gate, Stopped
+from fastden.batch.picture import Picture
 from fastden.batch.plan import Job
 from fastden.batch.report import Interrupted, Listener, Report
 from fastden.batch.stages import Stages
-from fastden.batch.work import Work
 from fastden.errors import FAILURES, UserError
 from fastden.images.whole_files import drop_unfinished, remove_leftovers
 
@@ -26,20 +26,21 @@ WAITING = 2 * MOST
 GRACE = 5.0
 #: An encoder that is at work cannot be left alone: the process would end below it.
 LONGEST_GRACE = 120.0
-#: Seconds after which who waits looks up: a signal that comes at the wrong moment does not wake the main thread.
+#: Polling interval, seconds. Waiting threads look up: a signal that comes at the wrong moment does not wake the main
+#: thread.
 POLL = 0.1
 
 
 class _Thread(threading.Thread):
-    """A thread, what it is working on, and its end.
+    """A thread, the picture that it has in hand, and its end.
 
     ``join`` does not do for a main thread whose waiting a signal may break off: Python 3.11 takes the thread for ended
     then.
     """
 
-    def __init__(self, name: str, work: Callable[[], None]) -> None:
-        super().__init__(target=work, name=name, daemon=True)
-        self.work: Work | None = None
+    def __init__(self, name: str, function: Callable[[], None]) -> None:
+        super().__init__(target=function, name=name, daemon=True)
+        self.picture: Picture | None = None
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -85,8 +86,8 @@ class ThreadedRun:
         self.report = Report(len(jobs))
         self.gate = Gate(self.stages.settings.budget.images)
         self.coming = iter(jobs)
-        self.read: queue.Queue[Work | None] = queue.Queue(WAITING)
-        self.computed: queue.Queue[Work | None] = queue.Queue(WAITING)
+        self.read: queue.Queue[Picture | None] = queue.Queue(WAITING)
+        self.computed: queue.Queue[Picture | None] = queue.Queue(WAITING)
         self.lock = threading.Lock()
         self.stopping = self.dropped = False
         self.fatal: BaseException | None = None
@@ -125,9 +126,7 @@ class ThreadedRun:
         return self.report
 
     def _close(self, start: float) -> None:
-        report = self.report
-        report.left = report.jobs - len(report.records) - len(report.skipped)
-        report.seconds = time.perf_counter() - start
+        self.report.close(time.perf_counter() - start)
         # The folders that were made and are empty go again.
         for folder in sorted(self.made, key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):
@@ -140,7 +139,7 @@ class ThreadedRun:
         started = time.monotonic()
         with suppress(KeyboardInterrupt):  # pressed twice: no more patience
             for thread in (*self.readers, *self.writers):
-                while time.monotonic() - started < _grace(thread.work) and not thread.ended.wait(POLL / 2):
+                while time.monotonic() - started < _grace(thread.picture) and not thread.ended.wait(POLL / 2):
                     pass
         self.dropped = True
         drop_unfinished()
@@ -154,9 +153,9 @@ class ThreadedRun:
     def _read(self) -> None:
         try:
             while (job := self._next()) is not None:
-                work = self._read_one(job)
-                if work is not None:
-                    self._put(self.read, work)
+                picture = self._read_one(job)
+                if picture is not None:
+                    self._put(self.read, picture)
         except Stopped:
             pass
         except BaseException as error:  # a defect: shown by the thread that the caller waits for
@@ -165,8 +164,8 @@ class ThreadedRun:
             with suppress(Stopped):
                 self._put(self.read, None)
 
-    def _read_one(self, job: Job) -> Work | None:
-        manifest, taken = self.manifest, 0
+    def _read_one(self, job: Job) -> Picture | None:
+        manifest = self.manifest
         try:
             if self.resume and manifest is not None and self._finished(job, manifest):
                 with self.lock:
@@ -174,16 +173,9 @@ class ThreadedRun:
                     self.listener.progress(self._ended(), 0)
                 return None
             self._make_folder(job.target.parent)
-            work = self.stages.reading.open(job, replaces=self.resume and manifest is not None and manifest.knows(job))
-            # An image that is streamed keeps to all of the limit.
-            work.size = min(work.size, self.gate.limit) if not work.streamed else self.gate.limit
-            self.gate.take(work.size)
-            taken = work.size
-            self._present(work)
-            self.stages.reading.read(work)
-            return work
+            replaces = self.resume and manifest is not None and manifest.knows(job)
+            return self.stages.read(job, self.gate, replaces=replaces, admitted=self._present)
         except FAILURES as error:
-            self.gate.give_back(taken)
             self._fail(job, error)
             return None
 
@@ -201,10 +193,10 @@ class ThreadedRun:
                 raise UserError(f"output: cannot make the folder {folder}: {error.strerror}") from error
             self.made += missing
 
-    def _put(self, into: queue.Queue[Work | None], work: Work | None) -> None:
+    def _put(self, into: queue.Queue[Picture | None], picture: Picture | None) -> None:
         while not self.stopping:
             with suppress(queue.Full):
-                into.put(work, timeout=POLL)
+                into.put(picture, timeout=POLL)
                 return
         raise Stopped
 
@@ -212,23 +204,23 @@ class ThreadedRun:
 
     def _compute(self) -> None:
         working = len(self.readers)
-        waiting: Work | None = None
+        waiting: Picture | None = None
         while working or waiting is not None:
             if self.fatal is not None:
                 raise self.fatal
             try:
-                work = waiting if waiting is not None else self.read.get(timeout=POLL)
+                picture = waiting if waiting is not None else self.read.get(timeout=POLL)
             except queue.Empty:
                 continue
             waiting = None
-            if work is None:
+            if picture is None:
                 working -= 1
                 continue
-            if work.streamed:
-                self._stream(work)
+            if picture.streamed:
+                self._stream(picture)
                 continue
-            group = [work]
-            limit = self.stages.computing.group_limit(work)
+            group = [picture]
+            limit = self.stages.computing.group_limit(picture)
             while len(group) < limit:
                 try:
                     another = self.read.get_nowait()
@@ -236,17 +228,17 @@ class ThreadedRun:
                     break
                 if another is None:
                     working -= 1
-                elif another.streamed or not alike(work, another):
+                elif another.streamed or not alike(picture, another):
                     waiting = another
                     break
                 else:
                     group.append(another)
             self._compute_group(group)
 
-    def _compute_group(self, group: list[Work]) -> None:
+    def _compute_group(self, group: list[Picture]) -> None:
         if len(group) > 1 and not self._may_join(group):
-            for work in group:
-                self._compute_group([work])
+            for picture in group:
+                self._compute_group([picture])
             return
         ended = self._ended()
         try:
@@ -254,52 +246,54 @@ class ThreadedRun:
         except FAILURES as error:
             if len(group) > 1:
                 # One by one: what is wrong with one does not concern the others.
-                for work in group:
-                    self._compute_group([work])
+                for picture in group:
+                    self._compute_group([picture])
             else:
                 self.gate.give_back(group[0].size)
                 self._fail(group[0].job, error)
             return
-        for work in group:
-            self._put(self.computed, work)
+        for picture in group:
+            self._put(self.computed, picture)
 
-    def _may_join(self, group: list[Work]) -> bool:
-        settings, images = self.stages.settings, [work.image.pixels for work in group if work.image is not None]
-        levels = [work.level for work in group if isinstance(work.level, float)]
+    def _may_join(self, group: list[Picture]) -> bool:
+        settings, images = (
+            self.stages.settings,
+            [picture.image.pixels for picture in group if picture.image is not None],
+        )
         network = settings.network(images[0].dtype == "uint8")
         memory = settings.budget.network
         try:
-            return self.equality.holds(network, images, levels or None, memory)
+            return self.equality.holds(network, images, levels(group), memory)
         except FAILURES:  # of one of them, or of memory for all: alone each has its own answer
             return False
 
-    def _stream(self, work: Work) -> None:
+    def _stream(self, picture: Picture) -> None:
         try:
             ended = self._ended()
-            record = self.stages.stream(work, self.manifest, lambda done, total: self._progress(ended, done / total))
+            record = self.stages.stream(picture, self.manifest, lambda done, total: self._progress(ended, done / total))
         except FAILURES as error:
-            record = self.stages.writing.failure(work.job, error, self.manifest)
+            record = self.stages.writing.failure(picture.job, error, self.manifest)
         finally:
-            self.gate.give_back(work.size)
-        self._tell(work.job, record)
+            self.gate.give_back(picture.size)
+        self._tell(picture.job, record)
 
     # In the threads that write.
 
     def _write(self) -> None:
-        while (work := self._next_computed()) is not None:
+        while (picture := self._next_computed()) is not None:
             try:
-                self._present(work)
+                self._present(picture)
                 try:
-                    record = self.stages.writing.write(work, self.manifest)
+                    record = self.stages.writing.write(picture, self.manifest)
                 except FAILURES as error:
-                    record = self.stages.writing.failure(work.job, error, self.manifest)
-                self._tell(work.job, record)
+                    record = self.stages.writing.failure(picture.job, error, self.manifest)
+                self._tell(picture.job, record)
             except BaseException as error:  # a defect, as above; go on, so that nobody waits for this thread
                 self.fatal = self.fatal or error
             finally:
-                self.gate.give_back(work.size)
+                self.gate.give_back(picture.size)
 
-    def _next_computed(self) -> Work | None:
+    def _next_computed(self) -> Picture | None:
         while not self.dropped:
             try:
                 return self.computed.get(timeout=POLL)
@@ -310,10 +304,10 @@ class ThreadedRun:
 
     # In any thread.
 
-    def _present(self, work: Work) -> None:
+    def _present(self, picture: Picture) -> None:
         thread = threading.current_thread()
         assert isinstance(thread, _Thread)
-        thread.work = work
+        thread.picture = picture
 
     def _progress(self, ended: int, part: float) -> None:
         with self.lock:
@@ -324,8 +318,7 @@ class ThreadedRun:
 
     def _tell(self, job: Job, record: Record) -> None:
         with self.lock:
-            self.report.records.append(record)
-            self.report.compute_seconds += record.seconds.get("compute", 0.0)
+            self.report.add(record)
             self.listener.record(job, record)
             self.listener.progress(self._ended(), 0)
 
@@ -333,5 +326,5 @@ class ThreadedRun:
         self._tell(job, self.stages.writing.failure(job, error, self.manifest))
 
 
-def _grace(work: Work | None) -> float:
-    return LONGEST_GRACE if work is not None and work.in_libvips else GRACE
+def _grace(picture: Picture | None) -> float:
+    return LONGEST_GRACE if picture is not None and picture.in_libvips else GRACE

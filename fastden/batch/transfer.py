@@ -48,7 +48,7 @@ class Pending:
         return self.begun.elapsed_time(self.ended) / 1000
 
 
-class Lane:
+class Transfer:
     """The way to a device and back.
 
     Args:
@@ -61,7 +61,7 @@ class Lane:
         self._running: deque[torch.cuda.Event] = deque()
 
     def pin(self, batch: Tensor) -> Tensor:
-        """A copy from which the device can read beside its work; in a thread that has time for it."""
+        """A copy from which the device can read in parallel with compute; in a thread that has time for it."""
         return batch.pin_memory()
 
     def fits(self, batch: Tensor, limit: int) -> bool:

@@ -11,9 +11,9 @@ from hashlib import sha256
 from typing import Any, Literal
 
 from fastden.batch.manifest import Manifest, Record
+from fastden.batch.picture import Picture
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
-from fastden.batch.work import Work
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import encode_image
 from fastden.images.whole_files import whole_file, write_synced
@@ -29,30 +29,30 @@ class Writing:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def write(self, work: Work, manifest: Manifest | None = None) -> Record:
+    def write(self, picture: Picture, manifest: Manifest | None = None) -> Record:
         """Encode an image and write it; on record before it gets its name, and after."""
         start = time.perf_counter()
-        assert work.image is not None
-        job = work.job
-        if work.pending is not None:
-            pending, index, count = work.pending
-            dtype = work.image.pixels.dtype
-            work.image = replace(work.image, pixels=pending.image(index).astype(dtype, copy=False))
-            work.seconds["compute"] = pending.seconds() / count
-            work.pending = None
+        assert picture.image is not None
+        job = picture.job
+        if picture.pending is not None:
+            pending, index, count = picture.pending
+            dtype = picture.image.pixels.dtype
+            picture.image = replace(picture.image, pixels=pending.image(index).astype(dtype, copy=False))
+            picture.seconds["compute"] = pending.seconds() / count
+            picture.pending = None
         try:
-            with work.libvips():
-                data, notes = encode_image(work.image, work.format_name, strip=self.settings.strip)
+            with picture.libvips():
+                data, notes = encode_image(picture.image, picture.format_name, strip=self.settings.strip_metadata)
         except UserError as error:
             raise UserError(f"{job.target}: {error}") from error
-        work.notes += notes
-        height, width, pages = work.image.pixels.shape[0], work.image.pixels.shape[1], work.image.pages
+        picture.notes += notes
+        height, width, pages = picture.image.pixels.shape[0], picture.image.pixels.shape[1], picture.image.pages
         with whole_file(job.target) as temporary:
             write_synced(temporary, data)
-            work.seconds["write"] = time.perf_counter() - start
+            picture.seconds["write"] = time.perf_counter() - start
             output: dict[str, Any] = {"output_size": len(data), "output_sha256": sha256(data).hexdigest()}
             size = {"width": width, "height": height // pages, "pages": pages}
-            record = self.record(work, manifest, "writing", **size, **output)
+            record = self.record(picture, manifest, "writing", **size, **output)
             if manifest is not None:
                 manifest.add(record)
         return self.finish(record, manifest)
@@ -82,11 +82,11 @@ class Writing:
         return record
 
     def record(
-        self, work: Work, manifest: Manifest | None, status: Literal["writing", "done"], **values: Any
+        self, picture: Picture, manifest: Manifest | None, status: Literal["writing", "done"], **values: Any
     ) -> Record:
         """What is on record of an image: ``values`` are fields of :class:`fastden.batch.manifest.Record`."""
-        job = work.job
-        source = "blind" if work.sigma is None else "estimated" if self.settings.sigma == "auto" else "given"
+        job = picture.job
+        source = "blind" if picture.sigma is None else "estimated" if self.settings.sigma == "auto" else "given"
         return Record(
             input=os.path.abspath(job.source),
             output=str(job.target) if manifest is None else manifest.name_of(job.target),
@@ -94,13 +94,14 @@ class Writing:
             time=_now(),
             model=self.settings.weights,
             options=self.settings.options(job),
-            sigma=work.sigma,
+            sigma=picture.sigma,
             sigma_source="map" if self.settings.sigma_map is not None else source,
-            seconds={name: round(seconds, 4) for name, seconds in work.seconds.items()},
-            input_size=work.stamp[0],
-            input_mtime_ns=work.stamp[1],
-            streamed=work.streamed,
-            notes=tuple(work.notes),
+            noise=None if picture.noise is None else picture.noise.as_record(),
+            seconds={name: round(seconds, 4) for name, seconds in picture.seconds.items()},
+            input_size=picture.stamp[0],
+            input_mtime_ns=picture.stamp[1],
+            streamed=picture.streamed,
+            notes=tuple(picture.notes),
             **values,
         )
 

@@ -149,27 +149,27 @@ def _prepare(
     from fastden.network.model import Denoiser
 
     try:
-        place = parse_device(device)
+        target = parse_device(device)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if place.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {place}; accepted: cpu, cuda")
-    chosen = choose_dtype("auto" if dtype is None else dtype.value, place, eight_bit=True)
-    height, width, count, turns = DEFAULTS[command][place.type]
+    if target.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {target}; accepted: cpu, cuda")
+    chosen = choose_dtype("auto" if dtype is None else dtype.value, target, eight_bit=True)
+    height, width, count, turns = DEFAULTS[command][target.type]
     if size is not None and min(size) < 1:
         raise UserError(f"size: {size[0]} {size[1]}; accepted: height and width of at least 1")
-    accepted, default = _peers(command, place, chosen)
+    accepted, default = _peers(command, target, chosen)
     peers = forms.choose_peers(compare, accepted, default)
-    own, left_out = ((), {}) if command == "batch" else forms.choose_backends(backends, place, chosen, training)
+    own, left_out = ((), {}) if command == "batch" else forms.choose_backends(backends, target, chosen, training)
     if json is not None:
         check_target(json, overwrite=True)
     if plots is not None:
         check_folder(plots)
-    sensors = Sensors.of(place)
-    if isinstance(sensors, str) and place.type == "cuda":
+    sensors = Sensors.of(target)
+    if isinstance(sensors, str) and target.type == "cuda":
         left_out["clocks, power and energy"] = sensors
     try:
-        network = Denoiser.from_pretrained(model).to(place, torch.float32).eval()
+        network = Denoiser.from_pretrained(model).to(target, torch.float32).eval()
     # A Hub id or a folder can fail in as many ways as there are libraries behind it.
     except Exception as error:
         text = " ".join(str(error).split())
@@ -178,7 +178,7 @@ def _prepare(
         command,
         model,
         network,
-        Settings(place, chosen, rounds or turns, **settings),
+        Settings(target, chosen, rounds or turns, **settings),
         size or (height, width),
         batch or count,
         peers,
@@ -194,14 +194,16 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
     """The contenders that a command accepts, and those that it takes by itself."""
     import torch
 
-    from fastden.bench.forms import PLAIN
+    from fastden.bench.forms import FUSED_COMPILE, PLAIN
 
     plain = ("eager", "channels_last", "compile")
     if command == "batch":
         return plain, ("channels_last",)
     if command == "model" and device.type == "cpu":
         runtimes = {torch.float32: ("openvino", "onnxruntime"), torch.bfloat16: ("openvino",)}.get(dtype, ())
-        return (*PLAIN, *runtimes), (*plain, *runtimes)
+        return (*PLAIN, FUSED_COMPILE, *runtimes), (*plain, FUSED_COMPILE, *runtimes)
+    if command == "model":
+        return (*PLAIN, FUSED_COMPILE), (*plain, FUSED_COMPILE, "max_autotune")
     # On a GPU the search for the fastest form takes minutes: for the network and for training, not for each operator.
     return PLAIN, PLAIN if command != "ops" and device.type == "cuda" else plain
 
@@ -232,12 +234,12 @@ def ops(
     options = (model, compare, backends, device, dtype, size, batch, rounds, json, plots)
     run = _prepare("ops", *options, training=backward, graphs=True, energy_seconds=1.0)
     names = operators.choose(only)
-    found = operators.cases(run.model, run.size, run.batch, names)
+    cases = operators.cases(run.model, run.size, run.batch, names)
     run.extra = {"operators": names, "backward": backward}
 
     def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
         results = []
-        for case in found:
+        for case in cases:
             rest = (run.size, run.settings.dtype, run.peers, run.backends)
             job, contenders = operators.backward(case, *rest) if backward else operators.forward(case, run.model, *rest)
             results.append(run_all(job, contenders, run.settings, limits, sensors=run.sensors))

@@ -15,6 +15,11 @@ from fastden.bench.timing import Call, Stopwatch, captured, interleaved, peak_mi
 
 #: A result may err, against float64, so many times as much as eager PyTorch in the same dtype.
 TOLERANCE = 2.0
+#: The largest of many errors varies by chance, their root mean square does not: of two operators with the same relative
+#: L2 norm one's maximum is up to twice the other's (float32, 14 x 18 pixels, 264 comparisons: the ratio's logarithm has
+#: a standard deviation of 0.19, the largest ratio was 1.96). The maximum is there to find what the norm hides, such as
+#: a wrong column.
+CHANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def errors(results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str,
         raise ValueError(f"{len(results)} results; the reference has {len(references)}")
     references = [reference.detach() for reference in references]
     largest = max(float(reference.square().mean()) for reference in references) ** 0.5
-    found = {"relative_l2": 0.0, "maximum": 0.0}
+    worst = {"relative_l2": 0.0, "maximum": 0.0}
     for result, reference in zip(results, references, strict=True):
         if result.shape != reference.shape:
             raise ValueError(f"a result of shape {tuple(result.shape)}; the reference has {tuple(reference.shape)}")
@@ -104,8 +109,8 @@ def errors(results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str,
             ("maximum", difference.abs().max() / reference.abs().max()),
         ):
             # A NaN counts as infinitely wrong, and max() would drop it.
-            found[kind] = max(found[kind], float(value.nan_to_num(torch.inf, torch.inf)))
-    return found
+            worst[kind] = max(worst[kind], float(value.nan_to_num(torch.inf, torch.inf)))
+    return worst
 
 
 def bounds(
@@ -113,8 +118,11 @@ def bounds(
 ) -> dict[str, float]:
     """The largest errors accepted, from eager PyTorch's own; no result need be better than ``dtype`` resolves.
 
+    The relative L2 norm may be :data:`TOLERANCE` times eager's, the maximum :data:`CHANCE` times more.
+
     Args:
-        eager: what eager PyTorch returns in ``dtype``.
+        eager: what eager PyTorch returns in ``dtype``; a list of results where it has several ways, of which the worst
+            counts: by memory layout oneDNN adds in different orders, and errs differently by a factor of up to two.
         reference: the right result in float64.
         dtype: of the contenders.
         gradients: judge by ``relative_l2`` alone, and allow for ReLUs that open or close by rounding: where a share of
@@ -122,8 +130,9 @@ def bounds(
     """
     unit = torch.finfo(dtype).eps
     floors = {"relative_l2": TOLERANCE * unit**0.5} if gradients else {"relative_l2": unit / 2, "maximum": unit}
-    found = errors(tensors(eager), reference)
-    return {kind: max(TOLERANCE * found[kind], floor) for kind, floor in floors.items()}
+    ways = [errors(tensors(result), reference) for result in (eager if isinstance(eager, list) else [eager])]
+    factors = {"relative_l2": TOLERANCE, "maximum": TOLERANCE * CHANCE}
+    return {kind: max(factors[kind] * max(way[kind] for way in ways), floor) for kind, floor in floors.items()}
 
 
 def compare(
@@ -213,18 +222,18 @@ def ready(
 
 def _rates(job: Job, flops: float, milliseconds: float, limits: Mapping[str, float]) -> dict[str, float]:
     megapixels = job.pixels / 1e6
-    found = {
+    rates = {
         "ms_a_megapixel": milliseconds / megapixels,
         "megapixels_a_second": 1e3 * megapixels / milliseconds,
         "images_a_second": 1e3 * job.images / milliseconds,
     }
     if flops:
-        found |= {"flops": flops, "tflops": flops / milliseconds / 1e9}
-        found["share_of_matrix_rate"] = found["tflops"] / limits["matrix_tflops"]
+        rates |= {"flops": flops, "tflops": flops / milliseconds / 1e9}
+        rates["share_of_matrix_rate"] = rates["tflops"] / limits["matrix_tflops"]
     if job.bytes:
-        found["gigabytes_a_second"] = job.bytes / milliseconds / 1e6
-        found["share_of_copy_bandwidth"] = found["gigabytes_a_second"] / limits["copy_gigabytes_a_second"]
-    return found
+        rates["gigabytes_a_second"] = job.bytes / milliseconds / 1e6
+        rates["share_of_copy_bandwidth"] = rates["gigabytes_a_second"] / limits["copy_gigabytes_a_second"]
+    return rates
 
 
 def _ratios(rows: Mapping[str, dict[str, Any]]) -> None:

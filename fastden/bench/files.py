@@ -112,12 +112,12 @@ def folder_job(
     command = Command(inputs, single, folder / "command", options, compute)
     loop = _loop(model, "channels_last", dtype, inputs, folder / "plain")
     bound = bounds(results(loop())[0], (reference.clamp(0, 1),), dtype)
-    found = [Contender("fastden", lambda: command, own=True, graphs=False)]
+    contenders = [Contender("fastden", lambda: command, own=True, graphs=False)]
     for form in peers:
         output = folder / form
         output.mkdir()
-        found.append(Contender(form, partial(_loop, model, form, dtype, inputs, output), graphs=False))
-    return Job("batch", count, count * size[0] * size[1], 0.0, (reference.clamp(0, 1),), bound), found, command
+        contenders.append(Contender(form, partial(_loop, model, form, dtype, inputs, output), graphs=False))
+    return Job("batch", count, count * size[0] * size[1], 0.0, (reference.clamp(0, 1),), bound), contenders, command
 
 
 def results(folder: Path) -> tuple[Tensor]:

@@ -19,6 +19,8 @@ from fastden.ops.backends import use_backend
 
 #: PyTorch's own ways to run a module.
 PLAIN = ("eager", "channels_last", "compile", "max_autotune")
+#: fastden's own inference form, composed and folded, on PyTorch's compiled operations: for the whole network.
+FUSED_COMPILE = "fused_compile"
 #: Other runtimes, for the whole network on a CPU, and the packages that they need.
 RUNTIMES = {
     "openvino": ("openvino", "onnx", "onnxscript"),
@@ -70,7 +72,7 @@ def choose_backends(
     Raises:
         UserError: an unknown name, or one that cannot run here.
     """
-    found, left_out = [], {}
+    able, left_out = [], {}
     asked = None if text is None else [part.strip() for part in text.split(",") if part.strip()]
     for name in asked or ():
         if name not in backends.NAMES:
@@ -88,12 +90,12 @@ def choose_backends(
             if training and not backend.batch_statistics:
                 reasons.append("batch statistics, which its operators do not make")
         if not reasons:
-            found.append(backend.name)
+            able.append(backend.name)
         elif asked is not None:
             raise UserError(f"backends: {backend.name} cannot run: {'; '.join(reasons)}")
         else:
             left_out[own_name(backend.name)] = "; ".join(reasons)
-    return tuple(found), left_out
+    return tuple(able), left_out
 
 
 def own_name(backend: str) -> str:

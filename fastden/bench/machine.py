@@ -33,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     from fastden.info import collect
 
     report = collect()
-    found = {
+    facts = {
         "device": str(device),
         "cpu": report["cpu"].get("name"),
         "cores": report["cpu"].get("cores"),
@@ -47,7 +47,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        facts |= {
             "gpu": properties.name,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "gpu_memory_mib": properties.total_memory >> 20,
@@ -56,7 +56,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             # Name, driver and memory, as nvidia-smi gives them.
             "driver": report["gpu"].get("nvidia"),
         }
-    return found
+    return facts
 
 
 def commit() -> str | None:
@@ -164,8 +164,8 @@ class Sensors:
 
     def joules(self) -> float | None:
         """Energy since the driver was loaded."""
-        found = self._ask(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        return None if found is None else found / 1e3
+        millijoules = self._ask(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        return None if millijoules is None else millijoules / 1e3
 
     def under_load(self, call: Call, milliseconds: float, duration: float) -> dict[str, Any]:
         """Energy of a call, and the sensors while it runs again and again.

@@ -51,22 +51,26 @@ def inference(
         # By tiles: float64 activations of large images would not fit.
         reference = denoise_tiled(copy.deepcopy(model).double(), x.double(), level(model))
     network = forms.WithLevel(model, level(model))
-    bound = bounds(forms.plain("channels_last", network, (x,), dtype)(), (reference,), dtype)
+    eager = [forms.plain(form, network, (x,), dtype)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, (reference,), dtype)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
     plain_flops, own_flops = (2.0 * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
-    found = [
+    contenders = [
         Contender(forms.own_name(name), partial(_own, model, x, dtype, name), own_flops, own=True) for name in backends
     ]
     for name in peers:
         if name in forms.PLAIN:
             build = partial(forms.plain, name, network, (x,), dtype)
+        elif name == forms.FUSED_COMPILE:
+            build = partial(_compiled, model, x, dtype)
         else:
             build = partial(_runtime, name, model, x, dtype, folder)
-        graphs = name in forms.PLAIN and name != "max_autotune"
-        found.append(Contender(name, build, plain_flops, graphs=graphs))
+        graphs = name in (*forms.PLAIN, forms.FUSED_COMPILE) and name != "max_autotune"
+        flops = own_flops if name == forms.FUSED_COMPILE else plain_flops
+        contenders.append(Contender(name, build, flops, graphs=graphs))
     moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
-    return Job("model", batch, pixels, moved, (reference,), bound), found
+    return Job("model", batch, pixels, moved, (reference,), bound), contenders
 
 
 def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
@@ -75,6 +79,17 @@ def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
     def call() -> Tensor:
         with torch.no_grad(), use_backend(backend):
             return fused(x, level(model))
+
+    return call
+
+
+def _compiled(model: Denoiser, x: Tensor, dtype: torch.dtype) -> Call:
+    """The inference form without fastden's kernels, compiled by PyTorch: the strongest of its ways."""
+    run = forms.compiled(forms.WithLevel(fuse(model, dtype), level(model)), "compile")
+
+    def call() -> Tensor:
+        with torch.no_grad(), use_backend("torch"):
+            return run(x)
 
     return call
 
@@ -99,20 +114,21 @@ def training(
     """
     x = photograph(*size, count=batch).to(model.conv0.weight.device)
     reference = _step("eager", copy.deepcopy(model).double(), x.double(), torch.float64, None)()
-    bound = bounds(_step("channels_last", model, x, dtype, None)(), reference, dtype, gradients=True)
+    eager = [_step(form, model, x, dtype, None)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, reference, dtype, gradients=True)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
     plain_flops, own_flops = (2.0 * macs.of(channels, training=True) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
-    found = [
+    contenders = [
         Contender(forms.own_name(name), partial(_step, "channels_last", model, x, dtype, name), own_flops, own=True)
         for name in backends
     ]
-    found += [
+    contenders += [
         Contender(name, partial(_step, name, model, x, dtype, None), plain_flops, graphs=name != "max_autotune")
         for name in peers
     ]
     moved = float(TRAINING * VALUES.of(channels) * pixels * dtype.itemsize)
-    return Job("train", batch, pixels, moved, reference, bound), found
+    return Job("train", batch, pixels, moved, reference, bound), contenders
 
 
 def _step(form: str, model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str | None) -> Call:

@@ -130,9 +130,9 @@ def cases(model: Denoiser, size: tuple[int, int], batch: int, operators: Sequenc
     def image() -> Tensor:
         return torch.rand(batch, model.conv0.in_channels, height, width, device=device, generator=generator)
 
-    def features(channels: int, place: tuple[int, int]) -> Tensor:
+    def features(channels: int, size: tuple[int, int]) -> Tensor:
         # Half zeros, as behind a ReLU.
-        return torch.randn(batch, channels, *place, device=device, generator=generator).relu_()
+        return torch.randn(batch, channels, *size, device=device, generator=generator).relu_()
 
     def inputs(part: str) -> tuple[Tensor, ...]:
         made: dict[str, Callable[[], tuple[Tensor, ...]]] = {
@@ -183,7 +183,8 @@ def forward(
     """
     inputs = tuple(tensor.to(dtype) for tensor in case.inputs)
     reference = forms.plain("eager", case.plain, inputs, torch.float64)()
-    bound = bounds(forms.plain("channels_last", case.plain, inputs, dtype)(), (reference,), dtype)
+    eager = [forms.plain(form, case.plain, inputs, dtype)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, (reference,), dtype)
     fused = fuse(model, dtype)
     builders = {name: partial(forms.plain, name, case.plain, inputs, dtype) for name in peers}
     own = {name: partial(_own, case.part, fused, inputs, name) for name in backends}
@@ -199,7 +200,8 @@ def backward(
     """
     inputs = tuple(tensor.to(dtype) for tensor in case.inputs)
     reference = tensors(_step("eager", case.plain, inputs, torch.float64, None)())
-    bound = bounds(_step("channels_last", case.plain, inputs, dtype, None)(), reference, dtype, gradients=True)
+    eager = [_step(form, case.plain, inputs, dtype, None)() for form in ("eager", "channels_last")]
+    bound = bounds(eager, reference, dtype, gradients=True)
     builders = {name: partial(_step, name, case.plain, inputs, dtype, None) for name in peers}
     own = {name: partial(_step, "channels_last", case.composed, inputs, dtype, name) for name in backends}
     return _job(case, size, dtype, reference, bound, builders, own, training=True)
@@ -220,11 +222,11 @@ def _job(
     channels = next((tensor.shape[1] for tensor in case.inputs if tensor.shape[1] <= IMAGE_CHANNELS), 0)
     pixels = batch * size[0] * size[1]
     own_flops, flops = (2.0 * macs.of(channels, training) * pixels for macs in (work.own, work.plain))
-    found = [Contender(forms.own_name(name), build, own_flops, own=True) for name, build in own.items()]
-    found += [Contender(name, build, flops, graphs=name != "max_autotune") for name, build in peers.items()]
+    contenders = [Contender(forms.own_name(name), build, own_flops, own=True) for name, build in own.items()]
+    contenders += [Contender(name, build, flops, graphs=name != "max_autotune") for name, build in peers.items()]
     moved = float((TRAINING if training else 1) * work.values.of(channels) * pixels * dtype.itemsize)
     name = case.operator if len(OPERATORS[case.operator]) == 1 else f"{case.operator} {case.part}"
-    return Job(name, batch, pixels, moved, reference, bound), found
+    return Job(name, batch, pixels, moved, reference, bound), contenders
 
 
 def _own(part: str, fused: FusedDenoiser, inputs: Sequence[Tensor], backend: str) -> Call:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -19,11 +18,12 @@ from rich.table import Table
 from fastden.errors import in_one_line
 
 if TYPE_CHECKING:
-    from fastden.batch.denoiser import BatchDenoiser
     from fastden.batch.dry_run import Step
     from fastden.batch.manifest import Record
-    from fastden.batch.plan import Job
     from fastden.batch.report import Report
+
+#: Exit code of a command that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 def say(text: str, *, error: bool = False, console: Console | None = None) -> None:
@@ -53,120 +53,117 @@ def clean_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Run:
-    """One call of ``fastden denoise`` as its user sees it: lines, progress, and the sums at its end."""
+class Display:
+    """What ``fastden denoise`` shows of a run over images, on whatever it runs: a bar, a line an image, the sums.
 
-    def __init__(self, batch: BatchDenoiser, *, manifest: str | Path | None, resume: bool) -> None:
-        self.batch, self.manifest, self.resume = batch, manifest, resume
-        self._bar: Console | None = None
+    A context, in which the bar is shown where standard error is a terminal.
 
-    def all(self, jobs: list[Job], output: Path, unreadable: Sequence[OSError] = ()) -> int:
-        """Do the jobs, print the summary, return the exit code.
+    Args:
+        total: images in all.
+        unreadable: folders that could not be looked into; they count as failures.
+    """
 
-        Args:
-            jobs: from :func:`fastden.batch.plan.plan`.
-            output: file or folder.
-            unreadable: folders that could not be looked into; they count as failures.
-        """
-        from fastden.batch.report import Interrupted, Listener
-
-        start = time.perf_counter()
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.completed:.0f} of {task.total:.0f}"), BarColumn(), TimeElapsedColumn())
-        bar = Progress(
-            *columns,
+    def __init__(self, total: int, unreadable: Sequence[OSError] = ()) -> None:
+        self.unreadable = unreadable
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+            BarColumn(),
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
             transient=True,
             redirect_stdout=False,
         )
-        interrupted = False
-        with bar:
-            self._bar = console if console.is_terminal else None
-            for error in unreadable:
-                self._say(f"error: {in_one_line(error)}", error=True)
-            task = bar.add_task("denoising", total=len(jobs))
-            listener = Listener(
-                record=self._tell,
-                progress=lambda ended, part: bar.update(task, completed=ended + part),
-                note=lambda text: self._say(f"note: {text}", error=True),
-            )
-            try:
-                report = self.batch.run_jobs(
-                    jobs, output, manifest=self.manifest, resume=self.resume, listener=listener
-                )
-            except Interrupted as error:
-                report, interrupted = error.report, True
-        self._summarise(report, unreadable, time.perf_counter() - start)
-        if interrupted:
-            say("error: interrupted; --resume goes on from here", error=True)
-            return 130
-        return 1 if report.failed or report.left or unreadable else 0
+        self._task = self._bar.add_task("denoising", total=total)
+        self._shown = False
+        self._start = time.perf_counter()
 
-    def rehearse(self, jobs: list[Job], output: Path, unreadable: Sequence[OSError] = ()) -> int:
-        """Print what :meth:`all` would do, return the exit code; nothing is written."""
-        from fastden.batch.dry_run import rehearse
+    def __enter__(self) -> Display:
+        self._bar.start()
+        self._shown = self._console.is_terminal
+        for error in self.unreadable:
+            self._say(f"error: {in_one_line(error)}", error=True)
+        return self
 
-        plan = rehearse(self.batch, jobs, output, manifest=self.manifest, resume=self.resume)
-        for error in unreadable:
-            say(f"error: {in_one_line(error)}", error=True)
-        for step in plan.steps:
-            if step.error is not None:
-                self._show_error(step.job, step.error)
-            elif step.done:
-                say(f"{step.job.target}: done before")
-            else:
-                how = ", streamed" if step.streamed else ""
-                say(f"{step.job.source} -> {step.job.target}, {_size(step)}, {step.sigma}{how}")
-        failed = sum(step.error is not None for step in plan.steps) + len(unreadable)
-        todo = sum(step.error is None and not step.done for step in plan.steps)
-        if todo:
-            expected = f"about {plan.seconds:.2g} s at {plan.rate:.2f} MP/s, measured now"
-            memory = f"at most {plan.memory / 2**30:.2f} GiB beside Python and PyTorch"
-            say(
-                f"would denoise {todo} image{'s' * (todo != 1)}, {plan.megapixels:.2f} megapixels: {expected}; {memory}"
-            )
-        return 1 if failed else 0
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._shown = False
 
-    def _summarise(self, report: Report, unreadable: Sequence[OSError], seconds: float) -> None:
-        done, failed = len(report.done), [record.input for record in report.failed]
-        if done:
-            rate = f"{report.megapixels / seconds:.2f} MP/s, files read and written"
-            say(f"{done} image{'s' * (done != 1)}, {report.megapixels:.2f} megapixels, {seconds:.2f} s ({rate})")
-        if report.jobs == 1:
+    def progress(self, ended: float) -> None:
+        """Move the bar to ``ended`` images; a part of one counts."""
+        self._bar.update(self._task, completed=ended)
+
+    def note(self, text: str) -> None:
+        """Show what concerns the whole run."""
+        self._say(f"note: {text}", error=True)
+
+    def record(self, source: str | Path, target: str | Path, record: Record) -> None:
+        """Show what became of an image."""
+        if record.error is not None:
+            self._say(error_line(source, target, record.error), error=True)
             return
-        table = Table("done", "done before", "failed", "not begun", "read", "compute", "write", "compute share")
-        times = [sum(record.seconds.get(name, 0) for record in report.done) for name in ("read", "write")]
-        counts = [done, len(report.skipped), len(failed), report.left]
-        spent = [times[0], report.compute_seconds, times[1]]
-        share = f"{100 * report.compute_share:.0f} %"
-        table.add_row(*map(str, counts), *(f"{value:.1f} s" for value in spent), share)
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
-        names = [os.path.relpath(name) if not os.path.isabs(name) else name for name in failed]
-        names += [str(error.filename) for error in unreadable]
-        if names:
-            total = report.jobs + len(unreadable)
-            say(f"error: {len(names)} of {total} files failed: {', '.join(names)}", error=True)
+        estimated = " (estimated)" if record.sigma_source == "estimated" else ""
+        sigma = "" if record.sigma is None else f", sigma {record.sigma:.1f}{estimated}"
+        self._say(f"{source} -> {target}, {size_of(record)}{sigma}")
+        for note in record.notes:
+            self._say(f"note: {target}: {note}", error=True)
 
     def _say(self, text: str, *, error: bool = False) -> None:
         """Above the bar where the line goes to the same terminal, else where it belongs."""
-        say(text, error=error, console=self._bar if error or sys.stdout.isatty() else None)
+        above = self._shown and (error or sys.stdout.isatty())
+        say(text, error=error, console=self._console if above else None)
 
-    def _tell(self, job: Job, record: Record) -> None:
-        if record.error is not None:
-            self._show_error(job, record.error)
-            return
-        estimated = " (estimated)" if record.sigma_source == "estimated" else ""
-        shown = "" if record.sigma is None else f", sigma {record.sigma:.1f}{estimated}"
-        self._say(f"{job.source} -> {job.target}, {_size(record)}{shown}")
-        for note in record.notes:
-            self._say(f"note: {job.target}: {note}", error=True)
+    def summary(self, report: Report, *, interrupted: bool = False, including: str = "") -> int:
+        """Print the sums of a run, behind the bar.
 
-    def _show_error(self, job: Job, error: str) -> None:
-        named = error.startswith((str(job.source), str(job.target)))
-        self._say(f"error: {error}" if named else f"error: {job.source}: {error}", error=True)
+        Args:
+            report: of the run.
+            interrupted: by Ctrl-C.
+            including: what the time holds besides reading, computing and writing.
+
+        Returns:
+            The exit code.
+        """
+        seconds = time.perf_counter() - self._start
+        done, skipped, failed = len(report.done), len(report.skipped), [record.input for record in report.failed]
+        if skipped:
+            say(f"{_images(skipped)} done before")
+        if done:
+            rate = f"{report.megapixels / seconds:.2f} MP/s, files read and written{including}"
+            say(f"{_images(done)}, {report.megapixels:.2f} megapixels, {seconds:.2f} s ({rate})")
+        if report.jobs > 1:
+            self._table(report)
+            names = [*failed, *(str(error.filename) for error in self.unreadable)]
+            if names:
+                total = report.jobs + len(self.unreadable)
+                say(f"error: {len(names)} of {total} files failed: {', '.join(names)}", error=True)
+        if interrupted:
+            say("error: interrupted; --resume goes on from here", error=True)
+            return INTERRUPTED
+        return 1 if failed or report.left or self.unreadable else 0
+
+    def _table(self, report: Report) -> None:
+        table = Table("done", "done before", "failed", "not begun", "read", "compute", "write", "compute share")
+        read, write = (sum(record.seconds.get(name, 0) for record in report.done) for name in ("read", "write"))
+        counts = (len(report.done), len(report.skipped), len(report.failed), report.left)
+        times = (read, report.compute_seconds, write)
+        share = f"{100 * report.compute_share:.0f} %"
+        table.add_row(*map(str, counts), *(f"{value:.1f} s" for value in times), share)
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _size(image: Record | Step) -> str:
+def error_line(source: str | Path, target: str | Path, error: str) -> str:
+    """The line that tells of an image's failure, which names the file once."""
+    named = error.startswith((str(source), str(target)))
+    return f"error: {error}" if named else f"error: {source}: {error}"
+
+
+def size_of(image: Record | Step) -> str:
+    """An image's size in words."""
     return f"{image.width} x {image.height}" + (f", {image.pages} pages" if image.pages > 1 else "")
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"

@@ -14,14 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fastden.bench.command import app as bench
-from fastden.cli.console import Run, clean_termination, say
+from fastden.cli.console import say
+from fastden.cli.export import export, write_cards
+from fastden.cli.noise import noise
 from fastden.cli.options import (
     DeviceOption,
     Dtype,
     Engine,
     Format,
-    ModelOption,
     OneLineErrors,
+    Quality,
+    Request,
+    check_model,
     is_number_list,
     naming,
     parse_level,
@@ -40,6 +44,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.command()(export)
+app.command()(noise)
 
 
 def _version(wanted: bool) -> None:
@@ -66,7 +72,14 @@ def denoise(
     sigma: Annotated[
         str, typer.Option(help="Noise level on the 0-255 scale, 0 to 75 for the bundled models; auto estimates it.")
     ] = "auto",
-    model: ModelOption = "color",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Bundled name, folder or Hugging Face Hub id; default: photo, with --sigma N or --sigma-map color.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: bfloat16 for 8-bit images where the machine has it natively, else float32.")
@@ -78,7 +91,13 @@ def denoise(
         str | None,
         typer.Option(help="Such as 2GiB, the default: half for the network's tensors, half for images in hand."),
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 (nothing) to 1 (all): blend with the noisy image.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="0 (nothing) to 2: factor of the noise level.")] = 1.0,
+    chroma: Annotated[
+        float | None, typer.Option(help="The same for colour noise alone, at twice the work; default: as --strength.")
+    ] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="best: the mean of the results of all flips and turns, at eight times the work.")
+    ] = Quality.normal,
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Descend into folders, keeping their structure.")
@@ -114,100 +133,62 @@ def denoise(
     Images larger than --max-memory are streamed. A file that fails is reported and skipped; the exit code is then 1. A
     single video is denoised frame by frame, its sound and subtitles copied (needs pip install 'fastden[video]').
     """
-    from fastden.batch.denoiser import BatchDenoiser
-    from fastden.batch.manifest import made_before
-    from fastden.batch.plan import count_left_out, plan
-    from fastden.batch.ray import plan_rows
-    from fastden.cli.ray import run_rows
-    from fastden.cli.video import is_one_video, run_video
-    from fastden.network.loading import parse_memory
+    from fastden.network.loading import default_model
     from fastden.network.onednn import keep_freed_memory
 
-    keep_freed_memory()
     level = parse_sigma(sigma)
-    side = parse_tile(tile)
+    if model is None:
+        model = default_model(level if sigma_map is None else 0.0)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
-    output, format_name = Path(output_name), format.value if format else None
-    record = None if manifest == "none" else manifest
-    settings: dict[str, Any] = {
+    settings = {
         "model": model,
         "sigma": level,
         "sigma_map": sigma_map,
         "strength": strength,
+        "chroma": chroma,
+        "quality": quality.value,
         "device": device,
         "dtype": dtype.value,
-        "tile": side,
+        "tile": parse_tile(tile),
         "max_memory": max_memory,
         "overwrite": overwrite,
         "strip_metadata": strip_metadata,
         "max_pixels": int(max_megapixels * 1e6),
     }
-    unreadable: list[OSError] = []
-    left_out: list[Path] = []
-    planning: dict[str, Any] = {"recursive": recursive, "format_name": format_name, "unreadable": unreadable}
-    planning["left_out"] = left_out
-    planning["made"] = made_before(record, output) if resume else None
+    request = Request(
+        inputs,
+        output_name,
+        settings,
+        recursive=recursive,
+        format_name=format.value if format else None,
+        manifest=None if manifest == "none" else manifest,
+        resume=resume,
+    )
+    keep_freed_memory()
     if engine is Engine.ray:
+        from fastden.cli.cluster import denoise_on_cluster
+
         if dry_run:
             raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
-        rows = plan_rows(inputs, output_name, **planning)
-        if left_out:
-            say(f"note: {count_left_out(left_out)}", error=True)
-        raise typer.Exit(
-            run_rows(
-                rows,
-                settings,
-                output=output_name,
-                manifest=record,
-                resume=resume,
-                workers=workers,
-                workers_per_device=workers_per_device,
-                unreadable=unreadable,
-            )
-        )
+        raise typer.Exit(denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device))
     if workers is not None or workers_per_device != 1:
         raise UserError("workers: given with --engine local; accepted: with --engine ray")
+    from fastden.cli.video import denoise_one_video, is_one_video
+
     for_images: dict[str, object] = {
         "format": format,
         "recursive": recursive,
         "strip_metadata": strip_metadata,
         "resume": resume,
+        "sigma_map": sigma_map,
+        "dry_run": dry_run,
     }
-    for_images |= {"sigma_map": sigma_map, "dry_run": dry_run}
-    video = is_one_video(inputs, crf, [name for name, value in for_images.items() if value])
-    jobs = [] if video else plan(inputs, output, **planning)
-    # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
-    _load(model, device, dtype, eight_bit=True)
-    with naming():
-        batch = BatchDenoiser(**settings)
-    if level != "auto" and float(level) > 75:
-        say(f"note: sigma {sigma}: the bundled models were trained for 0 to 75", error=True)
-    if video:
-        options = {"tile": side, "max_memory": parse_memory(max_memory), "strength": strength}
-        with clean_termination():
-            run_video(Path(inputs[0]), output, level, batch.network, crf=crf, overwrite=overwrite, options=options)
-        return
-    run = Run(batch, manifest=record, resume=resume)
-    if dry_run:
-        code = run.rehearse(jobs, output, unreadable)
-        if left_out:
-            say(f"note: {count_left_out(left_out)}", error=True)
-        raise typer.Exit(code)
-    with clean_termination():
-        code = run.all(jobs, output, unreadable)
-    if left_out:
-        say(f"note: {count_left_out(left_out)}", error=True)
-    raise typer.Exit(code)
+    if is_one_video(inputs, crf, [name for name, value in for_images.items() if value]):
+        raise typer.Exit(denoise_one_video(request, crf=crf))
+    from fastden.cli.local import denoise_here
 
-
-def _load(model: str, device: str | None, dtype: Dtype, eight_bit: bool = False) -> Any:
-    from fastden.network.loading import load_network, parse_device
-
-    with naming("device"):
-        place = parse_device(device)
-    with naming("model"):
-        return load_network(model, place, dtype.value, eight_bit=eight_bit)
+    raise typer.Exit(denoise_here(request, dry_run=dry_run))
 
 
 @app.command("eval", cls=takes_several("--sigma", is_number_list))
@@ -219,12 +200,17 @@ def evaluate(
         list[str] | None,
         typer.Option("--sigma", help="Noise levels, 0-255 scale: --sigma 15 25 50 or --sigma 15,25,50."),
     ] = None,
-    model: ModelOption = "color",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Default: photo with --real, else color.", show_default=False)
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
     gray: Annotated[bool, typer.Option("--gray", help="Make the photographs gray first.")] = False,
-    pairs: Annotated[
-        bool, typer.Option("--pairs", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    real: Annotated[
+        bool, typer.Option("--real", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Give the network the level estimated from the noisy picture.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise; the image's index is added.")] = 0,
     json_file: Annotated[
@@ -240,11 +226,12 @@ def evaluate(
 
     accepted = "numbers from 0 to 255"
     levels = [parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
-    if gray and pairs:
-        raise UserError("gray: given with --pairs; accepted: one of them")
+    if gray and real:
+        raise UserError("gray: given with --real; accepted: one of them")
+    model = model or ("photo" if real else "color")
     if json_file is not None:  # before the work, not behind it
         check_target(json_file, overwrite=True)
-    network = _load(model, device, dtype)
+    network = check_model({"model": model, "device": device, "dtype": dtype.value}, eight_bit=False)
     sets: dict[str, Any] = {}
     table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM")
     console = Console(stderr=True)
@@ -252,11 +239,13 @@ def evaluate(
         for folder in folders:
             started = _shower(status, folder)
             with naming(str(folder), FAILURES):
-                if pairs:
+                if real:
                     results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
                 else:
                     wanted = levels or [15.0, 25.0, 50.0]
-                    results = evaluation.evaluate_folder(folder, network, wanted, gray=gray, seed=seed, started=started)
+                    results = evaluation.evaluate_folder(
+                        folder, network, wanted, gray=gray, estimate=estimate, seed=seed, started=started
+                    )
             name = folder.resolve().name
             sets[name if name not in sets else str(folder)] = results
             for row in results:
@@ -266,7 +255,7 @@ def evaluate(
                 table.add_row(name, str(len(row["images"])), level, *decibels, *similarities)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
-        settings = {"seed": seed, "gray": gray, "pairs": pairs}
+        settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
         document = evaluation.results_document(model, network, settings, sets)
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 
@@ -300,15 +289,23 @@ def build_extension(
 
 
 @app.command()
-def models() -> None:
-    """List the models that come with the package."""
-    from fastden.network.hub import models as bundled
+def models(
+    export_cards: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a folder for each model there, ready for the Hugging Face Hub."),
+    ] = None,
+) -> None:
+    """List the models that come with the package, or write them with their cards for the Hugging Face Hub."""
+    if export_cards is not None:
+        write_cards(export_cards)
+        return
+    from fastden.network import hub
 
-    found = bundled()
-    width = max(map(len, found), default=0)
-    for name, folder in found.items():
+    bundled = hub.models()
+    width = max(map(len, bundled), default=0)
+    for name, folder in bundled.items():
         typer.echo(f"{name:<{width}}  {_summary(folder / 'README.md')}")
-    if not found:
+    if not bundled:
         typer.echo("no models are bundled with this installation; --model takes a folder or a Hugging Face Hub id")
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -84,6 +85,49 @@ DeviceOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What ``fastden denoise`` was asked for, whatever it runs on.
+
+    Attributes:
+        inputs: files, folders and patterns, or one video; URLs on a cluster.
+        output: file or folder, or a URL on a cluster.
+        settings: keyword arguments of :class:`fastden.BatchDenoiser`.
+        recursive, format_name: as of :func:`fastden.batch.plan.plan`.
+        manifest, resume: as of :meth:`fastden.BatchDenoiser.run`.
+    """
+
+    inputs: list[str]
+    output: str
+    settings: dict[str, Any]
+    recursive: bool
+    format_name: str | None
+    manifest: str | None
+    resume: bool
+
+    def note_sigma(self) -> None:
+        """Say where the noise level is beyond what the bundled models know."""
+        from fastden.images.noise import MAX_SIGMA
+
+        sigma = self.settings["sigma"]
+        if sigma != "auto" and sigma > MAX_SIGMA:
+            say(f"note: sigma {sigma:g}: the bundled models were trained for 0 to {MAX_SIGMA:g}", error=True)
+
+
+def check_model(settings: dict[str, Any], *, eight_bit: bool = True) -> Any:
+    """The network that ``settings`` name.
+
+    Raises:
+        UserError: no such device, or no such model, in a line that names which.
+    """
+    from fastden.network.loading import load_network, parse_device
+
+    with naming("device"):
+        device = parse_device(settings["device"])
+    with naming("model"):
+        return load_network(settings["model"], device, settings["dtype"], eight_bit=eight_bit)
+
+
 class Format(str, Enum):
     """Formats that can be written."""
 
@@ -99,6 +143,13 @@ class Engine(str, Enum):
 
     local = "local"
     ray = "ray"
+
+
+class Quality(str, Enum):
+    """How much work a result is worth."""
+
+    normal = "normal"
+    best = "best"
 
 
 class Dtype(str, Enum):

@@ -11,8 +11,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastden.cli.console import say
+from fastden.batch.denoiser import BatchDenoiser
+from fastden.cli.console import clean_termination, say
+from fastden.cli.options import Request, check_model, naming
 from fastden.errors import UserError
+from fastden.network.loading import parse_memory
 from fastden.video.copy import ESTIMATED, denoise_video, is_video
 
 
@@ -37,7 +40,28 @@ def is_one_video(inputs: list[str], crf: int | None, others: list[str]) -> bool:
     return bool(videos)
 
 
-def run_video(
+def denoise_one_video(request: Request, *, crf: int | None) -> int:
+    """Denoise a video into a file or folder with a progress bar, and print what was done; the exit code."""
+    settings = request.settings
+    check_model(settings)
+    with naming():  # checks what is not a video's alone, and loads the networks
+        batch = BatchDenoiser(**settings)
+    request.note_sigma()
+    options = {"tile": settings["tile"], "max_memory": parse_memory(settings["max_memory"])}
+    with clean_termination():
+        _run(
+            Path(request.inputs[0]),
+            Path(request.output),
+            settings["sigma"],
+            batch.network,
+            crf=crf,
+            overwrite=settings["overwrite"],
+            options={**options, "wishes": batch.settings.wishes},
+        )
+    return 0
+
+
+def _run(
     source: Path,
     output: Path,
     sigma: float | Literal["auto"],
@@ -47,10 +71,9 @@ def run_video(
     overwrite: bool,
     options: dict[str, Any],
 ) -> None:
-    """Denoise ``source`` into the file or folder ``output`` with a progress bar, and print what was done."""
     target = output if output.suffix and not output.is_dir() else output / source.name
-    made = not target.parent.exists()
-    if made:
+    new_folder = not target.parent.exists()
+    if new_folder:
         target.parent.mkdir(parents=True)
     console = Console(stderr=True)
     columns = (TextColumn("frame"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
@@ -70,7 +93,7 @@ def run_video(
                 **options,
             )
     except BaseException:
-        if made:
+        if new_folder:
             with suppress(OSError):
                 target.parent.rmdir()
         raise

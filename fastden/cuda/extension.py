@@ -22,6 +22,7 @@ from fastden.cuda import build
 PACKAGE = Path(__file__).resolve().parents[1]
 
 _config: dict[str, Any] | None = None
+_after_loading: list[Callable[[], None]] = []
 _lock = threading.RLock()
 
 
@@ -86,7 +87,8 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
     devices = range(torch.cuda.device_count())
     listed = build.ask_nvcc(toolkit, "--list-gpu-arch")
     capabilities = [torch.cuda.get_device_capability(index) for index in devices]
-    wanted = build.plan(source, build.choose_architectures(os.environ, listed, capabilities), toolkit=toolkit)
+    architectures = build.choose_architectures(os.environ, listed, capabilities, say)
+    wanted = build.plan(source, architectures, toolkit=toolkit)
     folder = cache() / wanted.key(build.environment())
     library = folder / f"{build.NAME}.so"
     if library.is_file() and (folder / build.DESCRIPTION).is_file() and not force:
@@ -166,11 +168,21 @@ def load(library: Path | None = None) -> dict[str, Any]:
             spec.loader.exec_module(module)
         except (ImportError, OSError) as error:
             raise RuntimeError(f"{library} cannot be loaded ({error}); run `fastden build --force`") from error
-        from fastden.ops._dispatch import register_shapes
-
-        register_shapes("fastden_cuda")
         _config = dict(module.build_config())
+        for function in _after_loading:
+            function()
         return _config
+
+
+def after_loading(function: Callable[[], None]) -> None:
+    """Call ``function`` when the extension is loaded; at once where it is already.
+
+    The operators' shape functions are registered so: this module does not know the operators.
+    """
+    with _lock:
+        _after_loading.append(function)
+        if _config is not None:
+            function()
 
 
 def why_not() -> list[str]:

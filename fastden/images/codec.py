@@ -19,7 +19,7 @@ from fastden.images.encoding import check_alpha, check_pages, described, plan_en
 from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
 from fastden.images.kinds import check_supported, full_pages
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
-from fastden.images.pixels import Array, check_finite, to_dtype
+from fastden.images.pixels import Array, check_floats, to_dtype
 from fastden.images.whole_files import check_target, reason, write_bytes
 
 __all__ = [
@@ -178,8 +178,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool 
 
     Raises:
         UserError: missing, empty, truncated, corrupt or no image; several pages; more than ``max_pixels``; not 1 or 3
-            channels plus alpha; integers of other than 8 or 16 bits unsigned; NaN or infinity in a floating image. The
-            message begins with the path.
+            channels plus alpha; integers of other than 8 or 16 bits unsigned; NaN, infinity or a scale other than
+            [0, 1] in a floating image. The message begins with the path.
     """
     try:
         data = Path(path).read_bytes()
@@ -213,7 +213,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
         values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
     if values.dtype.kind == "f":
         values = values.astype(np.float32, copy=False)
-        check_finite(values, UserError)
+        check_floats(values, UserError)
     pixels, alpha = values, None
     if header.has_alpha:
         pixels, alpha = np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])

@@ -18,18 +18,12 @@ def full_scale(dtype: np.dtype[Any]) -> float:
     return 1.0 if dtype.kind == "f" else float(np.iinfo(dtype).max)
 
 
-def check_finite(values: Array, error: type[Exception], name: str = "floating image") -> tuple[float, float]:
-    """The least and the greatest value; raise ``error`` where one is NaN or infinite."""
+def check_floats(values: Array, error: type[Exception], name: str = "floating image") -> None:
+    """Raise ``error`` unless all values are finite and on the scale [0, 1], which noise may leave."""
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     # A NaN anywhere is the minimum.
     if not (np.isfinite(low) and np.isfinite(high)):
         raise error(f"{name}: NaN or infinity among the values; accepted: finite values on the scale [0, 1]")
-    return low, high
-
-
-def check_floats(values: Array, error: type[Exception], name: str = "floating image") -> None:
-    """Raise ``error`` unless all values are finite and on the scale [0, 1], which noise may leave."""
-    low, high = check_finite(values, error, name)
     if low < FLOAT_RANGE[0] or high > FLOAT_RANGE[1]:
         raise error(f"{name}: values from {low:g} to {high:g}; accepted: the scale [0, 1] (divide by the maximum)")
 

@@ -19,8 +19,7 @@ from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind
 from fastden.images.kinds import check_supported
 from fastden.images.libvips import detail, load_vips, vips_errors
 from fastden.images.noise import sample_windows
-from fastden.images.pixels import Array, check_finite
-from fastden.images.value_range import RangeFinder, ValueRange
+from fastden.images.pixels import Array, check_floats
 from fastden.images.whole_files import reason
 
 #: Rows that are asked of libvips at a time.
@@ -93,7 +92,7 @@ class StripReader:
                     data = self._region.fetch(0, self.position, self.header.width, len(part))
                 part[:] = np.frombuffer(data, self._dtype).reshape(part.shape)
                 if part.dtype.kind == "f":
-                    check_finite(part, UserError)
+                    check_floats(part, UserError)
             except UserError as error:
                 raise UserError(f"{self.path}: {error}") from error
             self.position += len(part)
@@ -110,37 +109,25 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool
     return StripReader(path, max_pixels=max_pixels, several=several).header
 
 
-def survey_file(path: str | Path, *, crops: bool, max_pixels: int = MAX_PIXELS) -> tuple[list[Array], ValueRange]:
-    """What is decided once for a whole picture, in little memory.
-
-    Args:
-        path: of the file.
-        crops: whether those by which the noise is judged are wanted.
-        max_pixels: as in :func:`fastden.images.codec.read_image`.
-
-    Returns:
-        The crops (H, W, C), none where they are not wanted, and the range of the picture's values.
-    """
+def read_samples(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> list[Array]:
+    """The crops (H, W, C) by which the noise of an image file is judged, without alpha, in little memory."""
     reader = StripReader(path, max_pixels=max_pixels)
     header = reader.header
-    windows = sample_windows(header.height, header.width) if crops else []
-    found = [
+    windows = sample_windows(header.height, header.width)
+    crops = [
         np.empty((rows.stop - rows.start, columns.stop - columns.start, header.channels), header.dtype)
         for rows, columns in windows
     ]
-    finder = RangeFinder(header.dtype, UserError, f"{path}: floating image")
-    # The range of 8 bits is known.
-    last = max((rows.stop for rows, _ in windows), default=0) if header.dtype == np.uint8 else header.height
+    last = max(rows.stop for rows, _ in windows)
     while reader.position < last:
         top = reader.position
         chunk = reader.read(min(CHUNK, last - top))
-        finder.add(chunk[:, :, : header.channels])
-        for crop, (rows, columns) in zip(found, windows, strict=True):
+        for crop, (rows, columns) in zip(crops, windows, strict=True):
             first, stop = max(rows.start, top), min(rows.stop, reader.position)
             if first < stop:
                 part = chunk[first - top : stop - top, columns, : header.channels]
                 crop[first - rows.start : stop - rows.start] = part
-    return found, finder.result()
+    return crops
 
 
 class StripWriter:

@@ -40,15 +40,19 @@ def check_target(path: str | Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
     """A temporary path beside ``path``: at the end what was written there takes the name, after an error it goes away.
+
+    Args:
+        path: of the file to make; one that exists is replaced.
+        suffix: of the temporary name, for libraries that choose a format by it.
 
     Raises:
         UserError: the system refuses, with its reason.
     """
     # A link stays a link: what it points to is replaced.
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp{suffix}")
     _in_progress.add(temporary)
     try:
         yield temporary

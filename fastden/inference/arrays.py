@@ -24,23 +24,24 @@ import numpy as np
 import torch
 
 from fastden.errors import UserError
-from fastden.images.noise import crop_windows
+from fastden.images.noise import crop_windows, sample_windows
 from fastden.images.pixels import Array, check_plain
-from fastden.images.value_range import BLOCK, ORDINARY, STATE, RangeFinder, ValueRange, find_range
-from fastden.inference.run import denoise_pixels, noise_level_of
-from fastden.inference.scaling import sigma_in_range
+from fastden.inference.noise import NoiseEstimate, noise_of_samples
+from fastden.inference.run import Quality, Wishes, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import models
-from fastden.network.loading import check_strength, load_network, parse_memory
+from fastden.network.level import KNOTS
+from fastden.network.loading import default_model, load_network, parse_memory
 from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
-#: Side, in pixels, that chunks of Zarr arrays are joined to: smaller ones would spend more on their halo (24 pixels a
-#: side are 10 % of the work at 1024, a third at 256).
+#: Side of the blocks that small chunks of Zarr arrays are joined to, pixels. The halo of 24 pixels a side is 10 % of
+#: the work at 1024, a third at 256.
 JOINED = 1024
-#: A :class:`ValueRange` in an array.
-_RANGE = np.dtype([("low", np.float64), ("high", np.float64), ("outliers", np.bool_)])
+
+#: The curve of an estimate as one element, so that it broadcasts against an image as a number does.
+CURVE = np.dtype([("levels", np.float64, KNOTS)])
 
 # One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
 # concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
@@ -55,18 +56,20 @@ class _Settings:
     device: str | None
     dtype: str | torch.dtype
     max_memory: int | None
-    strength: float
+    wishes: Wishes
 
 
 def denoise_array(
     array: Any,
     sigma: Any = "auto",
     *,
-    model: str | Path = "color",
+    model: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     max_memory: int | str | None = None,
     strength: float = 1.0,
+    chroma: float | None = None,
+    quality: Quality = "normal",
     channel_axis: int | Literal["auto"] | None = "auto",
     out: Any = None,
 ) -> Any:
@@ -84,8 +87,8 @@ def denoise_array(
             ``"auto"``, which estimates it from each image.
         model: a bundled name, a folder or a Hugging Face Hub id. Each process loads it once; it does not travel with
             the chunks.
-        device, dtype, strength: as in :func:`fastden.denoise`. Machines of several kinds give the same result only with
-            a ``dtype`` other than ``"auto"``.
+        device, dtype, strength, chroma, quality: as in :func:`fastden.denoise`. Machines of several kinds give the same
+            result only with one dtype named.
         max_memory: what the network's tensors may take in each process, bytes or such as ``"2GiB"``; None is 1 GiB.
         channel_axis: the axis of colour: ``"auto"`` is the last one where it is 1, 3 or 4 long (gray, RGB, RGB and
             alpha) and there are three axes or more. None: gray images without such an axis, for instance the channels
@@ -102,17 +105,16 @@ def denoise_array(
             (NaN, another scale) when chunks are computed.
         UserError: ``out`` exists, cannot be written, or a package is missing.
     """
-    check_strength(strength)
-    settings = _Settings(_model_name(model), _text(device), dtype, parse_memory(max_memory), float(strength))
+    wishes = Wishes(strength, chroma, quality)
+    model = default_model(sigma) if model is None else model
+    settings = _Settings(_model_name(model), _text(device), dtype, parse_memory(max_memory), wishes)
     # A wrong model is told here rather than by the first worker. Workers may have devices that this process has not.
     network = load_network(settings.model, "cpu", "float32")
     axis = _colour_axis(array, channel_axis)
     if isinstance(array, np.ndarray) and out is None:
         planes = _planes(array, axis)
         levels = _levels(sigma, network, planes)
-        ranges = _range_block(planes)
-        levels = _estimate_block(planes, ranges) if levels is None else levels
-        done = _denoise_block(planes, levels, ranges, settings=settings)
+        done = _denoise_block(planes, _estimate_block(planes) if levels is None else levels, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
     da = _package("dask.array")
     planes = _planes(_lazy(da, array), axis)
@@ -190,14 +192,19 @@ def _lazy(da: Any, array: Any) -> Any:
 
 
 def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
-    """``sigma`` on the scale 0-255 as a float64 array that broadcasts against ``planes``, NaN for a blind network.
+    """``sigma`` on the scale 0-255 as a float64 array (..., Y, X, 1) that broadcasts against ``planes``.
 
-    None where it is to be estimated.
+    NaN for a blind network; of :data:`CURVE` for an estimate; None where it is to be estimated.
     """
     lead, (height, width) = planes.shape[:-3], planes.shape[-3:-1]
     ones = (1,) * len(lead)
     if isinstance(sigma, str) and sigma == "auto":
         return None if network.noise_level_input else np.full((*ones, 1, 1, 1), np.nan)
+    if isinstance(sigma, NoiseEstimate):
+        noise_level_of(sigma, network, [], (height, width))
+        curve = np.zeros((*ones, 1, 1, 1), CURVE)
+        curve["levels"][...] = sigma.levels
+        return curve
     if isinstance(sigma, list | tuple | torch.Tensor):
         sigma = np.array(sigma)
     if isinstance(sigma, np.ndarray) and sigma.ndim:
@@ -222,15 +229,13 @@ def _overlapped(da: Any, planes: Any, levels: Array | None, settings: _Settings)
     planes = planes.rechunk({**chunks, at_c: -1})
     # An axis of one chunk has no neighbours, and may be shorter than the halo.
     depth = {axis: HALO if len(sizes) > 1 else 0 for axis, sizes in chunks.items()}
-    ranges = _ranges(da, planes)
-    given = _estimates(da, planes, ranges) if levels is None else da.from_array(levels, chunks=-1)
+    given = _estimates(da, planes) if levels is None else da.from_array(levels, chunks=-1)
     given_depth = {axis: halo if given.shape[axis] > 1 else 0 for axis, halo in depth.items()}
     return da.map_overlap(
         _denoise_block,
         planes,
         given,
-        ranges,
-        depth=[depth, given_depth, dict.fromkeys(depth, 0)],
+        depth=[depth, given_depth],
         boundary="none",
         dtype=planes.dtype,
         meta=planes._meta,
@@ -249,97 +254,54 @@ def snapped(sizes: Sequence[int], multiple: int, least: int = 1) -> tuple[int, .
     return tuple(stop - start for start, stop in pairwise([*borders, total]))
 
 
-def _ranges(da: Any, planes: Any) -> Any:
-    """The range of each image's values, lazily: (..., 1, 1, 1) of :data:`_RANGE` for (..., Y, X, C)."""
-    if planes.dtype == np.uint8:  # known
-        return da.from_array(np.full((1,) * planes.ndim, _as_row(ORDINARY)), chunks=-1)
-    at_y, at_x = planes.ndim - 3, planes.ndim - 2
-    # Squares of pixels, whose means count, lie where they lie in the whole image.
-    planes = planes.rechunk({axis: snapped(planes.chunks[axis], BLOCK) for axis in (at_y, at_x)})
-    ones = [(1,) * len(planes.chunks[axis]) for axis in (at_y, at_x)]
-    shape = (0,) * planes.ndim
-    chunks = (*planes.chunks[:-3], *ones, (STATE,))
-    states = planes.map_blocks(_count_block, chunks=chunks, dtype=np.float64, meta=np.empty(shape))
-    states = states.rechunk({at_y: -1, at_x: -1})
-    chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
-    meta = np.empty(shape, _RANGE)
-    return states.map_blocks(_joined_block, chunks=chunks, dtype=_RANGE, meta=meta, kind=planes.dtype)
-
-
-def _count_block(planes: Array) -> Array:
-    states = np.empty((*planes.shape[:-3], 1, 1, STATE))
-    for index in np.ndindex(planes.shape[:-3]):
-        finder = RangeFinder(planes.dtype)
-        finder.add(planes[index][..., :3])
-        states[index] = finder.state()
-    return states
-
-
-def _joined_block(states: Array, *, kind: np.dtype[Any]) -> Array:
-    rows = np.empty((*states.shape[:-3], 1, 1, 1), _RANGE)
-    for index in np.ndindex(states.shape[:-3]):
-        finder = RangeFinder(kind)
-        for state in states[index].reshape(-1, STATE):
-            finder.join(state)
-        rows[index] = _as_row(finder.result())
-    return rows
-
-
-def _range_block(planes: Array) -> Array:
-    """The range of each image's values: (..., 1, 1, 1) of :data:`_RANGE`."""
-    rows = np.empty((*planes.shape[:-3], 1, 1, 1), _RANGE)
-    for index in np.ndindex(planes.shape[:-3]):
-        rows[index] = _as_row(find_range(planes[index][..., :3]))
-    return rows
-
-
-def _as_row(value_range: ValueRange) -> Array:
-    return np.array((value_range.low, value_range.high, value_range.outliers), _RANGE)
-
-
-def _from_row(row: Any) -> ValueRange:
-    return ValueRange(float(row["low"]), float(row["high"]), bool(row["outliers"]))
-
-
-def _estimates(da: Any, planes: Any, ranges: Any) -> Any:
-    """The estimated noise level of each image, lazily: (..., 1, 1, 1) for (..., Y, X, C)."""
-    # Side by side, the crops that the estimate would take of the whole image are those that it takes of this one.
+def _estimates(da: Any, planes: Any) -> Any:
+    """The estimated curve of each image, lazily: (..., 1, 1, 1) of :data:`CURVE` for (..., Y, X, C)."""
+    pieces: list[int] = []
     for axis in (planes.ndim - 3, planes.ndim - 2):
         before = (slice(None),) * axis
         crops = [(*before, part) for part in crop_windows(planes.shape[axis])]
+        pieces.append(len(crops))
         planes = da.concatenate([planes[crop] for crop in crops], axis)
     planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
     chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
-    empty = np.empty((0,) * planes.ndim)
-    return da.map_blocks(_estimate_block, planes, ranges, chunks=chunks, dtype=np.float64, meta=empty)
+    return planes.map_blocks(
+        _estimate_block, chunks=chunks, dtype=CURVE, meta=np.empty((0,) * planes.ndim, CURVE), pieces=tuple(pieces)
+    )
 
 
-def _estimate_block(planes: Array, ranges: Array) -> Array:
-    levels = np.empty((*planes.shape[:-3], 1, 1, 1))
-    rows = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
+def _estimate_block(planes: Array, pieces: tuple[int, int] | None = None) -> Array:
+    """Curves of images (..., Y, X, C), or of their crops side by side: ``pieces`` along Y and along X."""
+    curves = np.zeros((*planes.shape[:-3], 1, 1, 1), CURVE)
     for index in np.ndindex(planes.shape[:-3]):
-        levels[index] = sigma_in_range(planes[index][..., :3], _from_row(rows[index][0, 0, 0]))
-    return levels
+        image = planes[index][..., :3]
+        if pieces is None:
+            windows = [image[rows, columns] for rows, columns in sample_windows(*image.shape[:2])]
+        else:
+            windows = [crop for rows in np.split(image, pieces[0], 0) for crop in np.split(rows, pieces[1], 1)]
+        curves["levels"][index] = noise_of_samples(windows).levels
+    return curves
 
 
-def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Settings) -> Array:
+def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Array:
     """(..., Y, X, C) and what broadcasts against it, in whatever process computes."""
     result = np.empty_like(planes)
     spread = np.broadcast_to(levels, (*planes.shape[:-3], *levels.shape[-3:]))
-    rows = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
     with _COMPUTING:
         eight_bit = planes.dtype == np.uint8
         network = load_network(settings.model, settings.device, settings.dtype, eight_bit=eight_bit)
         for index in np.ndindex(planes.shape[:-3]):
             level = spread[index][..., 0]
-            sigma: Any = level if level.size > 1 else float(level[0, 0])
+            if level.dtype == CURVE:
+                curve = level["levels"].reshape(KNOTS)
+                sigma: Any = NoiseEstimate(tuple(curve.tolist()), float(curve.mean()), 0.5)
+            else:
+                sigma = level if level.size > 1 else float(level.item())
             result[index][..., :3], _ = denoise_pixels(
                 planes[index][..., :3],
                 sigma if network.noise_level_input else "auto",
                 network,
-                value_range=_from_row(rows[index][0, 0, 0]),
                 max_memory=settings.max_memory,
-                strength=settings.strength,
+                wishes=settings.wishes,
             )
             result[index][..., 3:] = planes[index][..., 3:]
     return result

@@ -2,57 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastden.images.pixels import Array, check_plain
-from fastden.images.value_range import ORDINARY, ValueRange, find_range
-from fastden.inference.scaling import scaled, sigma_in_range
-from fastden.inference.tiling import denoise_tiled
+from fastden.images.pixels import Array, check_floats, check_plain
+from fastden.inference.noise import NoiseEstimate, estimate_noise
+from fastden.inference.tiling import TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
+from fastden.network.loading import check_strength
 from fastden.network.padding import BORDER
 
 Progress = Callable[[int, int], None]
+Quality = Literal["normal", "best"]
+#: Luma of BT.601.
+LUMA = (0.299, 0.587, 0.114)
 
 
-class _Adapted(FusedDenoiser):
-    """A fused network for gray images, or of partial strength: tile by tile, before anything is rounded or clipped.
+@dataclass(frozen=True)
+class Wishes:
+    """How a network is applied.
+
+    Attributes:
+        strength: 0 to 2, factor of the noise level; 0 gives the image back. A blind network takes no level: up to 1 its
+            result is blended with the image.
+        chroma: the same for colour alone; None follows ``strength``. Where they differ the network runs twice, and luma
+            and chroma (BT.601) come from one result each.
+        quality: ``"best"`` averages the results of the eight flips and quarter turns, at eight times the work.
+    """
+
+    strength: float = 1.0
+    chroma: float | None = None
+    quality: Quality = "normal"
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+        if self.chroma is not None:
+            check_strength(self.chroma, "chroma")
+        if self.quality not in ("normal", "best"):
+            raise ValueError(f"quality: {self.quality!r}; accepted: 'normal', 'best'")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the network is applied as it is."""
+        return self.strength == 1 and self.chroma in (None, 1) and self.quality == "normal"
+
+
+#: As it is.
+PLAIN = Wishes()
+
+
+class Adapted:
+    """A fused network for gray images, other strengths and ensembles: tile by tile, before anything is rounded.
 
     Args:
         network: whose weights serve.
         channels: of the images, 1 or the network's.
-        strength: 0 to 1.
+        wishes: see :class:`Wishes`.
     """
 
-    def __init__(self, network: FusedDenoiser, channels: int, strength: float) -> None:
-        # Not the parent's constructor, which would fuse another network.
-        nn.Module.__init__(self)
+    def __init__(self, network: FusedDenoiser, channels: int, wishes: Wishes) -> None:
         self.network = network
         self.noise_level_input = network.noise_level_input
         self.image_channels = channels
-        self.strength = strength
+        self.wishes = wishes
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
         return self.network.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where it runs."""
         return self.network.device
 
     def forward_padded(self, x: Tensor) -> Tensor:
+        """As :meth:`fastden.FusedDenoiser.forward_padded`."""
         image, level = x[:, : self.image_channels], x[:, self.image_channels :]
+        wishes = self.wishes
+        y = self._of_strength(image, level, wishes.strength)
+        if wishes.chroma in (None, wishes.strength) or self.image_channels == 1:
+            return y
+        assert wishes.chroma is not None
+        other = self._of_strength(image, level, wishes.chroma)
+        # The same amount on all channels changes luma alone.
+        weights = torch.tensor(LUMA, device=y.device, dtype=y.dtype).view(1, -1, 1, 1)
+        return other + ((y - other) * weights).sum(1, keepdim=True)
+
+    def _of_strength(self, image: Tensor, level: Tensor, strength: float) -> Tensor:
+        inside = image[:, :, BORDER:-BORDER, BORDER:-BORDER]
+        if strength == 0:
+            return inside
         colours = self.network.image_channels
         equal = image if colours == self.image_channels else image.expand(-1, colours, -1, -1)
-        y = self.network.forward_padded(torch.cat([equal, level], 1))
+        # A level of more than 1 is none: noise as strong as the whole scale.
+        y = self._ensemble(torch.cat([equal, (level * strength).clamp(max=1)], 1))
         if colours != self.image_channels:
             y = y.mean(1, keepdim=True)
-        return torch.lerp(image[:, :, BORDER:-BORDER, BORDER:-BORDER], y, self.strength)
+        return y if self.noise_level_input else torch.lerp(inside, y, strength)
+
+    def _ensemble(self, x: Tensor) -> Tensor:
+        if self.wishes.quality == "normal":
+            return self.network.forward_padded(x)
+        total: Tensor | None = None
+        for turns in range(4):
+            for flip in (False, True):
+                moved = torch.rot90(x, turns, (2, 3))
+                y = self.network.forward_padded((moved.flip(3) if flip else moved).contiguous())
+                back = torch.rot90(y.flip(3) if flip else y, -turns, (2, 3))
+                total = back.clone() if total is None else total.add_(back)
+        assert total is not None
+        return total.div_(8)
 
 
 def run_network(
@@ -62,72 +128,78 @@ def run_network(
     *,
     tile: int | Literal["auto"] | None = "auto",
     max_memory: int | None = None,
-    strength: float = 1.0,
+    wishes: Wishes = PLAIN,
     progress: Progress | None = None,
-    value_range: ValueRange = ORDINARY,
 ) -> Tensor:
     """Denoise a batch in tiles.
 
     Args:
         network: any fused network; gray input to a colour network is repeated and averaged back.
         batch: (N, C, H, W) on the CPU, C 1 or 3, float in [0, 1], torch.uint8 or torch.uint16.
-        level: on the scale 0-1: a number, (N,) or (N, 1, H, W); None for a blind network.
-        tile, max_memory, strength, progress: as in :func:`denoise`.
-        value_range: of all images.
+        level: on the scale 0-1: a number, (N,), (N, 1, H, W), or curves (N, 8); None for a blind network.
+        wishes: how it is applied.
+        tile, max_memory, progress: as in :func:`fastden.denoise`.
 
     Returns:
         As ``batch``.
     """
-    network = scaled(network, value_range, level)
-    network = adapted(network, batch.shape[1], strength)
-    return denoise_tiled(network, batch, level, tile=tile, max_memory=max_memory, progress=progress)
+    return denoise_tiled(
+        adapted(network, batch.shape[1], wishes), batch, level, tile=tile, max_memory=max_memory, progress=progress
+    )
 
 
-def adapted(network: FusedDenoiser, channels: int, strength: float) -> FusedDenoiser:
-    """``network`` for images of ``channels``, 1 or 3, and of a strength; see :func:`run_network`."""
+def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwork:
+    """``network`` for images of ``channels``, 1 or 3, applied as wished; see :func:`run_network`."""
     if channels == 3 and network.image_channels == 1:
         raise ValueError("image: 3 channels, but the model is for gray images; accepted: 1 channel, or a colour model")
-    if channels == network.image_channels and strength == 1:
+    if not network.noise_level_input and (wishes.strength > 1 or (wishes.chroma is not None and wishes.chroma > 1)):
+        most = max(wishes.strength, wishes.chroma or 0)
+        raise ValueError(f"strength: {most:g}, but this model is blind (it takes no noise level); accepted: 0 to 1")
+    if channels == network.image_channels and wishes.plain:
         return network
-    return _Adapted(network, channels, strength)
+    return Adapted(network, channels, wishes)
 
 
-def noise_level_of(
-    sigma: Any,
-    network: FusedDenoiser,
-    images: list[Array],
-    shape: tuple[int, int],
-    ranges: Sequence[ValueRange] | None = None,
-) -> float | Tensor | None:
-    """What to give to the network for the ``sigma`` of :func:`denoise`.
+class Level(NamedTuple):
+    """What a network takes, on the scale 0-1 (None if it is blind), and its mean on the scale 0-255 for people."""
+
+    value: float | Tensor | None
+    sigma: float | None
+    estimate: NoiseEstimate | None = None
+
+
+def noise_level_of(sigma: Any, network: FusedDenoiser, images: list[Array], shape: tuple[int, int]) -> Level:
+    """What to give to the network for the ``sigma`` of :func:`fastden.denoise`.
 
     Args:
-        sigma: ``"auto"``, or on the scale 0-255 a number, (H, W), (N,) or (N, 1, H, W).
+        sigma: ``"auto"``, a :class:`fastden.NoiseEstimate`, or on the scale 0-255 a number, (H, W), (N,) or (N, 1, H,
+            W).
         network: whether it takes a level at all.
         images: N arrays (H, W, C), for the estimate.
         shape: (H, W).
-        ranges: of the images' values; None for ordinary ones.
 
     Returns:
-        On the scale 0-1: a number, or float32 (N,) or (N, 1, H, W) or (1, 1, H, W); None for a blind network.
+        The value is a number, or float32: curves (N, 8) where estimated, (N,), (N, 1, H, W) or (1, 1, H, W).
     """
     if isinstance(sigma, str) and sigma == "auto":
         if not network.noise_level_input:
-            return None
-        known = ranges or [ORDINARY] * len(images)
-        found = [sigma_in_range(image, of_image) for image, of_image in zip(images, known, strict=True)]
-        return found[0] / 255 if len(found) == 1 else torch.tensor(found) / 255
+            return Level(None, None)
+        return estimated_level([estimate_noise(image) for image in images])
     if not network.noise_level_input:
         raise ValueError(f"sigma: {_shown(sigma)}, but this model is blind (it takes no noise level); accepted: 'auto'")
+    if isinstance(sigma, NoiseEstimate):
+        return Level(sigma.curve.expand(max(len(images), 1), -1), sigma.sigma, sigma)
     if isinstance(sigma, Real):
         value = float(sigma)
         if not 0 <= value <= 255:  # refuses NaN too
             raise ValueError(f"sigma: {value:g}; accepted: 'auto', or 0 to 255 (the scale of 8-bit values)")
-        return value / 255
+        return Level(value / 255, value)
     if isinstance(sigma, np.ndarray):
         check_plain(sigma, "sigma")
     if not isinstance(sigma, np.ndarray | Tensor):
-        raise TypeError(f"sigma: {_shown(sigma)}; accepted: 'auto', a number from 0 to 255, or a map (H, W)")
+        raise TypeError(
+            f"sigma: {_shown(sigma)}; accepted: 'auto', a NoiseEstimate, a number from 0 to 255, or a map (H, W)"
+        )
     host = sigma.detach().cpu() if isinstance(sigma, Tensor) else torch.from_numpy(np.array(sigma, np.float32))
     level = host.float()
     n = len(images)
@@ -140,33 +212,37 @@ def noise_level_of(
     low, high = float(level.min()), float(level.max())
     if not 0 <= low <= high <= 255:
         raise ValueError(f"sigma: values from {low:g} to {high:g}; accepted: 0 to 255")
-    return level / 255
+    return Level(level / 255, float(level.mean()))
+
+
+def estimated_level(estimates: list[NoiseEstimate]) -> Level:
+    """The level of pictures that go together, from their estimates."""
+    curves = torch.cat([estimate.curve for estimate in estimates])
+    sigma = sum(estimate.sigma for estimate in estimates) / len(estimates)
+    return Level(curves, sigma, estimates[0] if len(estimates) == 1 else None)
 
 
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str | Real) else type(value).__name__
 
 
-def denoise_pixels(
-    pixels: Array, sigma: Any, network: FusedDenoiser, *, value_range: ValueRange | None = None, **options: Any
-) -> tuple[Array, float | None]:
+def denoise_pixels(pixels: Array, sigma: Any, network: FusedDenoiser, **options: Any) -> tuple[Array, float | None]:
     """Denoise (H, W, C), C 1 or 3, with a network that is loaded already.
 
     Args:
         pixels: uint8, uint16 or floating in [0, 1].
         sigma: as in :func:`denoise`.
         network: from :func:`load_network`.
-        value_range: of the pixels, or of the picture of which they are a part; None finds it.
         **options: of :func:`run_network`.
 
     Returns:
         The denoised pixels, and the noise level on the scale 0-255 (of a map its mean; None for a blind network).
     """
-    if value_range is None:
-        value_range = find_range(pixels)
-    level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]), [value_range])
-    (result,) = denoise_batch([pixels], level, network, value_range=value_range, **options)
-    return result, shown_level(level)
+    if pixels.dtype.kind == "f":
+        check_floats(pixels, ValueError, "image")
+    level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]))
+    (result,) = denoise_batch([pixels], level.value, network, **options)
+    return result, level.sigma
 
 
 def denoise_batch(
@@ -181,11 +257,6 @@ def denoise_batch(
         **options: of :func:`run_network`.
     """
     return from_batch(run_network(network, to_batch(images, network), level, **options), images[0].dtype)
-
-
-def shown_level(level: float | Tensor | None) -> float | None:
-    """A noise level on the scale 0-255, of a map its mean; None for a blind network."""
-    return None if level is None else 255 * (float(level.mean()) if isinstance(level, Tensor) else level)
 
 
 def to_batch(images: list[Array], network: FusedDenoiser) -> Tensor:

@@ -9,37 +9,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastden.network import onednn
-from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import noise_level
+from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, BORDER, padding_for, reflected_index
 
 #: Pixels that a tile reads around its own: the smallest multiple of 4 beyond the network's reach.
 HALO = 24
-#: Bytes that a forward pass takes for each pixel of a tile, all tensors alive at the peak, in float32; half of it in
-#: 16 bits: of a fused network on oneDNN and on the plain operators (there with the buffers in which PyTorch unfolds
-#: conv3's input where no library does the convolution), and of a network that is not fused. A test holds them against
-#: the growth of a process's peak resident memory. Weights packed for the tiles' shapes come on top: up to 80 MiB.
+#: Peak memory of a forward pass in float32, bytes for each pixel of a tile; 16-bit dtypes need half. ``onednn`` and
+#: ``operators`` are the fused network on oneDNN and on the plain operators, ``plain`` the network that is not fused.
+#: ``operators`` includes the buffer into which PyTorch unfolds conv3's input where no library does the convolution. A
+#: test compares these numbers with the growth of a process's peak resident memory. Weights that are packed for the
+#: tiles' shapes need up to 80 MiB more.
 BYTES_PER_PIXEL = {"onednn": 560, "operators": 4800, "plain": 3800}
-#: What ``tile="auto"`` allows itself where no ``max_memory`` is given, bytes.
+#: Bytes that ``tile="auto"`` may use without ``max_memory``.
 DEFAULT_MEMORY = 1 << 30
-#: No larger tiles are chosen automatically: by then the halo costs 5 %.
+#: The largest side that is chosen automatically: there the halo costs 5 %.
 LARGEST_AUTOMATIC = 2048
 SMALLEST = 16
 #: Images of a batch go together only if tiles of this side, or the whole images, fit.
 WHOLE = 512
 
-Model = Denoiser | FusedDenoiser
+
+class TiledNetwork(Protocol):
+    """What tiles go through: a network, or one that is adapted to an image and to the user's wishes."""
+
+    noise_level_input: bool
+    image_channels: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward_padded(self, x: Tensor) -> Tensor: ...
+
+
+Model = Denoiser | TiledNetwork
 
 
 class Tile(NamedTuple):
-    """Half-open pixel ranges of the image that a tile makes."""
+    """Half-open pixel ranges of the result that a tile covers."""
 
     top: int
     bottom: int
@@ -63,7 +80,8 @@ def denoise_tiled(
         model: a network, on any device; tiles travel there one at a time.
         image: (N, 3, H, W) in the host's memory, or on the model's device: float in [0, 1], or torch.uint8 or
             torch.uint16, scaled tile by tile so that no float copy of the whole image exists.
-        sigma: noise level on the 0-1 scale: a number, (N,) or a map (N, 1, H, W); None for a blind network.
+        sigma: noise level on the 0-1 scale: a number, (N,), a map (N, 1, H, W), or a curve of levels over brightness
+            (N, 8) (:mod:`fastden.network.level`); None for a blind network.
         tile: side of the tiles in pixels (rounded up to a multiple of 4), ``"auto"`` to choose it from ``max_memory``,
             or None for the whole image at once.
         max_memory: bytes that the network's tensors may take; with ``tile="auto"`` alone. Default 1 GiB.
@@ -109,12 +127,12 @@ def denoise_rows(
     height: int,
     side: int,
 ) -> Tensor:
-    """Some rows of an image of which only a strip is at hand: what :func:`denoise_tiled` makes of them, bit for bit.
+    """Denoise some rows of an image of which only a strip is in memory; bit for bit as :func:`denoise_tiled`.
 
     Args:
         model: as in :func:`denoise_tiled`.
         strip: (1, C, h, W), the image's rows from ``first_row`` on; it holds :func:`rows_needed` for ``rows``.
-        sigma: a number, or a map (1, 1, h, W) of the same rows as ``strip``; None for a blind network.
+        sigma: a number, a map (1, 1, h, W) of the same rows as ``strip``, or a curve (1, 8); None for a blind network.
         rows: half-open; they start, and unless the image ends there end, at multiples of 4.
         first_row: of the strip, in the image.
         height: of the image.
@@ -135,6 +153,7 @@ def denoise_rows(
 def rows_needed(top: int, bottom: int, height: int) -> tuple[int, int]:
     """Half-open range of the image rows that tiles of the rows ``top`` to ``bottom`` read."""
     (first, last), _ = _window(top, bottom, height)
+    first, last = _grown((first, last))
     return max(first, 0), min(last, height)
 
 
@@ -165,7 +184,7 @@ def spans(length: int, side: int | None) -> list[tuple[int, int]]:
     if side is None or length <= side:
         return [(0, length)]
     count = math.ceil(length / _round_up(side))
-    # Equal tiles rather than full ones and a sliver: the halo is paid once more for a sliver.
+    # Tiles of equal size: a narrow last tile would cost one more halo.
     step = _round_up(math.ceil(length / count))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -184,25 +203,25 @@ def _check(image: Tensor, channels: int) -> None:
 
 
 def bytes_per_pixel(model: Model) -> float:
-    """What a forward pass takes for each pixel of a tile and its halo."""
-    if isinstance(model, FusedDenoiser):
-        dtype = model.dtype
-        form = "operators" if onednn.why_not(model.device, dtype) else "onednn"
-    else:
+    """Peak memory of a forward pass, bytes for each pixel of a tile and its halo."""
+    if isinstance(model, Denoiser):
         dtype = model.conv0.weight.dtype
         form = "plain"
+    else:
+        dtype = model.dtype
+        form = "operators" if onednn.why_not(model.device, dtype) else "onednn"
     return BYTES_PER_PIXEL[form] * dtype.itemsize / 4
 
 
 def least_memory(model: Model) -> int:
-    """Bytes that the smallest tile takes."""
+    """Peak memory of the smallest tile, bytes."""
     return math.ceil(bytes_per_pixel(model) * (SMALLEST + 2 * HALO) ** 2)
 
 
 def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory: int) -> tuple[int, int]:
-    """What a forward pass may take at a time to stay within ``max_memory`` bytes.
+    """Size of the tiles, and number of images at a time, with which a forward pass stays within ``max_memory``.
 
-    Small images go together as far as they fit; of large ones one at a time in the largest tiles that fit.
+    Several small images go together if they fit. Large images go one at a time, in the largest tiles that fit.
 
     Args:
         model: any network.
@@ -242,18 +261,29 @@ def _run(
     height = image.shape[2] if height is None else height
     rows, top = _window(part.top, part.bottom, height)
     columns, left = _window(part.left, part.right, image.shape[3])
-    weight = next(model.buffers())
+    device = model.conv0.weight.device if isinstance(model, Denoiser) else model.device
     level = sigma
     if isinstance(sigma, Tensor) and sigma.dim() == 4:
         _check_map(sigma, image)
         level = _cut(sigma, rows, columns, first_row, height)
-    x = _to_float(_cut(image, rows, columns, first_row, height).to(weight.device))
+    if isinstance(sigma, Tensor) and sigma.dim() == 2 and model.noise_level_input:
+        # With the pixels around, whose brightness counts: the level is the same in every tile.
+        wide_rows, wide_columns = _grown(rows), _grown(columns)
+        wide = _to_float(_cut(image, wide_rows, wide_columns, first_row, height).to(device))
+        level = level_inside(sigma.to(device), wide)
+        x = wide[:, :, BRIGHTNESS_RADIUS:-BRIGHTNESS_RADIUS, BRIGHTNESS_RADIUS:-BRIGHTNESS_RADIUS]
+    else:
+        x = _to_float(_cut(image, rows, columns, first_row, height).to(device))
     if isinstance(model, Denoiser):
         x = x.to(model.conv0.weight.dtype)
     levels = noise_level(x, level, model.noise_level_input)
     y = model.forward_padded(x if levels is None else torch.cat([x, levels], 1))
     y = y[:, :, top : top + part.bottom - part.top, left : left + part.right - part.left]
     return _from_float(y, image.dtype)
+
+
+def _grown(span: tuple[int, int]) -> tuple[int, int]:
+    return span[0] - BRIGHTNESS_RADIUS, span[1] + BRIGHTNESS_RADIUS
 
 
 def _check_map(sigma: Tensor, image: Tensor) -> None:

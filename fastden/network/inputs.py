@@ -7,6 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastden.network.level import KNOTS, level_map
+
 
 def check_input(x: Tensor, channels: int) -> tuple[int, int]:
     """Height and width of a valid network input.
@@ -30,7 +32,10 @@ def check_input(x: Tensor, channels: int) -> tuple[int, int]:
 
 
 def noise_level(x: Tensor, sigma: float | Tensor | None, wanted: bool) -> Tensor | None:
-    """``sigma`` as a map (N, 1, H, W) in the dtype and on the device of ``x``; None for a blind network."""
+    """``sigma`` as a map (N, 1, H, W) in the dtype and on the device of ``x``; None for a blind network.
+
+    A curve (N, 8) or (1, 8) holds levels at eight values of brightness (:mod:`fastden.network.level`).
+    """
     if not wanted:
         if sigma is not None:
             raise ValueError(
@@ -49,12 +54,14 @@ def noise_level(x: Tensor, sigma: float | Tensor | None, wanted: bool) -> Tensor
             if not 0.0 <= low <= high <= 1.0:
                 raise ValueError(f"sigma: values from {low} to {high}; accepted: 0 to 1, on the scale of x")
         level = sigma.to(device=x.device, dtype=x.dtype)
+        if level.dim() == 2 and level.shape[1] == KNOTS and level.shape[0] in (1, n):
+            return level_map(sigma.to(x.device), x).to(x.dtype)
         if level.dim() == 0 or (level.dim() == 1 and level.shape[0] == n):
             level = level.reshape(-1, 1, 1, 1)
         elif level.dim() != 4 or tuple(level.shape[1:]) != (1, height, width) or level.shape[0] not in (1, n):
             raise ValueError(
-                f"sigma: shape {tuple(sigma.shape)}; accepted for x {tuple(x.shape)}: a number, ({n},) or"
-                f" ({n}, 1, {height}, {width})"
+                f"sigma: shape {tuple(sigma.shape)}; accepted for x {tuple(x.shape)}: a number, ({n},),"
+                f" ({n}, 1, {height}, {width}), or a curve ({n}, {KNOTS})"
             )
         return level.expand(n, 1, height, width)
     if not isinstance(sigma, Real) or isinstance(sigma, bool):

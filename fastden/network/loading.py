@@ -1,4 +1,4 @@
-"""From the words that a user gives (a model's name, a device, a dtype, a size) to a network that is ready to run."""
+"""Load a network by what a user gives: a model's name, a device, a dtype, a size of memory."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ DTYPES = {
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
+def default_model(sigma: object) -> str:
+    """The bundled model for a ``sigma`` where none is named.
+
+    ``photo`` for a level that is estimated, in whatever kind of noise; ``color`` for one that is given: it knows white
+    noise, whose level a number states, best.
+    """
+    return "color" if isinstance(sigma, Real) or hasattr(sigma, "shape") else "photo"
+
+
 def load_network(
     model: Model,
     device: str | torch.device | None = None,
@@ -44,16 +53,16 @@ def load_network(
             raise ValueError("device, dtype: given with a FusedDenoiser, which has its own; accepted: None and 'auto'")
         return model
     if isinstance(model, Denoiser):
-        place = model.conv0.weight.device if device is None else parse_device(device)
-        return fuse(model, choose_dtype(dtype, place, eight_bit), place)
+        target = model.conv0.weight.device if device is None else parse_device(device)
+        return fuse(model, choose_dtype(dtype, target, eight_bit), target)
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
-    place = parse_device(device)
+    target = parse_device(device)
     folder = models().get(str(model), Path(model))
     weights = folder / "model.safetensors"
-    # A folder that has been written again since is another model.
+    # The time of the file is part of the cache key: a folder that was written again is another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
-    return _load_cached(str(model), place, choose_dtype(dtype, place, eight_bit), changed)
+    return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit), changed)
 
 
 @lru_cache(maxsize=4)
@@ -72,17 +81,17 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     types = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
     refusal = f"device: {str(device)!r}; accepted: {', '.join(types)}, or one of several such as cuda:1"
     try:
-        place = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(refusal) from error
-    # PyTorch knows more devices, some without data (meta), some that need packages of their own (xla).
-    if place.type not in types:
+    # PyTorch knows more devices: some hold no data (meta), some need packages of their own (xla).
+    if parsed.type not in types:
         raise ValueError(refusal)
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if parsed.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {str(device)!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {str(device)!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return place
+    return parsed
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool) -> torch.dtype:
@@ -97,10 +106,10 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool
     raise ValueError(f"dtype: {dtype!r}; accepted: auto, {', '.join(DTYPES)}")
 
 
-def check_strength(strength: float) -> None:
-    """Raise ValueError unless ``strength`` is a number in [0, 1]."""
-    if not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise ValueError(f"strength: {strength!r}; accepted: a number from 0 to 1")
+def check_strength(strength: float, name: str = "strength") -> None:
+    """Raise ValueError unless ``strength`` is a number in [0, 2]."""
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 2:
+        raise ValueError(f"{name}: {strength!r}; accepted: a number from 0 to 2")
 
 
 def check_max_pixels(max_pixels: float) -> None:

@@ -83,6 +83,46 @@ class TrainConfig(BaseModel):
         return NoiseModel(self.sigma, self.gain, self.jpeg, self.jpeg_share)
 
 
+class PhotoConfig(TrainConfig):
+    """Settings of training for photographs: the denoiser and the estimator of its noise level together.
+
+    Noise is drawn by :mod:`fastden.training.photo_noise`; ``sigma`` is that of its white share, ``gain`` and ``jpeg``
+    are not used.
+    """
+
+    objective: Literal["photo"] = Field(  # type: ignore[assignment]
+        description="photo: noise as cameras, film and white noise make it, and the estimator of its level"
+    )
+    noise_level_input: Literal[True] = Field(
+        True, description="a network for photographs takes the level that the estimator gives"
+    )
+    estimate: float = Field(0.4, ge=0, le=1, description="share of crops whose level comes from the estimator")
+    estimate_from: int = Field(1000, ge=0, description="first step at which it does")
+    denoiser: bool = Field(
+        True, description="train the denoiser too; false: the estimator alone, in a fraction of the time"
+    )
+    estimator: Path | None = Field(None, description="weights of an estimator to start from; null is none")
+    kinds: tuple[float, float, float, float] = Field(
+        (0.3, 0.42, 0.22, 0.06), description="shares of white noise, camera noise, grain and clean pictures"
+    )
+    clean_quality: tuple[int, int] = Field((50, 98), description="JPEG quality of clean pictures")
+    jitter: float = Field(0.1, ge=0, le=1, description="standard deviation of the true log level's error, where given")
+    crop: int = Field(126, ge=32, description="side of a training crop, pixels; 2 under a multiple of 4 wastes nothing")
+    batch: int = Field(8, ge=1, description="crops a step, over all devices")
+
+    @field_validator("kinds")
+    @classmethod
+    def _check_kinds(cls, kinds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        if min(kinds) < 0 or abs(sum(kinds) - 1) > 1e-6:
+            raise ValueError("accepted: four shares of at least 0 that add up to 1")
+        return kinds
+
+    @field_validator("clean_quality")
+    @classmethod
+    def _check_quality(cls, quality: tuple[int, int]) -> tuple[int, int]:
+        return _check_range(quality, 1, 100)
+
+
 class JointConfig(TrainConfig):
     """Settings of joint training with a frozen network: the denoiser's, some with other defaults, and its own."""
 
@@ -148,9 +188,10 @@ def load_config(path: Path | None, overrides: list[str]) -> TrainConfig:
         except yaml.YAMLError as error:
             raise UserError(f"set: {override!r} is not YAML: {error}") from error
     objective = values.get("objective", "denoise")
-    if objective not in ("denoise", "joint-classify", "joint-segment"):
-        raise UserError(f"objective: {objective!r}; accepted: denoise, joint-classify, joint-segment")
-    kind = TrainConfig if objective == "denoise" else JointConfig
+    if objective not in ("denoise", "photo", "joint-classify", "joint-segment"):
+        raise UserError(f"objective: {objective!r}; accepted: denoise, photo, joint-classify, joint-segment")
+    kinds: dict[str, type[TrainConfig]] = {"denoise": TrainConfig, "photo": PhotoConfig}
+    kind = kinds.get(str(objective), JointConfig)
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -12,22 +12,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastden.errors import UserError
+from fastden.images.codec import SUFFIXES
+from fastden.images.finder import find_images
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
 Image = npt.NDArray[np.uint8]
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Image files below ``folder``, sorted.
+def find_photographs(folder: Path) -> list[Path]:
+    """Image files below ``folder``, sorted; see :func:`fastden.images.finder.find_images`.
 
     Raises:
         UserError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise UserError(f"data: {folder} is not a folder; accepted: folders of photographs")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = find_images(folder, recursive=True)
     if not files:
-        raise UserError(f"data: no images in {folder}; accepted suffixes: {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"data: no images in {folder}; accepted suffixes: {', '.join(SUFFIXES)}")
     return files
 
 

@@ -17,7 +17,7 @@ from fastden.network.inputs import noise_level
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
 from fastden.training.config import TrainConfig
-from fastden.training.data import CropDataset, Image, find_images, load_rgb
+from fastden.training.data import CropDataset, Image, find_photographs, load_rgb
 from fastden.training.synthetic_noise import NoisyDataset, gaussian
 
 #: Levels (0-255 scale) of the validation noise, all on the same photographs.
@@ -37,15 +37,15 @@ class DenoiserData(pl.LightningDataModule):
         if self.train_images:
             return
         config = self.config
-        files = [find_images(folder) for folder in config.data]
+        files = [find_photographs(folder) for folder in config.data]
         if config.validation > len(files[0]):
             raise UserError(
                 f"validation: {config.validation}; accepted: up to the {len(files[0])} photographs in {config.data[0]}"
             )
         held = files[0][len(files[0]) - config.validation :]
-        kept = files[0][: len(files[0]) - config.validation] + [path for more in files[1:] for path in more]
+        for_training = files[0][: len(files[0]) - config.validation] + [path for more in files[1:] for path in more]
         self.validation_images = [load_rgb(path) for path in held]
-        self.train_images = [image for image in map(load_rgb, kept) if min(image.shape[:2]) >= config.crop]
+        self.train_images = [image for image in map(load_rgb, for_training) if min(image.shape[:2]) >= config.crop]
         if not self.train_images:
             raise UserError(
                 f"data: no photograph of at least {config.crop} x {config.crop} pixels (crop: {config.crop})"

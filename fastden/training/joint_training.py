@@ -49,10 +49,10 @@ class JointData(DenoiserData):
         config = self.config
         self.labelled = [pair for folder in config.data for pair in self._load(folder)]
         if config.validation_data is not None and config.validation:
-            found = self._load(config.validation_data)
+            labelled = self._load(config.validation_data)
             # Evenly spaced: a table or a folder may be sorted by class.
-            count = min(config.validation, len(found))
-            self.held_out = [found[i * len(found) // count] for i in range(count)]
+            count = min(config.validation, len(labelled))
+            self.held_out = [labelled[i * len(labelled) // count] for i in range(count)]
 
     def _load(self, folder: Any) -> list[tuple[Any, Label]]:
         load = load_classified if self.config.objective == "joint-classify" else load_segmented

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastden.errors import UserError
-from fastden.training.data import Image, find_images, load_rgb, to_gray
+from fastden.training.data import Image, find_photographs, load_rgb, to_gray
 
 #: A class, or a class for every pixel (H, W).
 Label = int | npt.NDArray[np.uint8]
@@ -32,17 +32,17 @@ def read_classes(folder: Path) -> list[tuple[Path, int]]:
         missing = {"file", "index"} - set(reader.fieldnames or [])
         if missing:
             raise UserError(f"data: {table} has no column {' and no column '.join(sorted(missing))}")
-        found = []
+        rows = []
         for number, row in enumerate(reader, 2):
             path = folder / str(row["file"])
             if not str(row["index"]).isdecimal():
                 raise UserError(f"data: {table}, line {number}: index {row['index']!r}; accepted: a number from 0 on")
             if not path.is_file():
                 raise UserError(f"data: {table}, line {number}: {path} does not exist")
-            found.append((path, int(row["index"])))
-    if not found:
+            rows.append((path, int(row["index"])))
+    if not rows:
         raise UserError(f"data: {table} has no rows")
-    return found
+    return rows
 
 
 def read_masks(folder: Path) -> list[tuple[Path, Path]]:
@@ -51,7 +51,7 @@ def read_masks(folder: Path) -> list[tuple[Path, Path]]:
     Raises:
         UserError: no such folders, or an image without a label.
     """
-    images = find_images(folder / "images")
+    images = find_photographs(folder / "images")
     pairs = [(path, folder / "labels" / f"{path.stem}.png") for path in images]
     without = [image for image, label in pairs if not label.is_file()]
     if without:
@@ -84,15 +84,15 @@ def load_segmented(folder: Path, crop: int) -> list[tuple[Image, Label]]:
     Raises:
         UserError: an image and its label of different sizes, or smaller than ``crop``.
     """
-    found: list[tuple[Image, Label]] = []
+    labelled: list[tuple[Image, Label]] = []
     for path, label_path in read_masks(folder):
         image, label = load_rgb(path), load_mask(label_path)
         if image.shape[:2] != label.shape:
             raise UserError(f"data: {path} is {image.shape[:2]}, its label {label.shape}; accepted: the same size")
         if min(label.shape) < crop:
             raise UserError(f"data: {path} is {label.shape}; accepted: at least crop ({crop}) pixels a side")
-        found.append((image, label))
-    return found
+        labelled.append((image, label))
+    return labelled
 
 
 def _at_least(image: Image, side: int) -> Image:

@@ -94,10 +94,10 @@ def _function(where: str, function: str) -> Callable[..., Any]:
         module = _file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except (ImportError, OSError, SyntaxError) as error:
         raise UserError(f"network: cannot import {where}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
+    builder = getattr(module, function, None)
+    if not callable(builder):
         raise UserError(f"network: {where} has no function {function}")
-    return found
+    return builder
 
 
 def _file(path: Path) -> Any:

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fastden.errors import UserError
 from fastden.network.model import Denoiser
-from fastden.training.config import JointConfig, TrainConfig
+from fastden.training.config import JointConfig, PhotoConfig, TrainConfig
 from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.joint_training import JointData, JointTraining
+from fastden.training.photo import PhotoData, PhotoTraining, save_estimator
 from fastden.training.tasks import load_task
 
 
@@ -59,6 +60,8 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
     if isinstance(config, JointConfig):
         module = JointTraining(model, config, load_task(config.network, config.network_arguments))
         data: DenoiserData = JointData(config)
+    elif isinstance(config, PhotoConfig):
+        module, data = PhotoTraining(model, config), PhotoData(config)
     else:
         module, data = DenoiserTraining(model, config), DenoiserData(config)
     data.setup("fit")  # what is wrong with the data shows before anything is written
@@ -71,6 +74,8 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
         if isinstance(config, JointConfig):
             blend_weights(model, config)
         _save(model, target)
+        if isinstance(module, PhotoTraining):
+            save_estimator(module, target)
     return target
 
 

@@ -6,11 +6,8 @@ back is in :mod:`fastden.video.frames`.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import secrets
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +18,7 @@ import numpy as np
 
 from fastden.errors import UserError
 from fastden.images.pixels import Array
-from fastden.images.value_range import ORDINARY
+from fastden.images.whole_files import check_target, whole_file
 from fastden.video.encoders import Encoders
 from fastden.video.frames import FrameConverter
 
@@ -100,8 +97,6 @@ def denoise_video(
     Raises:
         UserError: a file that cannot be read, written or encoded, or PyAV is missing.
     """
-    from fastden.images.codec import check_target
-
     av = _av()
     source, target = Path(source), Path(target)
     if not is_video(target):
@@ -109,21 +104,16 @@ def denoise_video(
     check_target(target, overwrite)
     if target.exists() and os.path.samefile(source, target):
         raise UserError(f"output: {target} is the input; accepted: another file")
-    # A link stays a link: what it points to is replaced.
-    final = Path(os.path.realpath(target))
-    temporary = final.with_name(f".fastden-{secrets.token_hex(8)}.tmp{target.suffix.lower()}")
-    try:
-        with _opened(av, source) as reader, av.open(str(temporary), "w", options=_container_options(reader)) as writer:
-            copy = _Copy(av, source, target, reader, writer, crf)
-            copy.run(sigma, load, progress, options)
-        if final.exists():
-            shutil.copymode(final, temporary)
-        os.replace(temporary, final)
-    except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with whole_file(target, target.suffix.lower()) as temporary:
+        try:
+            with (
+                _opened(av, source) as reader,
+                av.open(str(temporary), "w", options=_container_options(reader)) as writer,
+            ):
+                copy = _Copy(av, source, target, reader, writer, crf)
+                copy.run(sigma, load, progress, options)
+        except (av.error.FFmpegError, OSError) as error:
+            raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
     return copy.result
 
 
@@ -213,9 +203,7 @@ class _Copy:
         def finish(frame: Any, pixels: Array) -> None:
             nonlocal last
             colours = pixels.shape[2] // 3 * 3 or 1
-            # A dark frame is one of a video whose range is known.
-            found = denoise_pixels(pixels[:, :, :colours], level, network, value_range=ORDINARY, **options)
-            done, self.result.sigma = found
+            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], level, network, **options)
             encoded = converter.frame(np.concatenate([done, pixels[:, :, colours:]], 2), frame, encoder.pix_fmt)
             if encoded.pts is not None:
                 encoded.pts -= late
@@ -366,8 +354,8 @@ def _content(metadata: dict[str, str]) -> dict[str, str]:
 
 def _held(level: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:
     """The noise level for all frames: what was given, or the median of the estimates on those that wait."""
-    from fastden.images.noise import estimate_sigma
+    from fastden.inference.noise import estimate_noise, median_estimate
 
     if level != "auto" or not network.noise_level_input or not waiting:
         return level
-    return float(np.median([estimate_sigma(pixels) for _, pixels in waiting]))
+    return median_estimate([estimate_noise(pixels) for _, pixels in waiting])

@@ -48,7 +48,9 @@ def test_results_are_those_of_one_image_at_a_time(photos: Path, tmp_path: Path, 
         expected = fastden.denoise(record.input, model=real)
         if record.input.endswith(".png"):
             np.testing.assert_array_equal(read_image(tmp_path / "out" / record.output).pixels, expected)
-        assert record.sigma == pytest.approx(fastden.estimate_sigma(read_image(record.input).pixels))
+        estimate = fastden.estimate_noise(read_image(record.input).pixels)
+        assert record.sigma == pytest.approx(estimate.sigma)
+        assert record.noise == estimate.as_record()
         assert record.sigma_source == "estimated"
     alone = fastden.BatchDenoiser(real)
     for path in photos.iterdir():
@@ -84,7 +86,7 @@ def test_small_images_go_together(photos: Path, tmp_path: Path, network: Any, mo
 
 def test_batches_that_change_bits_are_not_used(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [pixels(seed=index) for index in range(3)]
-    levels = [0.1, 0.2, 0.3]
+    levels = torch.tensor([0.1, 0.2, 0.3])
     assert Equality().holds(real, images, levels, 1 << 28)
     exact = fastden.batch.grouping.denoise_batch
 
@@ -225,12 +227,12 @@ def test_the_way_to_a_device_and_back(photos: Path, tmp_path: Path, network: Any
     """Images that fit go there whole, the others tile by tile; the files are the same."""
     batch = fastden.BatchDenoiser(network, sigma=20)
     batch.run(photos, tmp_path / "host")
-    lane = OnTheSpot()
-    batch.settings.lane = lane
+    transfer = OnTheSpot()
+    batch.settings.transfer = transfer
     report = batch.run(photos, tmp_path / "device")
     assert report.failed == []
-    assert sum(shape[0] for shape in lane.batches) == 4
-    assert {shape[1:] for shape in lane.batches} == {(3, 32, 40)}
+    assert sum(shape[0] for shape in transfer.batches) == 4
+    assert {shape[1:] for shape in transfer.batches} == {(3, 32, 40)}
     assert outputs(tmp_path / "device") == outputs(tmp_path / "host")
     assert report.compute_seconds >= 2, "as the device's clock says"
 
@@ -341,7 +343,7 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
         ({"sigma": 300}, "sigma: 300; accepted"),
         ({"sigma": "much"}, "sigma: 'much'"),
         ({"sigma": 5, "sigma_map": "map.png"}, "sigma_map: given together with sigma=5"),
-        ({"strength": 2}, "strength: 2"),
+        ({"strength": 3}, "strength: 3"),
         ({"workers": 0}, "workers: 0"),
         ({"max_memory": "1k"}, "max_memory: 1024 bytes; accepted: at least"),
         ({"max_pixels": 0}, "max_pixels: 0"),

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import random
-import sys
 import tempfile
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.soak import fuzz_reader
 
-
-def command() -> Any:
-    spec = spec_from_file_location("fuzz_reader", ROOT / "benchmarks" / "batch" / "fuzz_reader.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["fuzz_reader"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-FUZZ = command()
-FILES = FUZZ.corpus()
+FILES = fuzz_reader.corpus()
 
 
 @settings(max_examples=150)
 @given(name=st.sampled_from(sorted(FILES)), seed=st.integers(0, 2**32))
 def test_mutated_files(name: str, seed: int) -> None:
-    data = FUZZ.mutate(FILES[name], list(FILES.values()), random.Random(seed))
+    data = fuzz_reader.mutate(FILES[name], list(FILES.values()), random.Random(seed))
     with tempfile.TemporaryDirectory() as folder:
         path, output = Path(folder) / f"input{Path(name).suffix}", Path(folder) / "out"
         output.mkdir()
         path.write_bytes(data)
-        assert FUZZ.examine(path, output) in ("read", "refused", "read, not written")
+        assert fuzz_reader.examine(path, output) in ("read", "refused", "read, not written")
 
 
 def test_valid_files_are_read() -> None:
@@ -47,7 +33,7 @@ def test_valid_files_are_read() -> None:
         for name, data in FILES.items():
             path = Path(folder) / name
             path.write_bytes(data)
-            assert FUZZ.examine(path, output) == "read", name
+            assert fuzz_reader.examine(path, output) == "read", name
 
 
 def test_a_worker_that_dies_or_hangs_is_counted(monkeypatch: Any) -> None:
@@ -65,9 +51,9 @@ def test_a_worker_that_dies_or_hangs_is_counted(monkeypatch: Any) -> None:
                 raise EOFError
             return False
 
-    monkeypatch.setattr(FUZZ.Worker, "_start", lambda self: None)
+    monkeypatch.setattr(fuzz_reader.Worker, "_start", lambda self: None)
     for error, outcome in ((True, "crash"), (False, "hang")):
-        worker = FUZZ.Worker(0)
+        worker = fuzz_reader.Worker(0)
         worker.connection, worker.ready = Broken(error), True
         worker.process = type("Process", (), {"kill": lambda _: None, "join": lambda _: None, "exitcode": -11})()
         assert worker.examine(7) == ("", f"{outcome} (exit code -11)")

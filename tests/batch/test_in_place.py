@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 import fastden
-from fastden.batch.manifest import NAME, Manifest, made_before
+from fastden.batch.manifest import NAME, Manifest, Record, made_before
 from fastden.batch.plan import plan
-from fastden.batch.ray import Worker, plan_rows
+from fastden.batch.ray import Pool, Worker, plan_rows
 from fastden.cli.main import app
 from fastden.errors import UserError
 from tests.cli.run import fails, works
@@ -123,13 +123,14 @@ def test_rehearsed(photos: Path, model: str) -> None:
 def test_on_ray(photos: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def here(rows: list[dict[str, str]], settings: dict[str, Any], **_: Any) -> Iterator[dict[str, Any]]:
+    def here(rows: list[dict[str, str]], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
         worker = Worker(settings, 1)
         for row in rows:
             asked.append(Path(row["input"]).name)
-            yield json.loads(worker(row)["record"])
+            yield Record.from_json(worker(row)["record"])
 
-    monkeypatch.setattr("fastden.cli.ray.distribute", here)
+    monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
+    monkeypatch.setattr("fastden.cli.cluster.distribute", here)
     rest = ["-o", photos, "--format", "tiff", "--model", model, "--sigma", 5, "--engine", "ray"]
     works("denoise", photos, *rest)
     expected = results(photos)
@@ -198,7 +199,8 @@ def test_ray_reports_folders_that_cannot_be_looked_into(
     photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "inner").mkdir()
-    monkeypatch.setattr("fastden.cli.ray.distribute", lambda rows, settings, **_: iter(()))
+    monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
+    monkeypatch.setattr("fastden.cli.cluster.distribute", lambda rows, settings, pool: iter(()))
     unreadable: list[OSError] = []
     assert len(plan_rows([str(photos)], str(tmp_path / "out"), recursive=True, unreadable=unreadable)) == 5
     assert [error.filename for error in unreadable] == [str(photos / "inner")]

@@ -49,10 +49,13 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
         "sigma": 12.5,
         "sigma_map": None,
         "strength": 0.5,
+        "chroma": None,
+        "quality": "normal",
         "dtype": "auto",
         "format": "png",
         "strip_metadata": False,
     }
+    assert wide["noise"] is None
     assert wide["model"] == {"name": "Blend", "sha256": batch.settings.weights["sha256"]}
     assert len(wide["model"]["sha256"]) == 64
     assert by_name["bad.png"]["status"] == "failed"

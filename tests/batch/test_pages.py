@@ -19,9 +19,9 @@ from fastden.batch.plan import Job
 from fastden.batch.transfer import Pending
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
-from tests.batch.test_fuzz import FUZZ
 from tests.cli.run import fails, works
 from tests.image_files import encoded, icc_profile, pixels, save_model
+from tests.soak import fuzz_reader
 
 
 def pages_of(count: int = 3, channels: int = 3, dtype: Any = np.uint8, size: tuple[int, int] = (32, 40)) -> list[Any]:
@@ -133,7 +133,7 @@ def test_past_the_way_to_a_device(tmp_path: Path, network: Any) -> None:
 
     write_image(tmp_path / "a.tif", file_of(pages_of()))
     batch = fastden.BatchDenoiser(network, sigma=20)
-    batch.settings.lane = Unused()  # type: ignore[assignment]
+    batch.settings.transfer = Unused()  # type: ignore[assignment]
     assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
 
 
@@ -194,7 +194,7 @@ def test_mutated_files() -> None:
     outcomes = set()
     for seed in range(150):
         try:
-            image = decode_image(FUZZ.mutate(data, [data], random.Random(seed)), max_pixels=10**6, several=True)
+            image = decode_image(fuzz_reader.mutate(data, [data], random.Random(seed)), max_pixels=10**6, several=True)
         except UserError:
             outcomes.add("refused")
             continue

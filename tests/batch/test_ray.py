@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import threading
@@ -17,9 +16,9 @@ import pytest
 
 from fastden.batch import ray as ray_module
 from fastden.batch.cost import Cost
-from fastden.batch.manifest import NAME
+from fastden.batch.manifest import NAME, Record
 from fastden.batch.plan import Job
-from fastden.batch.ray import Pool, Row, Worker, choose_pool, distribute, plan_rows
+from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, plan_rows
 from fastden.errors import UserError
 from fastden.images.codec import read_image
 from tests.cli.run import fails, works
@@ -85,8 +84,8 @@ def _plain(row: dict[str, str]) -> dict[str, str]:
     return {key: value.replace(":///", "://") for key, value in row.items()}
 
 
-def record_of(worker: Worker, source: Any, target: Any) -> dict[str, Any]:
-    return json.loads(worker({"input": str(source), "output": str(target)})["record"])
+def record_of(worker: Worker, source: Any, target: Any) -> Record:
+    return Record.from_json(worker({"input": str(source), "output": str(target)})["record"])
 
 
 def test_a_worker(photos: Path, tmp_path: Path, memory: Any, model: str) -> None:
@@ -95,23 +94,23 @@ def test_a_worker(photos: Path, tmp_path: Path, memory: Any, model: str) -> None
     expected = (tmp_path / "expected.jpg").read_bytes()
     worker = Worker({"model": model}, 1)
     record = record_of(worker, photos / "b.jpg", tmp_path / "new" / "b.jpg")
-    assert (record["status"], record["error"]) == ("done", None)
-    assert (record["width"], record["height"]) == (40, 32)
-    assert set(record["seconds"]) == {"read", "compute", "write"}
+    assert (record.status, record.error) == ("done", None)
+    assert (record.width, record.height) == (40, 32)
+    assert set(record.seconds) == {"read", "compute", "write"}
     assert (tmp_path / "new" / "b.jpg").read_bytes() == expected
     memory.pipe("/in/b.jpg", (photos / "b.jpg").read_bytes())
     record = record_of(worker, "memory://in/b.jpg", "memory://out/deep/b.jpg")
-    assert (record["status"], record["input"]) == ("done", "memory://in/b.jpg")
+    assert (record.status, record.input) == ("done", "memory://in/b.jpg")
     assert memory.cat("/out/deep/b.jpg") == expected
     again = record_of(worker, "memory://in/b.jpg", "memory://out/deep/b.jpg")
-    assert again["status"] == "failed"
-    assert "exists already" in again["error"]
+    assert again.status == "failed"
+    assert "exists already" in again.error
     missing = record_of(worker, "memory://in/missing.jpg", "memory://out/missing.jpg")
-    assert missing["status"] == "failed"
+    assert missing.status == "failed"
     memory.pipe("/in/text.png", b"no image")
     bad = record_of(worker, "memory://in/text.png", tmp_path / "text.png")
-    assert bad["status"] == "failed"
-    assert bad["error"]
+    assert bad.status == "failed"
+    assert bad.error
     assert memory.find("/out") == ["/out/deep/b.jpg"]
     assert not (tmp_path / "text.png").exists()
 
@@ -162,13 +161,14 @@ def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.Mo
     """What is on record as done is left out; what a killed run had begun is made again; nothing else is replaced."""
     asked: list[Row] = []
 
-    def here(rows: list[Row], settings: dict[str, Any], **_: Any) -> Iterator[dict[str, Any]]:
-        worker = Worker(settings, 1)
+    def here(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
+        worker = Worker(settings, pool.cpus)
         for row in rows:
             asked.append(row)
-            yield json.loads(worker(row)["record"])
+            yield Record.from_json(worker(row)["record"])
 
-    monkeypatch.setattr("fastden.cli.ray.distribute", here)
+    monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
+    monkeypatch.setattr("fastden.cli.cluster.distribute", here)
     out = tmp_path / "out"
     options = ["--model", model, "--sigma", 20, "-r", "--engine", "ray"]
     works("denoise", photos, "-o", out, *options)
@@ -207,7 +207,7 @@ def test_mistakes(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.
     )
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"install: pip install 'fastden\[ray\]'"):
-        next(distribute([{"input": "a.png", "output": "b.png"}], {}))
+        connect(None, 1, None)
 
 
 def test_a_file_appears_whole_behind_a_url(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_a_worker_reads_while_it_computes(
     with ThreadPoolExecutor(3) as threads:
         paths = [(photos / f"{index}.png", tmp_path / f"{index}.png") for index in range(5)]
         records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
-    assert [record["status"] for record in records] == ["done"] * 5, records
+    assert [record.status for record in records] == ["done"] * 5, records
     assert len(computers) == 1
     assert held[0] >= 2 * stages.reading.look(Job(*paths[0])).size
     assert worker.denoiser._gate.taken == 0
@@ -269,7 +269,7 @@ def test_a_worker_reads_while_it_computes(
     with ThreadPoolExecutor(3) as threads:
         paths = [(path, tmp_path / f"again-{path.name}") for path in (photos / "1.png", broken, photos / "2.png")]
         records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
-    assert [record["status"] for record in records] == ["done", "failed", "done"]
+    assert [record.status for record in records] == ["done", "failed", "done"]
     assert held == [1, 1]
     assert worker.denoiser._gate.taken == 0
     # What is streamed is read and written by the thread that computes.
@@ -284,7 +284,7 @@ def test_a_worker_reads_while_it_computes(
     with ThreadPoolExecutor(2) as threads:
         paths = [(photos / f"{index}.png", tmp_path / f"streamed-{index}.png") for index in (1, 2)]
         records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
-    assert [record["status"] for record in records] == ["done", "done"]
+    assert [record.status for record in records] == ["done", "done"]
     assert streamers == computers
     expected = read_image(tmp_path / "1.png").pixels
     assert all(np.array_equal(read_image(target).pixels, expected) for _, target in paths)
@@ -293,10 +293,11 @@ def test_a_worker_reads_while_it_computes(
 
 def test_cost() -> None:
     """100 ms a megapixel of network, 20 and 30 of reading and writing."""
+    blank = Record("in.png", "out.png", "done", "", {}, {})
     records = [
-        {"status": "done", "width": 1000, "height": 1000, "seconds": {"read": 0.02, "compute": 0.1, "write": 0.03}},
-        {"status": "done", "width": 2000, "height": 1000, "seconds": {"read": 0.04, "compute": 0.2, "write": 0.06}},
-        {"status": "failed", "width": 0, "height": 0, "seconds": {}},
+        replace(blank, width=1000, height=1000, seconds={"read": 0.02, "compute": 0.1, "write": 0.03}),
+        replace(blank, width=2000, height=1000, seconds={"read": 0.04, "compute": 0.2, "write": 0.06}),
+        replace(blank, status="failed"),
     ]
     cost = Cost.of(records)
     assert (cost.read, cost.compute, cost.write) == pytest.approx((20, 100, 30))

@@ -20,8 +20,8 @@ from fastden.batch.report import Listener
 from fastden.batch.stages import Stages
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image, write_image
-from fastden.images.strips import StripReader, StripWriter, survey_file
-from fastden.inference.scaling import sigma_of_crops
+from fastden.images.strips import StripReader, StripWriter, read_samples
+from fastden.inference.noise import noise_of_samples
 from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Blend
 from tests.helpers import random_network
@@ -76,10 +76,10 @@ def test_equal_to_tiles_in_memory(tmp_path: Path, network: Any, dtype: Any, chan
     batch = streaming(fastden.BatchDenoiser(network, tile=64, strength=0.75))
     (record,) = batch.run(tmp_path / "a.tif", tmp_path / "b.tif").records
     back = read_image(tmp_path / "b.tif")
-    sigma = fastden.estimate_sigma(planes)
-    assert record.sigma == pytest.approx(sigma)
+    estimate = fastden.estimate_noise(planes)
+    assert record.sigma == pytest.approx(estimate.sigma)
     image = planes if channels == 3 else planes[:, :, 0]
-    expected = fastden.denoise(image, sigma, model=network, tile=64, strength=0.75).reshape(planes.shape)
+    expected = fastden.denoise(image, estimate, model=network, tile=64, strength=0.75).reshape(planes.shape)
     np.testing.assert_array_equal(back.pixels, expected)
     assert back.pixels.dtype == dtype
     if alpha:
@@ -140,8 +140,7 @@ def test_rows_come_and_go_unchanged(tmp_path: Path, shape: tuple[int, int, int])
     write_all(writer, reader.read(shape[0]))
     back = StripReader(tmp_path / "b.tif").read(shape[0])
     np.testing.assert_array_equal(back, values)
-    crops, value_range = survey_file(tmp_path / "b.tif", crops=True)
-    assert sigma_of_crops(crops, value_range) == fastden.estimate_sigma(picture.pixels)
+    assert noise_of_samples(read_samples(tmp_path / "b.tif")) == fastden.estimate_noise(picture.pixels)
 
 
 def write_all(writer: StripWriter, rows: Any) -> None:

@@ -106,7 +106,10 @@ def test_values_that_are_zero_but_for_rounding_have_no_relative_error() -> None:
 def test_bounds_are_twice_eagers_error_and_no_less_than_the_dtype_resolves() -> None:
     reference = (torch.tensor([1.0, 2.0], dtype=torch.float64),)
     found = bounds(torch.tensor([1.0, 2.2]), reference, torch.float32)
-    assert found["maximum"] == pytest.approx(0.2)
+    # The maximum's is twice as wide once more: which of many errors is the largest is a matter of chance.
+    assert found["maximum"] == pytest.approx(0.4)
+    # Of several ways the worst counts.
+    assert bounds([torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.2])], reference, torch.float32) == found
     assert found["relative_l2"] == pytest.approx(0.4 / 5**0.5)
     assert bounds(torch.tensor([1.0, 2.2]), reference, torch.float32, gradients=True) == {
         "relative_l2": found["relative_l2"]

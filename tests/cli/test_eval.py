@@ -83,7 +83,7 @@ def test_eval_of_real_pairs(tmp_path: Path, model: str) -> None:
         (folder / f"{name}_mean.png").write_bytes(encoded(np.full((32, 40, 3), 90, np.uint8), "PNG"))
         (folder / f"{name}_real.png").write_bytes(encoded(pixels(), "PNG"))
     results = tmp_path / "results.json"
-    text = works("eval", folder, "--pairs", "--model", model, "--json", results)
+    text = works("eval", folder, "--real", "--model", model, "--json", results)
     (row,) = json.loads(results.read_text())["sets"]["pairs"]
     assert row["sigma"] == "auto"
     assert "auto" in text
@@ -91,17 +91,30 @@ def test_eval_of_real_pairs(tmp_path: Path, model: str) -> None:
     expected = 10 * np.log10(255**2 / np.square(pixels().astype(float) - 90).mean())
     assert row["psnr_noisy"] == pytest.approx(expected, abs=1e-3)
     (folder / "x_mean.csv").write_text("its scores, no image")
-    works("eval", folder, "--pairs", "--model", model)
+    works("eval", folder, "--real", "--model", model)
     (folder / "y_mean.png").unlink()
-    fails("eval", folder, "--pairs", "--model", model, saying="has no reference y_mean")
+    fails("eval", folder, "--real", "--model", model, saying="has no reference y_mean")
+
+
+def test_eval_with_the_estimated_level(photos: Path, tmp_path: Path, model: str) -> None:
+    results = tmp_path / "results.json"
+    works("eval", photos, "--sigma", "20", "--estimate", "--model", model, "--json", results)
+    document = json.loads(results.read_text())
+    (row,) = document["sets"]["photos"]
+    assert document["settings"]["estimate"]
+    assert row["sigma"] == 20
+    assert all(scores["sigma"] != 20 for scores in row["images"].values())
+    works("eval", photos, "--sigma", "20", "--model", model, "--json", results)
+    (given,) = json.loads(results.read_text())["sets"]["photos"]
+    assert given["psnr"] != row["psnr"]
 
 
 def test_eval_mistakes(photos: Path, tmp_path: Path, model: str) -> None:
     fails("eval", tmp_path / "missing", "--model", model, saying="missing is not a folder")
     fails("eval", photos, "--sigma", "300", "--model", model, saying="sigma: '300'")
     fails("eval", photos, "--sigma", "auto", "--model", model, saying="sigma: 'auto'; accepted: numbers from 0 to 255")
-    fails("eval", photos, "--pairs", "--model", model, saying=r"no file \*_real")
-    fails("eval", photos, "--gray", "--pairs", "--model", model, saying="gray: given with --pairs")
+    fails("eval", photos, "--real", "--model", model, saying=r"no file \*_real")
+    fails("eval", photos, "--gray", "--real", "--model", model, saying="gray: given with --real")
     fails("eval", photos, "--model", model, "--json", tmp_path / "no" / "x.json", saying="does not exist")
     write_image(photos / "deep.png", ImageFile(pixels(dtype=np.uint16), bits=16))
     fails("eval", photos, "--model", model, saying="deep.png: 16 bits; accepted for an evaluation: 8 bits")
@@ -121,7 +134,7 @@ def test_equal_and_tiny_images_give_valid_json(tmp_path: Path, model: str) -> No
     folder.mkdir()
     (folder / "a_mean.png").write_bytes(encoded(pixels(5, 5), "PNG"))
     (folder / "a_real.png").write_bytes(encoded(pixels(5, 5), "PNG"))
-    works("eval", folder, "--pairs", "--model", model, "--json", tmp_path / "r.json")
+    works("eval", folder, "--real", "--model", model, "--json", tmp_path / "r.json")
 
     def refuse(text: str) -> None:
         raise AssertionError(f"{text} is not JSON")
@@ -138,7 +151,7 @@ def test_eval_of_photographs(shared_data: Path, tmp_path: Path, model: str) -> N
     first = sorted(source.glob("*_real.webp"))[0]
     for name in (first.name, first.name.replace("_real", "_mean")):
         (folder / name).symlink_to(source / name)
-    works("eval", folder, "--pairs", "--model", model, "--json", tmp_path / "r.json")
+    works("eval", folder, "--real", "--model", model, "--json", tmp_path / "r.json")
     (row,) = json.loads((tmp_path / "r.json").read_text())["sets"]["pairs"]
     assert 28 < row["psnr_noisy"] < 45
     assert 0 < row["images"][first.name]["sigma"] < 30

@@ -108,7 +108,7 @@ def test_two_inputs_with_one_output(photos: Path, tmp_path: Path, model: str) ->
         (["photos/a.png", "-o", "out.png", "--sigma", "much"], "sigma: 'much'"),
         (["photos/a.png", "-o", "out.png", "--tile", "3.5"], "tile: '3.5'; accepted"),
         (["photos/a.png", "-o", "out.png", "--max-memory", "lots"], "max_memory: 'lots'"),
-        (["photos/a.png", "-o", "out.png", "--strength", "2"], "strength: 2.0; accepted"),
+        (["photos/a.png", "-o", "out.png", "--strength", "3"], "strength: 3.0; accepted"),
         (["photos/a.png", "-o", "out.png", "--max-megapixels", "0.001"], "at most 0.001 megapixels"),
         (["five.tif", "-o", "out.tif"], "five.tif: 5 channels; accepted: 1 or 3"),
         (["nan.tif", "-o", "out.tif"], "nan.tif: .*NaN"),
@@ -174,7 +174,7 @@ def test_what_the_system_refuses_is_one_line(
     def exhausted(*arguments: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fastden.batch.plan.plan", exhausted)
+    monkeypatch.setattr("fastden.cli.local.plan", exhausted)
     fails("denoise", photos, "-o", tmp_path / "out", "--model", model, saying="^error: out of memory; a smaller")
 
 

@@ -10,9 +10,10 @@ import pytest
 import tifffile
 
 import fastden
-from fastden.batch.plan import count_left_out, plan
+from fastden.batch.plan import plan
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, decode_image, read_image, write_image
+from fastden.images.finder import count_left_out
 from fastden.images.strips import StripReader
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)

@@ -18,7 +18,15 @@ from torch.export import Dim
 from fastden.network import onednn
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
-from tests.helpers import border_rms, level, max_error, poison_freed_memory, random_network, relative_l2
+from tests.helpers import (
+    border_rms,
+    image_without_kinks,
+    level,
+    max_error,
+    poison_freed_memory,
+    random_network,
+    relative_l2,
+)
 
 ONEDNN = not onednn.why_not(torch.device("cpu"), torch.float32)
 ONEDNN_BF16 = not onednn.why_not(torch.device("cpu"), torch.bfloat16)
@@ -46,18 +54,26 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("noise_level_input", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 3), (7, 5), (13, 30), (33, 46), (48, 64)], ids=str)
 def test_float32_error(size: tuple[int, int], noise_level_input: bool, way: str) -> None:
-    """At most twice the plain network's own error against float64, overall and on every border row and column."""
+    """At most twice the plain network's own error against float64, overall and on every border row and column.
+
+    The plain network's error is that of the memory layout in which it errs more: oneDNN sums in another order in each.
+    With AVX-512 the channels-last plain network errs 1.8 times as much as the contiguous one (13 x 30 pixels), with
+    AVX2 both err alike; the fused form, which is channels-last inside, errs 0.8 times as much as the former on both.
+    """
     model = random_network(noise_level_input, seed=sum(size))
     x = torch.rand(max(2, 512 // (size[0] * size[1])), 3, *size)
+    plain_errors = []
     with torch.no_grad(), path(way):
         exact = copy.deepcopy(model).double()(x.double(), level(model))
-        plain_error = model(x, level(model)).double() - exact
+        for layout in (torch.contiguous_format, torch.channels_last):
+            plain = copy.deepcopy(model).to(memory_format=layout)
+            plain_errors.append(plain(x.contiguous(memory_format=layout), level(model)).double() - exact)
         error = fuse(model)(x, level(model)).double() - exact
-    own = border_rms(plain_error)
+    own = [border_rms(plain_error) for plain_error in plain_errors]
     floor = torch.finfo(torch.float32).eps * exact.abs().max().item()
-    assert error.abs().max() <= 2 * max(plain_error.abs().max().item(), floor)
+    assert error.abs().max() <= 2 * max(*(plain_error.abs().max().item() for plain_error in plain_errors), floor)
     for name, rms in border_rms(error).items():
-        assert rms <= 2 * max(own[name], floor), name
+        assert rms <= 2 * max(own[0][name], own[1][name], floor), name
 
 
 @pytest.mark.parametrize("noise_level_input", [False, True])
@@ -236,7 +252,7 @@ def test_inference_mode() -> None:
 def test_gradient_of_the_input() -> None:
     """A fused network may stand in a loss: asked for a gradient, it gives the plain network's."""
     model = random_network(dtype=torch.float64)
-    x = torch.rand(1, 3, 9, 14, dtype=torch.float64)
+    x = image_without_kinks(model, 1, 3, 9, 14).double()
     gradients = []
     for network in (model, fuse(model), fuse(model, dtype=torch.float32)):
         leaf = x.clone().requires_grad_()
@@ -249,7 +265,7 @@ def test_gradient_of_the_input() -> None:
 
 def test_gradient_of_the_noise_level() -> None:
     model = random_network(dtype=torch.float32)
-    x = torch.rand(1, 3, 9, 9)
+    x = image_without_kinks(model, 1, 3, 9, 9)
     gradients = []
     for network in (model, fuse(model)):
         sigma = torch.tensor([0.1], requires_grad=True)

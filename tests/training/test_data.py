@@ -16,7 +16,7 @@ pytest.importorskip("pydantic")
 
 from fastden.errors import UserError
 from fastden.training.config import TrainConfig, load_config
-from fastden.training.data import CropDataset, find_images, load_rgb
+from fastden.training.data import CropDataset, find_photographs, load_rgb
 from fastden.training.synthetic_noise import NoiseModel, NoisyDataset, compress, gaussian
 
 REQUIRED = ["data=[photographs]", "output=run"]
@@ -72,7 +72,7 @@ class TestConfiguration:
             ("jpeg=0", r"jpeg: 0: .*1 <= low <= high <= 100"),
             ("jpeg=[50, 101]", r"jpeg: \[50, 101\]: .*1 <= low <= high <= 100"),
             ("jpeg_share=2", r"jpeg_share: 2"),
-            ("objective=joint", r"objective: 'joint'; accepted: denoise, joint-classify, joint-segment"),
+            ("objective=joint", r"objective: 'joint'; accepted: denoise, photo, joint-classify, joint-segment"),
             ("gray=1.5", r"gray: 1\.5"),
             ("data=[]", r"data: \[\]: .*at least 1"),
             ("data=photographs", r"data: 'photographs': .*list"),
@@ -171,19 +171,19 @@ class TestCrops:
 
 
 class TestFiles:
-    def test_find_images(self, tmp_path: Path) -> None:
+    def test_find_photographs(self, tmp_path: Path) -> None:
         for name in ("b.PNG", "a.jpg", "sub/c.webp", "notes.txt"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.PNG", "c.webp"]
+        assert [path.name for path in find_photographs(tmp_path)] == ["a.jpg", "b.PNG", "c.webp"]
 
     def test_no_images(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"data: no images in .*accepted suffixes: \.jpeg"):
-            find_images(tmp_path)
+        with pytest.raises(UserError, match=r"data: no images in .*accepted suffixes: \.jpg, .*\.avif"):
+            find_photographs(tmp_path)
 
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"data: .*none is not a folder"):
-            find_images(tmp_path / "none")
+            find_photographs(tmp_path / "none")
 
     @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
     def test_any_image_becomes_rgb(self, tmp_path: Path, mode: str) -> None:

@@ -16,7 +16,7 @@ from fastden.errors import UserError
 from fastden.network.model import Denoiser
 from fastden.training import denoise
 from fastden.training.config import TrainConfig, load_config
-from fastden.training.data import find_images, load_rgb
+from fastden.training.data import find_photographs, load_rgb
 from fastden.training.denoise import DenoiserTraining
 from tests.helpers import max_error, random_network
 from tests.training.conftest import Run
@@ -262,7 +262,7 @@ class TestData:
     def test_validation_photographs_are_held_out(self, photographs: Path) -> None:
         data = denoise.DenoiserData(configuration(data=[photographs], validation=2, crop=30))
         data.setup("fit")
-        held = [load_rgb(path) for path in find_images(photographs)[-2:]]
+        held = [load_rgb(path) for path in find_photographs(photographs)[-2:]]
         assert len(data.train_images) == 3
         assert all(np.array_equal(one, other) for one, other in zip(data.validation_images, held, strict=True))
         assert not any(np.array_equal(image, other) for image in data.train_images for other in held)

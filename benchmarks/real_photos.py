@@ -1,0 +1,156 @@
+"""Real noisy photographs and their references: fastden's default beside classical denoisers, in one run.
+
+    python benchmarks/real_photos.py --data ../shared/data/eval/real --json benchmarks/results/real-photos.json
+
+``--data`` holds a folder for each set, in it pairs ``name_real.*`` and ``name_mean.*``. fastden gets no parameter. The
+classical denoisers get what nobody has: the strength that is best for the whole set, found by trying (``--classical``).
+PSNR of RGB and SSIM, results of 8 bits, means over a set's pictures. Beside them the noise levels, estimated and true
+(the deviation of the noisy picture from its reference), and what other strengths do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastden
+from fastden.bench.machine import describe
+from fastden.evaluation import psnr, ssim
+from fastden.images.codec import read_image
+from fastden.network.loading import load_network
+
+#: Every n-th picture of a set, and the crop (rows, columns) that is compared: whole camera pictures take long.
+EVERY = {"polyu": 3}
+CROPS = {"polyu_full": (slice(400, 1424), slice(600, 1624))}
+STRENGTHS = (0.5, 0.75, 1.25, 1.5, 2.0)
+#: Strengths of OpenCV's non-local means, and sigmas of CBM3D, that are tried.
+NLM_STRENGTHS = (3, 5, 7, 10, 15, 20, 30)
+BM3D_SIGMAS = (5, 10, 15, 20, 30, 40)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sets", nargs="*", help="default: all folders")
+    parser.add_argument("--model", default="photo")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--strengths", action="store_true", help="also other strengths")
+    parser.add_argument("--best", action="store_true", help="also quality='best'")
+    parser.add_argument("--nlm", action="store_true", help="also OpenCV's non-local means")
+    parser.add_argument("--bm3d", action="store_true", help="also CBM3D: a minute a megapixel and sigma")
+    parser.add_argument("--color", action="store_true", help="also the white-noise model at its best sigma a set")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th of the pictures")
+    arguments = parser.parse_args()
+    names = arguments.sets or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
+    network = load_network(arguments.model, "cpu", arguments.dtype)
+    methods: dict[str, Callable[[Any, Any], Any]] = {
+        "fastden": lambda image, estimate: fastden.denoise(image, estimate, model=network)
+    }
+    if arguments.strengths:
+        for strength in STRENGTHS:
+            methods[f"fastden, strength {strength:g}"] = lambda image, estimate, strength=strength: fastden.denoise(
+                image, estimate, model=network, strength=strength
+            )
+    if arguments.best:
+        methods["fastden, quality best"] = lambda image, estimate: fastden.denoise(
+            image, estimate, model=network, quality="best"
+        )
+    if arguments.color:
+        white = load_network("color", "cpu", arguments.dtype)
+        for sigma in BM3D_SIGMAS:
+            methods[f"color {sigma}"] = lambda image, _, sigma=sigma: fastden.denoise(image, sigma, model=white)
+    if arguments.nlm:
+        methods |= {f"nlm {strength}": lambda image, _, h=strength: _nlm(image, h) for strength in NLM_STRENGTHS}
+    if arguments.bm3d:
+        methods |= {f"bm3d {sigma}": lambda image, _, sigma=sigma: _bm3d(image, sigma) for sigma in BM3D_SIGMAS}
+    document: dict[str, Any] = {"command": "benchmarks/real_photos.py", "model": arguments.model, "sets": {}}
+    document["dtype"], document["machine"] = arguments.dtype, describe(torch.device("cpu"))
+    for name in names:
+        result = _run_set(arguments.data / name, methods, arguments.every)
+        document["sets"][name] = result
+        print(_line(name, result), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _run_set(folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every: int) -> dict[str, Any]:
+    noisy_files = sorted(folder.glob("*_real.*"))[:: EVERY.get(folder.name, 1)][::every]
+    rows, columns = CROPS.get(folder.name, (slice(None), slice(None)))
+    pictures: dict[str, Any] = {}
+    for file in noisy_files:
+        (reference,) = folder.glob(file.stem.removesuffix("_real") + "_mean.*")
+        whole, clean = read_image(file).pixels, read_image(reference).pixels[rows, columns]
+        noisy = whole[rows, columns]
+        # The noise is judged on the whole picture, as the command does.
+        estimate = fastden.estimate_noise(whole)
+        found: dict[str, Any] = {
+            "noisy": _scores(clean, noisy),
+            "level": {
+                "estimated": round(estimate.sigma, 2),
+                "true": round(float((noisy.astype(float) - clean).std()), 2),
+                "coarseness": round(estimate.coarseness, 3),
+            },
+        }
+        for name, method in methods.items():
+            start = time.perf_counter()
+            found[name] = _scores(clean, method(noisy, estimate))
+            found[name]["seconds"] = round(time.perf_counter() - start, 3)
+        pictures[file.name] = found
+    names = ["noisy", *methods]
+    means = {name: {key: _mean(pictures, name, key) for key in ("psnr", "ssim")} for name in names}
+    worst = {
+        name: round(min(picture[name]["psnr"] - picture["noisy"]["psnr"] for picture in pictures.values()), 3)
+        for name in methods
+    }
+    levels = {key: _mean(pictures, "level", key) for key in ("estimated", "true", "coarseness")}
+    return {
+        "pictures": len(pictures),
+        "mean": means,
+        "smallest_gain": worst,
+        "level": levels,
+        "by_picture": pictures,
+    }
+
+
+def _mean(pictures: dict[str, Any], name: str, key: str) -> float:
+    return round(fmean(picture[name][key] for picture in pictures.values()), 4)
+
+
+def _scores(clean: Any, image: Any) -> dict[str, float]:
+    return {"psnr": round(psnr(clean, image), 4), "ssim": round(ssim(clean, image), 5)}
+
+
+def _nlm(image: Any, strength: float) -> Any:
+    import cv2
+
+    return cv2.fastNlMeansDenoisingColored(image, None, strength, strength, 7, 21)
+
+
+def _bm3d(image: Any, sigma: float) -> Any:
+    import bm3d
+
+    values = bm3d.bm3d_rgb(image.astype(np.float64) / 255, sigma / 255)
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    best: dict[str, tuple[float, str]] = {}
+    for method, scores in result["mean"].items():
+        family = method.split(" ")[0] if method.split(" ")[0] in ("nlm", "bm3d", "color") else method
+        best[family] = max(best.get(family, (-1.0, "")), (scores["psnr"], method))
+    parts = ", ".join(f"{method} {value:.2f}" for value, method in best.values())
+    level = result["level"]
+    return f"{name} ({result['pictures']}): {parts}; level {level['estimated']:.1f}, true {level['true']:.1f}"
+
+
+if __name__ == "__main__":
+    main()

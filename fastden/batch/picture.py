@@ -1,0 +1,70 @@
+"""An image of a batch on its way from file to file: what each stage adds to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fastden.batch.plan import Job
+from fastden.batch.transfer import Pending
+from fastden.images.codec import Header, ImageFile
+from fastden.inference.noise import NoiseEstimate
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Picture:
+    """An image on its way.
+
+    Attributes:
+        job: what to read and to write.
+        format_name: of the output.
+        stamp: size, time and number of the input when it was opened; see :func:`stamp`.
+        header: None where the file's beginning cannot be read: reading it says why.
+        size: bytes in the host's memory.
+        streamed: whether it is read, denoised and written strip by strip.
+        image: its pixels, then the denoised ones.
+        level, sigma: what the network takes, of several pages curves (N, 8) if estimated; and on the scale 0-255, their
+            mean.
+        noise: what was estimated, of a single page.
+        seconds: spent in each stage.
+        notes: for the user.
+        pinned: the image as a batch of one in pinned memory, on the way to a CUDA device.
+        pending: the pass on such a device that denoises it, its number in it, and of how many.
+        in_libvips: whether libvips is decoding or encoding it, which cannot be broken off.
+    """
+
+    job: Job
+    format_name: str
+    stamp: tuple[int, ...]
+    header: Header | None
+    size: int
+    streamed: bool
+    image: ImageFile | None = None
+    level: float | Tensor | None = None
+    sigma: float | None = None
+    noise: NoiseEstimate | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    pinned: Tensor | None = None
+    pending: tuple[Pending, int, int] | None = None
+    in_libvips: bool = False
+
+    @contextmanager
+    def libvips(self) -> Iterator[None]:
+        """Around decoding and encoding."""
+        self.in_libvips = True
+        try:
+            yield
+        finally:
+            self.in_libvips = False
+
+
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What differs where a file was changed: size, time, number; and its kind."""
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode

@@ -1,0 +1,90 @@
+"""``fastden export``: a model as a file for other programs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastden.cli.console import say
+from fastden.cli.options import naming, parse_level
+from fastden.errors import FAILURES, UserError
+
+
+class FileFormat(str, Enum):
+    """Formats of files."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+    aoti = "aoti"
+    dtmodel = "dtmodel"
+
+
+class Precision(str, Enum):
+    """Precisions of files."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class Layout(str, Enum):
+    """Layouts of an ONNX file's inputs."""
+
+    separate = "separate"
+    dpir = "dpir"
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, folder or Hugging Face Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file; its ending tells the format.")],
+    format: Annotated[
+        FileFormat | None,
+        typer.Option(help="aoti: compiled for this machine's CPU. dtmodel: for darktable. Default: by the ending."),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of weights and activations; images stay float32. bf16: pt2 and aoti.")
+    ] = Precision.fp32,
+    layout: Annotated[
+        Layout, typer.Option(help="Of ONNX; dpir: the noise level as the fourth channel, for VapourSynth's vs-mlrt.")
+    ] = Layout.separate,
+    composed: Annotated[
+        bool, typer.Option("--composed/--plain", help="Linear chains as single convolutions, or the layers as trained.")
+    ] = True,
+    sigma: Annotated[
+        str | None, typer.Option(help="Noise level to build in, 0-255 scale; the file then takes the image alone.")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="Of ONNX, 13 to 23.")] = 17,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a model to a file for other programs: ONNX, torch.export, AOTInductor, darktable.
+
+    Any batch, height and width. ONNX and darktable need pip install 'fastden[export]'.
+    """
+    from fastden.exports.api import export as run
+
+    options: dict[str, Any] = {
+        "format": format.value if format else None,
+        "precision": precision.value,
+        "layout": layout.value,
+        "composed": composed,
+        "sigma": None if sigma is None else parse_level(sigma, "a number from 0 to 255"),
+        "opset": opset,
+        "overwrite": overwrite,
+    }
+    try:
+        with naming("export", FAILURES):
+            written = run(model, output, **options)
+    except ModuleNotFoundError as error:
+        raise UserError(f"export: {error}") from error
+    say(f"{model} -> {written}, {written.stat().st_size / 1e6:.1f} MB")
+
+
+def write_cards(folder: Path) -> None:
+    """``fastden models --export-cards``."""
+    from fastden.exports.hub import export_cards
+
+    for made in export_cards(folder):
+        say(f"{made.name} -> {made}")

@@ -1,0 +1,216 @@
+"""``fastden.export``: a network as a file for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from fastden.exports.cards import license_of
+from fastden.exports.weights import Weights, collect
+from fastden.images.whole_files import check_target, whole_file, write_bytes
+from fastden.network.fused import FusedDenoiser
+from fastden.network.loading import Model
+from fastden.network.model import Denoiser
+
+FileFormat = Literal["onnx", "pt2", "aoti", "dtmodel"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Layout = Literal["separate", "dpir"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: What each format can hold. ONNX runtimes on CPUs have no bfloat16 convolution.
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnx": ("fp32", "fp16"),
+    "dtmodel": ("fp32", "fp16"),
+    "pt2": ("fp32", "fp16", "bf16"),
+    "aoti": ("fp32", "fp16", "bf16"),
+}
+#: Format by the file name's ending; AOTInductor's packages end in .pt2 too, and are asked for by name.
+ENDINGS = {".onnx": "onnx", ".pt2": "pt2", ".dtmodel": "dtmodel"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What :func:`export` was asked for, checked.
+
+    Args:
+        name: of the model, for the file's metadata.
+        card: the model's card, or None.
+        weights: of the network.
+        precision, layout, opset: as of :func:`export`.
+        sigma: the built-in noise level, 0-255, or None.
+    """
+
+    name: str
+    card: str | None
+    weights: Weights
+    precision: str
+    layout: Layout
+    opset: int
+    sigma: float | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return DTYPES[self.precision]
+
+    @property
+    def license(self) -> str | None:
+        """Of the weights, as the model's card states it; None where it does not."""
+        return license_of(self.card or "")
+
+    def about(self) -> dict[str, str]:
+        """The file's metadata: what it is, and what its inputs mean."""
+        import fastden
+
+        level = "none"
+        if self.weights.takes_level:
+            level = "the noise's standard deviation on the scale of the image, sigma / 255: a number, or a map"
+        elif self.sigma is not None:
+            level = f"built in: {self.sigma:g} on the scale 0-255"
+        about = {
+            "model": self.name,
+            "version": fastden.__version__,
+            "image": "RGB, [0, 1], any height and width; the result is not clipped",
+            "noise_level": level,
+        }
+        return about | ({"license": self.license} if self.license else {})
+
+
+def export(
+    model: Model,
+    output: str | Path,
+    *,
+    format: FileFormat | None = None,
+    precision: Precision = "fp32",
+    layout: Layout = "separate",
+    composed: bool = True,
+    sigma: float | None = None,
+    opset: int = 17,
+    overwrite: bool = False,
+) -> Path:
+    """Write a network to a file that other programs run.
+
+    The network in the file takes any batch, height and width of at least 1: padding and cropping are inside. It does
+    not clip its result.
+
+    Args:
+        model: a bundled name (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network.
+        output: the file.
+        format: None takes it from the file's name (``.onnx``, ``.pt2``, ``.dtmodel``). Else
+
+            - ``"onnx"``: for ONNX Runtime, OpenVINO, TensorRT and others. Inputs ``input`` (N, 3, H, W), float32 RGB in
+              [0, 1], and ``sigma`` (1 or N, 1, 1 or H, 1 or W), float32 on the scale of ``input`` (25 of 255 is
+              25 / 255); output ``output`` (N, 3, H, W), float32;
+            - ``"dtmodel"``: a model package of darktable (an archive with that ONNX file, its description and licence).
+              darktable sets the noise level to 25 of 255; ``sigma`` builds in another;
+            - ``"pt2"``: a program of ``torch.export``, loaded by ``torch.export.load`` without fastden, called as
+              ``program.module()(image, sigma)`` with ``sigma`` (N, 1, H, W);
+            - ``"aoti"``: a package of AOTInductor for this machine's CPU, for C++ and Python without fastden, called
+              likewise. Needs a C++ compiler.
+        precision: of weights and activations. Images are float32 in all: the network's correction, which is small, is
+            added to the float32 image. ``"bf16"`` only for ``pt2`` and ``aoti``.
+        layout: of ONNX, ``"separate"`` inputs, or ``"dpir"``: one input (N, 4, H, W) with the noise level as the fourth
+            channel, as VapourSynth's vs-mlrt wants of a DPIR model.
+        composed: run conv1 o conv0 and out o cat(conv0, up3) as single convolutions, a third fewer operations;
+            False writes the layers as they were trained, batch normalisation folded.
+        sigma: a noise level to build in, **on the scale 0-255**; the file then takes the image alone.
+        opset: of ONNX, 13 to 23.
+        overwrite: replace an existing file.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what is accepted.
+        UserError: the file exists or cannot be written.
+        ModuleNotFoundError: a package is missing; the message has the command that installs it.
+    """
+    target = Path(output)
+    kind = _format(format, target)
+    if precision not in DTYPES or precision not in PRECISIONS[kind]:
+        raise ValueError(f"precision: {precision!r}; accepted for {kind}: {', '.join(PRECISIONS[kind])}")
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout: {layout!r}; accepted: {', '.join(get_args(Layout))}")
+    if layout == "dpir" and kind != "onnx":
+        raise ValueError(f"layout: 'dpir' with {kind}; accepted: with onnx")
+    if sigma is not None and (isinstance(sigma, bool) or not isinstance(sigma, Real)):
+        raise TypeError(f"sigma: {type(sigma).__name__}; accepted: a number from 0 to 255, or None")
+    if kind in ("onnx", "dtmodel") and find_spec("onnx") is None:
+        raise ModuleNotFoundError(f"format: {kind} needs the package onnx; install: pip install 'fastden[export]'")
+    check_target(target, overwrite)
+    network, name, card = _load(model)
+    level = None if sigma is None else sigma / 255
+    request = Request(name, card, collect(network, composed=composed, level=level), precision, layout, opset, sigma)
+    _WRITERS[kind](request, target)
+    return target
+
+
+def _format(format: str | None, target: Path) -> str:
+    if format is None:
+        if target.suffix.lower() not in ENDINGS:
+            accepted = f"a name that ends in {', '.join(ENDINGS)}, or format"
+            raise ValueError(f"output: {str(target)!r} does not tell the format; accepted: {accepted}")
+        return ENDINGS[target.suffix.lower()]
+    if format not in get_args(FileFormat):
+        raise ValueError(f"format: {format!r}; accepted: {', '.join(get_args(FileFormat))}")
+    return format
+
+
+def _load(model: Any) -> tuple[Denoiser | FusedDenoiser, str, str | None]:
+    """The network, its name and its card."""
+    from fastden.network.hub import models
+
+    if isinstance(model, Denoiser | FusedDenoiser):
+        return model, "custom", None
+    if not isinstance(model, str | Path):
+        raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
+    network = Denoiser.from_pretrained(model)
+    card = models().get(str(model), Path(model)) / "README.md"
+    return network, Path(model).name, card.read_text(encoding="utf-8") if card.is_file() else None
+
+
+def _write_onnx(request: Request, target: Path) -> None:
+    write_bytes(target, onnx_bytes(request))
+
+
+def onnx_bytes(request: Request) -> bytes:
+    """The ONNX file."""
+    from fastden.exports.onnx_graph import build
+
+    half = request.precision == "fp16"
+    made = build(request.weights, layout=request.layout, half=half, opset=request.opset, about=request.about())
+    return bytes(made.SerializeToString())
+
+
+def _write_darktable(request: Request, target: Path) -> None:
+    from fastden.exports.darktable import package
+
+    write_bytes(target, package(request, onnx_bytes(request)))
+
+
+def _write_program(request: Request, target: Path) -> None:
+    from fastden.exports.programs import save_program
+
+    with whole_file(target) as temporary:
+        save_program(request, temporary)
+
+
+def _write_compiled(request: Request, target: Path) -> None:
+    from fastden.exports.programs import save_compiled
+
+    with whole_file(target) as temporary:
+        save_compiled(request, temporary)
+
+
+_WRITERS: dict[str, Callable[[Request, Path], None]] = {
+    "onnx": _write_onnx,
+    "dtmodel": _write_darktable,
+    "pt2": _write_program,
+    "aoti": _write_compiled,
+}

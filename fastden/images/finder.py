@@ -1,0 +1,55 @@
+"""Which files are images, by their names: one rule for every command and every folder."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastden.images.codec import SUFFIXES
+from fastden.images.kinds import kind_of_suffix
+
+
+def has_image_name(path: str | Path) -> bool:
+    """Whether a file's name is an image's: its suffix is one of :data:`SUFFIXES`, and it is not hidden."""
+    name = Path(path)
+    return name.suffix.lower() in SUFFIXES and not name.name.startswith(".")
+
+
+def find_images(
+    folder: Path,
+    recursive: bool = False,
+    unreadable: list[OSError] | None = None,
+    left_out: list[Path] | None = None,
+) -> list[Path]:
+    """Image files in ``folder``, by their names, sorted. Links to folders are not followed.
+
+    Args:
+        folder: to look into.
+        recursive: and into the folders in it.
+        unreadable: takes the errors of folders below that cannot be looked into; None raises the first.
+        left_out: takes files that are images which are not read here, by their names.
+    """
+    files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
+    if left_out is not None:
+        others = (path for path in files if kind_of_suffix(path.suffix) and not path.name.startswith("."))
+        left_out += sorted(path for path in others if path.is_file())
+    return sorted(path for path in files if has_image_name(path) and path.is_file())
+
+
+def count_left_out(files: Iterable[Path]) -> str:
+    """What to tell of files that are images which are not read here."""
+    kinds = Counter(kind_of_suffix(path.suffix) or "other images" for path in files)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    total = sum(kinds.values())
+    return f"{total} image file{'s' * (total != 1)} left out, not read here: {counts}"
+
+
+def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:
+    def failed(error: OSError) -> None:
+        if unreadable is None or error.filename == str(top):
+            raise error
+        unreadable.append(error)
+
+    return [Path(folder, name) for folder, _, names in os.walk(top, onerror=failed) for name in names]

@@ -1,0 +1,155 @@
+"""How noisy a picture is: what ``sigma="auto"`` means, and what ``fastden noise`` tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastden.images.noise import MAX_SIGMA, sample_windows
+from fastden.images.pixels import Array, check_floats, check_pixels, full_scale
+from fastden.network.hub import WEIGHTS
+from fastden.network.level import CELL, KNOTS, Cells, NoiseEstimator, levels_of, robust_curve, weights_of
+
+#: Weights of the estimator, trained together with the model "photo".
+ESTIMATOR = WEIGHTS / "photo" / "noise.safetensors"
+#: Fewer cells of 8 x 8 pixels that are neither flat nor clipped than this say nothing about a picture.
+LEAST_CELLS = 4
+#: Below this level, on the scale 0-255, a picture counts as clean: about what rounding to 8 bits and JPEG leave.
+CLEAN = 1.0
+#: Above this share of the noise that outlives averaging 2 x 2 pixels, it counts as coarse; white noise has 0.5.
+COARSE = 0.65
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """The noise of one picture.
+
+    ``fastden.denoise(picture, sigma=estimate)`` takes it, so that several pictures of one camera can share one.
+
+    Attributes:
+        levels: standard deviation of the noise on the scale 0-255 at eight values of brightness, evenly spaced from
+            black to white; at most 75, the highest that the shipped models know.
+        sigma: its mean over the picture.
+        coarseness: share of the noise's deviation that outlives averaging 2 x 2 pixels: 0.5 of white noise, towards 1
+            of coarse noise.
+        decided: False where the picture gives nothing to judge by (flat, clipped or tiny); the levels are 0 then.
+    """
+
+    levels: tuple[float, ...]
+    sigma: float
+    coarseness: float
+    decided: bool = True
+
+    @property
+    def curve(self) -> Tensor:
+        """What a network takes: levels on the scale 0-1, (1, 8)."""
+        return torch.tensor([self.levels], dtype=torch.float32) / 255
+
+    def at(self, brightness: float) -> float:
+        """Level on the scale 0-255 at a brightness from 0 (black) to 1 (white)."""
+        return float(np.interp(brightness * (KNOTS - 1), range(KNOTS), self.levels))
+
+    @property
+    def kind(self) -> str:
+        """``"unknown"``, ``"clean"``, ``"coarse"`` or ``"fine"``."""
+        if not self.decided:
+            return "unknown"
+        if self.sigma < CLEAN:
+            return "clean"
+        return "coarse" if self.coarseness > COARSE else "fine"
+
+    def as_record(self) -> dict[str, Any]:
+        """Rounded, for JSON."""
+        levels = [round(level, 2) for level in self.levels]
+        return {"levels": levels, "coarseness": round(self.coarseness, 3), "kind": self.kind}
+
+    def describe(self) -> str:
+        """One line for a person."""
+        if not self.decided:
+            return "too little to judge by (flat, clipped or tiny): taken as clean"
+        if self.kind == "clean":
+            return f"clean (level {self.sigma:.1f})"
+        tones = (("shadows", 0.15), ("mid-tones", 0.45), ("lights", 0.8))
+        parts = ", ".join(f"{self.at(brightness):.1f} in the {name}" for name, brightness in tones)
+        return f"level {self.sigma:.1f} ({parts}), {self.kind} grain"
+
+
+#: What is taken of a picture that gives nothing to judge by.
+UNDECIDED = NoiseEstimate((0.0,) * KNOTS, 0.0, 0.5, decided=False)
+
+
+def estimate_noise(image: Array) -> NoiseEstimate:
+    """The noise of a picture, from the picture alone.
+
+    A small network judges cells of 8 x 8 pixels; a curve of level over brightness is fitted through them, in which
+    cells that it takes for texture count little, and cells that are exactly flat or clipped not at all. Pictures of
+    more than a megapixel are judged by crops, so the cost does not grow with the picture.
+
+    Args:
+        image: (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha, which is left out; uint8, uint16, or
+            floating in [0, 1].
+
+    Raises:
+        TypeError: ``image`` is no NumPy array, or of another dtype.
+        ValueError: another shape, or floating values that are not finite or on another scale.
+    """
+    check_pixels(image)
+    planes = image.reshape(*image.shape[:2], -1)[:, :, :3]
+    if planes.dtype.kind == "f":
+        check_floats(planes, ValueError, "image")
+    windows = sample_windows(planes.shape[0], planes.shape[1])
+    return noise_of_samples([planes[rows, columns] for rows, columns in windows])
+
+
+def estimate_sigma(image: Array) -> float:
+    """The mean level of :func:`estimate_noise`, on the scale 0-255: what ``denoise(sigma=)`` takes as a number."""
+    return estimate_noise(image).sigma
+
+
+def median_estimate(estimates: list[NoiseEstimate]) -> NoiseEstimate:
+    """One estimate for pictures of one camera: the median of each level, of those that could be judged."""
+    decided = [estimate for estimate in estimates if estimate.decided]
+    if not decided:
+        return UNDECIDED
+    levels = np.median([estimate.levels for estimate in decided], 0)
+    sigma, coarseness = (float(np.median([getattr(one, name) for one in decided])) for name in ("sigma", "coarseness"))
+    return NoiseEstimate(tuple(levels.tolist()), sigma, coarseness)
+
+
+@torch.no_grad()
+def noise_of_samples(crops: list[Array]) -> NoiseEstimate:
+    """The estimate from a picture's crops (H, W, C), which :func:`fastden.images.noise.sample_windows` chose."""
+    if min(min(crop.shape[:2]) for crop in crops) < CELL:
+        return UNDECIDED
+    estimator = _estimator()
+    judged: list[Cells] = []
+    for crop in crops:
+        values = np.ascontiguousarray(crop, np.float32) / np.float32(full_scale(crop.dtype))
+        x = torch.from_numpy(values).permute(2, 0, 1)[None]
+        judged.append(estimator(x.expand(-1, 3, -1, -1)))
+    cells = Cells(*(torch.cat([field.flatten(1) for field in fields], 1) for fields in zip(*judged, strict=True)))
+    weights = weights_of(cells)
+    if int(cells.usable.sum()) < LEAST_CELLS:
+        return UNDECIDED
+    levels = levels_of(robust_curve(cells))[0].clamp(max=MAX_SIGMA / 255)
+    brightness = cells.brightness[cells.usable].numpy()
+    sigma = float(np.interp(brightness * (KNOTS - 1), range(KNOTS), levels.numpy()).mean())
+    coarseness = float((weights * cells.coarseness).sum() / weights.sum())
+    return NoiseEstimate(
+        tuple(min(255 * level, MAX_SIGMA) for level in levels.tolist()),
+        255 * sigma,
+        min(float(np.exp(coarseness)), 1.0),
+    )
+
+
+@lru_cache(maxsize=1)
+def _estimator() -> NoiseEstimator:
+    estimator = NoiseEstimator()
+    estimator.load_state_dict(load_file(ESTIMATOR))
+    return estimator.eval()

@@ -1,0 +1,91 @@
+"""A node for ComfyUI: images in, denoised images out. The folder ``examples/comfyui`` is what its loader wants."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastden.api import denoise
+from fastden.network.hub import models
+
+#: The model that fastden chooses.
+CHOICE = "auto"
+
+
+class FastdenDenoise:
+    """The node *Denoise (fastden)*, under *image/denoise*."""
+
+    CATEGORY = "image/denoise"
+    FUNCTION = "denoise"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("image",)
+    DESCRIPTION = "Removes noise from images and keeps their detail. Sigma 0 estimates the noise of each image."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI shows: the image, and the settings with their limits."""
+        names = [CHOICE, *models()]
+        sigma = {"default": 0.0, "min": 0.0, "max": 75.0, "step": 0.5, "tooltip": "Noise level, 0-255 scale; 0: auto"}
+        strength = {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "0: nothing; above 1: more"}
+        return {
+            "required": {
+                "image": ("IMAGE",),
+                "model": (names, {"default": CHOICE}),
+                "sigma": ("FLOAT", sigma),
+                "strength": ("FLOAT", strength),
+            }
+        }
+
+    def denoise(self, image: Tensor, model: str, sigma: float, strength: float) -> tuple[Tensor]:
+        """Denoise a batch.
+
+        Args:
+            image: (N, H, W, 1, 3 or 4), float in [0, 1], as ComfyUI has images; a fourth channel is not touched.
+            model: a bundled name, or ``"auto"``: ``photo`` where sigma is estimated, else ``color``.
+            sigma: on the scale 0-255; 0 estimates it from each image.
+            strength: 0 to 2.
+
+        Returns:
+            As ``image``, limited to [0, 1].
+        """
+        pixels, alpha = image[..., :3], image[..., 3:]
+        batch = pixels.permute(0, 3, 1, 2)
+        level: Any = sigma if sigma > 0 else "auto"
+        chosen = None if model == CHOICE else model
+        cleaned = []
+        for index, picture in enumerate(batch):
+            report = _Report(index, len(batch))
+            cleaned.append(
+                denoise(picture, level, model=chosen, strength=strength, device=_device(), progress=report).clamp(0, 1)
+            )
+        result = torch.stack(cleaned).permute(0, 2, 3, 1) if cleaned else pixels
+        return (torch.cat([result, alpha], -1),)
+
+
+class _Report:
+    """ComfyUI's progress bar, and its button that cancels; nothing where ComfyUI is not running."""
+
+    def __init__(self, index: int, count: int) -> None:
+        self.index, self.count = index, count
+        utils = sys.modules.get("comfy.utils")
+        self.bar = None if utils is None else utils.ProgressBar(100 * count)
+
+    def __call__(self, done: int, total: int) -> None:
+        management = sys.modules.get("comfy.model_management")
+        if management is not None:
+            management.throw_exception_if_processing_interrupted()
+        if self.bar is not None:
+            self.bar.update_absolute(100 * self.index + 100 * done // max(total, 1), 100 * self.count)
+
+
+def _device() -> Any:
+    """Where ComfyUI computes; None leaves the choice to fastden."""
+    management = sys.modules.get("comfy.model_management")
+    return None if management is None else management.get_torch_device()
+
+
+NODE_CLASS_MAPPINGS = {"FastdenDenoise": FastdenDenoise}
+NODE_DISPLAY_NAME_MAPPINGS = {"FastdenDenoise": "Denoise (fastden)"}

@@ -1,0 +1,66 @@
+"""A map function for Hugging Face datasets.
+
+>>> from fastden.integrations.datasets import DenoiseColumn
+>>> clean = dataset.map(DenoiseColumn("image", sigma=25), num_proc=4)
+>>> lazy = dataset.with_transform(DenoiseColumn("image"))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastden.api import denoise
+from fastden.network.loading import check_strength
+
+
+@dataclass(frozen=True)
+class DenoiseColumn:
+    """Denoises the images of one column; rows and batches of rows, on any number of processes.
+
+    The network is loaded where it is first needed, in each process once. The settings alone make the fingerprint by
+    which ``datasets`` finds results of an earlier run.
+
+    Args:
+        column: of images: whatever :func:`fastden.denoise` takes, such as the PIL images that ``datasets.Image`` makes.
+        sigma: the noise level on the scale 0-255, ``"auto"``, or the name of a column that holds it.
+        into: the column for the results; None replaces the images.
+        model, strength, device: as of :func:`fastden.denoise`. A CPU by default, because processes that are forked
+            cannot use CUDA.
+    """
+
+    column: str = "image"
+    sigma: float | str = "auto"
+    into: str | None = None
+    model: str | None = None
+    strength: float = 1.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Denoise a row, or a batch as ``batched=True`` and ``with_transform`` give it.
+
+        Raises:
+            KeyError: there is no such column.
+        """
+        for name in (self.column, *([self.sigma] if self._sigma_is_a_column() else [])):
+            if name not in rows:
+                raise KeyError(f"column: {name!r}; accepted: {', '.join(map(str, rows))}")
+        images = rows[self.column]
+        levels = rows[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
+        if isinstance(images, list):
+            each: Any = levels if self._sigma_is_a_column() else [levels] * len(images)
+            result: Any = [self._one(image, level) for image, level in zip(images, each, strict=True)]
+        else:
+            result = self._one(images, levels)
+        return {**rows, self.into or self.column: result}
+
+    def _sigma_is_a_column(self) -> bool:
+        return isinstance(self.sigma, str) and self.sigma != "auto"
+
+    def _one(self, image: Any, sigma: Any) -> Any:
+        if image is None:
+            return None
+        return denoise(image, sigma, model=self.model, strength=self.strength, device=self.device)

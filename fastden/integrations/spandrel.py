@@ -1,0 +1,96 @@
+"""fastden's networks for spandrel (https://github.com/chaiNNer-org/spandrel), by which chaiNNer and others load models.
+
+    >>> import fastden.integrations.spandrel
+    >>> fastden.integrations.spandrel.install()
+    >>> model = spandrel.ModelLoader().load_from_file("model.safetensors")
+    >>> clean = model(noisy)  # (1, 3, H, W), [0, 1]
+
+The file's tensors alone tell what the network is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastden.inference.noise import estimate_noise
+from fastden.integrations._missing import missing
+from fastden.network.model import Denoiser
+
+try:
+    from spandrel import MAIN_REGISTRY, Architecture, ArchSupport, ImageModelDescriptor, SizeRequirements
+    from spandrel.util import KeyCondition
+except ModuleNotFoundError as error:
+    raise missing(error, "spandrel") from error
+
+ID = "fastden"
+
+
+class FastdenArch(Architecture):
+    """The architecture: how it is recognised and loaded.
+
+    Args:
+        sigma: the noise level that networks get which take one, on the scale 0-255; ``"auto"`` estimates it from each
+            image (:func:`fastden.estimate_noise`).
+
+    Raises:
+        ValueError: another sigma.
+    """
+
+    def __init__(self, sigma: float | Literal["auto"] = "auto") -> None:
+        if sigma != "auto" and not (isinstance(sigma, int | float) and 0 <= sigma <= 255):
+            raise ValueError(f"sigma: {sigma!r}; accepted: 'auto', or a number from 0 to 255")
+        self.sigma = sigma
+        super().__init__(
+            id=ID,
+            detect=KeyCondition.has_all(
+                "conv0.weight",
+                "conv1.conv.weight",
+                "conv1.bn.running_mean",
+                "res1.reduce.weight",
+                "res3.expand.weight",
+                "conv3.conv.weight",
+                "up2.weight",
+                "up3.weight",
+                "out.weight",
+            ),
+        )
+
+    def load(self, state_dict: Any) -> Any:
+        """The network of a state dict, with what spandrel wants to know about it."""
+        channels = state_dict["out.weight"].shape[0]
+        takes_level = state_dict["conv0.weight"].shape[1] > channels
+        return ImageModelDescriptor(
+            Denoiser(takes_level, channels, composed=True),
+            state_dict,
+            architecture=self,
+            purpose="Restoration",
+            tags=["noise level"] if takes_level else ["blind"],
+            # Not measured on a GPU yet.
+            supports_half=False,
+            supports_bfloat16=False,
+            scale=1,
+            input_channels=channels,
+            output_channels=channels,
+            size_requirements=SizeRequirements(),
+            call_fn=self._call,
+        )
+
+    def _call(self, model: Denoiser, image: Tensor) -> Tensor:
+        if not model.noise_level_input:
+            return model(image)
+        if self.sigma != "auto":
+            return model(image, self.sigma / 255)
+        pictures = image.detach().cpu().float().permute(0, 2, 3, 1).numpy()
+        return model(image, torch.cat([estimate_noise(picture).curve for picture in pictures]))
+
+
+def install(sigma: float | Literal["auto"] = "auto") -> None:
+    """Make spandrel's loaders know fastden's networks; once is enough, and the first call's ``sigma`` stays.
+
+    Args:
+        sigma: as of :class:`FastdenArch`.
+    """
+    MAIN_REGISTRY.add(ArchSupport.from_architecture(FastdenArch(sigma)), ignore_duplicates=True)

@@ -1,0 +1,69 @@
+"""A transform for torchvision's pipelines (``torchvision.transforms.v2``), in DataLoader workers too.
+
+>>> from fastden.integrations.transforms import Denoise
+>>> transform = v2.Compose([v2.ToImage(), Denoise(sigma=15), v2.RandomCrop(64)])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import PIL.Image
+from torch import Tensor
+
+from fastden.api import denoise
+from fastden.integrations._missing import missing
+from fastden.network.loading import check_strength
+
+try:
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+except ModuleNotFoundError as error:
+    raise missing(error, "torchvision") from error
+
+
+def _is_image(value: Any) -> bool:
+    if isinstance(value, tv_tensors.TVTensor):
+        return isinstance(value, tv_tensors.Image | tv_tensors.Video)
+    return isinstance(value, PIL.Image.Image | Tensor)
+
+
+class Denoise(v2.Transform):
+    """Denoises images and videos of a sample; boxes, masks, labels and all else pass.
+
+    Images are PIL images, ``tv_tensors.Image``, ``tv_tensors.Video`` (frame by frame) or plain tensors, as every
+    transform of v2 takes them: gray or RGB, uint8, uint16 or floating in [0, 1]. Kind, size, dtype and device stay.
+
+    The network is loaded where it is first needed, in each worker once: the transform itself is small to pickle.
+
+    Args:
+        sigma: the noise level on the scale 0-255, or ``"auto"``, see :func:`fastden.denoise`.
+        model: a bundled name, a folder, a Hugging Face Hub id, or None, which is :func:`fastden.denoise`'s choice.
+        strength: 0 to 2.
+        device: where to compute; a CPU by default, because workers that are forked cannot use CUDA.
+    """
+
+    def __init__(
+        self,
+        sigma: float | str = "auto",
+        *,
+        model: str | None = None,
+        strength: float = 1.0,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        check_strength(strength)
+        self.sigma, self.model, self.strength, self.device = sigma, model, strength, device
+
+    _transformed_types = (_is_image,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Denoise one image or video."""
+        options: dict[str, Any] = {"model": self.model, "strength": self.strength, "device": self.device}
+        if not isinstance(inpt, Tensor):
+            return denoise(inpt, self.sigma, **options)
+        plain = inpt.as_subclass(Tensor)
+        # Images and videos may have any dimensions in front.
+        batch = plain.reshape(-1, *plain.shape[-3:])
+        cleaned = denoise(batch, self.sigma, **options).reshape(plain.shape)
+        return tv_tensors.wrap(cleaned, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else cleaned

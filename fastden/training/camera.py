@@ -1,0 +1,262 @@
+"""Noise as cameras make it: from a clean picture back to the sensor, noise there, and through the camera again.
+
+Clean picture -> inverse tone curve, colour matrix and white balance -> colour filter array -> shot, read and row noise,
+quantisation -> white balance -> demosaicing -> colour matrix -> tone curve -> the camera's own denoising -> sharpening.
+The target takes the same way without noise. :mod:`fastden.training.photo_noise` adds what happens to files afterwards:
+resizing, 8 bits, JPEG.
+
+The way back follows Brooks et al., "Unprocessing Images for Learned Raw Denoising" (CVPR 2019): its noise levels,
+colour matrices (Adobe's DNG matrices of four cameras), gains and tone curve, with wider ranges where a comment says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastden.training import demosaic
+
+#: XYZ to camera colours, from the DNG profiles of four cameras (Brooks et al. 2019, supplement).
+XYZ_TO_CAMERA = np.array(
+    [
+        [[1.0234, -0.2969, -0.2266], [-0.5625, 1.6328, -0.0469], [-0.0703, 0.2188, 0.6406]],
+        [[0.4913, -0.0541, -0.0202], [-0.6130, 1.3513, 0.2906], [-0.1564, 0.2151, 0.7183]],
+        [[0.8380, -0.2630, -0.0639], [-0.2887, 1.0725, 0.2496], [-0.0627, 0.1427, 0.5438]],
+        [[0.6596, -0.2079, -0.0562], [-0.4782, 1.3016, 0.1933], [-0.0970, 0.1581, 0.5181]],
+    ]
+)
+#: Linear sRGB to XYZ (IEC 61966-2-1, D65).
+RGB_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+#: Full-range YCbCr of JPEG (ITU-T T.871).
+RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+
+@dataclass(frozen=True)
+class CameraRanges:
+    """From where the parameters of a shot are drawn; a pair is uniform between its numbers.
+
+    Args:
+        shot: variance of the shot noise at white, raw values in [0, 1], log-uniform. Brooks et al.: 1e-4 to 1.2e-2;
+            here up to 0.05, because a picture that was brightened has the noise of a shorter exposure.
+        read: the read noise's log variance is ``slope * log(shot) + offset`` plus a normal number of this deviation.
+            Brooks et al.: (2.18, 1.20, 0.26), fitted to the Darmstadt data set; here the deviation is twice as large.
+        row: standard deviation of a normal offset that a whole row shares (Wei et al., "A Physics-based Noise Formation
+            Model", CVPR 2020), as a multiple of the read noise's. Chosen by eye: banding that is just visible.
+        red_gain, blue_gain: white balance (Brooks et al.: 1.9 to 2.4 and 1.5 to 1.9); wider here, for tungsten light
+            and shade.
+        bits: of the analog-digital converter, whole numbers.
+        tone: share of the smoothstep tone curve in the mixture with none (Brooks et al.: always 1).
+        luma_filter, chroma_filter: probabilities of the camera's own denoising of luma and chroma.
+        sharpen: probability of sharpening by an unsharp mask.
+    """
+
+    shot: tuple[float, float] = (1e-4, 5e-2)
+    read: tuple[float, float, float] = (2.18, 1.20, 0.52)
+    row: tuple[float, float] = (0.0, 0.4)
+    red_gain: tuple[float, float] = (1.2, 2.6)
+    blue_gain: tuple[float, float] = (1.2, 2.6)
+    bits: tuple[int, int] = (10, 14)
+    tone: tuple[float, float] = (0.0, 1.0)
+    luma_filter: float = 0.4
+    chroma_filter: float = 0.6
+    sharpen: float = 0.5
+
+
+class CameraNoise:
+    """Pairs of a clean and a noisy picture as one camera would have made them.
+
+    Args:
+        ranges: of its parameters.
+    """
+
+    def __init__(self, ranges: CameraRanges | None = None) -> None:
+        self.ranges = ranges or CameraRanges()
+
+    def __call__(self, clean: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """One shot.
+
+        Args:
+            clean: (3, H, W), sRGB in [0, 1], H and W at least 8, on any device.
+            random: source of all randomness; the noise itself is drawn on the CPU, alike for every device.
+
+        Returns:
+            The target and the noisy picture, (3, H, W) each, in about [0, 1], not yet rounded to 8 bits.
+        """
+        ranges = self.ranges
+        share = random.uniform(*ranges.tone)
+        gains = clean.new_tensor([random.uniform(*ranges.red_gain), 1.0, random.uniform(*ranges.blue_gain)])
+        gains = gains.view(1, 3, 1, 1)
+        matrix = torch.from_numpy(camera_to_srgb(random)).to(clean)
+
+        linear = srgb_to_linear(inverse_tone(clean[None].clamp(0, 1), share))
+        sensor = (_mix(linear, torch.linalg.inv(matrix)) / gains).clamp(min=0)
+        process = _demosaicing(random, sensor.shape[2], sensor.shape[3], clean.device)
+        shot = math.exp(random.uniform(math.log(ranges.shot[0]), math.log(ranges.shot[1])))
+        slope, offset, spread = ranges.read
+        read = math.exp(slope * math.log(shot) + offset + random.normal(0, spread))
+        row = math.sqrt(read) * random.uniform(*ranges.row)
+        steps = 2 ** int(random.integers(ranges.bits[0], ranges.bits[1] + 1)) - 1
+        noisy_sensor = _expose(sensor, process, shot, read, row, steps, random)
+
+        def develop(values: Tensor) -> Tensor:
+            balanced = process.demosaic(values * gains if process.masks is None else values * _spread(gains, process))
+            return tone(linear_to_srgb(_mix(balanced, matrix).clamp(0, 1)), share)
+
+        pair = torch.cat([develop(process.sample(sensor)), develop(noisy_sensor)])
+        pair = self._own_denoising(pair, random)
+        if random.random() < ranges.sharpen:
+            pair = sharpen(pair, random.uniform(0.5, 1.5), random.uniform(0.1, 1.0))
+        return pair[0], pair[1]
+
+    def _own_denoising(self, pair: Tensor, random: np.random.Generator) -> Tensor:
+        """Guided filters of luma and chroma (He et al., ECCV 2010): flat areas are averaged, edges stay.
+
+        Target and noisy picture are filtered alike, so that the target asks for no detail that the camera erased.
+        """
+        ranges = self.ranges
+        noise = float((pair[1] - pair[0]).std())
+        ycc = _mix(pair, pair.new_tensor(RGB_TO_YCBCR))
+        luma, chroma = ycc[:, :1], ycc[:, 1:]
+        if random.random() < ranges.luma_filter:
+            smooth = guided_filter(luma, luma, int(random.integers(1, 4)), (random.uniform(0.5, 2.0) * noise) ** 2)
+            luma = torch.lerp(luma, smooth, random.uniform(0.3, 0.9))
+        if random.random() < ranges.chroma_filter:
+            smooth = guided_filter(luma, chroma, int(random.integers(1, 7)), (random.uniform(1.0, 4.0) * noise) ** 2)
+            chroma = torch.lerp(chroma, smooth, random.uniform(0.3, 1.0))
+        return _mix(torch.cat([luma, chroma], 1), torch.linalg.inv(pair.new_tensor(RGB_TO_YCBCR)))
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A colour filter array and its demosaicing; without masks every pixel measures all colours."""
+
+    masks: Tensor | None
+    method: str
+
+    def sample(self, image: Tensor) -> Tensor:
+        return image if self.masks is None else (image * self.masks).sum(1, keepdim=True)
+
+    def demosaic(self, raw: Tensor) -> Tensor:
+        if self.masks is None:
+            return raw
+        result: Tensor = getattr(demosaic, self.method)(raw, self.masks)
+        return result
+
+
+#: Demosaicing methods and how often each is drawn; "none" stands for pixels that are binned or measured by three
+#: sensors. X-Trans is rarer among cameras.
+METHODS = {"bilinear": 0.2, "malvar": 0.3, "edge_directed": 0.3, "x_trans": 0.1, "none": 0.1}
+
+
+def _demosaicing(random: np.random.Generator, height: int, width: int, device: torch.device) -> _Process:
+    method = str(random.choice(list(METHODS), p=list(METHODS.values())))
+    if method == "none":
+        return _Process(None, method)
+    pattern = demosaic.X_TRANS if method == "x_trans" else demosaic.BAYER
+    shift = (int(random.integers(len(pattern))), int(random.integers(len(pattern))))
+    return _Process(demosaic.color_masks(pattern, height, width, shift).to(device), method)
+
+
+def _expose(
+    sensor: Tensor, process: _Process, shot: float, read: float, row: float, steps: int, random: np.random.Generator
+) -> Tensor:
+    """Raw values with noise of variance ``shot * value + read``, row offsets, clipped and quantised."""
+    ideal = process.sample(sensor)
+    generator = torch.Generator().manual_seed(int(random.integers(2**63)))
+    noise = torch.randn(ideal.shape, generator=generator).to(ideal)
+    rows = torch.randn(*ideal.shape[:3], 1, generator=generator).to(ideal)
+    raw = ideal + (shot * ideal + read).sqrt() * noise + row * rows
+    # A black level keeps what falls below zero: clipped there, the shadows would brighten.
+    return (raw.clamp(max=1.0) * steps).round() / steps
+
+
+def camera_to_srgb(random: np.random.Generator) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """A colour matrix (3, 3) from a random mixture of cameras; its rows sum to 1, so white stays white."""
+    weights = random.random(len(XYZ_TO_CAMERA)) + 1e-8
+    mixture = np.tensordot(weights / weights.sum(), XYZ_TO_CAMERA, 1)
+    to_camera = mixture @ RGB_TO_XYZ
+    to_camera = to_camera / to_camera.sum(1, keepdims=True)
+    return np.linalg.inv(to_camera).astype(np.float32)
+
+
+def _spread(gains: Tensor, process: _Process) -> Tensor:
+    """White-balance gains (1, 3, 1, 1) at the pixels of the array, (1, 1, H, W)."""
+    assert process.masks is not None
+    return (gains * process.masks).sum(1, keepdim=True)
+
+
+def _mix(image: Tensor, matrix: Tensor) -> Tensor:
+    """A colour matrix (3, 3) on the channels of (N, 3, H, W)."""
+    return torch.einsum("oc,nchw->nohw", matrix, image)
+
+
+def srgb_to_linear(x: Tensor) -> Tensor:
+    """The inverse of :func:`linear_to_srgb`."""
+    return torch.where(x <= 0.04045, x / 12.92, ((x.clamp(min=0.04) + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(x: Tensor) -> Tensor:
+    """Linear light in [0, 1] to sRGB (IEC 61966-2-1)."""
+    return torch.where(x <= 0.0031308, x * 12.92, 1.055 * x.clamp(min=0.003) ** (1 / 2.4) - 0.055)
+
+
+def tone(x: Tensor, share: float) -> Tensor:
+    """A tone curve with contrast: ``share`` of smoothstep (Brooks et al. 2019, section 3.5), the rest x itself."""
+    return torch.lerp(x, x * x * (3 - 2 * x), share)
+
+
+def inverse_tone(y: Tensor, share: float) -> Tensor:
+    """The inverse of :func:`tone` on [0, 1], by a table of 4096 values: errors below 1e-4 but at the very ends."""
+    x = np.linspace(0, 1, 4096)
+    table = np.interp(np.linspace(0, 1, 4096), x + share * (x * x * (3 - 2 * x) - x), x)
+    lookup = torch.from_numpy(table.astype(np.float32)).to(y)
+    position = y * 4095
+    below = position.floor().clamp(max=4094)
+    index = below.long()
+    return torch.lerp(lookup[index], lookup[index + 1], position - below)
+
+
+def box(x: Tensor, radius: int) -> Tensor:
+    """Mean over (2 r + 1) x (2 r + 1) pixels of (N, C, H, W), the image mirrored at its edges."""
+    padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
+    side = 2 * radius + 1
+    # One axis after the other: at radius 6 a tenth of the time of both at once.
+    return F.avg_pool2d(F.avg_pool2d(padded, (side, 1), stride=1), (1, side), stride=1)
+
+
+def guided_filter(guide: Tensor, x: Tensor, radius: int, epsilon: float) -> Tensor:
+    """The guided filter (He, Sun and Tang, ECCV 2010).
+
+    Args:
+        guide: (N, 1, H, W).
+        x: (N, C, H, W), what is filtered.
+        radius: of its windows, pixels.
+        epsilon: variance of the guide up to which an area counts as flat.
+    """
+    mean_guide, mean_x = box(guide, radius), box(x, radius)
+    variance = box(guide * guide, radius) - mean_guide**2
+    slope = (box(guide * x, radius) - mean_guide * mean_x) / (variance.clamp(min=0) + epsilon + 1e-8)
+    return box(slope, radius) * guide + box(mean_x - slope * mean_guide, radius)
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (N, C, H, W), ``sigma`` in pixels; the image is mirrored at its edges."""
+    radius = min(max(math.ceil(2.5 * sigma), 1), min(x.shape[2:]) - 1)
+    line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype) / sigma) ** 2)
+    line = line / line.sum()
+    channels = x.shape[1]
+    padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
+    rows = F.conv2d(padded, line.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    return F.conv2d(rows, line.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+def sharpen(x: Tensor, radius: float, amount: float) -> Tensor:
+    """Unsharp mask: ``amount`` of the difference to a Gaussian blur of ``radius`` pixels is added."""
+    return x + amount * (x - blur(x, radius))

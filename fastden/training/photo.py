@@ -1,0 +1,223 @@
+"""Training for photographs: the denoiser and the estimator of its noise level together."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from fastden.network.level import (
+    FLOOR,
+    Cells,
+    NoiseEstimator,
+    basis,
+    curve_of,
+    fit_curve,
+    level_map,
+    levels_of,
+    true_cells,
+    weights_of,
+)
+from fastden.network.model import Denoiser
+from fastden.network.padding import pad_image
+from fastden.training.config import PhotoConfig
+from fastden.training.data import Image, to_gray
+from fastden.training.denoise import DenoiserData, DenoiserTraining
+from fastden.training.photo_noise import PhotoNoise, PhotoRanges
+
+#: Weight of the estimator's loss. It shares no parameter with the denoiser; small enough, it leaves the limit on the
+#: gradient's norm to the denoiser (Adam's steps do not depend on it).
+ESTIMATOR_WEIGHT = 1e-3
+#: Peak learning rate of the estimator, which starts from nothing.
+ESTIMATOR_RATE = 1e-3
+#: An estimate that is too low costs this much more than one that is too high: noise stays, where a little detail goes.
+UNDERESTIMATE = 1.5
+#: Side of validation crops, pixels, and crops of each held-out photograph.
+VALIDATION_CROP, VALIDATION_CROPS = 254, 2
+
+
+class PhotoDataset(Dataset[dict[str, Tensor]]):
+    """Pairs of clean and noisy crops, each a function of (seed, epoch, index) alone.
+
+    Args:
+        images: (H, W, 3) uint8.
+        noise: draws the recipes.
+        length: items an epoch.
+        crop: side in pixels.
+        gray: probability that a crop is made gray.
+        key: seed, epoch.
+    """
+
+    def __init__(
+        self, images: list[Image], noise: PhotoNoise, length: int, crop: int, gray: float, key: tuple[int, ...]
+    ) -> None:
+        self.images, self.noise, self.length, self.crop, self.gray, self.key = images, noise, length, crop, gray, key
+        weight = np.sqrt([float(image.shape[0] * image.shape[1]) for image in images])
+        self.cumulative = np.cumsum(weight / weight.sum())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        random = np.random.default_rng((*self.key, index))
+        chosen = min(int(np.searchsorted(self.cumulative, random.random())), len(self.images) - 1)
+        image = self.images[chosen]
+        recipe = self.noise.plan(random, self.crop, min(image.shape[:2]))
+        top = random.integers(image.shape[0] - recipe.side + 1)
+        left = random.integers(image.shape[1] - recipe.side + 1)
+        piece = np.rot90(image[top : top + recipe.side, left : left + recipe.side], int(random.integers(4)))
+        piece = piece[:, ::-1] if random.random() < 0.5 else piece
+        clean = torch.from_numpy(np.ascontiguousarray(piece.transpose(2, 0, 1))).float().div_(255)
+        gray = bool(random.random() < self.gray)
+        target, noisy = recipe.make(to_gray(clean) if gray else clean, random, gray)
+        return {"clean": target, "noisy": noisy, "white": torch.tensor(recipe.kind == "white")}
+
+
+class PhotoData(DenoiserData):
+    """Photographs in memory, and noise of all kinds on their crops."""
+
+    config: PhotoConfig
+
+    def noise(self) -> PhotoNoise:
+        """The noise model of the settings."""
+        config = self.config
+        white, camera, grain, clean = config.kinds
+        ranges = PhotoRanges(white, camera, grain, clean, sigma=config.sigma, clean_quality=config.clean_quality)
+        return PhotoNoise(ranges)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        config = self.config
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        length, key = config.batch * config.epoch_steps, (config.seed, epoch)
+        pairs = PhotoDataset(self.train_images, self.noise(), length, config.crop, config.gray, key)
+        share = config.batch // (self.trainer.world_size if self.trainer else 1)
+        return DataLoader(pairs, share, sampler=self.shared(pairs), num_workers=config.workers, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if not self.validation_images:
+            return []
+        length = VALIDATION_CROPS * len(self.validation_images)
+        side = min(VALIDATION_CROP, *(min(image.shape[:2]) for image in self.validation_images))
+        noise = PhotoNoise(PhotoRanges(white=0.0, camera=0.6, grain=0.3, clean=0.1))
+        pairs = PhotoDataset(self.validation_images, noise, length, side, 0.0, (self.config.seed, 0, 1))
+        return DataLoader(pairs, batch_size=4, sampler=self.shared(pairs), num_workers=0)
+
+
+class PhotoTraining(DenoiserTraining):
+    """The denoiser given a level, true or estimated, and the estimator given the true one.
+
+    Args:
+        model: the network, with noise-level input.
+        config: all settings.
+    """
+
+    config: PhotoConfig
+
+    def __init__(self, model: Denoiser, config: PhotoConfig) -> None:
+        super().__init__(model, config)
+        self.estimator = NoiseEstimator()
+        if config.estimator is not None:
+            self.estimator.load_state_dict(load_file(config.estimator))
+        if not config.denoiser:
+            model.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]},
+            {"params": list(self.estimator.parameters()), "lr": ESTIMATOR_RATE},
+        ]
+        optimizer = torch.optim.Adam(groups, lr=self.config.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        clean, noisy = batch["clean"], batch["noisy"]
+        with torch.autocast(noisy.device.type, enabled=False):
+            true, cells = true_cells(clean, noisy), self.estimator(noisy)
+            judged = estimator_loss(cells, true)
+            if not self.config.denoiser:
+                self.log("level_loss", judged)
+                return ESTIMATOR_WEIGHT * judged
+            level = self._level(batch, true, cells)
+        self.log("level_loss", judged)
+        denoised = self.loss(self(noisy, level), clean, level)
+        self.log("denoise_loss", denoised)
+        return denoised + ESTIMATOR_WEIGHT * judged
+
+    @torch.no_grad()
+    def _level(self, batch: dict[str, Tensor], true: Cells, cells: Cells) -> Tensor:
+        """Level maps (N, 1, H, W): some from the estimator, the others true; of white noise exactly, else jittered."""
+        config, noisy = self.config, batch["noisy"]
+        uniform = true.usable.float().flatten(1) + 1e-6
+        logs = fit_curve(true.log_level.flatten(1), true.brightness.flatten(1), uniform)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.global_step)
+        draws = torch.rand(len(noisy), generator=generator).to(noisy)
+        jitter = torch.randn(len(noisy), 1, generator=generator).to(noisy) * config.jitter
+        whole = (noisy - batch["clean"]).square().mean((1, 2, 3)).sqrt().clamp(min=FLOOR).log()
+        exact = batch["white"][:, None]
+        logs = torch.where(exact, whole[:, None].expand_as(logs), logs + jitter)
+        share = config.estimate if self.global_step >= config.estimate_from else 0.0
+        logs = torch.where((draws < share)[:, None], curve_of(cells), logs)
+        return level_map(levels_of(logs), noisy)
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        clean, noisy = batch["clean"], batch["noisy"]
+        with torch.autocast(noisy.device.type, enabled=False):
+            true, cells = true_cells(clean, noisy), self.estimator(noisy)
+            self.log("val_level_loss", estimator_loss(cells, true), batch_size=len(clean), sync_dist=True)
+            estimated = level_map(levels_of(curve_of(cells)), noisy)
+        if not self.config.denoiser:
+            return
+        self._score("photo", noisy, estimated, clean, batch_index)
+        for sigma in (15, 25, 50):
+            generator = torch.Generator().manual_seed(batch_index)
+            white = clean + sigma / 255 * torch.randn(clean.shape, generator=generator).to(clean)
+            level = torch.full_like(white[:, :1], sigma / 255)
+            self._score(str(sigma), white, level, clean, batch_index)
+
+    def _score(self, name: str, noisy: Tensor, level: Tensor, clean: Tensor, batch_index: int) -> None:
+        padded = pad_image(torch.cat([noisy, level], 1)).contiguous(memory_format=torch.channels_last)
+        # Not the compiled function: another size would be compiled for minutes.
+        output = self.model.forward_padded(padded)[:, :, : noisy.shape[2], : noisy.shape[3]].float().clamp(0, 1)
+        for kind, image in ((f"val_psnr_{name}", output), (f"val_noisy_{name}", noisy.clamp(0, 1))):
+            error = ((image * 255).round() / 255 - clean).square().mean((1, 2, 3)).clamp(min=1e-6)
+            self.log(kind, (-10 * error.log10()).mean(), batch_size=len(clean), sync_dist=True)
+        if batch_index == 0:
+            self.log_picture(0 if name == "photo" else int(name), noisy[0], output[0], clean[0])
+
+
+def estimator_loss(cells: Cells, true: Cells) -> Tensor:
+    """How far an estimator's cells, and the curves through them, are from the truth.
+
+    Cells: negative log likelihood of a normal number in log levels, whose variance the estimator states itself, so that
+    it may say of texture that it does not know. Curves: mean absolute difference of log levels where the picture has
+    that brightness.
+    """
+    usable = true.usable.float()
+    count = usable.sum().clamp(min=1)
+    error = cells.log_level - true.log_level
+    costs = torch.where(error < 0, UNDERESTIMATE, 1.0) * error.square()
+    likelihood = 0.5 * (costs * torch.exp(-cells.log_variance) + cells.log_variance)
+    coarse = (cells.coarseness - true.coarseness).abs() * (true.log_level > math.log(1 / 255))
+    brightness = true.brightness.flatten(1)
+    wanted = fit_curve(true.log_level.flatten(1), brightness, usable.flatten(1) + 1e-6)
+    reached = fit_curve(cells.log_level.flatten(1), brightness, weights_of(cells) + 1e-6)
+    held = (basis(brightness) * usable.flatten(1)[..., None]).mean(1)
+    difference = reached - wanted
+    curve = torch.where(difference < 0, UNDERESTIMATE, 1.0) * F.smooth_l1_loss(reached, wanted, reduction="none") * held
+    return ((likelihood + 0.2 * coarse) * usable).sum() / count + 2.0 * curve.sum(1).mean()
+
+
+def save_estimator(module: PhotoTraining, target: Path) -> None:
+    """Write the estimator's weights beside the model's."""
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().cpu().contiguous() for name, value in module.estimator.state_dict().items()}
+    save_file(state, target / "noise.safetensors")

@@ -1,0 +1,76 @@
+"""Programs of torch.export and packages of AOTInductor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastden
+from fastden.exports.programs import Program
+from fastden.exports.weights import collect
+from fastden.network.model import Denoiser
+
+
+def test_a_program_without_fastden(tmp_path: Path) -> None:
+    path = fastden.export("color", tmp_path / "color.pt2")
+    program = torch.export.load(path)
+    named = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in named if "fastden" in name]
+    model, network = Denoiser.from_pretrained("color"), program.module()
+    for batch, height, width in ((1, 1, 1), (1, 7, 5), (2, 33, 47), (3, 40, 40)):
+        image, level = torch.rand(batch, 3, height, width), 0.3 * torch.rand(batch, 1, height, width)
+        with torch.no_grad():
+            assert (network(image, level) - model(image, level)).abs().max() < 1e-5
+
+
+def test_composed_does_less() -> None:
+    model = Denoiser.from_pretrained("color")
+    counts = []
+    for composed in (True, False):
+        program = Program(collect(model, composed=composed, level=0.1))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            program(torch.rand(1, 3, 254, 254))
+        counts.append(counter.get_total_flops() / 2 / 254**2)
+    # By the layers' sizes, and up to 2 % for the padding: 221 thousand multiply-accumulates a pixel, and composed 146,
+    # which counts all 16 taps of the head's kernels, though each phase uses 9.
+    assert 145e3 < counts[0] < 149e3
+    assert 220e3 < counts[1] < 225e3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FASTDEN_TEST_AOTI" not in os.environ, reason="takes minutes; FASTDEN_TEST_AOTI=1 runs it")
+def test_a_compiled_package_in_python_and_cpp(tmp_path: Path, root: Path) -> None:
+    package = fastden.export("color", tmp_path / "color.pt2", format="aoti")
+    model, network = Denoiser.from_pretrained("color"), torch._inductor.aoti_load_package(str(package))
+    for batch, height, width in ((1, 1, 1), (1, 7, 5), (2, 33, 47), (3, 40, 40)):
+        image, level = torch.rand(batch, 3, height, width), 0.3 * torch.rand(batch, 1, height, width)
+        with torch.no_grad():
+            assert (network(image, level) - model(image, level)).abs().max() < 1e-5
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler")
+    build = tmp_path / "build"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["cmake", "-S", root / "examples" / "aoti", "-B", build, prefix], ["cmake", "--build", build]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    header = b"P6\n50 37\n255\n"
+    picture = np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)
+    (tmp_path / "noisy.ppm").write_bytes(header + picture.tobytes())
+    files = [package, tmp_path / "noisy.ppm", tmp_path / "clean.ppm"]
+    done = subprocess.run([build / "denoise", *files, "25"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "clean.ppm").read_bytes()
+    assert written.startswith(header)
+    clean = np.frombuffer(written[len(header) :], np.uint8).reshape(picture.shape)
+    assert np.abs(clean.astype(int) - fastden.denoise(picture, 25, dtype="float32")).max() <= 1
+    (tmp_path / "noisy.ppm").write_bytes(b"P6\n50 37\n255\n short")
+    done = subprocess.run([build / "denoise", *files, "25"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ends too early" in done.stderr

@@ -1,0 +1,42 @@
+"""Which files of a folder are images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastden.images.codec import SUFFIXES
+from fastden.images.finder import find_images, has_image_name
+
+NAMES = ("a.AVIF", "b.jfif", "c.Jpg", "d.png", "inner/e.tif", "inner/deep/f.webp")
+OTHERS = (".hidden.png", "._a.jpg", "notes.txt", "png", "inner/.g.png")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in (*NAMES, *OTHERS):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+def test_a_folder(folder: Path) -> None:
+    assert find_images(folder) == [folder / name for name in NAMES[:4]]
+
+
+def test_folders_in_it(folder: Path) -> None:
+    assert find_images(folder, recursive=True) == sorted(folder / name for name in NAMES)
+
+
+def test_training_sees_what_a_batch_sees(folder: Path) -> None:
+    pytest.importorskip("lightning")
+    from fastden.training.data import find_photographs
+
+    assert find_photographs(folder) == find_images(folder, recursive=True)
+
+
+def test_names() -> None:
+    assert all(has_image_name(f"x{suffix}") and has_image_name(Path(f"a/b/x{suffix.upper()}")) for suffix in SUFFIXES)
+    assert not any(map(has_image_name, OTHERS))

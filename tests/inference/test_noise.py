@@ -1,0 +1,178 @@
+"""The noise estimate: right on fine and coarse noise, on cut-outs and letterboxes, and as cheap on large images."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastden
+from fastden import NoiseEstimate, estimate_noise, estimate_sigma
+from fastden.images.codec import read_image
+from fastden.images.noise import CROP, CROPS, WHOLE, crop_windows
+from fastden.inference import noise as noise_module
+from fastden.network.level import KNOTS
+
+
+def noisy(sigma: float, shape: tuple[int, ...] = (128, 128, 3), dtype: Any = np.float32) -> Any:
+    """A smooth picture in mid-gray with white noise of ``sigma`` on the scale 0-255."""
+    ramp = np.linspace(0.4, 0.6, shape[1]).reshape(1, -1, *[1] * (len(shape) - 2))
+    values = ramp + np.random.default_rng(0).normal(0, sigma / 255, shape)
+    dtype = np.dtype(dtype)
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    return np.rint(np.clip(values, 0, 1) * np.iinfo(dtype).max).astype(dtype)
+
+
+@pytest.mark.parametrize("sigma", [3, 10, 25, 50])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8, np.uint16])
+def test_white_noise_is_measured(sigma: float, dtype: Any) -> None:
+    shape = (128, 128, 3)
+    # At 50 the clipping of integers bites: 0.5 is 2.5 sigma from the ends.
+    assert estimate_sigma(noisy(sigma, shape, dtype)) == pytest.approx(sigma, rel=0.12, abs=0.5)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (128, 128, 1)])
+def test_gray(shape: tuple[int, ...]) -> None:
+    assert estimate_sigma(noisy(20, shape)) == pytest.approx(20, rel=0.15)
+
+
+def test_bounds() -> None:
+    assert max(estimate_noise(noisy(150)).levels) == 75
+    for value in (0, 77, 128, 255):
+        estimate = estimate_noise(np.full((64, 64, 3), value, np.uint8))
+        assert estimate.sigma == 0
+        assert estimate.kind == "unknown"
+        assert "too little to judge by" in estimate.describe()
+
+
+def test_alpha_has_no_part_in_the_estimate() -> None:
+    image = noisy(20, (64, 64, 3), np.uint8)
+    alpha = np.random.default_rng(1).integers(0, 256, (64, 64, 1), np.uint8)
+    assert estimate_sigma(np.concatenate([image, alpha], 2)) == estimate_sigma(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ([[1, 2], [3, 4]], TypeError, "image: list; accepted: a NumPy array"),
+        (np.zeros((8, 8), np.int64), TypeError, "image: dtype int64; accepted: uint8"),
+        (np.zeros((8, 8), bool), TypeError, "image: dtype bool"),
+        (np.zeros(8, np.uint8), ValueError, r"image: shape \(8,\); accepted"),
+        (np.zeros((8, 8, 2), np.uint8), ValueError, r"image: shape \(8, 8, 2\)"),
+        (np.zeros((0, 8, 3), np.uint8), ValueError, "at least 1"),
+        (np.full((8, 8), 128.0), ValueError, "image: values from 128 to 128"),
+        (np.full((8, 8), np.nan), ValueError, "image: NaN"),
+    ],
+)
+def test_wrong_images(image: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        estimate_sigma(image)
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), channels=st.sampled_from([1, 3]), seed=st.integers(0, 99))
+def test_any_size_gives_a_finite_number_without_warnings(height: int, width: int, channels: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 <= estimate_sigma(image) <= 75
+
+
+def test_a_large_image_costs_a_megapixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = noise_module.noise_of_samples
+
+    def spy(crops: list[Any]) -> NoiseEstimate:
+        seen.extend(crop.shape for crop in crops)
+        return original([crops[0]])
+
+    monkeypatch.setattr(noise_module, "noise_of_samples", spy)
+    large = np.broadcast_to(noisy(10, (1, 1, 1)), (5000, 3000, 1))
+    estimate_sigma(large)
+    assert seen == [(CROP, CROP, 1)] * CROPS**2
+
+
+def test_a_textured_quarter_does_not_decide() -> None:
+    image = noisy(10, (256, 256, 1))
+    image[128:, 128:] += np.random.default_rng(1).normal(0, 0.2, (128, 128, 1)).astype(np.float32)
+    assert estimate_sigma(image) == pytest.approx(10, rel=0.25)
+
+
+@given(size=st.integers(1, 5000))
+def test_crops_lie_within_the_image(size: int) -> None:
+    windows = crop_windows(size)
+    assert len(windows) == (1 if size <= WHOLE else CROPS)
+    for window in windows:
+        assert 0 <= window.start < window.stop <= size
+        assert window.stop - window.start == (size if size <= WHOLE else CROP)
+    assert all(one.stop <= other.start for one, other in pairwise(windows))
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
+def test_cut_outs_and_letterboxes(value: int, share: float) -> None:
+    """An area of one colour says nothing about the noise of the rest."""
+    image = noisy(20, (256, 256, 3), np.uint8)
+    level = estimate_noise(image).at(0.5)
+    image[: int(256 * share)] = value
+    assert estimate_noise(image).at(0.5) == pytest.approx(level, rel=0.1)
+
+
+def test_coarse_noise_is_seen() -> None:
+    """Noise that neighbours share is as strong as it is; a white estimate sees a fraction of it."""
+    small = np.random.default_rng(0).normal(0, 1, (3, 66, 66))
+    coarse = np.kron(small, np.ones((4, 4)))
+    kernel = np.ones(4) / 4
+    for axis in (1, 2):
+        coarse = np.apply_along_axis(np.convolve, axis, coarse, kernel, "same")
+    coarse = coarse[:, 4:260, 4:260]
+    values = 0.5 + (12 / 255) * (coarse / coarse.std()).transpose(1, 2, 0)
+    estimate = estimate_noise(values)
+    assert estimate.sigma == pytest.approx(12, rel=0.35)
+    assert estimate.kind == "coarse"
+    assert estimate_noise(noisy(12, (256, 256, 3))).kind == "fine"
+
+
+def test_levels_follow_brightness() -> None:
+    ramp = np.linspace(0.1, 0.9, 512).reshape(1, -1, 1)
+    deviation = (4 + 16 * ramp) / 255
+    image = ramp + deviation * np.random.default_rng(0).normal(0, 1, (256, 512, 3))
+    estimate = estimate_noise(image)
+    for brightness in (0.2, 0.5, 0.8):
+        assert estimate.at(brightness) == pytest.approx(4 + 16 * brightness, rel=0.2)
+    assert "shadows" in estimate.describe()
+
+
+def test_an_estimate_is_a_noise_level() -> None:
+    image = noisy(20, (40, 52, 3), np.uint8)
+    estimate = estimate_noise(image)
+    assert len(estimate.levels) == KNOTS
+    np.testing.assert_array_equal(fastden.denoise(image, estimate), fastden.denoise(image))
+
+
+def test_median_of_frames() -> None:
+    estimates = [estimate_noise(noisy(sigma)) for sigma in (10, 12, 60)]
+    estimates.append(noise_module.UNDECIDED)
+    assert noise_module.median_estimate(estimates) == estimates[1]
+    assert noise_module.median_estimate([noise_module.UNDECIDED]) == noise_module.UNDECIDED
+
+
+@pytest.mark.shared
+def test_photographs_with_noise(shared_data: Path) -> None:
+    for index in (3, 15, 23):
+        clean = read_image(shared_data / "eval" / "kodak24" / f"kodim{index:02}.webp").pixels[:256, :256] / 255
+        values = clean + np.random.default_rng(index).normal(0, 25 / 255, clean.shape)
+        assert estimate_sigma(values) == pytest.approx(25, rel=0.15)
+
+
+@pytest.mark.shared
+def test_clean_photographs(shared_data: Path) -> None:
+    for index in (3, 8, 13, 15):
+        clean = read_image(shared_data / "eval" / "kodak24" / f"kodim{index:02}.webp").pixels
+        assert estimate_sigma(clean) < 3

@@ -1,0 +1,63 @@
+"""The map function of datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import fastden
+from fastden.integrations.datasets import DenoiseColumn
+from tests.integrations.installed import package
+
+datasets = package("datasets")
+
+
+def picture(seed: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, (18, 24, 3), np.uint8)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    images = [PIL.Image.fromarray(picture(seed)) for seed in range(3)]
+    features = datasets.Features({"image": datasets.Image(), "level": datasets.Value("float32")})
+    return datasets.Dataset.from_dict({"image": images, "level": [10.0, 25.0, 50.0]}, features=features)
+
+
+def test_map(table: Any) -> None:
+    for options in ({}, {"batched": True, "batch_size": 2}, {"num_proc": 2}):
+        result = table.map(DenoiseColumn(sigma=25), **options)
+        for seed, row in enumerate(result):
+            assert np.array_equal(np.array(row["image"]), fastden.denoise(picture(seed), 25))
+
+
+def test_levels_from_a_column_into_another(table: Any) -> None:
+    features = datasets.Features({**table.features, "clean": datasets.Image()})
+    result = table.map(DenoiseColumn(sigma="level", into="clean"), features=features)
+    for seed, (row, sigma) in enumerate(zip(result, (10, 25, 50), strict=True)):
+        assert np.array_equal(np.array(row["image"]), picture(seed))
+        assert np.array_equal(np.array(row["clean"]), fastden.denoise(picture(seed), sigma))
+
+
+def test_with_transform(table: Any) -> None:
+    rows = table.with_transform(DenoiseColumn(sigma=25))[:2]
+    assert np.array_equal(np.array(rows["image"][1]), fastden.denoise(picture(1), 25))
+
+
+def test_the_fingerprint_is_the_settings() -> None:
+    fingerprint = datasets.fingerprint.Hasher.hash
+    assert fingerprint(DenoiseColumn(sigma=25)) == fingerprint(DenoiseColumn(sigma=25))
+    assert fingerprint(DenoiseColumn(sigma=25)) != fingerprint(DenoiseColumn(sigma=26))
+
+
+def test_mistakes(table: Any) -> None:
+    with pytest.raises(KeyError, match=r"column: 'photo'; accepted: image, level"):
+        table.map(DenoiseColumn("photo"))
+    with pytest.raises(KeyError, match=r"column: 'noise'; accepted: image, level"):
+        table.map(DenoiseColumn(sigma="noise"))
+    with pytest.raises(ValueError, match="strength: 3"):
+        DenoiseColumn(strength=3)

@@ -1,0 +1,60 @@
+"""What import-linter cannot see: kernels/ lies outside fastden/, under another name. The rest is in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = "fastden.kernels"
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of fastden that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update((f"{node.module}.{alias.name}" for alias in node.names), [node.module])
+    return {name for name in names if name.split(".")[0] in ("fastden", "kernels")}
+
+
+def test_a_kernel_imports_its_siblings_alone(root: Path) -> None:
+    files = sorted((root / "kernels").glob("*.py"))
+    assert len(files) > 5
+    others = {file.name: [name for name in imports(file) if not name.startswith(KERNELS)] for file in files}
+    assert not {file: names for file, names in others.items() if names}
+
+
+def test_operators_alone_import_kernels(root: Path) -> None:
+    importers = {
+        file.relative_to(root / "fastden").parts[0]
+        for file in (root / "fastden").rglob("*.py")
+        if any(name.startswith(KERNELS) for name in imports(file))
+    }
+    assert importers == {"ops"}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("network/padding.py", "from fastden.inference import tiling", "Imports point down"),
+        ("video/copy.py", "import fastden.batch.plan", "Imports point down"),
+        ("images/pixels.py", "from fastden.ops import stem", "Images know no network"),
+        ("batch/plan.py", "from fastden.batch.denoiser import BatchDenoiser", "No circles"),
+    ],
+)
+def test_a_wrong_import_fails(root: Path, tmp_path: Path, file: str, line: str, contract: str) -> None:
+    shutil.copytree(root / "fastden", tmp_path / "fastden", ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    with (tmp_path / "fastden" / file).open("a") as text:
+        text.write(f"\n\ndef added() -> None:\n    {line}\n")
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"{contract} BROKEN" in done.stdout

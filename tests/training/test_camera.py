@@ -1,0 +1,125 @@
+"""The camera model: its noise against the formula, its curves against their inverses, its arrays against the sensor."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastden.training import camera, demosaic
+from fastden.training.camera import CameraNoise, CameraRanges
+
+
+def constant(value: float, side: int = 96) -> torch.Tensor:
+    return torch.full((3, side, side), value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_curves_undo_each_other(share: float) -> None:
+    x = torch.linspace(0, 1, 999)
+    # At the ends smoothstep is flat: a small step of its value is a large one of its argument.
+    torch.testing.assert_close(camera.tone(camera.inverse_tone(x, share), share), x, atol=2e-4, rtol=0)
+    torch.testing.assert_close(camera.linear_to_srgb(camera.srgb_to_linear(x)), x, atol=1e-5, rtol=0)
+
+
+def test_white_stays_white() -> None:
+    for seed in range(5):
+        matrix = camera.camera_to_srgb(np.random.default_rng(seed))
+        np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-5)
+        assert np.linalg.eigvals(matrix).real.min() > 0
+
+
+@pytest.mark.parametrize("shot", [1e-3, 1e-2])
+@pytest.mark.parametrize("value", [0.05, 0.3, 0.8])
+def test_variance_is_that_of_the_formula(shot: float, value: float) -> None:
+    read, process = 1e-4, camera._Process(None, "none")
+    sensor = torch.full((1, 3, 200, 200), value)
+    raw = camera._expose(sensor, process, shot, read, 0.0, 2**14 - 1, np.random.default_rng(0))
+    clipped = 0.8 + 4 * math.sqrt(shot * 0.8 + read) > 1 and value == 0.8
+    if not clipped:
+        # 120,000 values: the variance of normal numbers is known to 0.4 % (one deviation).
+        assert float(raw.var()) == pytest.approx(shot * value + read, rel=0.02)
+        assert float(raw.mean()) == pytest.approx(value, abs=5 * math.sqrt((shot * value + read) / raw.numel()))
+    assert float(raw.max()) <= 1
+
+
+def test_rows_share_an_offset() -> None:
+    sensor = torch.full((1, 3, 200, 200), 0.3)
+    process = camera._Process(None, "none")
+    raw = camera._expose(sensor, process, 1e-6, 1e-6, 0.02, 2**14 - 1, np.random.default_rng(0))
+    assert float(raw.mean(3).std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_quantisation() -> None:
+    sensor = torch.full((1, 3, 64, 64), 0.3)
+    process = camera._Process(None, "none")
+    raw = camera._expose(sensor, process, 1e-3, 1e-4, 0.0, 1023, np.random.default_rng(0))
+    torch.testing.assert_close(raw * 1023, (raw * 1023).round(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "malvar", "edge_directed", "x_trans"])
+def test_demosaicing_is_exact_on_flat_and_keeps_samples(method: str) -> None:
+    pattern = demosaic.X_TRANS if method == "x_trans" else demosaic.BAYER
+    masks = demosaic.color_masks(pattern, 24, 30, (1, 0))
+    assert torch.equal(masks.sum(1), torch.ones(1, 24, 30))
+    flat = torch.tensor([0.2, 0.5, 0.7]).view(1, 3, 1, 1).expand(1, 3, 24, 30)
+    raw = (flat * masks).sum(1, keepdim=True)
+    result = getattr(demosaic, method)(raw, masks)
+    if method in ("bilinear", "x_trans"):
+        torch.testing.assert_close(result, flat, atol=1e-5, rtol=0)
+    gray = torch.full((1, 1, 24, 30), 0.4)
+    torch.testing.assert_close(getattr(demosaic, method)(gray, masks), gray.expand(1, 3, 24, 30), atol=1e-5, rtol=0)
+    noise = torch.rand(1, 1, 24, 30, generator=torch.Generator().manual_seed(0))
+    kept = (getattr(demosaic, method)(noise, masks) * masks).sum(1, keepdim=True)
+    torch.testing.assert_close(kept, noise, atol=1e-5, rtol=0)
+
+
+def test_malvar_is_exact_on_ramps() -> None:
+    """Linear interpolation with its corrections reproduces gray pictures that are linear in row and column."""
+    rows, columns = torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="ij")
+    gray = (0.01 * rows + 0.02 * columns)[None, None]
+    masks = demosaic.color_masks(demosaic.BAYER, 20, 20, (0, 1))
+    inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    expected = gray.expand(1, 3, 20, 20)[inner]
+    torch.testing.assert_close(demosaic.malvar(gray, masks)[inner], expected, atol=1e-5, rtol=0)
+
+
+def test_neighbours_share_noise_behind_demosaicing() -> None:
+    """White noise has no correlation between neighbours; that of a camera has."""
+    correlations = {}
+    masks = demosaic.color_masks(demosaic.BAYER, 128, 128, (0, 0))
+    noise = torch.randn(1, 1, 128, 128, generator=torch.Generator().manual_seed(0))
+    for name, image in (("none", noise), ("bilinear", demosaic.bilinear(noise, masks)[:, :1])):
+        left, right = image[..., :-1].flatten(), image[..., 1:].flatten()
+        correlations[name] = float(torch.corrcoef(torch.stack([left, right]))[0, 1])
+    assert abs(correlations["none"]) < 0.03
+    assert correlations["bilinear"] > 0.4
+
+
+def test_a_shot_is_seeded_and_its_target_is_near_the_picture() -> None:
+    clean = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clean = 0.3 + 0.4 * torch.nn.functional.interpolate(clean[None], (96, 96), mode="bilinear")[0]
+    model = CameraNoise(CameraRanges(luma_filter=0, chroma_filter=0, sharpen=0))
+    for seed in range(8):
+        target, noisy = model(clean, np.random.default_rng(seed))
+        again = model(clean, np.random.default_rng(seed))
+        assert torch.equal(target, again[0])
+        assert torch.equal(noisy, again[1])
+        assert target.shape == noisy.shape == clean.shape
+        assert torch.isfinite(noisy).all()
+        # Smooth, unsaturated colours survive sensor and demosaicing.
+        assert float((target - clean).abs().mean()) < 0.02
+        assert float((noisy - target).std()) > 1e-3
+
+
+def test_noise_grows_with_brightness_in_the_sensor() -> None:
+    model = CameraNoise(CameraRanges(shot=(0.02, 0.02), tone=(0, 0), luma_filter=0, chroma_filter=0, sharpen=0))
+    deviations = []
+    for value in (0.1, 0.5):
+        target, noisy = model(constant(value), np.random.default_rng(3))
+        slope = 1.055 / 2.4 * (camera.srgb_to_linear(torch.tensor(value)).item()) ** (1 / 2.4 - 1)
+        deviations.append(float((noisy - target)[:, 8:-8, 8:-8].std()) / slope)
+    # In linear light; sRGB's curve hides it, being steeper in the shadows.
+    assert deviations[1] > 1.5 * deviations[0]

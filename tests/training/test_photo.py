@@ -1,0 +1,123 @@
+"""Training for photographs: its losses, its run and continuation, and what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("pydantic")
+
+from safetensors.torch import load_file
+
+from fastden.network.level import NoiseEstimator, true_cells
+from fastden.network.model import Denoiser
+from fastden.training.config import PhotoConfig, load_config
+from fastden.training.photo import PhotoData, PhotoTraining, estimator_loss
+from fastden.training.trainer import train
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+SMALL = {
+    "objective": "photo",
+    "crop": 32,
+    "batch": 2,
+    "epoch_steps": 2,
+    "warmup": 0,
+    "validation": 1,
+    "precision": "32-true",
+    "estimate": 0.5,
+    "estimate_from": 1,
+}
+
+
+def configuration(photographs: Path, output: Path, **changes: Any) -> PhotoConfig:
+    return PhotoConfig.model_validate({**SMALL, "data": [photographs], "output": output, "steps": 4, **changes})
+
+
+def test_a_run_trains_both_and_resumes_exactly(photographs: Path, tmp_path: Path) -> None:
+    whole = train(configuration(photographs, tmp_path / "whole", decay=0), accelerator="cpu")
+    # The rate falls by the number of steps: the shorter run has the same first steps without a decay only.
+    train(configuration(photographs, tmp_path / "half", steps=2, decay=0), accelerator="cpu")
+    state, estimator = load_file(whole / "model.safetensors"), load_file(whole / "noise.safetensors")
+    Denoiser().load_state_dict(state)
+    NoiseEstimator().load_state_dict(estimator)
+    again = train(configuration(photographs, tmp_path / "half", decay=0), accelerator="cpu", resume=True)
+    for name, values in load_file(again / "noise.safetensors").items():
+        torch.testing.assert_close(values, estimator[name], msg=name)
+    for name, values in load_file(again / "model.safetensors").items():
+        torch.testing.assert_close(values, state[name], msg=name)
+
+
+def test_both_networks_are_optimised(photographs: Path, tmp_path: Path) -> None:
+    module = PhotoTraining(Denoiser(), configuration(photographs, tmp_path))
+    optimizer = module.configure_optimizers()["optimizer"]
+    optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert optimised == {id(parameter) for parameter in module.parameters()}
+
+
+def test_data_are_pairs_of_every_kind(photographs: Path, tmp_path: Path) -> None:
+    data = PhotoData(configuration(photographs, tmp_path, batch=4, epoch_steps=20))
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert len(batches) == 20
+    assert batches[0]["clean"].shape == batches[0]["noisy"].shape == (4, 3, 32, 32)
+    white = torch.cat([batch["white"] for batch in batches])
+    assert 8 < int(white.sum()) < 40  # 30 % of 80
+    again = list(PhotoData.train_dataloader(data))
+    assert torch.equal(batches[3]["noisy"], again[3]["noisy"])
+
+
+def test_the_truth_costs_least() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(2, 3, 8, 8, generator=generator)
+    clean = torch.nn.functional.interpolate(clean, (64, 64), mode="bilinear") * 0.6 + 0.2
+    true = true_cells(clean, clean + 0.05 * torch.randn(clean.shape, generator=generator))
+    exact = true._replace(log_variance=torch.full_like(true.log_level, -2.0))
+    costs = {
+        shift: float(estimator_loss(exact._replace(log_level=true.log_level + shift), true))
+        for shift in (-0.3, 0.0, 0.3)
+    }
+    assert costs[0.0] < costs[0.3] < costs[-0.3], "too low costs more than too high"
+    unsure = exact._replace(log_level=true.log_level + 1.0)
+    surer = unsure._replace(log_variance=torch.full_like(true.log_level, 0.0))
+    assert float(estimator_loss(surer, true)) < float(estimator_loss(unsure, true))
+
+
+def test_levels_are_exact_for_white_noise(photographs: Path, tmp_path: Path) -> None:
+    module = PhotoTraining(Denoiser(), configuration(photographs, tmp_path, estimate=0.0))
+    clean = torch.full((2, 3, 32, 32), 0.5)
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    batch = {"clean": clean, "noisy": noisy, "white": torch.tensor([True, False])}
+    true = true_cells(clean, noisy)
+    levels = module._level(batch, true, true)
+    deviation = float((noisy - clean)[0].std())
+    assert torch.allclose(levels[0], torch.full_like(levels[0], deviation), rtol=1e-3)
+    # Jitter of the log level: a tenth.
+    assert 0.5 < float(levels[1].mean()) / deviation < 2
+    assert levels[1].shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("estimate=2", "estimate: 2"),
+        ("noise_level_input=false", "noise_level_input: False"),
+        ("jitter=-1", "jitter: -1"),
+    ],
+)
+def test_impossible_settings(setting: str, message: str, photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=message):
+        load_config(None, ["objective=photo", f"data=[{photographs}]", f"output={tmp_path}", setting])
+
+
+def test_crops_come_from_anywhere(photographs: Path, tmp_path: Path) -> None:
+    data = PhotoData(configuration(photographs, tmp_path, validation=0))
+    data.setup("fit")
+    assert data.val_dataloader() == []
+    (first, *_) = data.train_dataloader()
+    assert np.isfinite(first["noisy"].numpy()).all()

@@ -1,0 +1,99 @@
+"""Recipes: sizes, shares, seeds, and what they leave of a clean picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastden.training.photo_noise import PhotoNoise, PhotoRanges, compress
+
+KINDS = ("white", "camera", "grain", "clean")
+
+
+def only(kind: str, **ranges: object) -> PhotoNoise:
+    return PhotoNoise(PhotoRanges(**{name: float(name == kind) for name in KINDS}, **ranges))  # type: ignore[arg-type]
+
+
+def picture(side: int) -> torch.Tensor:
+    small = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.interpolate(small[None], (side, side), mode="bicubic").clamp(0, 1)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gray", [False, True])
+def test_recipes(kind: str, gray: bool) -> None:
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        recipe = only(kind).plan(random, 46, 120)
+        assert recipe.kind == kind
+        assert recipe.side <= 120
+        clean = picture(recipe.side)
+        clean = clean.mean(0, keepdim=True).expand(3, -1, -1) if gray else clean
+        target, noisy = recipe.make(clean, random, gray)
+        assert target.shape == noisy.shape == (3, 46, 46)
+        assert torch.isfinite(noisy).all()
+        if kind != "white":
+            assert 0 <= float(noisy.min()) <= float(noisy.max()) <= 1
+        if gray and kind == "white":
+            assert torch.equal(noisy[0], noisy[1])
+
+
+def test_a_small_picture_is_enlarged_no_further_than_it_reaches() -> None:
+    for seed in range(40):
+        recipe = only("camera", resize=1.0).plan(np.random.default_rng(seed), 64, 80)
+        assert recipe.side <= 80
+
+
+def test_recipes_are_seeded() -> None:
+    results = []
+    for _ in range(2):
+        random = np.random.default_rng(7)
+        recipe = PhotoNoise().plan(random, 46, 200)
+        results.append(recipe.make(picture(recipe.side), random)[1])
+    assert torch.equal(*results)
+
+
+def test_white_noise_is_white_and_of_its_level() -> None:
+    noise = only("white", sigma=(20.0, 20.0))
+    random = np.random.default_rng(0)
+    recipe = noise.plan(random, 200, 400)
+    target, noisy = recipe.make(torch.full((3, 200, 200), 0.5), random)
+    error = noisy - target
+    assert float(error.std()) * 255 == pytest.approx(20, rel=0.02)
+    left, right = error[:, :, :-1].flatten(), error[:, :, 1:].flatten()
+    assert abs(float(torch.corrcoef(torch.stack([left, right]))[0, 1])) < 0.02
+
+
+def test_grain_has_its_level_and_is_coarse() -> None:
+    noise = only("grain", grain_sigma=(12.0, 12.0), grain_blur=(1.5, 1.5), resize=0.0, jpeg=0.0)
+    levels = []
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        recipe = noise.plan(random, 120, 400)
+        target, noisy = recipe.make(torch.full((3, recipe.side, recipe.side), 0.5), random)
+        error = noisy - target
+        levels.append(float(error.std()) * 255)
+        left, right = error[:, :, :-1].flatten(), error[:, :, 1:].flatten()
+        assert float(torch.corrcoef(torch.stack([left, right]))[0, 1]) > 0.7
+    # Where it is strongest it has its level; the shapes over brightness take it down.
+    assert 1 < min(levels) <= max(levels) < 14
+    assert max(levels) > 9
+
+
+def test_clean_pictures_keep_what_jpeg_leaves() -> None:
+    for seed in range(10):
+        random = np.random.default_rng(seed)
+        recipe = only("clean", jpeg=1.0, quality=(95, 98), twice=1.0, resize=0.0).plan(random, 64, 200)
+        # Gray: of saturated colours a halved chroma loses more.
+        target, noisy = recipe.make(picture(recipe.side).mean(0, keepdim=True).expand(3, -1, -1), random)
+        # Two compressions on different grids, put back in place: small errors, no shift.
+        assert float((noisy - target).abs().mean()) * 255 < 3
+
+
+def test_jpeg_quality_and_subsampling() -> None:
+    image = picture(64)
+    errors = [float((compress(image, quality) - image).abs().mean()) for quality in (95, 70, 30)]
+    assert errors == sorted(errors)
+    colors = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert (compress(colors, 95, 0) - colors).abs().mean() < (compress(colors, 95, 2) - colors).abs().mean()
