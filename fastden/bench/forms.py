@@ -19,10 +19,11 @@ from fastden.ops.backends import use_backend
 
 #: PyTorch's own ways to run a module.
 PLAIN = ("eager", "channels_last", "compile", "max_autotune")
+#: Behind a runtime's name: it runs the composed network instead of the plain one.
+COMPOSED = "_composed"
 #: Other runtimes, for the whole network on a CPU, and the packages that they need.
 RUNTIMES = {
-    "openvino": ("openvino", "onnx", "onnxscript"),
-    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    name + form: (name, "onnx", "onnxscript") for name in ("openvino", "onnxruntime") for form in ("", COMPOSED)
 }
 
 

@@ -65,7 +65,8 @@ def inference(
         else:
             build = partial(_runtime, name, model, x, dtype, folder)
         graphs = name in forms.PLAIN and name != "max_autotune"
-        contenders.append(Contender(name, build, plain_flops, graphs=graphs))
+        flops = own_flops if name.endswith(forms.COMPOSED) else plain_flops
+        contenders.append(Contender(name, build, flops, graphs=graphs))
     moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
     return Job("model", batch, pixels, moved, (reference,), bound), contenders
 
@@ -81,8 +82,10 @@ def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
 
 
 def _runtime(name: str, model: Denoiser, x: Tensor, dtype: torch.dtype, folder: Path) -> Call:
-    path = forms.export_onnx(model, x, folder / "plain.onnx")
-    return forms.openvino(path, x, dtype) if name == "openvino" else forms.onnxruntime(path, x)
+    composed = name.endswith(forms.COMPOSED)
+    network: nn.Module = fuse(model) if composed else model
+    path = forms.export_onnx(network, x, folder / ("composed.onnx" if composed else "plain.onnx"))
+    return forms.openvino(path, x, dtype) if name.startswith("openvino") else forms.onnxruntime(path, x)
 
 
 def training(
