@@ -62,7 +62,8 @@ def ahead_of_time() -> "build.Plan":  # type: ignore[name-defined]
     """What a build ahead of time compiles."""
     toolkit = build.find_toolkit()
     listed = build.ask_nvcc(toolkit, "--list-gpu-arch")
-    return build.plan(SOURCES, build.choose_architectures(os.environ, listed), toolkit=toolkit)
+    architectures = build.choose_architectures(os.environ, listed, say=lambda text: print(text, file=sys.stderr))
+    return build.plan(SOURCES, architectures, toolkit=toolkit)
 
 
 if CHOICE not in build.CHOICES:

@@ -1,8 +1,9 @@
-"""Compile every Triton kernel as it is launched by default, or on request, without a GPU, and print what it needs.
+"""Compile every Triton kernel as the network launches it, without a GPU, and print what it needs.
 
 For sm_80, sm_90 and sm_100: registers a thread, local memory (spilled registers), shared memory a block, and the matrix
-instruction. Exits with 1 where a kernel spills, where one with a matrix product has no matrix instruction, or where one
-that loads by descriptors has no bulk copy or less than its architecture's best matrix instruction.
+instruction. Exits with 1 where a kernel spills, where one with a matrix product in half precision or TF32 has no matrix
+instruction, or where one that loads by descriptors has no bulk copy or less than its architecture's best matrix
+instruction. What is compiled is what launches ask for, see ``launches.py``.
 
     python benchmarks/compile_kernels.py                                   # the table
     python benchmarks/compile_kernels.py --json benchmarks/results/compile.json   # of Triton 3.6
@@ -18,7 +19,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,12 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
+from launches import CALLS, DTYPES, Launch, launches
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastden.kernels._common import Specimen
-
-OPERATORS = ("batch_norm", "bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample")
-DTYPES = ("bf16", "fp16")
 ARCHITECTURES = (80, 90, 100)
 #: What each architecture's tensor cores are fed by, best first.
 INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
@@ -42,22 +39,10 @@ INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("t
 BULK_COPY = "cp.async.bulk.tensor"
 
 
-def architectures(specimen: Specimen) -> tuple[int, ...]:
-    """Where a kernel can run."""
-    return tuple(version for version in ARCHITECTURES if version >= 90 or not specimen.bulk_copies)
-
-
-def inspect(specimen: Specimen, architecture: int) -> dict[str, Any]:
+def inspect(launch: Launch, architecture: int) -> dict[str, Any]:
     """Compile one kernel and read its resources from the binary."""
-    names = specimen.kernel.arg_names
-    constants = {(names.index(name),): value for name, value in specimen.constants.items()}
-    # As at a launch: tensors begin at multiples of 16 bytes.
-    attributes = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if specimen.signature[name][0] == "*"
-    }
-    source = ASTSource(specimen.kernel, specimen.signature, constants, attributes)
-    options = {"num_warps": specimen.warps, "num_stages": specimen.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -67,38 +52,39 @@ def inspect(specimen: Specimen, architecture: int) -> dict[str, Any]:
     registers, stack, local = (max(int(value) for value in column) for column in zip(*found, strict=True))
     matrix = next((name for name in INSTRUCTIONS[architecture] if name in compiled.asm["ptx"]), None)
     return {
-        "kernel": specimen.label,
+        "kernel": launch.label,
         "architecture": f"sm_{architecture}",
         "registers": registers,
         "spilled_bytes": stack + local,
         "shared_bytes": compiled.metadata.shared,
-        "warps": specimen.warps,
+        "warps": launch.options["num_warps"],
         "matrix_instruction": matrix,
         "bulk_copies": BULK_COPY in compiled.asm["ptx"],
-        "missing": missing(specimen, architecture, compiled.asm["ptx"]),
+        "missing": missing(launch, architecture, compiled.asm["ptx"]),
     }
 
 
-def missing(specimen: Specimen, architecture: int, ptx: str) -> list[str]:
+def missing(launch: Launch, architecture: int, ptx: str) -> list[str]:
     """Instructions that a kernel should have, and has not."""
-    if specimen.bulk_copies:
+    if launch.described:
         return [name for name in (BULK_COPY, INSTRUCTIONS[architecture][0]) if name not in ptx]
     known = INSTRUCTIONS[architecture]
-    return [known[0]] if "PRECISION" in specimen.constants and not any(name in ptx for name in known) else []
+    exact = launch.label.endswith(" fp32")  # for which there is none
+    return [known[0]] if launch.products and not exact and not any(name in ptx for name in known) else []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile all Triton kernels without a GPU.")
     parser.add_argument("--json", type=Path, help="write the table there too")
-    parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--only", nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     arguments = parser.parse_args()
     rows = [
-        inspect(specimen, architecture)
+        inspect(launch, architecture)
         for operator in arguments.only
-        for specimen in import_module(f"fastden.kernels.{operator}").specimens()
-        if specimen.label.endswith(tuple(arguments.dtypes))
-        for architecture in architectures(specimen)
+        for dtype in arguments.dtypes
+        for architecture in ARCHITECTURES
+        for launch in launches(operator, dtype, architecture)
     ]
     table = Table("kernel", "architecture", "registers", "spilled B", "shared KiB", "warps", "matrix instruction")
     failures = []

@@ -18,8 +18,8 @@ import torch
 from fastden import ops
 from fastden.bench import machine, tables
 from fastden.bench.compare import Contender, Job, Settings, bounds, compare
-from fastden.kernels._conv import ConvConfig
 from fastden.kernels._descriptors import why_not
+from fastden.kernels._tiles import ConvConfig
 from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 
 

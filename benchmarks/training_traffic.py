@@ -67,7 +67,7 @@ class Traffic(TorchDispatchMode):
         elif name == "aten::convolution_backward":
             grad, x, weight, *_, (for_x, for_weight, _bias) = args
             moved = size([grad] * (for_x + for_weight), [weight] * for_x, [x] * for_weight, outputs)
-        elif name == "fastden::affine" and args[4] is None:
+        elif name == "fastden::affine" and args[5] is None:
             self.normalised.append((result, moved))
         elif name == "fastden::conv_statistics" and args[2].shape[2] == 1 and args[2].shape[0] > args[2].shape[1]:
             self.expand += sum(cost for made, cost in self.normalised if memory(made) == memory(args[0]))

@@ -37,8 +37,8 @@ struct Device {
     cudaStream_t stream = nullptr;
 };
 
-void check_launch(const char* name, cudaError_t error) {
-    TORCH_CHECK(error == cudaSuccess, name, ": error ", static_cast<int>(error), " of the emulated CUDA runtime");
+const char* error_string(cudaError_t error) {
+    return error == cudaErrorInvalidValue ? "invalid argument" : "of the emulated runtime";
 }
 #else
 #define FASTDEN_KEY CUDA
@@ -52,10 +52,18 @@ struct Device {
     cudaStream_t stream;
 };
 
-void check_launch(const char* name, cudaError_t error) {
-    TORCH_CHECK(error == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(error));
+const char* error_string(cudaError_t error) {
+    return cudaGetErrorString(error);
 }
 #endif
+
+void check_launch(const char* name, const fastden::Status& status) {
+    if (status.detail != nullptr) {
+        TORCH_CHECK(status, name, ": CUDA error: ", error_string(status.error), " (", status.detail, ")");
+    } else {
+        TORCH_CHECK(status, name, ": CUDA error: ", error_string(status.error));
+    }
+}
 
 void check_rank(const char* name, const Tensor& x, int64_t rank) {
     TORCH_CHECK_VALUE(x.dim() == rank, name, ": shape ", x.sizes(), "; accepted: ", rank, " dimensions");
@@ -98,12 +106,18 @@ Tensor channels_last(const Tensor& x) {
     return dense(x, at::MemoryFormat::ChannelsLast);
 }
 
-// A vector such as a bias, checked and laid out; undefined where there is none.
-Tensor vector(const char* name, const Optional& x, int64_t size, const Tensor& first) {
-    if (!x.has_value()) return Tensor();
-    check_like(name, *x, first);
-    check_shape(name, *x, {size});
-    return dense(*x);
+// A bias, checked, in float32 and laid out. It may come in float32 or in the dtype of what came first.
+Tensor biases_of(const char* name, const Tensor& x, at::IntArrayRef accepted, const Tensor& first) {
+    TORCH_CHECK_VALUE(x.device() == first.device(), name, ": on ", x.device(), "; accepted: ", first.device());
+    TORCH_CHECK_TYPE(x.scalar_type() == first.scalar_type() || x.scalar_type() == at::kFloat, name, ": dtype ",
+                     x.scalar_type(), "; accepted: ", first.scalar_type(), ", Float");
+    check_shape(name, x, accepted);
+    return dense(x.to(at::kFloat));
+}
+
+// The same of a bias that may be left out; undefined where there is none.
+Tensor optional_biases(const char* name, const Optional& x, int64_t size, const Tensor& first) {
+    return x.has_value() ? biases_of(name, *x, at::IntArrayRef{size}, first) : Tensor();
 }
 
 // The next multiple of the channels that a step of the kernels takes.
@@ -126,6 +140,10 @@ Tensor cut(const Tensor& y, int64_t channels) {
 
 const void* pointer(const Tensor& x) {
     return x.defined() ? x.const_data_ptr() : nullptr;
+}
+
+const float* floats(const Tensor& x) {
+    return x.defined() ? x.const_data_ptr<float>() : nullptr;
 }
 
 void copy_strides(const Tensor& x, int64_t (&strides)[4]) {
@@ -155,6 +173,7 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
     check_shape("weight", weight, {outputs, channels + others, kernel, kernel});
     TORCH_CHECK_VALUE(channels >= 1 && outputs >= 1, "weight: shape ", weight.sizes(),
                       "; accepted: no empty dimension");
+    TORCH_CHECK_VALUE(kernel <= 5, "weight: kernel of ", kernel, "; accepted: up to 5");
     TORCH_CHECK_VALUE(stride >= 1, "stride: ", stride, "; accepted: at least 1");
     TORCH_CHECK_VALUE(padding >= 0, "padding: ", padding, "; accepted: at least 0");
     TORCH_CHECK_VALUE(std::min(height, width) + 2 * padding >= kernel && kernel >= 1, "a: shape ", a.sizes(),
@@ -170,7 +189,7 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
         check_shape("residual", *residual, {batch, outputs, out_height, out_width});
         added = channels_last(padded(*residual, wide));
     }
-    const Tensor biases = padded(vector("bias", bias, outputs, a), wide);
+    const Tensor biases = padded(optional_biases("bias", bias, outputs, a), wide);
     if (y.numel() == 0) return cut(y, outputs);
     const Tensor first = channels_last(padded(a, wide_a));
     const Tensor second = b.has_value() ? channels_last(padded(*b, wide_b)) : Tensor();
@@ -188,7 +207,7 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
     arguments.a = pointer(first);
     arguments.b = pointer(second);
     arguments.weight = pointer(weights);
-    arguments.bias = pointer(biases);
+    arguments.bias = floats(biases);
     arguments.residual = pointer(added);
     arguments.y = y.mutable_data_ptr();
     arguments.dtype = dtype;
@@ -219,7 +238,7 @@ Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
     const Device device(x);
     const int64_t wide = whole(outputs), wide_channels = whole(channels);
     Tensor y = at::empty({batch, wide, 2 * x.size(2), 2 * x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
-    const Tensor biases = padded(vector("bias", bias, outputs, x), wide);
+    const Tensor biases = padded(optional_biases("bias", bias, outputs, x), wide);
     if (y.numel() == 0) return cut(y, outputs);
     const Tensor source = channels_last(padded(x, wide_channels));
     const Tensor filled =
@@ -234,7 +253,7 @@ Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
     fastden::Upsampling arguments{};
     arguments.x = pointer(source);
     arguments.weight = pointer(phases);
-    arguments.bias = pointer(biases);
+    arguments.bias = floats(biases);
     arguments.y = y.mutable_data_ptr();
     arguments.dtype = dtype;
     arguments.batch = narrow("x", batch);
@@ -262,8 +281,9 @@ Tensor bottleneck(const Tensor& x, const Tensor& reduce, const Tensor& conv, con
     check_shape("expand", expand, {channels, middle, 1, 1});
     const Device device(x);
     Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
-    const Tensor biases[] = {vector("reduce_bias", reduce_bias, middle, x), vector("conv_bias", conv_bias, middle, x),
-                             vector("expand_bias", expand_bias, channels, x)};
+    const Tensor biases[] = {optional_biases("reduce_bias", reduce_bias, middle, x),
+                             optional_biases("conv_bias", conv_bias, middle, x),
+                             optional_biases("expand_bias", expand_bias, channels, x)};
     if (y.numel() == 0) return y;
     const Tensor source = channels_last(x);
     const Tensor weights[] = {channels_last(reduce), channels_last(conv), channels_last(expand)};
@@ -273,9 +293,9 @@ Tensor bottleneck(const Tensor& x, const Tensor& reduce, const Tensor& conv, con
     arguments.reduce = pointer(weights[0]);
     arguments.conv = pointer(weights[1]);
     arguments.expand = pointer(weights[2]);
-    arguments.reduce_bias = pointer(biases[0]);
-    arguments.conv_bias = pointer(biases[1]);
-    arguments.expand_bias = pointer(biases[2]);
+    arguments.reduce_bias = floats(biases[0]);
+    arguments.conv_bias = floats(biases[1]);
+    arguments.expand_bias = floats(biases[2]);
     arguments.y = y.mutable_data_ptr();
     arguments.dtype = dtype;
     arguments.batch = narrow("x", x.size(0));
@@ -300,23 +320,22 @@ Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu
     check_image(x);
     check_rank("weight", weight, 5);
     check_like("weight", weight, x);
-    check_like("bias", bias, x);
     const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
     const int64_t outputs = weight.size(1);
     check_shape("weight", weight, {4, outputs, channels, 7, 7});
-    check_shape("bias", bias, {4, outputs});
+    const Tensor biases = biases_of("bias", bias, {4, outputs}, x);
     check_multiple("weight's outputs", outputs, 8, 128);
     const Device device(x);
     Tensor y =
         at::empty({batch, outputs, (height - 4) / 2, (width - 4) / 2}, x.options(), at::MemoryFormat::ChannelsLast);
     if (y.numel() == 0) return y;
-    const Tensor weights = dense(weight), biases = dense(bias);
+    const Tensor weights = dense(weight);
 
     fastden::Stem arguments{};
     arguments.x = pointer(x);
     copy_strides(x, arguments.x_strides);
     arguments.weight = pointer(weights);
-    arguments.bias = pointer(biases);
+    arguments.bias = floats(biases);
     arguments.y = y.mutable_data_ptr();
     arguments.dtype = dtype;
     arguments.batch = narrow("x", batch);
@@ -338,7 +357,6 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
     check_like("x", x, features);
     check_like("weight", weight, features);
     check_like("image_weight", image_weight, features);
-    check_like("bias", bias, features);
     const int64_t batch = x.size(0), channels = x.size(1), height = (x.size(2) - 4) / 2, width = (x.size(3) - 4) / 2;
     const int64_t maps = features.size(1), outputs = image_weight.size(0);
     check_shape("features", features, {batch, maps, height, width});
@@ -347,7 +365,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
                       channels, ", the channels of x");
     check_shape("weight", weight, {4 * outputs, maps, 4, 4});
     check_shape("image_weight", image_weight, {outputs, channels, 7, 7});
-    check_shape("bias", bias, {outputs});
+    const Tensor biases = biases_of("bias", bias, {outputs}, features);
     const Device device(features);
     Tensor added = add_input ? x : Tensor();
     at::ScalarType result = features.scalar_type();
@@ -371,7 +389,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
     weights.narrow(3, 0, 2 * outputs)
         .unflatten(3, {2, outputs})
         .copy_(weight.unflatten(0, {outputs, 2, 2}).permute({4, 5, 1, 2, 0, 3}));
-    const Tensor image_weights = dense(image_weight), biases = dense(bias);
+    const Tensor image_weights = dense(image_weight);
 
     fastden::Head arguments{};
     arguments.features = pointer(source);
@@ -382,7 +400,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
     arguments.image_dtype = wide ? fastden::DType::kFloat32 : dtype;
     arguments.weight = pointer(weights);
     arguments.image_weight = pointer(image_weights);
-    arguments.bias = pointer(biases);
+    arguments.bias = floats(biases);
     arguments.y = y.mutable_data_ptr();
     arguments.dtype = dtype;
     arguments.batch = narrow("x", batch);
@@ -412,12 +430,12 @@ pybind11::dict build_config() {
 
 }  // namespace
 
-// The schemas are those of fastden/ops/_dispatch.py; shape functions are registered there.
+// The schemas are those of torch.ops.fastden (fastden/ops/_library.py), which has the shape functions too.
 TORCH_LIBRARY(fastden_cuda, library) {
     const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
     library.def(
-        "conv(Tensor a, Tensor? b, Tensor weight, Tensor? bias, Tensor? residual, bool relu, int stride, int padding)"
-        " -> Tensor",
+        "conv(Tensor a, Tensor? b, Tensor weight, Tensor? bias, Tensor? residual, bool relu, SymInt stride,"
+        " SymInt padding) -> Tensor",
         tags);
     library.def("upsample(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
     library.def(

@@ -40,7 +40,7 @@ struct Problem {
 // relu(sums + bias) of a lane to the chunks of a map of kRows pixels in shared memory; zeros where not `inside(row)`.
 template <typename T, int kRows, int kBlocksDown, int kBlocksAcross, typename Inside>
 __device__ __forceinline__ void store_map(const float (&sums)[kBlocksDown][kBlocksAcross][4], unsigned char* map,
-                                          int first_row, int first_column, const T* bias, int lane, Inside inside) {
+                                          int first_row, int first_column, const float* bias, int lane, Inside inside) {
 #pragma unroll
     for (int i = 0; i < kBlocksDown; ++i) {
 #pragma unroll
@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_map(const float (&sums)[kBlocksDown][kBloc
                 const int column = first_column + 8 * j + sums_column(lane);
                 float2 value = make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
                 if (bias != nullptr) {
-                    const float2 added = unpack<T>(*reinterpret_cast<const uint32_t*>(bias + column));
+                    const float2 added = *reinterpret_cast<const float2*>(bias + column);
                     value = make_float2(value.x + added.x, value.y + added.y);
                 }
                 const uint32_t pair = there ? rectify<T>(pack<T>(value.x, value.y)) : 0;
@@ -89,11 +89,14 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
     const int part = thread % 4;
     constexpr int kCopyRows = kThreads / 4, kPasses = kMarginRows / kCopyRows;
     static_assert(kCopyRows == kExpandColumns && kCopyRows >= kMiddle);
-    const T* source[kPasses];  // null outside the image
+    // Outside the image nothing is read, but an address is there even so: that of the image's first pixel.
+    const T* source[kPasses];
+    bool inside[kPasses];
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
         const int pixel = margin_pixel(pass * kCopyRows + thread / 4);
-        source[pass] = pixel < 0 ? nullptr : x + static_cast<int64_t>(pixel) * p.channels + part * 8;
+        inside[pass] = pixel >= 0;
+        source[pass] = x + (inside[pass] ? static_cast<int64_t>(pixel) * p.channels : 0) + part * 8;
     }
 
     // The three convolutions' steps follow each other in one pipeline.
@@ -108,8 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
         if (copied < reduce_steps) {
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass) {
-                copy_async(stage + pass * kCopyRows * kRowBytes, source[pass] + copied * kChunk,
-                           source[pass] != nullptr);
+                copy_async(stage + pass * kCopyRows * kRowBytes, source[pass] + copied * kChunk, inside[pass]);
             }
             if (thread / 4 < kMiddle) {
                 copy_async(stage + kMarginRows * kRowBytes,
@@ -163,8 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
         }
         // Outside the image the reduced map is 0, not relu(bias): the convolution pads it.
         store_map<T, kMarginRows>(sums, shared + L::kReduced, warp_down * (16 * kDown), warp_across * (8 * kAcross),
-                                  static_cast<const T*>(p.reduce_bias), lane,
-                                  [&](int row) { return margin_pixel(row) >= 0; });
+                                  p.reduce_bias, lane, [&](int row) { return margin_pixel(row) >= 0; });
     }
     constexpr int kDown = kPixels / kWarpsDown / 16;
     static_assert(kTileColumns == 16);  // a block of 16 rows is a line of the tile
@@ -185,9 +186,9 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
             }
         }
         store_map<T, kPixels>(sums, shared + L::kConvolved, warp_down * (16 * kDown), warp_across * (8 * kAcross),
-                              static_cast<const T*>(p.conv_bias), lane, [](int) { return true; });
+                              p.conv_bias, lane, [](int) { return true; });
     }
-    const T* bias = static_cast<const T*>(p.expand_bias);
+    const float* bias = p.expand_bias;
     T* y = static_cast<T*>(p.y) + (x - static_cast<const T*>(p.x));
     const uint32_t convolved = base + L::kConvolved + left_offset(warp_down * (16 * kDown), lane);
     const uint32_t expand_right = right_offset(warp_across * 32, lane);
@@ -196,12 +197,11 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
         // The first of eight, see channel_of_column.
         const int output = first + warp_across * 32 + 8 * (lane & 3);
         if (output >= p.channels) continue;  // 32 channels, and so a warp, at a time
-        uint32_t offset[4] = {};
-        if (bias != nullptr) *reinterpret_cast<uint4*>(offset) = *reinterpret_cast<const uint4*>(bias + output);
         float sums[kDown][4][4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const float2 start = unpack<T>(offset[j]);
+            const float2 start =
+                bias == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(bias + output + 2 * j);
 #pragma unroll
             for (int i = 0; i < kDown; ++i) {
                 sums[i][j][0] = sums[i][j][2] = start.x;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
 }
 
 template <typename T>
-cudaError_t launch_for(const Problem& problem, int blocks, cudaStream_t stream) {
+Status launch_for(const Problem& problem, int blocks, cudaStream_t stream) {
     switch (problem.arguments.middle) {
         case 32:
             return launch(bottleneck_kernel<T, 32>, dim3(blocks), kThreads, Layout<32>::kSharedBytes, 1, stream,
@@ -251,7 +251,7 @@ cudaError_t launch_for(const Problem& problem, int blocks, cudaStream_t stream) 
 
 }  // namespace
 
-cudaError_t bottleneck(const Bottleneck& arguments, cudaStream_t stream) {
+Status bottleneck(const Bottleneck& arguments, cudaStream_t stream) {
     Problem problem = {};
     problem.arguments = arguments;
     problem.tiles_down = divide_up(arguments.height, kTileRows);
@@ -259,7 +259,8 @@ cudaError_t bottleneck(const Bottleneck& arguments, cudaStream_t stream) {
     const int64_t blocks = static_cast<int64_t>(arguments.batch) * problem.tiles_down * problem.tiles_across;
     if (blocks == 0) return cudaSuccess;
     const int64_t pixels = static_cast<int64_t>(arguments.height) * arguments.width;
-    if (blocks > INT32_MAX || pixels > INT32_MAX || arguments.channels % kChunk != 0) return cudaErrorInvalidValue;
+    if (blocks > INT32_MAX || pixels > INT32_MAX) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
+    if (arguments.channels % kChunk != 0) return {cudaErrorInvalidValue, "channels: accepted multiples of 32"};
     switch (arguments.dtype) {
         case DType::kFloat16:
             return launch_for<__half>(problem, static_cast<int>(blocks), stream);

@@ -34,7 +34,7 @@ constexpr int kSharedBytes = kBarriers + 2 * kStages * 8 + 1024;  // what aligni
 
 struct Problem {
     CUtensorMap a, b, weight, y;
-    const void* bias;
+    const float* bias;
     int tiles_down, tiles_across;
     int output_blocks;
     int pairs;  // of tiles, all output channels counted
@@ -80,7 +80,7 @@ struct Ring {
 // kParts: of 16 channels in a step of b.
 template <typename T, int kParts>
 __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_constant__ Problem problem) {
-// Compiled for other architectures it is empty, and not launched there.
+// Other architectures have none of these instructions, and launch another kernel.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const uint32_t unaligned = shared_address(shared_memory());
     const uint32_t base = (unaligned + 1023) / 1024 * 1024;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
     } else {
         registers_take<232>();
         const int group = warp / (kGroupThreads / kWarp) - 1, lane = thread % kWarp, member = thread % kGroupThreads;
-        const T* bias = static_cast<const T*>(problem.bias);
+        const float* bias = problem.bias;
         float sums[kTileOutputs / 2];
         Ring done = ring;  // the stage that is given back next
         const auto give_back = [&] {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                 barrier_wait(ring.full(), ring.parity);
                 const uint64_t left = factor_descriptor(ring.left() + group * kPiece);
                 const uint64_t right = factor_descriptor(ring.right());
-                group_fence();
+                group_fence(sums);
 #pragma unroll
                 for (int part = 0; part < decltype(parts)::value; ++part) {
                     // 16 channels are 32 bytes, in a descriptor's units of 16.
@@ -163,15 +163,15 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                 for (int chunk = 0; chunk < chunks_a; ++chunk) {
                     multiply(Constant<kStepChannels / 16>{});
                     // One step's products stay under way while the next one's are begun.
-                    group_wait<1>();
+                    group_wait<1>(sums);
                     if (!first) give_back();
                     first = false;
                 }
                 multiply(Constant<kParts>{});
-                group_wait<1>();
+                group_wait<1>(sums);
                 give_back();
             }
-            group_wait<0>();
+            group_wait<0>(sums);
             give_back();
 
             // 64 channels at a time by way of shared memory, in the layout of a box.
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                     const int output = piece * kStepChannels + part * 8 + sums_column(lane);
                     float2 added = make_float2(0.0f, 0.0f);
                     if (bias != nullptr) {
-                        added = unpack<T>(*reinterpret_cast<const uint32_t*>(bias + place.output + output));
+                        added = *reinterpret_cast<const float2*>(bias + place.output + output);
                     }
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
@@ -211,11 +211,13 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
     }
     // A block's memory has to be there until the other one has loaded into it and arrived at its barriers.
     meet_cluster();
+#else
+    __trap();  // an error at once: a result that nothing wrote would look like one
 #endif
 }
 
 template <typename T, int kParts>
-cudaError_t launch_tiles(const Convolution& arguments, cudaStream_t stream) {
+Status launch_tiles(const Convolution& arguments, cudaStream_t stream) {
     const int out_height = arguments.height + 2 * arguments.padding - arguments.kernel + 1;
     const int out_width = arguments.width + 2 * arguments.padding - arguments.kernel + 1;
     const int channels = arguments.channels_a + arguments.channels_b;
@@ -228,20 +230,22 @@ cudaError_t launch_tiles(const Convolution& arguments, cudaStream_t stream) {
         const uint32_t box[] = {kStepChannels, kTileColumns, static_cast<uint32_t>(rows), 1};
         return encode_tensor_map(map, arguments.dtype == DType::kBFloat16, 4, base, sizes, strides, box);
     };
-    cudaError_t error =
-        encode_image(&problem.a, arguments.a, arguments.channels_a, arguments.height, arguments.width, kTileRows);
-    if (error != cudaSuccess) return error;
-    error = encode_image(&problem.b, arguments.b, arguments.channels_b, arguments.height, arguments.width, kTileRows);
-    if (error != cudaSuccess) return error;
-    error = encode_image(&problem.y, arguments.y, arguments.outputs, out_height, out_width, kGroupRows);
-    if (error != cudaSuccess) return error;
+    // The driver's functions need a context, which a thread has only once the runtime has worked in it.
+    Status status = make_context_current();
+    if (!status) return status;
+    status = encode_image(&problem.a, arguments.a, arguments.channels_a, arguments.height, arguments.width, kTileRows);
+    if (!status) return status;
+    status = encode_image(&problem.b, arguments.b, arguments.channels_b, arguments.height, arguments.width, kTileRows);
+    if (!status) return status;
+    status = encode_image(&problem.y, arguments.y, arguments.outputs, out_height, out_width, kGroupRows);
+    if (!status) return status;
     const uint64_t sizes[] = {static_cast<uint64_t>(arguments.kernel) * arguments.kernel * channels,
                               static_cast<uint64_t>(arguments.outputs)};
     const uint64_t strides[] = {2 * sizes[0]};
     const uint32_t box[] = {kStepChannels, kTileOutputs / kCluster};
-    error = encode_tensor_map(&problem.weight, arguments.dtype == DType::kBFloat16, 2, arguments.weight, sizes, strides,
-                              box);
-    if (error != cudaSuccess) return error;
+    status = encode_tensor_map(&problem.weight, arguments.dtype == DType::kBFloat16, 2, arguments.weight, sizes,
+                               strides, box);
+    if (!status) return status;
 
     problem.bias = arguments.bias;
     problem.tiles_down = divide_up(out_height, kTileRows);
@@ -250,24 +254,26 @@ cudaError_t launch_tiles(const Convolution& arguments, cudaStream_t stream) {
     const int64_t tiles = static_cast<int64_t>(arguments.batch) * problem.tiles_down * problem.tiles_across;
     const int64_t pairs = (tiles + kCluster - 1) / kCluster * problem.output_blocks;
     if (pairs == 0) return cudaSuccess;
-    if (pairs > INT32_MAX / kCluster) return cudaErrorInvalidValue;
+    if (pairs > INT32_MAX / kCluster) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
     problem.pairs = static_cast<int>(pairs);
     problem.kernel = arguments.kernel;
     problem.padding = arguments.padding;
     problem.channels_a = arguments.channels_a;
     problem.channels_b = arguments.channels_b;
     problem.relu = arguments.relu;
-    int multiprocessors = 0;
-    error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
+    // Not half the multiprocessors: the two blocks of a cluster share a group of them, some of which have an odd
+    // number.
+    int most = 0;
+    const cudaError_t error = active_clusters(&most, concat_kernel<T, kParts>, kThreads, kSharedBytes, kCluster);
     if (error != cudaSuccess) return error;
-    const int most = multiprocessors / kCluster;
+    if (most == 0) return {cudaErrorLaunchOutOfResources, "no cluster fits"};
     const int clusters = problem.pairs < most ? problem.pairs : most;
     return launch(concat_kernel<T, kParts>, dim3(clusters * kCluster), kThreads, kSharedBytes, kCluster, stream,
                   problem);
 }
 
 template <typename T>
-cudaError_t launch_for(const Convolution& arguments, cudaStream_t stream) {
+Status launch_for(const Convolution& arguments, cudaStream_t stream) {
     if (arguments.channels_b == 32) return launch_tiles<T, 2>(arguments, stream);
     return launch_tiles<T, 4>(arguments, stream);
 }
@@ -280,7 +286,7 @@ inline bool fits(const Convolution& arguments) {
 
 }  // namespace hopper
 
-cudaError_t concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream) {
+Status concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream) {
 // Set by the build where 9.0a is among the architectures.
 #ifdef FASTDEN_HOPPER
     int major = 0;

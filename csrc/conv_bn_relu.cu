@@ -3,7 +3,7 @@
 
 namespace fastden {
 
-cudaError_t conv_bn_relu(const Convolution& arguments, cudaStream_t stream) {
+Status conv_bn_relu(const Convolution& arguments, cudaStream_t stream) {
     return run_convolution(arguments, stream, false);
 }
 

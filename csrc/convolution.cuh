@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
         return (2 * line + phase_row) * (2 * problem.out_width) + 2 * (pixel - line * problem.out_width) + phase_column;
     };
     unsigned char* result = shared_memory();
-    const T* bias = static_cast<const T*>(p.bias);
+    const float* bias = p.bias;
     const T* residual = static_cast<const T*>(p.residual);
 #pragma unroll
     for (int i = 0; i < Tile::kBlocksDown; ++i) {
@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
                 float2 value = make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
                 if (output < p.outputs && pixel < problem.pixels) {
                     if (bias != nullptr) {
-                        value.x += to_float(bias[output]);
-                        value.y += to_float(bias[output + 1]);
+                        value.x += bias[output];
+                        value.y += bias[output + 1];
                     }
                     if (residual != nullptr) {
                         const float2 added =
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
 }
 
 template <typename T, int kRows, int kColumns, int kWarpsDown, int kWarpsAcross, int kStages>
-cudaError_t launch_convolution(ConvolutionProblem problem, cudaStream_t stream) {
+Status launch_convolution(ConvolutionProblem problem, cudaStream_t stream) {
     using Tile = ConvolutionTile<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>;
     problem.column_blocks = divide_up(problem.arguments.outputs, kColumns);
     const int64_t blocks = (problem.pixels + kRows - 1) / kRows * problem.column_blocks;
@@ -218,13 +218,13 @@ cudaError_t launch_convolution(ConvolutionProblem problem, cudaStream_t stream) 
 
 // Few output channels take narrower tiles, so that no products are made for channels that are not there.
 template <typename T>
-cudaError_t launch_convolution_for(const ConvolutionProblem& problem, cudaStream_t stream) {
+Status launch_convolution_for(const ConvolutionProblem& problem, cudaStream_t stream) {
     if (problem.arguments.outputs <= 32) return launch_convolution<T, 128, 32, 4, 1, 4>(problem, stream);
     if (problem.arguments.outputs <= 64) return launch_convolution<T, 128, 64, 4, 2, 4>(problem, stream);
     return launch_convolution<T, 128, 128, 2, 4, 4>(problem, stream);
 }
 
-inline cudaError_t run_convolution(const Convolution& arguments, cudaStream_t stream, bool phases) {
+inline Status run_convolution(const Convolution& arguments, cudaStream_t stream, bool phases) {
     ConvolutionProblem problem = {};
     problem.arguments = arguments;
     problem.phases = phases;
@@ -232,10 +232,10 @@ inline cudaError_t run_convolution(const Convolution& arguments, cudaStream_t st
     problem.out_height = phases ? arguments.height : (arguments.height + 2 * padding - kernel) / stride + 1;
     problem.out_width = phases ? arguments.width : (arguments.width + 2 * padding - kernel) / stride + 1;
     problem.pixels = static_cast<int64_t>(arguments.batch) * problem.out_height * problem.out_width;
-    if (kernel > kLargestKernel) return cudaErrorInvalidValue;
+    if (kernel > kLargestKernel) return {cudaErrorInvalidValue, "kernel: accepted up to 5"};
     // Places of pixels are 32 bits wide in the kernel, which spares registers; those of elements are 64.
     const int64_t rows = static_cast<int64_t>(arguments.batch) * (arguments.height + kernel) + kernel;
-    if (rows * (arguments.width + kernel) > INT32_MAX) return cudaErrorInvalidValue;
+    if (rows * (arguments.width + kernel) > INT32_MAX) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
     switch (arguments.dtype) {
         case DType::kFloat16:
             return launch_convolution_for<__half>(problem, stream);

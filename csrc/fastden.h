@@ -1,9 +1,10 @@
 // The operators as plain functions: raw pointers, sizes, a stream. Nothing here knows of PyTorch.
 //
 // Activations are NHWC: (batch, height, width, channels), channels innermost, without gaps, 16-byte aligned. Storage is
-// float16 or bfloat16, sums are float32. Every function returns the first error of the CUDA runtime, launches on the
-// given stream of the current device, does not synchronise, and can be captured in a CUDA graph. Sizes are of the
-// tensors; addresses are computed in 64 bits. A batch of zero images launches nothing.
+// float16 or bfloat16, sums and biases are float32. Every function launches on the given stream of the current device,
+// does not synchronise, and can be captured in a CUDA graph. It returns the first error and leaves none behind in the
+// CUDA runtime, where PyTorch would take it for that of its own next call. Sizes are of the tensors; addresses are
+// computed in 64 bits. A batch of zero images launches nothing.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,55 +15,66 @@ namespace fastden {
 
 enum class DType { kFloat16, kBFloat16, kFloat32 };
 
+// How a launch went.
+struct Status {
+    cudaError_t error = cudaSuccess;
+    // What the error does not say: a function of the driver and its result by name, or a limit of the kernel.
+    const char* detail = nullptr;
+
+    Status() = default;
+    Status(cudaError_t error, const char* detail = nullptr) : error(error), detail(detail) {}
+    explicit operator bool() const { return error == cudaSuccess; }
+};
+
 // relu(conv2d(cat(a, b), weight) + bias + residual), batch normalisation folded into weight and bias.
-// channels_a, channels_b and outputs are multiples of 8, kernel is at most 5.
+// channels_a, channels_b and outputs are multiples of 8, kernel is at most 5; less than 2^31 pixels, padding included.
 struct Convolution {
     const void* a;         // (batch, height, width, channels_a)
     const void* b;         // (batch, height, width, channels_b), or null
     const void* weight;    // (outputs, kernel, kernel, channels_a + channels_b)
-    const void* bias;      // (outputs), or null
+    const float* bias;     // (outputs), or null
     const void* residual;  // of the shape of y, or null
     void* y;               // (batch, out_height, out_width, outputs)
-    DType dtype;           // of all of them
+    DType dtype;           // of all but the bias
     int batch, height, width;
     int channels_a, channels_b, outputs;
     int kernel, stride, padding;
     bool relu;
 };
 
-cudaError_t conv_bn_relu(const Convolution& arguments, cudaStream_t stream);         // b is null
-cudaError_t concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream);  // stride 1, no residual
+Status conv_bn_relu(const Convolution& arguments, cudaStream_t stream);         // b is null
+Status concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream);  // stride 1, no residual
 
 // Transposed convolution of kernel 4, stride 2, padding 1. channels and outputs are multiples of 8.
 struct Upsampling {
     const void* x;       // (batch, height, width, channels)
     const void* weight;  // (4, outputs, 2, 2, channels): the 2x2 kernels of the output's parities (row, column)
-    const void* bias;    // (outputs), or null
+    const float* bias;   // (outputs), or null
     void* y;             // (batch, 2 height, 2 width, outputs)
     DType dtype;
     int batch, height, width;
     int channels, outputs;
 };
 
-cudaError_t upsample(const Upsampling& arguments, cudaStream_t stream);
+Status upsample(const Upsampling& arguments, cudaStream_t stream);
 
 // relu(x + expand(relu(conv(relu(reduce(x)))))), batch normalisation folded.
 // middle is 32 or 64, channels a multiple of 32.
 struct Bottleneck {
-    const void* x;            // (batch, height, width, channels)
-    const void* reduce;       // (middle, channels)
-    const void* conv;         // (middle, 3, 3, middle)
-    const void* expand;       // (channels, middle)
-    const void* reduce_bias;  // (middle), or null
-    const void* conv_bias;    // (middle), or null
-    const void* expand_bias;  // (channels), or null
-    void* y;                  // of the shape of x
+    const void* x;             // (batch, height, width, channels)
+    const void* reduce;        // (middle, channels)
+    const void* conv;          // (middle, 3, 3, middle)
+    const void* expand;        // (channels, middle)
+    const float* reduce_bias;  // (middle), or null
+    const float* conv_bias;    // (middle), or null
+    const float* expand_bias;  // (channels), or null
+    void* y;                   // of the shape of x
     DType dtype;
     int batch, height, width;
     int channels, middle;
 };
 
-cudaError_t bottleneck(const Bottleneck& arguments, cudaStream_t stream);
+Status bottleneck(const Bottleneck& arguments, cudaStream_t stream);
 
 // conv1 o conv0 on the padded image, see fastden::algebra.compose_stem. channels is at most 4, outputs a multiple of 8
 // and at most 128.
@@ -70,7 +82,7 @@ struct Stem {
     const void* x;         // (batch, channels, height, width), elements x_strides apart
     int64_t x_strides[4];  // elements
     const void* weight;    // (4, outputs, channels, 7, 7): inside, first row, first column, corner
-    const void* bias;      // (4, outputs)
+    const float* bias;     // (4, outputs)
     void* y;               // (batch, (height - 4) / 2, (width - 4) / 2, outputs)
     DType dtype;
     int batch, channels, height, width;  // height and width even, at least 8
@@ -78,7 +90,7 @@ struct Stem {
     bool relu;
 };
 
-cudaError_t stem(const Stem& arguments, cudaStream_t stream);
+Status stem(const Stem& arguments, cudaStream_t stream);
 
 // out o cat(conv0, up3), plus the image. channels is at most 4, outputs at most 4, maps a multiple of 16.
 struct Head {
@@ -91,7 +103,7 @@ struct Head {
     const void* weight;  // (4, 4, 16, maps): a tap's row and column, then 8 columns for each row of the 2x2 phases,
                          // in which phase column q and output k have place q * outputs + k, zeros behind
     const void* image_weight;  // (outputs, channels, 7, 7)
-    const void* bias;          // (outputs)
+    const float* bias;         // (outputs)
     void* y;                   // (batch, outputs, 2 height - 2, 2 width - 2), contiguous
     DType dtype;               // of features, x and the weights
     int batch, height, width;  // of the features
@@ -100,6 +112,6 @@ struct Head {
     bool composed;  // phase row 0 has no weight on the last row of its taps, phase row 1 none on the first
 };
 
-cudaError_t head(const Head& arguments, cudaStream_t stream);
+Status head(const Head& arguments, cudaStream_t stream);
 
 }  // namespace fastden

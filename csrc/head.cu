@@ -189,14 +189,13 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
     }
     __syncthreads();
     const int out_height = 2 * p.height - 2, out_width = 2 * p.width - 2;
-    const T* bias = static_cast<const T*>(p.bias);
     const bool wide = p.image_dtype == DType::kFloat32;
     constexpr int kLines = 2 * kTileRows, kAcross = 2 * kTileColumns;
     for (int index = thread; index < p.outputs * kLines * kAcross; index += kThreads) {
         const int across = index % kAcross, down = index / kAcross % kLines, output = index / kAcross / kLines;
         const int y = 2 * top + down, x = 2 * left + across;
         if (y >= out_height || x >= out_width) continue;
-        float value = result[(output * kLines + down) * kLine + across] + to_float(bias[output]);
+        float value = result[(output * kLines + down) * kLine + across] + p.bias[output];
         if (p.image != nullptr) {
             // The image has the three pixels on each side that the result lacks.
             const int64_t place = n * p.image_strides[0] + output * p.image_strides[1] + (y + 3) * p.image_strides[2] +
@@ -215,14 +214,14 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
 }
 
 template <typename T>
-cudaError_t launch_for(const Problem& problem, int blocks, cudaStream_t stream) {
+Status launch_for(const Problem& problem, int blocks, cudaStream_t stream) {
     const auto kernel = problem.arguments.composed ? head_kernel<T, true> : head_kernel<T, false>;
     return launch(kernel, dim3(blocks), kThreads, kSharedBytes, 1, stream, problem);
 }
 
 }  // namespace
 
-cudaError_t head(const Head& arguments, cudaStream_t stream) {
+Status head(const Head& arguments, cudaStream_t stream) {
     const int64_t pixels = static_cast<int64_t>(arguments.height) * arguments.width;
     if (arguments.channels > 4 || arguments.outputs > 4 || arguments.maps % kMaps != 0 || pixels > INT32_MAX ||
         (arguments.image_dtype != arguments.dtype && arguments.image_dtype != DType::kFloat32)) {
@@ -239,7 +238,7 @@ cudaError_t head(const Head& arguments, cudaStream_t stream) {
     problem.tiles_across = divide_up(arguments.width - 1, kTileColumns);
     const int64_t blocks = static_cast<int64_t>(arguments.batch) * problem.tiles_down * problem.tiles_across;
     if (blocks <= 0) return cudaSuccess;
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+    if (blocks > INT32_MAX) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
     switch (arguments.dtype) {
         case DType::kFloat16:
             return launch_for<__half>(problem, static_cast<int>(blocks), stream);

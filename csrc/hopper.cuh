@@ -1,6 +1,7 @@
 // Instructions of compute capability 9.0a: tensor memory access, barriers in shared memory, products of warp groups.
 #pragma once
 
+#include "fastden.h"
 #include "platform.cuh"
 
 namespace fastden {
@@ -21,6 +22,7 @@ using emulator::barrier_init;
 using emulator::barrier_wait;
 using emulator::cluster_rank;
 using emulator::group_commit;
+using emulator::make_context_current;
 using emulator::meet_at;
 using emulator::meet_cluster;
 using emulator::tensor_store_commit;
@@ -49,13 +51,14 @@ template <int kPending>
 void tensor_store_wait_read() {
     emulator::tensor_store_wait(kPending);
 }
-inline void group_fence() {}
+template <int kSums>
+void group_fence(float (&)[kSums]) {}
 template <typename T>
 void group_multiply_add(float (&sums)[128], uint64_t a, uint64_t b, bool add) {
     emulator::group_multiply_add(sums, 256, a, b, add, emulator::widen<T>);
 }
-template <int kPending>
-void group_wait() {
+template <int kPending, int kSums>
+void group_wait(float (&)[kSums]) {
     emulator::group_wait(kPending);
 }
 template <int kRegisters>
@@ -63,10 +66,10 @@ void registers_give() {}
 template <int kRegisters>
 void registers_take() {}
 
-inline cudaError_t encode_tensor_map(CUtensorMap* map, bool, int rank, const void* base, const uint64_t* sizes,
-                                     const uint64_t* strides, const uint32_t* box) {
-    emulator::encode_tensor_map(map, rank, base, sizes, strides, box);
-    return cudaSuccess;
+inline Status encode_tensor_map(CUtensorMap* map, bool, int rank, const void* base, const uint64_t* sizes,
+                                const uint64_t* strides, const uint32_t* box) {
+    const char* error = emulator::encode_tensor_map(map, rank, base, sizes, strides, box);
+    return error == nullptr ? Status() : Status(cudaErrorInvalidValue, error);
 }
 
 #else
@@ -184,17 +187,29 @@ __device__ __forceinline__ void make_visible_to_tensor_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void group_fence() {
+// To the compiler products are over once they are issued: without this it could move or copy the sums' registers while
+// they are under way.
+template <int kSums>
+__device__ __forceinline__ void keep_in_place(float (&sums)[kSums]) {
+#pragma unroll
+    for (int index = 0; index < kSums; ++index) asm volatile("" : "+f"(sums[index])::"memory");
+}
+
+// Before products into `sums`, which were written since the last.
+template <int kSums>
+__device__ __forceinline__ void group_fence(float (&sums)[kSums]) {
+    keep_in_place(sums);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void group_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most the last kPending groups of this warp group's products are under way.
-template <int kPending>
-__device__ __forceinline__ void group_wait() {
+// Until at most the last kPending groups of this warp group's products, all into `sums`, are under way.
+template <int kPending, int kSums>
+__device__ __forceinline__ void group_wait(float (&sums)[kSums]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+    keep_in_place(sums);
 }
 
 // Registers of a thread of this warp group, of those that the block has.
@@ -288,30 +303,43 @@ __device__ __forceinline__ void group_multiply_add<__half>(float (&sums)[128], u
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-// Of a tensor of 16-bit elements with gaps nowhere but as `strides` (bytes, from the second dimension on) say.
-inline cudaError_t encode_tensor_map(CUtensorMap* map, bool bfloat16, int rank, const void* base, const uint64_t* sizes,
-                                     const uint64_t* strides, const uint32_t* box) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
+// The runtime's context of the current device, for functions of the driver.
+inline cudaError_t make_context_current() {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    // cudaGetDevice makes none; cudaSetDevice does, from CUDA 12 on, which has the driver's function below too.
+    return taken(error != cudaSuccess ? error : cudaSetDevice(device));
+}
+
+// A function of the driver, found once; null where it has none.
+template <typename Function>
+Function driver_function(const char* name) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-        const cudaError_t error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
 #else
-        const cudaError_t error =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
 #endif
-        return error == cudaSuccess && found == cudaDriverEntryPointSuccess
-                   ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
-                   : nullptr;
-    }();
-    if (encode == nullptr) return cudaErrorNotSupported;
+    const bool usable = taken(error) == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<Function>(function) : nullptr;
+}
+
+// Of a tensor of 16-bit elements with gaps nowhere but as `strides` (bytes, from the second dimension on) say.
+inline Status encode_tensor_map(CUtensorMap* map, bool bfloat16, int rank, const void* base, const uint64_t* sizes,
+                                const uint64_t* strides, const uint32_t* box) {
+    static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+    static const auto name_of = driver_function<decltype(&cuGetErrorName)>("cuGetErrorName");
+    if (encode == nullptr) return {cudaErrorNotSupported, "the driver has no cuTensorMapEncodeTiled"};
     const uint32_t steps[] = {1, 1, 1, 1};
     const CUresult result =
         encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
                const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    if (result == CUDA_SUCCESS) return {};
+    const char* name = nullptr;
+    if (name_of != nullptr) name_of(result, &name);
+    return {cudaErrorInvalidValue, name != nullptr ? name : "cuTensorMapEncodeTiled"};
 }
 
 #endif

@@ -81,32 +81,61 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     return dynamic_shared_memory;
 }
 
-// Runs a kernel with dynamic shared memory; `kernel` is the same function at every call with these types.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
-                   cudaStream_t stream, Arguments... arguments) {
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
+// A result of the runtime, which keeps an error until someone asks: taken away here, lest others take it for theirs.
+inline cudaError_t taken(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
+// How a kernel is to be launched; it points to the attribute.
+inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared_bytes, int cluster, cudaStream_t stream,
+                                        cudaLaunchAttribute* attribute) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim.x = cluster;
+    attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+    config.attrs = attribute;
     config.numAttrs = cluster > 1 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    return config;
+}
+
+// Lets a kernel have dynamic shared memory beyond 48 KiB.
+template <typename... Parameters>
+cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int shared_bytes) {
+    return taken(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+}
+
+// Runs a kernel with dynamic shared memory; `kernel` is the same function at every call with these types.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
+                   cudaStream_t stream, Arguments... arguments) {
+    const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute = {};
+    const cudaLaunchConfig_t config = launch_config(grid, threads, shared_bytes, cluster, stream, &attribute);
+    return taken(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// How many clusters of a kernel the current device runs at once.
+template <typename... Parameters>
+cudaError_t active_clusters(int* count, void (*kernel)(Parameters...), int threads, int shared_bytes, int cluster) {
+    const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute = {};
+    const cudaLaunchConfig_t config = launch_config(dim3(cluster), threads, shared_bytes, cluster, nullptr, &attribute);
+    return taken(cudaOccupancyMaxActiveClusters(count, kernel, &config));
 }
 
 // Of the current device.
 inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
     int device = 0;
     const cudaError_t error = cudaGetDevice(&device);
-    return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
+    return taken(error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device));
 }
 
 }  // namespace fastden

@@ -43,7 +43,7 @@ constexpr int kSharedBytes = kWeightBytes + kPatchBytes;
 struct Problem {
     ImageView image;
     const void* weight;
-    const void* bias;
+    const float* bias;
     void* y;
     Region regions[kRegions];
     int tiles;
@@ -126,13 +126,14 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
             }
         }
 
-        const T* bias = static_cast<const T*>(problem.bias) + region * problem.outputs;
+        const float* bias = problem.bias + region * problem.outputs;
 #pragma unroll
         for (int first = 0; first < kAcross; first += 4) {
             const int output = warp_column + 8 * first + 8 * (lane & 3);  // the first of eight, see channel_of_column
             if (output >= problem.outputs) continue;
-            uint32_t added[4];
-            *reinterpret_cast<uint4*>(added) = *reinterpret_cast<const uint4*>(bias + output);
+            float2 added[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) added[j] = *reinterpret_cast<const float2*>(bias + output + 2 * j);
 #pragma unroll
             for (int i = 0; i < kDown; ++i) {
 #pragma unroll
@@ -143,9 +144,8 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
                     uint32_t values[4];
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        const float2 offset = unpack<T>(added[j]);
-                        values[j] = pack<T>(sums[i][first + j][2 * half] + offset.x,
-                                            sums[i][first + j][2 * half + 1] + offset.y);
+                        values[j] = pack<T>(sums[i][first + j][2 * half] + added[j].x,
+                                            sums[i][first + j][2 * half + 1] + added[j].y);
                         if (problem.relu) values[j] = rectify<T>(values[j]);
                     }
                     const int64_t place =
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
 
 }  // namespace
 
-cudaError_t stem(const Stem& arguments, cudaStream_t stream) {
+Status stem(const Stem& arguments, cudaStream_t stream) {
     if (arguments.channels > 4 || arguments.outputs > kColumns || arguments.outputs % 8 != 0)
         return cudaErrorInvalidValue;
     Problem problem = {};
@@ -191,7 +191,7 @@ cudaError_t stem(const Stem& arguments, cudaStream_t stream) {
         r.tiles_across = divide_up(r.columns, 1 << r.log_columns);
         const int64_t count = static_cast<int64_t>(arguments.batch) * r.tiles_down * r.tiles_across;
         tiles += count;
-        if (tiles > INT32_MAX / 2) return cudaErrorInvalidValue;
+        if (tiles > INT32_MAX / 2) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
         r.tiles = static_cast<int>(count);
     }
     if (tiles == 0) return cudaSuccess;

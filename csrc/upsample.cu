@@ -3,7 +3,7 @@
 
 namespace fastden {
 
-cudaError_t upsample(const Upsampling& arguments, cudaStream_t stream) {
+Status upsample(const Upsampling& arguments, cudaStream_t stream) {
     Convolution phases = {};
     phases.a = arguments.x;
     phases.weight = arguments.weight;

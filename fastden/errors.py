@@ -1,4 +1,4 @@
-"""Errors: the one that a command shows as one line, and which others concern a single image."""
+"""Errors: the one that a command shows as one line, and those that end one image but not the run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ class UserError(Exception):
     """A mistake that the user can mend: the message names the argument, the value and what is accepted."""
 
 
-#: What goes wrong with one image, as opposed to a defect of the program.
+#: Errors that a single image can cause. All others are defects of the program.
 FAILURES = (UserError, ValueError, TypeError, OSError, MemoryError, RuntimeError)
 
 
 def in_one_line(error: BaseException) -> str:
-    """What to tell the user of an error."""
+    """The message of an error in one line, for a user."""
     name = type(error).__name__
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"

@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-
-class Specimen(NamedTuple):
-    """A kernel as it is launched by default, to be compiled without a GPU.
-
-    Attributes:
-        kernel: the jitted function.
-        signature: type of every argument by name: ``*bf16``, ``i32``, ..., or ``constexpr``.
-        constants: values of the constexpr arguments.
-        warps, stages: as launched.
-        label: for tables.
-        bulk_copies: whether its loads are TMA's, which only sm_90 and later have; its products are then to be the best
-            matrix instruction's too.
-    """
-
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    label: str
-    bulk_copies: bool = False
-
 
 #: Whether kernels are interpreted on the CPU (``TRITON_INTERPRET=1``).
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

@@ -8,50 +8,14 @@ products, one for each parity of the output pixel ("phases").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import Specimen, device_guard, dot, locate, precision
-
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """Sizes of a tile and how it is run: output pixels, output channels, inner dimension, warps, pipeline stages.
-
-    With ``descriptors`` the form of ``_descriptors.py`` runs, for stride 1 and without statistics, from sm_90 on.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    descriptors: bool = False
-
-
-def config_for(channels: int, outputs: int, pixels: int, itemsize: int) -> ConvConfig:
-    """Default tile of a convolution.
-
-    Not measured on a GPU: chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the pipeline's buffers
-    take at most 96 KiB of shared memory, which fits two blocks on sm_90 and one on sm_80.
-    """
-    # Sums and products of float32 have no matrix instruction, and spill at 128 x 128.
-    block_n = min(128 if itemsize <= 2 else 64, max(16, triton.next_power_of_2(outputs)))
-    block_k = min(64 if itemsize <= 2 else 32, max(16, triton.next_power_of_2(channels)))
-    # Few pixels: smaller tiles keep more multiprocessors busy.
-    block_m = 128 if pixels >= 128 * 132 else 64
-    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80.
-    warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 else 4
-    return ConvConfig(block_m, block_n, block_k, warps, stages=3)
-
-
-def second_block(others: int, config: ConvConfig) -> int:
-    """Inner dimension of a step over the second source's channels: no wider than these, 32 of conv3's 160."""
-    return min(config.block_k, max(16, int(triton.next_power_of_2(others))))
+from fastden.kernels._common import device_guard, dot, locate, precision
+from fastden.kernels._descriptors import launch_descriptor_conv
+from fastden.kernels._tiles import ConvConfig, config_for, finish, second_block
 
 
 @triton.jit
@@ -99,17 +63,6 @@ def _accumulate(
         )
         acc = dot(source, tl.trans(weights), acc, PRECISION)
     return acc
-
-
-@triton.jit
-def finish(acc, residual_ptr, y_ptr, target, kept, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr):
-    """Store ``relu(acc + residual)`` at ``target``."""
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + target, mask=kept, other=0.0).to(tl.float32)
-    if RELU:
-        # Not maximum(acc, 0) alone, which would hide a NaN.
-        acc = tl.where(acc < 0.0, 0.0, acc)
-    tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=kept)
 
 
 # Sizes of images are no part of the compiled kernel: no new image size compiles it again.
@@ -247,8 +200,6 @@ def launch_conv(
     if count == 0:
         return y, found
     if config.descriptors:
-        from fastden.kernels._descriptors import launch_descriptor_conv
-
         if stride != 1 or phases != 1 or statistics:
             given = f"stride {stride}, {phases} phases, {'' if statistics else 'no '}statistics"
             raise ValueError(f"config: descriptors=True with {given}; accepted: stride 1, 1 phase, no statistics")
@@ -267,50 +218,3 @@ def launch_conv(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y, found
-
-
-def conv_specimen(
-    label: str,
-    dtype: str,
-    *,
-    channels: int,
-    outputs: int,
-    kernel: int,
-    others: int = 0,
-    stride: int = 1,
-    phases: int = 1,
-    relu: bool = True,
-    residual: bool = False,
-    statistics: bool = False,
-    config: ConvConfig | None = None,
-) -> Specimen:
-    """The kernel that :func:`launch_conv` runs on a large image, ``dtype`` in Triton's spelling."""
-    config = config or config_for(channels, outputs, 1 << 20, 4 if dtype == "fp32" else 2)
-    epilogue = {"HAS_BIAS": True, "HAS_RESIDUAL": residual, "RELU": relu, "PRECISION": "ieee"}
-    if config.descriptors:
-        from fastden.kernels._descriptors import constants_of, descriptor_conv_kernel, descriptor_signature
-
-        constants = constants_of(channels, others, outputs, kernel, kernel // 2, config) | epilogue
-        signature = descriptor_signature(dtype, constants)
-        shape = f"{constants['TILE_HEIGHT']}x{constants['TILE_WIDTH']}x{config.block_n}"
-        label = f"{label} by descriptors {shape} {dtype}"
-        return Specimen(descriptor_conv_kernel, signature, constants, config.warps, config.stages, label, True)
-    constants = epilogue | {
-        "A": channels,
-        "B": others,
-        "O": outputs,
-        "KERNEL": kernel,
-        "STRIDE": stride,
-        "PADDING": kernel // 2,
-        "PHASES": phases,
-        "STATISTICS": statistics,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "BLOCK_B": second_block(others, config),
-    }
-    signature = {}
-    for name in conv_kernel.arg_names:
-        pointer = "*fp32" if name == "statistics_ptr" and statistics else f"*{dtype}"
-        signature[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else "i32"
-    return Specimen(conv_kernel, signature, constants, config.warps, config.stages, f"{label} {dtype}")

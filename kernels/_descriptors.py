@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastden.kernels._common import INTERPRETED, device_guard, dot, precision
-from fastden.kernels._conv import ConvConfig, finish, second_block
+from fastden.kernels._tiles import ConvConfig, finish, second_block
 
 #: TMA is there from this compute capability on.
 CAPABILITY = (9, 0)
@@ -200,26 +200,6 @@ def constants_of(
         "TILE_WIDTH": config.block_m // height, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "BLOCK_B": second_block(others, config),
     }  # fmt: skip
-
-
-def descriptor_signature(dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    """Types of the kernel's arguments, for compilation alone; ``dtype`` in Triton's spelling."""
-    pixels = f"1, {constants['TILE_HEIGHT']}, {constants['TILE_WIDTH']}"
-    boxes = {
-        "a_desc": f"{pixels}, {constants['BLOCK_K']}",
-        "b_desc": f"{pixels}, {constants['BLOCK_B']}",
-        "w_desc": f"{constants['BLOCK_N']}, {constants['BLOCK_K']}",
-        "b_w_desc": f"{constants['BLOCK_N']}, {constants['BLOCK_B']}",
-    }
-    signature = {}
-    for name in descriptor_conv_kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in boxes:
-            signature[name] = f"tensordesc<{dtype}[{boxes[name]}]>"
-        else:
-            signature[name] = f"*{dtype}" if name.endswith("_ptr") else "i32"
-    return signature
 
 
 def _describe(tensor: Tensor, shape: list[int], box: list[int]) -> TensorDescriptor:

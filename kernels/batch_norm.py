@@ -11,36 +11,89 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import Specimen, channels_last, device_guard
+from fastden.kernels._common import channels_last, device_guard
 
 #: Rows (pixels) and channels of an element-wise tile. Not measured on a GPU: 16 KiB of bfloat16 a block.
 BLOCK_ROWS, BLOCK_CHANNELS = 128, 64
 #: Rows of a tile of :func:`statistics`, which holds it whole: 128 of them spill on sm_90.
 STATISTICS_ROWS = 64
+#: Tiles and channels that a program of :func:`combine` holds at once: few channels, so that there are several programs.
+COMBINED_TILES, COMBINED_CHANNELS = 64, 16
 #: Rows that one program of a reduction sums, at most.
 REDUCTION_ROWS = 4096
 
 
-def combine(statistics: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of all rows from each tile's mean and sum of squared deviations (Chan et al. 1979).
+# Numbers of tiles and rows are no part of the compiled kernel.
+@triton.jit(do_not_specialize=["tiles", "rows"])
+def combine_kernel(
+    statistics_ptr,
+    mean_ptr,
+    rstd_ptr,
+    unbiased_ptr,
+    tiles,
+    rows,
+    eps,
+    C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Mean, 1 / sqrt(variance + eps) and unbiased variance of BLOCK_CHANNELS channels from each tile's statistics."""
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    exists = channel < C
+    index = tl.arange(0, BLOCK_TILES)
+    total = tl.cast(rows, tl.int64)
+    count = total.to(tl.float32)
+    # Means are averaged as differences to the first, which are small where the mean is large against the deviation.
+    first = tl.load(statistics_ptr + channel, mask=exists, other=0.0)
+    difference = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    start = tl.cast(0, tl.int64)
+    # Not tl.range, whose bounds Triton 3.6 cannot interpret with numpy 2.4.
+    while start < tiles:
+        tile = start + index
+        mask = (tile < tiles)[:, None] & exists[None, :]
+        in_tile = tl.minimum(tl.maximum(total - tile * BLOCK_ROWS, 0), BLOCK_ROWS).to(tl.float32)
+        mean = tl.load(statistics_ptr + tile[:, None] * (2 * C) + channel[None, :], mask=mask, other=0.0)
+        difference += tl.sum(tl.where(mask, (mean - first[None, :]) * in_tile[:, None], 0.0), 0)
+        start += BLOCK_TILES
+    average = first + difference / count
+    squares = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    start = tl.cast(0, tl.int64)
+    while start < tiles:
+        tile = start + index
+        mask = (tile < tiles)[:, None] & exists[None, :]
+        in_tile = tl.minimum(tl.maximum(total - tile * BLOCK_ROWS, 0), BLOCK_ROWS).to(tl.float32)
+        place = statistics_ptr + tile[:, None] * (2 * C) + channel[None, :]
+        mean = tl.load(place, mask=mask, other=0.0)
+        deviation = tl.where(mask, mean - average[None, :], 0.0)
+        squares += tl.sum(tl.load(place + C, mask=mask, other=0.0) + deviation * deviation * in_tile[:, None], 0)
+        start += BLOCK_TILES
+    tl.store(mean_ptr + channel, average, mask=exists)
+    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(squares / count + eps), mask=exists)
+    tl.store(unbiased_ptr + channel, squares / (count - 1.0), mask=exists)
+
+
+def combine(statistics: Tensor, count: int, block: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What normalisation needs of all rows, from each tile's mean and sum of squared deviations (Chan et al. 1979).
 
     Args:
         statistics: (tiles, 2, C), float32.
-        count: rows altogether.
+        count: rows altogether, at least 2.
         block: rows of every tile but the last.
+        eps: the normalisation's epsilon.
 
     Returns:
-        (C,) and (C,), float32.
+        Mean, 1 / sqrt(biased variance + eps), and unbiased variance, each (C,) float32.
     """
-    tiles = statistics.shape[0]
-    rows = torch.full((tiles, 1), float(block), device=statistics.device)
-    rows[-1] = count - (tiles - 1) * block
-    means, squares = statistics[:, 0], statistics[:, 1]
-    # Means are averaged as differences to the first, which are small where the mean is large against the deviation.
-    first = means[:1]
-    mean = first[0] + ((means - first) * rows).sum(0) / count
-    variance = (squares.sum(0) + ((means - mean).square() * rows).sum(0)) / count
-    return mean, variance
+    tiles, _, channels = statistics.shape
+    found = [statistics.new_empty(channels) for _ in range(3)]
+    with device_guard(statistics):
+        combine_kernel[(triton.cdiv(channels, COMBINED_CHANNELS),)](
+            statistics, *found, tiles, count, eps, C=channels, BLOCK_ROWS=block, BLOCK_TILES=COMBINED_TILES,
+            BLOCK_CHANNELS=COMBINED_CHANNELS,
+        )  # fmt: skip
+    mean, rstd, unbiased = found
+    return mean, rstd, unbiased
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,8 +113,8 @@ def statistics_kernel(
     tl.store(place + C, tl.sum(deviation * deviation, 0), mask=channel < C)
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of (N, C, H, W): (C,) and (C,), float32."""
+def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, 1 / sqrt(biased variance + eps) and unbiased variance of each channel of (N, C, H, W): (C,) float32."""
     x = channels_last(x)
     channels = x.shape[1]
     rows = x.numel() // channels
@@ -71,14 +124,15 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         statistics_kernel[(tiles, triton.cdiv(channels, BLOCK_CHANNELS))](
             x, found, rows, C=channels, BLOCK_ROWS=STATISTICS_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS
         )
-    return combine(found, rows, STATISTICS_ROWS)
+    return combine(found, rows, STATISTICS_ROWS, eps)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def affine_kernel(
     x_ptr,
     mean_ptr,
-    scale_ptr,
+    rstd_ptr,
+    weight_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
@@ -89,12 +143,13 @@ def affine_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """``relu((x - mean) * scale + bias + residual)`` of (rows, C); the mean goes first, lest it cancel."""
+    """``relu((x - mean) * rstd * weight + bias + residual)`` of (rows, C); the mean goes first, lest it cancel."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
     place = row[:, None] * C + channel[None, :]
-    scale = tl.load(scale_ptr + channel, mask=channel < C, other=0.0)
+    scale = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+    scale *= tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
     bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -106,18 +161,21 @@ def affine_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """``relu((x - mean) * scale + bias + residual)``.
+def affine(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """``relu((x - mean) * rstd * weight + bias + residual)``.
 
     Args:
         x: (N, C, H, W).
-        mean, scale, bias: (C,), float32.
+        mean, rstd: (C,), float32.
+        weight, bias: (C,).
         residual: as ``x``, or None.
         relu: whether the ReLU is applied.
     """
     x = channels_last(x)
     residual = None if residual is None else channels_last(residual)
-    mean, scale, bias = mean.contiguous(), scale.contiguous(), bias.contiguous()
+    mean, rstd, weight, bias = (vector.contiguous() for vector in (mean, rstd, weight, bias))
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if not x.numel():
         return y
@@ -126,7 +184,7 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tenso
     grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(channels, BLOCK_CHANNELS))
     with device_guard(x):
         affine_kernel[grid](
-            x, mean, scale, bias, x if residual is None else residual, y, rows,
+            x, mean, rstd, weight, bias, x if residual is None else residual, y, rows,
             C=channels, HAS_RESIDUAL=residual is not None, RELU=relu,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
         )  # fmt: skip
@@ -186,10 +244,11 @@ def gradient_kernel(
     y_ptr,
     raw_ptr,
     mean_ptr,
-    factor_ptr,
-    slope_ptr,
-    offset_ptr,
+    rstd_ptr,
+    weight_ptr,
     bias_ptr,
+    weight_grad_ptr,
+    bias_grad_ptr,
     grad_raw_ptr,
     grad_residual_ptr,
     rows,
@@ -200,17 +259,20 @@ def gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """``g * factor + (raw - mean) * slope + offset`` where g, the gradient behind the ReLU, is the residual's.
+    """``weight * rstd * (g - mean(g) - normalised * mean(g * normalised))``; g, behind the ReLU, is the residual's.
 
-    Without the result, which is ``(raw - mean) * factor + bias`` where there is no residual, its sign is found again.
+    The means are the gradients of BN's bias and weight over the number of rows. Without the result, which is
+    ``(raw - mean) * weight * rstd + bias`` where there is no residual, its sign is found again.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
     place = row[:, None] * C + channel[None, :]
-    factor = tl.load(factor_ptr + channel, mask=channel < C, other=0.0)
-    slope = tl.load(slope_ptr + channel, mask=channel < C, other=0.0)
-    offset = tl.load(offset_ptr + channel, mask=channel < C, other=0.0)
+    rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
+    factor = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32) * rstd
+    share = factor / tl.cast(rows, tl.int64).to(tl.float32)
+    slope = -share * rstd * tl.load(weight_grad_ptr + channel, mask=channel < C, other=0.0)
+    offset = -share * tl.load(bias_grad_ptr + channel, mask=channel < C, other=0.0)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
     grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
     centred = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
@@ -269,37 +331,12 @@ def affine_gradient(
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
         )  # fmt: skip
         bias_grad, weight_grad = sums[:, 0].sum(0), sums[:, 1].sum(0)
-        # d raw = weight * rstd * (g - mean(g) - normalised * mean(g * normalised)), multiplied out a channel.
-        factor = weight.float() * rstd
-        slope = -factor * rstd * weight_grad / rows
-        offset = -factor * bias_grad / rows
         grad_raw = torch.empty_like(raw, memory_format=torch.channels_last)
         grad_residual = torch.empty_like(raw, memory_format=torch.channels_last) if residual else None
         gradient_kernel[(triton.cdiv(rows, BLOCK_ROWS), blocks)](
-            grad, result, raw, mean, factor, slope, offset, bias,
+            grad, result, raw, mean, rstd, weight, bias, weight_grad, bias_grad,
             grad_raw, grad_raw if grad_residual is None else grad_residual, rows,
             C=channels, RELU=relu, HAS_RESULT=y is not None, HAS_RESIDUAL=residual,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
         )  # fmt: skip
     return grad_raw, grad_residual, weight_grad, bias_grad
-
-
-def specimens() -> list[Specimen]:
-    """All kernels at 256 channels, for checks by compilation alone."""
-    found = []
-    for label, kernel, options in (
-        ("statistics", statistics_kernel, {"BLOCK_ROWS": STATISTICS_ROWS}),
-        ("affine", affine_kernel, {"HAS_RESIDUAL": True, "RELU": True}),
-        ("gradient sums", gradient_sums_kernel, {"RELU": True, "HAS_RESULT": False, "PROGRAM_ROWS": REDUCTION_ROWS}),
-        ("gradient, residual", gradient_kernel, {"HAS_RESULT": True, "HAS_RESIDUAL": True, "RELU": True}),
-        ("gradient", gradient_kernel, {"HAS_RESULT": False, "HAS_RESIDUAL": False, "RELU": True}),
-    ):
-        constants = {"C": 256, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_CHANNELS": BLOCK_CHANNELS, **options}
-        activations = {"x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "raw_ptr", "grad_raw_ptr", "grad_residual_ptr"}
-        for dtype in ("bf16", "fp16"):
-            signature = {}
-            for name in kernel.arg_names:
-                kind = f"*{dtype}" if name in activations else "*fp32" if name.endswith("_ptr") else "i64"
-                signature[name] = "constexpr" if name in constants else kind
-            found.append(Specimen(kernel, signature, constants, 4, 3, f"batch_norm {label} {dtype}"))
-    return found

@@ -26,7 +26,7 @@ None of this was measured on a GPU: bytes and products are counted, and tiles ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import Specimen, device_guard, dot, locate, precision
+from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._conv import _accumulate, launch_conv
 
 #: The sums of the 3x3 convolution of a pixel are all held by one program.
@@ -217,7 +217,8 @@ def _expand(
         tl.store(y_ptr + target, _relu(values).to(y_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+# Sizes of images are no part of the compiled kernel: no new image size compiles it again.
+@triton.jit(do_not_specialize=["batch", "height", "width"])
 def bottleneck_kernel(
     x_ptr,
     reduce_ptr,
@@ -286,7 +287,7 @@ def bottleneck_kernel(
         tile += tl.num_programs(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height", "width"])
 def conv_expand_kernel(
     x_ptr,
     middle_ptr,
@@ -399,26 +400,6 @@ def why_not(x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, **_: Tensor
     if channels < 1:
         reasons.append(f"C: {channels}; accepted: from 1 on")
     return reasons
-
-
-def specimens() -> list[Specimen]:
-    """Both forms at the network's sizes, for checks by compilation alone."""
-    found = []
-    for channels, middle in ((128, 32), (256, 64)):
-        for dtype in ("bf16", "fp16"):
-            config = config_for(channels, middle, 1 << 20, itemsize=2)
-            for fused in (True, False):
-                constants = _constants(channels, middle, 2, "ieee", replace(config, fused=fused))
-                kernel = bottleneck_kernel if fused else conv_expand_kernel
-                constants |= {name: True for name in kernel.arg_names if name.startswith("HAS_")}
-                signature = {
-                    name: f"*{dtype}" if name.endswith("_ptr") else "constexpr" if name in constants else "i32"
-                    for name in kernel.arg_names
-                }
-                form = "fused" if fused else "conv, expand"
-                label = f"bottleneck {channels}-{middle} {form} {dtype}"
-                found.append(Specimen(kernel, signature, constants, config.warps, config.stages, label))
-    return found
 
 
 def _constants(channels: int, middle: int, itemsize: int, products: str, config: BottleneckConfig) -> dict[str, Any]:

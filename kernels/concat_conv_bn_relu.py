@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastden.kernels._common import Specimen, channels_last
-from fastden.kernels._conv import ConvConfig, conv_specimen, launch_conv
-from fastden.kernels.conv_bn_relu import LARGEST_KERNEL
+from fastden.kernels._common import channels_last
+from fastden.kernels._conv import launch_conv
+from fastden.kernels._tiles import ConvConfig
+from fastden.kernels.conv_bn_relu import why_not_weight
 
 #: Tiles with descriptors for conv3, to be measured on a GPU of sm_90 or later. The second reads each box of input once
 #: for all outputs, the third each box of weights once for twice the pixels.
@@ -37,19 +38,8 @@ def concat_conv_bn_relu(
 
 def why_not(a: Tensor, b: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
     """Why the kernel cannot do these shapes; empty where it can."""
-    kernel = weight.shape[-1]
-    if kernel > LARGEST_KERNEL or weight.shape[-2] != kernel:
-        return [f"weight: kernel {tuple(weight.shape[-2:])}; accepted: square, up to {LARGEST_KERNEL}"]
-    return []
-
-
-def specimens() -> list[Specimen]:
-    """Kernels at the network's sizes, the default ones and those with descriptors, for checks by compilation alone."""
-    conv3 = {"channels": 128, "others": 32, "outputs": 256, "kernel": 3}
-    label = "concat_conv_bn_relu conv3"
-    found = []
-    for dtype in ("bf16", "fp16"):
-        found.append(conv_specimen(label, dtype, **conv3))
-        found.append(conv_specimen(f"{label} with statistics", dtype, statistics=True, **conv3))
-        found += [conv_specimen(label, dtype, config=config, **conv3) for config in DESCRIBED]
-    return found
+    reasons = why_not_weight(weight, a.shape[1] + b.shape[1])
+    if (a.shape[0], *a.shape[2:]) != (b.shape[0], *b.shape[2:]):
+        accepted = f"({a.shape[0]}, B, {a.shape[2]}, {a.shape[3]})"
+        reasons.append(f"b: {tuple(b.shape)}; accepted: {accepted}")
+    return reasons

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from torch import Tensor
 
-from fastden.kernels._common import Specimen, channels_last
-from fastden.kernels._conv import ConvConfig, config_for, conv_specimen, launch_conv
+from fastden.kernels._common import channels_last
+from fastden.kernels._conv import launch_conv
+from fastden.kernels._tiles import ConvConfig, config_for
 from fastden.kernels.batch_norm import combine
 
 LARGEST_KERNEL = 7
@@ -44,12 +42,12 @@ def conv_bn_relu(
 
 
 def conv_statistics(
-    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Convolution of ``cat([a, b], 1)``, and mean and biased variance of each output channel, for training.
+    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Convolution of ``cat([a, b], 1)``, and what normalisation needs of each output channel, for training.
 
     Returns:
-        (N, O, H', W'), channels-last; (O,) and (O,), float32.
+        (N, O, H', W'), channels-last; mean, 1 / sqrt(biased variance + eps) and unbiased variance, (O,) float32.
     """
     a, weight = channels_last(a), channels_last(weight)
     pixels = a.shape[0] * _size(a.shape[2], weight, stride, padding) * _size(a.shape[3], weight, stride, padding)
@@ -67,33 +65,23 @@ def conv_statistics(
         config=config,
     )
     assert statistics is not None
-    return y, *combine(statistics, pixels, config.block_m)
+    return y, *combine(statistics, pixels, config.block_m, eps)
 
 
 def why_not(x: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
     """Why the kernel cannot do these shapes; empty where it can."""
+    return why_not_weight(weight, x.shape[1])
+
+
+def why_not_weight(weight: Tensor, channels: int) -> list[str]:
+    """Why the kernel cannot do this weight on so many input channels; empty where it can."""
     kernel = weight.shape[-1]
+    reasons = []
     if kernel > LARGEST_KERNEL or weight.shape[-2] != kernel:
-        return [f"weight: kernel {tuple(weight.shape[-2:])}; accepted: square, up to {LARGEST_KERNEL}"]
-    return []
-
-
-def specimens() -> list[Specimen]:
-    """Kernels at the network's sizes, by default and with descriptors, for checks by compilation alone."""
-    shapes: dict[str, dict[str, Any]] = {
-        "conv2": {"channels": 128, "outputs": 128, "kernel": 3, "stride": 2},
-        "reduce": {"channels": 256, "outputs": 64, "kernel": 1},
-        "expand": {"channels": 64, "outputs": 256, "kernel": 1, "residual": True},
-        "conv2 with statistics": {"channels": 128, "outputs": 128, "kernel": 3, "stride": 2, "statistics": True},
-    }
-    # What a bottleneck's 3x3 convolution is on descriptors.
-    described = replace(config_for(64, 64, 1 << 20, itemsize=2), descriptors=True)
-    shapes["conv"] = {"channels": 64, "outputs": 64, "kernel": 3, "config": described}
-    return [
-        conv_specimen(f"conv_bn_relu {name}", dtype, **shape)
-        for name, shape in shapes.items()
-        for dtype in ("bf16", "fp16")
-    ]
+        reasons.append(f"weight: kernel {tuple(weight.shape[-2:])}; accepted: square, up to {LARGEST_KERNEL}")
+    if weight.shape[1] != channels:
+        reasons.append(f"weight: {weight.shape[1]} input channels; accepted: {channels}, those of the inputs")
+    return reasons
 
 
 def _size(size: int, weight: Tensor, stride: int, padding: int) -> int:

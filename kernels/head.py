@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.kernels._common import Specimen, channels_last, device_guard, dot, locate, precision
+from fastden.kernels._common import channels_last, device_guard, dot, locate, precision
 from fastden.kernels._packed import PACKED
 from fastden.kernels.stem import SMALLEST, gather, is_dense, pixel_room, tap_rows
 
@@ -50,7 +50,13 @@ def row_block(columns: int, room: int) -> int:
     return min(32, max(16, triton.next_power_of_2(columns * room)))
 
 
-@triton.jit
+# Sizes and strides of images are no part of the compiled kernel: no new image size compiles it again.
+@triton.jit(
+    do_not_specialize=[
+        *("batch", "height", "width", "stride_n", "stride_c", "stride_h", "stride_w"),
+        *("image_stride_n", "image_stride_c", "image_stride_h", "image_stride_w"),
+    ],
+)
 def head_kernel(
     features_ptr,
     x_ptr,
@@ -295,27 +301,3 @@ def why_not(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, b
     if tuple(bias.shape) != (k,):
         reasons.append(f"bias: {tuple(bias.shape)}; accepted: {(k,)}")
     return reasons
-
-
-def specimens() -> list[Specimen]:
-    """Default kernels at the network's sizes, for checks by compilation alone."""
-    result = []
-    for dtype in ("bf16", "fp16"):
-        for composed in (False, True):
-            for dense in (False, True):
-                config = config_for(256, 3, 2)
-                room = pixel_room(4)
-                block_row = row_block(2 * config.group + 6, room)
-                constants = {
-                    "M": 256, "C": 4, "K": 3, "ROOM": room, "DENSE": dense, "GROUP": config.group,
-                    "SKIPPED": int(composed), "ADD_INPUT": True, "CLAMP": True, "BLOCK_M": config.block_m,
-                    "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_ROW": block_row, "PRECISION": "ieee",
-                }  # fmt: skip
-                signature = {
-                    name: "constexpr" if name in constants else f"*{dtype}" if name.endswith("_ptr") else "i32"
-                    for name in head_kernel.arg_names
-                } | {"image_ptr": "*fp32", "y_ptr": "*fp32"}
-                taps, layout = 9 if composed else 16, "channels-last" if dense else "planar"
-                label = f"head {taps} taps, input {layout} {dtype}"
-                result.append(Specimen(head_kernel, signature, constants, config.warps, config.stages, label))
-    return result

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.kernels._common import Specimen, device_guard, dot, locate, precision
+from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._packed import PACKED
 
 SMALLEST = 8
@@ -70,7 +70,10 @@ def gather(x_ptr, corner, exists, inner, wants):
     return tl.load(x_ptr + (corner[:, None] + inner[None, :]), mask=mask, other=0.0)
 
 
-@triton.jit
+# Sizes and strides of images are no part of the compiled kernel: no new image size compiles it again.
+@triton.jit(
+    do_not_specialize=["batch", "out_height", "out_width", "stride_n", "stride_c", "stride_h", "stride_w"],
+)
 def stem_kernel(
     x_ptr,
     w_ptr,
@@ -216,26 +219,3 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, **_: Tensor) -> list[str]:
     if bias.shape != weight.shape[:2]:
         reasons.append(f"bias: {tuple(bias.shape)}; accepted: {tuple(weight.shape[:2])}")
     return reasons
-
-
-def specimens() -> list[Specimen]:
-    """Default kernels at the network's sizes, for checks by compilation alone."""
-    result = []
-    for dtype in ("bf16", "fp16"):
-        for channels in (3, 4):
-            for dense in (False, True):
-                config = config_for(128, 2)
-                room = pixel_room(channels)
-                block_k = row_block(room)
-                constants = {
-                    "C": channels, "OUTPUTS": 128, "ROOM": room, "DENSE": dense, "RELU": True, "PRECISION": "ieee",
-                    "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": block_k,
-                }  # fmt: skip
-                signature = {
-                    name: "constexpr" if name in constants else f"*{dtype}" if name.endswith("_ptr") else "i32"
-                    for name in stem_kernel.arg_names
-                }
-                layout = "channels-last" if dense else "planar"
-                label = f"stem {channels} channels {layout} {dtype}"
-                result.append(Specimen(stem_kernel, signature, constants, config.warps, config.stages, label))
-    return result

@@ -1,4 +1,4 @@
-"""How far apart the results of two right ways to add the same numbers may be."""
+"""How far apart the results of two right ways to add the same numbers may be, and the judge of kernels' results."""
 
 from __future__ import annotations
 
@@ -41,3 +41,27 @@ def slack(
         return unit
     terms = function(*magnitudes(arguments), **{name: magnitudes(value) for name, value in options.items()})
     return unit + torch.finfo(torch.float32).eps * terms.abs().max()
+
+
+def assert_as_exact(found: Tensor, eager: Tensor, exact: Tensor, unit: Tensor | float, borders: bool = True) -> None:
+    """The one judge of kernels: ``found`` errs at most twice as much as eager PyTorch does, but for rounding.
+
+    Args:
+        found: a kernel's result, (N, C, H, W).
+        eager: PyTorch's own in the same dtype.
+        exact: the result in float64.
+        unit: what rounding explains, see :func:`slack`; 0 where the result is empty.
+        borders: compare the first and last rows and columns apart, too. Their few values may err by chance.
+    """
+    assert found.dtype == eager.dtype
+    assert found.shape == eager.shape
+    if not found.numel():
+        return
+    error, allowed = (found.double() - exact).abs(), (eager.double() - exact).abs()
+    whole = slice(None)
+    sides = (0, -1, whole) if borders else (whole,)
+    for rows in sides:
+        for columns in sides:
+            part = (whole, whole, rows, columns)
+            # A NaN of the kernel's fails, too.
+            assert error[part].max() <= 2 * allowed[part].max() + unit, (rows, columns)

@@ -1,4 +1,4 @@
-// Denoises a PPM with a package that `fastden export color -o color.pt2 --format aoti` wrote. README.md says how to build.
+// Denoises a PPM with a package that `fastden export color -o color.pt2 --format aoti` wrote. docs/use-from.md says how to build.
 #include <fstream>
 #include <iostream>
 #include <string>

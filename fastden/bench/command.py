@@ -194,7 +194,7 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
     """The contenders that a command accepts, and those that it takes by itself."""
     import torch
 
-    from fastden.bench.forms import COMPOSED, PLAIN
+    from fastden.bench.forms import COMPOSED, FUSED_COMPILE, PLAIN
 
     plain = ("eager", "channels_last", "compile")
     if command == "batch":
@@ -202,7 +202,9 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
     if command == "model" and device.type == "cpu":
         names = {torch.float32: ("openvino", "onnxruntime"), torch.bfloat16: ("openvino",)}.get(dtype, ())
         runtimes = tuple(name + form for name in names for form in ("", COMPOSED))
-        return (*PLAIN, *runtimes), (*plain, *runtimes)
+        return (*PLAIN, FUSED_COMPILE, *runtimes), (*plain, FUSED_COMPILE, *runtimes)
+    if command == "model":
+        return (*PLAIN, FUSED_COMPILE), (*plain, FUSED_COMPILE, "max_autotune")
     # On a GPU the search for the fastest form takes minutes: for the network and for training, not for each operator.
     return PLAIN, PLAIN if command != "ops" and device.type == "cuda" else plain
 

@@ -19,6 +19,8 @@ from fastden.ops.backends import use_backend
 
 #: PyTorch's own ways to run a module.
 PLAIN = ("eager", "channels_last", "compile", "max_autotune")
+#: fastden's own inference form, composed and folded, on PyTorch's compiled operations: for the whole network.
+FUSED_COMPILE = "fused_compile"
 #: Behind a runtime's name: it runs the composed network instead of the plain one.
 COMPOSED = "_composed"
 #: Other runtimes, for the whole network on a CPU, and the packages that they need.

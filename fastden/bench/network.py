@@ -62,10 +62,13 @@ def inference(
     for name in peers:
         if name in forms.PLAIN:
             build = partial(forms.plain, name, network, (x,), dtype)
+        elif name == forms.FUSED_COMPILE:
+            build = partial(_compiled, model, x, dtype)
         else:
             build = partial(_runtime, name, model, x, dtype, folder)
-        graphs = name in forms.PLAIN and name != "max_autotune"
-        flops = own_flops if name.endswith(forms.COMPOSED) else plain_flops
+        graphs = name in (*forms.PLAIN, forms.FUSED_COMPILE) and name != "max_autotune"
+        composed = name == forms.FUSED_COMPILE or name.endswith(forms.COMPOSED)
+        flops = own_flops if composed else plain_flops
         contenders.append(Contender(name, build, flops, graphs=graphs))
     moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
     return Job("model", batch, pixels, moved, (reference,), bound), contenders
@@ -77,6 +80,17 @@ def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
     def call() -> Tensor:
         with torch.no_grad(), use_backend(backend):
             return fused(x, level(model))
+
+    return call
+
+
+def _compiled(model: Denoiser, x: Tensor, dtype: torch.dtype) -> Call:
+    """The inference form without fastden's kernels, compiled by PyTorch: the strongest of its ways."""
+    run = forms.compiled(forms.WithLevel(fuse(model, dtype), level(model)), "compile")
+
+    def call() -> Tensor:
+        with torch.no_grad(), use_backend("torch"):
+            return run(x)
 
     return call
 

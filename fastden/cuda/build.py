@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def plan(
     if emulator is None:
         chosen = tuple(architectures)
         # The standard of C++ is that of the kernels; bindings.cpp takes the one that PyTorch's headers need.
-        hopper = ("-DFASTDEN_HOPPER",) if any(one.startswith("9.0a") for one in chosen) else ()
+        hopper = ("-DFASTDEN_HOPPER",) if has_wgmma(chosen) else ()
         general = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", *ALLOW_HALF)
         nvcc_flags = (*general, *hopper, *gencode(chosen))
         cxx_flags: tuple[str, ...] = ("-O2",)
@@ -140,30 +140,52 @@ def name_of(capability: tuple[int, int]) -> str:
 def gencode(architectures: Iterable[str]) -> tuple[str, ...]:
     """nvcc's flags for compute capabilities: ``9.0a`` to ``-gencode=arch=compute_90a,code=sm_90a``."""
     flags = []
+    architectures = tuple(architectures)
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        # Beside code for 9.0a that for 9.0 would be in the way on the same GPU; as PTX it is for later ones.
+        if not (architecture == "9.0+PTX" and "9.0a" in architectures):
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if architecture.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return tuple(flags)
 
 
-def parse_architectures(text: str) -> tuple[str, ...]:
-    """The compute capabilities of a text such as ``8.0 8.6;9.0a+PTX``, as TORCH_CUDA_ARCH_LIST has them.
+def parse_architectures(text: str, say: Callable[[str], None] = lambda text: None) -> tuple[str, ...]:
+    """The compute capabilities of a text such as ``8.0 8.6;9.0+PTX``, as TORCH_CUDA_ARCH_LIST has them.
+
+    Containers set that variable for other packages: what is below 8.0, which has no kernels here, is left out, and 9.0
+    becomes 9.0a, which alone has Hopper's matrix instruction.
+
+    Args:
+        text: what the variable holds.
+        say: told what is left out.
 
     Raises:
-        BuildError: something else.
+        BuildError: something else, or nothing from 8.0 on.
     """
-    found = tuple(dict.fromkeys(part for part in re.split(r"[;,\s]+", text) if part))
-    for part in found:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", part) or float(part.rstrip("+PTXaf")) < 8:
+    found: list[str] = []
+    dropped: list[str] = []
+    for part in filter(None, re.split(r"[;,\s]+", text)):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", part):
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST: {part!r}; accepted: compute capabilities from 8.0 on, such as 8.6 or 9.0a, with"
                 " or without +PTX, separated by ; or spaces"
             )
+        if float(part.removesuffix("+PTX").rstrip("af")) < 8:
+            dropped.append(part)
+        elif part == "9.0":
+            found.append("9.0a")
+        elif part == "9.0+PTX":
+            found += ["9.0a", part]  # later GPUs compile the PTX, which has no such instruction, for themselves
+        else:
+            found.append(part)
     if not found:
-        raise BuildError("TORCH_CUDA_ARCH_LIST: empty; accepted: compute capabilities such as 8.6;9.0a")
-    return found
+        given = f"{text!r}; accepted: compute capabilities from 8.0 on" if dropped else "empty; accepted: some"
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST: {given}, such as 8.6;9.0a")
+    if dropped:
+        say(f"TORCH_CUDA_ARCH_LIST: {', '.join(dropped)} left out; there are kernels from 8.0 on")
+    return tuple(dict.fromkeys(found))
 
 
 def known_architectures(wanted: Iterable[str], listed: str) -> tuple[str, ...]:
@@ -185,7 +207,10 @@ def known_architectures(wanted: Iterable[str], listed: str) -> tuple[str, ...]:
 
 
 def choose_architectures(
-    environ: Mapping[str, str], listed: str, capabilities: Iterable[tuple[int, int]] = ()
+    environ: Mapping[str, str],
+    listed: str,
+    capabilities: Iterable[tuple[int, int]] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[str, ...]:
     """TORCH_CUDA_ARCH_LIST, or the GPUs that are here, or :data:`ARCHITECTURES` as far as the compiler has them.
 
@@ -193,12 +218,13 @@ def choose_architectures(
         environ: environment variables.
         listed: what ``nvcc --list-gpu-arch`` prints.
         capabilities: of the GPUs that the build is for; none for any.
+        say: told what of TORCH_CUDA_ARCH_LIST is left out.
 
     Raises:
         BuildError: TORCH_CUDA_ARCH_LIST is malformed; the compiler has none of the defaults.
     """
     if environ.get("TORCH_CUDA_ARCH_LIST"):
-        return parse_architectures(environ["TORCH_CUDA_ARCH_LIST"])
+        return parse_architectures(environ["TORCH_CUDA_ARCH_LIST"], say)
     present = sorted({capability for capability in capabilities if capability >= (8, 0)})
     if present:
         return tuple(map(name_of, present))
@@ -218,6 +244,11 @@ def covers(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
         if architecture.endswith("+PTX") and not exact and capability >= (major, minor):
             return True
     return False
+
+
+def has_wgmma(architectures: Iterable[str]) -> bool:
+    """Whether code for ``architectures`` has Hopper's matrix instruction."""
+    return any(one.startswith("9.0a") for one in architectures)
 
 
 def jobs(environ: Mapping[str, str], cores: int, memory: float | None) -> int:

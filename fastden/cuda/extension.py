@@ -87,7 +87,8 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
     devices = range(torch.cuda.device_count())
     listed = build.ask_nvcc(toolkit, "--list-gpu-arch")
     capabilities = [torch.cuda.get_device_capability(index) for index in devices]
-    wanted = build.plan(source, build.choose_architectures(os.environ, listed, capabilities), toolkit=toolkit)
+    architectures = build.choose_architectures(os.environ, listed, capabilities, say)
+    wanted = build.plan(source, architectures, toolkit=toolkit)
     folder = cache() / wanted.key(build.environment())
     library = folder / f"{build.NAME}.so"
     if library.is_file() and (folder / build.DESCRIPTION).is_file() and not force:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastden.cuda import extension
-from fastden.cuda.build import covers, name_of
+from fastden.cuda.build import covers, has_wgmma, name_of
 
 #: Whole fragments of the matrix instructions, in channels.
 FRAGMENT = 8
@@ -18,14 +18,20 @@ MIDDLES = (32, 64)
 IMAGE_CHANNELS = 4
 STEM_OUTPUTS = 128
 SMALLEST_CAPABILITY = (8, 0)
+#: A bit for each tap of a convolution fits into 32.
+LARGEST_KERNEL = 5
+#: Places of pixels are 32 bits wide.
+PIXELS = 2**31
+#: The operator that has a kernel of its own for Hopper, and the capability whose instruction that needs.
+HOPPER = ("concat_conv_bn_relu", (9, 0))
 
 
 def why_not(operator: str, **tensors: Tensor) -> list[str]:
     """Why the kernel of ``operator`` cannot do these inputs; nothing where it can."""
-    return _why_not_device(next(iter(tensors.values())).device) + LIMITS[operator](**tensors)
+    return _why_not_device(operator, next(iter(tensors.values())).device) + LIMITS[operator](**tensors)
 
 
-def _why_not_device(device: torch.device) -> list[str]:
+def _why_not_device(operator: str, device: torch.device) -> list[str]:
     if device.type != "cuda":
         return []  # another reason already, or the emulated build
     capability = torch.cuda.get_device_capability(device)
@@ -33,9 +39,11 @@ def _why_not_device(device: torch.device) -> list[str]:
     if capability < SMALLEST_CAPABILITY:
         return [f"{reason}; accepted: from 8.0 on"]
     built = extension.load()["architectures"]
+    advice = f"run `fastden build` with TORCH_CUDA_ARCH_LIST={name_of(capability)}"
     if not covers(built, capability):
-        advice = f"run `fastden build` with TORCH_CUDA_ARCH_LIST={name_of(capability)}"
         return [f"{reason}; built for {', '.join(built)}: {advice}"]
+    if (operator, capability) == HOPPER and not has_wgmma(built):
+        return [f"{reason}; built without wgmma, for {', '.join(built)}: {advice}"]
     return []
 
 
@@ -45,12 +53,31 @@ def _channels(name: str, value: int, of: int, most: int | None = None) -> list[s
     return [f"{name}: {value}; accepted: a multiple of {of}" + ("" if most is None else f" up to {most}")]
 
 
-def _any(**_: Tensor) -> list[str]:
-    return []  # the bindings fill channels up to whole fragments
+def _pixels(name: str, x: Tensor, around: int) -> list[str]:
+    """The batch's images, each with ``around`` more rows and columns, have places of 32 bits."""
+    batch, _, height, width = x.shape
+    if (batch * (height + around) + around) * (width + around) < PIXELS:
+        return []
+    return [f"{name}: {tuple(x.shape)}; accepted: less than 2^31 pixels, {around} rows and columns more each"]
+
+
+def _convolution(weight: Tensor, x: Tensor | None = None, a: Tensor | None = None, **_: Tensor) -> list[str]:
+    # The bindings fill channels up to whole fragments.
+    kernel = weight.shape[-1]
+    reasons = []
+    if kernel > LARGEST_KERNEL:
+        reasons.append(f"weight: kernel of {kernel}; accepted: up to {LARGEST_KERNEL}")
+    if x is not None:
+        return reasons + _pixels("x", x, kernel)
+    return reasons + (_pixels("a", a, kernel) if a is not None else [])
+
+
+def _upsample(x: Tensor, **_: Tensor) -> list[str]:
+    return _pixels("x", x, 2)
 
 
 def _bottleneck(x: Tensor, reduce: Tensor, **_: Tensor) -> list[str]:
-    reasons = _channels("x's channels", x.shape[1], BLOCK)
+    reasons = _channels("x's channels", x.shape[1], BLOCK) + _pixels("x", x[:1], 0)
     if reduce.shape[0] not in MIDDLES:
         reasons.append(f"reduce's outputs: {reduce.shape[0]}; accepted: {', '.join(map(str, MIDDLES))}")
     return reasons
@@ -72,9 +99,9 @@ def _head(features: Tensor, x: Tensor, **_: Tensor) -> list[str]:
 
 LIMITS: dict[str, Callable[..., list[str]]] = {
     "bottleneck": _bottleneck,
-    "concat_conv_bn_relu": _any,
-    "conv_bn_relu": _any,
+    "concat_conv_bn_relu": _convolution,
+    "conv_bn_relu": _convolution,
     "head": _head,
     "stem": _stem,
-    "upsample": _any,
+    "upsample": _upsample,
 }

@@ -36,8 +36,8 @@ from fastden.network.loading import default_model, load_network, parse_memory
 from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
-#: Side, in pixels, that chunks of Zarr arrays are joined to: smaller ones would spend more on their halo (24 pixels a
-#: side are 10 % of the work at 1024, a third at 256).
+#: Side of the blocks that small chunks of Zarr arrays are joined to, pixels. The halo of 24 pixels a side is 10 % of
+#: the work at 1024, a third at 256.
 JOINED = 1024
 
 #: The curve of an estimate as one element, so that it broadcasts against an image as a number does.

@@ -22,14 +22,15 @@ from fastden.network.padding import ALIGNMENT, BORDER, padding_for, reflected_in
 
 #: Pixels that a tile reads around its own: the smallest multiple of 4 beyond the network's reach.
 HALO = 24
-#: Bytes that a forward pass takes for each pixel of a tile, all tensors alive at the peak, in float32; half of it in
-#: 16 bits: of a fused network on oneDNN and on the plain operators (there with the buffers in which PyTorch unfolds
-#: conv3's input where no library does the convolution), and of a network that is not fused. A test holds them against
-#: the growth of a process's peak resident memory. Weights packed for the tiles' shapes come on top: up to 80 MiB.
+#: Peak memory of a forward pass in float32, bytes for each pixel of a tile; 16-bit dtypes need half. ``onednn`` and
+#: ``operators`` are the fused network on oneDNN and on the plain operators, ``plain`` the network that is not fused.
+#: ``operators`` includes the buffer into which PyTorch unfolds conv3's input where no library does the convolution. A
+#: test compares these numbers with the growth of a process's peak resident memory. Weights that are packed for the
+#: tiles' shapes need up to 80 MiB more.
 BYTES_PER_PIXEL = {"onednn": 560, "operators": 4800, "plain": 3800}
-#: What ``tile="auto"`` allows itself where no ``max_memory`` is given, bytes.
+#: Bytes that ``tile="auto"`` may use without ``max_memory``.
 DEFAULT_MEMORY = 1 << 30
-#: No larger tiles are chosen automatically: by then the halo costs 5 %.
+#: The largest side that is chosen automatically: there the halo costs 5 %.
 LARGEST_AUTOMATIC = 2048
 SMALLEST = 16
 #: Images of a batch go together only if tiles of this side, or the whole images, fit.
@@ -55,7 +56,7 @@ Model = Denoiser | TiledNetwork
 
 
 class Tile(NamedTuple):
-    """Half-open pixel ranges of the image that a tile makes."""
+    """Half-open pixel ranges of the result that a tile covers."""
 
     top: int
     bottom: int
@@ -126,7 +127,7 @@ def denoise_rows(
     height: int,
     side: int,
 ) -> Tensor:
-    """Some rows of an image of which only a strip is at hand: what :func:`denoise_tiled` makes of them, bit for bit.
+    """Denoise some rows of an image of which only a strip is in memory; bit for bit as :func:`denoise_tiled`.
 
     Args:
         model: as in :func:`denoise_tiled`.
@@ -183,7 +184,7 @@ def spans(length: int, side: int | None) -> list[tuple[int, int]]:
     if side is None or length <= side:
         return [(0, length)]
     count = math.ceil(length / _round_up(side))
-    # Equal tiles rather than full ones and a sliver: the halo is paid once more for a sliver.
+    # Tiles of equal size: a narrow last tile would cost one more halo.
     step = _round_up(math.ceil(length / count))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -202,7 +203,7 @@ def _check(image: Tensor, channels: int) -> None:
 
 
 def bytes_per_pixel(model: Model) -> float:
-    """What a forward pass takes for each pixel of a tile and its halo."""
+    """Peak memory of a forward pass, bytes for each pixel of a tile and its halo."""
     if isinstance(model, Denoiser):
         dtype = model.conv0.weight.dtype
         form = "plain"
@@ -213,14 +214,14 @@ def bytes_per_pixel(model: Model) -> float:
 
 
 def least_memory(model: Model) -> int:
-    """Bytes that the smallest tile takes."""
+    """Peak memory of the smallest tile, bytes."""
     return math.ceil(bytes_per_pixel(model) * (SMALLEST + 2 * HALO) ** 2)
 
 
 def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory: int) -> tuple[int, int]:
-    """What a forward pass may take at a time to stay within ``max_memory`` bytes.
+    """Size of the tiles, and number of images at a time, with which a forward pass stays within ``max_memory``.
 
-    Small images go together as far as they fit; of large ones one at a time in the largest tiles that fit.
+    Several small images go together if they fit. Large images go one at a time, in the largest tiles that fit.
 
     Args:
         model: any network.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ def _exact(tensor: Tensor) -> Tensor:
 class FusedDenoiser(nn.Module):
     """What :func:`fuse` returns: called like :class:`fastden.Denoiser`, for inference only.
 
-    Weights are buffers named as the network's parts. On a CPU in float32 and bfloat16, where no gradient is asked for,
-    it runs on oneDNN (:mod:`fastden.network.onednn`); elsewhere on :mod:`fastden.ops`.
+    Weights are buffers named as the network's parts. Biases stay in float32 beside weights in half precision: kernels
+    add them to float32 sums. On a CPU in float32 and bfloat16, where no gradient is asked for, it runs on oneDNN
+    (:mod:`fastden.network.onednn`); elsewhere on :mod:`fastden.ops`.
 
     Args:
         model: the network to fuse.
@@ -101,6 +103,15 @@ class FusedDenoiser(nn.Module):
             self.register_buffer(f"{name}_bias", bias.clone())
         self.register_buffer("head_image_weight", head.image_weight.clone())
         self._onednn: tuple[Any, onednn.OneDnnNetwork] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
+        before = {name: buffer for name, buffer in self.named_buffers() if name.endswith("_bias")}
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            cast = getattr(self, name)
+            if cast.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, exact.to(device=cast.device, dtype=torch.float32))
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -30,7 +30,7 @@ class PretrainedMixin(PyTorchModelHubMixin, library_name="fastden", tags=["image
             **kwargs: passed to ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``.
 
         Raises:
-            ValueError: neither a bundled name, a folder with both files, nor a repository that can be had.
+            ValueError: not a bundled name, a folder with both files, or a repository that can be downloaded.
         """
         name = str(pretrained_model_name_or_path)
         accepted = (
@@ -38,8 +38,8 @@ class PretrainedMixin(PyTorchModelHubMixin, library_name="fastden", tags=["image
             " or a Hugging Face Hub id owner/name"
         )
         folder = models().get(name, Path(name))
-        # The mixin would build a network with default arguments, or keep random weights, where a file or a key is
-        # missing.
+        # Without this the mixin builds a network with default arguments, or keeps random weights, if a file or a key
+        # is missing.
         kwargs.setdefault("strict", True)
         if folder.is_dir():
             missing = [file for file in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE) if not (folder / file).is_file()]

@@ -1,4 +1,4 @@
-"""From the words that a user gives (a model's name, a device, a dtype, a size) to a network that is ready to run."""
+"""Load a network by what a user gives: a model's name, a device, a dtype, a size of memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def load_network(
     target = parse_device(device)
     folder = models().get(str(model), Path(model))
     weights = folder / "model.safetensors"
-    # A folder that has been written again since is another model.
+    # The time of the file is part of the cache key: a folder that was written again is another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
     return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit), changed)
 
@@ -84,7 +84,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(refusal) from error
-    # PyTorch knows more devices, some without data (meta), some that need packages of their own (xla).
+    # PyTorch knows more devices: some hold no data (meta), some need packages of their own (xla).
     if parsed.type not in types:
         raise ValueError(refusal)
     if parsed.type == "cuda" and not torch.cuda.is_available():

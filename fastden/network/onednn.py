@@ -92,13 +92,13 @@ class Convolution:
 
     Args:
         weight: (O, C, k, k), float32 or bfloat16, on the CPU.
-        bias: (O,), same dtype.
+        bias: (O,), rounded to the weight's dtype, which oneDNN's convolutions of PyTorch take.
         stride, padding: as in ``torch.nn.functional.conv2d``.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> None:
         self.weight = weight
-        self.bias = bias
+        self.bias = bias.to(weight.dtype)
         self.geometry = ([padding] * 2 if isinstance(padding, int) else list(padding), [stride] * 2, [1, 1], 1)
         self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastden.ops._types import BatchNorm
+from fastden.ops._batch_norm import BatchNorm
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
     """Raise unless all are floating tensors of one device and, outside autocast, one dtype: those of the first.
+
+    Biases may be float32 whatever the others are.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is accepted.
@@ -28,7 +30,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
         other, first = reference
         if tensor.device != first.device:
             raise ValueError(f"{name}: on {tensor.device}; accepted: {first.device}, that of {other}")
-        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        wide = name.endswith("bias") and tensor.dtype == torch.float32
+        if tensor.dtype != first.dtype and not wide and not torch.is_autocast_enabled(first.device.type):
             raise TypeError(f"{name}: dtype {tensor.dtype}; accepted: {first.dtype}, that of {other} (or use autocast)")
 
 

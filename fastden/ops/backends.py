@@ -3,7 +3,8 @@
 An operator runs on the backend that its ``backend`` argument names; else on that of the innermost
 :func:`use_backend`; else on that of the environment variable ``FASTDEN_BACKEND``; else on the one that is chosen
 automatically. What was asked for and cannot run raises, with every backend's reasons; nothing falls back silently.
-The automatic choice takes a kernel only where committed results of a GPU show it right and faster (:data:`PROVEN`).
+The automatic choice takes a kernel only where committed results of a GPU show it right and faster
+(:mod:`fastden.ops.proven`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from importlib import import_module, util
 
 import torch
 from torch import Tensor
+
+from fastden.ops.proven import PROVEN
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,6 @@ BACKENDS = (
     Backend("cuda", "CUDA C++ kernels, built ahead, for inference", KERNEL_DTYPES[:2], batch_statistics=False),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
-#: (backend, operator, compute capability) for which committed results show a kernel right and faster.
-PROVEN: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
 ENVIRONMENT = "FASTDEN_BACKEND"
 #: Where Triton's kernels live, one module an operator.
 KERNELS = "fastden.kernels"
@@ -123,7 +124,9 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
     devices = {tensor.device.type for tensor in given.values()}
     if devices != {"cuda"} and not (_runs_on_cpu(entry) and devices == {"cpu"}):
         reasons.append(f"device {', '.join(sorted(devices))}; accepted: cuda")
-    dtypes = {_as_run(tensor) for tensor in given.values()}
+    # Biases may be float32 whatever the others are: kernels add them to float32 sums.
+    wide = {name for name, tensor in given.items() if name.endswith("bias") and tensor.dtype == torch.float32}
+    dtypes = {_as_run(tensor) for name, tensor in given.items() if name not in wide}
     if not dtypes <= set(entry.dtypes):
         reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(entry.dtypes)}")
     elif len(dtypes) > 1:
@@ -138,7 +141,6 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
 def unavailable(backend: Backend) -> list[str]:
     """Why ``backend`` cannot run anything here; empty where it can."""
     if backend.name == "cuda":
-        import fastden.ops._dispatch  # noqa: F401 - registers the operators' shapes behind the extension
         from fastden.cuda import extension
 
         return extension.why_not()
@@ -216,12 +218,14 @@ def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: T
 
 
 def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
-    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+    first = next(tensor for tensor in tensors.values() if tensor is not None)
+    device = first.device
     if not PROVEN or device.type != "cuda":
         return "torch"
+    dtype = _names([_as_run(first)])
     capability = torch.cuda.get_device_capability(device)
     for name in NAMES:
-        proven = (name, operator, capability) in PROVEN
+        proven = (name, operator, capability, dtype) in PROVEN
         if proven and not why_not(operator, name, batch_statistics=batch_statistics, **tensors):
             return name
     return "torch"

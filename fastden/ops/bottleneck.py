@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastden.ops import _recompute
+from fastden.ops._batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
-from fastden.ops._types import BatchNorm, batch_statistics, in_autocast, wants_gradient
+from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
+from fastden.ops._library import OPERATORS, Operator, check, empty_like
+from fastden.ops._recompute import Recipe
+from fastden.ops._tensors import channels_last, in_autocast, wants_gradient
 from fastden.ops.backends import choose
 from fastden.ops.conv_bn_relu import conv_bn_relu
 
@@ -55,14 +62,142 @@ def bottleneck(
             check_batch_norm(f"bns[{index}]", bns[index], size)
     backend = choose("bottleneck", backend, batch_statistics=batch_statistics(*bns), **tensors)
     if backend != "torch":
-        from fastden.ops._autograd import bottleneck_with_batch_statistics
-        from fastden.ops._dispatch import OPERATORS
-
         if all(bn is not None and bn.training for bn in bns) and biases == (None, None, None):
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)
-            return bottleneck_with_batch_statistics(x, reduce, conv, expand, bns)
+            return _with_batch_statistics(x, reduce, conv, expand, bns)
         if bns == (None, None, None) and not wants_gradient(*tensors.values()):
-            return OPERATORS[backend].bottleneck(*in_autocast(*tensors.values()))
+            return OPERATORS[backend].bottleneck(*in_autocast(x, reduce, conv, expand), *biases)
     y = conv_bn_relu(x, reduce, biases[0], bn=bns[0], backend=backend)
     y = conv_bn_relu(y, conv, biases[1], bn=bns[1], padding=1, backend=backend)
     return conv_bn_relu(y, expand, biases[2], bn=bns[2], residual=x, backend=backend)
+
+
+def _operator(
+    x: Tensor,
+    reduce: Tensor,
+    conv: Tensor,
+    expand: Tensor,
+    reduce_bias: Tensor | None,
+    conv_bias: Tensor | None,
+    expand_bias: Tensor | None,
+) -> Tensor:
+    from fastden.kernels.bottleneck import bottleneck
+
+    return bottleneck(x, reduce, conv, expand, (reduce_bias, conv_bias, expand_bias))
+
+
+_OPERATOR = Operator(_operator, "bottleneck")
+
+
+@_OPERATOR.shape
+def _(
+    x: Tensor,
+    reduce: Tensor,
+    conv: Tensor,
+    expand: Tensor,
+    reduce_bias: Tensor | None,
+    conv_bias: Tensor | None,
+    expand_bias: Tensor | None,
+) -> Tensor:
+    check(x.dim() == 4, "x", x, "4 dimensions")
+    channels, middle = x.shape[1], reduce.shape[0]
+    for name, weight, shape in (
+        ("reduce", reduce, (middle, channels, 1, 1)),
+        ("conv", conv, (middle, middle, 3, 3)),
+        ("expand", expand, (channels, middle, 1, 1)),
+        ("reduce_bias", reduce_bias, (middle,)),
+        ("conv_bias", conv_bias, (middle,)),
+        ("expand_bias", expand_bias, (channels,)),
+    ):
+        if weight is not None:
+            check(tuple(weight.shape) == shape, name, weight, str(shape))
+    return empty_like(x, tuple(x.shape))
+
+
+class BottleneckBatchNorm(torch.autograd.Function):
+    """``relu(x + bn(expand(relu(bn(conv(relu(bn(reduce(x)))))))))`` with the statistics of the batch.
+
+    Stored are x, the result, and the raw outputs of ``reduce`` and ``conv``, which have a quarter of the channels each;
+    of everything that eager training of the plain network stores, the network so stores 36 %
+    (``tests/kernels/test_training.py``). The backward pass makes the rest again: two affine maps, and ``expand``, a
+    quarter of the block's forward products (of a whole training step's, 1.3 % for the three blocks).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        reduce: Tensor,
+        conv: Tensor,
+        expand: Tensor,
+        eps: tuple[float, float, float],
+        *affine: Tensor,
+    ) -> tuple[Tensor, ...]:
+        statistics: list[Tensor] = []
+        kept: list[Tensor] = []
+        source = x
+        for index, weight in enumerate((reduce, conv, expand)):
+            raw, mean, rstd, unbiased = torch.ops.fastden.conv_statistics(
+                source, None, weight, None, 1, int(index == 1), eps[index]
+            )
+            recipe = Recipe(raw, mean, rstd, *affine[2 * index : 2 * index + 2])
+            statistics += [mean, unbiased]
+            if index < 2:
+                source = recipe.make()
+                kept += recipe[:3]
+        y = torch.ops.fastden.affine(*recipe, x, True)
+        ctx.save_for_backward(*_recompute.save(x), y, reduce, conv, expand, *affine, *kept, mean, rstd)
+        ctx.ways = ways("triton")
+        ctx.mark_non_differentiable(*statistics)
+        return (y, *statistics)
+
+    @staticmethod
+    @first_derivative_only("bottleneck")
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: activation checkpointing hands each tensor out a single time
+        y, reduce, conv, expand, *rest = saved[_recompute.SAVED :]
+        w1, b1, w2, b2, w3, b3 = rest[:6]
+        raw1, mean1, rstd1, raw2, mean2, rstd2, mean3, rstd3 = rest[6:]
+        first, second = Recipe(raw1, mean1, rstd1, w1, b1), Recipe(raw2, mean2, rstd2, w2, b2)
+        needed, ways = ctx.needs_input_grad, ctx.ways
+        gradient = torch.ops.fastden.affine_gradient
+        y2 = second.make()
+        raw3 = torch.ops.fastden.conv(y2, None, expand, None, None, False, 1, 0)
+        grad_raw, grad_x, grad_w3, grad_b3 = gradient(
+            channels_last(grad), y, raw3, mean3, rstd3, w3, b3, True, needed[0]
+        )
+        del raw3, y
+        grad_y, _none, grad_expand = conv_gradients((True, False, needed[3]), grad_raw, y2, None, expand, 1, 0, ways)
+        del y2
+        grad_raw, _none, grad_w2, grad_b2 = gradient(grad_y, None, *second[:4], b2, True, False)
+        y1 = first.make()
+        grad_y, _none, grad_conv = conv_gradients((True, False, needed[2]), grad_raw, y1, None, conv, 1, 1, ways)
+        del y1
+        grad_raw, _none, grad_w1, grad_b1 = gradient(grad_y, None, *first[:4], b1, True, False)
+        x = _recompute.restore(saved[: _recompute.SAVED])
+        added = grad_x if needed[0] else None
+        grad_x, _none, grad_reduce = conv_gradients(
+            (needed[0], False, needed[1]), grad_raw, x, None, reduce, 1, 0, ways, added
+        )
+        gradients = (grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_b3)
+        return (
+            grad_x,
+            grad_reduce,
+            grad_conv,
+            grad_expand,
+            None,
+            *(found.to(own.dtype) for found, own in zip(gradients, rest, strict=False)),
+        )
+
+
+def _with_batch_statistics(
+    x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, bns: tuple[BatchNorm | None, ...]
+) -> Tensor:
+    """:class:`BottleneckBatchNorm`, which also moves the running statistics; ``bns`` are three in training mode."""
+    used = [bn for bn in bns if bn is not None]
+    check_values(x.shape[0] * x.shape[2] * x.shape[3], "bns[0]")
+    affine = [part for bn in used for part in (bn.weight, bn.bias)]
+    y, *statistics = BottleneckBatchNorm.apply(x, reduce, conv, expand, tuple(bn.eps for bn in used), *affine)
+    for bn, mean, unbiased in zip(used, statistics[::2], statistics[1::2], strict=True):
+        update_running_statistics(bn, mean, unbiased)
+    return y

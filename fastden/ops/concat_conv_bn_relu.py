@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish
 from fastden.ops._checks import check_convolution
-from fastden.ops._types import BatchNorm, batch_statistics, convolve, finish, in_autocast
+from fastden.ops._convolution import convolve
+from fastden.ops._tensors import in_autocast, like
 from fastden.ops.backends import choose
 
 
@@ -28,7 +30,7 @@ def concat_conv_bn_relu(
         a: (N, A, H, W), any floating dtype.
         b: (N, B, H, W), same dtype as ``a``.
         weight: (O, A + B, k, k).
-        bias: (O,) or None.
+        bias: (O,) or None; float32 or the dtype of ``a``.
         bn: batch normalisation over O channels; None where it is folded.
         relu: whether the ReLU is applied.
         padding: as in ``torch.nn.functional.conv2d``.
@@ -45,6 +47,6 @@ def concat_conv_bn_relu(
     tensors = {"a": a, "b": b, "weight": weight, "bias": bias}
     backend = choose("concat_conv_bn_relu", backend, batch_statistics=batch_statistics(bn), **tensors)
     if backend != "torch":
-        a, b, weight, bias = in_autocast(a, b, weight, bias)
+        a, b, weight = in_autocast(a, b, weight)
         return convolve(a, b, weight, bias, bn, None, relu, 1, padding, backend)
-    return finish(F.conv2d(torch.cat([a, b], 1), weight, bias, 1, padding), bn, None, relu)
+    return finish(F.conv2d(torch.cat([a, b], 1), weight, like(bias, a), 1, padding), bn, None, relu)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish
 from fastden.ops._checks import check_convolution
-from fastden.ops._types import BatchNorm, batch_statistics, convolve, finish, in_autocast
+from fastden.ops._convolution import convolve
+from fastden.ops._tensors import in_autocast, like
 from fastden.ops.backends import choose
 
 
@@ -27,7 +29,7 @@ def conv_bn_relu(
     Args:
         x: (N, C, H, W), any floating dtype.
         weight: (O, C, k, k), same dtype as ``x``.
-        bias: (O,) or None.
+        bias: (O,) or None; float32 or the dtype of ``x``.
         bn: batch normalisation over O channels; None where it is folded into ``weight`` and ``bias``.
         residual: tensor of the output's shape, added before the ReLU.
         relu: whether the ReLU is applied.
@@ -35,7 +37,8 @@ def conv_bn_relu(
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
-        (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1.
+        (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1, in the dtype of ``x``; under autocast in that of
+        autocast, which ``residual`` is rounded to.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is accepted.
@@ -45,6 +48,6 @@ def conv_bn_relu(
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     backend = choose("conv_bn_relu", backend, batch_statistics=batch_statistics(bn), **tensors)
     if backend != "torch":
-        x, weight, bias, residual = in_autocast(x, weight, bias, residual)
+        x, weight, residual = in_autocast(x, weight, residual)
         return convolve(x, None, weight, bias, bn, residual, relu, stride, padding, backend)
-    return finish(F.conv2d(x, weight, bias, stride, padding), bn, residual, relu)
+    return finish(F.conv2d(x, weight, like(bias, x), stride, padding), bn, residual, relu)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.ops._checks import check_shape, check_tensors
-from fastden.ops._types import in_autocast, wants_gradient
+from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
+from fastden.ops._library import OPERATORS, Operator, check
+from fastden.ops._tensors import channels_last, in_autocast, like, wants_gradient
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
 
@@ -32,7 +36,7 @@ def head(
         x: (N, C, H, W), the padded network input; its first K channels are the image.
         weight: (4 K, M, 4, 4), output phases in the order of ``pixel_shuffle``.
         image_weight: (K, C, 7, 7), without the identity: the input is added apart, at its own precision.
-        bias: (K,).
+        bias: (K,); float32 or the dtype of ``features``.
         add_input: False leaves the input out.
         image: what is added instead of ``x``, (N, at least K, H, W), with a floating dtype of its own, which is then
             the result's: a half-precision network corrects a float32 image without rounding it.
@@ -42,7 +46,8 @@ def head(
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
-        (N, K, H - 6, W - 6), in the dtype of ``image`` where that is given, else of ``features``.
+        (N, K, H - 6, W - 6), in the dtype of ``image`` where that is given. Else in that of ``features``; under
+        autocast in that of what is added, ``x``, which is not rounded, or, where nothing is, of autocast.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is accepted.
@@ -56,14 +61,15 @@ def head(
         image = None
     backend = choose("head", backend, batch_statistics=False, **tensors)
     if backend != "torch":
-        from fastden.ops._autograd_image import Head
-
+        if add_input and image is None and torch.is_autocast_enabled(x.device.type):
+            image = x[:, :k]
         # A limit hides which side of it a value was on, which its gradient needs.
         later = clamp and wants_gradient(*tensors.values(), image)
-        y = Head.apply(*in_autocast(*tensors.values()), image, add_input, clamp and not later, composed, backend)
+        run = in_autocast(features, x, weight, image_weight)
+        y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)
         return y.clamp(0, 1) if later else y
     y = F.pixel_shuffle(F.conv2d(features, weight, None, padding=1), 2)
-    y = y + F.conv2d(x, image_weight, bias)
+    y = y + F.conv2d(x, image_weight, like(bias, x))
     if add_input:
         source = x if image is None else image
         y = (y if image is None else y.to(image.dtype)) + source[:, :k, 3:-3, 3:-3]
@@ -89,3 +95,119 @@ def _check(tensors: dict[str, Tensor], image: Tensor | None) -> None:
         if image.shape[1] < k or image.device != x.device:
             accepted = f"at least {k} channels, on {x.device}"
             raise ValueError(f"image: shape {tuple(image.shape)} on {image.device}; accepted: {accepted}")
+
+
+def _operator(
+    features: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    image_weight: Tensor,
+    bias: Tensor,
+    image: Tensor | None,
+    add_input: bool,
+    clamp: bool,
+    composed: bool,
+) -> Tensor:
+    from fastden.kernels.head import head
+
+    out_dtype = features.dtype if image is None else image.dtype
+    return head(features, x, weight, image_weight, bias, add_input, clamp, image, out_dtype, composed)
+
+
+_OPERATOR = Operator(_operator, "head")
+
+
+@_OPERATOR.shape
+def _(
+    features: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    image_weight: Tensor,
+    bias: Tensor,
+    image: Tensor | None,
+    **_: Any,
+) -> Tensor:
+    check(x.dim() == 4, "x", x, "4 dimensions")
+    n, channels, height, width = x.shape
+    even = height % 2 == 0 and width % 2 == 0 and height >= 8 and width >= 8
+    check(even, "x", x, "(N, C, H, W), H and W even and at least 8")
+    k, maps = image_weight.shape[0], features.shape[1]
+    shape = (n, maps, (height - 4) // 2, (width - 4) // 2)
+    check(tuple(features.shape) == shape, "features", features, str(shape))
+    fits = k <= channels and tuple(image_weight.shape) == (k, channels, 7, 7)
+    check(fits, "image_weight", image_weight, f"(K, {channels}, 7, 7), K <= {channels}")
+    check(tuple(weight.shape) == (4 * k, maps, 4, 4), "weight", weight, f"({4 * k}, {maps}, 4, 4)")
+    check(tuple(bias.shape) == (k,), "bias", bias, f"({k},)")
+    if image is not None:
+        fits = image.shape[1] >= k and (image.shape[0], *image.shape[2:]) == (n, height, width)
+        check(fits, "image", image, f"({n}, at least {k}, {height}, {width})")
+    dtype = features.dtype if image is None else image.dtype
+    return features.new_empty((n, k, height - 6, width - 6), dtype=dtype)
+
+
+class Head(torch.autograd.Function):
+    """out o cat(conv0, up3), with the image added or without."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        image_weight: Tensor,
+        bias: Tensor,
+        image: Tensor | None,
+        add_input: bool,
+        clamp: bool,
+        composed: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(features, x, weight, image_weight)
+        ctx.add_to_input = add_input and image is None
+        ctx.image_shape = None if image is None else image.shape
+        ctx.composed, ctx.ways, ctx.bias_dtype = composed, ways(backend), bias.dtype
+        return OPERATORS[backend].head(features, x, weight, image_weight, bias, image, add_input, clamp, composed)
+
+    @staticmethod
+    @first_derivative_only("head")
+    def backward(ctx: Any, full_grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, x, weight, image_weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad_image = None
+        grad = full_grad.to(features.dtype)
+        of_features = _feature_gradients((needed[0], needed[2]), grad, features, weight, ctx.composed, ctx.ways)
+        grad_x, _none, grad_image_weight = conv_gradients(
+            (needed[1], False, needed[3]), channels_last(grad), x, None, image_weight, 1, 0, ctx.ways
+        )
+        if grad_x is not None and ctx.add_to_input:
+            grad_x[:, : grad.shape[1], 3:-3, 3:-3] += grad
+        if needed[5]:
+            grad_image = full_grad.new_zeros(ctx.image_shape)
+            grad_image[:, : grad.shape[1], 3:-3, 3:-3] = full_grad
+        bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype) if needed[4] else None
+        return of_features[0], grad_x, of_features[1], grad_image_weight, bias, grad_image, None, None, None, None
+
+
+def _feature_gradients(
+    needed: tuple[bool, bool], grad: Tensor, features: Tensor, weight: Tensor, composed: bool, ways: Ways
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the features and of their weight; where it is composed, not of taps that are always zero."""
+    wanted = (needed[0], False, needed[1])
+    if not composed or "aten" in ways:
+        phases = channels_last(F.pixel_unshuffle(grad, 2))
+        grad_features, _none, grad_weight = conv_gradients(wanted, phases, features, None, weight, 1, 1, ways)
+        return grad_features, grad_weight
+    # Pixels 2 i - 1 (phase 1 of i - 1) and 2 i (phase 0 of i) both read the features i - 1, i and i + 1. In these
+    # groups they are a 3x3 convolution: 9 taps instead of 16.
+    pixels = channels_last(F.pixel_unshuffle(F.pad(grad, (1, 1, 1, 1)), 2))
+    taps = weight.unflatten(0, (-1, 2, 2))  # K, p, q, M, 4, 4
+    rows = torch.stack([taps[:, 1, ..., 1:, :], taps[:, 0, ..., :3, :]], 1)
+    merged = torch.stack([rows[:, :, 1, ..., 1:], rows[:, :, 0, ..., :3]], 2).flatten(0, 2)
+    grad_features, _none, grad_merged = conv_gradients(wanted, pixels, features, None, merged, 1, 1, ways)
+    if grad_merged is None:
+        return grad_features, None
+    found = grad_merged.unflatten(0, (-1, 2, 2))
+    back = [
+        F.pad(found[:, 1 - p, 1 - q], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)
+    ]  # phase 0 has its taps first, phase 1 last
+    return grad_features, torch.stack(back, 1).flatten(0, 1)

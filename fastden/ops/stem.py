@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
-from fastden.ops._types import BatchNorm, batch_statistics, finish, in_autocast
+from fastden.ops._gradients import first_derivative_only, ways
+from fastden.ops._library import OPERATORS, Operator, check, empty_like
+from fastden.ops._tensors import channels_last, in_autocast
 from fastden.ops.backends import choose
 
 
@@ -28,7 +33,7 @@ def stem(
     Args:
         x: (N, C, H, W), the padded network input; H and W even, at least 8.
         weight: (4, O, C, 7, 7): inside, first row, first column, corner.
-        bias: (4, O), likewise.
+        bias: (4, O), likewise; float32 or the dtype of ``x``.
         bn: batch normalisation over O channels; None where it is folded.
         relu: whether the ReLU is applied.
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
@@ -48,13 +53,11 @@ def stem(
         check_batch_norm("bn", bn, weight.shape[1])
     backend = choose("stem", backend, batch_statistics=batch_statistics(bn), x=x, weight=weight, bias=bias)
     if backend != "torch":
-        from fastden.ops._autograd import batch_norm_relu
-        from fastden.ops._autograd_image import Stem
-
-        y = Stem.apply(*in_autocast(x, weight, bias), relu and bn is None, backend)
+        y = Stem.apply(*in_autocast(x, weight), bias, relu and bn is None, backend)
         if bn is not None and bn.training:
             return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)
+    bias = bias.to(x.dtype)
     x = F.pad(x, (1, 0, 1, 0))
     y = F.conv2d(x, weight[0], bias[0], stride=2)
     # Written into the convolution's own output: conv2d's backward does not need it, so no copy is made.
@@ -71,3 +74,109 @@ def check_input_size(x: Tensor) -> None:
     check_shape("x", x, "N", "C", "H", "W")
     if any(size % 2 or size < 8 for size in x.shape[2:]):
         raise ValueError(f"x: shape {tuple(x.shape)}; accepted: (N, C, H, W), H and W even and at least 8")
+
+
+def _operator(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    from fastden.kernels.stem import stem
+
+    return stem(x, weight, bias, relu)
+
+
+_OPERATOR = Operator(_operator, "stem")
+
+
+@_OPERATOR.shape
+def _(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    check(x.dim() == 4, "x", x, "4 dimensions")
+    n, channels, height, width = x.shape
+    even = height % 2 == 0 and width % 2 == 0 and height >= 8 and width >= 8
+    check(even, "x", x, "(N, C, H, W), H and W even and at least 8")
+    outputs = weight.shape[1]
+    check(tuple(weight.shape) == (4, outputs, channels, 7, 7), "weight", weight, f"(4, O, {channels}, 7, 7)")
+    check(tuple(bias.shape) == (4, outputs), "bias", bias, f"(4, {outputs})")
+    return empty_like(x, (n, outputs, (height - 4) // 2, (width - 4) // 2))
+
+
+class Stem(torch.autograd.Function):
+    """conv1 o conv0, with a ReLU or without; x is given the gradient only where it wants one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, backend: str) -> Tensor:
+        y = OPERATORS[backend].stem(x, weight, bias, relu)
+        ctx.save_for_backward(x, weight, y if relu else None)
+        ctx.ways = ways(backend)
+        ctx.bias_dtype = bias.dtype
+        return y
+
+    @staticmethod
+    @first_derivative_only("stem")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        grad = channels_last(grad)
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        needed, way = ctx.needs_input_grad, ctx.ways
+        grad_x = grad_weight = grad_bias = None
+        aten = (needed[0] and way.input == "aten", needed[1] and way.weight == "aten")
+        if any(aten):
+            grad_x, grad_weight = _aten_gradients(*aten, grad, x, weight)
+        if needed[0] and not aten[0]:
+            grad_x = _input_gradient(grad, weight)
+        if needed[1] and not aten[1]:
+            grad_weight = torch.ops.fastden.stem_weight_gradient(grad, x)
+        if needed[2]:
+            grad_bias = torch.stack([grad[part].sum((0, 2, 3), dtype=ctx.bias_dtype) for part in _REGIONS])
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+_FIRST, _REST = slice(None, 1), slice(1, None)
+#: Where in the result each of the four sets of weights is used.
+_REGIONS = tuple((..., rows, columns) for columns in (_REST, _FIRST) for rows in (_REST, _FIRST))
+
+
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the image: of each region of the result, a transposed convolution with the region's weights.
+
+    Output pixel i reads rows from 2 i - 1 on: rows 2 (i + 1) - 3 + t, which is a transposed convolution of kernel 8
+    with a padding of 3 where the result has a row more in front. Behind it has one more, too: the last window ends
+    before the image does.
+    """
+    total: Tensor | None = None
+    for part, kernel in zip(_REGIONS, weight, strict=True):
+        region = torch.zeros_like(grad)
+        region[part] = grad[part]
+        # On the first row or column alone: few rows are enough.
+        rows = 1 if part[1] is _FIRST else grad.shape[2]
+        columns = 1 if part[2] is _FIRST else grad.shape[3]
+        region = channels_last(F.pad(region[:, :, :rows, :columns], (1, 1, 1, 1)))
+        made = torch.ops.fastden.upsample(region, F.pad(kernel, (0, 1, 0, 1)), None)
+        if total is None:
+            total = made
+        else:
+            # Windows of the first row end on row 5, the last of three pairs.
+            total[:, :, : made.shape[2], : made.shape[3]] += made
+    assert total is not None
+    return total
+
+
+def _aten_gradients(
+    of_input: bool, of_weight: bool, grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the image and the weights by PyTorch's own convolutions, region by region."""
+    padded = F.pad(x, (1, 0, 1, 0))
+    grad_padded = torch.zeros_like(padded) if of_input else None
+    weights = []
+    # Output row i reads rows 2 i to 2 i + 6 of the padded image.
+    for part, kernel in zip(_REGIONS, weight, strict=True):
+        window = (..., *(slice(None, 7) if side is _FIRST else slice(2, None) for side in part[1:]))
+        region = grad[part]
+        if 0 in region.shape:
+            weights.append(torch.zeros_like(kernel))
+            continue
+        grad_x, grad_weight, _none = torch.ops.aten.convolution_backward(
+            region, padded[window], kernel, None, [2, 2], [0, 0], [1, 1], False, [0, 0], 1, [of_input, of_weight, False]
+        )
+        if grad_padded is not None:
+            grad_padded[window] += grad_x
+        weights.append(grad_weight)
+    return (None if grad_padded is None else grad_padded[:, :, 1:, 1:]), torch.stack(weights) if of_weight else None

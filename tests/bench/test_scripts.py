@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fastden import ops
+from tests.bench.test_prove import load
 from tests.cli.run import fails
 
 SUITES = ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample", "model", "train", "batch")
@@ -39,6 +41,7 @@ def test_suites_run(root: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its commands would run")
 def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -> None:
+    prove = load(root)
     python, log = tmp_path / "python", tmp_path / "log"
     # The bench of training fails; all else succeeds.
     python.write_text(f'#!/bin/sh\necho "$@" >>{log}\ncase "$*" in *"bench train"*) echo broken; exit 3 ;; esac\n')
@@ -51,11 +54,17 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     script = root / "benchmarks" / "gpu_check.sh"
     done = subprocess.run(["bash", script, out], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
-    assert done.stdout.endswith("failed: train\n"), done.stdout + done.stderr
+    assert done.stdout.endswith("failed: train\nfailed: train-aten\n"), done.stdout + done.stderr
+    status = json.loads((out / "status.json").read_text())
+    assert status.pop("train") == status.pop("train-aten") == "failed"
+    assert set(status.values()) == {"passed"}
+    assert set(prove.CHECKS) < set(status)
     assert (out / "train.log").read_text() == "broken\n"
     asked = log.read_text().splitlines()
     assert any(line.startswith("-m pytest tests/kernels tests/ops tests/cuda") for line in asked)
     assert any(line.startswith("ncu --csv --clock-control none --metrics sm__pipe_tensor") for line in asked)
+    firsts = [line.split()[1] for line in asked if line.startswith("benchmarks/first_checks.py")]
+    assert firsts == ["one-pixel", "one-hot", "tiles", "large", "repeats", "thread", "graph"]
     assert "-m fastden build" in asked
     assert {tool for line in asked for tool in line.split() if tool.endswith("check")} == {
         "memcheck",
@@ -63,9 +72,12 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
         "synccheck",
     }
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
-    assert [bench[1] for bench in benches] == ["ops", "model", "model", "train", "ops", "model"]
+    assert [bench[1] for bench in benches] == ["ops"] * 6 + ["model", "model", "train", "train", "model"]
+    heights = {bench[bench.index("--size") + 1] for bench in benches if bench[1] == "ops" and "--backward" not in bench}
+    assert heights == set(map(str, prove.HEIGHTS))
     own = [bench[bench.index("--backends") + 1] for bench in benches]
-    assert own == ["torch,triton,cuda"] * 3 + ["torch,triton"] * 2 + ["torch,triton,cuda"]
+    training = ["torch,triton"] * 2
+    assert own == ["torch,triton,cuda"] * 4 + training + ["torch,triton,cuda"] * 2 + training + ["torch,triton,cuda"]
     for bench in benches:
         # Every option is one that the command has: the first thing that it finds missing is the GPU.
         fails(*bench, saying="finds no CUDA device")
@@ -82,4 +94,5 @@ def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, env={**environment, "BUDGET": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "failed: build (no time left)\nfailed: gpu-tests (no time left)" in done.stdout
+    assert "failed: build (no time left)\nfailed: first-one-pixel (no time left)" in done.stdout
+    assert set(json.loads((tmp_path / "out" / "status.json").read_text()).values()) == {"no time left"}

@@ -62,6 +62,20 @@ class TestArchitectures:
     def test_list(self) -> None:
         assert parse_architectures("8.0;8.6 9.0a,10.0+PTX 8.0") == ("8.0", "8.6", "9.0a", "10.0+PTX")
 
+    def test_lists_that_containers_set(self) -> None:
+        """For other packages: older GPUs are left out, with a note, and 9.0 is built with its matrix instruction."""
+        said: list[str] = []
+        assert parse_architectures("5.2 7.5 8.0 8.6 9.0+PTX", said.append) == ("8.0", "8.6", "9.0a", "9.0+PTX")
+        assert said == ["TORCH_CUDA_ARCH_LIST: 5.2, 7.5 left out; there are kernels from 8.0 on"]
+        assert parse_architectures("9.0") == ("9.0a",)
+        assert gencode(("9.0a", "9.0+PTX")) == (
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-gencode=arch=compute_90,code=compute_90",
+        )
+        chosen = choose_architectures({"TORCH_CUDA_ARCH_LIST": "7.5;9.0"}, CUDA_13, say=said.append)
+        assert chosen == ("9.0a",)
+        assert len(said) == 2
+
     @pytest.mark.parametrize("text", ["Hopper", "90", "8.0;sm_90", "9.0b", "7.5", "8.0+ptx"])
     def test_malformed_list(self, text: str) -> None:
         with pytest.raises(BuildError, match=r"TORCH_CUDA_ARCH_LIST: '.*'; accepted: compute capabilities from 8.0"):
@@ -150,6 +164,8 @@ class TestPlan:
         assert set(gencode(("8.0", "9.0a"))) < set(plan.nvcc_flags)
         assert not plan.emulated
         assert "-DFASTDEN_HOPPER" not in build.plan(root / "csrc", ("8.0", "9.0")).nvcc_flags
+        listed = build.plan(root / "csrc", parse_architectures("7.5 9.0")).nvcc_flags
+        assert {"-DFASTDEN_HOPPER", "-gencode=arch=compute_90a,code=sm_90a"} < set(listed)
 
     def test_emulated(self, root: Path) -> None:
         plan = build.plan(root / "csrc", emulator=root / "tests" / "emulator", toolkit=Path("/nowhere"))

@@ -69,6 +69,32 @@ def test_kernels_of_hopper(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
+def test_an_ignored_register_count_fails(command: ModuleType, tmp_path: Path) -> None:
+    """ptxas compiles ``setmaxnreg`` to nothing, with a note, where it does not know how many threads a block has."""
+    source = tmp_path / "stem.cu"
+    instruction = 'asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");'
+    source.write_text(f"__global__ void kernel(float* p) {{ {instruction} p[threadIdx.x] += 1; }}\n")
+    rows, failures = command.compile_one(source, "9.0a", build.find_toolkit(), ("-O3",), tmp_path)
+    assert [row["kernel"] for row in rows] == ["kernel"]
+    assert len(failures) == 1
+    assert "setmaxnreg" in failures[0]
+    source.write_text(source.read_text().replace("void kernel", "void __launch_bounds__(128, 1) kernel"))
+    assert command.compile_one(source, "9.0a", build.find_toolkit(), ("-O3",), tmp_path)[1] == []
+
+
+@pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
+def test_hoppers_kernel_traps_where_it_has_no_code(root: Path, tmp_path: Path) -> None:
+    """Code for 9.0 may lie beside that for 9.0a: launched by mistake it must not end as if it had done its work."""
+    toolkit = build.find_toolkit()
+    source, target = root / "csrc" / "concat_conv_bn_relu.cu", tmp_path / "kernel.ptx"
+    options = ("-std=c++17", "--expt-relaxed-constexpr", "-DFASTDEN_HOPPER", "-arch=sm_90", "-ptx")
+    subprocess.run([f"{toolkit}/bin/nvcc", *options, "-o", target, source], check=True)
+    bodies = [part for part in target.read_text().split(".entry ")[1:] if "concat_kernel" in part.splitlines()[0]]
+    assert len(bodies) == 4
+    assert all("trap;" in body for body in bodies)
+
+
+@pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
 def test_spills_and_errors_fail(command: ModuleType, tmp_path: Path) -> None:
     toolkit = build.find_toolkit()
     source = tmp_path / "concat_conv_bn_relu.cu"

@@ -175,6 +175,8 @@ class TestGpus:
             ((7, 5), ["8.0"], "compute capability 7.5; accepted: from 8.0 on"),
             ((8, 6), ["8.0", "9.0a"], None),
             ((9, 0), ["8.0"], f"compute capability 9.0; built for 8.0: {ADVICE}=9.0a"),
+            ((9, 0), ["8.0+PTX"], f"compute capability 9.0; built without wgmma, for 8.0+PTX: {ADVICE}=9.0a"),
+            ((9, 0), ["9.0a"], None),
             ((12, 0), ["10.0+PTX"], None),
         ],
     )
@@ -183,7 +185,10 @@ class TestGpus:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(extension, "load", lambda: {"architectures": built})
-        assert limits._why_not_device(torch.device("cuda")) == ([] if reason is None else [reason])
+        found = limits._why_not_device("concat_conv_bn_relu", torch.device("cuda"))
+        assert found == ([] if reason is None else [reason])
+        if reason is not None and "wgmma" in reason:
+            assert limits._why_not_device("conv_bn_relu", torch.device("cuda")) == []
 
     def test_benchmarks_leave_out_what_it_cannot_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "unavailable", lambda backend: [])

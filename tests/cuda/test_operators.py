@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -74,6 +75,38 @@ def test_concat_conv_bn_relu_of_the_network(device: str, size: tuple[int, int], 
     """conv3's channels, for which compute capability 9.0 has a kernel of its own."""
     tensors = compare.concatenation(device, dtype, batch, 64, 32, 256, size)
     assert_as_exact_as_eager(ops.concat_conv_bn_relu, tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(133, 265)])
+def test_more_tiles_than_blocks(device: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """conv3 with 289 tiles: an emulated GPU of 7 multiprocessors does them in 3 clusters, a GPU in at most 72.
+
+    So each block goes round its ring of stages many times, and through its barriers' phases.
+    """
+    if device == "cpu":
+        monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", "7")
+        monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
+    tensors = compare.concatenation(device, torch.bfloat16, 1, 128, 32, 256, size)
+    assert_as_exact_as_eager(ops.concat_conv_bn_relu, tensors)
+
+
+def test_several_tiles_a_block(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with 18 tiles of narrow channels for two clusters, quick enough for every run and for a sanitizer."""
+    if device == "cpu":
+        monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", "5")
+        monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
+    tensors = compare.concatenation(device, torch.bfloat16, 2, 64, 32, 256, (18, 37))
+    assert_as_exact_as_eager(ops.concat_conv_bn_relu, tensors)
+
+
+def test_first_in_its_thread(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's kernel asks the driver, which wants a context, and a fresh thread has none."""
+    monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
+    tensors = compare.concatenation(device, torch.float16, 1, 64, 32, 256, (3, 5))
+    with ThreadPoolExecutor(1) as pool:
+        y = pool.submit(ops.concat_conv_bn_relu, **tensors, backend="cuda").result()  # type: ignore[arg-type]
+    assert torch.equal(y, ops.concat_conv_bn_relu(**tensors, backend="cuda"))  # type: ignore[arg-type]
 
 
 @settings(max_examples=8)
@@ -245,6 +278,20 @@ def test_frozen_normalisation(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_biases_in_float32(device: str, name: str) -> None:
+    """Kernels add them to float32 sums unrounded: a bias that float16 would round to 1 shows in none of the sums."""
+    function, tensors, options = CASES[name](device, torch.float16)
+    halves = {key: x if x is None or not key.endswith("bias") else torch.ones_like(x) for key, x in tensors.items()}
+    expected = function(**halves, **options, backend="cuda")
+    wide = {key: x if x is None or not key.endswith("bias") else x.float() for key, x in halves.items()}
+    assert torch.equal(function(**wide, **options, backend="cuda"), expected)
+    more = {key: x if x is None or not key.endswith("bias") else x + 4e-4 for key, x in wide.items()}
+    assert not torch.equal(function(**more, **options, backend="cuda"), expected)
+    rounded = {key: x if x is None or not key.endswith("bias") else x.half() for key, x in more.items()}
+    assert torch.equal(function(**rounded, **options, backend="cuda"), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_dispatcher_operator(device: str, name: str) -> None:
     _, tensors, _ = CASES[name](device, torch.float16)
     arguments: dict[str, tuple[Any, ...]] = {
@@ -283,7 +330,8 @@ def test_autocast(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         y = function(**tensors, **options, backend="cuda")
     assert y.dtype == torch.bfloat16
-    halves = {key: None if x is None else x.bfloat16() for key, x in tensors.items()}
+    # The bias stays as it is: kernels add it to float32 sums.
+    halves = {key: x if x is None or key == "bias" else x.bfloat16() for key, x in tensors.items()}
     assert torch.equal(y, function(**halves, **options, backend="cuda"))
 
 
@@ -312,12 +360,21 @@ class TestRefusals:
             ("stem", "weight", (4, 12, 3, 7, 7), "weight's outputs: 12; accepted: a multiple of 8 up to 128"),
             ("stem", "weight", (4, 136, 3, 7, 7), "weight's outputs: 136; accepted: a multiple of 8 up to 128"),
             ("head", "features", (1, 24, 3, 5), "features' channels: 24; accepted: a multiple of 16"),
+            ("conv_bn_relu", "weight", (8, 16, 7, 7), "weight: kernel of 7; accepted: up to 5"),
+            ("concat_conv_bn_relu", "weight", (8, 24, 6, 6), "weight: kernel of 6; accepted: up to 5"),
         ],
     )
     def test_shapes(self, device: str, name: str, argument: str, shape: tuple[int, ...], reason: str) -> None:
         _, tensors, _ = CASES[name](device, torch.float16)
         assert backends.why_not(name, "cuda", **tensors) == []
         assert backends.why_not(name, "cuda", **tensors | {argument: random(device, torch.float16, *shape)}) == [reason]
+
+    def test_places_of_pixels_are_32_bits_wide(self, device: str) -> None:
+        x = torch.empty(1, 16, 1, 1, device=device, dtype=torch.float16).expand(1, 16, 40_000, 60_000)
+        weight = random(device, torch.float16, 8, 16, 3, 3)
+        reason = "x: (1, 16, 40000, 60000); accepted: less than 2^31 pixels, 3 rows and columns more each"
+        assert backends.why_not("conv_bn_relu", "cuda", x=x, weight=weight) == [reason]
+        assert backends.why_not("conv_bn_relu", "cuda", x=x[:, :, :30_000], weight=weight) == []
 
     def test_batch_statistics(self, device: str) -> None:
         bn = nn.BatchNorm2d(8).to(device)
@@ -340,6 +397,8 @@ class TestRefusals:
             ("conv", {4: (2, 8, 3, 3)}, ValueError, r"residual: shape \[2, 8, 3, 3\]; accepted: \[2, 8, 3, 4\]"),
             ("conv", {0: (2, 16, 5)}, ValueError, r"a: shape \[2, 16, 5\]; accepted: 4 dimensions"),
             ("conv", {1: (2, 8, 5, 7), 2: (8, 24, 3, 3)}, ValueError, "b: given with a residual or stride 2"),
+            ("conv", {2: (8, 16, 7, 7)}, ValueError, "weight: kernel of 7; accepted: up to 5"),
+            ("conv", {3: torch.bfloat16}, TypeError, "bias: dtype BFloat16; accepted: Half, Float"),
             ("conv", {6: 0}, ValueError, "stride: 0; accepted: at least 1"),
             ("conv", {7: -1}, ValueError, "padding: -1; accepted: at least 0"),
             ("upsample", {1: (16, 8, 3, 3)}, ValueError, r"accepted: \[16, 8, 4, 4\]"),

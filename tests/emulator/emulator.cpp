@@ -120,7 +120,20 @@ Position& position() {
     return machine.running->position;
 }
 
+// Of the thread that calls the operators.
+thread_local bool has_context = false;
+
+cudaError_t make_context_current() {
+    has_context = true;
+    return cudaSuccess;
+}
+
+bool context_is_current() {
+    return has_context;
+}
+
 void run(dim3 grid, int threads, int shared_bytes, int cluster, const std::function<void()>& body) {
+    has_context = true;
     if (shared_bytes > 227 << 10) throw std::runtime_error("more shared memory than a block may have");
     const char* seed = std::getenv("FASTDEN_EMULATOR_SEED");
     if (seed != nullptr) machine.random = std::strtoull(seed, nullptr, 10) * 2 + 1;
@@ -163,9 +176,10 @@ namespace fastden {
 
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
     const char* major = std::getenv("FASTDEN_EMULATED_MAJOR");
+    const char* multiprocessors = std::getenv("FASTDEN_EMULATED_MULTIPROCESSORS");
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount:
-            *value = 2;
+            *value = multiprocessors != nullptr ? std::atoi(multiprocessors) : 2;
             return cudaSuccess;
         case cudaDevAttrComputeCapabilityMajor:
             *value = major != nullptr ? std::atoi(major) : 9;

@@ -70,8 +70,11 @@ void barrier_wait(uint32_t barrier, uint32_t parity);
 int cluster_rank();
 bool elected();
 
-void encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes, const uint64_t* strides,
-                       const uint32_t* box);
+// The name of the driver's error, or null. Like the driver's functions it needs a context, which a thread has from its
+// first launch on, or from make_context_current() on.
+const char* encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes,
+                              const uint64_t* strides, const uint32_t* box);
+cudaError_t make_context_current();
 void tensor_load(uint32_t target, const CUtensorMap& map, uint32_t barrier, const int* place, unsigned ranks);
 void tensor_store(const CUtensorMap& map, uint32_t source, const int* place);
 void tensor_store_commit();
@@ -143,7 +146,16 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
 }
 
 // Two multiprocessors of compute capability 9.0, so that persistent kernels have several tiles to do; the environment
-// variable FASTDEN_EMULATED_MAJOR sets another capability.
+// variables FASTDEN_EMULATED_MAJOR and FASTDEN_EMULATED_MULTIPROCESSORS say otherwise.
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute);
+
+// Blocks of a cluster share a group of multiprocessors: here each group has one more than whole clusters fill.
+template <typename... Parameters>
+cudaError_t active_clusters(int* count, void (*)(Parameters...), int, int, int cluster) {
+    int multiprocessors = 0;
+    const cudaError_t error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
+    *count = multiprocessors > cluster ? (multiprocessors - 1) / cluster : multiprocessors / cluster;
+    return error;
+}
 
 }  // namespace fastden

@@ -164,6 +164,9 @@ inline uint32_t swizzled(uint32_t address) {
     return address ^ ((address >> 7) & 7) << 4;
 }
 
+// Whether the thread that calls the operators has a context.
+bool context_is_current();
+
 // Copies what cp.async was to copy.
 void finish(std::vector<Copy>& copies);
 

@@ -110,6 +110,8 @@ void finish(std::vector<Copy>& copies) {
 
 void copy_async(uint32_t target, const void* source, bool valid) {
     if (target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("a copy that is not aligned");
+    // Of no bytes too: whether an address that is no pointer is looked at then, the PTX manual does not say.
+    if (reinterpret_cast<uintptr_t>(source) < 1 << 20) fail("a copy from a null pointer");
     self().open.push_back({at(target, 16), valid ? source : nullptr});
     // At once at times: what is overwritten too early shows only so.
     if (draw() % 4 == 0) finish(self().open);
@@ -156,17 +158,19 @@ void barrier_wait(uint32_t barrier, uint32_t parity) {
     sleep();
 }
 
-void encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes, const uint64_t* strides,
-                       const uint32_t* box) {
+const char* encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes,
+                              const uint64_t* strides, const uint32_t* box) {
+    if (!context_is_current()) return "CUDA_ERROR_INVALID_CONTEXT";
     Map made = {base, {}, {}, {}, rank};
     for (int dimension = 0; dimension < rank; ++dimension) {
         made.sizes[dimension] = sizes[dimension];
         made.strides[dimension] = dimension == 0 ? 2 : strides[dimension - 1];
         made.box[dimension] = box[dimension];
-        if (made.strides[dimension] % 16 != 0 && dimension > 0) throw std::runtime_error("a stride off 16 bytes");
-        if (box[dimension] > 256) throw std::runtime_error("a box of more than 256");
+        if (made.strides[dimension] % 16 != 0 && dimension > 0) return "CUDA_ERROR_INVALID_VALUE";
+        if (box[dimension] > 256) return "CUDA_ERROR_INVALID_VALUE";
     }
     std::memcpy(map, &made, sizeof made);
+    return nullptr;
 }
 
 void tensor_load(uint32_t target, const CUtensorMap& map, uint32_t barrier, const int* place, unsigned ranks) {

@@ -166,6 +166,13 @@ def test_half_precision(color: Denoiser, tmp_path: Path) -> None:
             assert torch.isfinite(result).all()
             # A quarter of a step of 8 bits.
             assert error(result, color, image, sigma) < 0.25 / 255
+    openvino = pytest.importorskip("openvino")
+    network = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    for image in images:
+        level = torch.full((1, 1, 1, 1), SIGMA)
+        result = torch.from_numpy(network({"input": image.numpy(), "sigma": level.numpy()})["output"])
+        # It may compute in bfloat16, which resolves 1 / 256.
+        assert error(result, color, image, SIGMA) < 2 / 255
 
 
 @pytest.mark.parametrize("opset", [13, 18, 23])

@@ -27,14 +27,18 @@ def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(table.read_text())["kernels"]
-    operators = ("batch_norm", "bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample")
-    for operator in operators:
+    operators = ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample", "weight_gradient")
+    for operator in ("batch_norm", *operators):
         compiled = {row["architecture"] for row in rows if row["kernel"].startswith(f"{operator} ")}
         assert compiled == set(BEST), operator
     assert not any(row["spilled_bytes"] for row in rows)
     described = [row for row in rows if "concat" in row["kernel"] and "descriptors" in row["kernel"]]
     assert len(described) == 2 * len(DESCRIBED)
     assert all(row["bulk_copies"] and row["architecture"] != "sm_80" for row in described)
-    # Statistics are sums without products.
-    products = [row for row in rows if not row["kernel"].startswith("batch_norm ")]
-    assert all(row["matrix_instruction"] == BEST[row["architecture"]] for row in products)
+    # Statistics and the second sum of weights' gradients have no products. Tiles of few outputs or pixels are too small
+    # for the best instruction.
+    products = [row for row in rows if row["kernel"].startswith(operators) and " sum " not in row["kernel"]]
+    assert all(row["matrix_instruction"] for row in products)
+    large = [row for row in products if "few pixels" not in row["kernel"] and " head" not in row["kernel"]]
+    large = [row for row in large if "gradient bf16" not in row["kernel"]]
+    assert all(row["matrix_instruction"] == BEST[row["architecture"]] for row in large)

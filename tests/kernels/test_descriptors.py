@@ -14,8 +14,9 @@ from triton import language as tl
 
 from fastden import ops
 from fastden.kernels import _descriptors
-from fastden.kernels._conv import ConvConfig, config_for, launch_conv
-from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu, specimens
+from fastden.kernels._conv import launch_conv
+from fastden.kernels._tiles import ConvConfig, config_for
+from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu
 from tests.kernels.images import DTYPES
 from tests.kernels.test_convolutions import assert_as_exact_as_eager, random
@@ -135,9 +136,3 @@ class TestRefusals:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
         (reason,) = _descriptors.why_not(x, None, weight)
         assert reason == "device: compute capability 8.6; accepted: 9.0 or later"
-
-
-def test_specimens_name_every_argument() -> None:
-    for specimen in specimens():
-        constants = {name for name, kind in specimen.signature.items() if kind == "constexpr"}
-        assert constants == set(specimen.constants)

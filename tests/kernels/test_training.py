@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastden import ops
 from fastden.nn import Bottleneck, ConvBNReLU
+from fastden.ops import _recompute
 from tests.helpers import max_error, random_network, relative_l2
 from tests.kernels.test_convolutions import normalisation
 
@@ -85,18 +89,25 @@ def test_bottleneck_compiles_without_a_break(device: str) -> None:
 
 
 def stored(run: Callable[[], Tensor], batch: int) -> int:
-    """Bytes of activations (first dimension ``batch``) that autograd holds for the backward pass."""
+    """Bytes of activations (first dimension ``batch``) that autograd holds for the backward pass.
+
+    Found in the graph: hooks on saved tensors would change what is saved.
+    """
     found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 4 and tensor.shape[0] == batch:
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    assert result.requires_grad
+    result = run()
+    seen, waiting = set(), [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        saved: list[Any] = list(getattr(node, "saved_tensors", ()))  # of Python's own functions
+        saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for tensor in saved:
+            if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[0] == batch:
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 
 
@@ -132,6 +143,123 @@ def test_activation_checkpointing(device: str) -> None:
     found = gradients(other, x, "triton", lambda x: checkpoint(other, x, use_reentrant=False))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(module, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def pair(device: str) -> nn.Sequential:
+    """A convolution and a block, which makes its input again from the convolution's output."""
+    convolution = ConvBNReLU(3, 12, bias=False).to(device)
+    both = nn.Sequential(convolution, block(device))
+    for module in both.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # so that a second forward pass leaves the statistics where the first put them
+    return both
+
+
+@pytest.mark.parametrize("way", ["nested", "inner", "on the cpu"])
+def test_hooks_on_saved_tensors(device: str, way: str) -> None:
+    """Nested checkpoints and ``save_on_cpu`` decide what is stored; the block then saves its input as it is."""
+    both = pair(device)
+    other = copy.deepcopy(both)
+    x = torch.randn(2, 3, 5, 6, device=device)
+    expected = gradients(both, x, "triton")
+
+    def run(x: Tensor) -> Tensor:
+        if way == "nested":
+            return checkpointed(nn.Sequential(other[0], _Checkpointed(other[1])), x)
+        if way == "inner":
+            return checkpointed(other[1], other[0](x))
+        with torch.autograd.graph.save_on_cpu():
+            return other[1](other[0](x))
+
+    found = gradients(other, x, "triton", run)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpointed(self.module, x)
+
+
+def test_a_stored_result_carries_nothing_along(device: str) -> None:
+    """A small file for a small tensor: not the convolution's output, from which it can be made again."""
+    with ops.use_backend("triton"):
+        y = pair(device)[0](torch.randn(2, 3, 5, 6, device=device))
+    assert _recompute.has_recipe(y)
+    file = io.BytesIO()
+    torch.save(y, file)
+    plain = io.BytesIO()
+    torch.save(y.detach().clone(), plain)
+    assert len(file.getvalue()) < 1.2 * len(plain.getvalue())
+    file.seek(0)
+    assert not vars(torch.load(file, weights_only=True))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the dispatcher's operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backward", [None, "aten", "weight=aten"])
+def test_what_a_training_step_runs(device: str, monkeypatch: pytest.MonkeyPatch, backward: str | None) -> None:
+    """On kernels alone: no convolution of PyTorch's own, forward or backward, unless that is asked for."""
+    if backward is not None:
+        monkeypatch.setenv("FASTDEN_BACKWARD", backward)
+    model = random_network(composed=True).to(device).train()
+    x = torch.rand(1, 3, 10, 14, device=device)
+    with ops.use_backend("triton"):
+        loss = model(x, 0.1).square().mean()
+        with Calls() as calls:
+            loss.backward()
+    own = {name.removeprefix("fastden::"): count for name, count in calls.count.items() if "fastden::" in name}
+    # Nine in three blocks, conv2, conv3, up2, the head's two, and the stem. Composing weights convolves them, too.
+    of_features = calls.count["aten::convolution_backward"]
+    composition = 3
+    if backward is None:
+        assert (own["weight_gradient"], own["stem_weight_gradient"]) == (14, 1)
+        assert of_features == composition
+    elif backward == "aten":
+        assert "weight_gradient" not in own
+        assert of_features > 12 + composition
+    else:
+        assert "weight_gradient" not in own
+        assert own["conv"] > 10
+
+
+def test_a_malformed_choice_of_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDEN_BACKWARD", "input=cudnn")
+    x, weight = torch.randn(1, 2, 3, 3, device=device), torch.randn(2, 2, 1, 1, device=device)
+    with pytest.raises(ValueError, match=r"FASTDEN_BACKWARD: 'input=cudnn'; accepted: aten, kernels, or input="):
+        ops.conv_bn_relu(x, weight, backend="triton")
+
+
+def test_second_derivatives_are_refused(device: str) -> None:
+    x = torch.randn(1, 3, 5, 4, device=device, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
+    y = ops.conv_bn_relu(x, weight, padding=1, backend="triton")
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"convolution: second derivatives on kernels; accepted: first .* torch"):
+        grad.square().sum().backward()
+    y = ops.conv_bn_relu(x, weight, padding=1, backend="torch")
+    (other,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    other.square().sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(grad, other)
 
 
 def test_frozen_parts_get_no_gradient(device: str) -> None:
@@ -205,8 +333,6 @@ def test_head_corrects_a_float32_image(device: str, dtype: torch.dtype, clamp: b
 
 @pytest.mark.parametrize("name", ["stem", "head", "bottleneck"])
 def test_dispatcher_operator(device: str, name: str) -> None:
-    import fastden.ops._dispatch  # noqa: F401 - registers them
-
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device)
 
@@ -240,5 +366,5 @@ def test_training_mode_without_gradients(device: str) -> None:
         other = copy.deepcopy(module)
         with mode(), ops.use_backend("triton"):
             first = other[0](x)
-            assert not hasattr(first, "_fastden_recipe")
+            assert not _recompute.has_recipe(first)
             assert max_error(other[1](first), expected) < 1e-5

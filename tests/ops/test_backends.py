@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,16 +110,24 @@ class TestAutomatic:
 
         class OnGpu:
             device = torch.device("cuda")
+            dtype = torch.bfloat16
 
-        monkeypatch.setattr(backends, "PROVEN", frozenset({("triton", "stem", (9, 0)), ("cuda", "upsample", (9, 0))}))
+        class InFloat32(OnGpu):
+            dtype = torch.float32
+
+        proven = {("triton", "stem", (9, 0), "bfloat16"): "a.json", ("cuda", "upsample", (9, 0), "bfloat16"): "b.json"}
+        monkeypatch.setattr(backends, "PROVEN", proven)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
         assert choose("stem", None, x=OnGpu()) == "triton"  # type: ignore[arg-type]
         assert choose("upsample", None, x=OnGpu()) == "cuda"  # type: ignore[arg-type]
         assert choose("head", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
+        assert choose("stem", None, x=InFloat32()) == "torch"  # type: ignore[arg-type]
         assert choose("stem", None, x=torch.rand(1)) == "torch"
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: ["no"])
         assert choose("stem", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
 
-    def test_nothing_is_proven_yet(self) -> None:
-        assert frozenset() == backends.PROVEN
+    def test_what_is_proven_has_its_results(self, root: Path) -> None:
+        for (backend, operator, _, _), file in backends.PROVEN.items():
+            names = {result["name"].split()[0] for result in json.loads((root / file).read_text())["results"]}
+            assert operator in names, (backend, file)

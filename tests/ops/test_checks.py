@@ -106,6 +106,40 @@ def test_batch_norm() -> None:
         function(**arguments, bns=bns)
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.BatchNorm2d(4, momentum=None), r"bn: momentum=None .*; accepted: a number"),
+        (nn.BatchNorm2d(4, affine=False), "bn: affine=False; accepted: True"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "bn: track_running_stats=False; accepted: True"),
+        (nn.SyncBatchNorm(4), "bn: SyncBatchNorm in training; accepted: BatchNorm2d, or SyncBatchNorm in evaluation"),
+    ],
+)
+def test_normalisation_that_operators_do_not_have(module: nn.BatchNorm2d, message: str) -> None:
+    before = module.num_batches_tracked
+    with pytest.raises(ValueError, match=message):
+        ops.BatchNorm.of(module)
+    assert module.num_batches_tracked is before
+    assert before is None or before == 0
+
+
+def test_synchronised_normalisation_in_evaluation() -> None:
+    module = nn.SyncBatchNorm(4).eval()
+    function, arguments = case("conv_bn_relu")
+    state = ops.BatchNorm.of(module)  # type: ignore[arg-type]
+    plain = ops.BatchNorm.of(nn.BatchNorm2d(4).eval())
+    assert torch.equal(function(**arguments, bn=state), function(**arguments, bn=plain))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_biases_may_be_float32(name: str) -> None:
+    """Beside half precision; PyTorch's own operations then round them."""
+    function, arguments = case(name)
+    halves = {key: value if key == "padding" else value.bfloat16() for key, value in arguments.items()}
+    wide = {key: value.float() if key == "bias" else value for key, value in halves.items()}
+    assert torch.equal(function(**wide), function(**halves))
+
+
 def test_image_of_the_head() -> None:
     function, arguments = case("head")
     image = torch.rand(2, 3, 10, 12)

@@ -1,0 +1,291 @@
+"""What Triton would compile for the network: the kernels' own launches, on a driver that launches nothing.
+
+Every launch function runs at the network's sizes on tensors without memory. Triton, which asks before it compiles, is
+told that this is done; what it would have compiled is what is returned. So the checks see the kernels, constants and
+options of a real launch, and nothing says them twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from fastden.kernels import _descriptors, batch_norm, bottleneck, head, stem, upsample, weight_gradient
+from fastden.kernels._tiles import config_for
+from fastden.kernels.bottleneck import BottleneckConfig
+from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
+from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
+
+#: Names that Triton gives to dtypes, and two ways to form products of float32.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+#: Height and width of half-resolution features: a photograph's, and so few that tiles are smaller. Batches and sizes
+#: are no part of a kernel (tests/kernels/test_compilations.py), so one batch stands for all.
+SIZES = {"": (1, 540, 960), ", few pixels": (1, 32, 32)}
+
+
+class Launch(NamedTuple):
+    """A kernel as it is launched.
+
+    Attributes:
+        label: for tables.
+        kernel: the jitted function.
+        signature, constants, attributes: as Triton compiles it.
+        options: warps and pipeline stages.
+        products: whether it multiplies matrices.
+        described: whether its loads are TMA's, which only sm_90 and later have.
+    """
+
+    label: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, int]
+    products: bool
+    described: bool
+
+
+class _Driver:
+    """A GPU that is not there. Its number is its architecture: Triton keeps what it knows of a GPU by number."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextmanager
+def _recorded(architecture: int, dtype: str) -> Iterator[list[dict[str, Any]]]:
+    """Collect what launches in the ``with`` block would have compiled."""
+    found: list[dict[str, Any]] = []
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found.append({"kernel": fn.jit_function, **compile})
+        return True
+
+    patched = {module: module.precision for module in _with_products()}
+    described = _descriptors.why_not
+    triton.runtime.driver.set_active(_Driver(architecture))
+    triton.knobs.runtime.jit_cache_hook = hook
+    for module in patched:
+        module.precision = lambda x: "tf32" if dtype == "tf32" else "ieee"
+    _descriptors.why_not = lambda a, b, weight: []
+    try:
+        yield found
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+        for module, precision in patched.items():
+            module.precision = precision
+        _descriptors.why_not = described
+
+
+def _with_products() -> list[Any]:
+    names = ("_conv", "_descriptors", "bottleneck", "head", "stem", "weight_gradient")
+    return [import_module(f"fastden.kernels.{name}") for name in names]
+
+
+def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
+    """The kernels of an operator at the network's sizes, each once.
+
+    Args:
+        operator: a module of ``fastden.kernels``.
+        dtype: a key of :data:`DTYPES`.
+        architecture: such as 90.
+    """
+    result: dict[str, Launch] = {}
+    for suffix, size in SIZES.items():
+        for name, call in CALLS[operator](_Network(DTYPES[dtype], *size)).items():
+            described = "descriptors" in name
+            if described and architecture < 90:
+                continue
+            with _recorded(architecture, dtype) as found:
+                call()
+            for one in found:
+                kernel = one["kernel"].fn.__name__
+                if kernel in OTHERS and operator != OTHERS[kernel]:
+                    continue  # of another operator's table
+                key = f"{one['key']}"
+                short = kernel.removesuffix("_kernel")
+                part = "" if short in (operator, "conv", "descriptor_conv") else f" {short}"
+                label = f"{operator} {name}{part}{suffix} {dtype}"
+                options = {option: one[option] for option in ("num_warps", "num_stages")}
+                products = any(parameter == "PRECISION" for parameter in one["kernel"].arg_names)
+                launch = Launch(
+                    label, one["kernel"], one["signature"], one["constants"], one["configs"][0], options, products,
+                    described,
+                )  # fmt: skip
+                result.setdefault(kernel + key, launch)
+    return list(result.values())
+
+
+#: Kernels that several operators launch, and whose table has them.
+OTHERS = {"combine_kernel": "batch_norm", "sum_kernel": "weight_gradient"}
+
+
+class _Network:
+    """Tensors without memory of the network's shapes."""
+
+    def __init__(self, dtype: torch.dtype, batch: int, height: int, width: int) -> None:
+        self.dtype, self.batch, self.height, self.width = dtype, batch, height, width
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def features(self, channels: int, scale: float = 1) -> Tensor:
+        """At half resolution, channels-last."""
+        shape = (self.batch, channels, int(self.height * scale), int(self.width * scale))
+        return self.tensor(*shape).contiguous(memory_format=torch.channels_last)
+
+    def image(self, channels: int, dense: bool) -> Tensor:
+        x = self.tensor(self.batch, channels, 2 * self.height + 4, 2 * self.width + 4)
+        return x.contiguous(memory_format=torch.channels_last) if dense else x
+
+    def vector(self, *shape: int) -> Tensor:
+        """Biases and statistics."""
+        return self.tensor(*shape, dtype=torch.float32)
+
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def _conv_bn_relu(n: _Network) -> Calls:
+    # What a bottleneck's 3x3 convolution is on descriptors.
+    described = replace(config_for(64, 64, 1 << 20, n.dtype.itemsize), descriptors=True)
+    x, w = n.features, n.tensor
+    conv2 = functools.partial(conv_bn_relu, x(128), w(128, 128, 3, 3), n.vector(128), stride=2, padding=1)
+    return {
+        "conv2": conv2,
+        "reduce": lambda: conv_bn_relu(x(256), w(64, 256, 1, 1), n.vector(64)),
+        "expand": lambda: conv_bn_relu(x(64), w(256, 64, 1, 1), n.vector(256), x(256)),
+        "conv2 with statistics": lambda: conv_statistics(x(128), None, w(128, 128, 3, 3), None, 2, 1, 1e-5),
+        "conv by descriptors": lambda: conv_bn_relu(x(64), w(64, 64, 3, 3), n.vector(64), padding=1, config=described),
+    }
+
+
+def _concat_conv_bn_relu(n: _Network) -> Calls:
+    def conv3(config: Any = None) -> None:
+        concat_conv_bn_relu(n.features(128), n.features(32), n.tensor(256, 160, 3, 3), n.vector(256), config=config)
+
+    def statistics() -> None:
+        conv_statistics(n.features(128), n.features(32), n.tensor(256, 160, 3, 3), None, 1, 1, 1e-5)
+
+    calls: Calls = {"conv3": conv3, "conv3 with statistics": statistics}
+    if n.dtype.itemsize == 2:
+        for config in DESCRIBED:
+            name = f"conv3 by descriptors {config.block_m}x{config.block_n}x{config.block_k}"
+            calls[name] = functools.partial(conv3, config)
+    return calls
+
+
+def _bottleneck(n: _Network) -> Calls:
+    def run(channels: int, middle: int, config: BottleneckConfig | None = None) -> None:
+        weights = n.tensor(middle, channels, 1, 1), n.tensor(middle, middle, 3, 3), n.tensor(channels, middle, 1, 1)
+        biases = n.vector(middle), n.vector(middle), n.vector(channels)
+        bottleneck.bottleneck(n.features(channels), *weights, biases, config)
+
+    calls: Calls = {}
+    for channels, middle in ((128, 32), (256, 64)):
+        calls[f"{channels}-{middle}"] = functools.partial(run, channels, middle)
+        chosen = bottleneck.config_for(channels, middle, 1 << 20, n.dtype.itemsize)
+        calls[f"{channels}-{middle} in two"] = functools.partial(run, channels, middle, replace(chosen, fused=False))
+    return calls
+
+
+def _upsample(n: _Network) -> Calls:
+    return {
+        "up2": lambda: upsample.upsample(n.features(128, 0.5), n.tensor(128, 32, 4, 4), n.vector(32)),
+        # Gradients of conv2's input and of the stem's.
+        "conv2's gradient": lambda: upsample.upsample(n.features(128, 0.5), n.tensor(128, 128, 4, 4)),
+        "stem's gradient": lambda: upsample.upsample(n.features(128), n.tensor(128, 3, 8, 8)),
+    }
+
+
+def _stem(n: _Network) -> Calls:
+    def run(channels: int, dense: bool) -> None:
+        stem.stem(n.image(channels, dense), n.tensor(4, 128, channels, 7, 7), n.vector(4, 128))
+
+    return {
+        f"{channels} channels {'channels-last' if dense else 'planar'}": functools.partial(run, channels, dense)
+        for channels in (3, 4)
+        for dense in (False, True)
+    }
+
+
+def _head(n: _Network) -> Calls:
+    def run(composed: bool, dense: bool) -> None:
+        head.head(
+            n.features(256), n.image(4, dense), n.tensor(12, 256, 4, 4), n.tensor(3, 4, 7, 7), n.vector(3), True, True,
+            n.tensor(n.batch, 3, 2 * n.height + 4, 2 * n.width + 4, dtype=torch.float32), torch.float32, composed,
+        )  # fmt: skip
+
+    return {
+        f"{9 if composed else 16} taps, input {'channels-last' if dense else 'planar'}": functools.partial(
+            run, composed, dense
+        )
+        for composed in (False, True)
+        for dense in (False, True)
+    }
+
+
+def _batch_norm(n: _Network) -> Calls:
+    x, vector = n.features(256), n.vector(256)
+    own = n.tensor(256)  # BN's parameters, in the dtype that they have under .to(dtype)
+
+    def gradient(residual: bool) -> None:
+        y = x if residual else None
+        batch_norm.affine_gradient(x, y, x, vector, vector, own, own, True, residual)
+
+    return {
+        "statistics": lambda: batch_norm.statistics(x, 1e-5),
+        "affine, residual": lambda: batch_norm.affine(x, vector, vector, own, own, x, True),
+        "affine": lambda: batch_norm.affine(x, vector, vector, own, own, None, True),
+        "of a residual": lambda: gradient(True),
+        "of none": lambda: gradient(False),
+    }
+
+
+def _weight_gradient(n: _Network) -> Calls:
+    run = weight_gradient.weight_gradient
+    x = n.features
+    return {
+        "conv3": lambda: run(x(256), x(128), x(32), 3, 1, 1),
+        "conv2": lambda: run(x(128, 0.5), x(128), None, 3, 2, 1),
+        "reduce": lambda: run(x(64), x(256), None, 1, 1, 0),
+        "conv": lambda: run(x(64), x(64), None, 3, 1, 1),
+        "expand": lambda: run(x(256), x(64), None, 1, 1, 0),
+        "up2": lambda: run(x(128, 0.5), x(32), None, 4, 2, 1),
+        "head": lambda: run(x(12), x(256), None, 3, 1, 1),
+        "head's image": lambda: run(
+            n.tensor(n.batch, 3, 2 * n.height - 2, 2 * n.width - 2), n.image(4, True), None, 7, 1, 0
+        ),
+        "stem": lambda: weight_gradient.stem_weight_gradient(x(128), n.image(4, True)),
+    }
+
+
+#: What is launched, by operator.
+CALLS: dict[str, Callable[[_Network], Calls]] = {
+    "batch_norm": _batch_norm,
+    "bottleneck": _bottleneck,
+    "concat_conv_bn_relu": _concat_conv_bn_relu,
+    "conv_bn_relu": _conv_bn_relu,
+    "head": _head,
+    "stem": _stem,
+    "upsample": _upsample,
+    "weight_gradient": _weight_gradient,
+}

@@ -1,0 +1,134 @@
+"""Rewrite the table that the automatic choice reads, by what a run of ``gpu_check.sh`` proved.
+
+A kernel is proven for the GPU's compute capability and a dtype where every check of results passed, the sanitizers
+found nothing, and at every place of the operator in the network, at four sizes, it is right and faster than each rival
+that is right: its third quartile below the rival's first. What the table says of other capabilities and dtypes stays.
+The results have to lie in the repository, for they are committed with the table.
+
+    benchmarks/gpu_check.sh benchmarks/results/gpu/h100
+    python benchmarks/prove.py benchmarks/results/gpu/h100            # says what is proven and what not, and why
+    python benchmarks/prove.py benchmarks/results/gpu/h100 --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastden.ops.backends import NAMES
+from fastden.ops.proven import PROVEN
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "fastden" / "ops" / "proven.py"
+#: Steps of gpu_check.sh without which nothing is proven.
+CHECKS = (
+    *(f"first-{name}" for name in ("one-pixel", "one-hot", "tiles", "large", "repeats", "thread", "graph")),
+    "gpu-tests",
+    *(f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
+)
+#: Heights of the images whose results there have to be.
+HEIGHTS = (256, 512, 1080, 2160)
+Key = tuple[str, str, tuple[int, int], str]
+
+
+def unproven(status: dict[str, str]) -> list[str]:
+    """Checks that did not pass, of what gpu_check.sh says in ``status.json``."""
+    return [f"{name}: {status.get(name, 'did not run')}" for name in CHECKS if status.get(name) != "passed"]
+
+
+def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
+    """Why contender ``own`` is not right and faster than each right rival; nothing where it is."""
+    mine = rows.get(own)
+    if mine is None:
+        return ["did not run"]
+    if not mine.get("right"):
+        return [mine.get("failed", "wrong result")]
+    rivals = {name: row for name, row in rows.items() if name != own and row.get("right")}
+    # The other kernels are no rivals: of two that are proven the order of backends decides.
+    rivals = {name: row for name, row in rivals.items() if not row["own"] or name == "fastden-torch"}
+    if not rivals:
+        return ["no rival gave a right result"]
+    slower = [name for name, row in rivals.items() if mine["q3_ms"] >= row["q1_ms"]]
+    return [f"not faster than {', '.join(slower)}"] if slower else []
+
+
+def prove(documents: dict[str, dict[str, Any]]) -> tuple[dict[Key, str], list[str]]:
+    """Entries for the table, each with its file of results, and why others are left out.
+
+    Args:
+        documents: what ``fastden bench ops`` wrote, by file.
+    """
+    by_height: dict[tuple[str, str], dict[int, tuple[str, dict[str, Any]]]] = {}
+    for name, document in documents.items():
+        settings = document["settings"]
+        key = (document["machine"]["compute_capability"], settings["dtype"])
+        by_height.setdefault(key, {})[settings["size"][0]] = (name, document)
+    entries: dict[Key, str] = {}
+    notes = []
+    for (capability, dtype), found in sorted(by_height.items()):
+        lacking = [str(height) for height in HEIGHTS if height not in found]
+        if lacking:
+            notes.append(f"{capability} {dtype}: no results of height {', '.join(lacking)}")
+            continue
+        major, minor = map(int, capability.split("."))
+        operators = {result["name"].split()[0] for _, document in found.values() for result in document["results"]}
+        for operator in sorted(operators):
+            for backend in NAMES[1:]:
+                reasons = [
+                    f"{result['name']} at {height}: {reason}"
+                    for height, (_, document) in sorted(found.items())
+                    for result in document["results"]
+                    if result["name"].split()[0] == operator
+                    for reason in why_not_faster(result["contenders"], f"fastden-{backend}")
+                ]
+                if reasons:
+                    notes.append(f"{backend} {operator} {capability} {dtype}: {'; '.join(reasons)}")
+                else:
+                    entries[backend, operator, (major, minor), dtype] = found[max(HEIGHTS)][0]
+    return entries, notes
+
+
+def merged(entries: dict[Key, str], tried: Iterable[tuple[tuple[int, int], str]]) -> dict[Key, str]:
+    """The table with ``entries`` in place of those of the capabilities and dtypes that were ``tried``."""
+    tried = set(tried)
+    return {key: file for key, file in PROVEN.items() if key[2:] not in tried} | entries
+
+
+def write(table: dict[Key, str], path: Path) -> None:
+    head, _, _ = path.read_text().partition("PROVEN:")
+    lines = [f"    {key!r}: {file!r},".replace("'", '"') for key, file in sorted(table.items())]
+    body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
+    path.write_text(f"{head}PROVEN: dict[tuple[str, str, tuple[int, int], str], str] = {body}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Put what a GPU proved into the table of the automatic choice.")
+    parser.add_argument("results", type=Path, help="folder that gpu_check.sh wrote, in this repository")
+    parser.add_argument("--write", action="store_true", help="rewrite the table; without it only say what would be")
+    arguments = parser.parse_args()
+    folder = arguments.results.resolve()
+    if not folder.is_relative_to(ROOT):
+        parser.error(f"{folder} lies outside {ROOT}; the results are committed with the table")
+    lacking = unproven(json.loads((folder / "status.json").read_text()))
+    if lacking:
+        print("nothing is proven:\n  " + "\n  ".join(lacking), file=sys.stderr)
+        return 1
+    files = {file.relative_to(ROOT).as_posix(): json.loads(file.read_text()) for file in folder.glob("ops-[0-9]*.json")}
+    entries, notes = prove(files)
+    print("\n".join(f"proven: {key}" for key in sorted(entries)) or "nothing is proven")
+    print("\n".join(f"left out: {note}" for note in notes))
+    if arguments.write:
+        tried = {
+            (tuple(map(int, found["machine"]["compute_capability"].split("."))), found["settings"]["dtype"])
+            for found in files.values()
+        }
+        write(merged(entries, tried), TABLE)  # type: ignore[arg-type]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Convolutions of one or two sources with what is fused behind them: the operators on kernels, and their gradients.
+
+What is stored for gradients is little: of a convolution with batch statistics its raw output alone, from which an
+operator behind it makes its input again (``_recompute.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastden.algebra import fold_batch_norm
+from fastden.ops import _recompute
+from fastden.ops._batch_norm import BatchNorm, check_values, update_running_statistics, vectors
+from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
+from fastden.ops._library import OPERATORS, Operator, check, empty_like
+from fastden.ops._recompute import Recipe
+from fastden.ops._tensors import channels_last
+
+
+@Operator
+def conv(
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    from fastden.kernels.concat_conv_bn_relu import concat_conv_bn_relu
+    from fastden.kernels.conv_bn_relu import conv_bn_relu
+
+    if b is None:
+        return conv_bn_relu(a, weight, bias, residual, relu, stride, padding)
+    if residual is not None or stride != 1:
+        raise ValueError(f"b: given with a residual or stride {stride}; accepted beside it: no residual, stride 1")
+    return concat_conv_bn_relu(a, b, weight, bias, relu, padding)
+
+
+@conv.shape
+def _(
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    **_: Any,
+) -> Tensor:
+    y = _empty_result(a, b, weight, bias, stride, padding)
+    if residual is not None:
+        check(residual.shape == y.shape, "residual", residual, str(tuple(y.shape)))
+    return y
+
+
+@Operator
+def conv_statistics(
+    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastden.kernels.conv_bn_relu import conv_statistics
+
+    return conv_statistics(a, b, weight, bias, stride, padding, eps)
+
+
+@conv_statistics.shape
+def _(
+    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_result(a, b, weight, bias, stride, padding), *vectors(a, weight.shape[0])
+
+
+def _empty_result(
+    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int
+) -> Tensor:
+    """A convolution's result; refuses what the kernel would read beyond."""
+    check(a.dim() == 4, "a", a, "4 dimensions")
+    channels = a.shape[1]
+    if b is not None:
+        fits = b.dim() == 4 and (b.shape[0], *b.shape[2:]) == (a.shape[0], *a.shape[2:])
+        check(fits, "b", b, f"({a.shape[0]}, B, {a.shape[2]}, {a.shape[3]})")
+        channels += b.shape[1]
+    fits = weight.dim() == 4 and weight.shape[1] == channels and weight.shape[2] == weight.shape[3]
+    check(fits, "weight", weight, f"(O, {channels}, k, k)")
+    outputs, kernel = weight.shape[0], weight.shape[2]
+    if bias is not None:
+        check(bias.dim() == 1 and bias.shape[0] == outputs, "bias", bias, f"({outputs},)")
+    sizes = [(size + 2 * padding - kernel) // stride + 1 for size in a.shape[2:]]
+    return empty_like(a, (a.shape[0], outputs, *sizes))
+
+
+class Conv(torch.autograd.Function):
+    """``relu(conv2d(cat([a, b], 1), weight, bias) + residual)``; b, bias and residual may be None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        stride: int,
+        padding: int,
+        backend: str,
+    ) -> Tensor:
+        y = OPERATORS[backend].conv(a, b, weight, bias, residual, relu, stride, padding)
+        ctx.save_for_backward(a, b, weight, y if relu else None)
+        ctx.settings = stride, padding, ways(backend)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @first_derivative_only("convolution")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, weight, y = ctx.saved_tensors
+        grad = channels_last(grad)
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        needed = ctx.needs_input_grad
+        sources = conv_gradients(needed[:3], grad, a, b, weight, *ctx.settings)
+        bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype) if needed[3] else None
+        return *sources, bias, grad if needed[4] else None, None, None, None, None
+
+
+class ConvBatchNorm(torch.autograd.Function):
+    """``relu(batch_norm(conv2d(cat([a, b], 1), weight, bias)) + residual)`` with the statistics of the batch.
+
+    Returns the result, and the batch's mean and unbiased variance, (O,) float32, which carry no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        bn_weight: Tensor,
+        bn_bias: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        stride: int,
+        padding: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raw, mean, rstd, unbiased = torch.ops.fastden.conv_statistics(a, b, weight, bias, stride, padding, eps)
+        y = torch.ops.fastden.affine(raw, mean, rstd, bn_weight, bn_bias, residual, relu)
+        # Without a residual, raw tells the ReLU's side, and the gradient's kernels read a tensor less.
+        result = None if residual is None else y
+        ctx.save_for_backward(*_recompute.save(a), b, weight, bn_weight, bn_bias, raw, result, mean, rstd)
+        ctx.settings = stride, padding, ways("triton")
+        ctx.relu = relu
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, unbiased)
+        if relu and residual is None and any(ctx.needs_input_grad):
+            _recompute.remember(y, Recipe(raw, mean, rstd, bn_weight, bn_bias))
+        return y, mean, unbiased
+
+    @staticmethod
+    @first_derivative_only("convolution with batch normalisation")
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: activation checkpointing hands each tensor out a single time
+        b, weight, bn_weight, bn_bias, raw, y, mean, rstd = saved[_recompute.SAVED :]
+        needed = ctx.needs_input_grad
+        grad_raw, grad_residual, grad_bn_weight, grad_bn_bias = torch.ops.fastden.affine_gradient(
+            channels_last(grad), y, raw, mean, rstd, bn_weight, bn_bias, ctx.relu, needed[6]
+        )
+        a = _recompute.restore(saved[: _recompute.SAVED])
+        sources = conv_gradients(needed[:3], grad_raw, a, b, weight, *ctx.settings)
+        # A constant in front of batch statistics changes nothing.
+        bias = torch.zeros(len(mean), dtype=ctx.bias_dtype, device=mean.device) if needed[3] else None
+        return (
+            *sources,
+            bias,
+            grad_bn_weight.to(bn_weight.dtype),
+            grad_bn_bias.to(bn_bias.dtype),
+            grad_residual if needed[6] else None,
+            *(None,) * 4,
+        )
+
+
+def convolve(
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNorm | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: int,
+    padding: int,
+    backend: str,
+) -> Tensor:
+    """``relu(bn(conv2d(cat([a, b], 1), weight, bias)) + residual)`` on a backend's kernels, with gradients."""
+    if bn is not None and bn.training:
+        kernel = weight.shape[2]
+        values = a.shape[0] * ((a.shape[2] + 2 * padding - kernel) // stride + 1)
+        values *= (a.shape[3] + 2 * padding - kernel) // stride + 1
+        check_values(values)
+        y, mean, unbiased = ConvBatchNorm.apply(
+            a, b, weight, bias, bn.weight, bn.bias, residual, relu, stride, padding, bn.eps
+        )
+        _recompute.forget(y)
+        update_running_statistics(bn, mean, unbiased)
+        return y
+    if bn is not None:
+        weight, bias = fold_batch_norm(
+            weight.float(), None if bias is None else bias.float(), bn.weight, bn.bias, bn.running_mean, bn.running_var,
+            bn.eps,
+        )  # fmt: skip
+        # The bias stays in float32: the kernels add it to their float32 sums.
+        weight = weight.to(a.dtype)
+    return Conv.apply(a, b, weight, bias, residual, relu, stride, padding, backend)

@@ -1,0 +1,234 @@
+"""Gradients of convolutions, on Triton's kernels or on PyTorch's ``aten::convolution_backward``.
+
+On kernels the gradient of an input is a convolution of the result's gradient with rearranged weights, which the forward
+kernels make: of stride 1 with the weight reversed and transposed; of stride 2 the four phases of a transposed
+convolution. The gradient of a weight is a kernel of its own (``kernels/weight_gradient.py``).
+
+The backend ``triton`` takes kernels, ``cuda``, which has none for gradients, PyTorch's. The environment variable
+``FASTDEN_BACKWARD`` says otherwise: ``aten`` or ``kernels`` for all, ``input=aten`` or ``weight=aten`` (several with
+commas between) for those of inputs or weights. No GPU has shown yet which is faster.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fastden.ops._library import Operator, check, empty_like
+from fastden.ops._tensors import channels_last
+
+ENVIRONMENT = "FASTDEN_BACKWARD"
+WAYS = ("aten", "kernels")
+
+
+class Ways(NamedTuple):
+    """What makes the gradients of inputs and of weights: ``aten`` or ``kernels``."""
+
+    input: str
+    weight: str
+
+
+@torch.compiler.assume_constant_result
+def ways(backend: str) -> Ways:
+    """How gradients are made behind a forward pass on ``backend``.
+
+    Raises:
+        ValueError: FASTDEN_BACKWARD is malformed.
+    """
+    default = "kernels" if backend == "triton" else "aten"
+    found = {"input": default, "weight": default}
+    text = os.environ.get(ENVIRONMENT, "")
+    for part in filter(None, text.split(",")):
+        name, _, way = part.rpartition("=")
+        if way not in WAYS or name not in ("", *found):
+            accepted = "aten, kernels, or input= and weight= with one of them, separated by commas"
+            raise ValueError(f"{ENVIRONMENT}: {text!r}; accepted: {accepted}")
+        found.update({name: way} if name else dict.fromkeys(found, way))
+    return Ways(**found)
+
+
+@Operator
+def weight_gradient(grad: Tensor, a: Tensor, b: Tensor | None, kernel: int, stride: int, padding: int) -> Tensor:
+    from fastden.kernels.weight_gradient import weight_gradient
+
+    return weight_gradient(grad, a, b, kernel, stride, padding)
+
+
+@weight_gradient.shape
+def _(grad: Tensor, a: Tensor, b: Tensor | None, kernel: int, stride: int, padding: int) -> Tensor:
+    sizes = [(size + 2 * padding - kernel) // stride + 1 for size in a.shape[2:]]
+    fits = (grad.shape[0], *grad.shape[2:]) == (a.shape[0], *sizes)
+    check(fits, "grad", grad, "the shape of the convolution's result")
+    if b is not None:
+        check((b.shape[0], *b.shape[2:]) == (a.shape[0], *a.shape[2:]), "b", b, "as a, but for the channels")
+    return empty_like(a, (grad.shape[1], a.shape[1] + (0 if b is None else b.shape[1]), kernel, kernel))
+
+
+@Operator
+def stem_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    from fastden.kernels.weight_gradient import stem_weight_gradient
+
+    return stem_weight_gradient(grad, x)
+
+
+@stem_weight_gradient.shape
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    height, width = (x.shape[2] - 4) // 2, (x.shape[3] - 4) // 2
+    fits = (grad.shape[0], *grad.shape[2:]) == (x.shape[0], height, width)
+    check(fits, "grad", grad, "the shape of the stem's result")
+    return x.new_empty((4, grad.shape[1], 7, 7, x.shape[1])).permute(0, 1, 4, 2, 3)
+
+
+def conv_gradients(
+    needed: tuple[bool, ...],
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    ways: Ways,
+    added: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``conv2d(cat([a, b], 1), weight)``; the sources stay apart.
+
+    Args:
+        needed: whether those of a, b and the weight are wanted.
+        grad: of the result, channels-last.
+        a: (N, A, H, W).
+        b: (N, B, H, W) or None.
+        weight: (O, A + B, k, k).
+        stride, padding: of the convolution.
+        ways: what makes them.
+        added: to the gradient of ``a``, of its shape, or None.
+
+    Returns:
+        Gradients of a, b and the weight, each None where it is not needed.
+    """
+    split = a.shape[1]
+    sources = [(a, weight if b is None else weight[:, :split], needed[0])]
+    if b is not None:
+        sources.append((b, weight[:, split:], needed[1]))
+    grads: list[Tensor | None] = [None, None]
+    grad_weight = None
+    # Both at once, where PyTorch makes both.
+    of_weight = needed[2] and ways.weight == "aten"
+    parts: list[Tensor] = []
+    for index, (x, part, wanted) in enumerate(sources):
+        of_input = wanted and ways.input == "aten"
+        if of_input or of_weight:
+            grad_x, grad_part = _aten(grad, x, part, stride, padding, of_input, of_weight)
+            if of_weight:
+                parts.append(grad_part)
+            if of_input:
+                grads[index] = grad_x
+        if wanted and not of_input:
+            grads[index] = _input_gradient(grad, part, x.shape, stride, padding, added if index == 0 else None)
+    if grads[0] is not None and added is not None and ways.input == "aten":
+        grads[0] = grads[0].add_(added)
+    if of_weight:
+        grad_weight = parts[0] if b is None else torch.cat(parts, 1)
+    elif needed[2]:
+        grad_weight = torch.ops.fastden.weight_gradient(grad, a, b, weight.shape[-1], stride, padding)
+    return grads[0], grads[1], grad_weight
+
+
+def upsample_gradients(
+    needed: tuple[bool, ...], grad: Tensor, x: Tensor, weight: Tensor, ways: Ways
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input and the weight of a transposed convolution of kernel 4, stride 2, padding 1."""
+    grad_x = grad_weight = None
+    aten = [needed[0] and ways.input == "aten", needed[1] and ways.weight == "aten", False]
+    if any(aten):
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1, aten
+        )
+    # A transposed convolution is the gradient of a convolution's input; so its own gradient is that convolution.
+    if needed[0] and not aten[0]:
+        grad_x = torch.ops.fastden.conv(grad, None, weight, None, None, False, 2, 1)
+    if needed[1] and not aten[1]:
+        grad_weight = torch.ops.fastden.weight_gradient(x, grad, None, 4, 2, 1)
+    return grad_x, grad_weight
+
+
+def _aten(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, of_input: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [of_input, of_weight, False]
+    )[:2]
+
+
+def _input_gradient(
+    grad: Tensor, weight: Tensor, shape: tuple[int, ...], stride: int, padding: int, added: Tensor | None
+) -> Tensor:
+    """Gradient of a convolution's input of ``shape``, plus ``added``, on the forward kernels."""
+    kernel = weight.shape[-1]
+    height, width = shape[2:]
+    # A transposed convolution of stride 2 and kernel 2 t with padding t - 1, t even: the weight with zeros around.
+    taps = 2 if kernel <= 4 else 4
+    before = taps - 1 - padding
+    if stride == 2 and before >= 0 and kernel + before <= 2 * taps:
+        after = 2 * taps - kernel - before
+        # Rows and columns that no window reaches to, behind the last.
+        more = [max(0, (size - 2 * made + 1) // 2) for size, made in zip((height, width), grad.shape[2:], strict=True)]
+        if any(more):
+            grad = F.pad(grad, (0, more[1], 0, more[0]))
+        filled = F.pad(weight, (before, after, before, after))
+        result = torch.ops.fastden.upsample(channels_last(grad), filled, None)[:, :, :height, :width]
+        return channels_last(result if added is None else result + added)
+    if stride > 1:
+        # Zeros between the gradient's pixels, and behind them for rows and columns that no window reaches to.
+        spread = grad.new_zeros((*grad.shape[:2], height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1))
+        spread[:, :, ::stride, ::stride] = grad
+        grad = spread
+    margin = kernel - 1 - padding
+    if margin < 0:
+        # What is made of the padding alone has no part in the input's gradient.
+        grad = grad[:, :, -margin : grad.shape[2] + margin, -margin : grad.shape[3] + margin]
+    turned = weight.flip(2, 3).transpose(0, 1)
+    return torch.ops.fastden.conv(channels_last(grad), None, turned, None, added, False, 1, max(margin, 0))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands gradients on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: second derivatives on kernels; accepted: first derivatives. The torch backend has both"
+            ' (fastden.use_backend("torch") around the forward pass, or FASTDEN_BACKEND=torch)'
+        )
+
+
+def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of an operator's ``backward``, which makes no graph: a second derivative raises, with what to do."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        once = once_differentiable(backward)
+
+        @wraps(backward)
+        def run(ctx: Any, *gradients: Tensor) -> Any:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return once(ctx, *gradients)
+            with torch.no_grad():
+                found = backward(ctx, *gradients)
+            # Only what depends on a gradient or an input that wants one can be differentiated again.
+            found = tuple(one.detach().requires_grad_() if isinstance(one, Tensor) else one for one in found)
+            return _NoSecondDerivative.apply(name, *found)
+
+        return run
+
+    return decorate

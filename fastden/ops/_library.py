@@ -1,0 +1,75 @@
+"""Registering the dispatcher's operators: ``torch.ops.fastden`` over Triton's kernels, ``torch.ops.fastden_cuda``.
+
+An operator takes tensors and numbers alone, knows its result's shape without running (so that ``torch.compile`` and
+``torch.export`` trace it), and has no gradient of its own: an autograd function beside it gives that. Its schema is
+that of the function which runs it on Triton. Those of CUDA are registered, with the same schemas, when
+:mod:`fastden.cuda.extension` loads the library (``csrc/bindings.cpp``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastden.cuda import extension
+
+LIBRARY = torch.library.Library("fastden", "DEF")
+#: The operators of each backend that has kernels.
+OPERATORS = {"triton": torch.ops.fastden, "cuda": torch.ops.fastden_cuda}
+#: Where Triton's implementations run: on a CPU it interprets.
+KEYS = ("CUDA", "CPU")
+
+_shapes: dict[str, Callable[..., Any]] = {}
+
+
+class Operator:
+    """An operator of ``torch.ops.fastden``.
+
+    Args:
+        function: runs it on Triton; its type hints are the operator's.
+        name: of the operator; None for that of the function.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+        self.name = function.__name__ if name is None else name
+        self.signature = inspect.signature(function)
+        LIBRARY.define(torch.library.infer_schema(function, op_name=self.name, mutates_args=()))
+        for key in KEYS:
+            LIBRARY.impl(self.name, function, key)
+
+    def shape(self, function: Callable[..., Any]) -> None:
+        """Register ``function``, which makes an empty result, and refuses with ``torch._check`` what does not fit.
+
+        It names the arguments that it looks at, and takes the others as ``**_``.
+        """
+
+        def empty(*args: Any, **kwargs: Any) -> Any:
+            bound = self.signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return function(**bound.arguments)
+
+        _shapes[self.name] = empty
+        torch.library.register_fake(f"fastden::{self.name}", empty)
+
+
+def _register_cuda_shapes() -> None:
+    for name, function in _shapes.items():
+        if hasattr(torch.ops.fastden_cuda, name):
+            torch.library.register_fake(f"fastden_cuda::{name}", function)
+
+
+extension.after_loading(_register_cuda_shapes)
+
+
+def empty_like(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty channels-last result of ``shape`` (4-D) on the device of ``x``, in its dtype or another."""
+    return x.new_empty(shape, dtype=dtype or x.dtype).to(memory_format=torch.channels_last)
+
+
+def check(fits: bool, name: str, tensor: Tensor, accepted: str) -> None:
+    """Refuse a tensor whose shape does not fit, where shapes may be symbols; for shape functions."""
+    torch._check(fits, lambda: f"{name}: shape {tuple(tensor.shape)}; accepted: {accepted}")

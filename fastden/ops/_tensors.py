@@ -1,0 +1,34 @@
+"""What the operators ask of tensors, and do with them before a kernel runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` (4-D), channels innermost in memory, without a copy where it is so already."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as PyTorch's convolutions take them."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor for tensor in tensors
+    )
+
+
+def like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """A bias in the dtype of ``x``, in which PyTorch's own convolutions want it; kernels take it in float32, too."""
+    return None if bias is None else bias.to(x.dtype)

@@ -1,0 +1,55 @@
+"""Tiles of a convolution: their sizes, and what every form of its kernel does with one that is finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Sizes of a tile and how it is run: output pixels, output channels, inner dimension, warps, pipeline stages.
+
+    With ``descriptors`` the form of ``_descriptors.py`` runs, for stride 1 and without statistics, from sm_90 on.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+def config_for(channels: int, outputs: int, pixels: int, itemsize: int) -> ConvConfig:
+    """Default tile of a convolution.
+
+    Not measured on a GPU: chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the pipeline's buffers
+    take at most 96 KiB of shared memory, which fits two blocks on sm_90 and one on sm_80.
+    """
+    # Sums and products of float32 have no matrix instruction, and spill at 128 x 128.
+    block_n = min(128 if itemsize <= 2 else 64, max(16, triton.next_power_of_2(outputs)))
+    block_k = min(64 if itemsize <= 2 else 32, max(16, triton.next_power_of_2(channels)))
+    # Few pixels: smaller tiles keep more multiprocessors busy.
+    block_m = 128 if pixels >= 128 * 132 else 64
+    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80.
+    warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 else 4
+    return ConvConfig(block_m, block_n, block_k, warps, stages=3)
+
+
+def second_block(others: int, config: ConvConfig) -> int:
+    """Inner dimension of a step over the second source's channels: no wider than these, 32 of conv3's 160."""
+    return min(config.block_k, max(16, int(triton.next_power_of_2(others))))
+
+
+@triton.jit
+def finish(acc, residual_ptr, y_ptr, target, kept, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr):
+    """Store ``relu(acc + residual)`` at ``target``."""
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + target, mask=kept, other=0.0).to(tl.float32)
+    if RELU:
+        # Not maximum(acc, 0) alone, which would hide a NaN.
+        acc = tl.where(acc < 0.0, 0.0, acc)
+    tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=kept)

@@ -1,0 +1,319 @@
+"""Gradient of a convolution's weight on Triton: a product over all output pixels, split between programs.
+
+The result is a matrix: its rows are output channels, its columns the weight of one output in the order of memory (tap,
+then input channel). The inner dimension runs over the output's pixels, of which there are far more than rows or
+columns: each program sums a run of them for one tile, and a second kernel adds up the runs, one after the other.
+Nothing is added in an order that depends on time, so results repeat bit by bit.
+
+Two sources whose channels are concatenated are read where they are, by programs of their own in the same launch. The
+stem's four sets of weights are four sets of output pixels, which runs do not mix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastden.kernels._common import INTERPRETED, channels_last, device_guard, dot, locate, precision
+
+#: Elements that a program of the second kernel adds up.
+BLOCK_SUM = 256
+#: Programs of the first kernel for each multiprocessor; not measured on a GPU.
+PROGRAMS = 2
+STEM_KERNEL, STEM_STRIDE = 7, 2
+
+
+@dataclass(frozen=True)
+class WeightGradientConfig:
+    """Sizes of a tile and how it is run: output channels, columns, pixels of a step, steps of a loop, warps, stages.
+
+    A run is some loops of ``loop`` steps. The pipeline of loads fills and drains once a loop: Triton pipelines only
+    loops whose end it can count, and an image's size may not be compiled in.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    loop: int
+    warps: int
+    stages: int
+
+
+def config_for(columns: int, outputs: int, itemsize: int) -> WeightGradientConfig:
+    """Default tile for the widest source's ``columns``; not measured on a GPU, chosen so that nothing spills."""
+    # Sums and products of float32 have no matrix instruction, and spill at 128 x 128.
+    largest = 128 if itemsize <= 2 else 64
+    block_m = min(largest, max(16, triton.next_power_of_2(outputs)))
+    block_n = min(largest, max(16, triton.next_power_of_2(columns)))
+    block_k = 64 if itemsize <= 2 else 32
+    # Eight warps for a narrower tile leave a thread so few registers that some spill on sm_80 and sm_100.
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    # Interpreted, steps beyond the last pixel take as long as others.
+    return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
+
+
+@triton.jit
+def _tile(
+    grad_ptr,
+    x_ptr,
+    partial_ptr,
+    column_block,
+    output_block,
+    first,
+    count,
+    region_height,
+    region_width,
+    first_row,
+    first_column,
+    height,
+    width,
+    out_height,
+    out_width,
+    loops,
+    C: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TOTAL: tl.constexpr,
+    O: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOOP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile's sum over LOOP * ``loops`` blocks of pixels from ``first`` on, of a source with C channels."""
+    outputs = output_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = columns < KERNEL * KERNEL * C
+    tap = columns // C
+    channel = columns % C
+    down = tap // KERNEL
+    across = tap % KERNEL
+    index = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    last = first + loops * (LOOP * BLOCK_K)
+    while first < last:
+        for step in range(LOOP):
+            start = first + step * BLOCK_K
+            present = start + index < count
+            row, column, image = locate(start, index, region_height, region_width)
+            row += first_row
+            column += first_column
+            target = (image * out_height + row) * out_width + column
+            grad = tl.load(
+                grad_ptr + target[:, None] * O + outputs[None, :],
+                mask=present[:, None] & (outputs < O)[None, :],
+                other=0.0,
+            )
+            y = row * STRIDE - PADDING
+            x = column * STRIDE - PADDING
+            origin = (image * height + y) * width + x
+            if C % BLOCK_N == 0:
+                # All columns of the tile are of one tap: a mask and an address for each pixel.
+                tap_row = column_block * BLOCK_N // C // KERNEL
+                tap_column = column_block * BLOCK_N // C % KERNEL
+                inside = (y + tap_row >= 0) & (y + tap_row < height) & (x + tap_column >= 0) & (x + tap_column < width)
+                pixel = origin + (tap_row.to(tl.int64) * width + tap_column)
+                source = tl.load(
+                    x_ptr + pixel[:, None] * C + channel[None, :], mask=(present & inside)[:, None], other=0.0
+                )
+            else:
+                tap_y = y[:, None] + down[None, :]
+                tap_x = x[:, None] + across[None, :]
+                inside = (tap_y >= 0) & (tap_y < height) & (tap_x >= 0) & (tap_x < width) & exists[None, :]
+                pixel = origin[:, None] + (down.to(tl.int64) * width + across)[None, :]
+                source = tl.load(x_ptr + pixel * C + channel[None, :], mask=inside & present[:, None], other=0.0)
+            acc = dot(tl.trans(grad), source, acc, PRECISION)
+        first += LOOP * BLOCK_K
+    place = outputs.to(tl.int64)[:, None] * (KERNEL * KERNEL * TOTAL) + (tap * TOTAL + OFFSET + channel)[None, :]
+    tl.store(partial_ptr + place, acc, mask=(outputs < O)[:, None] & exists[None, :])
+
+
+# Sizes of images are no part of the compiled kernel: no new image size compiles it again.
+@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "loops"])
+def weight_gradient_kernel(
+    grad_ptr,
+    a_ptr,
+    b_ptr,
+    partial_ptr,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    loops,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    O: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    REGIONS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOOP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A run of pixels for one tile. Runs are (runs, O, KERNEL, KERNEL, A + B), float32.
+
+    With REGIONS the runs are first those inside, then of the first row, the first column and the corner, as the stem's
+    weights are.
+    """
+    OUTPUT_BLOCKS: tl.constexpr = (O + BLOCK_M - 1) // BLOCK_M
+    A_BLOCKS: tl.constexpr = (KERNEL * KERNEL * A + BLOCK_N - 1) // BLOCK_N
+    # Programs of the same pixels follow each other, and find them in the cache.
+    output_block = tl.program_id(0) % OUTPUT_BLOCKS
+    column_block = tl.program_id(0) // OUTPUT_BLOCKS
+    run = tl.program_id(1).to(tl.int64)
+    images = tl.cast(batch, tl.int64)
+    partial_ptr += run * (O * KERNEL * KERNEL * (A + B))
+    span = tl.cast(loops, tl.int64) * (LOOP * BLOCK_K)
+    first_row = 0
+    first_column = 0
+    region_height = out_height
+    region_width = out_width
+    if REGIONS:
+        row_runs = tl.cdiv(images * (out_height - 1) * (out_width - 1), span)
+        column_runs = row_runs + tl.cdiv(images * (out_width - 1), span)
+        corner_runs = column_runs + tl.cdiv(images * (out_height - 1), span)
+        on_first_row = ((run >= row_runs) & (run < column_runs)) | (run >= corner_runs)
+        on_first_column = run >= column_runs
+        begin = tl.where(
+            run >= corner_runs,
+            corner_runs,
+            tl.where(run >= column_runs, column_runs, tl.where(run >= row_runs, row_runs, 0)),
+        )
+        run -= begin
+        first_row = 1 - on_first_row.to(tl.int32)
+        first_column = 1 - on_first_column.to(tl.int32)
+        region_height = tl.where(on_first_row, 1, out_height - 1)
+        region_width = tl.where(on_first_column, 1, out_width - 1)
+    count = images * region_height * region_width
+    if column_block < A_BLOCKS:
+        _tile(
+            grad_ptr, a_ptr, partial_ptr, column_block, output_block, run * span, count, region_height, region_width,
+            first_row, first_column, height, width, out_height, out_width, tl.cast(loops, tl.int64),
+            A, 0, A + B, O, KERNEL, STRIDE, PADDING, BLOCK_M, BLOCK_N, BLOCK_K, LOOP, PRECISION,
+        )  # fmt: skip
+    elif B > 0:
+        _tile(
+            grad_ptr, b_ptr, partial_ptr, column_block - A_BLOCKS, output_block, run * span, count, region_height,
+            region_width, first_row, first_column, height, width, out_height, out_width, tl.cast(loops, tl.int64),
+            B, A, A + B, O, KERNEL, STRIDE, PADDING, BLOCK_M, BLOCK_N, BLOCK_K, LOOP, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["begin", "end", "size"])
+def sum_kernel(partial_ptr, y_ptr, begin, end, size, BLOCK: tl.constexpr):
+    """``y`` (size) is the sum of rows ``begin`` to ``end`` of (rows, size), one after the other."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = place < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    row = tl.cast(begin, tl.int64)
+    while row < end:
+        acc += tl.load(partial_ptr + row * size + place, mask=kept, other=0.0)
+        row += 1
+    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=kept)
+
+
+def weight_gradient(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    kernel: int,
+    stride: int,
+    padding: int,
+    config: WeightGradientConfig | None = None,
+) -> Tensor:
+    """Gradient of the weight of ``conv2d(cat([a, b], 1), weight)``.
+
+    Args:
+        grad: of the result, (N, O, H', W').
+        a: (N, A, H, W).
+        b: (N, B, H, W) or None.
+        kernel, stride, padding: of the convolution.
+        config: None for the default.
+
+    Returns:
+        (O, A + B, kernel, kernel), channels-last, in the dtype of ``a``; the same bits at every call.
+    """
+    partial, runs = _launch(grad, a, b, kernel, stride, padding, regions=False, config=config)
+    return _sum(partial, 0, sum(runs), a.dtype).permute(0, 3, 1, 2)
+
+
+def stem_weight_gradient(grad: Tensor, x: Tensor, config: WeightGradientConfig | None = None) -> Tensor:
+    """Gradient of the stem's four sets of weights.
+
+    Args:
+        grad: of the result, (N, O, (H - 4) / 2, (W - 4) / 2).
+        x: (N, C, H, W).
+        config: None for the default.
+
+    Returns:
+        (4, O, C, 7, 7) in the dtype of ``x``: inside, first row, first column, corner.
+    """
+    partial, runs = _launch(grad, x, None, STEM_KERNEL, STEM_STRIDE, 1, regions=True, config=config)
+    ends = [sum(runs[: index + 1]) for index in range(4)]
+    sets = [_sum(partial, end - count, end, x.dtype) for end, count in zip(ends, runs, strict=True)]
+    return torch.stack(sets).permute(0, 1, 4, 2, 3)
+
+
+def _launch(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    kernel: int,
+    stride: int,
+    padding: int,
+    *,
+    regions: bool,
+    config: WeightGradientConfig | None,
+) -> tuple[Tensor, list[int]]:
+    """The runs' sums, (runs, O, kernel, kernel, A + B), and how many runs there are of each region."""
+    grad, a = channels_last(grad), channels_last(a)
+    b = None if b is None else channels_last(b)
+    batch, channels, height, width = a.shape
+    others = 0 if b is None else b.shape[1]
+    outputs, out_height, out_width = grad.shape[1:]
+    config = config or config_for(kernel**2 * channels, outputs, a.element_size())
+    blocks = triton.cdiv(kernel**2 * channels, config.block_n) + triton.cdiv(kernel**2 * others, config.block_n)
+    blocks *= triton.cdiv(outputs, config.block_m)
+    h, w = out_height, out_width
+    sizes = [(h - 1) * (w - 1), w - 1, h - 1, 1] if regions else [h * w]
+    loops = _loops(batch * sizes[0], blocks, config.loop * config.block_k, a)
+    runs = [triton.cdiv(batch * size, loops * config.loop * config.block_k) for size in sizes]
+    shape = (sum(runs), outputs, kernel, kernel, channels + others)
+    partial = torch.empty(shape, dtype=torch.float32, device=a.device)
+    if partial.numel():
+        with device_guard(a):
+            weight_gradient_kernel[(blocks, sum(runs))](
+                grad, a, a if b is None else b, partial, batch, height, width, out_height, out_width, loops,
+                A=channels, B=others, O=outputs, KERNEL=kernel, STRIDE=stride, PADDING=padding, REGIONS=regions,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, LOOP=config.loop,
+                PRECISION=precision(a), num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+    return partial, runs
+
+
+def _loops(pixels: int, blocks: int, in_loop: int, x: Tensor) -> int:
+    """Loops of a run, each of ``in_loop`` pixels: so many that the runs keep the GPU busy, and no more."""
+    # Interpreted programs run one after another: a few show that runs are added up.
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    runs = max(1, triton.cdiv(PROGRAMS * multiprocessors, blocks))
+    return max(1, int(triton.cdiv(triton.cdiv(pixels, in_loop), runs)))
+
+
+def _sum(partial: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """The sum of runs ``begin`` to ``end``, (O, kernel, kernel, C)."""
+    y = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
+    if y.numel():
+        with device_guard(partial):
+            sum_kernel[(triton.cdiv(y.numel(), BLOCK_SUM),)](partial, y, begin, end, y.numel(), BLOCK=BLOCK_SUM)
+    return y

@@ -1,0 +1,117 @@
+"""What results have to show for the automatic choice to take a kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def load(root: Path) -> ModuleType:
+    """benchmarks/prove.py as a module."""
+    spec = importlib.util.spec_from_file_location("prove", root / "benchmarks" / "prove.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def command(root: Path) -> ModuleType:
+    return load(root)
+
+
+def row(milliseconds: float, own: bool = False, right: bool = True) -> dict[str, Any]:
+    times = {"q1_ms": 0.98 * milliseconds, "q3_ms": 1.02 * milliseconds}
+    return {"own": own, "right": right, **(times if right else {"failed": "wrong result"})}
+
+
+def documents(command: ModuleType, **triton: Any) -> dict[str, dict[str, Any]]:
+    """Results of upsample at all sizes, where Triton is fastest but as ``triton`` says."""
+    contenders = {
+        "fastden-torch": row(3.0, own=True),
+        "fastden-triton": row(1.0, own=True) | triton,
+        "fastden-cuda": row(0.5, own=True, right=False),
+        "compile": row(2.0),
+        "eager": row(0.1, right=False),
+    }
+    return {
+        f"ops-{height}.json": {
+            "machine": {"compute_capability": "9.0"},
+            "settings": {"dtype": "bfloat16", "size": [height, height]},
+            "results": [{"name": "upsample", "contenders": contenders}],
+        }
+        for height in command.HEIGHTS
+    }
+
+
+def test_right_and_faster_at_every_size(command: ModuleType) -> None:
+    """Than every rival that is right; the other kernels are none."""
+    entries, notes = command.prove(documents(command))
+    assert entries == {("triton", "upsample", (9, 0), "bfloat16"): "ops-2160.json"}
+    assert notes == [
+        "cuda upsample 9.0 bfloat16: " + "; ".join(f"upsample at {height}: wrong result" for height in command.HEIGHTS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("triton", "reason"),
+    [
+        ({"q3_ms": 1.97}, "not faster than compile"),
+        ({"q3_ms": 9.0}, "not faster than fastden-torch, compile"),
+        ({"right": False, "failed": "CUDA error"}, "CUDA error"),
+    ],
+)
+def test_slower_or_wrong_once_is_not_proven(command: ModuleType, triton: dict[str, Any], reason: str) -> None:
+    found = documents(command) | {"ops-512.json": documents(command, **triton)["ops-512.json"]}
+    entries, notes = command.prove(found)
+    assert entries == {}
+    assert f"triton upsample 9.0 bfloat16: upsample at 512: {reason}" in notes
+
+
+def test_all_sizes_are_needed(command: ModuleType) -> None:
+    found = documents(command)
+    del found["ops-256.json"]
+    assert command.prove(found) == ({}, ["9.0 bfloat16: no results of height 256"])
+
+
+def test_every_check_is_needed(command: ModuleType) -> None:
+    status = dict.fromkeys(command.CHECKS, "passed")
+    assert command.unproven(status) == []
+    del status["first-graph"]
+    assert command.unproven(status | {"gpu-tests": "failed"}) == ["first-graph: did not run", "gpu-tests: failed"]
+
+
+def test_the_table_keeps_what_other_gpus_proved(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {("triton", "head", (9, 0), "bfloat16"): "a.json", ("triton", "head", (8, 0), "bfloat16"): "b.json"}
+    monkeypatch.setattr(command, "PROVEN", old)
+    entries, _ = command.prove(documents(command))
+    table = tmp_path / "proven.py"
+    table.write_text(command.TABLE.read_text())
+    command.write(command.merged(entries, [((9, 0), "bfloat16")]), table)
+    read: dict[str, Any] = {}
+    exec(table.read_text(), read)
+    assert read["PROVEN"] == {
+        ("triton", "head", (8, 0), "bfloat16"): "b.json",
+        ("triton", "upsample", (9, 0), "bfloat16"): "ops-2160.json",
+    }
+    command.write({}, table)
+    assert table.read_text() == command.TABLE.read_text()
+
+
+@pytest.mark.parametrize("check", ["one-pixel", "thread"])
+def test_first_checks_run_interpreted(root: Path, check: str) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, root / "benchmarks" / "first_checks.py", check, "--device", "cpu"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{check}: triton is right\n"), done.stderr

@@ -1,0 +1,76 @@
+"""How an operator calls CUDA's runtime and driver: its own code, compiled by nvcc, on a runtime that does nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastden import build
+
+#: CUDA_ERROR_NOT_PERMITTED, which tests/cuda/runtime.cpp names so.
+NOT_PERMITTED = 800
+LAUNCH_FAILURE = "719"
+
+
+@pytest.fixture(scope="module")
+def library(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    toolkit = build.find_toolkit()
+    if toolkit is None:
+        pytest.skip("nvcc is not found")
+    target = tmp_path_factory.mktemp("runtime") / "library.so"
+    options = ("-std=c++17", "--expt-relaxed-constexpr", "-DFASTDEN_HOPPER", "-cudart=none")
+    sources = (root / "tests" / "cuda" / "runtime.cpp", root / "csrc" / "concat_conv_bn_relu.cu")
+    options += ("-gencode=arch=compute_90a,code=compute_90a",)  # no binary code: quicker, and nothing runs it
+    command = [f"{toolkit}/bin/nvcc", *options, "-Xcompiler", "-fPIC", "-shared", f"-I{root / 'csrc'}", *sources]
+    subprocess.run([*command, "-o", target], check=True)
+    loaded = ctypes.CDLL(str(target))
+    loaded.concat.restype = ctypes.c_char_p
+    return loaded
+
+
+def run(
+    library: ctypes.CDLL, fails: str = "", driver_error: int = 0, kernel: int = 3, size: tuple[int, int] = (133, 265)
+) -> str:
+    return str(library.concat(fails.encode(), driver_error, kernel, *size).decode())
+
+
+CALLS = (
+    "cudaGetDevice",
+    "cudaDeviceGetAttribute",
+    "cudaSetDevice",
+    "cudaFuncSetAttribute",
+    "cudaOccupancyMaxActiveClusters",
+    "cudaLaunchKernelExC",
+)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_error_is_left_behind(library: ctypes.CDLL, call: str) -> None:
+    """The runtime keeps its last error until someone asks; PyTorch would take it for that of its own next launch."""
+    assert run(library, fails=call) == LAUNCH_FAILURE
+    assert library.left_behind() == 0
+
+
+def test_a_context_is_current_before_the_driver_is_asked(library: ctypes.CDLL) -> None:
+    """A fresh thread, whose first work on the GPU this is, has none."""
+    assert run(library) == ""
+
+
+def test_the_drivers_error_has_its_name(library: ctypes.CDLL) -> None:
+    assert run(library, driver_error=NOT_PERMITTED) == "CUDA_ERROR_NOT_PERMITTED"
+
+
+def test_as_many_clusters_as_the_device_runs_at_once(library: ctypes.CDLL) -> None:
+    """The runtime says three, of two blocks each, not half of the 132 multiprocessors; a small image takes fewer."""
+    assert run(library) == ""
+    assert library.blocks_launched() == 2 * 3
+    assert run(library, size=(8, 16)) == ""
+    assert library.blocks_launched() == 2 * 1
+
+
+def test_limits_are_named(library: ctypes.CDLL) -> None:
+    assert run(library, kernel=6) == "kernel: accepted up to 5"
+    assert run(library, kernel=2, size=(70_000, 40_000)) == "pixels: accepted up to 2^31"

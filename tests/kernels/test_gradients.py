@@ -1,0 +1,140 @@
+"""Gradients on kernels: every operator, at odd sizes and settings that the network does not have, in every dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastden import algebra, ops
+from fastden.kernels.weight_gradient import WeightGradientConfig, stem_weight_gradient, weight_gradient
+from tests.helpers import relative_l2
+from tests.kernels.images import DTYPES
+
+
+def gradients(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor], backend: str, dtype: torch.dtype, **options: Any
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    y = function(**leaves, **options, backend=backend)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
+
+
+def assert_as_exact_as_eager(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any
+) -> None:
+    """Relative L2 error against float64 at most twice eager's, but for rounding."""
+    rounded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    exact = gradients(function, rounded, "torch", torch.float64, **options)
+    eager = gradients(function, rounded, "torch", torch.float32 if rounded_on_a_cpu(rounded) else dtype, **options)
+    kernel = gradients(function, rounded, "triton", dtype, **options)
+    for name, value in exact.items():
+        assert kernel[name].dtype == dtype
+        assert kernel[name].shape == value.shape
+        rounding = torch.finfo(dtype).eps
+        assert relative_l2(kernel[name], value) <= 2 * relative_l2(eager[name].to(dtype), value) + rounding, name
+
+
+def rounded_on_a_cpu(tensors: dict[str, Tensor]) -> bool:
+    """oneDNN 3.12's own bfloat16 convolution leaves NaN in outputs that are one column wide."""
+    return not next(iter(tensors.values())).is_cuda
+
+
+def random(device: str, *shape: int) -> Tensor:
+    return torch.randn(shape).to(device)
+
+
+@settings(max_examples=10)
+@given(
+    size=st.tuples(st.integers(1, 10), st.integers(1, 10)), batch=st.integers(1, 2), channels=st.integers(1, 18),
+    outputs=st.integers(1, 18), kernel=st.sampled_from([1, 2, 3, 4, 5]), stride=st.integers(1, 3),
+    padding=st.integers(0, 2), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@example((9, 7), 2, 3, 4, 3, 2, 1, torch.bfloat16)
+@example((8, 7), 1, 17, 5, 5, 2, 2, torch.float32)
+@example((9, 8), 1, 3, 4, 3, 2, 0, torch.float16)
+@example((5, 5), 1, 3, 4, 1, 1, 1, torch.float32)
+@example((9, 7), 1, 3, 4, 3, 3, 1, torch.float32)
+def test_convolution(
+    device: str, size: tuple[int, int], batch: int, channels: int, outputs: int, kernel: int, stride: int, padding: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    if min(size) + 2 * padding < kernel:
+        return
+    tensors = {"x": random(device, batch, channels, *size), "weight": random(device, outputs, channels, kernel, kernel)}
+    assert_as_exact_as_eager(ops.conv_bn_relu, tensors, dtype, stride=stride, padding=padding, relu=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1), (7, 5)])
+def test_two_sources_and_upsampling(device: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    sources = {"a": random(device, 2, 6, *size), "b": random(device, 2, 3, *size), "weight": random(device, 5, 9, 3, 3)}
+    assert_as_exact_as_eager(ops.concat_conv_bn_relu, sources, dtype, relu=False)
+    tensors = {"x": random(device, 2, 6, *size), "weight": random(device, 6, 4, 4, 4), "bias": random(device, 4)}
+    assert_as_exact_as_eager(ops.upsample, tensors, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(8, 8), (10, 14)])
+def test_stem(device: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    tensors = {"x": random(device, 2, 4, *size), "weight": random(device, 4, 5, 4, 7, 7), "bias": random(device, 4, 5)}
+    assert_as_exact_as_eager(ops.stem, tensors, dtype, relu=False)
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (10, 14)])
+def test_head(device: str, size: tuple[int, int], composed: bool) -> None:
+    """Of composed weights the taps that are always zero get no gradient: composing drops it anyway."""
+    shapes = (6, 4, 5, 5), (6,), (5, 7, 4, 4), (7,), (3, 13, 3, 3), (3,)
+    weights = algebra.compose_head(*(torch.randn(shape) for shape in shapes))
+    tensors = {
+        "features": random(device, 2, 5, *((length - 4) // 2 for length in size)),
+        "x": random(device, 2, 4, *size),
+        **{name: getattr(weights, name).to(device) for name in ("weight", "image_weight", "bias")},
+    }
+    expected = gradients(ops.head, tensors, "torch", torch.float32, composed=composed)
+    found = gradients(ops.head, tensors, "triton", torch.float32, composed=composed)
+    if composed:
+        used = tensors["weight"] != 0
+        assert used.sum() == 9 * used.numel() // 16
+        assert not found["weight"][~used].any()
+        expected["weight"] *= used
+    for name, value in expected.items():
+        assert relative_l2(found[name], value) < 1e-5, name
+
+
+# One pixel a step and one step a loop: as many runs as there may be, of several loops each.
+NARROW = WeightGradientConfig(block_m=16, block_n=16, block_k=16, loop=2, warps=4, stages=2)
+
+
+def test_runs_add_up_to_the_same_bits(device: str) -> None:
+    a, b, grad = random(device, 2, 32, 11, 13), random(device, 2, 3, 11, 13), random(device, 2, 20, 11, 13)
+    first = weight_gradient(grad, a, b, 3, 1, 1, NARROW)
+    weight = random(device, 20, 35, 3, 3).requires_grad_()
+    y = torch.nn.functional.conv2d(torch.cat([a, b], 1), weight, padding=1)
+    (expected,) = torch.autograd.grad(y, weight, grad)
+    assert relative_l2(first, expected) < 1e-5
+    assert torch.equal(weight_gradient(grad, a, b, 3, 1, 1, NARROW), first)
+
+
+def test_an_empty_batch_has_a_gradient_of_zeros(device: str) -> None:
+    empty = random(device, 0, 3, 5, 4)
+    assert not weight_gradient(random(device, 0, 2, 5, 4), empty, None, 3, 1, 1).any()
+    assert not stem_weight_gradient(random(device, 0, 2, 3, 4), random(device, 0, 3, 10, 12)).any()
+
+
+@pytest.mark.parametrize("name", ["weight_gradient", "stem_weight_gradient", "upsample"])
+def test_dispatcher_operator(device: str, name: str) -> None:
+    arguments: dict[str, tuple[Any, ...]] = {
+        "weight_gradient": (random(device, 2, 4, 3, 3), random(device, 2, 5, 5, 6), None, 3, 2, 1),
+        "stem_weight_gradient": (random(device, 1, 4, 3, 4), random(device, 1, 3, 10, 12)),
+        "upsample": (random(device, 1, 3, 2, 4), random(device, 3, 2, 8, 8), None),
+    }
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.fastden, name).default, arguments[name], test_utils=checks)
