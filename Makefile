@@ -12,6 +12,9 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # The constraint keeps pip from replacing the PyTorch that is there.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
+RESULTS := benchmarks/results/bench
+# The dtypes in which this CPU multiplies matrices natively.
+NATIVE := "from fastden.network.onednn import native_bf16 as native; print('float32', 'bfloat16' * native())"
 CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 
 .PHONY: demo test lint format bench docs dist clean
@@ -36,7 +39,9 @@ format: $(VENV)/.dev
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format -i $(CUDA_SOURCES))
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/bench_cpu.py --large
+	code=0; for dtype in $$($(BIN)/python -c $(NATIVE)); do \
+	    $(BIN)/fastden bench model --device cpu --dtype $$dtype --large --json $(RESULTS)/cpu-$$dtype.json || code=1; \
+	done; $(BIN)/fastden bench train --device cpu --json $(RESULTS)/cpu-train.json || code=1; exit $$code
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastden import joint, nn, ops
     from fastden.api import denoise
     from fastden.batch.denoiser import BatchDenoiser
-    from fastden.errors import UserError
+    from fastden.errors import ScaleWarning, UserError
     from fastden.exports.api import export
     from fastden.inference.arrays import denoise_array
     from fastden.inference.noise import NoiseEstimate, estimate_noise, estimate_sigma
@@ -30,6 +30,7 @@ __all__ = [
     "Denoiser",
     "FusedDenoiser",
     "NoiseEstimate",
+    "ScaleWarning",
     "UserError",
     "__version__",
     "denoise",
@@ -49,6 +50,7 @@ _MODULES = {
     "Denoiser": "fastden.network.model",
     "FusedDenoiser": "fastden.network.fused",
     "NoiseEstimate": "fastden.inference.noise",
+    "ScaleWarning": "fastden.errors",
     "UserError": "fastden.errors",
     "denoise": "fastden.api",
     "denoise_array": "fastden.inference.arrays",

@@ -7,6 +7,10 @@ class UserError(Exception):
     """A mistake that the user can mend: the message names the argument, the value and what is accepted."""
 
 
+class ScaleWarning(UserWarning):
+    """An image seems to be on another scale than [0, 1]."""
+
+
 #: Errors that a single image can cause. All others are defects of the program.
 FAILURES = (UserError, ValueError, TypeError, OSError, MemoryError, RuntimeError)
 

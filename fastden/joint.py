@@ -13,13 +13,16 @@ into the denoiser, which learns to keep what the task needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastden.network.modes import transforming
 
 #: Name of the only task where it was not given by a mapping.
 TASK = "task"
@@ -113,7 +116,7 @@ class FrozenTask(nn.Module):
         self._check_frozen()
         if self.preprocess is None:
             return self.network(images)
-        if not self._verified and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not self._verified and torch.is_grad_enabled() and not transforming():
             check_preprocess(self.preprocess, images, self.name)
             self._verified = True
         return self.network(self.preprocess(images))
@@ -158,6 +161,7 @@ class JointDenoiser(nn.Module):
         tasks = dict(task) if isinstance(task, Mapping) else {TASK: task}
         if not tasks:
             raise ValueError("task: an empty mapping; accepted: a network, or networks by name")
+        _check_names("task", tasks)
         if isinstance(preprocess, Mapping):
             unknown = sorted(set(preprocess) - set(tasks))
             if unknown:
@@ -188,7 +192,9 @@ class JointLoss(nn.Module):
             different scales: a squared error on [0, 1] is about 0.001, a cross entropy about 1.
         task_loss: "classification" (:class:`ClassificationLoss`), "segmentation" (:class:`SegmentationLoss`), or any
             callable ``(prediction, target) -> scalar tensor``; for several tasks a mapping by name.
-        denoise_loss: ``(denoised, clean) -> scalar tensor``; None is the mean squared error, in float32.
+        denoise_loss: ``(denoised, clean) -> scalar tensor``; None is the mean squared error, in at least float32.
+
+    Losses that are modules are registered: their parameters are in ``parameters()``, their states in ``state_dict()``.
 
     Raises:
         ValueError: a negative or non-finite weight, an unknown loss, or names that differ.
@@ -209,8 +215,10 @@ class JointLoss(nn.Module):
             if not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"weight: {value!r} for {name}; accepted: a finite number of at least 0")
         self.weights = weights
-        self.task_losses = {name: _task_loss(loss, name) for name, loss in losses.items()}
-        self.denoise_loss = denoise_loss or _squared_error
+        _check_names("task_loss", losses)
+        # Modules, so that what a loss holds (weights of classes, learned scales) is trained, saved and moved with it.
+        self.task_losses = nn.ModuleDict({name: _as_module(_task_loss(loss, name)) for name, loss in losses.items()})
+        self.denoise_loss = _as_module(denoise_loss or _squared_error)
 
     def forward(self, output: JointOutput, clean: Tensor, target: Any) -> JointTerms:
         """The loss of a batch.
@@ -303,8 +311,8 @@ class SegmentationLoss(nn.Module):
 
 
 def resize_prediction(prediction: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """Logits (N, classes, h, w), scaled bilinearly to ``size``, in float32."""
-    prediction = prediction.float()
+    """Logits (N, classes, h, w), scaled bilinearly to ``size``, in at least float32."""
+    prediction = _at_least_float32(prediction)
     if tuple(prediction.shape[2:]) == tuple(size):
         return prediction
     return F.interpolate(prediction, size=tuple(size), mode="bilinear", align_corners=False)
@@ -341,8 +349,44 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
         raise ValueError(f"preprocess of {name}: its gradient is not finite; {accepted}")
 
 
+class _Function(nn.Module):
+    """A function as a module; a module that it belongs to, or is made of, is registered in it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        # What functools.partial and bound methods hide.
+        while isinstance(function, partial):
+            function = function.func
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        self.owner = owner if isinstance(owner, nn.Module) else None
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def extra_repr(self) -> str:
+        return str(getattr(self.function, "__qualname__", self.function))
+
+
+def _as_module(function: Callable[..., Any]) -> nn.Module:
+    return function if isinstance(function, nn.Module) else _Function(function)
+
+
+def _check_names(what: str, names: Iterable[str]) -> None:
+    """Raise ValueError unless each is a name that PyTorch can register a module by."""
+    empty = nn.ModuleDict()
+    for name in names:
+        if not isinstance(name, str) or not name or "." in name or hasattr(empty, name):
+            accepted = "text without dots that is no attribute of modules"
+            raise ValueError(f"{what}: task named {name!r}; accepted: {accepted}")
+
+
 def _squared_error(denoised: Tensor, clean: Tensor) -> Tensor:
-    return F.mse_loss(denoised.float(), clean.float())
+    return F.mse_loss(_at_least_float32(denoised), _at_least_float32(clean))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _task_loss(loss: BuiltIn | TaskLoss, name: str) -> TaskLoss:
@@ -370,7 +414,7 @@ def _check_labels(labels: Any, shape: tuple[int, ...], classes: int, ignore_inde
     if tuple(labels.shape) != shape:
         wanted = str(shape).replace("-1", "any")
         raise ValueError(f"labels: shape {tuple(labels.shape)}; accepted: {wanted}")
-    if torch.compiler.is_compiling() or not labels.numel():
+    if transforming() or not labels.numel():
         return
     # On a GPU this waits for the labels, tens of microseconds; a label out of range would end the process there.
     counted = labels[labels != ignore_index]
@@ -385,7 +429,7 @@ def _check_labels(labels: Any, shape: tuple[int, ...], classes: int, ignore_inde
 def _cross_entropy(prediction: Tensor, labels: Tensor, ignore_index: int, smoothing: float) -> Tensor:
     labels = labels.long()
     losses = F.cross_entropy(
-        prediction.float(), labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum"
+        _at_least_float32(prediction), labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum"
     )
     # Not reduction="mean": it is NaN where every label is ignored.
     return losses / (labels != ignore_index).sum().clamp(min=1)

@@ -4,19 +4,164 @@
 
 Each holds the layers that it fuses as ordinary ``torch.nn`` layers, so that states load into, and from, the unfused
 sequence; ``train()``, ``eval()``, autocast and ``torch.compile`` work as for those. Which kernels run is the operators'
-choice (:mod:`fastden.ops.backends`). A layer that another module wraps or replaces inside a block (pruning hooks,
-spectral normalisation by forward hooks) is not called: the block reads its tensors.
+choice (:mod:`fastden.ops.backends`).
+
+A block hands its layers' tensors to a fused operator where each layer is what the operator computes. Where one is not,
+the block calls its layers one by one, as a plain sequence would: with hooks on a layer (also those of ``weight_norm``,
+``spectral_norm``, pruning and FSDP2) or on all modules, with a layer of another class (adapters such as LoRA,
+quantisation, ``SyncBatchNorm``), with another ``padding_mode``, dilation or grouping, with a normalisation that
+averages cumulatively (``momentum=None``, which ``update_bn`` sets) or has no running statistics, and under
+``torch.fx.symbolic_trace``. Parametrisations (``torch.nn.utils.parametrize``) need no call: reading the tensor applies
+them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
 
 __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: What PyTorch's layers do, as it was when this was imported: whoever replaces it means it to run.
+_CONV_FORWARDS = (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+_TRANSPOSED_FORWARD = nn.ConvTranspose2d.forward
+_NORM_FORWARD = nn.BatchNorm2d.forward
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs hooks of its own."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def is_plain_conv(layer: nn.Module, *, hooks: bool = False) -> bool:
+    """Whether calling ``layer`` is a square convolution with zero padding, computed of ``weight`` and ``bias``.
+
+    Args:
+        layer: any module.
+        hooks: whether it may have hooks of its own.
+    """
+    if not isinstance(layer, nn.Conv2d) or not (hooks or not is_hooked(layer)):
+        return False
+    if (type(layer).forward, type(layer)._conv_forward) != _CONV_FORWARDS or has_own_forward(layer):
+        return False
+    return (
+        layer.padding_mode == "zeros"
+        and layer.groups == 1
+        and tuple(layer.dilation) == (1, 1)
+        and _is_square(layer.kernel_size, layer.stride, layer.padding)
+    )
+
+
+def is_plain_upsample(layer: nn.Module, *, hooks: bool = False) -> bool:
+    """Whether calling ``layer`` is a transposed 4x4 convolution of stride 2, computed of ``weight`` and ``bias``.
+
+    Arguments as of :func:`is_plain_conv`.
+    """
+    if not isinstance(layer, Upsample) or not (hooks or not is_hooked(layer)):
+        return False
+    if type(layer).forward is not Upsample.forward or has_own_forward(layer):
+        return False
+    return layer._is_as_built()
+
+
+def is_plain_block(block: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``block`` is what the class ``kind`` of this module does, and nothing else."""
+    if not isinstance(block, kind) or is_hooked(block):
+        return False
+    return type(block).forward is kind.forward and not has_own_forward(block)
+
+
+def is_plain_norm(layer: nn.Module, *, hooks: bool = False) -> bool:
+    """Whether calling ``layer`` normalises as :class:`fastden.ops.BatchNorm` of it does.
+
+    Arguments as of :func:`is_plain_conv`.
+    """
+    if not isinstance(layer, nn.BatchNorm2d) or not (hooks or not is_hooked(layer)):
+        return False
+    if type(layer).forward is not _NORM_FORWARD or has_own_forward(layer):
+        return False
+    tensors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    return layer.momentum is not None and all(tensor is not None for tensor in tensors)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether someone set methods on this very object, as hooks of some libraries do."""
+    return "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__
+
+
+def _is_square(kernel: tuple[int, ...], stride: tuple[int, ...], padding: Any) -> bool:
+    numbers = not isinstance(padding, str)
+    return numbers and kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
+
+
+def has_geometry(conv: nn.Conv2d, kernel: int, stride: int, padding: int) -> bool:
+    """Whether ``conv`` has this size of kernel, stride and padding."""
+    geometry = tuple(conv.kernel_size), tuple(conv.stride), conv.padding
+    return geometry == ((kernel, kernel), (stride, stride), (padding, padding))
+
+
+@torch.fx.wrap
+def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    """``y + residual``, one node of a graph: in a block that is traced alone, None may take the residual's place."""
+    return y if residual is None else y + residual
+
+
+class _SumOfProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes of a group, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def normalise(bn: nn.Module, x: Tensor) -> Tensor:
+    """``bn(x)``; of a ``SyncBatchNorm`` that trains on CPUs, which PyTorch's own call refuses, the same function.
+
+    Args:
+        bn: any module.
+        x: (N, C, H, W); N may differ between processes.
+    """
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or x.device.type != "cpu" or is_hooked(bn):
+        return bn(x)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return bn(x)
+    group = bn.process_group or torch.distributed.group.WORLD
+    if torch.distributed.get_world_size(group) == 1:
+        return bn(x)
+    wide = x if x.dtype == torch.float64 else x.float()
+    counted = torch.cat([wide.sum((0, 2, 3)), wide.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])])
+    total = _SumOfProcesses.apply(counted, group)
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    centred = wide - mean[:, None, None]
+    variance = _SumOfProcesses.apply(centred.square().sum((0, 2, 3)), group) / count
+    if bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
+        with torch.no_grad():
+            assert bn.num_batches_tracked is not None
+            bn.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+            bn.running_mean.lerp_(mean.to(bn.running_mean), momentum)
+            bn.running_var.lerp_((variance * (count / (count - 1))).to(bn.running_var), momentum)
+    y = centred * torch.rsqrt(variance + bn.eps)[:, None, None]
+    if bn.affine:
+        y = y * bn.weight[:, None, None] + bn.bias[:, None, None]
+    return y.to(x.dtype)
 
 
 class _ConvBNReLU(nn.Module):
@@ -37,6 +182,22 @@ class _ConvBNReLU(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = relu
+
+    def _fuses(self, *inputs: Any) -> bool:
+        """Whether the operator may stand for the layers' calls."""
+        return (
+            all(isinstance(x, Tensor) for x in inputs)  # not the stand-ins of torch.fx
+            and not _has_any_global_hook()
+            and is_plain_conv(self.conv)
+            and is_plain_norm(self.bn)
+        )
+
+    def _call_layers(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = normalise(self.bn, self.conv(x))
+        if residual is not None:
+            y = _plus(y, residual)
+        # Not in place: what a layer with backward hooks returns may not be written to.
+        return torch.relu(y) if self.relu else y
 
     def _settings(self) -> dict[str, Any]:
         return {"bn": ops.BatchNorm.of(self.bn), "relu": self.relu, "padding": int(self.conv.padding[0])}
@@ -68,6 +229,8 @@ class ConvBNReLU(_ConvBNReLU):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` (N, C, H, W) and ``residual``, of the result's shape, or None."""
+        if not self._fuses(x):
+            return self._call_layers(x, residual)
         conv = self.conv
         return ops.conv_bn_relu(x, conv.weight, conv.bias, residual=residual, stride=conv.stride[0], **self._settings())
 
@@ -97,6 +260,8 @@ class ConcatConvBNReLU(_ConvBNReLU):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """``a`` (N, A, H, W) and ``b`` (N, B, H, W), the second behind the first."""
+        if not self._fuses(a, b) or self.conv.stride[0] != 1:
+            return self._call_layers(torch.cat([a, b], 1))
         return ops.concat_conv_bn_relu(a, b, self.conv.weight, self.conv.bias, **self._settings())
 
 
@@ -119,8 +284,23 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``relu(x + bn3(expand(relu(bn2(conv(relu(bn1(reduce(x)))))))))``."""
+        if not self._fuses(x):
+            y = torch.relu(normalise(self.bn1, self.reduce(x)))
+            y = torch.relu(normalise(self.bn2, self.conv(y)))
+            return torch.relu(x + normalise(self.bn3, self.expand(y)))
         bns = (ops.BatchNorm.of(self.bn1), ops.BatchNorm.of(self.bn2), ops.BatchNorm.of(self.bn3))
         return ops.bottleneck(x, self.reduce.weight, self.conv.weight, self.expand.weight, bns=bns)
+
+    def _fuses(self, x: Any) -> bool:
+        """Whether the operator may stand for the layers' calls."""
+        convs = ((self.reduce, 1, 0), (self.conv, 3, 1), (self.expand, 1, 0))
+        return (
+            isinstance(x, Tensor)  # not the stand-ins of torch.fx
+            and not _has_any_global_hook()
+            and all(is_plain_conv(conv) and has_geometry(conv, kernel, 1, padding) for conv, kernel, padding in convs)
+            and all(conv.bias is None for conv, _, _ in convs)
+            and all(is_plain_norm(bn) for bn in (self.bn1, self.bn2, self.bn3))
+        )
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -136,7 +316,17 @@ class Upsample(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x`` (N, C, H, W)."""
+        if not isinstance(x, Tensor) or not self._is_as_built():
+            return super().forward(x)
         return ops.upsample(x, self.weight, self.bias)
+
+    def _is_as_built(self) -> bool:
+        """Whether nobody changed what the operator takes for granted, in this object or in PyTorch's class."""
+        built = (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1, "zeros"
+        return nn.ConvTranspose2d.forward is _TRANSPOSED_FORWARD and built == (
+            self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation, self.groups,
+            self.padding_mode,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"

@@ -1,6 +1,9 @@
-"""Weights in the order in which a kernel reads them, made once for weights that do not change.
+"""Weights in the order in which a kernel reads them: the order is kept, never the weights.
 
-Reordering takes several small kernels, as long as a small image's convolution. At inference weights are constant.
+Reordering by pads, flips and copies takes several small kernels, as long as a small image's convolution. Where each
+place takes its value from depends on the weight's shape alone, so it is found once, and one gather makes a reordered
+weight of the present values. A reordered weight that is kept could become stale: writes through ``weight.data``, by
+collective operations, from other processes or in a replayed CUDA graph are counted nowhere.
 """
 
 from __future__ import annotations
@@ -11,74 +14,74 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
+
+#: Orders kept; a network has four for each of its weights' shapes.
+LARGEST = 64
 
 
-class _Entry(NamedTuple):
-    """A reordered weight, and the state of the weight that it was made of."""
+class _Order(NamedTuple):
+    """Where each place of a reordered weight's memory takes its value from, and how that memory is looked at."""
 
-    state: tuple[Any, ...]
-    # Weak, so that memory which the weight no longer has is freed; while it lives, no other storage has its id.
-    storage: StorageWeakRef
-    packed: Tensor
+    index: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
 
 
 class PackedWeights:
-    """Reordered weights, each kept for as long as the weight itself.
-
-    A weight that was written to, or was given other memory (``weight.data = ...``), is reordered again. Not noticed, as
-    PyTorch counts it nowhere, is a write through ``weight.data``, which weights averaged during training are fond of:
-    hence what requires a gradient is never kept, even where no gradient is recorded.
+    """Reorders weights by functions that move values and put zeros between them, and do nothing else.
 
     Attributes:
-        hits: calls that found what they needed.
+        hits: calls that found their order.
     """
 
     def __init__(self) -> None:
         self.hits = 0
         self._lock = Lock()
-        self._kept = WeakTensorKeyDictionary()
+        self._kept: dict[tuple[Any, ...], _Order] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, pack: Callable[..., Tensor], weight: Tensor, *options: Any) -> Tensor:
-        """``pack(weight, *options)``, not to be written to."""
-        if not keepable(weight):
+        """``pack(weight, *options)``, made of the present values of ``weight``."""
+        if not indexable(weight):
             return pack(weight, *options)
-        storage = weight.untyped_storage()
-        state = (
-            weight._version, storage._cdata, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(),
-        )  # fmt: skip
-        # Each stream has its own: what another one makes may not be finished.
-        stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
-        key = (pack, options, stream)
-        with self._lock:
-            found: _Entry | None = self._kept.get(weight, {}).get(key)
-            if found is not None and found.state == state:
-                self.hits += 1
-                return found.packed
-        packed = pack(weight, *options)
-        # A view costs nothing to make, and would keep the weight alive.
-        if packed.untyped_storage()._cdata != storage._cdata:
+        key = (pack, options, weight.shape, weight.device)
+        order = self._kept.get(key)
+        if order is None:
+            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return pack(weight, *options)  # an order's copy to the device cannot be captured
+            order = _order(pack, weight, options)
             with self._lock:
-                self._kept.setdefault(weight, {})[key] = _Entry(state, StorageWeakRef(storage), packed)
-        return packed
+                if len(self._kept) >= LARGEST:
+                    self._kept = {}
+                self._kept[key] = order
+        else:
+            self.hits += 1
+        # A zero behind the weight, for the places that take none of its values.
+        values = torch.cat([weight.reshape(-1), weight.new_zeros(1)])
+        return values.index_select(0, order.index).as_strided(*order[1:])
 
 
-def keepable(weight: Tensor) -> bool:
-    """Whether changes of ``weight`` show, and what is made of it now is there later.
+def _order(pack: Callable[..., Tensor], weight: Tensor, options: tuple[Any, ...]) -> _Order:
+    """The order that ``pack`` makes, seen on a weight whose values are their own places, counted from 1."""
+    count = weight.numel()
+    places = pack(torch.arange(1, count + 1).view(weight.shape), *options)
+    memory = places.as_strided((places.untyped_storage().nbytes() // places.itemsize,), (1,), 0)
+    memory = torch.where(memory == 0, count, memory - 1)
+    # Made on the CPU and copied at once, so that every stream of the device may read it.
+    return _Order(
+        memory.to(torch.int32).to(weight.device), tuple(places.shape), places.stride(), places.storage_offset()
+    )
 
-    Tensors of inference mode count no writes. What is made while a CUDA graph is captured has its values only when the
-    graph runs; and a graph that read something made before would miss later changes of the weight, and read memory that
-    they freed.
-    """
+
+def indexable(weight: Tensor) -> bool:
+    """Whether a gather may stand for the function: on plain tensors that nobody traces."""
     return (
         type(weight) in (Tensor, torch.nn.Parameter)
-        and not (weight.requires_grad or weight.is_inference())
+        and weight.numel() < 2**31 - 1
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -22,8 +22,8 @@ from fastden.training.camera import CameraNoise, CameraRanges
 Pixels = npt.NDArray[np.uint8]
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "kinds_of_noise.webp"
-#: Left and top of the detail, its side, and how much it is enlarged.
-CORNER, SIDE, ZOOM = (150, 90), 88, 3
+#: Left and top of the detail, its side, how much it is enlarged, and details in a row.
+CORNER, SIDE, ZOOM, COLUMNS = (150, 90), 88, 3, 3
 HEADER, MARGIN = 30, 8
 
 
@@ -74,13 +74,14 @@ def main() -> None:
         "microscope": microscope(clean, 60, 3, 5),
     }
     size = SIDE * ZOOM
-    sheet = Image.new("RGB", (len(pictures) * (size + MARGIN) - MARGIN, HEADER + size), "white")
+    rows = len(pictures) // COLUMNS
+    sheet = Image.new("RGB", (COLUMNS * (size + MARGIN) - MARGIN, rows * (HEADER + size)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for column, (label, pixels) in enumerate(pictures.items()):
-        left = column * (size + MARGIN)
+    for index, (label, pixels) in enumerate(pictures.items()):
+        left, top = index % COLUMNS * (size + MARGIN), index // COLUMNS * (HEADER + size)
         detail = Image.fromarray(pixels).crop((*CORNER, CORNER[0] + SIDE, CORNER[1] + SIDE))
-        sheet.paste(detail.resize((size, size), Image.Resampling.NEAREST), (left, HEADER))
-        draw.text((left + size / 2, HEADER / 2), label, "black", font, anchor="mm")
+        sheet.paste(detail.resize((size, size), Image.Resampling.NEAREST), (left, top + HEADER))
+        draw.text((left + size / 2, top + HEADER / 2), label, "black", font, anchor="mm")
     sheet.save(FIGURE, quality=80)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -298,6 +299,99 @@ class TestJointLoss:
         _, clean, labels = batch()
         with pytest.raises(ValueError, match=message):
             JointLoss(1, loss)(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
+
+
+class TestModules:
+    """What losses hold is trained, saved and moved with them."""
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_variance = nn.Parameter(torch.zeros(()))
+
+        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(prediction, target) * (-self.log_variance).exp() + self.log_variance
+
+    def test_modules_are_registered(self) -> None:
+        weights = torch.rand(5)
+        loss = JointLoss(0.1, {"a": nn.CrossEntropyLoss(weight=weights), "b": self.Learned(), "c": "classification"})
+        assert [name for name, _ in loss.named_parameters()] == ["task_losses.b.log_variance"]
+        assert set(loss.state_dict()) == {"task_losses.a.weight", "task_losses.b.log_variance"}
+        assert loss.double().task_losses["a"].weight.dtype == torch.float64
+        assert not loss.eval().task_losses["b"].training
+
+    @pytest.mark.parametrize("hide", [lambda module: module.forward, partial, lambda m: partial(partial(m.forward))])
+    def test_modules_behind_functions_are_registered(self, hide: Any) -> None:
+        loss = JointLoss(0.1, hide(self.Learned()), denoise_loss=hide(nn.L1Loss()))
+        assert len(list(loss.parameters())) == len(loss.state_dict()) == 1
+        assert any(isinstance(module, nn.L1Loss) for module in loss.modules())
+
+    def test_functions(self) -> None:
+        loss = JointLoss(1, lambda p, t: (p - t).abs().mean(), denoise_loss=F.l1_loss)
+        assert not loss.state_dict()
+        copied = copy.deepcopy(loss)
+        clean = batch()[1]
+        terms = copied(JointOutput(clean, {"task": torch.ones(2, 2)}), clean, torch.zeros(2, 2))
+        assert terms.total.item() == pytest.approx(1.0)
+
+    def test_double_precision_stays(self) -> None:
+        clean = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+        denoised = (clean + 1e-9).requires_grad_()
+        prediction = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+        terms = JointLoss(1, "classification").double()(
+            JointOutput(denoised, {"task": prediction}), clean, torch.tensor([1, 2])
+        )
+        assert terms.denoise.dtype == terms.tasks["task"].dtype == torch.float64
+        assert terms.denoise.item() == pytest.approx(1e-18, rel=1e-3)
+
+    @pytest.mark.parametrize("name", ["a.b", "", "keys", "training"])
+    def test_names_that_cannot_be_registered(self, name: str) -> None:
+        with pytest.raises(ValueError, match=r"task_loss: task named .*; accepted: text without dots"):
+            JointLoss(1, {name: "classification"})
+        with pytest.raises(ValueError, match=r"task: task named .*; accepted: text without dots"):
+            JointDenoiser(nn.Identity(), {name: classifier()})
+
+    def test_preprocess_is_registered_and_frozen(self) -> None:
+        class Scale(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.factor = nn.Parameter(torch.ones(()))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x * self.factor
+
+        joint = JointDenoiser(random_network(), classifier(), Scale())
+        assert "tasks.task.preprocess.factor" in joint.state_dict()
+        assert not joint.tasks["task"].preprocess.factor.requires_grad
+
+
+class TestTransforms:
+    def test_first_call_under_grad(self) -> None:
+        joint = JointDenoiser(random_network(), classifier(), normalise)
+        loss = JointLoss(0.1, "classification")
+        noisy, clean, labels = batch()
+        parameters = {name: value.detach() for name, value in joint.named_parameters() if "denoiser" in name}
+
+        def total(parameters: dict[str, Tensor]) -> Tensor:
+            return loss(torch.func.functional_call(joint, parameters, (noisy, 0.1)), clean, labels).total
+
+        gradients = torch.func.grad(total)(parameters)
+        assert bool(gradients["denoiser.out.weight"].any())
+
+    def test_gradients_of_each_sample(self) -> None:
+        joint = JointDenoiser(random_network().eval(), classifier())
+        loss = JointLoss(0.1, "classification")
+        noisy, clean, labels = batch()
+        parameters = {name: value.detach() for name, value in joint.named_parameters() if "denoiser" in name}
+
+        def total(parameters: dict[str, Tensor], x: Tensor, y: Tensor, label: Tensor) -> Tensor:
+            output = torch.func.functional_call(joint, parameters, (x[None], 0.1))
+            return loss(output, y[None], label[None]).total
+
+        each = torch.func.vmap(torch.func.grad(total), (None, 0, 0, 0))(parameters, noisy, clean, labels)
+        one = torch.func.grad(total)(parameters, noisy[1], clean[1], labels[1])
+        for name, value in one.items():
+            torch.testing.assert_close(each[name][1], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 class TestTaskLosses:

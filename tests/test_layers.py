@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def test_a_kernel_imports_its_siblings_alone(root: Path) -> None:
     assert len(files) > 5
     others = {file.name: [name for name in imports(file) if not name.startswith(KERNELS)] for file in files}
     assert not {file: names for file, names in others.items() if names}
+
+
+def test_kernels_make_no_circle(root: Path) -> None:
+    files = {f"{KERNELS}.{file.stem}": file for file in (root / "kernels").glob("*.py")}
+    graph = {name: imports(file) & files.keys() for name, file in files.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(files)  # a circle raises CycleError
 
 
 def test_operators_alone_import_kernels(root: Path) -> None:

@@ -124,7 +124,8 @@ def test_make_targets_exist(root: Path) -> None:
 def test_links_lead_to_files(root: Path, file: str) -> None:
     """Those of ``docs/`` are checked by ``make docs``."""
     folder = (root / file).parent
-    links = re.findall(r"\]\((?!https?://)([^)#\s]+)", (root / file).read_text())
+    text = re.sub(r"^```.*?^```", "", (root / file).read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\((?!https?://)([^)#\s]+)", text)
     assert [link for link in links if not (folder / link).exists()] == []
 
 
@@ -153,3 +154,21 @@ def test_the_site_is_built_strictly(root: Path) -> None:
     assert re.search(r"^strict: true$", (root / "mkdocs.yml").read_text(), re.MULTILINE)
     assert "mkdocs build --strict" in (root / "Makefile").read_text()
     assert "make docs" in (root / ".ci" / "run").read_text()
+
+
+def test_citation_states_the_version(root: Path) -> None:
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    version = re.search(r'^version = "(.*)"$', (root / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert citation["version"] == version[1]
+
+
+def test_the_workflow_calls_what_the_makefile_has(root: Path) -> None:
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    wanted = {match[1] for step in steps for match in re.finditer(r"make (\w+)", step)}
+    assert wanted == {"lint", "test", "docs", "dist"}
+    assert wanted <= set(re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE))
+    python = re.search(r'requires-python = ">=(.*)"', (root / "pyproject.toml").read_text())
+    assert python is not None
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"][0] == python[1]

@@ -194,13 +194,14 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
     """The contenders that a command accepts, and those that it takes by itself."""
     import torch
 
-    from fastden.bench.forms import FUSED_COMPILE, PLAIN
+    from fastden.bench.forms import COMPOSED, FUSED_COMPILE, PLAIN
 
     plain = ("eager", "channels_last", "compile")
     if command == "batch":
         return plain, ("channels_last",)
     if command == "model" and device.type == "cpu":
-        runtimes = {torch.float32: ("openvino", "onnxruntime"), torch.bfloat16: ("openvino",)}.get(dtype, ())
+        names = {torch.float32: ("openvino", "onnxruntime"), torch.bfloat16: ("openvino",)}.get(dtype, ())
+        runtimes = tuple(name + form for name in names for form in ("", COMPOSED))
         return (*PLAIN, FUSED_COMPILE, *runtimes), (*plain, FUSED_COMPILE, *runtimes)
     if command == "model":
         return (*PLAIN, FUSED_COMPILE), (*plain, FUSED_COMPILE, "max_autotune")
@@ -262,12 +263,17 @@ def network(
     size: Size = None,
     batch: Batch = None,
     rounds: Rounds = None,
+    large: Annotated[
+        bool, typer.Option("--large", help="A picture of 24 megapixels by tiles too, on a CPU: time and peak memory.")
+    ] = False,
 ) -> None:
     """Measure the whole network at inference."""
     from fastden.bench.compare import compare as run_all
     from fastden.bench.network import inference
 
     run = _prepare("model", model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+    if large and run.settings.device.type != "cpu":
+        raise UserError(f"large: with device {run.settings.device}; accepted: cpu, whose peak memory the system tells")
 
     def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
         with TemporaryDirectory() as folder:
@@ -275,7 +281,14 @@ def network(
             job, contenders = inference(
                 run.model, run.size, run.batch, settings.dtype, run.peers, run.backends, Path(folder)
             )
-            return [run_all(job, contenders, settings, limits, sensors=run.sensors)]
+            result = run_all(job, contenders, settings, limits, sensors=run.sensors)
+        if large:
+            from fastden.bench.large import measured
+
+            row = result["large"] = measured(run.model_name, str(settings.dtype).removeprefix("torch."))
+            peak = "" if row["peak_rss_mib"] is None else f", {row['peak_rss_mib']:.0f} MiB at most"
+            print(f"{row['height']} x {row['width']} pixels by tiles: {row['seconds']} s{peak}")
+        return [result]
 
     run.finish(measure)
 

@@ -21,10 +21,11 @@ from fastden.ops.backends import use_backend
 PLAIN = ("eager", "channels_last", "compile", "max_autotune")
 #: fastden's own inference form, composed and folded, on PyTorch's compiled operations: for the whole network.
 FUSED_COMPILE = "fused_compile"
+#: Behind a runtime's name: it runs the composed network instead of the plain one.
+COMPOSED = "_composed"
 #: Other runtimes, for the whole network on a CPU, and the packages that they need.
 RUNTIMES = {
-    "openvino": ("openvino", "onnx", "onnxscript"),
-    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    name + form: (name, "onnx", "onnxscript") for name in ("openvino", "onnxruntime") for form in ("", COMPOSED)
 }
 
 

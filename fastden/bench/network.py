@@ -67,7 +67,8 @@ def inference(
         else:
             build = partial(_runtime, name, model, x, dtype, folder)
         graphs = name in (*forms.PLAIN, forms.FUSED_COMPILE) and name != "max_autotune"
-        flops = own_flops if name == forms.FUSED_COMPILE else plain_flops
+        composed = name == forms.FUSED_COMPILE or name.endswith(forms.COMPOSED)
+        flops = own_flops if composed else plain_flops
         contenders.append(Contender(name, build, flops, graphs=graphs))
     moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
     return Job("model", batch, pixels, moved, (reference,), bound), contenders
@@ -95,8 +96,10 @@ def _compiled(model: Denoiser, x: Tensor, dtype: torch.dtype) -> Call:
 
 
 def _runtime(name: str, model: Denoiser, x: Tensor, dtype: torch.dtype, folder: Path) -> Call:
-    path = forms.export_onnx(model, x, folder / "plain.onnx")
-    return forms.openvino(path, x, dtype) if name == "openvino" else forms.onnxruntime(path, x)
+    composed = name.endswith(forms.COMPOSED)
+    network: nn.Module = fuse(model) if composed else model
+    path = forms.export_onnx(network, x, folder / ("composed.onnx" if composed else "plain.onnx"))
+    return forms.openvino(path, x, dtype) if name.startswith("openvino") else forms.onnxruntime(path, x)
 
 
 def training(

@@ -55,11 +55,16 @@ class PretrainedMixin(PyTorchModelHubMixin, library_name="fastden", tags=["image
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any) -> Any:
-        if not Path(model_id).is_dir():
-            return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
-        # As the mixin does, without its line on standard output.
-        for name in ("revision", "cache_dir", "force_download", "local_files_only", "token"):
-            kwargs.pop(name, None)
-        return cls._load_as_safetensor(
-            cls(**kwargs), str(Path(model_id) / SAFETENSORS_SINGLE_FILE), map_location, strict
-        )
+        import torch  # here, because listing the models needs none
+
+        # Under a device context of the caller's, such as torch.device("meta"), the network would be built there, and
+        # lose the weights.
+        with torch.device(map_location):
+            if not Path(model_id).is_dir():
+                return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
+            # As the mixin does, without its line on standard output.
+            for name in ("revision", "cache_dir", "force_download", "local_files_only", "token"):
+                kwargs.pop(name, None)
+            return cls._load_as_safetensor(
+                cls(**kwargs), str(Path(model_id) / SAFETENSORS_SINGLE_FILE), map_location, strict
+            )

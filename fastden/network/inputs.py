@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastden.errors import ScaleWarning
 from fastden.network.level import KNOTS, level_map
+from fastden.network.modes import runs_as_written, transforming
+
+#: The forms in which a noise level may be given; None to a blind network.
+Sigma: TypeAlias = float | Tensor | npt.NDArray[Any] | Sequence[Any] | None
+
+# Tuples: torch.compile cannot follow a union of NumPy's types.
+_ARRAYS = (np.ndarray, np.generic)
+_LISTS = (list, tuple)
+
+#: Values of an image above this are taken for another scale than [0, 1]; noise, and the iterates of methods that have a
+#: denoiser for a prior, stay below.
+LARGEST_VALUE = 16.0
+#: White points of images with 8, 10, 12, 14 and 16 bits.
+WHITES = (255, 1023, 4095, 16383, 65535)
+#: Set to 0, no image is looked at for its scale.
+SCALE_ENVIRONMENT = "FASTDEN_SCALE_WARNING"
+#: On a GPU so many images are looked at in a process: each look waits for the device.
+LOOKS = 3
 
 
 def check_input(x: Tensor, channels: int) -> tuple[int, int]:
@@ -31,7 +56,7 @@ def check_input(x: Tensor, channels: int) -> tuple[int, int]:
     return height, width
 
 
-def noise_level(x: Tensor, sigma: float | Tensor | None, wanted: bool) -> Tensor | None:
+def noise_level(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
     """``sigma`` as a map (N, 1, H, W) in the dtype and on the device of ``x``; None for a blind network.
 
     A curve (N, 8) or (1, 8) holds levels at eight values of brightness (:mod:`fastden.network.level`).
@@ -48,24 +73,91 @@ def noise_level(x: Tensor, sigma: float | Tensor | None, wanted: bool) -> Tensor
             "sigma: None, but this network takes the noise level; accepted: a number, a tensor (N,) or a map"
             " (N, 1, H, W), the noise's standard deviation on the scale of x (25 of 255 is 25 / 255)"
         )
-    if isinstance(sigma, Tensor):
-        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and sigma.numel():
-            low, high = (float(bound) for bound in sigma.detach().aminmax())  # a GPU would have to wait for it
-            if not 0.0 <= low <= high <= 1.0:
-                raise ValueError(f"sigma: values from {low} to {high}; accepted: 0 to 1, on the scale of x")
-        level = sigma.to(device=x.device, dtype=x.dtype)
-        if level.dim() == 2 and level.shape[1] == KNOTS and level.shape[0] in (1, n):
-            return level_map(sigma.to(x.device), x).to(x.dtype)
-        if level.dim() == 0 or (level.dim() == 1 and level.shape[0] == n):
-            level = level.reshape(-1, 1, 1, 1)
-        elif level.dim() != 4 or tuple(level.shape[1:]) != (1, height, width) or level.shape[0] not in (1, n):
-            raise ValueError(
-                f"sigma: shape {tuple(sigma.shape)}; accepted for x {tuple(x.shape)}: a number, ({n},),"
-                f" ({n}, 1, {height}, {width}), or a curve ({n}, {KNOTS})"
-            )
-        return level.expand(n, 1, height, width)
-    if not isinstance(sigma, Real) or isinstance(sigma, bool):
-        raise TypeError(f"sigma: {type(sigma).__name__}; accepted: a number, a tensor (N,) or a map (N, 1, H, W)")
-    if not 0.0 <= sigma <= 1.0:  # also refuses NaN
-        raise ValueError(f"sigma: {sigma}; accepted: 0 to 1, on the scale of x (25 of 255 is 25 / 255)")
-    return x.new_full((1, 1, 1, 1), float(sigma)).expand(n, 1, height, width)
+    if isinstance(sigma, Real) and not isinstance(sigma, bool):
+        number = float(sigma)
+        if not 0.0 <= number <= 1.0:  # also refuses NaN
+            raise ValueError(f"sigma: {sigma}; accepted: 0 to 1, on the scale of x (25 of 255 is 25 / 255)")
+        return x.new_full((1, 1, 1, 1), number).expand(n, 1, height, width)
+    tensor = _as_tensor(sigma)
+    if runs_as_written(tensor) and tensor.device.type == "cpu" and tensor.numel():
+        low, high = (float(bound) for bound in tensor.detach().aminmax())  # a GPU would have to wait for it
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"sigma: values from {low} to {high}; accepted: 0 to 1, on the scale of x")
+    level = tensor.to(device=x.device, dtype=x.dtype)
+    shape = tuple(level.shape)
+    if len(shape) == 2 and shape[1] == KNOTS and shape[0] in (1, n):
+        return level_map(tensor.to(x.device), x).to(x.dtype)
+    ones = all(size == 1 for size in shape[1:])
+    if level.dim() == 0 or (level.dim() <= 4 and ones and shape[0] in (1, n)):
+        level = level.reshape(-1, 1, 1, 1)
+    elif level.dim() != 4 or shape[1:] != (1, height, width) or shape[0] not in (1, n):
+        raise ValueError(
+            f"sigma: shape {shape}; accepted for x {tuple(x.shape)}: a number, ({n},), ({n}, 1, 1, 1),"
+            f" ({n}, 1, {height}, {width}), or a curve ({n}, {KNOTS})"
+        )
+    return level.expand(n, 1, height, width)
+
+
+def _as_tensor(sigma: Any) -> Tensor:
+    """A tensor of real numbers from a tensor, an array or a list of numbers."""
+    accepted = "accepted: a number, a tensor (N,) or a map (N, 1, H, W)"
+    if isinstance(sigma, _ARRAYS):
+        sigma = _from_numpy(sigma, accepted)
+    elif isinstance(sigma, _LISTS):
+        try:
+            # Tensors in a list are stacked, which keeps their gradients.
+            stacked = len(sigma) > 0 and all(isinstance(value, Tensor) for value in sigma)
+            sigma = torch.stack(list(sigma)) if stacked else torch.as_tensor(sigma)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"sigma: {type(sigma).__name__} of other things than numbers; {accepted}") from error
+    if not isinstance(sigma, Tensor):
+        raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
+    if sigma.is_complex() or sigma.dtype == torch.bool:
+        raise TypeError(f"sigma: dtype {sigma.dtype}; {accepted}")
+    return sigma
+
+
+def _from_numpy(array: Any, accepted: str) -> Tensor:
+    try:
+        return torch.as_tensor(array)
+    except TypeError as error:
+        raise TypeError(f"sigma: an array of dtype {array.dtype}; {accepted}") from error
+
+
+class _Scale:
+    """What this process has seen of images' scales."""
+
+    warned = False
+    looks = 0
+
+
+def warn_of_scale(x: Tensor) -> None:
+    """Warn, once in a process, where ``x`` (N, C, H, W) looks like a picture on another scale than [0, 1].
+
+    A picture on the scale 0-255 with a noise level on 0-1 is hardly denoised, and nothing else would say so. Values
+    outside [0, 1] are no error: noise and plug-and-play iterations make them. The switch is a filter for
+    :class:`fastden.ScaleWarning`, or ``FASTDEN_SCALE_WARNING=0`` in the environment, which spares the look too.
+    """
+    if _Scale.warned or transforming() or not runs_as_written(x) or not x.numel():
+        return
+    if x.device.type != "cpu":
+        if _Scale.looks >= LOOKS or x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        _Scale.looks += 1
+    if os.environ.get(SCALE_ENVIRONMENT) == "0":
+        return
+    # Every so many pixels tell as much, at 0.01 ms for any size.
+    rows, columns = (max(size // 64, 1) for size in x.shape[2:])
+    highest = float(x.detach()[:, :, ::rows, ::columns].amax())
+    if not highest > LARGEST_VALUE:
+        return
+    _Scale.warned = True
+    # Noise carries values beyond white.
+    white = next((white for white in WHITES if highest <= 1.5 * white), WHITES[-1])
+    warnings.warn(
+        f"x: values up to {highest:.4g}; the network takes images on the scale [0, 1] and a noise level on the same"
+        f" scale: divide x by its white point ({white} for {white.bit_length()} bits). Shown once in a process; to turn"
+        f" it off: warnings.filterwarnings('ignore', category=fastden.ScaleWarning), or {SCALE_ENVIRONMENT}=0",
+        ScaleWarning,
+        stacklevel=5,  # forward, and two of torch.nn.Module's calls
+    )

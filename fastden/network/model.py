@@ -5,13 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
 from fastden.algebra import compose_head, compose_stem
 from fastden.network.hub import PretrainedMixin
-from fastden.network.inputs import check_input, noise_level
+from fastden.network.inputs import Sigma, check_input, noise_level, warn_of_scale
+from fastden.network.modes import without_autocast
 from fastden.network.padding import BORDER, pad_image
-from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample
+from fastden.nn import (
+    Bottleneck,
+    ConcatConvBNReLU,
+    ConvBNReLU,
+    Upsample,
+    has_geometry,
+    is_plain_block,
+    is_plain_conv,
+    is_plain_norm,
+    is_plain_upsample,
+)
 
 
 class Denoiser(nn.Module, PretrainedMixin):
@@ -28,7 +40,8 @@ class Denoiser(nn.Module, PretrainedMixin):
             shipped colour networks take gray images through :func:`fastden.denoise`, which repeats the channel.
         composed: run conv1 o conv0 and out o cat(conv0, up3) as the single convolutions that they equal
             (:mod:`fastden.algebra`), in training and evaluation: the same function up to rounding, 36 % fewer
-            multiply-accumulates. The parameters stay those of the factors.
+            multiply-accumulates. The parameters stay those of the factors. Where one of these layers is no plain one
+            (hooks, an adapter, another normalisation: see :mod:`fastden.nn`), it is called as without this option.
     """
 
     def __init__(self, noise_level_input: bool = True, image_channels: int = 3, composed: bool = False) -> None:
@@ -50,26 +63,32 @@ class Denoiser(nn.Module, PretrainedMixin):
         self.up3 = Upsample(256, 64)
         self.out = nn.Conv2d(128, image_channels, 3)
 
-    def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Sigma = None) -> Tensor:
         """Denoise a batch.
 
         Args:
             x: (N, 3, H, W), float, in [0, 1] (noise may exceed it), any H, W >= 1, any memory format.
-            sigma: standard deviation of the noise on the scale of ``x`` (25 of 255 is 25 / 255): a number, a tensor
-                (N,), or a map (N, 1, H, W). Needed by a network with ``noise_level_input``, refused by a blind one.
+            sigma: standard deviation of the noise on the scale of ``x`` (25 of 255 is 25 / 255), 0 to 1: a number; one
+                for each image, (N,), (N, 1) or (N, 1, 1, 1); or a map (N, 1, H, W) or (1, 1, H, W). Python's and
+                NumPy's numbers, lists, arrays and tensors. Needed by a network with ``noise_level_input``, refused by
+                a blind one.
 
         Returns:
             (N, 3, H, W), not clipped, in the dtype of ``x`` (under autocast: of autocast's result).
 
         Raises:
             ValueError, TypeError: naming the argument, what it was and what is accepted.
+
+        Warns:
+            ScaleWarning: once in a process, where values of ``x`` are far above 1, as of a picture on the scale 0-255.
         """
         height, width = check_input(x, self.image_channels)
-        dtype = self.conv0.weight.dtype
+        dtype = self.conv0.weight.dtype if is_plain_conv(self.conv0) else x.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"x: dtype {x.dtype}; accepted: {dtype}, the network's (convert x or the network, or use autocast)"
             )
+        warn_of_scale(x)
         level = noise_level(x, sigma, self.noise_level_input)
         padded = pad_image(x if level is None else torch.cat([x, level], 1))
         y = self.forward_padded(padded)
@@ -78,12 +97,33 @@ class Denoiser(nn.Module, PretrainedMixin):
 
     def forward_padded(self, x: Tensor) -> Tensor:
         """The network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
-        if self.composed:
+        if self.composed and self._composes():
             return self._forward_composed(x)
-        first = ops.conv_bn_relu(x, self.conv0.weight, self.conv0.bias, relu=False)
+        fused = not _has_any_global_hook()
+        conv0, out = self.conv0, self.out
+        if fused and is_plain_conv(conv0) and has_geometry(conv0, 5, 1, 0):
+            first = ops.conv_bn_relu(x, conv0.weight, conv0.bias, relu=False)
+        else:
+            first = conv0(x)
         upsampled = self.up3(self._trunk(self.conv1(first)))
-        y = ops.concat_conv_bn_relu(first, upsampled, self.out.weight, self.out.bias, relu=False, padding=0)
+        if fused and is_plain_conv(out) and has_geometry(out, 3, 1, 0):
+            y = ops.concat_conv_bn_relu(first, upsampled, out.weight, out.bias, relu=False, padding=0)
+        else:
+            y = out(torch.cat([first, upsampled], 1))
         return x[:, : self.image_channels, BORDER:-BORDER, BORDER:-BORDER] + y
+
+    def _composes(self) -> bool:
+        """Whether the layers that the composed form never calls are plain ones, see :mod:`fastden.nn`.
+
+        Hooks on all modules, with which profilers and PyTorch's FLOP counter follow calls, do not count here: they
+        would change what is measured.
+        """
+        conv0, conv1, up3, out = self.conv0, self.conv1, self.up3, self.out
+        if not (is_plain_block(conv1, ConvBNReLU) and is_plain_norm(conv1.bn) and conv1.relu):
+            return False
+        convs = ((conv0, 5, 1, 0), (conv1.conv, 3, 2, 1), (out, 3, 1, 0))
+        plain = all(is_plain_conv(conv) and has_geometry(conv, *geometry) for conv, *geometry in convs)
+        return plain and is_plain_upsample(up3) and all(c.bias is not None for c in (conv0, conv1.conv, up3, out))
 
     def _forward_composed(self, x: Tensor) -> Tensor:
         conv0, conv1, up3, out = self.conv0, self.conv1.conv, self.up3, self.out
@@ -92,7 +132,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         assert up3.bias is not None
         assert out.bias is not None
         # Autocast would round the factors before composing them; composing is cheap, so it stays in their dtype.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             stem = compose_stem(conv0.weight, conv0.bias, conv1.weight, conv1.bias)
             head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
         first = ops.stem(x, stem.weight, stem.bias, bn=ops.BatchNorm.of(self.conv1.bn))

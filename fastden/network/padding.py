@@ -24,6 +24,11 @@ def padding_for(size: int) -> tuple[int, int]:
 def pad_image(x: Tensor) -> Tensor:
     """Reflect-pad (N, C, H, W) for the network: 3 pixels a side, and up to the next multiple behind conv0."""
     height, width = x.shape[2], x.shape[3]
+    if torch.compiler.is_exporting():
+        # One way for every size: the choice below would tie the exported graph to the sizes for which it holds.
+        rows = _exported_index(height, x.device)
+        columns = _exported_index(width, x.device)
+        return x[:, :, rows][:, :, :, columns]
     (top, bottom), (left, right) = padding_for(height), padding_for(width)
     if height > bottom and width > right:
         return F.pad(x, (left, right, top, bottom), mode="reflect")
@@ -38,3 +43,12 @@ def reflected_index(start: int, stop: int, size: int, device: torch.device) -> T
     period = max(2 * (size - 1), 1)
     index = torch.arange(start, stop, device=device) % period
     return torch.minimum(index, period - index) if size > 1 else torch.zeros_like(index)
+
+
+def _exported_index(size: int, device: torch.device) -> Tensor:
+    """:func:`reflected_index` of the padded axis, without a question about ``size``, which may be symbolic."""
+    length = ALIGNMENT * torch.sym_max((size + 5) // ALIGNMENT, 2) + ALIGNMENT
+    period = torch.sym_max(2 * (size - 1), 1)
+    index = (torch.arange(length, device=device) - BORDER) % period
+    # Of an axis of one pixel the period is 1 and the index 0; the other side of the minimum is 1.
+    return torch.minimum(index, period - index)

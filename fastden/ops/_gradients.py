@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from fastden.ops._library import Operator, check, empty_like
 from fastden.ops._tensors import channels_last
+from fastden.ops._tracing import constant_result
 
 ENVIRONMENT = "FASTDEN_BACKWARD"
 WAYS = ("aten", "kernels")
@@ -35,7 +36,7 @@ class Ways(NamedTuple):
     weight: str
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def ways(backend: str) -> Ways:
     """How gradients are made behind a forward pass on ``backend``.
 

@@ -20,6 +20,7 @@ from importlib import import_module, util
 import torch
 from torch import Tensor
 
+from fastden.ops._tracing import constant_result
 from fastden.ops.proven import PROVEN
 
 
@@ -70,7 +71,7 @@ def use_backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def requested() -> str | None:
     """The backend that the context or the environment asks for; None where the choice is automatic."""
     scoped = _scoped.get()
@@ -158,9 +159,12 @@ def _why_not_statistics(backend: Backend) -> list[str]:
     return ["batch statistics; accepted: folded or frozen batch normalisation; the triton backend makes them"]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _make_ready(name: str) -> bool:
     """Load what registers the operators, where code is traced that will name them; whether that could be done."""
+    # Dynamo calls this function and looks at the next one afterwards: it is not to look into it, but to call it with
+    # fake tensors. Said here, because saying it loads Dynamo.
+    torch.compiler.allow_in_graph(_check_traced)
     return not unavailable(_entry(name))
 
 
@@ -203,7 +207,6 @@ def _check(operator: str, name: str, batch_statistics: bool, **tensors: Tensor |
         raise RuntimeError(_refusal(operator, name, batch_statistics, tensors))
 
 
-@torch.compiler.allow_in_graph  # not looked into: called with fake tensors while Dynamo traces
 def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
     """:func:`_check` with the sizes of the first call: a question about a symbolic one would limit it to the answer."""
     seen: dict[str, Tensor | None] = {}

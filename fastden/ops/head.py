@@ -68,7 +68,12 @@ def head(
         run = in_autocast(features, x, weight, image_weight)
         y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)
         return y.clamp(0, 1) if later else y
-    y = F.pixel_shuffle(F.conv2d(features, weight, None, padding=1), 2)
+    phases = F.conv2d(features, weight, None, padding=1)
+    if torch.compiler.is_exporting():
+        # Which layout the shuffled image gets is a question about its width, and would be asked of a symbolic one.
+        phases = phases.clone(memory_format=torch.contiguous_format)
+    # PyTorch 2.13's pixel_shuffle has no gradient for an empty batch.
+    y = F.pixel_shuffle(phases, 2) if x.shape[0] else phases.reshape(0, k, x.shape[2] - 6, x.shape[3] - 6)
     y = y + F.conv2d(x, image_weight, like(bias, x))
     if add_input:
         source = x if image is None else image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastden.bench import files, forms, machine, network, operators
+from fastden.bench import files, forms, large, machine, network, operators
 from fastden.cli.main import app
 from tests.cli.run import fails, works
 
@@ -69,9 +70,29 @@ def test_model_beside_other_runtimes(tmp_path: Path) -> None:
     for package in ("openvino", "onnxruntime", "onnx", "onnxscript"):
         pytest.importorskip(package)
     target = tmp_path / "a.json"
-    works("bench", "model", *TINY, "--size", 16, 16, "--compare", "openvino,onnxruntime", "--json", target)
-    found = document(target, "model", {"fastden-torch", "openvino", "onnxruntime"})
-    assert found["results"][0]["contenders"]["openvino"]["peak_mib"] is None
+    runtimes = ("openvino", "openvino_composed", "onnxruntime", "onnxruntime_composed")
+    works("bench", "model", *TINY, "--size", 16, 16, "--compare", ",".join(runtimes), "--json", target)
+    rows = document(target, "model", {"fastden-torch", *runtimes})["results"][0]["contenders"]
+    assert rows["openvino"]["peak_mib"] is None
+    assert rows["openvino_composed"]["flops"] == rows["fastden-torch"]["flops"] < rows["openvino"]["flops"]
+
+
+def test_a_large_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own; its result stands beside the contenders'."""
+    row = large.measured("color", "float32", (20, 28))
+    assert (row["height"], row["width"], row["dtype"], row["result_mib"]) == (20, 28, "float32", 0)
+    assert row["seconds"] >= 0
+    assert row["peak_rss_mib"] is None or row["peak_rss_mib"] >= row["peak_rss_before_mib"] > 100
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match=r"the large picture: exit code 1: no message"):
+        large.measured("color", "float32")
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(large, "measured", lambda *names: asked.append(names) or row)
+    target = tmp_path / "a.json"
+    shown = works("bench", "model", *TINY, "--size", 16, 16, "--compare", "", "--large", "--json", target)
+    assert "20 x 28 pixels by tiles: " in shown
+    assert json.loads(target.read_text())["results"][0]["large"] == row
+    assert asked == [("color", "float32")]
 
 
 def test_ops(tmp_path: Path) -> None:

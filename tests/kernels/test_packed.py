@@ -1,10 +1,8 @@
-"""Weights that a kernel reads in its own order: reordered once, again after a change, and gone with the weight."""
+"""Weights that a kernel reads in its own order: the order is found once, the values are always the present ones."""
 
 from __future__ import annotations
 
-import gc
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,7 +12,7 @@ from torch import Tensor
 import fastden
 from fastden import ops
 from fastden.kernels import _packed
-from fastden.kernels._packed import PACKED, PackedWeights, keepable
+from fastden.kernels._packed import PACKED, PackedWeights
 from tests.helpers import max_error, random_network
 
 
@@ -54,15 +52,13 @@ def test_operators(device: str, index: int) -> None:
     assert torch.equal(operator(**arguments, backend="triton"), first)
     assert PACKED.hits == before + len(names)
     for name in names:
-        arguments[name].mul_(2)
+        arguments[name].data.mul_(2)  # counted nowhere
         found = operator(**arguments, backend="triton")
         assert max_error(found, operator(**arguments, backend="torch")) < 1e-5
         assert not torch.equal(found, first)
-    # The weight that did not change was found each time.
-    assert PACKED.hits == before + len(names) + len(names) * (len(names) - 1)
 
 
-def test_fused_network_keeps_its_weights(device: str) -> None:
+def test_fused_network_keeps_its_orders(device: str) -> None:
     fused = fastden.fuse(random_network().to(device))
     x = torch.rand(1, 3, 8, 8, device=device)
     with torch.inference_mode(), ops.use_backend("triton"):
@@ -72,89 +68,78 @@ def test_fused_network_keeps_its_weights(device: str) -> None:
 
 
 def test_options_are_told_apart(packed: PackedWeights, weight: Tensor) -> None:
-    assert packed.get(reversed_rows, weight, 1).shape == (3, 4)
+    assert torch.equal(packed.get(reversed_rows, weight, 1), weight.flip(0))
     assert packed.get(reversed_rows, weight, 2).shape == (6, 4)
     assert packed.get(torch.clone, weight).equal(weight)
     assert packed.hits == 0
-    assert packed.get(reversed_rows, weight, 2).shape == (6, 4)
+    assert torch.equal(packed.get(reversed_rows, weight, 2), weight.flip(0).repeat(2, 1))
     assert packed.hits == 1
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_a_write_is_noticed(packed: PackedWeights, weight: Tensor, mode: type) -> None:
+def test_every_write_is_seen(packed: PackedWeights, weight: Tensor, mode: type) -> None:
+    expected = weight.flip(0)
     with mode():
-        packed.get(reversed_rows, weight)
-        weight[1, 2] = 7
-        assert packed.get(reversed_rows, weight)[1, 2] == 7
-        weight[:2].copy_(weight[1:].clone())  # through a view
-        assert torch.equal(packed.get(reversed_rows, weight), weight.flip(0))
-    weight.detach().zero_()
-    assert packed.get(reversed_rows, weight).sum() == 0
-    assert packed.hits == 0
+        for write in (
+            lambda: weight.mul_(2),
+            lambda: weight.data.mul_(2),
+            lambda: weight[:2].copy_(weight[1:].clone()),
+            lambda: setattr(weight, "data", torch.rand_like(weight)),
+            lambda: weight.detach().zero_(),
+        ):
+            packed.get(reversed_rows, weight)
+            write()
+            expected = weight.flip(0)
+            assert torch.equal(packed.get(reversed_rows, weight), expected)
 
 
-def test_other_memory_is_noticed(packed: PackedWeights, weight: Tensor) -> None:
-    packed.get(reversed_rows, weight)
-    for value in range(5):  # an allocator gives the same memory again and again
-        weight.data = torch.full((3, 4), float(value), device=weight.device)
-        assert packed.get(reversed_rows, weight).eq(value).all()
-    packed.get(reversed_rows, weight)
-    weight.data = weight.data.view(2, 6)
-    assert packed.get(reversed_rows, weight).shape == (2, 6)
-    assert packed.hits == 1
+def test_zeros_dtypes_and_layouts(packed: PackedWeights, device: str) -> None:
+    """What is put between the values, and memory that is laid out otherwise than the result's shape says."""
+
+    def pack(weight: Tensor) -> Tensor:
+        return torch.nn.functional.pad(weight.flip(2, 3), (0, 3, 1, 0)).permute(2, 0, 3, 1).contiguous().movedim(0, 2)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        weight = torch.rand(3, 4, 2, 2, device=device).to(dtype)
+        for layout in (weight, weight.to(memory_format=torch.channels_last), weight[:, ::2]):
+            for _ in range(2):
+                found, expected = packed.get(pack, layout), pack(layout)
+                assert torch.equal(found, expected)
+                assert found.stride() == expected.stride()
+                assert found.dtype == dtype
+    assert torch.equal(packed.get(Tensor.t, weight[0, 0]), weight[0, 0].t())
 
 
-def test_nothing_outlives_its_weight(packed: PackedWeights, device: str) -> None:
-    weight = torch.rand(3, 4, device=device)
-    kept = weakref.ref(packed.get(reversed_rows, weight))
-    gc.collect()
-    assert kept() is not None
-    assert len(packed) == 1
-    memory = weakref.ref(weight)
-    del weight
-    gc.collect()
-    assert memory() is None
-    assert kept() is None
-    assert len(packed) == 0
+def test_orders_are_few(packed: PackedWeights, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_packed, "LARGEST", 3)
+    for rows in range(1, 9):
+        packed.get(reversed_rows, torch.rand(rows, 2, device=device))
+        assert len(packed) <= 3
 
 
-def test_a_view_is_not_kept(packed: PackedWeights, weight: Tensor) -> None:
-    assert packed.get(Tensor.t, weight)._base is weight
-    assert len(packed) == 0
-
-
-def test_what_is_not_kept(packed: PackedWeights, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameter = torch.nn.Parameter(weight)
-    with torch.no_grad():
-        assert torch.equal(packed.get(reversed_rows, parameter), weight.flip(0))
-        parameter.data.mul_(2)  # counted nowhere
-        assert torch.equal(packed.get(reversed_rows, parameter), parameter.flip(0))
-    with torch.inference_mode():
-        assert not keepable(torch.rand(3, 4))
-        assert keepable(weight)
-    assert len(packed) == 0
-    assert keepable(parameter.requires_grad_(False))
-    for module, name in ((torch.compiler, "is_compiling"), (torch.jit, "is_tracing")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda: True)
-            assert not keepable(weight)
-
+def test_what_has_no_order(packed: PackedWeights, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(Tensor):
         pass
 
-    assert not keepable(weight.as_subclass(Other))
+    assert isinstance(packed.get(reversed_rows, weight.as_subclass(Other)), Other)
+    for module, name in ((torch.compiler, "is_compiling"), (torch.jit, "is_tracing")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda: True)
+            assert torch.equal(packed.get(reversed_rows, weight), weight.flip(0))
+    assert len(packed) == 0
 
 
-def test_nothing_of_a_graph_that_is_being_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_order_is_made_while_a_graph_is_captured(
+    packed: PackedWeights, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class OnGpu(Tensor):
         is_cuda = True
 
     monkeypatch.setattr(_packed, "Tensor", OnGpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     weight = torch.rand(3, 4, device=device).as_subclass(OnGpu)
-    assert not keepable(weight)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert keepable(weight)
+    assert torch.equal(packed.get(reversed_rows, weight), weight.flip(0))
+    assert len(packed) == 0
 
 
 @pytest.mark.gpu
@@ -190,5 +175,4 @@ def test_threads(packed: PackedWeights, weight: Tensor) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert packed.hits >= 6 * 199
-    assert len(packed) == 1
+    assert len(packed) == 2
