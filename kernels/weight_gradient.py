@@ -49,11 +49,10 @@ def config_for(columns: int, outputs: int, itemsize: int) -> WeightGradientConfi
     largest = 128 if itemsize <= 2 else 64
     block_m = min(largest, max(16, triton.next_power_of_2(outputs)))
     block_n = min(largest, max(16, triton.next_power_of_2(columns)))
-    # Eight warps for a narrower tile leave a thread so few registers that some spill on sm_80 and sm_100; with four, 64
-    # pixels of 64 x 128 spill on sm_100.
-    large = block_m * block_n >= 128 * 128
-    block_k = 64 if large else 32
-    warps = 8 if large else 4
+    # On sm_100 64 pixels of a 64 x 128 tile spill; on sm_90 and sm_100 32 of a 16 x 128 tile do.
+    block_k = 32 if itemsize > 2 or (block_m, block_n) == (64, 128) else 64
+    # Eight warps for a narrower tile leave a thread so few registers that some spill on sm_80 and sm_100.
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
     # Interpreted, steps beyond the last pixel take as long as others.
     return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
 
