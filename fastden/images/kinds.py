@@ -51,9 +51,9 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _INSTEAD = {
-    "HEIC": "pip install 'fastden[formats]', or a copy as JPEG, PNG, TIFF, WebP or AVIF",
-    "JPEG XL": "pip install 'fastden[formats]', or a copy as PNG or TIFF (djxl makes one)",
-    "camera raw": "pip install 'fastden[formats]', or a 16-bit TIFF from a raw developer",
+    "HEIC": "a copy as JPEG, PNG, TIFF, WebP or AVIF",
+    "JPEG XL": "a copy as PNG or TIFF (djxl makes one)",
+    "camera raw": "a 16-bit TIFF from a raw developer",
     "OpenEXR": "a copy as TIFF of 32 bits floating",
     "DICOM": "a copy as TIFF or PNG of 16 bits",
     "video": "fastden denoise VIDEO -o VIDEO, with the suffix of a video",

@@ -333,5 +333,13 @@ def test_reasons_against_onednn() -> None:
         assert "torch.backends.mkldnn.enabled is False" in onednn.why_not(torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("avx512", [False, True])
+def test_either_kind_of_bf16_units_will_do(amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert onednn._has_bf16_units() == (amx or avx512)
+
+
 def test_native_bf16_implies_that_onednn_can() -> None:
     assert not onednn.native_bf16() or ONEDNN_BF16
