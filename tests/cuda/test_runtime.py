@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastden import build
+from fastden.cuda import build
 
 #: CUDA_ERROR_NOT_PERMITTED, which tests/cuda/runtime.cpp names so.
 NOT_PERMITTED = 800

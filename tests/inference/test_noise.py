@@ -153,6 +153,9 @@ def test_an_estimate_is_a_noise_level() -> None:
     image = noisy(20, (40, 52, 3), np.uint8)
     estimate = estimate_noise(image)
     assert len(estimate.levels) == KNOTS
+    np.testing.assert_allclose(
+        estimate.curve[0].numpy() * 255, np.array(estimate.levels) * noise_module.MARGIN, rtol=1e-6
+    )
     np.testing.assert_array_equal(fastden.denoise(image, estimate), fastden.denoise(image))
 
 
