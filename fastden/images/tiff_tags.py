@@ -131,7 +131,11 @@ def has_maker_note(tags: Tags) -> bool:
 def with_tags(source: BinaryIO, target: BinaryIO, tags: Tags) -> None:
     """Copy a TIFF with tags added to its first directory; those that it has are replaced."""
     info = _tifftools().read_tiff(source)
-    info["ifds"][0]["tags"].update(tags)
+    first, *others = info["ifds"]
+    first["tags"].update(tags)
+    if ORIENTATION in tags:
+        for page in others:  # they are shown alike, and libvips reads pages only that agree
+            page["tags"][ORIENTATION] = tags[ORIENTATION]
     _write(info, target)
 
 

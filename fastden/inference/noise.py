@@ -18,10 +18,6 @@ from fastden.network.level import CELL, KNOTS, Cells, NoiseEstimator, levels_of,
 
 #: Weights of the estimator, trained together with the model "photo".
 ESTIMATOR = WEIGHTS / "photo" / "noise.safetensors"
-#: Factor of the estimated levels that a network is given: the highest that costs no PSNR. Noise that stays is seen at
-#: once, a little detail that goes is not. On 24 pictures with noise from another pipeline than the training's (OpenCV's
-#: demosaicing and filters) factors of 0.85, 1, 1.15, 1.3 and 1.5 gave 31.79, 31.89, 31.89, 31.79 and 31.56 dB.
-MARGIN = 1.15
 #: Fewer cells of 8 x 8 pixels that are neither flat nor clipped than this say nothing about a picture.
 LEAST_CELLS = 4
 #: Below this level, on the scale 0-255, a picture counts as clean: about what rounding to 8 bits and JPEG leave.
@@ -52,8 +48,8 @@ class NoiseEstimate:
 
     @property
     def curve(self) -> Tensor:
-        """What a network takes: levels on the scale 0-1, (1, 8), a little higher than they are (:data:`MARGIN`)."""
-        return torch.tensor([self.levels], dtype=torch.float32) * (MARGIN / 255)
+        """What a network takes: levels on the scale 0-1, (1, 8)."""
+        return torch.tensor([self.levels], dtype=torch.float32) / 255
 
     def at(self, brightness: float) -> float:
         """Level on the scale 0-255 at a brightness from 0 (black) to 1 (white)."""

@@ -120,3 +120,14 @@ def test_rounding_makes_no_negative_level() -> None:
         curves[:, -3:] = 0.0
         brightness = torch.rand(1, 1, 32, 32, generator=generator)
         assert float(interpolated(curves, brightness).min()) >= 0
+
+
+def test_a_quarter_of_texture_moves_the_level_by_a_tenth() -> None:
+    brightness = torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(0))
+    log_level = torch.full((1, 20, 20), math.log(0.04))
+    log_level[:, :5] += 1.6  # five times as strong
+    nothing = torch.zeros_like(log_level)
+    cells = level.Cells(log_level, nothing, nothing, brightness, torch.ones_like(log_level, dtype=torch.bool))
+    robust, plain = level.robust_curve(cells).exp() / 0.04, level.curve_of(cells).exp() / 0.04
+    assert float(robust.mean()) < 1.15
+    assert float(plain.mean()) > 1.4
