@@ -63,7 +63,6 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml setup.py
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
 	$(INSTALL) -e ".[dev]"
-	$(INSTALL) -e ".[adapters]" || echo "no torchvision for this PyTorch: the adapters' tests are skipped"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py
