@@ -147,7 +147,14 @@ def test_inputs_are_left_alone(normalise: bool) -> None:
         assert torch.equal(value, old)
 
 
-@pytest.mark.parametrize("arguments", [{"track_running_stats": False}, {"momentum": None}])
-def test_unusable_batch_norm(arguments: dict[str, None]) -> None:
-    with pytest.raises(ValueError, match="bn: a BatchNorm2d with running statistics and a fixed momentum"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"track_running_stats": False}, "bn: track_running_stats=False; accepted: True"),
+        ({"momentum": None}, r"bn: momentum=None \(a cumulative average\); accepted: a number"),
+        ({"affine": False}, "bn: affine=False; accepted: True"),
+    ],
+)
+def test_unusable_batch_norm(arguments: dict[str, None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ops.BatchNorm.of(nn.BatchNorm2d(2, **arguments))
