@@ -43,8 +43,8 @@ PACKED_SHAPES = 1024
 def native_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 natively (AMX tiles or AVX-512 BF16) and PyTorch can use it.
 
-    Without such units oneDNN computes bfloat16 through float32, which gains nothing. With them the network takes a
-    half to a fifth of the time (``benchmarks/results/bf16.json``).
+    Without such units oneDNN computes bfloat16 through float32. With AVX-512 BF16 the network takes half of float32's
+    time (``benchmarks/results/bf16.json``), with AMX a fifth (``benchmarks/results/cpu.json``).
     """
     return not _missing() and _has_bf16_units() and _onednn_bf16()
 
