@@ -3,7 +3,8 @@
     python benchmarks/real_photos.py --data ../shared/data/eval/real --json benchmarks/results/real-photos.json
 
 ``--data`` holds a folder for each set, in it pairs ``name_real.*`` and ``name_mean.*``. fastden gets no parameter. The
-classical denoisers get what nobody has: the strength that is best for the whole set, found by trying (``--classical``).
+classical denoisers get what nobody has: the strength that is best for the whole set, found by trying (``--nlm``,
+``--bm3d``).
 PSNR of RGB and SSIM, results of 8 bits, means over a set's pictures. Beside them the noise levels, estimated and true
 (the deviation of the noisy picture from its reference), and what other strengths do.
 """
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--strengths", action="store_true", help="also other strengths")
     parser.add_argument("--best", action="store_true", help="also quality='best'")
     parser.add_argument("--nlm", action="store_true", help="also OpenCV's non-local means")
-    parser.add_argument("--bm3d", action="store_true", help="also CBM3D: a minute a megapixel and sigma")
+    parser.add_argument("--bm3d", action="store_true", help="also CBM3D, which is slow")
     parser.add_argument("--color", action="store_true", help="also the white-noise model at its best sigma a set")
     parser.add_argument("--every", type=int, default=1, help="only every n-th of the pictures")
     arguments = parser.parse_args()

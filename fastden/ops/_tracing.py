@@ -1,6 +1,6 @@
 """What torch.compile is told about functions, without loading it.
 
-``torch.compiler``'s own decorators import Dynamo, which takes as long as PyTorch itself: a second before each command.
+``torch.compiler``'s own decorators import Dynamo, which takes about as long to import as PyTorch itself.
 """
 
 from __future__ import annotations

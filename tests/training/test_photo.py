@@ -60,6 +60,17 @@ def test_both_networks_are_optimised(photographs: Path, tmp_path: Path) -> None:
     assert optimised == {id(parameter) for parameter in module.parameters()}
 
 
+def test_the_estimator_can_be_trained_alone(photographs: Path, tmp_path: Path) -> None:
+    """From given weights: they change, and the network does not."""
+    start = train(configuration(photographs, tmp_path / "both", steps=2), accelerator="cpu")
+    changes = {"init": str(start), "estimator": start / "noise.safetensors", "denoiser": False, "ema": 0.0}
+    alone = train(configuration(photographs, tmp_path / "alone", steps=2, **changes), accelerator="cpu")
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, alone))
+    assert all(torch.equal(values, after[name]) for name, values in before.items() if "running" not in name)
+    before, after = (load_file(folder / "noise.safetensors") for folder in (start, alone))
+    assert not any(torch.equal(values, after[name]) for name, values in before.items())
+
+
 def test_data_are_pairs_of_every_kind(photographs: Path, tmp_path: Path) -> None:
     data = PhotoData(configuration(photographs, tmp_path, batch=4, epoch_steps=20))
     data.setup("fit")
