@@ -1,8 +1,28 @@
 """head on Triton: the last feature map and the padded input to the image, as one implicit matrix product.
 
-Rows of the product are squares of GROUP x GROUP pixels at half resolution, which share most of the features that they
-read; columns are the 2 GROUP x 2 GROUP pixels of the image that each makes, by channel. The inner dimension runs over
-the group's window of features, then over its window of the input.
+A row of the product is a group of SIDE x SIDE pixels of the image, SIDE = 2 GROUP, which share most of the features
+that they read. A column is one of these pixels, in one channel. The inner dimension runs over the group's window of
+features, then over its window of the input.
+
+Along one axis, group ``a`` of GROUP = 2 makes four pixels. Weights of any kind have four taps, 0 to 3, in each phase::
+
+    features    2a-1   2a    2a+1  2a+2  2a+3       a window of GROUP + 3
+    phase 0      0-----1-----2-----3                makes pixel 4a
+    phase 1      0-----1-----2-----3                makes pixel 4a + 1
+    phase 0            0-----1-----2-----3          makes pixel 4a + 2
+    phase 1            0-----1-----2-----3          makes pixel 4a + 3
+
+Composed weights are zero on tap 3 of phase 0 and on tap 0 of phase 1. Groups that begin one pixel earlier (SKIPPED = 1)
+then read fewer features::
+
+    features    2a-1   2a    2a+1  2a+2             a window of GROUP + 2
+    phase 1      1-----2-----3                      makes pixel 4a - 1
+    phase 0      0-----1-----2                      makes pixel 4a
+    phase 1            1-----2-----3                makes pixel 4a + 1
+    phase 0            0-----1-----2                makes pixel 4a + 2
+
+Pixels beyond the image, such as -1, are computed and not stored. Pixel ``p`` also reads the input's pixels ``p`` to
+``p + 6``, whose middle is the pixel itself: the input has BORDER pixels more than the image on each side.
 """
 
 from __future__ import annotations
@@ -18,6 +38,9 @@ from torch.nn import functional as F
 from fastden.kernels._common import channels_last, device_guard, dot, locate, precision
 from fastden.kernels._packed import PACKED
 from fastden.kernels.stem import SMALLEST, gather, is_dense, pixel_room, tap_rows
+
+#: Pixels by which the input is larger than the image, on each side.
+BORDER = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,120 @@ def config_for(features: int, channels: int, itemsize: int) -> HeadConfig:
 def row_block(columns: int, room: int) -> int:
     """Inner dimension of a step over the input. More than 32 would spill registers: each element has its address."""
     return min(32, max(16, triton.next_power_of_2(columns * room)))
+
+
+@triton.jit
+def _add_features(
+    acc,
+    features_ptr,
+    w_ptr,
+    n,
+    top,
+    left,
+    present,
+    columns,
+    height,
+    width,
+    M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``acc`` plus the products of each group's WINDOW x WINDOW features, from (``top``, ``left``) of image ``n`` on.
+
+    Features beyond the image are zero. Weights are (COLUMNS, WINDOW, WINDOW, M).
+    """
+    STEPS: tl.constexpr = (M + BLOCK_K - 1) // BLOCK_K
+    corner = ((n * height + top) * width + left) * M
+    k = tl.arange(0, BLOCK_K)
+    for step in range(WINDOW * WINDOW * STEPS):
+        tap = step // STEPS
+        down = tap // WINDOW
+        across = tap % WINDOW
+        feature = (step % STEPS) * BLOCK_K + k
+        inside = present & (top + down >= 0) & (top + down < height) & (left + across >= 0) & (left + across < width)
+        source = tl.load(
+            features_ptr + (corner + (tl.cast(down, tl.int64) * width + across) * M)[:, None] + feature[None, :],
+            mask=inside[:, None] & (feature < M)[None, :],
+            other=0.0,
+        )
+        weights = tl.load(
+            w_ptr + (columns[:, None] * (WINDOW * WINDOW) + tap) * M + feature[None, :],
+            mask=(columns < COLUMNS)[:, None] & (feature < M)[None, :],
+            other=0.0,
+        )
+        acc = dot(source, tl.trans(weights), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _add_input_window(
+    acc,
+    x_ptr,
+    image_w_ptr,
+    n,
+    top,
+    left,
+    present,
+    columns,
+    in_height,
+    in_width,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PATCH: tl.constexpr,
+    ROOM: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``acc`` plus the products of each group's PATCH x PATCH pixels of the input, from (``top``, ``left``) on.
+
+    Weights are (COLUMNS, PATCH, positions): a row of the window has ROOM positions for the channels of each of its
+    pixels, and zeros behind them, to whole blocks of BLOCK_ROW.
+    """
+    BLOCKS: tl.constexpr = (PATCH * ROOM + BLOCK_ROW - 1) // BLOCK_ROW
+    corner = n * stride_n + top.to(tl.int64) * stride_h
+    if DENSE:
+        corner += left.to(tl.int64) * C
+    else:
+        corner += left.to(tl.int64) * stride_w
+    # Columns of the window that lie in the input, as bits: from -left on, up to in_width - left.
+    exists = (1 << tl.minimum(in_width - left, PATCH)) - (1 << tl.maximum(-left, 0))
+    for step in range(PATCH * BLOCKS):
+        down = step // BLOCKS
+        position = (step % BLOCKS) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+        across = position // ROOM
+        channel = position % ROOM
+        wants = tl.where((across < PATCH) & (channel < C), 1 << across, 0)
+        if DENSE:
+            inner = (across * C + channel).to(tl.int64)
+        else:
+            inner = across.to(tl.int64) * stride_w + channel.to(tl.int64) * stride_c
+        inside = present & (top + down >= 0) & (top + down < in_height)
+        source = gather(x_ptr, corner + tl.cast(down, tl.int64) * stride_h, tl.where(inside, exists, 0), inner, wants)
+        weights = tl.load(
+            image_w_ptr + (columns[:, None] * PATCH + down) * (BLOCKS * BLOCK_ROW) + position[None, :],
+            mask=(columns < COLUMNS)[:, None],
+            other=0.0,
+        )
+        acc = dot(source, tl.trans(weights), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _pixels_in_image(top, left, present, down, across, valid, out_height, out_width, SIDE: tl.constexpr):
+    """(BLOCK_M, BLOCK_N): whether a group's pixel lies in the image, and the column of the product is ``valid``."""
+    # A group's rows and columns that lie in the image as bits, SIDE of each; one more bit that no group has.
+    rows = (1 << tl.minimum(out_height - top, SIDE)) - (1 << tl.maximum(-top, 0))
+    columns = (1 << tl.minimum(out_width - left, SIDE)) - (1 << tl.maximum(-left, 0))
+    exists = tl.where(present, rows | (columns << SIDE), 0)
+    wants = tl.where(valid, (1 << down) | (1 << (across + SIDE)), 1 << (2 * SIDE))
+    return (exists[:, None] & wants[None, :]) == wants[None, :]
 
 
 # Sizes and strides of images are no part of the compiled kernel: no new image size compiles it again.
@@ -81,6 +218,7 @@ def head_kernel(
     K: tl.constexpr,
     ROOM: tl.constexpr,
     DENSE: tl.constexpr,
+    BORDER: tl.constexpr,
     GROUP: tl.constexpr,
     SKIPPED: tl.constexpr,
     ADD_INPUT: tl.constexpr,
@@ -91,16 +229,12 @@ def head_kernel(
     BLOCK_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of the image; ``height`` and ``width`` are those of the features.
+    """One tile of the image: BLOCK_M groups, and BLOCK_N of the COLUMNS of each, which are (channel, across, down).
 
-    Group (a, b) makes the pixels from (2 GROUP a - SKIPPED, 2 GROUP b - SKIPPED) on, from a window of features whose
-    corner is (GROUP a - 1, GROUP b - 1). Weights are (columns, window, window, M) and (columns, rows, places), where a
-    row of the input's window has ROOM places for the channels of each pixel, and zeros to whole blocks of BLOCK_ROW.
+    ``height`` and ``width`` are those of the features.
     """
     SIDE: tl.constexpr = 2 * GROUP
     COLUMNS: tl.constexpr = K * SIDE * SIDE
-    WINDOW: tl.constexpr = GROUP + 3 - SKIPPED
-    PATCH: tl.constexpr = SIDE + 6
     out_height = 2 * height - 2
     out_width = 2 * width - 2
     groups_down = tl.cdiv(out_height + SKIPPED, SIDE)
@@ -111,88 +245,41 @@ def head_kernel(
     index = tl.arange(0, BLOCK_M)
     present = first + index < tl.cast(batch, tl.int64) * groups_down * groups_across
     a, b, n = locate(first, index, groups_down, groups_across)
-    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-
-    top = a * GROUP - 1
-    left = b * GROUP - 1
-    start = ((n * height + top) * width + left) * M
-    STEPS: tl.constexpr = (M + BLOCK_K - 1) // BLOCK_K
-    k = tl.arange(0, BLOCK_K)
-    for step in range(WINDOW * WINDOW * STEPS):
-        tap = step // STEPS
-        down = tap // WINDOW
-        across = tap % WINDOW
-        channel = (step % STEPS) * BLOCK_K + k
-        inside = present & (top + down >= 0) & (top + down < height) & (left + across >= 0) & (left + across < width)
-        source = tl.load(
-            features_ptr + (start + (tl.cast(down, tl.int64) * width + across) * M)[:, None] + channel[None, :],
-            mask=inside[:, None] & (channel < M)[None, :],
-            other=0.0,
-        )
-        weights = tl.load(
-            w_ptr + (outputs[:, None] * (WINDOW * WINDOW) + tap) * M + channel[None, :],
-            mask=(outputs < COLUMNS)[:, None] & (channel < M)[None, :],
-            other=0.0,
-        )
-        acc = dot(source, tl.trans(weights), acc, PRECISION)
-
+    acc = _add_features(
+        acc, features_ptr, w_ptr, n, a * GROUP - 1, b * GROUP - 1, present, columns, height, width,
+        M, COLUMNS, GROUP + 3 - SKIPPED, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    # In the image, a group's first pixel has the row and column that its window has in the input, which is larger.
     top = a * SIDE - SKIPPED
     left = b * SIDE - SKIPPED
-    start = n * stride_n + top.to(tl.int64) * stride_h
-    if DENSE:
-        start += left.to(tl.int64) * C
-    else:
-        start += left.to(tl.int64) * stride_w
-    # The input is larger than the features by 2 pixels on each side, at full resolution.
-    in_height = 2 * height + 4
-    in_width = 2 * width + 4
-    # Columns of the window that lie in the input, as bits: from -left on, up to in_width - left.
-    exists = (1 << tl.minimum(in_width - left, PATCH)) - (1 << tl.maximum(-left, 0))
-    PARTS: tl.constexpr = (PATCH * ROOM + BLOCK_ROW - 1) // BLOCK_ROW
-    for step in range(PATCH * PARTS):
-        down = step // PARTS
-        place = (step % PARTS) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
-        across = place // ROOM
-        channel = place % ROOM
-        wants = tl.where((across < PATCH) & (channel < C), 1 << across, 0)
-        if DENSE:
-            inner = (across * C + channel).to(tl.int64)
-        else:
-            inner = across.to(tl.int64) * stride_w + channel.to(tl.int64) * stride_c
-        inside = present & (top + down >= 0) & (top + down < in_height)
-        source = gather(x_ptr, start + tl.cast(down, tl.int64) * stride_h, tl.where(inside, exists, 0), inner, wants)
-        weights = tl.load(
-            image_w_ptr + (outputs[:, None] * PATCH + down) * (PARTS * BLOCK_ROW) + place[None, :],
-            mask=(outputs < COLUMNS)[:, None],
-            other=0.0,
-        )
-        acc = dot(source, tl.trans(weights), acc, PRECISION)
+    acc = _add_input_window(
+        acc, x_ptr, image_w_ptr, n, top, left, present, columns, out_height + 2 * BORDER, out_width + 2 * BORDER,
+        stride_n, stride_c, stride_h, stride_w, C, COLUMNS, SIDE + 2 * BORDER, ROOM, DENSE, BLOCK_ROW, PRECISION,
+    )  # fmt: skip
 
     # With the group's rows innermost, the threads of a warp run along groups, and have one each. They would run along a
-    # group's columns, were those innermost, and keep the places of 16 groups in registers through both loops.
-    channel = outputs // (SIDE * SIDE)
-    across = outputs // SIDE % SIDE
-    down = outputs % SIDE
-    acc += tl.load(bias_ptr + channel, mask=outputs < COLUMNS, other=0.0).to(tl.float32)[None, :]
-    # The group's rows and columns that lie in the image as bits, SIDE of each; one more bit that no group has.
-    rows = (1 << tl.minimum(out_height - top, SIDE)) - (1 << tl.maximum(-top, 0))
-    columns = (1 << tl.minimum(out_width - left, SIDE)) - (1 << tl.maximum(-left, 0))
-    exists = tl.where(present, rows | (columns << SIDE), 0)
-    wants = tl.where(outputs < COLUMNS, (1 << down) | (1 << (across + SIDE)), 1 << (2 * SIDE))
-    kept = (exists[:, None] & wants[None, :]) == wants[None, :]
+    # group's columns, were those innermost, and keep the addresses of 16 groups in registers through both loops.
+    channel = columns // (SIDE * SIDE)
+    across = columns // SIDE % SIDE
+    down = columns % SIDE
+    acc += tl.load(bias_ptr + channel, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
+    mask = _pixels_in_image(top, left, present, down, across, columns < COLUMNS, out_height, out_width, SIDE)
     if ADD_INPUT:
-        corner = n * image_stride_n + (top + 3).to(tl.int64) * image_stride_h + (left + 3).to(tl.int64) * image_stride_w
+        source = n * image_stride_n + (top + BORDER).to(tl.int64) * image_stride_h
+        source += (left + BORDER).to(tl.int64) * image_stride_w
         inner = channel.to(tl.int64) * image_stride_c + down.to(tl.int64) * image_stride_h
         inner += across.to(tl.int64) * image_stride_w
-        acc += tl.load(image_ptr + (corner[:, None] + inner[None, :]), mask=kept, other=0.0).to(tl.float32)
+        acc += tl.load(image_ptr + (source[:, None] + inner[None, :]), mask=mask, other=0.0).to(tl.float32)
     if CLAMP:
         # Comparisons, not maximum and minimum, which would hide a NaN.
         acc = tl.where(acc < 0.0, 0.0, acc)
         acc = tl.where(acc > 1.0, 1.0, acc)
-    corner = (n * (K * out_height) + top) * out_width + left
-    inner = (channel.to(tl.int64) * out_height + down) * out_width + across
-    tl.store(y_ptr + (corner[:, None] + inner[None, :]), acc.to(y_ptr.dtype.element_ty), mask=kept)
+    target = (n * (K * out_height) + top) * out_width + left
+    offset = (channel.to(tl.int64) * out_height + down) * out_width + across
+    tl.store(y_ptr + (target[:, None] + offset[None, :]), acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def head(
@@ -238,7 +325,7 @@ def head(
     skipped, side = int(composed), 2 * config.group
     image = x if image is None else image
     room = pixel_room(of_image)
-    block_row = row_block(side + 6, room)
+    block_row = row_block(side + 2 * BORDER, room)
     groups = batch * triton.cdiv(out_height + skipped, side) * triton.cdiv(out_width + skipped, side)
     grid = (triton.cdiv(groups, config.block_m), triton.cdiv(channels * side**2, config.block_n))
     with device_guard(features):
@@ -246,9 +333,10 @@ def head(
             channels_last(features), x, image, PACKED.get(feature_weights, weight, config.group, composed),
             PACKED.get(image_weights, image_weight, config.group, room, block_row), bias.contiguous(), y,
             batch, height, width, *x.stride(), *image.stride(),
-            M=maps, C=of_image, K=channels, ROOM=room, DENSE=is_dense(x), GROUP=config.group, SKIPPED=skipped,
-            ADD_INPUT=add_input, CLAMP=clamp, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_ROW=block_row, PRECISION=precision(features), num_warps=config.warps, num_stages=config.stages,
+            M=maps, C=of_image, K=channels, ROOM=room, DENSE=is_dense(x), BORDER=BORDER, GROUP=config.group,
+            SKIPPED=skipped, ADD_INPUT=add_input, CLAMP=clamp, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, BLOCK_ROW=block_row, PRECISION=precision(features), num_warps=config.warps,
+            num_stages=config.stages,
         )  # fmt: skip
     return y
 
@@ -279,7 +367,7 @@ def feature_weights(weight: Tensor, group: int, composed: bool) -> Tensor:
 
 
 def image_weights(weight: Tensor, group: int, room: int, block: int) -> Tensor:
-    """From a group's window of the input to its pixels: (K, C, 7, 7) -> (K (2 group)^2, rows, places)."""
+    """From a group's window of the input to its pixels: (K, C, 7, 7) -> (K (2 group)^2, rows, positions)."""
     windows = slide_both(weight, 2 * group).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
     return tap_rows(windows, room, block)
 
