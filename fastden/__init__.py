@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fastden.api import denoise
     from fastden.batch.denoiser import BatchDenoiser
     from fastden.errors import ScaleWarning, UserError
-    from fastden.exports.api import export
+    from fastden.exports.exporter import export
     from fastden.inference.arrays import denoise_array
-    from fastden.inference.noise import NoiseEstimate, estimate_noise, estimate_sigma
+    from fastden.inference.estimate import NoiseEstimate, estimate_noise, estimate_sigma
     from fastden.network.fused import FusedDenoiser, fuse
     from fastden.network.hub import models
     from fastden.network.model import Denoiser
@@ -49,14 +49,14 @@ _MODULES = {
     "BatchDenoiser": "fastden.batch.denoiser",
     "Denoiser": "fastden.network.model",
     "FusedDenoiser": "fastden.network.fused",
-    "NoiseEstimate": "fastden.inference.noise",
+    "NoiseEstimate": "fastden.inference.estimate",
     "ScaleWarning": "fastden.errors",
     "UserError": "fastden.errors",
     "denoise": "fastden.api",
     "denoise_array": "fastden.inference.arrays",
-    "estimate_noise": "fastden.inference.noise",
-    "estimate_sigma": "fastden.inference.noise",
-    "export": "fastden.exports.api",
+    "estimate_noise": "fastden.inference.estimate",
+    "estimate_sigma": "fastden.inference.estimate",
+    "export": "fastden.exports.exporter",
     "fuse": "fastden.network.fused",
     "models": "fastden.network.hub",
 }

@@ -48,8 +48,3 @@ def precision(x: Tensor) -> str:
 def device_guard(x: Tensor) -> torch.cuda.device:
     """Kernels launch on the current device: make it that of ``x``. Does nothing for the CPU, where they interpret."""
     return torch.cuda.device(x.device if x.is_cuda else -1)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` (4-D), channels innermost in memory, without a copy where it is so already."""
-    return x.contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import channels_last, device_guard
+from fastden.kernels._common import device_guard
+from fastden.kernels._layout import channels_last
 
 #: Rows (pixels) and channels of an element-wise tile. Not measured on a GPU: 16 KiB of bfloat16 a block.
 BLOCK_ROWS, BLOCK_CHANNELS = 128, 64

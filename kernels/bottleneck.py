@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._conv import _accumulate, launch_conv
+from fastden.kernels._layout import channels_last
 
 #: The sums of the 3x3 convolution of a pixel are all held by one program.
 LARGEST_MIDDLE = 128
@@ -347,7 +348,7 @@ def bottleneck(
     Returns:
         (N, C, H, W), channels-last.
     """
-    x, conv = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, conv))
+    x, conv = (channels_last(tensor) for tensor in (x, conv))
     reduce, expand = reduce.contiguous(), expand.contiguous()
     b1, b2, b3 = (None if bias is None else bias.contiguous() for bias in biases)
     batch, channels, height, width = x.shape

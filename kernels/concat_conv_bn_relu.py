@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastden.kernels._common import channels_last
 from fastden.kernels._conv import launch_conv
+from fastden.kernels._layout import channels_last
 from fastden.kernels._tiles import ConvConfig
 from fastden.kernels.conv_bn_relu import why_not_weight
 

@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.kernels._common import channels_last, device_guard, dot, locate, precision
+from fastden.kernels._common import device_guard, dot, locate, precision
+from fastden.kernels._layout import channels_last
 from fastden.kernels._packed import PACKED
 from fastden.kernels.stem import SMALLEST, gather, is_dense, pixel_room, tap_rows
 

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import INTERPRETED, channels_last, device_guard, dot, locate, precision
+from fastden.kernels._common import INTERPRETED, device_guard, dot, locate, precision
+from fastden.kernels._layout import channels_last
 
 #: Elements that a program of the second kernel adds up.
 BLOCK_SUM = 256

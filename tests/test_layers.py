@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_operators_alone_import_kernels(root: Path) -> None:
         if any(name.startswith(KERNELS) for name in imports(file))
     }
     assert importers == {"ops"}
+
+
+def test_a_file_name_occurs_once(root: Path) -> None:
+    """Only an operator has one name everywhere: the function in fastden/ops/, its Triton kernel in kernels/."""
+    counts = Counter(file.name for file in (root / "fastden").rglob("*.py"))
+    counts.pop("__init__.py")
+    assert {name for name, count in counts.items() if count > 1} == set()
+    operators = {file.name for file in (root / "fastden/ops").glob("[!_]*.py")}
+    kernels = {file.name for file in (root / "kernels").glob("*.py")} - {"__init__.py"}
+    assert kernels & counts.keys() <= operators
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastden.batch.plan import Job
 from fastden.batch.transfer import Pending
 from fastden.images.codec import Header, ImageFile
-from fastden.inference.noise import NoiseEstimate
+from fastden.inference.estimate import NoiseEstimate
 
 Progress = Callable[[int, int], None]
 

@@ -19,11 +19,11 @@ from fastden.errors import UserError
 from fastden.images.codec import format_for, read_image
 from fastden.images.encoding import check_alpha, check_pages
 from fastden.images.extras import check_colour
-from fastden.images.noise import sigma_of_gray
 from fastden.images.pixels import Array
+from fastden.images.samples import sigma_of_gray
 from fastden.images.strips import read_header, read_samples
 from fastden.images.whole_files import check_target, reason
-from fastden.inference.noise import estimate_noise, noise_of_samples
+from fastden.inference.estimate import estimate_noise, noise_of_samples
 from fastden.inference.run import Level, estimated_level, noise_level_of, to_batch
 
 

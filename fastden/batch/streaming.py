@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fastden.images.codec import Header
-from fastden.images.noise import sigma_of_gray
 from fastden.images.pixels import Array, to_dtype
+from fastden.images.samples import sigma_of_gray
 from fastden.inference.run import PLAIN, Wishes, adapted, from_batch, to_batch
 from fastden.inference.tiling import HALO, SMALLEST, denoise_rows, rows_needed, spans
 from fastden.network.fused import FusedDenoiser

@@ -63,7 +63,7 @@ def export(
 
     Any batch, height and width. ONNX and darktable need pip install 'fastden[export]'.
     """
-    from fastden.exports.api import export as run
+    from fastden.exports.exporter import export as run
 
     options: dict[str, Any] = {
         "format": format.value if format else None,
@@ -84,7 +84,7 @@ def export(
 
 def write_cards(folder: Path) -> None:
     """``fastden models --export-cards``."""
-    from fastden.exports.hub import export_cards
+    from fastden.exports.hub_cards import export_cards
 
     for made in export_cards(folder):
         say(f"{made.name} -> {made}")

@@ -30,7 +30,7 @@ def noise(
     """
     from fastden.images.codec import check_target
     from fastden.images.strips import read_samples
-    from fastden.inference.noise import noise_of_samples
+    from fastden.inference.estimate import noise_of_samples
 
     if map_file is not None:
         if len(files) != 1:

@@ -107,7 +107,7 @@ class Request:
 
     def note_sigma(self) -> None:
         """Say where the noise level is beyond what the bundled models know."""
-        from fastden.images.noise import MAX_SIGMA
+        from fastden.images.samples import MAX_SIGMA
 
         sigma = self.settings["sigma"]
         if sigma != "auto" and sigma > MAX_SIGMA:

@@ -15,7 +15,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 from fastden.exports.cards import section, summary
 
 if TYPE_CHECKING:
-    from fastden.exports.api import Request
+    from fastden.exports.exporter import Request
 
 PAPER = "https://arxiv.org/abs/1706.04284"
 #: darktable sets a two-input network's noise level to this, on the scale 0-255.

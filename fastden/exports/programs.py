@@ -16,7 +16,7 @@ from fastden.exports.weights import Weights
 from fastden.network.padding import ALIGNMENT, BORDER
 
 if TYPE_CHECKING:
-    from fastden.exports.api import Request
+    from fastden.exports.exporter import Request
 
 
 class Program(nn.Module):

@@ -18,8 +18,8 @@ from fastden.images.encoding import described, plan_saving
 from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
 from fastden.images.kinds import check_supported
 from fastden.images.libvips import detail, load_vips, vips_errors
-from fastden.images.noise import sample_windows
 from fastden.images.pixels import Array, check_floats
+from fastden.images.samples import sample_windows
 from fastden.images.whole_files import reason
 
 #: Rows that are asked of libvips at a time.

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from fastden.errors import UserError
-from fastden.images.noise import crop_windows, sample_windows
 from fastden.images.pixels import Array, check_plain
-from fastden.inference.noise import NoiseEstimate, noise_of_samples
+from fastden.images.samples import crop_windows, sample_windows
+from fastden.inference.estimate import NoiseEstimate, noise_of_samples
 from fastden.inference.run import Quality, Wishes, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser

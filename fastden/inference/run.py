@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastden.images.pixels import Array, check_floats, check_plain
-from fastden.inference.noise import NoiseEstimate, estimate_noise
+from fastden.inference.estimate import NoiseEstimate, estimate_noise
 from fastden.inference.tiling import TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import check_strength

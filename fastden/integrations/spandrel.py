@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastden.inference.noise import estimate_noise
+from fastden.inference.estimate import estimate_noise
 from fastden.integrations._missing import missing
 from fastden.network.model import Denoiser
 

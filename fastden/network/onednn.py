@@ -382,7 +382,7 @@ class OneDnnNetwork:
     def _front(self, folded: Tensor) -> Tensor:
         """stem and res1 in strips of rows, so that what one writes the other finds in cache: (N, 128, h, w)."""
         height, width = folded.shape[2] - 3, folded.shape[3] - 3
-        skip = _channels_last(folded.shape[0], len(self.stem[0].bias), height, width, self.dtype)
+        skip = _empty_channels_last(folded.shape[0], len(self.stem[0].bias), height, width, self.dtype)
         for top, bottom, first, last in tile_regions(height, height, FRONT_ROWS, 1, 1):
             y = self.res1(self._stem(folded[:, :, first : last + 3], first == 0))
             skip[:, :, top:bottom] = y[:, :, top - first : bottom - first]
@@ -410,7 +410,7 @@ class OneDnnNetwork:
                 y[:, :, top:bottom, left:right] += inner
 
 
-def _channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+def _empty_channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, h, w, c, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
 
 
@@ -433,7 +433,7 @@ def _gather(skip: Tensor, upsampled: Tensor, rows: tuple[int, int], columns: tup
     """conv3's input for the given output rows and columns: both sources side by side, one pixel more on each side."""
     n, a, height, width = skip.shape
     sides = rows[1] - rows[0] + 2, columns[1] - columns[0] + 2
-    tile = _channels_last(n, a + upsampled.shape[1], *sides, skip.dtype)
+    tile = _empty_channels_last(n, a + upsampled.shape[1], *sides, skip.dtype)
     top, bottom = max(rows[0] - 1, 0), min(rows[1] + 1, height)
     left, right = max(columns[0] - 1, 0), min(columns[1] + 1, width)
     into = tile[:, :, top - rows[0] + 1 : bottom - rows[0] + 1, left - columns[0] + 1 : right - columns[0] + 1]

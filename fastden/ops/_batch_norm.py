@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
 from fastden.ops._gradients import first_derivative_only
 from fastden.ops._library import Operator, check, empty_like
 from fastden.ops._recompute import Recipe
-from fastden.ops._tensors import channels_last
 
 
 class BatchNorm(NamedTuple):

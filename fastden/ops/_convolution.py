@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastden.algebra import fold_batch_norm
+from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
 from fastden.ops._batch_norm import BatchNorm, check_values, update_running_statistics, vectors
 from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._recompute import Recipe
-from fastden.ops._tensors import channels_last
 
 
 @Operator

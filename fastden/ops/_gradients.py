@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fastden.kernels._layout import channels_last
 from fastden.ops._library import Operator, check, empty_like
-from fastden.ops._tensors import channels_last
 from fastden.ops._tracing import constant_result
 
 ENVIRONMENT = "FASTDEN_BACKWARD"

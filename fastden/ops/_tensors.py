@@ -8,11 +8,6 @@ import torch
 from torch import Tensor
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` (4-D), channels innermost in memory, without a copy where it is so already."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
 from fastden.ops._batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._recompute import Recipe
-from fastden.ops._tensors import channels_last, in_autocast, wants_gradient
+from fastden.ops._tensors import in_autocast, wants_gradient
 from fastden.ops.backends import choose
 from fastden.ops.conv_bn_relu import conv_bn_relu
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.kernels._layout import channels_last
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check
-from fastden.ops._tensors import channels_last, in_autocast, like, wants_gradient
+from fastden.ops._tensors import in_autocast, like, wants_gradient
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
 

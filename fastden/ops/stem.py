@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.kernels._layout import channels_last
 from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
-from fastden.ops._tensors import channels_last, in_autocast
+from fastden.ops._tensors import in_autocast
 from fastden.ops.backends import choose
 
 

@@ -354,7 +354,7 @@ def _content(metadata: dict[str, str]) -> dict[str, str]:
 
 def _held(level: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:
     """The noise level for all frames: what was given, or the median of the estimates on those that wait."""
-    from fastden.inference.noise import estimate_noise, median_estimate
+    from fastden.inference.estimate import estimate_noise, median_estimate
 
     if level != "auto" or not network.noise_level_input or not waiting:
         return level

@@ -21,7 +21,7 @@ from fastden.batch.stages import Stages
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image, write_image
 from fastden.images.strips import StripReader, StripWriter, read_samples
-from fastden.inference.noise import noise_of_samples
+from fastden.inference.estimate import noise_of_samples
 from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Blend
 from tests.helpers import random_network

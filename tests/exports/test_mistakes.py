@@ -13,7 +13,7 @@ import pytest
 
 import fastden
 from fastden.errors import UserError
-from fastden.exports import api
+from fastden.exports import exporter
 from tests.cli.run import fails, works
 from tests.helpers import random_network
 
@@ -54,7 +54,7 @@ def test_wrong_types(tmp_path: Path) -> None:
 
 
 def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "find_spec", lambda name: None if name == "onnx" else importlib.util.find_spec(name))
+    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "onnx" else importlib.util.find_spec(name))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastden\[export\]'"):
         fastden.export("color", tmp_path / "a.onnx")
     fails("export", "color", "-o", tmp_path / "a.onnx", saying=r"export: .*pip install 'fastden\[export\]'")

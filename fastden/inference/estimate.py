@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastden.images.noise import MAX_SIGMA, sample_windows
 from fastden.images.pixels import Array, check_floats, check_pixels, full_scale
+from fastden.images.samples import MAX_SIGMA, sample_windows
 from fastden.network.hub import WEIGHTS
 from fastden.network.level import CELL, KNOTS, Cells, NoiseEstimator, levels_of, robust_curve, weights_of
 
@@ -124,7 +124,7 @@ def median_estimate(estimates: list[NoiseEstimate]) -> NoiseEstimate:
 
 @torch.no_grad()
 def noise_of_samples(crops: list[Array]) -> NoiseEstimate:
-    """The estimate from a picture's crops (H, W, C), which :func:`fastden.images.noise.sample_windows` chose."""
+    """The estimate from a picture's crops (H, W, C), which :func:`fastden.images.samples.sample_windows` chose."""
     if min(min(crop.shape[:2]) for crop in crops) < CELL:
         return UNDECIDED
     estimator = _estimator()

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import fastden
 from fastden import NoiseEstimate, estimate_noise, estimate_sigma
 from fastden.images.codec import read_image
-from fastden.images.noise import CROP, CROPS, WHOLE, crop_windows
-from fastden.inference import noise as noise_module
+from fastden.images.samples import CROP, CROPS, WHOLE, crop_windows
+from fastden.inference import estimate as estimate_module
 from fastden.network.level import KNOTS
 
 
@@ -86,13 +86,13 @@ def test_any_size_gives_a_finite_number_without_warnings(height: int, width: int
 
 def test_a_large_image_costs_a_megapixel(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    original = noise_module.noise_of_samples
+    original = estimate_module.noise_of_samples
 
     def spy(crops: list[Any]) -> NoiseEstimate:
         seen.extend(crop.shape for crop in crops)
         return original([crops[0]])
 
-    monkeypatch.setattr(noise_module, "noise_of_samples", spy)
+    monkeypatch.setattr(estimate_module, "noise_of_samples", spy)
     large = np.broadcast_to(noisy(10, (1, 1, 1)), (5000, 3000, 1))
     estimate_sigma(large)
     assert seen == [(CROP, CROP, 1)] * CROPS**2
@@ -153,11 +153,11 @@ def test_an_estimate_is_a_noise_level() -> None:
 
 def test_median_of_frames() -> None:
     estimates = [estimate_noise(noisy(sigma)) for sigma in (10, 12, 60)]
-    estimates.append(noise_module.UNDECIDED)
-    middle = noise_module.median_estimate(estimates)
+    estimates.append(estimate_module.UNDECIDED)
+    middle = estimate_module.median_estimate(estimates)
     assert middle.sigma == estimates[1].sigma
     assert middle.levels == pytest.approx(estimates[1].levels)
-    assert noise_module.median_estimate([noise_module.UNDECIDED]) == noise_module.UNDECIDED
+    assert estimate_module.median_estimate([estimate_module.UNDECIDED]) == estimate_module.UNDECIDED
 
 
 @pytest.mark.shared

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import fastden
-from fastden.exports.hub import hub_card
+from fastden.exports.hub_cards import hub_card
 from fastden.network.model import Denoiser
 from tests.cli.run import fails, works
 
