@@ -38,7 +38,12 @@ class Layout(str, Enum):
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, folder or Hugging Face Hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Bundled name, folder or Hugging Face Hub id; noise: what estimates the level."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file; its ending tells the format.")],
     format: Annotated[
         FileFormat | None,

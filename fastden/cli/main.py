@@ -33,6 +33,7 @@ from fastden.cli.options import (
     parse_tile,
     takes_several,
 )
+from fastden.cli.ui import ui
 from fastden.errors import FAILURES, UserError
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command()(export)
 app.command()(noise)
+app.command()(ui)
 
 
 def _version(wanted: bool) -> None:

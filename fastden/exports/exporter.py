@@ -22,6 +22,8 @@ FileFormat = Literal["onnx", "pt2", "aoti", "dtmodel"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Layout = Literal["separate", "dpir"]
 
+#: The name by which the noise estimator is exported.
+ESTIMATOR = "noise"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: What each format can hold. ONNX runtimes on CPUs have no bfloat16 convolution.
 PRECISIONS: dict[str, tuple[str, ...]] = {
@@ -100,7 +102,9 @@ def export(
     not clip its result.
 
     Args:
-        model: a bundled name (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network.
+        model: a bundled name (:func:`fastden.models`), a folder, a Hub id, or a network. ``"noise"`` is the
+            network of :func:`fastden.estimate_noise`, as ONNX in float32: it judges cells of 8 x 8 pixels, and the
+            program that runs it fits the curve through them, as :func:`fastden.network.level.robust_curve` does.
         output: the file.
         format: None takes it from the file's name (``.onnx``, ``.pt2``, ``.dtmodel``). Else
 
@@ -144,10 +148,29 @@ def export(
     if kind in ("onnx", "dtmodel") and find_spec("onnx") is None:
         raise ModuleNotFoundError(f"format: {kind} needs the package onnx; install: pip install 'fastden[export]'")
     check_target(target, overwrite)
+    if isinstance(model, str) and model == ESTIMATOR:
+        given = {"format": kind, "precision": precision, "layout": layout, "composed": composed, "sigma": sigma}
+        return _export_estimator(given, target, opset)
     network, name, card = _load(model)
     level = None if sigma is None else sigma / 255
     request = Request(name, card, collect(network, composed=composed, level=level), precision, layout, opset, sigma)
     _WRITERS[kind](request, target)
+    return target
+
+
+def _export_estimator(given: dict[str, Any], target: Path, opset: int) -> Path:
+    from fastden.exports.noise_graph import build_estimator
+    from fastden.inference.noise import load_estimator
+
+    only = {"format": "onnx", "precision": "fp32", "layout": "separate", "composed": True, "sigma": None}
+    for name, value in given.items():
+        if value != only[name]:
+            raise ValueError(f"{name}: {value!r} with the model 'noise'; accepted: {only[name]!r}")
+    import fastden
+
+    about = {"model": ESTIMATOR, "version": fastden.__version__, "image": "RGB, [0, 1], of 8 x 8 pixels or more"}
+    made = build_estimator(load_estimator(), opset=opset, about=about)
+    write_bytes(target, bytes(made.SerializeToString()))
     return target
 
 

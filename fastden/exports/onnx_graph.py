@@ -42,13 +42,12 @@ def build(
     Raises:
         ValueError: another opset; layout ``"dpir"`` without a noise level.
     """
-    from onnx import TensorProto, checker, helper
+    from onnx import TensorProto, helper
 
-    if isinstance(opset, bool) or not isinstance(opset, int) or not OPSETS[0] <= opset <= OPSETS[1]:
-        raise ValueError(f"opset: {opset!r}; accepted: {OPSETS[0]} to {OPSETS[1]}")
+    check_opset(opset)
     if layout == "dpir" and not weights.takes_level:
         raise ValueError("layout: 'dpir' with a network that takes no noise level; accepted: 'separate'")
-    graph = _Graph(weights, half)
+    graph = _Network(weights, half)
     channels = weights.image_channels
     size: list[str | int | None] = ["batch", channels, "height", "width"]
     inputs = [helper.make_tensor_value_info("input", TensorProto.FLOAT, size)]
@@ -66,30 +65,14 @@ def build(
     correction = graph.network(graph.padded(source))
     cropped = graph.node("Slice", correction, graph.integers([0, 0]), graph.shape(image, 2, 4), graph.integers([2, 3]))
     graph.node("Add", cropped, image, output="output")
-    made = helper.make_graph(
-        graph.nodes,
-        "fastden",
-        inputs,
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, size)],
-        graph.initializers,
-    )
-    model = helper.make_model(
-        made,
-        producer_name="fastden",
-        opset_imports=[helper.make_opsetid("", opset)],
-        ir_version=helper.find_min_ir_version_for([helper.make_opsetid("", opset)]),
-    )
-    helper.set_model_props(model, about)
-    checker.check_model(model, full_check=True)
-    return model
+    outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, size)]
+    return graph.model("fastden", inputs, outputs, opset, about)
 
 
-class _Graph:
-    """Nodes and initialisers; values are known by their names."""
+class Graph:
+    """Nodes and initialisers of an ONNX graph; values are known by their names."""
 
-    def __init__(self, weights: Weights, half: bool) -> None:
-        self.weights = weights
-        self.half = half
+    def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
 
@@ -113,14 +96,46 @@ class _Graph:
     def integer(self, value: int) -> str:
         return self.constant(np.array(value, np.int64))
 
-    def parameter(self, name: str, tensor: Tensor) -> str:
-        return self.constant(tensor.to(torch.float16 if self.half else torch.float32).contiguous().numpy(), name)
-
     def shape(self, value: str, start: int, stop: int) -> str:
         return self.node("Slice", self.node("Shape", value), self.integers([start]), self.integers([stop]))
 
     def slice(self, value: str, axis: int, start: int, stop: int) -> str:
         return self.node("Slice", value, *(self.integers([number]) for number in (start, stop, axis)))
+
+    def model(
+        self, name: str, inputs: list[Any], outputs: list[Any], opset: int, about: dict[str, str]
+    ) -> onnx.ModelProto:
+        """The graph as a model, checked."""
+        from onnx import checker, helper
+
+        made = helper.make_graph(self.nodes, name, inputs, outputs, self.initializers)
+        model = helper.make_model(
+            made,
+            producer_name="fastden",
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=helper.find_min_ir_version_for([helper.make_opsetid("", opset)]),
+        )
+        helper.set_model_props(model, about)
+        checker.check_model(model, full_check=True)
+        return model
+
+
+def check_opset(opset: Any) -> None:
+    """Raise ValueError for an opset that graphs cannot be written in."""
+    if isinstance(opset, bool) or not isinstance(opset, int) or not OPSETS[0] <= opset <= OPSETS[1]:
+        raise ValueError(f"opset: {opset!r}; accepted: {OPSETS[0]} to {OPSETS[1]}")
+
+
+class _Network(Graph):
+    """The denoiser's graph."""
+
+    def __init__(self, weights: Weights, half: bool) -> None:
+        super().__init__()
+        self.weights = weights
+        self.half = half
+
+    def parameter(self, name: str, tensor: Tensor) -> str:
+        return self.constant(tensor.to(torch.float16 if self.half else torch.float32).contiguous().numpy(), name)
 
     def padded(self, value: str) -> str:
         """:func:`fastden.network.padding.pad_image`."""

@@ -109,9 +109,12 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool
     return StripReader(path, max_pixels=max_pixels, several=several).header
 
 
-def read_samples(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> list[Array]:
-    """The crops (H, W, C) by which the noise of an image file is judged, without alpha, in little memory."""
-    reader = StripReader(path, max_pixels=max_pixels)
+def read_samples(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> list[Array]:
+    """The crops (H, W, C) by which the noise of an image file is judged, without alpha, in little memory.
+
+    ``several`` takes TIFFs of several pages, of which the first is judged.
+    """
+    reader = StripReader(path, max_pixels=max_pixels, several=several)
     header = reader.header
     windows = sample_windows(header.height, header.width)
     crops = [

@@ -127,7 +127,7 @@ def noise_of_samples(crops: list[Array]) -> NoiseEstimate:
     """The estimate from a picture's crops (H, W, C), which :func:`fastden.images.samples.sample_windows` chose."""
     if min(min(crop.shape[:2]) for crop in crops) < CELL:
         return UNDECIDED
-    estimator = _estimator()
+    estimator = load_estimator()
     judged: list[Cells] = []
     for crop in crops:
         values = np.ascontiguousarray(crop, np.float32) / np.float32(full_scale(crop.dtype))
@@ -149,7 +149,8 @@ def noise_of_samples(crops: list[Array]) -> NoiseEstimate:
 
 
 @lru_cache(maxsize=1)
-def _estimator() -> NoiseEstimator:
+def load_estimator() -> NoiseEstimator:
+    """The network that judges noise, with its weights; it is kept."""
     estimator = NoiseEstimator()
     estimator.load_state_dict(load_file(ESTIMATOR))
     return estimator.eval()

@@ -30,7 +30,7 @@ _BEND, _SLOPE = 0.01, 0.002
 #: is uncertain by, and the number of fits after which a curve stands still.
 _FAR, _FITS = 0.3, 6
 #: Cells whose mean is nearer to black or white than this are clipped and tell nothing.
-_CLIPPED = 1.5 / 255
+CLIPPED = 1.5 / 255
 
 
 def level_map(curves: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def cell_brightness(x: Tensor) -> tuple[Tensor, Tensor]:
     gray = x.mean(1, keepdim=True)
     mean = F.avg_pool2d(gray, CELL)[:, 0]
     flat = (F.max_pool2d(gray, CELL) == -F.max_pool2d(-gray, CELL))[:, 0]
-    return mean, ~flat & (mean > _CLIPPED) & (mean < 1 - _CLIPPED)
+    return mean, ~flat & (mean > CLIPPED) & (mean < 1 - CLIPPED)
 
 
 class NoiseEstimator(nn.Module):

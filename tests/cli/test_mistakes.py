@@ -284,3 +284,8 @@ def test_out_of_memory_says_what_to_do(
     output = tmp_path / "out.png"
     fails("denoise", photos / "a.png", "-o", output, "--model", model, saying="out of memory; a smaller --max-memory")
     assert not output.exists()
+
+
+def test_the_page_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastden.cli.ui.find_spec", lambda name: None)
+    fails("ui", saying=r"error: ui: needs the package gradio; install: pip install 'fastden\[ui\]'")

@@ -53,6 +53,20 @@ def test_wrong_types(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp16"}, "precision: 'fp16' with the model 'noise'; accepted: 'fp32'"),
+        ({"sigma": 25}, "sigma: 25 with the model 'noise'; accepted: None"),
+        ({"opset": 12}, "opset: 12; accepted: 13 to 23"),
+    ],
+)
+def test_the_estimator_is_one_file(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastden.export("noise", tmp_path / "noise.onnx", **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "onnx" else importlib.util.find_spec(name))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastden\[export\]'"):

@@ -201,3 +201,18 @@ def test_every_bundled_model(tmp_path: Path, name: str) -> None:
     image = torch.rand(1, 3, 22, 31)
     sigma = SIGMA if model.noise_level_input else None
     assert error(run(network, image, sigma), model, image, sigma) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 17), (61, 70)])
+def test_the_estimator_of_the_noise(folder: Path, size: tuple[int, int]) -> None:
+    from fastden.inference.noise import load_estimator
+
+    network = session(fastden.export("noise", folder / "noise.onnx", overwrite=True))
+    image = torch.rand(2, 3, *size)
+    image[:, :, :8, :8] = 0.5  # a flat cell, which is not usable
+    with torch.no_grad():
+        wanted = torch.stack([field.float() for field in load_estimator()(image)], 1)
+    result = run(network, image)
+    assert result.shape == wanted.shape
+    assert not result[:, 4, 0, 0].any()
+    assert (result - wanted).abs().max() < 1e-5

@@ -1,0 +1,52 @@
+"""``fastden ui``: a page in the browser to drop pictures on."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from fastden.cli.console import clean_termination, say
+from fastden.cli.options import DeviceOption
+from fastden.errors import UserError
+
+
+def ui(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    device: DeviceOption = None,
+    max_files: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 100,
+    max_megapixels: Annotated[float, typer.Option(min=0.000001, help="Refuse larger pictures.")] = 100.0,
+    max_upload: Annotated[int, typer.Option(min=1, help="Refuse larger files, MB.")] = 500,
+) -> None:
+    """Open a page to drop pictures on (needs pip install 'fastden[ui]').
+
+    Results are those of fastden denoise. Pictures go to this machine alone, and are removed when the page is left.
+    """
+    if find_spec("gradio") is None:
+        raise UserError("ui: needs the package gradio; install: pip install 'fastden[ui]'")
+    from fastden.cli.options import naming
+    from fastden.network.loading import parse_device
+    from fastden.network.onednn import keep_freed_memory
+    from fastden.ui.server import LOOPBACK, serve
+    from fastden.ui.session import Limits
+
+    with naming("device"):
+        parse_device(device)
+    if host not in LOOPBACK:
+        say(f"note: everybody who can reach this machine at {host} can use the page", error=True)
+    keep_freed_memory()
+
+    def ready(url: str) -> None:
+        say(f"{url}  (Ctrl-C ends it)")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(url)
+
+    limits = Limits(max_files, int(max_megapixels * 1e6), max_upload * 1_000_000)
+    with clean_termination(), contextlib.suppress(KeyboardInterrupt):
+        serve(host, port, limits, device=device, ready=ready)

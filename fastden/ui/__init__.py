@@ -1,0 +1,1 @@
+"""The page of ``fastden ui``: pictures are dropped on it, and come back denoised."""

@@ -1,0 +1,243 @@
+"""The page, made with Gradio: a place to drop pictures on, settings, a slider between before and after, a download."""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import gradio as gr
+
+from fastden.errors import UserError, in_one_line
+from fastden.images.noise import MAX_SIGMA
+from fastden.network.hub import models
+from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, in_words
+
+#: The model that fastden chooses.
+AUTOMATIC = "automatic"
+#: Seconds between two looks at a run.
+POLL = 0.2
+
+TITLE = "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>"
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+footer { display: none !important; }
+#title h1 { margin: 0; } #title p { margin: 2px 0 0; }
+#drop { height: 150px !important; }
+#status { padding: 2px 4px; min-height: 24px; }
+#status progress { width: 100%; height: 10px; accent-color: #2563eb; }
+#status .wrong { color: #c2410c; } .dark #status .wrong { color: #fdba74; }
+"""
+
+
+class Page:
+    """The page and what it does.
+
+    Args:
+        root: folder of the sessions, below the folder of Gradio's uploads.
+        limits: what it takes.
+        device: as in :func:`fastden.denoise`.
+    """
+
+    def __init__(self, root: Path, limits: Limits, device: str | None = None) -> None:
+        self.root, self.limits, self.device = root, limits, device
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End all that is going on."""
+        for name in list(self._sessions):
+            self._sessions.pop(name).close()
+
+    def _session(self, request: gr.Request) -> Session:
+        """The visitor's; a new one where there is none, or where the connection was lost for a while."""
+        name = request.session_hash or ""
+        with self._lock:
+            if name not in self._sessions:
+                self._sessions[name] = Session(self.root, self.limits, self.device)
+            return self._sessions[name]
+
+    def _leave(self, request: gr.Request) -> None:
+        session = self._sessions.pop(request.session_hash or "", None)
+        if session is not None:
+            session.close()
+
+    def blocks(self) -> gr.Blocks:
+        """The page."""
+        # No analytics, and no look for newer versions: the page talks to this machine alone.
+        with gr.Blocks(title="fastden", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+            gr.HTML(
+                "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>", elem_id="title"
+            )
+            drop = gr.File(file_count="multiple", label="Photographs", elem_id="drop", height=150)
+            status = gr.HTML(elem_id="status")
+            cancel = gr.Button("Cancel", visible=False, elem_id="cancel")
+            save = gr.DownloadButton("Download", visible=False, variant="primary", elem_id="save")
+            which = gr.Dropdown([], label="Picture", visible=False, elem_id="which")
+            compare = gr.HTML(elem_id="compare")
+            with gr.Group():
+                strength = gr.Slider(
+                    0, 2, 1, step=0.05, label="Strength", info="0 leaves the noise, 1 removes it, 2 smooths more"
+                )
+                with gr.Row():
+                    automatic = gr.Checkbox(True, label="Find the noise level by itself", min_width=200)
+                    sigma = gr.Slider(0, MAX_SIGMA, 0, step=0.1, label="Noise level (sigma)", interactive=False)
+                    model = gr.Dropdown([AUTOMATIC, *models()], value=AUTOMATIC, label="Model", min_width=160)
+            again = gr.Button("Denoise again", interactive=False, elem_id="again")
+
+            shown = [which, compare, status, sigma]
+            buttons = [again, cancel, save]
+            private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+            page.unload(self._leave)
+            # One run at a time: pictures of several visitors would share the memory.
+            running: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "run", **private}
+            settings = [automatic, sigma, strength, model]
+            dropped = drop.upload(self._take, [drop, automatic], [drop, *shown, *buttons], **private)
+            dropped.success(self._run, settings, [*shown, *buttons], **running)
+            again.click(self._run, settings, [*shown, *buttons], **running)
+            cancel.click(self._cancel, None, None, queue=False, **private)
+            which.input(self._show, [which, automatic], [compare, status, sigma], **private)
+            automatic.change(self._automatic, [which, automatic], sigma, **private)
+        return page
+
+    def _take(self, uploads: list[str] | None, automatic: bool, request: gr.Request) -> tuple[Any, ...]:
+        """Take what was dropped, and tell what is seen in it."""
+        session = self._session(request)
+        try:
+            session.take(uploads or [])
+        except UserError as error:
+            return (None, gr.Dropdown(visible=False), "", _wrong(str(error)), gr.skip(), *_buttons(session))
+        choices = [(picture.name, index) for index, picture in enumerate(session.pictures)]
+        first = next((index for index, picture in enumerate(session.pictures) if picture.estimate is not None), 0)
+        which = gr.Dropdown(choices, value=first, visible=len(choices) > 1)
+        level = gr.Slider(**_level(session, first, automatic))
+        return (None, which, "", _told(session.pictures[first]), level, *_buttons(session))
+
+    def _run(
+        self, automatic: bool, sigma: float, strength: float, model: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Denoise in a thread, and tell how far it is; who leaves the page ends it."""
+        session = self._session(request)
+        if all(picture.estimate is None for picture in session.pictures):
+            yield *[gr.skip()] * 4, *_buttons(session)
+            return
+        level: Literal["auto"] | float = "auto" if automatic else float(sigma)
+        choice = Choice(None if model == AUTOMATIC else model, level, float(strength))
+        told: list[tuple[int, float]] = [(0, 0.0)]
+        ended: list[BaseException | None] = []
+
+        def work() -> None:
+            try:
+                session.run(choice, lambda index, part: told.__setitem__(0, (index, part)))
+                ended.append(None)
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=work, name="fastden-ui", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                text = _progress(session, *told[0])
+                yield gr.skip(), gr.skip(), text, gr.skip(), *_buttons(session, running=True)
+                thread.join(POLL)
+        finally:
+            if thread.is_alive():
+                session.cancel()
+        error = ended[0]
+        if isinstance(error, Cancelled):
+            yield gr.skip(), "", "<p>Cancelled.</p>", gr.skip(), *_buttons(session)
+        elif error is not None:
+            yield gr.skip(), "", _wrong(in_one_line(error)), gr.skip(), *_buttons(session)
+        else:
+            first = next((index for index, picture in enumerate(session.pictures) if picture.done), 0)
+            compare, text, level_shown = self._view(session, first, automatic)
+            yield gr.Dropdown(value=first), compare, _summary(session) + text, level_shown, *_buttons(session)
+
+    def _show(self, index: int, automatic: bool, request: gr.Request) -> tuple[Any, ...]:
+        return self._view(self._session(request), index, automatic)
+
+    def _view(self, session: Session, index: int, automatic: bool) -> tuple[Any, ...]:
+        """One picture before and after, what is known of it, and its level on the slider."""
+        picture = _picture(session, index)
+        compare = ""
+        if picture is not None and picture.done:
+            before, after = (f"gradio_api/file={quote(str(path))}" for path in session.previews(picture))
+            compare = f'<fastden-compare before="{before}" after="{after}"></fastden-compare>'
+        return compare, "" if picture is None else _told(picture), gr.Slider(**_level(session, index, automatic))
+
+    def _cancel(self, request: gr.Request) -> None:
+        self._session(request).cancel()
+
+    def _automatic(self, index: int | None, automatic: bool, request: gr.Request) -> Any:
+        """The slider of the noise level: shows what is estimated, or is set by hand."""
+        return gr.Slider(interactive=not automatic, **_level(self._session(request), index or 0, automatic))
+
+
+def _picture(session: Session, index: int) -> Picture | None:
+    return session.pictures[index] if index < len(session.pictures) else None
+
+
+def _level(session: Session, index: int, automatic: bool) -> dict[str, Any]:
+    """What the slider of the noise level shows: what is estimated, unless it is set by hand."""
+    picture = _picture(session, index)
+    if not automatic or picture is None or picture.estimate is None:
+        return {}
+    return {"value": round(picture.estimate.sigma, 1)}
+
+
+def _buttons(session: Session, *, running: bool = False) -> tuple[Any, ...]:
+    """The buttons *Denoise*, *Cancel* and *Download*."""
+    some = any(picture.estimate is not None for picture in session.pictures)
+    path = None if running else session.download()
+    count = sum(picture.done for picture in session.pictures)
+    text = "Download" if count < 2 else f"Download all {count} (zip)"
+    save = gr.DownloadButton(text, visible=path is not None, value=None if path is None else str(path))
+    return gr.Button(interactive=some and not running), gr.Button(visible=running), save
+
+
+def _wrong(text: str) -> str:
+    return f'<p class="wrong">{html.escape(text)}</p>'
+
+
+def _told(picture: Picture) -> str:
+    """What is known of a picture."""
+    parts = []
+    if picture.estimate is not None:
+        parts.append(f"<p><b>{html.escape(picture.name)}</b>: {html.escape(in_words(picture.estimate))}</p>")
+    if picture.error is not None:
+        parts.append(_wrong(picture.error))
+    parts += [f"<p>{html.escape(note)}</p>" for note in picture.notes]
+    return "".join(parts)
+
+
+def _summary(session: Session) -> str:
+    """Of several pictures: how many are done, and what is wrong with the others."""
+    if len(session.pictures) < 2:
+        return ""
+    done = sum(picture.done for picture in session.pictures)
+    wrong = [picture.error for picture in session.pictures if picture.error is not None]
+    return f"<p>{done} of {len(session.pictures)} pictures denoised.</p>" + "".join(map(_wrong, wrong))
+
+
+def _progress(session: Session, index: int, part: float) -> str:
+    names = [picture.name for picture in session.pictures if picture.estimate is not None]
+    if not names:
+        return ""
+    name = html.escape(names[min(index, len(names) - 1)])
+    count = f" ({index + 1} of {len(names)})" if len(names) > 1 else ""
+    return f'<p>Denoising {name}{count} ...</p><progress value="{part:.3f}"></progress>'
+
+
+def theme() -> Any:
+    """Colours and shapes; fonts of the system, where Gradio would load Google's."""
+    return gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+
+
+def head() -> str:
+    """The slider's script."""
+    return f"<script>{Path(__file__).with_name('compare.js').read_text(encoding='utf-8')}</script>"

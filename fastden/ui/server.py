@@ -1,0 +1,183 @@
+"""The page's web server: it serves no file but the visitor's, and nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from fastden.errors import UserError
+from fastden.images.whole_files import reason
+from fastden.ui.session import Limits
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: A browser loads nothing from elsewhere, whatever Gradio's page asks for.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+
+#: Bytes of a request that is no upload; the page's own have some thousand.
+LONGEST = 1_000_000
+
+
+def serve(
+    host: str, port: int, limits: Limits, *, device: str | None = None, ready: Callable[[str], None] = lambda url: None
+) -> None:
+    """Serve the page until the process is told to end; then nothing of its files is left.
+
+    Args:
+        host, port: to listen on; port 0 is any that is free.
+        limits: of the page.
+        device: as in :func:`fastden.denoise`.
+        ready: called with the page's address when it is about to answer.
+
+    Raises:
+        ModuleNotFoundError: Gradio is missing.
+        UserError: the address cannot be used.
+    """
+    bound = _bind(host, port)
+    # Gradio reads these when it is imported or used.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    with bound, tempfile.TemporaryDirectory(prefix="fastden-ui-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        import uvicorn
+
+        from fastden.ui.page import Page
+
+        page = Page(Path(folder), limits, device)
+        try:
+            app = application(page, limits, local=host in LOOPBACK)
+            name = f"[{host}]" if ":" in host else host
+            ready(f"http://{name}:{bound.getsockname()[1]}")
+            # An open page keeps a connection: it is not waited for.
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+            uvicorn.Server(config).run(sockets=[bound])
+        finally:
+            page.close()
+
+
+def application(page: Any, limits: Limits, *, local: bool) -> Any:
+    """The page as an application for a web server.
+
+    Args:
+        page: what it shows.
+        limits: of the page.
+        local: answer only to names of this machine, so that no page of another name can talk to it.
+    """
+    import gradio
+    from fastapi import FastAPI
+
+    from fastden.ui.page import CSS, head, theme
+
+    blocks = page.blocks()
+    # Without it Gradio 6.31 takes any file's path for that of an upload: it looks only at pages that it has launched.
+    blocks.has_launched = True
+    app = FastAPI(openapi_url=None)
+    gradio.mount_gradio_app(
+        app,
+        blocks,
+        path="",
+        footer_links=[],
+        show_error=False,
+        max_file_size=limits.upload,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css=CSS,
+        head=head(),
+    )
+    app.add_middleware(Gate, local=local)
+    return app
+
+
+class Gate:
+    """What Gradio offers beyond the page is closed: for a visitor it would fetch files from other servers.
+
+    Args:
+        app: behind the gate.
+        local: whether only names of this machine are answered to.
+    """
+
+    def __init__(self, app: Any, local: bool) -> None:
+        self.app, self.local = app, local
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refused = self.local and urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname not in LOOPBACK
+        refused = refused or re.search(r"(file[=/]https?:|/proxy=)", unquote(scope["path"])) is not None
+        if not refused and headers.get(b"content-type", b"").startswith(b"application/json"):
+            body, receive = await _whole_body(receive)
+            refused = _names_a_url(body)
+        if refused:
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"not offered"})
+            return
+
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+
+async def _whole_body(receive: Any) -> tuple[bytes, Any]:
+    """The body of a request, up to :data:`LONGEST`, and a ``receive`` that gives it again."""
+    body, more = b"", True
+    while more and len(body) <= LONGEST:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    given = False
+
+    async def again() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    return body, again
+
+
+def _names_a_url(body: bytes) -> bool:
+    """Whether a request has a file stand for an address, from which Gradio would load it; or is longer than any."""
+    if len(body) > LONGEST:
+        return True
+    found = False
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal found
+        found = found or any(
+            name == "path" and str(value).strip().lower().startswith(("http:", "https:")) for name, value in pairs
+        )
+
+    try:
+        json.loads(body, object_pairs_hook=look)
+    except ValueError:
+        return False  # Gradio refuses it
+    return found
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen()
+    except (OSError, OverflowError) as error:
+        bound.close()
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"port: {host}:{port} cannot be used: {why}; accepted: another --port, 0 for any") from error
+    return bound

@@ -1,0 +1,296 @@
+"""What one visitor of the page works on: the pictures, their noise, their results, and the folder with all that."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import ZIP_STORED, ZipFile
+
+from fastden.batch.denoiser import BatchDenoiser
+from fastden.batch.manifest import Record
+from fastden.batch.plan import Job
+from fastden.batch.report import Listener
+from fastden.errors import FAILURES, UserError, in_one_line
+from fastden.images.codec import SUFFIXES
+from fastden.images.libvips import load_vips, vips_errors
+from fastden.images.strips import read_samples
+from fastden.inference.noise import NoiseEstimate, noise_of_samples
+
+#: Called with the picture at work, its index, and the part of the run that is done, 0 to 1.
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the page takes.
+
+    Attributes:
+        files: pictures at a time.
+        pixels: of one picture.
+        upload: bytes of one file.
+    """
+
+    files: int = 100
+    pixels: int = 100_000_000
+    upload: int = 500_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the visitor has set; as the options of ``fastden denoise``."""
+
+    model: str | None = None
+    sigma: Literal["auto"] | float = "auto"
+    strength: float = 1.0
+
+
+@dataclass
+class Picture:
+    """One picture.
+
+    Attributes:
+        name: as the visitor knows it.
+        source, target: files of the session.
+        estimate: of its noise; None where it cannot be read.
+        error: why there is no result, or None.
+        sigma: the level that was used, 0-255, or None.
+        notes: what the visitor should know of the result.
+    """
+
+    name: str
+    source: Path
+    target: Path
+    estimate: NoiseEstimate | None = None
+    error: str | None = None
+    sigma: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result."""
+        return self.target.is_file()
+
+    @property
+    def result_name(self) -> str:
+        """What the result is called where it is saved."""
+        path = Path(self.name)
+        return f"{path.stem}-clean{path.suffix}"
+
+    def told(self, text: str) -> str:
+        """A message without the paths of this machine."""
+        for path in (self.source, self.target):
+            text = text.replace(str(path), self.name)
+        return text
+
+
+class Cancelled(BaseException):
+    """The visitor has pressed *Cancel*, or left. No :class:`Exception`: no stage takes it for a picture's failure."""
+
+
+class Session:
+    """The pictures of one visitor, in a folder that goes with it.
+
+    Args:
+        root: the folder in which the session's is made.
+        limits: of the page.
+        device: as in :func:`fastden.denoise`.
+    """
+
+    def __init__(self, root: Path, limits: Limits, device: str | None = None) -> None:
+        self.limits, self.device = limits, device
+        self.folder = Path(tempfile.mkdtemp(prefix="session-", dir=root))
+        self.pictures: list[Picture] = []
+        self._stop = threading.Event()
+        self._closed = False
+        self._running = threading.Lock()
+        self._round = 0
+
+    def take(self, uploads: Sequence[str | Path]) -> None:
+        """Work on these files from now on, instead of the earlier ones; they are moved into the session's folder.
+
+        Raises:
+            UserError: too many, which are removed then; a file that no visitor has uploaded.
+        """
+        root = self.folder.parent.resolve()
+        if not all(Path(upload).resolve().is_relative_to(root) for upload in uploads):
+            raise UserError("a file that was not uploaded; accepted: uploads")
+        self.cancel()
+        with self._running:
+            self._empty()
+            self._round += 1
+            if len(uploads) > self.limits.files:
+                for upload in uploads:
+                    Path(upload).unlink(missing_ok=True)
+                raise UserError(f"{len(uploads)} pictures at a time; accepted: at most {self.limits.files}")
+            for index, upload in enumerate(uploads):
+                path = Path(upload)
+                suffix = path.suffix if path.suffix.lower() in SUFFIXES else ""
+                place = self.folder / f"{self._round}-{index}"
+                place.mkdir()
+                # Uploads of the same bytes share a path: a visitor's own copy outlives the other's.
+                source = place / f"in{suffix}"
+                shutil.copyfile(path, source) if not _linked(path, source) else None
+                path.unlink(missing_ok=True)
+                picture = Picture(path.name, source, place / f"out{suffix}")
+                self.pictures.append(picture)
+                self._look(picture)
+
+    def _look(self, picture: Picture) -> None:
+        """Estimate the noise of a picture, or find what is wrong with it."""
+        if not picture.source.suffix:
+            accepted = ", ".join(sorted({name.upper() for name in SUFFIXES.values()}))
+            picture.error = f"{picture.name}: not a kind of picture that is read here; accepted: {accepted}"
+            return
+        try:
+            picture.estimate = noise_of_samples(
+                read_samples(picture.source, max_pixels=self.limits.pixels, several=True)
+            )
+        except FAILURES as error:
+            picture.error = picture.told(in_one_line(error))
+
+    def run(self, choice: Choice, progress: Progress = lambda index, part: None) -> None:
+        """Denoise the pictures that can be read: what ``fastden denoise`` would write for them.
+
+        Raises:
+            Cancelled: :meth:`cancel` was called; there are no results then.
+            UserError, ValueError, TypeError: a setting that no picture can be denoised with.
+        """
+        with self._running:
+            self._stop.clear()
+            if self._closed:
+                raise Cancelled
+            todo = [picture for picture in self.pictures if picture.estimate is not None]
+            by_target = {picture.target: picture for picture in todo}
+            for old in (*self.folder.glob("save-*"), *self.folder.glob("*/out*")):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            for picture in todo:
+                picture.error, picture.sigma, picture.notes = None, None, ()
+
+            def finished(job: Job, record: Record) -> None:
+                picture = by_target[job.target]
+                picture.sigma = record.sigma
+                picture.notes = tuple(picture.told(note) for note in record.notes)
+                picture.error = None if record.error is None else picture.told(record.error)
+
+            def part_done(ended: int, part: float) -> None:
+                if self._stop.is_set():
+                    raise Cancelled
+                progress(min(ended, len(todo) - 1), (ended + part) / len(todo))
+
+            listener = Listener(record=finished, progress=part_done)
+            try:
+                batch = BatchDenoiser(
+                    choice.model,
+                    sigma=choice.sigma,
+                    strength=choice.strength,
+                    device=self.device,
+                    max_pixels=self.limits.pixels,
+                )
+                jobs = [Job(picture.source, picture.target) for picture in todo]
+                if jobs:
+                    batch.run_jobs(jobs, self.folder, manifest=None, listener=listener)
+                if self._stop.is_set():
+                    raise Cancelled
+            except BaseException:
+                for picture in todo:
+                    picture.target.unlink(missing_ok=True)
+                raise
+
+    def cancel(self) -> None:
+        """End the run that is going on; it leaves nothing behind."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """End the run that is going on, and remove everything."""
+        self._closed = True
+        self.cancel()
+        with self._running:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.pictures = []
+
+    def previews(self, picture: Picture) -> tuple[Path, Path]:
+        """The picture before and after, upright and in sRGB, as PNG files that every browser shows."""
+        made = []
+        for path in (picture.source, picture.target):
+            preview = path.with_name(f"{path.stem}-{path.stat().st_mtime_ns}.png")
+            if not preview.exists():
+                _write_preview(path, preview)
+            made.append(preview)
+        return made[0], made[1]
+
+    def download(self) -> Path | None:
+        """The result under its own name, or a zip of several; None where there is none."""
+        done = [picture for picture in self.pictures if picture.done]
+        if not done:
+            return None
+        place = Path(tempfile.mkdtemp(prefix="save-", dir=self.folder))
+        if len(self.pictures) == 1:
+            path = place / done[0].result_name
+            shutil.copyfile(done[0].target, path) if not _linked(done[0].target, path) else None
+            return path
+        path = place / "denoised.zip"
+        with ZipFile(path, "w", ZIP_STORED) as archive:  # pictures are compressed already
+            for name, picture in zip(_unique([picture.result_name for picture in done]), done, strict=True):
+                archive.write(picture.target, name)
+        return path
+
+    def _empty(self) -> None:
+        self.pictures = []
+        for place in self.folder.iterdir():
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Make a second name for a file; False where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names of which none is another's: a second ``a.jpg`` becomes ``a (2).jpg``."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        path, count, new = Path(name), 1, name
+        while new.casefold() in taken:
+            count += 1
+            new = f"{path.stem} ({count}){path.suffix}"
+        taken.add(new.casefold())
+        result.append(new)
+    return result
+
+
+def _write_preview(path: Path, target: Path) -> None:
+    with vips_errors():
+        image: Any = load_vips().Image.new_from_buffer(path.read_bytes(), "").autorot()
+        if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
+            image = image.icc_transform("srgb", intent="relative")
+        elif image.format in ("float", "double"):
+            image = (image * 255).cast("uchar").copy(interpretation="b-w" if image.bands < 3 else "srgb")
+        else:
+            image = image.colourspace("srgb")
+        image.cast("uchar").pngsave(str(target), compression=1, keep="none")
+
+
+def in_words(estimate: NoiseEstimate) -> str:
+    """How noisy a picture is, for a person who knows no sigma."""
+    if estimate.kind == "unknown":
+        return "Too little to judge by (flat, clipped or tiny): taken as clean."
+    if estimate.kind == "clean":
+        return f"Hardly any noise (level {estimate.sigma:.1f})."
+    amounts = ((5.0, "A little noise"), (15.0, "Clear noise"), (35.0, "Strong noise"))
+    amount = next((name for most, name in amounts if estimate.sigma < most), "Very strong noise")
+    shadows, lights = estimate.at(0.15), estimate.at(0.8)
+    where = ""
+    if max(shadows, lights) > 1.4 * min(shadows, lights):
+        where = f", most in the {'shadows' if shadows > lights else 'lights'}"
+    return f"{amount} of {estimate.kind} grain{where} (level {estimate.sigma:.1f} of 255)."

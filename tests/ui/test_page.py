@@ -1,0 +1,234 @@
+"""The page in a real browser: drop, wait, slider, download; and what it must not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+
+from tests.browser import browser, chromium, drop
+from tests.cli.run import works
+from tests.image_files import encoded, exif, pixels, png_claiming
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+ZONE = "#drop button"
+
+
+def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    """The command, and the address that it tells; its temporary files lie below ``folder``."""
+    command = [sys.executable, "-m", "fastden", "ui", "--no-browser", "--port", "0", *options]
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    return process, process.stdout.readline().split()[0]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def url(files: Path) -> Iterator[str]:
+    chromium()
+    process, url = start(files, "--max-files", "2", "--max-megapixels", "2", "--max-upload", "8")
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
+    yield url
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not list(files.iterdir())  # sessions, uploads and results are gone
+
+
+@pytest.fixture(scope="module")
+def window(url: str) -> Iterator[Any]:
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(window: Any, url: str) -> Iterator[Any]:
+    context = window.new_context(accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(url)
+    page.wait_for_selector(ZONE)
+    yield page
+    context.close()
+
+
+def photo(seed: int = 0) -> bytes:
+    return encoded(pixels(64, 96, seed=seed), "JPEG", exif=exif(6), quality=90)
+
+
+def saved(page: Any) -> Any:
+    with page.expect_download() as download:
+        page.click("#save")
+    return download.value
+
+
+def test_drop_wait_slider_download(page: Any, url: str, tmp_path: Path) -> None:
+    drop(page, ZONE, {"photo.jpg": photo()})
+    page.wait_for_selector("fastden-compare")
+    assert "noise of fine grain" in page.inner_text("#status")
+    # The slider moves the border between the two pictures, which are at 100 %.
+    look = "element => element.shadowRoot.querySelector('.after').style.clipPath"
+    page.wait_for_function("document.querySelector('fastden-compare').before.naturalWidth > 0")
+    half = page.eval_on_selector("fastden-compare", look)
+    page.locator("fastden-compare input").fill("20")
+    assert page.eval_on_selector("fastden-compare", look) != half
+    shown = "element => element.before.getBoundingClientRect().width * devicePixelRatio - element.before.naturalWidth"
+    assert abs(page.eval_on_selector("fastden-compare", shown)) < 1
+    assert page.eval_on_selector("fastden-compare", "element => element.before.naturalWidth") == 64  # upright
+
+    download = saved(page)
+    assert download.suggested_filename == "photo-clean.jpg"
+    (tmp_path / "photo.jpg").write_bytes(photo())
+    works("denoise", tmp_path / "photo.jpg", "-o", tmp_path / "wanted.jpg")
+    assert Path(download.path()).read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
+
+    # A level set by hand, another strength: again the command's bytes.
+    page.get_by_label("Find the noise level by itself").uncheck()
+    page.get_by_label("number input for Noise level (sigma)").fill("30")
+    page.get_by_label("number input for Strength").fill("0.5")
+    page.get_by_label("number input for Strength").press("Tab")
+    page.click("#again")
+    page.wait_for_selector("#cancel")
+    page.wait_for_selector("#save")
+    options = ("--sigma", "30", "--strength", "0.5", "--overwrite")
+    works("denoise", tmp_path / "photo.jpg", "-o", tmp_path / "wanted.jpg", *options)
+    assert Path(saved(page).path()).read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
+    # Nothing was asked of any other server.
+    assert [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))] == []
+
+
+def test_several_pictures_one_broken(page: Any, tmp_path: Path) -> None:
+    drop(page, ZONE, {"a.jpg": photo(1), "b.jpg": photo(2)[:400]})
+    page.wait_for_selector("fastden-compare")
+    assert "1 of 2 pictures denoised." in page.inner_text("#status")
+    assert "b.jpg: corrupt or truncated" in page.inner_text("#status")
+    with ZipFile(saved(page).path()) as archive:
+        assert archive.namelist() == ["a-clean.jpg"]
+    drop(page, ZONE, {name: photo() for name in ("a.jpg", "b.jpg", "c.jpg")})
+    page.wait_for_selector("text=3 pictures at a time; accepted: at most 2")
+    assert not page.is_visible("#save")
+
+
+def test_beyond_the_limits(page: Any) -> None:
+    drop(page, ZONE, {"large.png": png_claiming(1500, 1500)})
+    page.wait_for_selector("text=large.png: 1500 x 1500")
+    assert not page.is_visible("#save")
+
+
+def test_cancel(page: Any, files: Path) -> None:
+    drop(page, ZONE, {"photo.jpg": encoded(pixels(700, 1000), "JPEG")})
+    page.click("#cancel")
+    page.wait_for_selector("text=Cancelled.")
+    assert not page.is_visible("#save")
+    (folder,) = files.glob("fastden-ui-*")
+    assert not list(folder.glob("session-*/*/out*"))
+
+
+def test_leaving_the_page_removes_its_files(window: Any, url: str, files: Path) -> None:
+    (folder,) = files.glob("fastden-ui-*")
+    before = set(folder.glob("session-*"))
+    context = window.new_context()
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_selector(ZONE)
+    drop(page, ZONE, {"photo.jpg": photo(3)})
+    page.wait_for_selector("fastden-compare", timeout=120_000)
+    (mine,) = set(folder.glob("session-*")) - before
+    context.close()
+    deadline = time.monotonic() + 60
+    while mine.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not mine.exists()
+
+
+def answer(url: str, data: bytes | None = None, **headers: str) -> int:
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, names), timeout=60) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_no_path_of_the_server_is_reachable(url: str, files: Path) -> None:
+    assert answer(url) == 200
+    secret = files.parent / "secret.txt"
+    secret.write_text("secret")
+    for path in ("/etc/passwd", str(secret), str(ROOT / "README.md"), f"{files}/../secret.txt", "README.md"):
+        for prefix in ("/gradio_api/file=", "/file=", "/file/", "/"):
+            assert answer(f"{url}{prefix}{path}") in (403, 404), (prefix, path)
+    # Neither is another server through this one, nor this one under another name.
+    for path in (f"/gradio_api/file={url}/config", f"/file={url}", f"/gradio_api/proxy={url}"):
+        assert answer(url + path) == 403
+    assert answer(url, Host="example.com") == 403
+
+
+def call(url: str, file: dict[str, Any]) -> int:
+    """Ask for what a drop asks for, with a file of one's own choice."""
+    with urllib.request.urlopen(f"{url}/config", timeout=60) as response:
+        config = json.load(response)
+    drop_event = next(item for item in config["dependencies"] if item["targets"][0][1] == "upload")
+    body = {"data": [[file], True], "fn_index": drop_event["id"], "session_hash": "mine", "event_data": None}
+    return answer(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), Content_Type="application/json")
+
+
+def test_a_request_cannot_name_a_file_of_the_server(url: str, files: Path) -> None:
+    meta = {"_type": "gradio.FileData"}
+    assert call(url, {"path": "http://127.0.0.1/", "meta": meta}) == 403
+    assert call(url, {"path": "HTTPS://example.com/a.jpg", "meta": meta}) == 403
+    secret = files.parent / "secret.jpg"
+    secret.write_bytes(photo())
+    for path in (str(secret), "/etc/passwd"):
+        assert call(url, {"path": path, "meta": meta}) == 200
+        with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=mine", timeout=60) as stream:
+            text = stream.read().decode()
+        assert '"success":false' in text.replace(" ", "")
+    assert secret.exists()
+    (folder,) = files.glob("fastden-ui-*")
+    assert not [*folder.rglob("secret.jpg"), *folder.rglob("passwd")]  # nor was it copied
+
+
+def test_a_file_that_is_too_large(url: str) -> None:
+    body = (
+        b"--x\r\nContent-Disposition: form-data; name=files; filename=a.jpg\r\n\r\n"
+        + bytes(9_000_000)
+        + b"\r\n--x--\r\n"
+    )
+    assert answer(f"{url}/gradio_api/upload", body, Content_Type="multipart/form-data; boundary=x") == 413
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "fastden", "ui", "--no-browser", "--port", str(port)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    assert done.returncode == 1
+    assert f"error: port: 127.0.0.1:{port} cannot be used" in done.stderr
+    assert "accepted: another --port" in done.stderr

@@ -1,0 +1,186 @@
+"""What the page works on: results are the command's, nothing is left behind, messages name no path of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+
+from fastden.errors import UserError
+from fastden.inference.noise import UNDECIDED, NoiseEstimate
+from fastden.ui.session import Cancelled, Choice, Limits, Session, in_words
+from tests.cli.run import works
+from tests.image_files import encoded, exif, pixels, png_claiming
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    root = tmp_path / "root"
+    root.mkdir()
+    return Session(root, Limits(files=3, pixels=50_000))
+
+
+def test_a_file_that_was_not_uploaded_stays_where_it_is(session: Session, tmp_path: Path) -> None:
+    (file,) = upload(tmp_path, a_jpg=jpeg())
+    with pytest.raises(UserError, match="not uploaded"):
+        session.take([file])
+    assert file.exists()
+    assert not list(session.folder.iterdir())
+
+
+def upload(folder: Path, **files: bytes) -> list[Path]:
+    """Files as Gradio hands them over; ``a_jpg`` is named ``a.jpg``."""
+    paths = []
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        path = folder / name.replace("_", ".")
+        path.write_bytes(data)
+        paths.append(path)
+    return paths
+
+
+def jpeg(seed: int = 0) -> bytes:
+    return encoded(pixels(40, 56, seed=seed), "JPEG", exif=exif(6), quality=90)
+
+
+@pytest.mark.parametrize(
+    ("choice", "options"),
+    [
+        (Choice(), []),
+        (Choice(sigma=20.0, strength=1.5), ["--sigma", 20, "--strength", 1.5]),
+        (Choice("color-blind", strength=0.5), ["--model", "color-blind", "--strength", 0.5]),
+    ],
+)
+def test_the_bytes_are_the_commands(session: Session, tmp_path: Path, choice: Choice, options: list[Any]) -> None:
+    session.take(upload(tmp_path / "root", photo_jpg=jpeg()))
+    assert not (tmp_path / "root" / "photo.jpg").exists()
+    session.run(choice)
+    path = session.download()
+    assert path is not None
+    assert path.name == "photo-clean.jpg"
+    (tmp_path / "photo.jpg").write_bytes(jpeg())
+    works("denoise", tmp_path / "photo.jpg", "-o", tmp_path / "wanted.jpg", *options)
+    assert path.read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
+
+
+def test_several_come_as_a_zip(session: Session, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    sixteen = encoded(pixels(40, 50, 0, np.uint16), "TIFF")
+    session.take(
+        upload(tmp_path / "root", a_jpg=jpeg(1), b_tif=sixteen) + upload(tmp_path / "root" / "deep", a_jpg=jpeg(2))
+    )
+    session.run(Choice())
+    path = session.download()
+    assert path is not None
+    assert path.suffix == ".zip"
+    upload(tmp_path, a_jpg=jpeg(1), b_tif=sixteen)
+    upload(deep, a_jpg=jpeg(2))
+    with ZipFile(path) as archive:
+        assert archive.namelist() == ["a-clean.jpg", "b-clean.tif", "a-clean (2).jpg"]
+        for name, source in zip(archive.namelist(), ("a.jpg", "b.tif", "deep/a.jpg"), strict=True):
+            wanted = tmp_path / f"wanted{Path(name).suffix}"
+            works("denoise", tmp_path / source, "-o", wanted, "--overwrite")
+            assert archive.read(name) == wanted.read_bytes()
+    for picture in session.pictures:
+        for preview in session.previews(picture):
+            assert preview.read_bytes().startswith(b"\x89PNG")
+
+
+def test_previews_are_upright_and_of_the_present_result(session: Session, tmp_path: Path) -> None:
+    from PIL import Image
+
+    session.take(upload(tmp_path / "root", a_jpg=jpeg()))
+    session.run(Choice(sigma=10.0))
+    before, first = session.previews(session.pictures[0])
+    assert Image.open(before).size == (40, 56)  # stored 56 x 40, turned by a quarter
+    old = first.read_bytes()
+    session.run(Choice(sigma=60.0))
+    _, second = session.previews(session.pictures[0])
+    assert second.read_bytes() != old
+    assert not first.exists()
+
+
+def test_what_cannot_be_read(session: Session, tmp_path: Path) -> None:
+    large = png_claiming(1000, 1000)
+    session.take(upload(tmp_path / "root", a_jpg=jpeg()[:300], b_txt=b"text", c_png=large))
+    session.run(Choice())
+    broken, other, huge = (picture.error or "" for picture in session.pictures)
+    assert broken.startswith("a.jpg: corrupt or truncated")
+    assert other.startswith("b.txt: not a kind of picture that is read here; accepted: AVIF, JPEG, PNG, TIFF, WEBP")
+    assert huge.startswith("c.png: 1000 x 1000")
+    assert not any(str(tmp_path) in error for error in (broken, other, huge))
+    assert session.download() is None
+
+
+def test_one_bad_picture_does_not_stop_the_others(session: Session, tmp_path: Path) -> None:
+    session.take(upload(tmp_path / "root", a_png=b"", b_jpg=jpeg()))
+    session.run(Choice())
+    assert [picture.done for picture in session.pictures] == [False, True]
+    path = session.download()
+    assert path is not None
+    with ZipFile(path) as archive:
+        assert archive.namelist() == ["b-clean.jpg"]
+
+
+def test_too_many(session: Session, tmp_path: Path) -> None:
+    files = upload(tmp_path / "root", a_jpg=jpeg(), b_jpg=jpeg(), c_jpg=jpeg(), d_jpg=jpeg())
+    with pytest.raises(UserError, match="4 pictures at a time; accepted: at most 3"):
+        session.take(files)
+    assert not any(file.exists() for file in files)
+    assert not list(session.folder.iterdir())
+
+
+def test_a_setting_that_cannot_be(session: Session, tmp_path: Path) -> None:
+    session.take(upload(tmp_path / "root", a_jpg=jpeg()))
+    with pytest.raises(ValueError, match="this model is blind"):
+        session.run(Choice("color-blind", sigma=20.0))
+    assert session.download() is None
+
+
+def test_cancel_leaves_nothing(session: Session, tmp_path: Path) -> None:
+    session.take(upload(tmp_path / "root", a_jpg=jpeg(1), b_jpg=jpeg(2)))
+    with pytest.raises(Cancelled):
+        session.run(Choice(), lambda index, part: session.cancel())
+    assert session.download() is None
+    assert sorted(path.name for path in session.folder.rglob("*.*")) == ["in.jpg", "in.jpg"]
+    session.run(Choice())  # and it can be done again
+    assert all(picture.done for picture in session.pictures)
+
+
+def test_leaving_ends_the_run_and_removes_everything(session: Session, tmp_path: Path) -> None:
+    session.take(upload(tmp_path / "root", a_jpg=jpeg()))
+    session.run(Choice())
+    session.close()
+    assert not session.folder.exists()
+    with pytest.raises(Cancelled):
+        session.run(Choice())
+
+
+@pytest.mark.parametrize(
+    ("levels", "coarseness", "words"),
+    [
+        ((0.5,) * 8, 0.5, "Hardly any noise (level 0.5)."),
+        ((3.0,) * 8, 0.5, "A little noise of fine grain (level 3.0 of 255)."),
+        (
+            tuple(np.linspace(20, 5, 8).tolist()),
+            0.8,
+            "Clear noise of coarse grain, most in the shadows (level 12.0 of 255).",
+        ),
+        (
+            tuple(np.linspace(5, 40, 8).tolist()),
+            0.5,
+            "Strong noise of fine grain, most in the lights (level 22.0 of 255).",
+        ),
+        ((50.0,) * 8, 0.5, "Very strong noise of fine grain (level 50.0 of 255)."),
+    ],
+)
+def test_the_estimate_in_words(levels: tuple[float, ...], coarseness: float, words: str) -> None:
+    sigma = float(words.split("level ")[1].split(")", maxsplit=1)[0].split(maxsplit=1)[0])
+    assert in_words(NoiseEstimate(levels, sigma, coarseness)) == words
+
+
+def test_no_estimate_in_words() -> None:
+    assert in_words(UNDECIDED).startswith("Too little to judge by")
