@@ -160,7 +160,7 @@ def export(
 
 def _export_estimator(given: dict[str, Any], target: Path, opset: int) -> Path:
     from fastden.exports.noise_graph import build_estimator
-    from fastden.inference.noise import load_estimator
+    from fastden.inference.estimate import load_estimator
 
     only = {"format": "onnx", "precision": "fp32", "layout": "separate", "composed": True, "sigma": None}
     for name, value in given.items():

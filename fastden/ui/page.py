@@ -12,7 +12,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from fastden.errors import UserError, in_one_line
-from fastden.images.noise import MAX_SIGMA
+from fastden.images.samples import MAX_SIGMA
 from fastden.network.hub import models
 from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, in_words
 

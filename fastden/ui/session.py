@@ -20,7 +20,7 @@ from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.codec import SUFFIXES
 from fastden.images.libvips import load_vips, vips_errors
 from fastden.images.strips import read_samples
-from fastden.inference.noise import NoiseEstimate, noise_of_samples
+from fastden.inference.estimate import NoiseEstimate, noise_of_samples
 
 #: Called with the picture at work, its index, and the part of the run that is done, 0 to 1.
 Progress = Callable[[int, float], None]

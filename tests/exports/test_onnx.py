@@ -205,7 +205,7 @@ def test_every_bundled_model(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 17), (61, 70)])
 def test_the_estimator_of_the_noise(folder: Path, size: tuple[int, int]) -> None:
-    from fastden.inference.noise import load_estimator
+    from fastden.inference.estimate import load_estimator
 
     network = session(fastden.export("noise", folder / "noise.onnx", overwrite=True))
     image = torch.rand(2, 3, *size)

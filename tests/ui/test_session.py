@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastden.errors import UserError
-from fastden.inference.noise import UNDECIDED, NoiseEstimate
+from fastden.inference.estimate import UNDECIDED, NoiseEstimate
 from fastden.ui.session import Cancelled, Choice, Limits, Session, in_words
 from tests.cli.run import works
 from tests.image_files import encoded, exif, pixels, png_claiming
