@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from fastden.images.codec import MAX_PIXELS, read_image
-from fastden.images.pixels import Array, check_floats, check_pixels
-from fastden.inference.run import Progress, Quality, Wishes, denoise_pixels, noise_level_of, run_network
+from fastden.images.pixels import Array, check_pixels
+from fastden.images.ranges import ORDINARY, ValueRange
+from fastden.inference.run import (
+    Progress,
+    Quality,
+    Wishes,
+    denoise_pixels,
+    noise_level_of,
+    range_of_image,
+    run_network,
+)
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model, check_max_pixels, default_model, load_network, parse_memory
 
@@ -52,9 +61,12 @@ def denoise(
               of the same shape, dtype and device, without gradient.
 
             Gray is denoised as a colour image with equal channels, and averaged back. Alpha is not touched. Integer
-            results are rounded and clipped, floating ones are not clipped.
+            results are rounded and clipped, floating ones are not clipped. An image whose values leave [0, 1], or fill
+            a small part of it or of 16 bits, is denoised on its own range (:mod:`fastden.images.ranges`); highlights
+            above 1 stay.
         sigma: the noise's standard deviation **on the scale 0-255, whatever the image's dtype** (the habit of the
-            field; ``model(x, sigma)`` by contrast takes the scale of ``x``). ``"auto"`` estimates it from each image
+            field; ``model(x, sigma)`` by contrast takes the scale of ``x``), white of the dtype being 255. Where an
+            image has a range of its own, sigma is divided with it. ``"auto"`` estimates it from each image
             (:func:`fastden.estimate_noise`), as a curve of level over brightness; an estimate may be passed too. Else a
             number, a map (H, W), or for a batch of tensors also (N,) or (N, 1, H, W). The shipped models know 0 to 75.
             A blind model takes only ``"auto"``, and ignores it.
@@ -121,7 +133,7 @@ class _Options:
     def network(self, eight_bit: bool) -> FusedDenoiser:
         return load_network(self.model, self.device, self.dtype, eight_bit=eight_bit)
 
-    def run(self, network: FusedDenoiser, batch: Tensor, level: float | Tensor | None) -> Tensor:
+    def run(self, network: FusedDenoiser, batch: Tensor, level: float | Tensor | None, values: ValueRange) -> Tensor:
         return run_network(
             network,
             batch,
@@ -130,18 +142,21 @@ class _Options:
             max_memory=self.max_memory,
             wishes=self.wishes,
             progress=self.progress,
+            values=values,
         )
 
 
-def _denoise_array(array: Array, sigma: Any, options: _Options) -> Array:
+def _denoise_array(array: Array, sigma: Any, options: _Options, stated: int = 0) -> Array:
     check_pixels(array)
     planes = array.reshape(array.shape[0], array.shape[1], -1)
     alpha = planes[:, :, 3:]
     network = options.network(eight_bit=array.dtype == np.uint8)
+    colours = planes[:, :, :3]
     pixels, _ = denoise_pixels(
-        planes[:, :, :3],
+        colours,
         sigma,
         network,
+        values=range_of_image(colours, stated),
         tile=options.tile,
         max_memory=options.max_memory,
         wishes=options.wishes,
@@ -185,7 +200,7 @@ def _fill(values: Array, hidden: Array) -> None:
 def _denoise_path(path: str | Path, sigma: Any, options: _Options) -> Array:
     image = read_image(path, max_pixels=options.max_pixels).upright()
     gray = image.pixels.shape[2] == 1
-    pixels = _denoise_array(image.pixels[:, :, 0] if gray else image.pixels, sigma, options)
+    pixels = _denoise_array(image.pixels[:, :, 0] if gray else image.pixels, sigma, options, image.stated)
     if image.alpha is None:
         return pixels
     return np.dstack([pixels, image.alpha])
@@ -222,8 +237,16 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
     network = options.network(eight_bit=tensor.dtype == torch.uint8)
     if batch.is_floating_point():
         batch = batch.to(torch.float64 if network.dtype == torch.float64 else torch.float32)
-        check_floats(batch.numpy(), ValueError, "image")
     images = [item.permute(1, 2, 0).numpy() for item in batch]
-    level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])))
-    result = options.run(network, batch, level.value)
+    ranges = [range_of_image(image) for image in images]
+    level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])), ranges)
+    if all(values.ordinary and values.limits() is None for values in ranges):
+        result = options.run(network, batch, level.value, ORDINARY)
+    else:
+        result = torch.empty_like(batch)
+        for index, values in enumerate(ranges):
+            own = level.value
+            if isinstance(own, Tensor) and own.dim() > 0 and len(own) == len(batch):
+                own = own[index : index + 1]
+            result[index : index + 1] = options.run(network, batch[index : index + 1], own, values)
     return result.reshape(tensor.shape).to(tensor)

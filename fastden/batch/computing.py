@@ -17,6 +17,7 @@ from fastden.batch.settings import Settings
 from fastden.batch.transfer import Pending, Transfer
 from fastden.images.codec import ImageFile
 from fastden.images.pixels import Array
+from fastden.images.ranges import ValueRange
 from fastden.inference.run import denoise_batch, run_network
 from fastden.inference.tiling import SMALLEST, automatic_tile
 from fastden.network.fused import FusedDenoiser
@@ -42,20 +43,24 @@ class Computing:
         images = [picture.image for picture in pictures if picture.image is not None]
         start = time.perf_counter()
         if images[0].pages > 1:
-            results = [self._denoised_pages(images[0], pictures[0].level, progress)]
+            results = [self._denoised_pages(images[0], pictures[0].level, pictures[0].values, progress)]
         elif self.settings.transfer is not None and self._compute_on_device(self.settings.transfer, pictures, progress):
             return
         else:
-            results = self._denoised([image.pixels for image in images], levels(pictures), progress)
+            results = self._denoised(
+                [image.pixels for image in images], levels(pictures), pictures[0].values[0], progress
+            )
         seconds = (time.perf_counter() - start) / len(pictures)
         for picture, image, result in zip(pictures, images, results, strict=True):
             picture.image = replace(image, pixels=result)
             picture.seconds["compute"] = seconds
 
-    def _denoised(self, pixels: list[Array], level: float | Tensor | None, progress: Progress | None) -> list[Array]:
+    def _denoised(
+        self, pixels: list[Array], level: float | Tensor | None, values: ValueRange, progress: Progress | None
+    ) -> list[Array]:
         network = self.settings.network(pixels[0].dtype == np.uint8)
         shape = (len(pixels), *pixels[0].shape[:2])
-        options: dict[str, Any] = {"wishes": self.settings.wishes, "progress": progress}
+        options: dict[str, Any] = {"wishes": self.settings.wishes, "progress": progress, "values": values}
         results: list[Array] = self.attempt(
             network,
             shape,
@@ -63,7 +68,13 @@ class Computing:
         )
         return results
 
-    def _denoised_pages(self, image: ImageFile, level: float | Tensor | None, progress: Progress | None) -> Array:
+    def _denoised_pages(
+        self,
+        image: ImageFile,
+        level: float | Tensor | None,
+        ranges: tuple[ValueRange, ...],
+        progress: Progress | None,
+    ) -> Array:
         """One page after another: each gets what it gets as a file of its own."""
         result = np.empty_like(image.pixels)
         pages = zip(image.split(), np.split(result, image.pages), strict=True)
@@ -76,7 +87,7 @@ class Computing:
                 if progress is not None:
                     progress(index * total + done, image.pages * total)
 
-            (target[:],) = self._denoised([page], own, part)
+            (target[:],) = self._denoised([page], own, ranges[index], part)
         return result
 
     def _compute_on_device(self, transfer: Transfer, pictures: list[Picture], progress: Progress | None) -> bool:
@@ -91,6 +102,7 @@ class Computing:
 
         def once(tile: Any, memory: int | None) -> Pending:
             options: dict[str, Any] = {"tile": tile, "max_memory": memory, "wishes": self.settings.wishes}
+            options["values"] = pictures[0].values[0]
             return transfer.run(batch, lambda image: run_network(network, image, level, progress=progress, **options))
 
         pending = self.attempt(network, (n, height, width), once)
@@ -100,7 +112,7 @@ class Computing:
 
     def group_limit(self, picture: Picture) -> int:
         """How many images like this one may go through the network together; 1 for alone."""
-        if picture.image is None or picture.image.pages > 1 or _is_map(picture.level):
+        if picture.image is None or picture.image.pages > 1 or _is_map(picture.level) or not picture.as_it_is:
             return 1
         height, width = picture.image.pixels.shape[:2]
         network = self.settings.network(picture.image.pixels.dtype == np.uint8)
@@ -136,6 +148,8 @@ class Computing:
 def alike(one: Picture, another: Picture) -> bool:
     """Whether two images may go through the network together."""
     if one.image is None or another.image is None or another.image.pages > 1 or _is_map(another.level):
+        return False
+    if not (one.as_it_is and another.as_it_is):
         return False
     a, b = one.image.pixels, another.image.pixels
     return a.shape == b.shape and a.dtype == b.dtype

@@ -31,6 +31,8 @@ class Record:
         sigma_source: ``given``, ``estimated``, ``map`` or ``blind``.
         noise: what was estimated of a file of one page: ``levels`` (0-255 scale, at eight values of brightness),
             ``coarseness`` and ``kind`` of :class:`fastden.NoiseEstimate`.
+        values: where the values are not on [0, 1], the range of each page on which it was denoised: ``black`` and
+            ``white``, white of the dtype being 1, and the ``reason``.
         model: name and SHA-256 of the weights.
         options: what else decides the result.
         time: when the line was written, UTC.
@@ -53,6 +55,7 @@ class Record:
     sigma: float | None = None
     sigma_source: str | None = None
     noise: dict[str, Any] | None = None
+    values: list[dict[str, Any]] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     input_size: int = 0
     input_mtime_ns: int = 0

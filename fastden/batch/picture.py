@@ -12,6 +12,7 @@ from torch import Tensor
 from fastden.batch.plan import Job
 from fastden.batch.transfer import Pending
 from fastden.images.codec import Header, ImageFile
+from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.inference.estimate import NoiseEstimate
 
 Progress = Callable[[int, int], None]
@@ -32,6 +33,7 @@ class Picture:
         level, sigma: what the network takes, of several pages curves (N, 8) if estimated; and on the scale 0-255, their
             mean.
         noise: what was estimated, of a single page.
+        values: what the values of each page span.
         seconds: spent in each stage.
         notes: for the user.
         pinned: the image as a batch of one in pinned memory, on the way to a CUDA device.
@@ -49,11 +51,17 @@ class Picture:
     level: float | Tensor | None = None
     sigma: float | None = None
     noise: NoiseEstimate | None = None
+    values: tuple[ValueRange, ...] = (ORDINARY,)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pinned: Tensor | None = None
     pending: tuple[Pending, int, int] | None = None
     in_libvips: bool = False
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether the network sees the values as they are."""
+        return all(values.ordinary and values.limits() is None for values in self.values)
 
     @contextmanager
     def libvips(self) -> Iterator[None]:

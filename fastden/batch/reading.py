@@ -20,10 +20,11 @@ from fastden.images.codec import format_for, read_image
 from fastden.images.encoding import check_alpha, check_pages
 from fastden.images.extras import check_colour
 from fastden.images.pixels import Array
+from fastden.images.ranges import ValueRange
 from fastden.images.samples import sigma_of_gray
 from fastden.images.strips import read_header, read_samples
 from fastden.images.whole_files import check_target, reason
-from fastden.inference.estimate import estimate_noise, noise_of_samples
+from fastden.inference.estimate import estimate_of, noise_of_samples
 from fastden.inference.run import Level, estimated_level, noise_level_of, to_batch
 
 
@@ -85,13 +86,15 @@ class Reading:
         if picture.streamed and picture.header is not None:
             self._check_map(picture.header.height, picture.header.width)
             network = self.settings.network(picture.header.dtype == np.uint8)
-            if self.settings.sigma_map is None:
-                sigma: Any = self.settings.sigma
-                if sigma == "auto" and network.noise_level_input:
-                    with picture.libvips():
-                        sigma = noise_of_samples(read_samples(job.source, max_pixels=self.settings.max_pixels))
-                if network.noise_level_input:
-                    self._set_level(picture, noise_level_of(sigma, network, [], (0, 0)))
+            sigma: Any = self.settings.sigma
+            estimated = sigma == "auto" and self.settings.sigma_map is None and network.noise_level_input
+            with picture.libvips():
+                crops, values = read_samples(job.source, max_pixels=self.settings.max_pixels, for_noise=estimated)
+            self._set_values(picture, (values,), picture.header.dtype)
+            if estimated:
+                sigma = noise_of_samples(crops, values)
+            if self.settings.sigma_map is None and network.noise_level_input:
+                self._set_level(picture, noise_level_of(sigma, network, [], (0, 0), [values]))
         else:
             with picture.libvips():
                 image = read_image(job.source, max_pixels=self.settings.max_pixels, several=True)
@@ -104,15 +107,26 @@ class Reading:
             sigma_map = self.settings.sigma_map
             level = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
             network = self.settings.network(image.pixels.dtype == np.uint8)
+            ranges = image.ranges
             if image.pages > 1 and isinstance(level, str) and network.noise_level_input:
-                self._set_level(picture, estimated_level([estimate_noise(page) for page in pages]))
+                estimates = [estimate_of(page, values) for page, values in zip(pages, ranges, strict=True)]
+                self._set_level(picture, estimated_level(estimates))
             else:
-                self._set_level(picture, noise_level_of(level, network, pages[:1], (height, width)))
+                self._set_level(picture, noise_level_of(level, network, pages[:1], (height, width), ranges[:1]))
+            self._set_values(picture, ranges, image.pixels.dtype)
             picture.image = image
             picture.notes += image.notes
             if self.settings.transfer is not None and image.pages == 1:
                 picture.pinned = self.settings.transfer.pin(to_batch([image.pixels], network))
         picture.seconds["read"] = time.perf_counter() - start
+
+    @staticmethod
+    def _set_values(picture: Picture, ranges: tuple[ValueRange, ...], dtype: np.dtype[Any]) -> None:
+        picture.values = ranges
+        for number, values in enumerate(ranges, 1):
+            if not values.ordinary:
+                page = f"page {number}: " if len(ranges) > 1 else ""
+                picture.notes.append(f"{page}{values.describe(dtype)}")
 
     def _set_level(self, picture: Picture, level: Level) -> None:
         picture.level, picture.sigma, picture.noise = level

@@ -121,6 +121,7 @@ class Stages:
                     wishes=settings.wishes,
                     attempt=tiles.attempt,
                     progress=progress,
+                    values=picture.values[0],
                 )
                 writer.close()
             except BaseException:

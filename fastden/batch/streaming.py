@@ -16,8 +16,9 @@ import torch
 
 from fastden.images.codec import Header
 from fastden.images.pixels import Array, to_dtype
+from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.images.samples import sigma_of_gray
-from fastden.inference.run import PLAIN, Wishes, adapted, from_batch, to_batch
+from fastden.inference.run import PLAIN, Wishes, adapted, from_batch, own_level, own_scale, to_batch
 from fastden.inference.tiling import HALO, SMALLEST, denoise_rows, rows_needed, spans
 from fastden.network.fused import FusedDenoiser
 from fastden.network.padding import ALIGNMENT, BORDER
@@ -86,6 +87,7 @@ def denoise_strips(
     wishes: Wishes = PLAIN,
     attempt: Callable[[Callable[[int], torch.Tensor]], torch.Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    values: ValueRange = ORDINARY,
 ) -> float:
     """Denoise an image from a reader to a writer.
 
@@ -100,6 +102,7 @@ def denoise_strips(
         wishes: how the network is applied.
         attempt: calls its argument with a side of tiles, at most ``side``, and may call it again with a smaller one.
         progress: called with the pixels done and in all.
+        values: what the image's values span.
 
     Returns:
         Seconds spent computing.
@@ -109,7 +112,11 @@ def denoise_strips(
     tiled = adapted(network, channels, wishes)
     strips = spans(height, side())
     image = _Window(reader, height)
-    levels = None if level is None or isinstance(level, float | torch.Tensor) else _Window(level, height)
+    own, levels = None, None
+    if level is None or isinstance(level, float | torch.Tensor):
+        own, scale = own_scale(level, values)
+    else:
+        levels, (_, scale) = _Window(level, height), own_scale(None, values)
     seconds = 0.0
 
     def load(rows: tuple[int, int]) -> tuple[Array, int, Array | None]:
@@ -124,9 +131,8 @@ def denoise_strips(
                 following = pool.submit(load, strips[index + 1])
             start = time.perf_counter()
             batch = to_batch([strip[:, :, :channels]], network)
-            sigma = level if level_rows is None else _level_tensor(level_rows)
-            assert sigma is None or isinstance(sigma, float | torch.Tensor)
-            run = partial(denoise_rows, tiled, batch, sigma, (top, bottom), first, height)
+            sigma = own if level_rows is None else own_level(_level_tensor(level_rows), values)
+            run = partial(denoise_rows, tiled, batch, sigma, (top, bottom), first, height, scale=scale)
             (pixels,) = from_batch(run(side()) if attempt is None else attempt(run), header.dtype)
             seconds += time.perf_counter() - start
             if header.has_alpha:

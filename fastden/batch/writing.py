@@ -97,6 +97,9 @@ class Writing:
             sigma=picture.sigma,
             sigma_source="map" if self.settings.sigma_map is not None else source,
             noise=None if picture.noise is None else picture.noise.as_record(),
+            values=None
+            if all(values.ordinary for values in picture.values)
+            else [values.as_record() for values in picture.values],
             seconds={name: round(seconds, 4) for name, seconds in picture.seconds.items()},
             input_size=picture.stamp[0],
             input_mtime_ns=picture.stamp[1],

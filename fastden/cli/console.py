@@ -105,7 +105,9 @@ class Display:
             self._say(error_line(source, target, record.error), error=True)
             return
         estimated = " (estimated)" if record.sigma_source == "estimated" else ""
-        sigma = "" if record.sigma is None else f", sigma {record.sigma:.1f}{estimated}"
+        level = record.sigma or 0.0
+        shown = f"{level:.2g}" if record.values is not None and level < 1 else f"{level:.1f}"
+        sigma = "" if record.sigma is None else f", sigma {shown}{estimated}"
         self._say(f"{source} -> {target}, {size_of(record)}{sigma}")
         for note in record.notes:
             self._say(f"note: {target}: {note}", error=True)

@@ -72,7 +72,10 @@ def denoise(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders or glob patterns.")],
     output_name: Annotated[str, typer.Option("--output", "-o", help="A file for one input file, else a folder.")],
     sigma: Annotated[
-        str, typer.Option(help="Noise level on the 0-255 scale, 0 to 75 for the bundled models; auto estimates it.")
+        str,
+        typer.Option(
+            help="Noise level, 0 to 75 for the bundled models, white of the file's type being 255; auto estimates it."
+        ),
     ] = "auto",
     model: Annotated[
         str | None,

@@ -25,8 +25,8 @@ def noise(
 ) -> None:
     """Print how noisy pictures are, by brightness, and what to do about it; nothing is denoised.
 
-    The level is the standard deviation of the noise on the scale 0-255. Coarse noise is shared by neighbouring pixels,
-    as cameras leave it; fine noise is not.
+    The level is the standard deviation of the noise on the scale 0-255, white of the file's type being 255. Coarse
+    noise is shared by neighbouring pixels, as cameras leave it; fine noise is not.
     """
     from fastden.images.codec import check_target
     from fastden.images.strips import read_samples
@@ -39,7 +39,8 @@ def noise(
     failed = False
     for file in files:
         try:
-            estimate = noise_of_samples(read_samples(file))
+            crops, values = read_samples(file)
+            estimate = noise_of_samples(crops, values)
             if map_file is not None:
                 _write_map(file, map_file, estimate)
         except FAILURES as error:
@@ -51,6 +52,8 @@ def noise(
             typer.echo(json.dumps(row))
         else:
             say(f"{file}: {estimate.describe()}")
+            if not values.ordinary:
+                say(f"    {values.describe(crops[0].dtype)}")
             say(f"    {_advice(file, estimate.kind)}")
     raise typer.Exit(1 if failed else 0)
 
@@ -63,7 +66,10 @@ def _advice(file: Path, kind: str) -> str:
 
 
 def _write_map(file: Path, target: Path, estimate: Any) -> None:
-    """The level of each pixel as a gray image of 8 bits, rounded up so that weak noise does not become none."""
+    """The level of each pixel as a gray image, rounded up so that weak noise does not become none.
+
+    It has 8 bits, or 16 where the picture's values take a small part of their type's, and levels with them.
+    """
     import numpy as np
     import torch
 
@@ -72,6 +78,10 @@ def _write_map(file: Path, target: Path, estimate: Any) -> None:
     from fastden.network.level import level_map
 
     image = read_image(file)
+    black, white = estimate.black, estimate.white
     x = torch.from_numpy(to_dtype(image.pixels, np.float32)).permute(2, 0, 1)[None]
-    levels = level_map(estimate.curve, x)[0, 0].mul(255).ceil().clamp(0, 255).byte().numpy()
-    write_image(target, ImageFile(levels[:, :, None]), overwrite=True)
+    levels = level_map(estimate.curve_on(black, white), (x - black) / (white - black))[0, 0]
+    kind = np.dtype(np.uint8 if white - black >= 1 else np.uint16)
+    most = int(np.iinfo(kind).max)
+    values = levels.mul(most).ceil().clamp(0, most).numpy().astype(kind)
+    write_image(target, ImageFile(values[:, :, None]), overwrite=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,9 +18,10 @@ from fastden.errors import UserError
 from fastden.images.containers import riff_chunks
 from fastden.images.encoding import check_alpha, check_pages, described, plan_encoding, plan_saving
 from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
-from fastden.images.kinds import check_supported, full_pages
+from fastden.images.kinds import check_supported, full_pages, stated_white
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
-from fastden.images.pixels import Array, check_floats, to_dtype
+from fastden.images.pixels import Array, check_finite, to_dtype
+from fastden.images.ranges import ValueRange, find_range
 from fastden.images.whole_files import check_target, reason, write_bytes
 
 __all__ = [
@@ -88,6 +90,7 @@ class ImageFile:
         notes: what a user should know of the reading, such as a conversion.
         pages: of the file, all of one size.
         extras: what else the file holds.
+        stated: the highest value that the file says there is; 0 where it says nothing.
     """
 
     pixels: Array
@@ -99,6 +102,7 @@ class ImageFile:
     notes: tuple[str, ...] = ()
     pages: int = 1
     extras: Extras = field(default_factory=Extras)
+    stated: int = 0
 
     def __post_init__(self) -> None:
         if not self.bits:
@@ -107,6 +111,18 @@ class ImageFile:
     def split(self) -> list[Array]:
         """The pixels of each page, (H, W, C)."""
         return np.split(self.pixels, self.pages)
+
+    @cached_property
+    def ranges(self) -> tuple[ValueRange, ...]:
+        """What the values of each page span.
+
+        Raises:
+            UserError: values on another scale than [0, 1].
+        """
+        try:
+            return tuple(find_range(page, self.stated) for page in self.split())
+        except ValueError as error:
+            raise UserError(f"floating image: {error}") from error
 
     def upright(self) -> ImageFile:
         """The same picture with its orientation applied to the pixels, and the tag set to say so."""
@@ -129,7 +145,7 @@ class Header:
         channels: 1 or 3.
         has_alpha: whether an alpha channel follows them.
         dtype: of the decoded values.
-        format, bits, lossless, metadata, notes, pages: as of :class:`ImageFile`.
+        format, bits, lossless, metadata, notes, pages, stated: as of :class:`ImageFile`.
     """
 
     width: int
@@ -143,6 +159,7 @@ class Header:
     metadata: Mapping[str, Any]
     notes: tuple[str, ...]
     pages: int = 1
+    stated: int = 0
 
     @property
     def bands(self) -> int:
@@ -213,12 +230,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
         values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
     if values.dtype.kind == "f":
         values = values.astype(np.float32, copy=False)
-        check_floats(values, UserError)
     pixels, alpha = values, None
     if header.has_alpha:
         pixels, alpha = np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])
-    known = (header.format, header.bits, header.lossless, metadata, header.notes, header.pages, extras)
-    return ImageFile(pixels, alpha, *known)
+    known = (header.format, header.bits, header.lossless, metadata, header.notes, header.pages, extras, header.stated)
+    image_file = ImageFile(pixels, alpha, *known)
+    if pixels.dtype.kind == "f":
+        _ = image_file.ranges  # values on another scale are an error
+        if alpha is not None:
+            check_finite(alpha, UserError)
+    return image_file
 
 
 def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = False) -> tuple[Any, Header]:
@@ -276,6 +297,7 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
         metadata=metadata,
         notes=tuple(notes),
         pages=pages,
+        stated=stated_white(file, metadata) if format_name == "tiff" and dtype == np.uint16 else 0,
     )
     return image, header
 

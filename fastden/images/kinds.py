@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from fastden.errors import UserError
 from fastden.images.containers import PNG_SIGNATURE, png_chunks
@@ -149,6 +153,25 @@ def full_pages(file: BinaryIO) -> int | None:
     if count == 0 or all(full[:count]):
         return count or None
     raise UserError("a TIFF whose reduced copies come before its pictures; accepted: pictures first")
+
+
+def stated_white(file: BinaryIO, metadata: Mapping[str, Any]) -> int:
+    """The highest value that a TIFF says its 16 bits hold, 0 where it says nothing.
+
+    It stands in the tag MaxSampleValue, and as SignificantBits in a microscope's description (OME).
+
+    Args:
+        file: of the TIFF.
+        metadata: what libvips has found.
+    """
+    bits = re.search(r'SignificantBits="(\d+)"', str(metadata.get("image-description", "")))
+    if bits is not None:
+        return int(2 ** min(int(bits[1]), 16) - 1)
+    try:
+        tag = _directories(file).first.tags.get(281)
+        return 0 if tag is None else int(np.max(tag.value))
+    except Exception:  # as above
+        return 0
 
 
 def _loaded(page: Any) -> Any:

@@ -9,23 +9,17 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-#: Floating images are on the scale [0, 1]; unclipped noise may leave it, values on the scale 0-255 leave it further.
-FLOAT_RANGE = (-4.0, 5.0)
-
 
 def full_scale(dtype: np.dtype[Any]) -> float:
     """The value that stands for white: 255, 65535, or 1 for floating dtypes."""
     return 1.0 if dtype.kind == "f" else float(np.iinfo(dtype).max)
 
 
-def check_floats(values: Array, error: type[Exception], name: str = "floating image") -> None:
-    """Raise ``error`` unless all values are finite and on the scale [0, 1], which noise may leave."""
+def check_finite(values: Array, error: type[Exception]) -> None:
+    """Raise ``error`` unless all values of a floating image are finite."""
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    # A NaN anywhere is the minimum.
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise error(f"{name}: NaN or infinity among the values; accepted: finite values on the scale [0, 1]")
-    if low < FLOAT_RANGE[0] or high > FLOAT_RANGE[1]:
-        raise error(f"{name}: values from {low:g} to {high:g}; accepted: the scale [0, 1] (divide by the maximum)")
+    if not (np.isfinite(low) and np.isfinite(high)):  # a NaN anywhere is the minimum
+        raise error("floating image: NaN or infinity among the values; accepted: finite values on the scale [0, 1]")
 
 
 def check_plain(array: Any, name: str) -> None:

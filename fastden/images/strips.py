@@ -18,7 +18,8 @@ from fastden.images.encoding import described, plan_saving
 from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
 from fastden.images.kinds import check_supported
 from fastden.images.libvips import detail, load_vips, vips_errors
-from fastden.images.pixels import Array, check_floats
+from fastden.images.pixels import Array, check_finite
+from fastden.images.ranges import RangeFinder, ValueRange
 from fastden.images.samples import sample_windows
 from fastden.images.whole_files import reason
 
@@ -92,7 +93,7 @@ class StripReader:
                     data = self._region.fetch(0, self.position, self.header.width, len(part))
                 part[:] = np.frombuffer(data, self._dtype).reshape(part.shape)
                 if part.dtype.kind == "f":
-                    check_floats(part, UserError)
+                    check_finite(part, UserError)
             except UserError as error:
                 raise UserError(f"{self.path}: {error}") from error
             self.position += len(part)
@@ -109,28 +110,41 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool
     return StripReader(path, max_pixels=max_pixels, several=several).header
 
 
-def read_samples(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> list[Array]:
-    """The crops (H, W, C) by which the noise of an image file is judged, without alpha, in little memory.
+def read_samples(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False, for_noise: bool = True
+) -> tuple[list[Array], ValueRange]:
+    """What is to be known of an image file before it is denoised by strips, in little memory.
 
-    ``several`` takes TIFFs of several pages, of which the first is judged.
+    Args:
+        path: of the file.
+        max_pixels: as in :func:`fastden.images.codec.read_image`.
+        several: take TIFFs of several pages, of which the first is judged.
+        for_noise: read the crops too.
+
+    Returns:
+        The crops (H, W, C) by which its noise is judged, without alpha, and the range of its values.
     """
     reader = StripReader(path, max_pixels=max_pixels, several=several)
     header = reader.header
-    windows = sample_windows(header.height, header.width)
+    finder = RangeFinder((header.height, header.width, header.channels), header.dtype, header.stated)
+    windows = sample_windows(header.height, header.width) if for_noise else []
     crops = [
         np.empty((rows.stop - rows.start, columns.stop - columns.start, header.channels), header.dtype)
         for rows, columns in windows
     ]
-    last = max(rows.stop for rows, _ in windows)
-    while reader.position < last:
+    last = max((rows.stop for rows, _ in windows), default=0)
+    while reader.position < (last if finder.settled else header.height):
         top = reader.position
-        chunk = reader.read(min(CHUNK, last - top))
+        chunk = reader.read(min(CHUNK, header.height - top))[:, :, : header.channels]
+        finder.add(chunk)
         for crop, (rows, columns) in zip(crops, windows, strict=True):
             first, stop = max(rows.start, top), min(rows.stop, reader.position)
             if first < stop:
-                part = chunk[first - top : stop - top, columns, : header.channels]
-                crop[first - rows.start : stop - rows.start] = part
-    return crops
+                crop[first - rows.start : stop - rows.start] = chunk[first - top : stop - top, columns]
+    try:
+        return crops, finder.result()
+    except ValueError as error:
+        raise UserError(f"{path}: floating image: {error}") from error
 
 
 class StripWriter:

@@ -7,16 +7,18 @@ neighbour and ends where the image ends, so that the network pads it there as it
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import accumulate, pairwise
-from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,8 @@ import numpy as np
 import torch
 
 from fastden.errors import UserError
-from fastden.images.pixels import Array, check_plain
+from fastden.images.pixels import Array, check_plain, full_scale
+from fastden.images.ranges import BLOCK, COUNTS, ORDINARY, ValueRange, count_range, joined, range_of
 from fastden.images.samples import crop_windows, sample_windows
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
 from fastden.inference.run import Quality, Wishes, denoise_pixels, noise_level_of
@@ -41,7 +44,11 @@ DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 JOINED = 1024
 
 #: The curve of an estimate as one element, so that it broadcasts against an image as a number does.
-CURVE = np.dtype([("levels", np.float64, KNOTS)])
+CURVE = np.dtype([("levels", np.float64, KNOTS), ("black", np.float64), ("white", np.float64)])
+#: Bytes of an image of a Dask array up to which its range is looked for.
+LARGEST_KEPT = 1 << 30
+#: A :class:`ValueRange` likewise.
+RANGE = np.dtype([(name, np.float64) for name in ("black", "white", "low", "high")])
 
 # One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
 # concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
@@ -71,6 +78,7 @@ def denoise_array(
     chroma: float | None = None,
     quality: Quality = "normal",
     channel_axis: int | Literal["auto"] | None = "auto",
+    value_range: tuple[float, float] | None = None,
     out: Any = None,
 ) -> Any:
     """Denoise a Dask, Zarr or NumPy array of one image or many, of any size.
@@ -93,6 +101,10 @@ def denoise_array(
         channel_axis: the axis of colour: ``"auto"`` is the last one where it is 1, 3 or 4 long (gray, RGB, RGB and
             alpha) and there are three axes or more. None: gray images without such an axis, for instance the channels
             of a microscope, (C, Y, X).
+        value_range: the values (black, white) of ``array`` that become 0 and 1 for the network, for all images; None
+            finds the range of each image, as :func:`fastden.denoise` does. Deep images (not uint8) are read twice for
+            it. Of a Dask array, whose chunks Dask would keep meanwhile, images above 1 GiB are taken as they are, with
+            a warning.
         out: None, or where to write, chunk by chunk in parallel: the path of a Zarr array that does not exist yet,
             which appears when it is complete, or a writable ``zarr.Array`` of the same shape and dtype.
 
@@ -114,12 +126,19 @@ def denoise_array(
     if isinstance(array, np.ndarray) and out is None:
         planes = _planes(array, axis)
         levels = _levels(sigma, network, planes)
-        done = _denoise_block(planes, _estimate_block(planes) if levels is None else levels, settings=settings)
+        fixed = _fixed_range(value_range, planes)
+        if fixed is None:
+            ranges = _range_block(_count_block(planes, planes.shape[-3:]), dtype=planes.dtype)
+        else:
+            ranges = _as_ranges([fixed]).reshape((1,) * planes.ndim)
+        given = _estimate_block(planes, ranges) if levels is None else levels
+        done = _denoise_block(planes, given, ranges, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
     da = _package("dask.array")
     planes = _planes(_lazy(da, array), axis)
     levels = _levels(sigma, network, planes)
-    result = _restored(_overlapped(da, planes, levels, settings), axis)
+    ranges = _ranges(da, array, planes, axis, _fixed_range(value_range, planes))
+    result = _restored(_overlapped(da, planes, levels, ranges, settings), axis)
     return result if out is None else _write(da, result, out, array)
 
 
@@ -156,7 +175,7 @@ def _colour_axis(array: Any, channel_axis: int | Literal["auto"] | None) -> int 
         raise TypeError(f"array: {type(array).__name__}; accepted: a Dask, Zarr or NumPy array")
     check_plain(array, "array")
     shape = tuple(array.shape)
-    if any(isnan(size) for size in shape):
+    if any(math.isnan(size) for size in shape):
         raise ValueError(f"array: shape {shape}; accepted: known sizes (Dask's compute_chunk_sizes() finds them)")
     axis = channel_axis
     if axis == "auto":
@@ -183,12 +202,16 @@ def _restored(planes: Any, axis: int | None) -> Any:
     return planes[..., 0] if axis is None else np.moveaxis(planes, -1, axis)
 
 
-def _lazy(da: Any, array: Any) -> Any:
+def _lazy(da: Any, array: Any, *, again: bool = False) -> Any:
+    """A Dask array; ``again``: under another name than before, so that what is read twice is not kept."""
     if _is("zarr", array):
         # Axes with chunks of one item (frames, slices) stay so.
         joined = (size if size == 1 else -(-JOINED // size) * size for size in _unit(array))
-        return da.from_zarr(array, chunks=tuple(map(min, joined, array.shape)))
-    return da.from_array(array) if isinstance(array, np.ndarray) else array
+        name = {"name": f"fastden-range-{secrets.token_hex(8)}"} if again else {}
+        return da.from_zarr(array, chunks=tuple(map(min, joined, array.shape)), **name)
+    if isinstance(array, np.ndarray):
+        return da.from_array(array, name=False if again else None)
+    return array
 
 
 def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
@@ -204,6 +227,7 @@ def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
         noise_level_of(sigma, network, [], (height, width))
         curve = np.zeros((*ones, 1, 1, 1), CURVE)
         curve["levels"][...] = sigma.levels
+        curve["black"], curve["white"] = sigma.black, sigma.white
         return curve
     if isinstance(sigma, list | tuple | torch.Tensor):
         sigma = np.array(sigma)
@@ -222,20 +246,21 @@ def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
     return np.full((*ones, 1, 1, 1), float(sigma))
 
 
-def _overlapped(da: Any, planes: Any, levels: Array | None, settings: _Settings) -> Any:
+def _overlapped(da: Any, planes: Any, levels: Array | None, ranges: Any, settings: _Settings) -> Any:
     """The lazy result for lazy ``planes`` (..., Y, X, C)."""
     at_y, at_x, at_c = range(planes.ndim - 3, planes.ndim)
     chunks = {axis: snapped(planes.chunks[axis], ALIGNMENT, HALO) for axis in (at_y, at_x)}
     planes = planes.rechunk({**chunks, at_c: -1})
     # An axis of one chunk has no neighbours, and may be shorter than the halo.
     depth = {axis: HALO if len(sizes) > 1 else 0 for axis, sizes in chunks.items()}
-    given = _estimates(da, planes) if levels is None else da.from_array(levels, chunks=-1)
+    given = _estimates(da, planes, ranges) if levels is None else da.from_array(levels, chunks=-1)
     given_depth = {axis: halo if given.shape[axis] > 1 else 0 for axis, halo in depth.items()}
     return da.map_overlap(
         _denoise_block,
         planes,
         given,
-        depth=[depth, given_depth],
+        ranges,
+        depth=[depth, given_depth, dict.fromkeys(depth, 0)],
         boundary="none",
         dtype=planes.dtype,
         meta=planes._meta,
@@ -254,7 +279,80 @@ def snapped(sizes: Sequence[int], multiple: int, least: int = 1) -> tuple[int, .
     return tuple(stop - start for start, stop in pairwise([*borders, total]))
 
 
-def _estimates(da: Any, planes: Any) -> Any:
+def _fixed_range(value_range: tuple[float, float] | None, planes: Any) -> ValueRange | None:
+    """The range where it need not be found, or cannot be."""
+    if value_range is not None:
+        black, white = (float(value) / full_scale(planes.dtype) for value in value_range)
+        if not -math.inf < black < white < math.inf:
+            raise ValueError(f"value_range: {value_range}; accepted: None, or (black, white) with black below white")
+        return ValueRange(black, white, -math.inf, math.inf, reason="given")
+    return ORDINARY if planes.dtype == np.uint8 else None
+
+
+def _ranges(da: Any, array: Any, planes: Any, axis: int | None, fixed: ValueRange | None) -> Any:
+    """What the values of each image span, lazily: (..., 1, 1, 1) of :data:`RANGE` for (..., Y, X, C).
+
+    Zarr and NumPy arrays are read twice: kept until all was counted, an image would fill the memory.
+    """
+    at_y, at_x = planes.ndim - 3, planes.ndim - 2
+    if fixed is None and not isinstance(array, np.ndarray) and not _is("zarr", array):
+        size = math.prod(planes.shape[at_y:]) * planes.dtype.itemsize
+        if size > LARGEST_KEPT:
+            warnings.warn(
+                f"array: an image of {size} bytes, whose range of values is not looked for, since Dask would keep all"
+                " of it: taken to fill its dtype's range, or [0, 1]; value_range=(black, white) says this or another",
+                stacklevel=4,
+            )
+            fixed = ORDINARY
+    if fixed is not None:
+        return da.from_array(_as_ranges([fixed]).reshape((1,) * planes.ndim), chunks=-1)
+    again = array if not isinstance(array, np.ndarray) and not _is("zarr", array) else _lazy(da, array, again=True)
+    source = _planes(again, axis)[..., :3]
+    source = source.rechunk({axis: snapped(source.chunks[axis], BLOCK) for axis in (at_y, at_x)} | {at_y + 2: -1})
+    ones = tuple((1,) * len(source.chunks[axis]) for axis in (at_y, at_x))
+    meta = np.empty((0,) * planes.ndim, COUNTS)
+    count = partial(_count_block, shape=tuple(planes.shape[-3:]))
+    counts = source.map_blocks(count, chunks=(*source.chunks[:-3], *ones, (1,)), dtype=COUNTS, meta=meta)
+    chunks = (*counts.chunks[:-3], (1,), (1,), (1,))
+    counts = counts.rechunk({at_y: -1, at_x: -1})
+    # Named otherwise, dtype would be the result's.
+    block = partial(_range_block, dtype=planes.dtype)
+    return counts.map_blocks(block, chunks=chunks, dtype=RANGE, meta=np.empty((0,) * planes.ndim, RANGE))
+
+
+def _count_block(planes: Array, shape: tuple[int, ...]) -> Array:
+    """Counts of parts (..., y, x, C) of images of a shape: (..., 1, 1, 1)."""
+    counts = np.zeros((*planes.shape[:-3], 1, 1, 1), COUNTS)
+    for index in np.ndindex(planes.shape[:-3]):
+        part = planes[index][..., :3]
+        try:
+            counts[index] = count_range(part, (*shape[:2], part.shape[2]))
+        except ValueError as error:
+            raise ValueError(f"image: {error}") from error
+    return counts
+
+
+def _range_block(counts: Array, *, dtype: np.dtype[Any]) -> Array:
+    """Ranges from the counts of images' parts (..., y, x, 1): (..., 1, 1, 1)."""
+    lead = counts.shape[:-3]
+    try:
+        found = [range_of(joined(counts[index]), dtype.newbyteorder("=")) for index in np.ndindex(lead)]
+    except ValueError as error:
+        raise ValueError(f"image: {error}") from error
+    return _as_ranges(found).reshape(*lead, 1, 1, 1)
+
+
+def _as_ranges(found: Sequence[ValueRange]) -> Array:
+    return np.array([(one.black, one.white, one.low, one.high) for one in found], RANGE)
+
+
+def _value_range(ranges: Array) -> ValueRange:
+    """The range of an image, (1, 1, 1) of :data:`RANGE`."""
+    black, white, low, high = (float(value) for value in ranges.reshape(-1)[0])
+    return ValueRange(black, white, low, high)
+
+
+def _estimates(da: Any, planes: Any, ranges: Any) -> Any:
     """The estimated curve of each image, lazily: (..., 1, 1, 1) of :data:`CURVE` for (..., Y, X, C)."""
     pieces: list[int] = []
     for axis in (planes.ndim - 3, planes.ndim - 2):
@@ -264,28 +362,31 @@ def _estimates(da: Any, planes: Any) -> Any:
         planes = da.concatenate([planes[crop] for crop in crops], axis)
     planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
     chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
-    return planes.map_blocks(
-        _estimate_block, chunks=chunks, dtype=CURVE, meta=np.empty((0,) * planes.ndim, CURVE), pieces=tuple(pieces)
-    )
+    meta = np.empty((0,) * planes.ndim, CURVE)
+    return da.map_blocks(_estimate_block, planes, ranges, chunks=chunks, dtype=CURVE, meta=meta, pieces=tuple(pieces))
 
 
-def _estimate_block(planes: Array, pieces: tuple[int, int] | None = None) -> Array:
+def _estimate_block(planes: Array, ranges: Array, pieces: tuple[int, int] | None = None) -> Array:
     """Curves of images (..., Y, X, C), or of their crops side by side: ``pieces`` along Y and along X."""
     curves = np.zeros((*planes.shape[:-3], 1, 1, 1), CURVE)
+    spread = np.broadcast_to(ranges, curves.shape)
     for index in np.ndindex(planes.shape[:-3]):
         image = planes[index][..., :3]
         if pieces is None:
             windows = [image[rows, columns] for rows, columns in sample_windows(*image.shape[:2])]
         else:
             windows = [crop for rows in np.split(image, pieces[0], 0) for crop in np.split(rows, pieces[1], 1)]
-        curves["levels"][index] = noise_of_samples(windows).levels
+        estimate = noise_of_samples(windows, _value_range(spread[index]))
+        curves["levels"][index] = estimate.levels
+        curves["black"][index], curves["white"][index] = estimate.black, estimate.white
     return curves
 
 
-def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Array:
+def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Settings) -> Array:
     """(..., Y, X, C) and what broadcasts against it, in whatever process computes."""
     result = np.empty_like(planes)
     spread = np.broadcast_to(levels, (*planes.shape[:-3], *levels.shape[-3:]))
+    own = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
     with _COMPUTING:
         eight_bit = planes.dtype == np.uint8
         network = load_network(settings.model, settings.device, settings.dtype, eight_bit=eight_bit)
@@ -293,7 +394,9 @@ def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Arra
             level = spread[index][..., 0]
             if level.dtype == CURVE:
                 curve = level["levels"].reshape(KNOTS)
-                sigma: Any = NoiseEstimate(tuple(curve.tolist()), float(curve.mean()), 0.5)
+                black, white = float(level["black"].item()), float(level["white"].item())
+                mean = float(curve.mean())
+                sigma: Any = NoiseEstimate(tuple(curve.tolist()), mean, 0.5, black=black, white=white)
             else:
                 sigma = level if level.size > 1 else float(level.item())
             result[index][..., :3], _ = denoise_pixels(
@@ -302,6 +405,7 @@ def _denoise_block(planes: Array, levels: Array, *, settings: _Settings) -> Arra
                 network,
                 max_memory=settings.max_memory,
                 wishes=settings.wishes,
+                values=_value_range(own[index]),
             )
             result[index][..., 3:] = planes[index][..., 3:]
     return result

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastden.images.pixels import Array, check_floats, check_pixels, full_scale
+from fastden.images.pixels import Array, check_pixels
+from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.images.samples import MAX_SIGMA, sample_windows
 from fastden.network.hub import WEIGHTS
 from fastden.network.level import CELL, KNOTS, Cells, NoiseEstimator, levels_of, robust_curve, weights_of
@@ -34,25 +35,37 @@ class NoiseEstimate:
 
     Attributes:
         levels: standard deviation of the noise on the scale 0-255 at eight values of brightness, evenly spaced from
-            black to white; at most 75, the highest that the shipped models know.
+            black to white; at most 75 of the range between them, the highest that the shipped models know.
         sigma: its mean over the picture.
         coarseness: share of the noise's deviation that outlives averaging 2 x 2 pixels: 0.5 of white noise, towards 1
             of coarse noise.
         decided: False where the picture gives nothing to judge by (flat, clipped or tiny); the levels are 0 then.
+        black, white: the picture's own range, where white of its dtype is 1 (:mod:`fastden.images.ranges`). ``levels``
+            and ``sigma`` are on the dtype's scale all the same, as ``denoise(sigma=)`` takes them.
     """
 
     levels: tuple[float, ...]
     sigma: float
     coarseness: float
     decided: bool = True
+    black: float = 0.0
+    white: float = 1.0
 
     @property
     def curve(self) -> Tensor:
-        """What a network takes: levels on the scale 0-1, (1, 8)."""
-        return torch.tensor([self.levels], dtype=torch.float32) / 255
+        """What a network takes: levels on the scale 0-1 over brightness from 0 to 1, (1, 8)."""
+        return self.curve_on(0.0, 1.0)
+
+    def curve_on(self, black: float, white: float) -> Tensor:
+        """:attr:`curve` over brightness from ``black`` to ``white``; the levels stay on the dtype's scale."""
+        levels: Any = self.levels
+        if (black, white) != (self.black, self.white):
+            shares = (np.linspace(black, white, KNOTS) - self.black) / (self.white - self.black)
+            levels = [self.at(float(share)) for share in shares]
+        return torch.tensor([levels], dtype=torch.float32) / 255
 
     def at(self, brightness: float) -> float:
-        """Level on the scale 0-255 at a brightness from 0 (black) to 1 (white)."""
+        """Level on the scale 0-255 at a brightness from 0 (:attr:`black`) to 1 (:attr:`white`)."""
         return float(np.interp(brightness * (KNOTS - 1), range(KNOTS), self.levels))
 
     @property
@@ -60,13 +73,14 @@ class NoiseEstimate:
         """``"unknown"``, ``"clean"``, ``"coarse"`` or ``"fine"``."""
         if not self.decided:
             return "unknown"
-        if self.sigma < CLEAN:
+        if self.sigma < CLEAN * (self.white - self.black):
             return "clean"
         return "coarse" if self.coarseness > COARSE else "fine"
 
     def as_record(self) -> dict[str, Any]:
         """Rounded, for JSON."""
-        levels = [round(level, 2) for level in self.levels]
+        digits = 2 if self.white - self.black >= 1 else 6
+        levels = [round(level, digits) for level in self.levels]
         return {"levels": levels, "coarseness": round(self.coarseness, 3), "kind": self.kind}
 
     def describe(self) -> str:
@@ -74,10 +88,13 @@ class NoiseEstimate:
         if not self.decided:
             return "too little to judge by (flat, clipped or tiny): taken as clean"
         if self.kind == "clean":
-            return f"clean (level {self.sigma:.1f})"
+            return f"clean (level {self._shown(self.sigma)})"
         tones = (("shadows", 0.15), ("mid-tones", 0.45), ("lights", 0.8))
-        parts = ", ".join(f"{self.at(brightness):.1f} in the {name}" for name, brightness in tones)
-        return f"level {self.sigma:.1f} ({parts}), {self.kind} grain"
+        parts = ", ".join(f"{self._shown(self.at(brightness))} in the {name}" for name, brightness in tones)
+        return f"level {self._shown(self.sigma)} ({parts}), {self.kind} grain"
+
+    def _shown(self, level: float) -> str:
+        return f"{level:.1f}" if self.white - self.black >= 1 else f"{level:.2g}"
 
 
 #: What is taken of a picture that gives nothing to judge by.
@@ -101,10 +118,16 @@ def estimate_noise(image: Array) -> NoiseEstimate:
     """
     check_pixels(image)
     planes = image.reshape(*image.shape[:2], -1)[:, :, :3]
-    if planes.dtype.kind == "f":
-        check_floats(planes, ValueError, "image")
+    try:
+        return estimate_of(planes, find_range(planes))
+    except ValueError as error:
+        raise ValueError(f"image: {error}") from error
+
+
+def estimate_of(planes: Array, values: ValueRange) -> NoiseEstimate:
+    """The noise of a picture (H, W, C) without alpha, whose range of values is known."""
     windows = sample_windows(planes.shape[0], planes.shape[1])
-    return noise_of_samples([planes[rows, columns] for rows, columns in windows])
+    return noise_of_samples([planes[rows, columns] for rows, columns in windows], values)
 
 
 def estimate_sigma(image: Array) -> float:
@@ -123,15 +146,19 @@ def median_estimate(estimates: list[NoiseEstimate]) -> NoiseEstimate:
 
 
 @torch.no_grad()
-def noise_of_samples(crops: list[Array]) -> NoiseEstimate:
-    """The estimate from a picture's crops (H, W, C), which :func:`fastden.images.samples.sample_windows` chose."""
+def noise_of_samples(crops: list[Array], values: ValueRange = ORDINARY) -> NoiseEstimate:
+    """The estimate from a picture's crops (H, W, C), which :func:`fastden.images.samples.sample_windows` chose.
+
+    Args:
+        crops: of any dtype that can be denoised.
+        values: what the whole picture spans.
+    """
     if min(min(crop.shape[:2]) for crop in crops) < CELL:
         return UNDECIDED
     estimator = load_estimator()
     judged: list[Cells] = []
     for crop in crops:
-        values = np.ascontiguousarray(crop, np.float32) / np.float32(full_scale(crop.dtype))
-        x = torch.from_numpy(values).permute(2, 0, 1)[None]
+        x = torch.from_numpy(values.own_scale(crop)).permute(2, 0, 1)[None]
         judged.append(estimator(x.expand(-1, 3, -1, -1)))
     cells = Cells(*(torch.cat([field.flatten(1) for field in fields], 1) for fields in zip(*judged, strict=True)))
     weights = weights_of(cells)
@@ -141,10 +168,13 @@ def noise_of_samples(crops: list[Array]) -> NoiseEstimate:
     brightness = cells.brightness[cells.usable].numpy()
     sigma = float(np.interp(brightness * (KNOTS - 1), range(KNOTS), levels.numpy()).mean())
     coarseness = float((weights * cells.coarseness).sum() / weights.sum())
+    span = values.span
     return NoiseEstimate(
-        tuple(min(255 * level, MAX_SIGMA) for level in levels.tolist()),
-        255 * sigma,
+        tuple(min(255 * level, MAX_SIGMA) * span for level in levels.tolist()),
+        255 * sigma * span,
         min(float(np.exp(coarseness)), 1.0),
+        black=values.black,
+        white=values.white,
     )
 
 

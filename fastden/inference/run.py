@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastden.images.pixels import Array, check_floats, check_plain
-from fastden.inference.estimate import NoiseEstimate, estimate_noise
-from fastden.inference.tiling import TiledNetwork, denoise_tiled
+from fastden.images.pixels import Array, check_plain
+from fastden.images.ranges import ORDINARY, ValueRange, find_range
+from fastden.inference.estimate import NoiseEstimate, estimate_of
+from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import check_strength
 from fastden.network.padding import BORDER
@@ -130,22 +131,48 @@ def run_network(
     max_memory: int | None = None,
     wishes: Wishes = PLAIN,
     progress: Progress | None = None,
+    values: ValueRange = ORDINARY,
 ) -> Tensor:
     """Denoise a batch in tiles.
 
     Args:
         network: any fused network; gray input to a colour network is repeated and averaged back.
         batch: (N, C, H, W) on the CPU, C 1 or 3, float in [0, 1], torch.uint8 or torch.uint16.
-        level: on the scale 0-1: a number, (N,), (N, 1, H, W), or curves (N, 8); None for a blind network.
+        level: on the scale 0-1: a number, (N,), (N, 1, H, W), or curves (N, 8) over the brightness from black to white
+            of ``values``; None for a blind network.
         wishes: how it is applied.
         tile, max_memory, progress: as in :func:`fastden.denoise`.
+        values: what the images' values span; ``level`` is divided with them.
 
     Returns:
         As ``batch``.
     """
-    return denoise_tiled(
-        adapted(network, batch.shape[1], wishes), batch, level, tile=tile, max_memory=max_memory, progress=progress
-    )
+    level, scale = own_scale(level, values)
+    options: dict[str, Any] = {"tile": tile, "max_memory": max_memory, "progress": progress, "scale": scale}
+    return denoise_tiled(adapted(network, batch.shape[1], wishes), batch, level, **options)
+
+
+def own_level(level: float | Tensor, values: ValueRange) -> float | Tensor:
+    """A noise level on a picture's own scale; more than 1 is none."""
+    if values.ordinary:
+        return level
+    return (level / values.span).clamp(max=1) if isinstance(level, Tensor) else min(level / values.span, 1.0)
+
+
+def own_scale(level: float | Tensor | None, values: ValueRange) -> tuple[float | Tensor | None, OwnScale | None]:
+    """A noise level as the network takes it, and the scale on which it sees a picture; None for the picture as it is.
+
+    Args:
+        level: as in :func:`run_network`; None also for a map that is not in memory.
+        values: of the picture.
+    """
+    own = None if level is None else own_level(level, values)
+    # Of a map the highest level is not asked for: strips know theirs alone.
+    known = own if isinstance(own, float) else None
+    if isinstance(own, Tensor) and own.dim() < 4 and own.numel():
+        known = float(own.max())
+    limits = values.limits(known)
+    return own, None if values.ordinary and limits is None else OwnScale(values.black, values.span, limits)
 
 
 def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwork:
@@ -168,7 +195,13 @@ class Level(NamedTuple):
     estimate: NoiseEstimate | None = None
 
 
-def noise_level_of(sigma: Any, network: FusedDenoiser, images: list[Array], shape: tuple[int, int]) -> Level:
+def noise_level_of(
+    sigma: Any,
+    network: FusedDenoiser,
+    images: list[Array],
+    shape: tuple[int, int],
+    values: Sequence[ValueRange] = (),
+) -> Level:
     """What to give to the network for the ``sigma`` of :func:`fastden.denoise`.
 
     Args:
@@ -177,6 +210,7 @@ def noise_level_of(sigma: Any, network: FusedDenoiser, images: list[Array], shap
         network: whether it takes a level at all.
         images: N arrays (H, W, C), for the estimate.
         shape: (H, W).
+        values: of the images; ordinary where none are given.
 
     Returns:
         The value is a number, or float32: curves (N, 8) where estimated, (N,), (N, 1, H, W) or (1, 1, H, W).
@@ -184,11 +218,13 @@ def noise_level_of(sigma: Any, network: FusedDenoiser, images: list[Array], shap
     if isinstance(sigma, str) and sigma == "auto":
         if not network.noise_level_input:
             return Level(None, None)
-        return estimated_level([estimate_noise(image) for image in images])
+        ranges = values or [ORDINARY] * len(images)
+        return estimated_level([estimate_of(image, own) for image, own in zip(images, ranges, strict=True)])
     if not network.noise_level_input:
         raise ValueError(f"sigma: {_shown(sigma)}, but this model is blind (it takes no noise level); accepted: 'auto'")
     if isinstance(sigma, NoiseEstimate):
-        return Level(sigma.curve.expand(max(len(images), 1), -1), sigma.sigma, sigma)
+        curves = [sigma.curve_on(own.black, own.white) for own in values or [ORDINARY]]
+        return Level(torch.cat(curves).expand(max(len(images), 1), -1), sigma.sigma, sigma)
     if isinstance(sigma, Real):
         value = float(sigma)
         if not 0 <= value <= 255:  # refuses NaN too
@@ -204,7 +240,7 @@ def noise_level_of(sigma: Any, network: FusedDenoiser, images: list[Array], shap
     level = host.float()
     n = len(images)
     if level.dim() == 0:
-        return noise_level_of(float(level), network, images, shape)
+        return noise_level_of(float(level), network, images, shape, values)
     if tuple(level.shape) == shape:
         level = level[None, None]
     elif tuple(level.shape) not in ((n,), (n, 1, *shape), (1, 1, *shape)):
@@ -217,7 +253,7 @@ def noise_level_of(sigma: Any, network: FusedDenoiser, images: list[Array], shap
 
 def estimated_level(estimates: list[NoiseEstimate]) -> Level:
     """The level of pictures that go together, from their estimates."""
-    curves = torch.cat([estimate.curve for estimate in estimates])
+    curves = torch.cat([estimate.curve_on(estimate.black, estimate.white) for estimate in estimates])
     sigma = sum(estimate.sigma for estimate in estimates) / len(estimates)
     return Level(curves, sigma, estimates[0] if len(estimates) == 1 else None)
 
@@ -226,23 +262,34 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str | Real) else type(value).__name__
 
 
-def denoise_pixels(pixels: Array, sigma: Any, network: FusedDenoiser, **options: Any) -> tuple[Array, float | None]:
+def denoise_pixels(
+    pixels: Array, sigma: Any, network: FusedDenoiser, *, values: ValueRange | None = None, **options: Any
+) -> tuple[Array, float | None]:
     """Denoise (H, W, C), C 1 or 3, with a network that is loaded already.
 
     Args:
         pixels: uint8, uint16 or floating in [0, 1].
         sigma: as in :func:`denoise`.
         network: from :func:`load_network`.
+        values: what they span; None finds it.
         **options: of :func:`run_network`.
 
     Returns:
         The denoised pixels, and the noise level on the scale 0-255 (of a map its mean; None for a blind network).
     """
-    if pixels.dtype.kind == "f":
-        check_floats(pixels, ValueError, "image")
-    level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]))
-    (result,) = denoise_batch([pixels], level.value, network, **options)
+    if values is None:
+        values = range_of_image(pixels)
+    level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]), [values])
+    (result,) = denoise_batch([pixels], level.value, network, values=values, **options)
     return result, level.sigma
+
+
+def range_of_image(pixels: Array, stated: int = 0) -> ValueRange:
+    """:func:`fastden.images.ranges.find_range`, whose errors name the argument ``image``."""
+    try:
+        return find_range(pixels, stated)
+    except ValueError as error:
+        raise ValueError(f"image: {error}") from error
 
 
 def denoise_batch(

@@ -55,6 +55,17 @@ class TiledNetwork(Protocol):
 Model = Denoiser | TiledNetwork
 
 
+class OwnScale(NamedTuple):
+    """A picture's own scale: what the network sees is ``(x - black) / span``, within ``limits`` if there are any.
+
+    What lies beyond the limits is added to the result, which goes back to the scale of ``x``; white of integers is 1.
+    """
+
+    black: float
+    span: float
+    limits: tuple[float, float] | None
+
+
 class Tile(NamedTuple):
     """Half-open pixel ranges of the result that a tile covers."""
 
@@ -73,6 +84,7 @@ def denoise_tiled(
     tile: int | Literal["auto"] | None = "auto",
     max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    scale: OwnScale | None = None,
 ) -> Tensor:
     """Denoise images tile by tile.
 
@@ -86,6 +98,7 @@ def denoise_tiled(
             or None for the whole image at once.
         max_memory: bytes that the network's tensors may take; with ``tile="auto"`` alone. Default 1 GiB.
         progress: called after each tile with the pixels done and the pixels in all.
+        scale: of the images, which ``sigma`` is on too; None takes them as they are.
 
     Returns:
         Tensor of the shape, dtype and device of ``image``: float results are not clipped, integer ones are clipped and
@@ -110,7 +123,7 @@ def denoise_tiled(
         level = sigma[images] if isinstance(sigma, Tensor) and sigma.dim() > 0 and sigma.shape[0] == n else sigma
         for part in plan_tiles(height, width, side):
             target = result[images, :, part.top : part.bottom, part.left : part.right]
-            target.copy_(_run(model, image[images], level, part))
+            target.copy_(_run(model, image[images], level, part, scale=scale))
             done += len(target) * (part.bottom - part.top) * (part.right - part.left)
             if progress is not None:
                 progress(done, n * height * width)
@@ -126,6 +139,7 @@ def denoise_rows(
     first_row: int,
     height: int,
     side: int,
+    scale: OwnScale | None = None,
 ) -> Tensor:
     """Denoise some rows of an image of which only a strip is in memory; bit for bit as :func:`denoise_tiled`.
 
@@ -137,6 +151,7 @@ def denoise_rows(
         first_row: of the strip, in the image.
         height: of the image.
         side: of the tiles, pixels.
+        scale: as in :func:`denoise_tiled`.
 
     Returns:
         (1, C, rows, W) in the dtype and on the device of ``strip``.
@@ -146,7 +161,7 @@ def denoise_rows(
     for tile in plan_tiles(bottom - top, strip.shape[3], side):
         part = Tile(top + tile.top, top + tile.bottom, tile.left, tile.right)
         target = result[:, :, tile.top : tile.bottom, tile.left : tile.right]
-        target.copy_(_run(model, strip, sigma, part, first_row, height))
+        target.copy_(_run(model, strip, sigma, part, first_row, height, scale=scale))
     return result
 
 
@@ -253,6 +268,8 @@ def _run(
     part: Tile,
     first_row: int = 0,
     height: int | None = None,
+    *,
+    scale: OwnScale | None = None,
 ) -> Tensor:
     """The pixels of ``part``, in the dtype of ``image``, on the model's device.
 
@@ -270,16 +287,35 @@ def _run(
         # With the pixels around, whose brightness counts: the level is the same in every tile.
         wide_rows, wide_columns = _grown(rows), _grown(columns)
         wide = _to_float(_cut(image, wide_rows, wide_columns, first_row, height).to(device))
+        wide, excess = _inward(wide, scale)
         level = level_inside(sigma.to(device), wide)
-        x = wide[:, :, BRIGHTNESS_RADIUS:-BRIGHTNESS_RADIUS, BRIGHTNESS_RADIUS:-BRIGHTNESS_RADIUS]
+        inside = slice(BRIGHTNESS_RADIUS, -BRIGHTNESS_RADIUS)
+        x, excess = wide[:, :, inside, inside], None if excess is None else excess[:, :, inside, inside]
     else:
-        x = _to_float(_cut(image, rows, columns, first_row, height).to(device))
+        x, excess = _inward(_to_float(_cut(image, rows, columns, first_row, height).to(device)), scale)
     if isinstance(model, Denoiser):
         x = x.to(model.conv0.weight.dtype)
     levels = noise_level(x, level, model.noise_level_input)
     y = model.forward_padded(x if levels is None else torch.cat([x, levels], 1))
     y = y[:, :, top : top + part.bottom - part.top, left : left + part.right - part.left]
+    if scale is not None:
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        if excess is not None:
+            above, before = part.top - rows[0], part.left - columns[0]
+            y = y + excess[:, :, above : above + y.shape[2], before : before + y.shape[3]]
+        y = y * scale.span + scale.black
     return _from_float(y, image.dtype)
+
+
+def _inward(x: Tensor, scale: OwnScale | None) -> tuple[Tensor, Tensor | None]:
+    """``x`` as the network sees it, and what is beyond its limits."""
+    if scale is None:
+        return x, None
+    x = (x.to(torch.promote_types(x.dtype, torch.float32)) - scale.black) / scale.span
+    if scale.limits is None:
+        return x, None
+    limited = x.clamp(*scale.limits)
+    return limited, x - limited
 
 
 def _grown(span: tuple[int, int]) -> tuple[int, int]:

@@ -148,9 +148,8 @@ class Session:
             picture.error = f"{picture.name}: not a kind of picture that is read here; accepted: {accepted}"
             return
         try:
-            picture.estimate = noise_of_samples(
-                read_samples(picture.source, max_pixels=self.limits.pixels, several=True)
-            )
+            crops, values = read_samples(picture.source, max_pixels=self.limits.pixels, several=True)
+            picture.estimate = noise_of_samples(crops, values)
         except FAILURES as error:
             picture.error = picture.told(in_one_line(error))
 
@@ -288,7 +287,8 @@ def in_words(estimate: NoiseEstimate) -> str:
     if estimate.kind == "clean":
         return f"Hardly any noise (level {estimate.sigma:.1f})."
     amounts = ((5.0, "A little noise"), (15.0, "Clear noise"), (35.0, "Strong noise"))
-    amount = next((name for most, name in amounts if estimate.sigma < most), "Very strong noise")
+    own = estimate.sigma / (estimate.white - estimate.black)
+    amount = next((name for most, name in amounts if own < most), "Very strong noise")
     shadows, lights = estimate.at(0.15), estimate.at(0.8)
     where = ""
     if max(shadows, lights) > 1.4 * min(shadows, lights):

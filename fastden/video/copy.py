@@ -18,6 +18,7 @@ import numpy as np
 
 from fastden.errors import UserError
 from fastden.images.pixels import Array
+from fastden.images.ranges import ORDINARY
 from fastden.images.whole_files import check_target, whole_file
 from fastden.video.encoders import Encoders
 from fastden.video.frames import FrameConverter
@@ -203,7 +204,7 @@ class _Copy:
         def finish(frame: Any, pixels: Array) -> None:
             nonlocal last
             colours = pixels.shape[2] // 3 * 3 or 1
-            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], level, network, **options)
+            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], level, network, values=ORDINARY, **options)
             encoded = converter.frame(np.concatenate([done, pixels[:, :, colours:]], 2), frame, encoder.pix_fmt)
             if encoded.pts is not None:
                 encoded.pts -= late
@@ -354,8 +355,9 @@ def _content(metadata: dict[str, str]) -> dict[str, str]:
 
 def _held(level: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:
     """The noise level for all frames: what was given, or the median of the estimates on those that wait."""
-    from fastden.inference.estimate import estimate_noise, median_estimate
+    from fastden.inference.estimate import estimate_of, median_estimate
 
     if level != "auto" or not network.noise_level_input or not waiting:
         return level
-    return median_estimate([estimate_noise(pixels) for _, pixels in waiting])
+    colours = waiting[0][1].shape[2] // 3 * 3 or 1
+    return median_estimate([estimate_of(pixels[:, :, :colours], ORDINARY) for _, pixels in waiting])

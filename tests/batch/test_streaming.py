@@ -140,7 +140,7 @@ def test_rows_come_and_go_unchanged(tmp_path: Path, shape: tuple[int, int, int])
     write_all(writer, reader.read(shape[0]))
     back = StripReader(tmp_path / "b.tif").read(shape[0])
     np.testing.assert_array_equal(back, values)
-    assert noise_of_samples(read_samples(tmp_path / "b.tif")) == fastden.estimate_noise(picture.pixels)
+    assert noise_of_samples(*read_samples(tmp_path / "b.tif")) == fastden.estimate_noise(picture.pixels)
 
 
 def write_all(writer: StripWriter, rows: Any) -> None:

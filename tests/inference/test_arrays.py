@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import fastden
 from fastden.errors import UserError
+from fastden.images.ranges import ORDINARY
 from fastden.inference import arrays
 from fastden.inference.arrays import denoise_array, snapped
 from tests.helpers import random_network
@@ -153,7 +154,8 @@ def test_estimated_sigma(shape: tuple[int, int], model: str) -> None:
     """That of the whole image, whatever the chunks: also where the estimate takes crops."""
     image = pixels(*shape, 4, np.uint8)
     image[: shape[0] // 3] //= 2
-    lazy = arrays._estimates(da, da.from_array(image[None], (1, 100, 25, 4)))
+    ordinary = da.from_array(arrays._as_ranges([ORDINARY]).reshape(1, 1, 1, 1))
+    lazy = arrays._estimates(da, da.from_array(image[None], (1, 100, 25, 4)), ordinary)
     np.testing.assert_allclose(computed(lazy)["levels"].reshape(-1), fastden.estimate_noise(image).levels, rtol=1e-6)
     if shape == (40, 60):
         lazy = denoise_array(da.from_array(image, (24, 24, 4)), model=model, dtype="float64")

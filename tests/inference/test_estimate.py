@@ -88,7 +88,7 @@ def test_a_large_image_costs_a_megapixel(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[tuple[int, ...]] = []
     original = estimate_module.noise_of_samples
 
-    def spy(crops: list[Any]) -> NoiseEstimate:
+    def spy(crops: list[Any], *_: Any) -> NoiseEstimate:
         seen.extend(crop.shape for crop in crops)
         return original([crops[0]])
 
