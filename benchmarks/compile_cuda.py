@@ -44,11 +44,11 @@ LOSS = re.compile(r"\(C75\d\d\) Potential Performance Loss: .*")
 
 def disassembler(toolkit: Path) -> tuple[str, ...] | None:
     """A command that prints a binary's instructions, to which the binary's path is added."""
-    places = [toolkit / "bin"]
+    folders = [toolkit / "bin"]
     triton = util.find_spec("triton")
     if triton is not None and triton.origin is not None:
-        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    path = os.pathsep.join([*map(str, places), os.environ.get("PATH", os.defpath)])
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
     for name, options in (("cuobjdump", ("-sass",)), ("nvdisasm", ("-c",))):
         program = shutil.which(name, path=path)
         if program is not None:
@@ -58,7 +58,7 @@ def disassembler(toolkit: Path) -> tuple[str, ...] | None:
 
 def resources(text: str) -> dict[str, dict[str, int]]:
     """Registers, spilled and shared bytes by mangled kernel name, from what ``ptxas -v`` prints."""
-    found = {}
+    by_kernel = {}
     for part in re.split(r"Compiling entry function '", text)[1:]:
         name = part[: part.index("'")]
         # Behind an entry function's properties may come those of functions that it calls.
@@ -66,12 +66,12 @@ def resources(text: str) -> dict[str, dict[str, int]]:
         used = re.search(r"Used (\d+) registers(.*)", part)
         assert used is not None, part
         shared = re.search(r"(\d+) bytes smem", used[2])
-        found[name] = {
+        by_kernel[name] = {
             "registers": int(used[1]),
             "spilled_bytes": sum(map(int, spilled)),
             "static_shared_bytes": int(shared[1]) if shared else 0,
         }
-    return found
+    return by_kernel
 
 
 def matrix_instructions(listing: str) -> dict[str, str | None]:

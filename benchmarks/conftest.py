@@ -70,9 +70,9 @@ class _Suite:
         if suite == "train":
             return network.training(model, (self.size[0] // 8, self.size[1] // 8), 8, *rest)
         if suite == "batch":
-            place = Path(self.folder.name) / "batch"
-            place.mkdir()
-            return files.folder_job(model, "color", self.size, 4, self.dtype, self.peers, place)[:2]
+            folder = Path(self.folder.name) / "batch"
+            folder.mkdir()
+            return files.folder_job(model, "color", self.size, 4, self.dtype, self.peers, folder)[:2]
         case = next(case for case in operators.cases(model, self.size, 1, [suite]) if case.part == part)
         if backward:
             return operators.backward(case, self.size, *rest)

@@ -46,13 +46,13 @@ def is_near(device: str, backend: str, height: int, width: int) -> None:
     """The kernel errs at most twice as much as PyTorch's own convolution, relative to float32's."""
     a, b = features(device, height, width)
     weight, bias = random_weights(device)
-    found = ops.concat_conv_bn_relu(a, b, weight, bias, backend=backend)
+    result = ops.concat_conv_bn_relu(a, b, weight, bias, backend=backend)
     expected = ops.concat_conv_bn_relu(a.float(), b.float(), weight.float(), bias, backend="torch")
     eager = ops.concat_conv_bn_relu(a, b, weight, bias, backend="torch")
-    error, allowed = ((y.float() - expected).abs().max().item() for y in (found, eager))
+    error, allowed = ((y.float() - expected).abs().max().item() for y in (result, eager))
     unit = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
     if not error <= 2 * allowed + unit:  # nor where it is NaN
-        wrong = ((found.float() - expected).abs() > 2 * allowed + unit).any(1)[0].nonzero()
+        wrong = ((result.float() - expected).abs() > 2 * allowed + unit).any(1)[0].nonzero()
         raise SystemExit(f"{height}x{width}: errs by {error}, eager by {allowed}; first at {wrong[:4].tolist()}")
 
 
@@ -60,15 +60,15 @@ def one_hot(device: str, backend: str) -> None:
     """Every tap of every channel, 256 at a time: copies of the sources, bit for bit."""
     a, b = features(device, 8, 16)
     padded = F.pad(torch.cat([a, b], 1), (1, 1, 1, 1))
-    places = [(channel, y, x) for y in range(KERNEL) for x in range(KERNEL) for channel in range(A + B)]
-    for first in range(0, len(places), OUTPUTS):
-        chosen = [places[(first + output) % len(places)] for output in range(OUTPUTS)]
+    taps = [(channel, y, x) for y in range(KERNEL) for x in range(KERNEL) for channel in range(A + B)]
+    for first in range(0, len(taps), OUTPUTS):
+        chosen = [taps[(first + output) % len(taps)] for output in range(OUTPUTS)]
         weight = torch.zeros(OUTPUTS, A + B, KERNEL, KERNEL)
-        for output, place in enumerate(chosen):
-            weight[output][place] = 1
-        found = ops.concat_conv_bn_relu(a, b, weight.to(a), relu=False, backend=backend)
+        for output, tap in enumerate(chosen):
+            weight[output][tap] = 1
+        result = ops.concat_conv_bn_relu(a, b, weight.to(a), relu=False, backend=backend)
         expected = torch.stack([padded[0, channel, y : y + 8, x : x + 16] for channel, y, x in chosen])
-        wrong = [place for place, one, two in zip(chosen, found[0], expected, strict=True) if not torch.equal(one, two)]
+        wrong = [tap for tap, one, two in zip(chosen, result[0], expected, strict=True) if not torch.equal(one, two)]
         if wrong:
             raise SystemExit(f"{len(wrong)} of {OUTPUTS} (channel, row, column) of weights: first {wrong[:4]}")
 

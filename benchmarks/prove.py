@@ -69,18 +69,18 @@ def prove(documents: dict[str, dict[str, Any]]) -> tuple[dict[Key, str], list[st
         by_height.setdefault(key, {})[settings["size"][0]] = (name, document)
     entries: dict[Key, str] = {}
     notes = []
-    for (capability, dtype), found in sorted(by_height.items()):
-        lacking = [str(height) for height in HEIGHTS if height not in found]
+    for (capability, dtype), at_height in sorted(by_height.items()):
+        lacking = [str(height) for height in HEIGHTS if height not in at_height]
         if lacking:
             notes.append(f"{capability} {dtype}: no results of height {', '.join(lacking)}")
             continue
         major, minor = map(int, capability.split("."))
-        operators = {result["name"].split()[0] for _, document in found.values() for result in document["results"]}
+        operators = {result["name"].split()[0] for _, document in at_height.values() for result in document["results"]}
         for operator in sorted(operators):
             for backend in NAMES[1:]:
                 reasons = [
                     f"{result['name']} at {height}: {reason}"
-                    for height, (_, document) in sorted(found.items())
+                    for height, (_, document) in sorted(at_height.items())
                     for result in document["results"]
                     if result["name"].split()[0] == operator
                     for reason in why_not_faster(result["contenders"], f"fastden-{backend}")
@@ -88,7 +88,7 @@ def prove(documents: dict[str, dict[str, Any]]) -> tuple[dict[Key, str], list[st
                 if reasons:
                     notes.append(f"{backend} {operator} {capability} {dtype}: {'; '.join(reasons)}")
                 else:
-                    entries[backend, operator, (major, minor), dtype] = found[max(HEIGHTS)][0]
+                    entries[backend, operator, (major, minor), dtype] = at_height[max(HEIGHTS)][0]
     return entries, notes
 
 

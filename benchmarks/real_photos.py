@@ -93,7 +93,7 @@ def _run_set(folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every:
         noisy = whole[rows, columns]
         # The noise is judged on the whole picture, as the command does.
         estimate = fastden.estimate_noise(whole)
-        found: dict[str, Any] = {
+        row: dict[str, Any] = {
             "noisy": _scores(clean, noisy),
             "level": {
                 "estimated": round(estimate.sigma, 2),
@@ -103,9 +103,9 @@ def _run_set(folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every:
         }
         for name, method in methods.items():
             start = time.perf_counter()
-            found[name] = _scores(clean, method(noisy, estimate))
-            found[name]["seconds"] = round(time.perf_counter() - start, 3)
-        pictures[file.name] = found
+            row[name] = _scores(clean, method(noisy, estimate))
+            row[name]["seconds"] = round(time.perf_counter() - start, 3)
+        pictures[file.name] = row
     names = ["noisy", *methods]
     means = {name: {key: _mean(pictures, name, key) for key in ("psnr", "ssim")} for name in names}
     worst = {

@@ -1,11 +1,11 @@
-"""Exact composition of the network's linear chains, batch-normalisation folding, and kernels rearranged.
+"""Exact changes of weights: linear chains are composed, batch normalisation is folded, kernels are rearranged.
 
-Kernels of strided and transposed convolutions are rearranged into kernels of plain ones, which oneDNN runs faster: taps
-move or are padded with zeros, none is changed.
+A rearranged kernel makes a plain convolution of a strided or transposed one; oneDNN runs plain ones faster. Its taps
+are moved, and padded with zeros. Their values stay.
 
-Functions of weights alone: no modules, no activations. All are differentiable, so a training step can compose the
-factor weights, run the shorter network and let the gradient reach the factors. They compute in the dtype that they are
-given; for inference, give them float64 and cast the result.
+All functions take weights; none takes a module or an activation. All are differentiable: a training step composes the
+factors, runs the shorter network, and the gradient reaches the factors. They compute in the dtype of their arguments.
+For inference, give them float64 and cast the result.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def fold_batch_norm(
 def compose_stem(conv0_weight: Tensor, conv0_bias: Tensor, conv1_weight: Tensor, conv1_bias: Tensor) -> StemWeights:
     """conv1 (3x3, stride 2, padding 1) o conv0 (5x5, no padding) as one 7x7 convolution of stride 2.
 
-    conv1's padding lies outside conv0's output, where the composed kernel would see the image instead of zero. Only
-    the first output row and column touch it (sizes are even), so they get kernels without those taps.
+    conv1 pads conv0's output with zeros. The composed kernel would see the image there instead. Only the first row and
+    column of the result touch that padding, because sizes are even. They get kernels without those taps.
 
     Args:
         conv0_weight: (M, C, 5, 5).
@@ -73,7 +73,8 @@ def compose_stem(conv0_weight: Tensor, conv0_bias: Tensor, conv1_weight: Tensor,
         conv1_weight: (O, M, 3, 3).
         conv1_bias: (O,).
     """
-    # Masks of the four cases over conv1's 3x3 taps; built from a range so that tracing sees no constants on a device.
+    # Masks of the four cases over conv1's 3x3 taps. They are built from a range, so that tracing sees no constant on a
+    # device.
     row = (torch.arange(3, device=conv1_weight.device) > 0).to(conv1_weight.dtype)
     ones = torch.ones_like(row)
     keep = torch.stack([torch.outer(ones, ones), torch.outer(row, ones), torch.outer(ones, row), torch.outer(row, row)])
@@ -104,8 +105,8 @@ def compose_head(
     """
     from_image, from_up3 = out_weight.split([conv0_weight.shape[0], up3_weight.shape[1]], dim=1)
     image_weight = F.conv_transpose2d(from_image, conv0_weight)
-    # correlated[m, k, d] sums out's tap a with up3's tap a + d - 3 (d = 0 and 7 meet nothing and are zero): the weight
-    # from feature i to pixel 2 i - 4 + d. Splitting d by parity gives the phases.
+    # correlated[m, k, d] sums out's tap a with up3's tap a + d - 3 (for d = 0 and 7 there is no such tap, and the sum
+    # is zero): the weight from feature i to pixel 2 i - 4 + d. Splitting d by parity gives the phases.
     correlated = F.pad(F.conv2d(up3_weight, from_up3, padding=2), (1, 1, 1, 1))
     m, k = correlated.shape[:2]
     phases = correlated.view(m, k, 4, 2, 4, 2).flip(2, 4).permute(1, 3, 5, 0, 2, 4)
@@ -159,8 +160,8 @@ def phase_weights(weight: Tensor) -> list[Tensor]:
 def separated_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The head's 4x4 convolution as a 1x4 one for each of its rows, and a 4x1 one that adds the rows up.
 
-    Each output phase uses three of the four rows, so there are six rows of taps where the plain form computes eight;
-    the shorter sums also err less (float32, relative L2: 5.7e-7 against 1.1e-6) and take 41 ms instead of 46.
+    Each output phase uses three of the four rows. So this form computes six rows of taps; the plain form computes
+    eight. The shorter sums also err less (float32, relative L2: 5.7e-7 against 1.1e-6). They take 41 ms instead of 46.
 
     Args:
         weight: (4 K, M, 4, 4).

@@ -50,13 +50,13 @@ def denoise(
               float32), (H, W) if gray, else (H, W, 3), with alpha as one more channel. The EXIF orientation is applied,
               because an array cannot carry it;
             - a PIL image of mode 1, L, LA, P, RGB, RGBA, I;16 or F (values in [0, 1]): a PIL image of the same mode (a
-              palette becomes RGB or RGBA, mode 1 becomes L) with the same ``info``. A transparent colour, which
-              denoised pixels would no longer meet, becomes an alpha channel (LA, RGBA); with I;16, which has none, it
-              is dropped;
+              palette becomes RGB or RGBA, mode 1 becomes L) with the same ``info``. A transparent colour becomes
+              an alpha channel (LA, RGBA), because denoised pixels would not have that colour any more; with I;16,
+              which has no alpha, it is dropped;
             - a NumPy array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha; uint8, uint16, or floating in
-              [0, 1]: an array of the same shape and dtype. Of a masked array the valid pixels are denoised, as if those
-              under the mask were like their nearest valid ones; mask and values under it stay. Other subclasses that
-              carry more than values (units, names) are refused, memory maps are read;
+              [0, 1]: an array of the same shape and dtype. In a masked array the valid pixels are denoised; pixels
+              under the mask count as equal to their nearest valid ones. The mask and the values under it stay.
+              Other subclasses that carry more than values (units, names) are refused; memory maps are read;
             - a tensor (C, H, W) or (N, C, H, W), C 1 or 3; torch.uint8, torch.uint16, or floating in [0, 1]: a tensor
               of the same shape, dtype and device, without gradient.
 
@@ -82,8 +82,8 @@ def denoise(
             result is the same, up to rounding.
         max_memory: with ``tile="auto"``, what the network's tensors may take: bytes or such as ``"2GiB"``; None is
             1 GiB.
-        strength: 0 to 2: factor of the noise level. 0 returns the image; above 1 more is taken for noise. A blind model
-            takes no level: there 0 to 1 blends its result with the image.
+        strength: 0 to 2: factor of the noise level. 0 returns the image; above 1 it removes more. A blind model
+            takes no noise level: there 0 to 1 blends its result with the image.
         chroma: the same for colour noise alone; None follows ``strength``. Where they differ the network runs twice.
         quality: ``"best"`` averages the results of all eight flips and quarter turns, at eight times the work.
         progress: called with (pixels done, pixels in all) as tiles are finished.
@@ -168,7 +168,7 @@ def _denoise_array(array: Array, sigma: Any, options: _Options, stated: int = 0)
 
 
 def _denoise_masked(array: np.ma.MaskedArray[Any, Any], sigma: Any, options: _Options) -> Any:
-    """The valid pixels, as if those under the mask were like their nearest valid ones; these stay as they are."""
+    """Denoise the valid pixels; pixels under the mask count as equal to their nearest valid ones, and stay."""
     mask = np.ma.getmaskarray(array)
     if mask.all():
         check_pixels(np.asarray(array.data))
@@ -187,7 +187,7 @@ def _denoise_masked(array: np.ma.MaskedArray[Any, Any], sigma: Any, options: _Op
 
 
 def _fill(values: Array, hidden: Array) -> None:
-    """Put the nearest pixel that is not hidden in the place of each one that is; all may be hidden."""
+    """Replace each hidden pixel by the nearest one that is not; all may be hidden."""
     from scipy.ndimage import distance_transform_edt
 
     if hidden.any() and not hidden.all():

@@ -1,7 +1,7 @@
 """Quality on folders of photographs: PSNR and SSIM with synthetic noise, or on real noisy shots with a reference.
 
 The protocol: Gaussian noise that is not clipped, drawn by ``numpy.random.default_rng(seed + index)`` in float32 for the
-image of that index in the sorted folder (the same draw, scaled, at every level); the noisy image goes to the network as
+image of that index in the sorted folder (the same draw, scaled, at every sigma); the noisy image goes to the network as
 it is; the result is clipped and rounded to 8 bits; PSNR is of all channels together, and the mean over the images
 counts. SSIM is scikit-image's with its defaults (7x7 windows, channels averaged).
 """
@@ -53,12 +53,12 @@ def evaluate_folder(
         network: a fused network.
         sigmas: noise levels on the scale 0-255.
         gray: make the photographs gray first (luma, rounded); noise and PSNR are of one channel.
-        estimate: the network gets the level that is estimated from the noisy image, not the one that was added.
+        estimate: the network gets the sigma that is estimated from the noisy image, not the one that was added.
         seed: of the noise.
         started: progress.
 
     Returns:
-        For each level ``{"sigma", "psnr_noisy", "psnr", "ssim_noisy", "ssim", "images": {name: the same four}}``.
+        For each sigma ``{"sigma", "psnr_noisy", "psnr", "ssim_noisy", "ssim", "images": {name: the same four}}``.
 
     Raises:
         UserError: no such folder, no image in it, an image that is not of 8 bits.
@@ -72,14 +72,16 @@ def evaluate_folder(
         if gray and clean.shape[2] == 3:
             clean = np.rint(clean.astype(np.float32) @ LUMA).astype(np.uint8)[:, :, None]
         noise = np.random.default_rng(seed + index).standard_normal(clean.shape, dtype=np.float32)
-        for sigma, found in zip(sigmas, scores, strict=True):
+        for sigma, by_name in zip(sigmas, scores, strict=True):
             noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise
-            level: float | str = sigma if network.noise_level_input and not estimate else "auto"
-            denoised, used = denoise_pixels(noisy, level, network)
-            found[file.name] = _scores(clean, noisy, denoised)
+            asked: float | str = sigma if network.noise_level_input and not estimate else "auto"
+            denoised, used = denoise_pixels(noisy, asked, network)
+            by_name[file.name] = _scores(clean, noisy, denoised)
             if estimate and used is not None:
-                found[file.name]["sigma"] = round(used, 3)
-    return [{"sigma": sigma, **_means(found), "images": found} for sigma, found in zip(sigmas, scores, strict=True)]
+                by_name[file.name]["sigma"] = round(used, 3)
+    return [
+        {"sigma": sigma, **_means(by_name), "images": by_name} for sigma, by_name in zip(sigmas, scores, strict=True)
+    ]
 
 
 def evaluate_pairs(
@@ -90,7 +92,7 @@ def evaluate_pairs(
     Args:
         folder: pairs of files whose names differ in ``_real`` and ``_mean`` alone.
         network: a fused network.
-        sigmas: levels to try, scale 0-255; None estimates each image's own.
+        sigmas: noise levels to try, scale 0-255; None estimates each image's own.
         started: progress.
 
     Returns:
@@ -100,20 +102,22 @@ def evaluate_pairs(
     noisy_files = [file for file in _files(folder) if file.stem.endswith("_real")]
     if not noisy_files:
         raise UserError(f"pairs: no file *_real.* in {folder}; accepted: pairs name_real.* and name_mean.*")
-    levels: list[Any] = ["auto"] if sigmas is None or not network.noise_level_input else list(sigmas)
-    scores: list[dict[str, dict[str, float]]] = [{} for _ in levels]
+    asked: list[Any] = ["auto"] if sigmas is None or not network.noise_level_input else list(sigmas)
+    scores: list[dict[str, dict[str, float]]] = [{} for _ in asked]
     for file in noisy_files:
         if started is not None:
             started(file.name)
         clean, noisy = _eight_bit(_reference(file)), _eight_bit(file)
         if clean.shape != noisy.shape:
             raise UserError(f"pairs: {file} is {noisy.shape}, its reference {clean.shape}; accepted: the same size")
-        for sigma, found in zip(levels, scores, strict=True):
-            denoised, level = denoise_pixels(to_dtype(noisy, np.float32), sigma, network)
-            found[file.name] = _scores(clean, to_dtype(noisy, np.float32), denoised)
-            if level is not None:
-                found[file.name]["sigma"] = round(level, 3)
-    return [{"sigma": sigma, **_means(found), "images": found} for sigma, found in zip(levels, scores, strict=True)]
+        for sigma, by_name in zip(asked, scores, strict=True):
+            denoised, used = denoise_pixels(to_dtype(noisy, np.float32), sigma, network)
+            by_name[file.name] = _scores(clean, to_dtype(noisy, np.float32), denoised)
+            if used is not None:
+                by_name[file.name]["sigma"] = round(used, 3)
+    return [
+        {"sigma": sigma, **_means(by_name), "images": by_name} for sigma, by_name in zip(asked, scores, strict=True)
+    ]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -141,7 +145,7 @@ def _eight_bit(file: Path) -> Bytes:
 
 
 def _scores(clean: Bytes, noisy: Floats, denoised: Floats) -> dict[str, float]:
-    """The noisy image's PSNR is of what the network was given, not clipped; its SSIM is of 8 bits."""
+    """The noisy image's PSNR is measured on the network's input, not clipped; its SSIM on 8 bits."""
     rounded = to_dtype(denoised, np.uint8)
     return {
         "psnr_noisy": psnr(clean, noisy * 255),
@@ -164,9 +168,9 @@ def ssim(clean: Bytes, other: Bytes) -> float:
     return float(structural_similarity(clean, other, channel_axis=2, data_range=255))
 
 
-def _means(found: dict[str, dict[str, float]]) -> dict[str, float]:
+def _means(by_name: dict[str, dict[str, float]]) -> dict[str, float]:
     names = ("psnr_noisy", "psnr", "ssim_noisy", "ssim")
-    return {name: round(fmean(scores[name] for scores in found.values()), 4) for name in names}
+    return {name: round(fmean(scores[name] for scores in by_name.values()), 4) for name in names}
 
 
 def results_document(

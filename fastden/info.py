@@ -1,6 +1,6 @@
 """What this machine and this installation can do, for ``fastden info`` and bug reports.
 
-Standard library only, and nothing here raises: whatever is broken or missing becomes a line of the report.
+It needs the standard library alone, and it never raises: what is broken or missing becomes a line of the report.
 ``python -m fastden.info`` works even where the command line's own packages are broken.
 """
 
@@ -48,7 +48,7 @@ def collect(*, paths: bool = True) -> dict[str, Any]:
     A part that fails is ``{"error": "..."}``. Each backend has ``available`` and ``why_not``, a list of reasons.
 
     Args:
-        paths: tell where Python lies; results that are published leave it out.
+        paths: include the path of Python; published results leave it out.
     """
     sections: dict[str, Callable[[], Any]] = {
         "versions": _versions,

@@ -75,8 +75,9 @@ class JointTerms(NamedTuple):
 class FrozenTask(nn.Module):
     """A network that is differentiated through and never changes.
 
-    Its parameters stop requiring gradients, here and for good, and it stays in evaluation mode whatever ``train()`` is
-    called on a module that holds it: BN statistics stay as they are, dropout stays off.
+    Its parameters stop requiring gradients, permanently. It stays in evaluation mode even where ``train()`` is called
+    on
+    a module that holds it: BN statistics do not change, dropout is off.
 
     Args:
         network: any module; it is frozen in place.
@@ -173,7 +174,7 @@ class JointDenoiser(nn.Module):
         self.tasks = nn.ModuleDict({name: FrozenTask(tasks[name], functions[name], name) for name in tasks})
 
     def forward(self, noisy: Tensor, sigma: float | Tensor | None = None) -> JointOutput:
-        """Denoise, and look at the result with every task's network.
+        """Denoise, and run every task's network on the result.
 
         Args:
             noisy: (N, C, H, W) on the scale [0, 1].
@@ -188,7 +189,7 @@ class JointLoss(nn.Module):
     """``L_denoise + sum of weight * L_task`` over the tasks: equation 2 of Liu et al. for one task.
 
     Args:
-        weight: lambda, at least 0; for several tasks a mapping by name. It sets off against each other losses on
+        weight: lambda, at least 0; for several tasks a mapping by name. It balances losses on
             different scales: a squared error on [0, 1] is about 0.001, a cross entropy about 1.
         task_loss: "classification" (:class:`ClassificationLoss`), "segmentation" (:class:`SegmentationLoss`), or any
             callable ``(prediction, target) -> scalar tensor``; for several tasks a mapping by name.
@@ -321,8 +322,8 @@ def resize_prediction(prediction: Tensor, size: tuple[int, ...] | torch.Size) ->
 def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -> None:
     """Raise unless gradients pass through ``preprocess`` at the first of ``images`` (N, C, H, W).
 
-    Rounding, comparing, converting to integers or to NumPy, and ``detach`` all break the chain, some of them in
-    silence: the denoiser would then never hear of the task.
+    Rounding, comparing, converting to integers or to NumPy, and ``detach`` all stop the gradient, some of them without
+    an error. The denoiser would then learn nothing from the task.
 
     Raises:
         ValueError: no gradient, one that is zero everywhere, or one that is not finite.
@@ -340,7 +341,7 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
             raise TypeError(f"preprocess of {name}: returned {type(result).__name__}; accepted: a tensor")
         if not result.requires_grad:
             raise ValueError(f"preprocess of {name}: no gradient passes through it; {accepted}")
-        # Unequal weights: those of a sum would cancel where a mean is subtracted.
+        # Unequal weights: with equal ones the gradients would cancel where a mean is subtracted.
         weights = torch.linspace(0.5, 1.5, result.numel(), device=result.device).view_as(result).to(result.dtype)
         (gradient,) = torch.autograd.grad((result * weights).sum(), probe, allow_unused=True)
     if gradient is None or not bool(gradient.any()):
@@ -350,12 +351,12 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
 
 
 class _Function(nn.Module):
-    """A function as a module; a module that it belongs to, or is made of, is registered in it."""
+    """A function as a module. Modules inside the function (bound methods, ``functools.partial``) are registered."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
-        # What functools.partial and bound methods hide.
+        # Modules inside functools.partial and bound methods.
         while isinstance(function, partial):
             function = function.func
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
@@ -409,8 +410,8 @@ def _check_prediction(prediction: Any, dimensions: int, shape: str) -> None:
 
 def _check_labels(labels: Any, shape: tuple[int, ...], classes: int, ignore_index: int) -> None:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        found = f"dtype {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: {found}; accepted: a tensor of integers")
+        shown = f"dtype {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: {shown}; accepted: a tensor of integers")
     if tuple(labels.shape) != shape:
         wanted = str(shape).replace("-1", "any")
         raise ValueError(f"labels: shape {tuple(labels.shape)}; accepted: {wanted}")

@@ -131,24 +131,24 @@ def conv_kernel(
             B, A, A + B, KERNEL, BLOCK_B, O, PRECISION,
         )  # fmt: skip
 
-    kept = rows[:, None] & (outputs < O)[None, :]
+    mask = rows[:, None] & (outputs < O)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + outputs, mask=outputs < O, other=0.0).to(tl.float32)[None, :]
     if STATISTICS:
         # Of the values as they are stored: normalisation reads those.
         acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
         present = tl.minimum(count - tile.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean = tl.sum(tl.where(kept, acc, 0.0), 0) / present
-        deviation = tl.where(kept, acc - mean[None, :], 0.0)
-        place = statistics_ptr + tile.to(tl.int64) * (2 * O) + outputs
-        tl.store(place, mean, mask=outputs < O)
-        tl.store(place + O, tl.sum(deviation * deviation, 0), mask=outputs < O)
+        mean = tl.sum(tl.where(mask, acc, 0.0), 0) / present
+        deviation = tl.where(mask, acc - mean[None, :], 0.0)
+        statistics = statistics_ptr + tile.to(tl.int64) * (2 * O) + outputs
+        tl.store(statistics, mean, mask=outputs < O)
+        tl.store(statistics + O, tl.sum(deviation * deviation, 0), mask=outputs < O)
     if PHASES == 4:
         line = (image * out_height + row) * 2 + phase_y
         target = (line * (out_width * 2) + column * 2 + phase_x)[:, None] * O + outputs[None, :]
     else:
         target = pixels[:, None] * O + outputs[None, :]
-    finish(acc, residual_ptr, y_ptr, target, kept, HAS_RESIDUAL, RELU)
+    finish(acc, residual_ptr, y_ptr, target, mask, HAS_RESIDUAL, RELU)
 
 
 def launch_conv(
@@ -196,9 +196,9 @@ def launch_conv(
     count = batch * out_height * out_width
     config = config or config_for(channels, outputs, count, a.element_size())
     tiles = triton.cdiv(count, config.block_m)
-    found = torch.empty((tiles, 2, outputs), dtype=torch.float32, device=a.device) if statistics else None
+    tile_statistics = torch.empty((tiles, 2, outputs), dtype=torch.float32, device=a.device) if statistics else None
     if count == 0:
-        return y, found
+        return y, tile_statistics
     if config.descriptors:
         if stride != 1 or phases != 1 or statistics:
             given = f"stride {stride}, {phases} phases, {'' if statistics else 'no '}statistics"
@@ -209,7 +209,7 @@ def launch_conv(
     with device_guard(a):
         conv_kernel[grid](
             a, a if b is None else b, weight, a if bias is None else bias, a if residual is None else residual,
-            y, y if found is None else found,
+            y, y if tile_statistics is None else tile_statistics,
             batch, height, width, out_height, out_width,
             A=channels, B=others, O=outputs, KERNEL=kernel, STRIDE=stride, PADDING=padding, PHASES=phases,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, RELU=relu, STATISTICS=statistics,
@@ -217,4 +217,4 @@ def launch_conv(
             BLOCK_B=second_block(others, config), PRECISION=precision(a),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return y, found
+    return y, tile_statistics

@@ -124,8 +124,8 @@ def descriptor_conv_kernel(
     x = left + pixel % TILE_WIDTH
     # 64 bits: a 24-megapixel image with 256 channels has more elements than 32 bits count.
     target = ((image.to(tl.int64) * out_height + y) * out_width + x)[:, None] * O + outputs[None, :]
-    kept = ((y < out_height) & (x < out_width))[:, None] & (outputs < O)[None, :]
-    finish(acc, residual_ptr, y_ptr, target, kept, HAS_RESIDUAL, RELU)
+    mask = ((y < out_height) & (x < out_width))[:, None] & (outputs < O)[None, :]
+    finish(acc, residual_ptr, y_ptr, target, mask, HAS_RESIDUAL, RELU)
 
 
 def launch_descriptor_conv(

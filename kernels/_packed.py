@@ -65,14 +65,14 @@ class PackedWeights:
 
 
 def _order(pack: Callable[..., Tensor], weight: Tensor, options: tuple[Any, ...]) -> _Order:
-    """The order that ``pack`` makes, seen on a weight whose values are their own places, counted from 1."""
+    """The order that ``pack`` makes, seen on a weight whose values are their own positions, counted from 1."""
     count = weight.numel()
-    places = pack(torch.arange(1, count + 1).view(weight.shape), *options)
-    memory = places.as_strided((places.untyped_storage().nbytes() // places.itemsize,), (1,), 0)
+    positions = pack(torch.arange(1, count + 1).view(weight.shape), *options)
+    memory = positions.as_strided((positions.untyped_storage().nbytes() // positions.itemsize,), (1,), 0)
     memory = torch.where(memory == 0, count, memory - 1)
     # Made on the CPU and copied at once, so that every stream of the device may read it.
     return _Order(
-        memory.to(torch.int32).to(weight.device), tuple(places.shape), places.stride(), places.storage_offset()
+        memory.to(torch.int32).to(weight.device), tuple(positions.shape), positions.stride(), positions.storage_offset()
     )
 
 

@@ -45,11 +45,11 @@ def second_block(others: int, config: ConvConfig) -> int:
 
 
 @triton.jit
-def finish(acc, residual_ptr, y_ptr, target, kept, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr):
+def finish(acc, residual_ptr, y_ptr, target, mask, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr):
     """Store ``relu(acc + residual)`` at ``target``."""
     if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + target, mask=kept, other=0.0).to(tl.float32)
+        acc += tl.load(residual_ptr + target, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         # Not maximum(acc, 0) alone, which would hide a NaN.
         acc = tl.where(acc < 0.0, 0.0, acc)
-    tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=kept)
+    tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=mask)

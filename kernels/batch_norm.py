@@ -64,10 +64,10 @@ def combine_kernel(
         tile = start + index
         mask = (tile < tiles)[:, None] & exists[None, :]
         in_tile = tl.minimum(tl.maximum(total - tile * BLOCK_ROWS, 0), BLOCK_ROWS).to(tl.float32)
-        place = statistics_ptr + tile[:, None] * (2 * C) + channel[None, :]
-        mean = tl.load(place, mask=mask, other=0.0)
+        source = statistics_ptr + tile[:, None] * (2 * C) + channel[None, :]
+        mean = tl.load(source, mask=mask, other=0.0)
         deviation = tl.where(mask, mean - average[None, :], 0.0)
-        squares += tl.sum(tl.load(place + C, mask=mask, other=0.0) + deviation * deviation * in_tile[:, None], 0)
+        squares += tl.sum(tl.load(source + C, mask=mask, other=0.0) + deviation * deviation * in_tile[:, None], 0)
         start += BLOCK_TILES
     tl.store(mean_ptr + channel, average, mask=exists)
     tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(squares / count + eps), mask=exists)
@@ -87,13 +87,13 @@ def combine(statistics: Tensor, count: int, block: int, eps: float) -> tuple[Ten
         Mean, 1 / sqrt(biased variance + eps), and unbiased variance, each (C,) float32.
     """
     tiles, _, channels = statistics.shape
-    found = [statistics.new_empty(channels) for _ in range(3)]
+    merged = [statistics.new_empty(channels) for _ in range(3)]
     with device_guard(statistics):
         combine_kernel[(triton.cdiv(channels, COMBINED_CHANNELS),)](
-            statistics, *found, tiles, count, eps, C=channels, BLOCK_ROWS=block, BLOCK_TILES=COMBINED_TILES,
+            statistics, *merged, tiles, count, eps, C=channels, BLOCK_ROWS=block, BLOCK_TILES=COMBINED_TILES,
             BLOCK_CHANNELS=COMBINED_CHANNELS,
         )  # fmt: skip
-    mean, rstd, unbiased = found
+    mean, rstd, unbiased = merged
     return mean, rstd, unbiased
 
 
@@ -109,9 +109,9 @@ def statistics_kernel(
     x = tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 0) / tl.minimum(rows - tile * BLOCK_ROWS, BLOCK_ROWS).to(tl.float32)
     deviation = tl.where(mask, x - mean[None, :], 0.0)
-    place = statistics_ptr + tile * (2 * C) + channel
-    tl.store(place, mean, mask=channel < C)
-    tl.store(place + C, tl.sum(deviation * deviation, 0), mask=channel < C)
+    target = statistics_ptr + tile * (2 * C) + channel
+    tl.store(target, mean, mask=channel < C)
+    tl.store(target + C, tl.sum(deviation * deviation, 0), mask=channel < C)
 
 
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,12 +120,12 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     rows = x.numel() // channels
     tiles = triton.cdiv(rows, STATISTICS_ROWS)
-    found = torch.empty((tiles, 2, channels), dtype=torch.float32, device=x.device)
+    tile_statistics = torch.empty((tiles, 2, channels), dtype=torch.float32, device=x.device)
     with device_guard(x):
         statistics_kernel[(tiles, triton.cdiv(channels, BLOCK_CHANNELS))](
-            x, found, rows, C=channels, BLOCK_ROWS=STATISTICS_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS
+            x, tile_statistics, rows, C=channels, BLOCK_ROWS=STATISTICS_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS
         )
-    return combine(found, rows, STATISTICS_ROWS, eps)
+    return combine(tile_statistics, rows, STATISTICS_ROWS, eps)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -148,18 +148,18 @@ def affine_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
-    place = row[:, None] * C + channel[None, :]
+    offset = row[:, None] * C + channel[None, :]
     scale = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     scale *= tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
     bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     y = (x - mean[None, :]) * scale[None, :] + bias[None, :]
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         y = tl.where(y < 0.0, 0.0, y)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def affine(
@@ -222,21 +222,21 @@ def gradient_sums_kernel(
     for start in range(0, PROGRAM_ROWS, BLOCK_ROWS):
         row = program * PROGRAM_ROWS + start + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & (channel < C)[None, :]
-        place = row[:, None] * C + channel[None, :]
-        grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        offset = row[:, None] * C + channel[None, :]
+        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.load(raw_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         if RELU:
             if HAS_RESULT:
-                y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+                y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             else:
                 y = centred * scale[None, :] + bias[None, :]
             grad = tl.where(y > 0.0, grad, 0.0)
         # Rows beyond the last have a gradient of 0.
         total += tl.sum(grad, 0)
         product += tl.sum(grad * centred * rstd[None, :], 0)
-    place = sums_ptr + program * (2 * C) + channel
-    tl.store(place, total, mask=channel < C)
-    tl.store(place + C, product, mask=channel < C)
+    target = sums_ptr + program * (2 * C) + channel
+    tl.store(target, total, mask=channel < C)
+    tl.store(target + C, product, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -268,26 +268,26 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
-    place = row[:, None] * C + channel[None, :]
+    offset = row[:, None] * C + channel[None, :]
     rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
     factor = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32) * rstd
     share = factor / tl.cast(rows, tl.int64).to(tl.float32)
     slope = -share * rstd * tl.load(weight_grad_ptr + channel, mask=channel < C, other=0.0)
     offset = -share * tl.load(bias_grad_ptr + channel, mask=channel < C, other=0.0)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
-    grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.load(raw_ptr + place, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.load(raw_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     if RELU:
         if HAS_RESULT:
-            y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         else:
             bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
             y = centred * factor[None, :] + bias[None, :]
         grad = tl.where(y > 0.0, grad, 0.0)
     result = grad * factor[None, :] + centred * slope[None, :] + offset[None, :]
-    tl.store(grad_raw_ptr + place, result.to(grad_raw_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_raw_ptr + offset, result.to(grad_raw_ptr.dtype.element_ty), mask=mask)
     if HAS_RESIDUAL:
-        tl.store(grad_residual_ptr + place, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_residual_ptr + offset, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
 
 
 def affine_gradient(

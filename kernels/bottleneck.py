@@ -119,10 +119,10 @@ def _reduce(
     acc = tl.zeros((BLOCK_R, BLOCK_MID), tl.float32)
     # One loop over blocks of pixels and of channels, so that the pipeline of loads does not run dry between them.
     for step in range(CHUNKS * STEPS):
-        place = (step // STEPS) * BLOCK_R + tl.arange(0, BLOCK_R)
+        position = (step // STEPS) * BLOCK_R + tl.arange(0, BLOCK_R)
         channel = (step % STEPS) * BLOCK_K + k
-        y = top + place // MARGIN_WIDTH
-        x = left + place % MARGIN_WIDTH
+        y = top + position // MARGIN_WIDTH
+        x = left + position % MARGIN_WIDTH
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
         pixel = (image * height + y) * width + x
         source = tl.load(
@@ -140,7 +140,9 @@ def _reduce(
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + middles, mask=middles < M, other=0.0).to(tl.float32)[None, :]
             values = tl.where(inside[:, None], _relu(acc), 0.0)
-            tl.store(middle_ptr + place[:, None] * BLOCK_MID + middles[None, :], values.to(middle_ptr.dtype.element_ty))
+            tl.store(
+                middle_ptr + position[:, None] * BLOCK_MID + middles[None, :], values.to(middle_ptr.dtype.element_ty)
+            )
             acc = tl.zeros((BLOCK_R, BLOCK_MID), tl.float32)
 
 
@@ -212,10 +214,10 @@ def _expand(
         values = dot(middle, tl.trans(weights), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if HAS_BIAS:
             values += tl.load(bias_ptr + outputs, mask=outputs < C, other=0.0).to(tl.float32)[None, :]
-        kept = rows[:, None] & (outputs < C)[None, :]
+        mask = rows[:, None] & (outputs < C)[None, :]
         target = pixels[:, None] * C + outputs[None, :]
-        values += tl.load(x_ptr + target, mask=kept, other=0.0).to(tl.float32)
-        tl.store(y_ptr + target, _relu(values).to(y_ptr.dtype.element_ty), mask=kept)
+        values += tl.load(x_ptr + target, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + target, _relu(values).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # Sizes of images are no part of the compiled kernel: no new image size compiles it again.

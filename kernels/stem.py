@@ -159,8 +159,8 @@ def stem_kernel(
     if RELU:
         # Not maximum(acc, 0) alone, which would hide a NaN.
         acc = tl.where(acc < 0.0, 0.0, acc)
-    kept_outputs = present[:, None] & (outputs < OUTPUTS)[None, :]
-    tl.store(y_ptr + target[:, None] + outputs[None, :], acc.to(y_ptr.dtype.element_ty), mask=kept_outputs)
+    mask = present[:, None] & (outputs < OUTPUTS)[None, :]
+    tl.store(y_ptr + target[:, None] + outputs[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: StemConfig | None = None) -> Tensor:

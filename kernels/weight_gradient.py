@@ -133,8 +133,8 @@ def _tile(
                 source = tl.load(x_ptr + pixel * C + channel[None, :], mask=inside & present[:, None], other=0.0)
             acc = dot(tl.trans(grad), source, acc, PRECISION)
         first += LOOP * BLOCK_K
-    place = outputs.to(tl.int64)[:, None] * (KERNEL * KERNEL * TOTAL) + (tap * TOTAL + OFFSET + channel)[None, :]
-    tl.store(partial_ptr + place, acc, mask=(outputs < O)[:, None] & exists[None, :])
+    offset = outputs.to(tl.int64)[:, None] * (KERNEL * KERNEL * TOTAL) + (tap * TOTAL + OFFSET + channel)[None, :]
+    tl.store(partial_ptr + offset, acc, mask=(outputs < O)[:, None] & exists[None, :])
 
 
 # Sizes of images are no part of the compiled kernel: no new image size compiles it again.
@@ -215,14 +215,14 @@ def weight_gradient_kernel(
 @triton.jit(do_not_specialize=["begin", "end", "size"])
 def sum_kernel(partial_ptr, y_ptr, begin, end, size, BLOCK: tl.constexpr):
     """``y`` (size) is the sum of rows ``begin`` to ``end`` of (rows, size), one after the other."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = place < size
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
     acc = tl.zeros((BLOCK,), tl.float32)
     row = tl.cast(begin, tl.int64)
     while row < end:
-        acc += tl.load(partial_ptr + row * size + place, mask=kept, other=0.0)
+        acc += tl.load(partial_ptr + row * size + index, mask=mask, other=0.0)
         row += 1
-    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=kept)
+    tl.store(y_ptr + index, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def weight_gradient(

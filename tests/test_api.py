@@ -285,7 +285,7 @@ def test_strength_scales_the_level(network: fastden.FusedDenoiser, dtype: Any, c
         expected = fastden.denoise(image, SIGMA * strength, model=network)
         np.testing.assert_allclose(scaled, expected, atol=1e-6 if dtype == np.float32 else 1)
     curve = fastden.NoiseEstimate(tuple(10.0 + index for index in range(8)), 13.5, 0.5)
-    twice = fastden.NoiseEstimate(tuple(2 * level for level in curve.levels), 27.0, 0.5)
+    twice = fastden.NoiseEstimate(tuple(2 * level for level in curve.sigmas), 27.0, 0.5)
     scaled = fastden.denoise(image, curve, model=network, strength=2)
     expected = fastden.denoise(image, twice, model=network)
     np.testing.assert_allclose(scaled, expected, atol=1e-5 if dtype == np.float32 else 1)

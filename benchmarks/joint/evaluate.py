@@ -67,12 +67,12 @@ class Scores:
             union = rows + columns - right
             first = 100 * float(np.mean(right[union > 0] / union[union > 0]))
             second = 100 * float(right.sum() / rows.sum())
-        found = dict(zip(SCORES[self.experiment], (round(first, 3), round(second, 3)), strict=True))
+        scores = dict(zip(SCORES[self.experiment], (round(first, 3), round(second, 3)), strict=True))
         if self.quality:
-            found |= {
+            scores |= {
                 name: round(fmean(pair[i] for pair in self.quality), 4) for i, name in enumerate(("psnr", "ssim"))
             }
-        return found
+        return scores
 
 
 def evaluate(
@@ -130,10 +130,10 @@ def table(document: dict[str, Any], experiment: str, few: bool) -> str:
     sigmas = document["sigmas"]
     heads = [f"sigma {sigma:g}" for sigma in sigmas]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(sigmas)) + "|"]
-    for name, levels in document["results"].items():
+    for name, by_sigma in document["results"].items():
         cells = []
         for sigma in sigmas:
-            runs = list(levels.get(str(sigma), {}).values())
+            runs = list(by_sigma.get(str(sigma), {}).values())
             chosen = [run["few"] for run in runs] if few else [run for run in runs if first in run]
             if not chosen:
                 break
@@ -163,8 +163,10 @@ def show(document: dict[str, Any], experiment: str) -> str:
         )
         seeds = {str(seed) for seed in document["cbm3d_seeds"]}
         one = {
-            name: {sigma: {seed: run for seed, run in runs.items() if seed in seeds} for sigma, runs in levels.items()}
-            for name, levels in document["results"].items()
+            name: {
+                sigma: {seed: run for seed, run in runs.items() if seed in seeds} for sigma, runs in by_sigma.items()
+            }
+            for name, by_sigma in document["results"].items()
         }
         text += table({**document, "results": one}, experiment, few=True)
     return text + "\n"
@@ -198,8 +200,8 @@ def main() -> None:
     few = range(0, 0) if arguments.no_cbm3d else range(0, len(images), max(len(images) // count, 1))[:count]
     document = json.loads(target.read_text()) if target.exists() else {}
     dtype = str(automatic_dtype(arguments.dtype)).removeprefix("torch.")
-    kept = {"images": len(images), "few": len(few), "dtype": dtype}
-    if any(document.get(name) != value for name, value in kept.items()):
+    settings = {"images": len(images), "few": len(few), "dtype": dtype}
+    if any(document.get(name) != value for name, value in settings.items()):
         document = {}
     before, weights = document.get("results", {}), document.get("weights", {})
     results = {name: before.get(name, {}) if weights.get(name) == key else {} for name, (_, key) in methods.items()}
@@ -207,7 +209,7 @@ def main() -> None:
         "command": f"python benchmarks/joint/evaluate.py {experiment}",
         "models": chosen,
         "weights": {name: key for name, (_, key) in methods.items()},
-        **kept,
+        **settings,
         "sigmas": arguments.sigma,
         "seeds": arguments.seeds,
         "cbm3d_seeds": arguments.cbm3d_seeds,

@@ -47,15 +47,15 @@ def classified(
     lost = 0
     for index, (clean, label) in enumerate(track(images, "choosing")):
         noisy = add_noise(clean, sigma, 0, index)
-        found = {name: predict(methods[name](noisy, sigma / 255)).softmax(0).max(0) for name in (*others, last)}
-        right = {name: int(best.indices) == int(label) for name, best in found.items()}
+        best_of = {name: predict(methods[name](noisy, sigma / 255)).softmax(0).max(0) for name in (*others, last)}
+        right = {name: int(best.indices) == int(label) for name, best in best_of.items()}
         if right[last] and not any(right[name] for name in others):
-            turned.append((float(found[last].values), index, found))
+            turned.append((float(best_of[last].values), index, best_of))
         lost += right[others[-1]] and not right[last]
     print(f"right behind {last} alone: {len(turned)}; right behind {others[-1]} but wrong behind {last}: {lost}")
     chosen = []
-    for _, index, found in sorted(turned, key=lambda item: -item[0]):
-        best = {name: (int(value.indices), float(value.values)) for name, value in found.items()}
+    for _, index, best_of in sorted(turned, key=lambda item: -item[0]):
+        best = {name: (int(value.indices), float(value.values)) for name, value in best_of.items()}
         if "CBM3D" in methods:
             clean, label = images[index]
             value = predict(methods["CBM3D"](add_noise(clean, sigma, 0, index), sigma / 255)).softmax(0).max(0)

@@ -1,4 +1,4 @@
-"""The second stage of a batch: the network, and what to do where the device's memory does not suffice."""
+"""The second stage of a batch: the network, and smaller tiles where the device runs out of memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Computing:
         settings: of the run.
 
     Attributes:
-        smaller: side to which tiles were halved because memory did not suffice; None as long as it does.
+        smaller: side of the tiles after they were halved, because the device ran out of memory; None before that.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -39,7 +39,7 @@ class Computing:
         self.smaller: int | None = None
 
     def compute(self, pictures: list[Picture], progress: Progress | None = None) -> None:
-        """Denoise images of one size and type together; one of them may be of any size."""
+        """Denoise images of one size and type together; a single image may have any size."""
         images = [picture.image for picture in pictures if picture.image is not None]
         start = time.perf_counter()
         if images[0].pages > 1:
@@ -75,7 +75,7 @@ class Computing:
         ranges: tuple[ValueRange, ...],
         progress: Progress | None,
     ) -> Array:
-        """One page after another: each gets what it gets as a file of its own."""
+        """One page after another: each page is denoised as if it were a file of its own."""
         result = np.empty_like(image.pixels)
         pages = zip(image.split(), np.split(result, image.pages), strict=True)
         for index, (page, target) in enumerate(pages):
@@ -111,7 +111,7 @@ class Computing:
         return True
 
     def group_limit(self, picture: Picture) -> int:
-        """How many images like this one may go through the network together; 1 for alone."""
+        """How many images like this one may go through the network together; 1 where it goes alone."""
         if picture.image is None or picture.image.pages > 1 or _is_map(picture.level) or not picture.as_it_is:
             return 1
         height, width = picture.image.pixels.shape[:2]
@@ -121,7 +121,7 @@ class Computing:
     def attempt(
         self, network: FusedDenoiser, shape: tuple[int, int, int], run: Callable[[Any, int | None], Any]
     ) -> Any:
-        """Call ``run`` with tiles and memory; as long as the device's memory does not suffice, with smaller tiles."""
+        """Call ``run`` with tiles and memory; where the device runs out of memory, call it again with smaller tiles."""
         n, height, width = shape
         limit = self.settings.budget.network
         while True:
@@ -140,7 +140,7 @@ class Computing:
                 if self.smaller is None:
                     self.settings.say(f"out of memory on {network.device}: going on in tiles of {side} pixels or less")
                 self.smaller = side
-            # Outside the handler, whose exception keeps the tensors of the failed pass alive.
+            # Not in the handler: its exception keeps the tensors of the failed pass alive.
             if network.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -13,7 +13,7 @@ class Cost:
     """Milliseconds that one megapixel takes in each stage of a worker.
 
     Attributes:
-        read, compute, write: decoding with what fetches the file, the network, encoding with what stores the file.
+        read: fetching and decoding. compute: the network. write: encoding and storing.
     """
 
     read: float
@@ -25,7 +25,7 @@ class Cost:
         """Means over the records of a run, weighted by pixels.
 
         Raises:
-            ValueError: no image among them is done.
+            ValueError: none of them is the record of a denoised image.
         """
         done = [record for record in records if record.status == "done"]
         megapixels = sum(record.width * record.height * record.pages for record in done) / 1e6
@@ -39,14 +39,15 @@ class Cost:
     ) -> float:
         """Images that one device does in an hour.
 
-        Files that are in hand together hide each other's reading and writing until the network is always at work.
+        A worker reads and writes some files while it computes another. With enough files at once the network never
+        waits.
 
         Args:
             megapixels: of an image.
-            workers: that share the device.
-            files_at_once: that a worker has in hand; see :func:`fastden.batch.ray.files_at_once`.
-            cores: of a CPU that is the device: reading and writing take of them what the network lacks then. None for a
-                GPU, beside which they are taken for free.
+            workers: how many share the device.
+            files_at_once: how many a worker handles at once; see :func:`fastden.batch.ray.files_at_once`.
+            cores: of the CPU, where it is the device: reading, writing and the network share them. None for a GPU,
+                where reading and writing take nothing from the network.
         """
         beside = self.read + self.write
         one_by_one = (beside + self.compute) / (workers * files_at_once)

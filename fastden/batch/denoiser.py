@@ -28,16 +28,16 @@ _T = TypeVar("_T")
 
 
 def default_workers(on_cpu: bool) -> int:
-    """Threads that decode, and as many that encode: a CPU that computes has nothing to spare."""
+    """Threads that decode, and as many that encode. A CPU that computes is busy, so it gets one of each."""
     return 1 if on_cpu else 4
 
 
 class BatchDenoiser:
     """Denoise many image files: what ``fastden denoise`` does.
 
-    While one image is denoised others are decoded and encoded, in threads; images that are not finished are held back
-    so that they fit in ``max_memory``, and an image that does not fit alone is streamed through strip by strip. A file
-    that fails does not stop the others. Outputs appear under their names whole.
+    While one image is denoised, threads decode and encode others. Images wait until they fit in ``max_memory``; an
+    image that never fits is streamed strip by strip. A file that fails does not stop the others. An output gets its
+    name when it is complete.
 
         >>> batch = fastden.BatchDenoiser("color", sigma=15)
         >>> report = batch.run("photographs/", "clean/", resume=True)
@@ -48,14 +48,14 @@ class BatchDenoiser:
         model, device, dtype, tile, strength, chroma, quality, max_pixels: as in :func:`fastden.denoise`.
         sigma: ``"auto"``, or a number on the scale 0-255.
         sigma_map: an image file of the images' size, gray: its values are the noise level, white standing for 255 at
-            any depth (an 8-bit value is the sigma itself). With ``sigma="auto"`` alone.
+            any depth (an 8-bit value is the sigma itself). It needs ``sigma="auto"``.
         max_memory: bytes or such as ``"4GiB"``. Half of it is for the network's tensors, half for images that are not
             finished; None is 1 GiB each. On an accelerator the network's half is the device's memory. Python and
             PyTorch themselves come on top.
         overwrite: replace existing files.
         strip_metadata: drop EXIF, XMP, IPTC and comments; the ICC profile stays.
-        workers: threads that decode, and as many that encode; None is 1 on a CPU, which has nothing to spare, and 4 on
-            an accelerator.
+        workers: threads that decode, and as many that encode; None is 1 on a CPU and 4 on an
+            accelerator.
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what is accepted.
@@ -133,10 +133,10 @@ class BatchDenoiser:
             format: ``jpeg``, ``png``, ``tiff``, ``webp`` or ``avif``; None for that of each input.
             manifest: file of the records; ``"auto"`` is ``.fastden-manifest.jsonl`` in an output folder, and none for
                 an output file; None writes none.
-            resume: leave out what a run on record has done: same input, weights and options, output unchanged. Other
-                outputs on record are replaced; beside their inputs they are no inputs. No other run may be writing to
-                the same folders.
-            listener: is told what happens.
+            resume: skip an image where the manifest says that it is done: same input, weights and options, output
+                unchanged. Other outputs in the manifest are replaced. Outputs that lie beside their inputs are not
+                taken as inputs. No other run may write to the same folders at the same time.
+            listener: its functions are called when something happens.
 
         Raises:
             UserError: nothing to do, two inputs with one output, no place for the outputs.
@@ -192,19 +192,19 @@ class BatchDenoiser:
         replaces: bool = False,
         computer: Executor | None = None,
     ) -> Record:
-        """Denoise one file; for engines that bring parallelism of their own.
+        """Denoise one file, for engines that have their own parallelism.
 
-        With a ``computer`` of one thread it may be called from several threads at once: they read and write their files
-        side by side, and wait for each other's computing, and where ``max_memory`` has no room for one more image.
+        With a ``computer`` of one thread several threads may call it at once. They read and write in parallel; one
+        computes at a time. A thread waits where ``max_memory`` has no room for its image.
 
         Args:
-            job: whose output's folder exists.
+            job: the folder of its output must exist.
             manifest: to write the record to.
             replaces: the output may be replaced, whatever ``overwrite`` says.
             computer: runs the network; None is this thread.
 
         Returns:
-            The record, of a failure too.
+            The record; a failure has one too.
         """
         stages = self.stages
         try:

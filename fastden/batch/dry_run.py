@@ -1,4 +1,4 @@
-"""What a batch run would do, without doing it: each image, the time, the memory."""
+"""A rehearsal of a batch run: what would become of each image, the time, the memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastden.inference.run import denoise_batch, noise_level_of
 from fastden.inference.tiling import HALO, automatic_tile, bytes_per_pixel
 from fastden.network.fused import FusedDenoiser
 
-#: Side of the image by which the speed is measured, pixels.
+#: Side of the image that the speed is measured on, pixels.
 SAMPLE = 384
 
 
@@ -33,8 +33,8 @@ class Step:
         pages: of the file.
         sigma: where the noise level would come from.
         streamed: strip by strip, because it does not fit into memory.
-        done: by an earlier run, so that nothing remains.
-        error: why it would fail, as far as that shows without decoding it.
+        done: an earlier run has denoised it.
+        error: why it would fail, where that can be seen without decoding it.
     """
 
     job: Job
@@ -63,12 +63,12 @@ class Rehearsal:
 
     @property
     def megapixels(self) -> float:
-        """That would be denoised."""
+        """How many images would be denoised."""
         return sum(step.width * step.height * step.pages for step in self.steps if not (step.done or step.error)) / 1e6
 
     @property
     def seconds(self) -> float:
-        """Expected for the network's work."""
+        """Expected seconds of the network."""
         return self.megapixels / self.rate if self.rate else 0.0
 
 
@@ -134,7 +134,7 @@ def _rate(network: FusedDenoiser) -> float:
 
 
 def _memory(settings: Settings, network: FusedDenoiser, steps: list[Step]) -> int:
-    """Bytes at most: of the largest tile, and of the images in hand."""
+    """Most bytes: of the largest tile, and of the images that are in memory at once."""
     largest = max(steps, key=lambda step: step.width * step.height)
     side = settings.tile
     if side == "auto":

@@ -1,4 +1,4 @@
-"""Small images through the network together: where it pays, and only where it changes no bit of the results."""
+"""Small images go through the network together, where it is faster and changes no bit of the results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastden.inference.tiling import HALO, WHOLE, automatic_tile
 from fastden.network.fused import FusedDenoiser
 from fastden.network.onednn import BATCH_PIXELS
 
-#: Most images that go together: beyond it little is left to gain, and all of them are lost if one is too much.
+#: Most images that go together. More would gain little, and where memory runs out all of them are computed again.
 MOST = 16
 
 
 def together(network: FusedDenoiser, height: int, width: int, memory: int) -> int:
-    """How many images of a size a pass may take, where that pays; 1 where it does not.
+    """How many images of one size a pass may take; 1 where more are no faster.
 
     On a CPU the network itself takes small images together up to
     :data:`fastden.network.onednn.BATCH_PIXELS`, and larger ones one by one. On an accelerator images that
@@ -36,18 +36,18 @@ def together(network: FusedDenoiser, height: int, width: int, memory: int) -> in
 
 
 class Equality:
-    """Whether a pass over several images gives each the bits that it gets alone, on this machine and these shapes.
+    """Whether an image gets the same bits in a pass with others as it gets alone, on this machine and for this shape.
 
-    Libraries may choose other kernels for other batch sizes, which add up in another order. A run that is resumed forms
-    other batches than one that was not interrupted, and is to write the same files. So the first images of each shape
-    are denoised both ways, in floating point, before rounding could hide a difference.
+    Libraries may choose other kernels for other batch sizes, and those add up in another order. A resumed run forms
+    other batches than an uninterrupted one, and must write the same files. So the first images of each shape are
+    denoised both ways and compared in floating point, before rounding can hide a difference.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], bool] = {}
 
     def holds(self, network: FusedDenoiser, images: list[Array], level: float | Tensor | None, memory: int) -> bool:
-        """Compare on first sight of the images' number, shape and network.
+        """Compare when this number of images, shape and network occur for the first time.
 
         Args:
             network: any.

@@ -1,4 +1,4 @@
-"""The record of a batch run, a line of JSON for each event: what makes a run that was interrupted resumable."""
+"""The record of a batch run, a line of JSON for each event. It makes an interrupted run resumable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BEGINNING = b'{"input": '
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one image.
+    """One line of the manifest: what happened to one image.
 
     Attributes:
         input, output: paths; the input's absolute, the output's from the manifest's folder where it lies there, else
@@ -29,12 +29,12 @@ class Record:
         status: ``writing`` (whole, about to get its name), ``done`` or ``failed``.
         sigma: the noise level used, on the scale 0-255, of a map its mean; None for a blind model, or a failure.
         sigma_source: ``given``, ``estimated``, ``map`` or ``blind``.
-        noise: what was estimated of a file of one page: ``levels`` (0-255 scale, at eight values of brightness),
+        noise: what was estimated of a file of one page: ``sigmas`` (0-255 scale, at eight values of brightness),
             ``coarseness`` and ``kind`` of :class:`fastden.NoiseEstimate`.
         values: where the values are not on [0, 1], the range of each page on which it was denoised: ``black`` and
             ``white``, white of the dtype being 1, and the ``reason``.
         model: name and SHA-256 of the weights.
-        options: what else decides the result.
+        options: the other settings that decide the result.
         time: when the line was written, UTC.
         seconds: spent reading, computing and writing, by name.
         input_size, input_mtime_ns: of the input when it was read: bytes, nanoseconds.
@@ -43,7 +43,7 @@ class Record:
         pages: of the file.
         streamed: whether it went through strip by strip.
         notes: what the user was told.
-        error: of a failure.
+        error: the message of a failure.
     """
 
     input: str
@@ -83,9 +83,10 @@ class Manifest:
     """A file of records; lines are appended, down to the disk, and never changed.
 
     Args:
-        path: of the file. Its lines that are no records, such as one that was cut off when a process was killed, are
-            passed over.
-        eager: make the file with its first line. Else with the first output: a run that fails altogether leaves none.
+        path: of the file. Lines that are not records are skipped, such as one that was cut off when a process was
+            killed.
+        eager: make the file with its first line. Otherwise the first output makes it: where all files fail there is
+            none.
 
     Raises:
         UserError: the file cannot be read, or is another kind of file.
@@ -106,12 +107,12 @@ class Manifest:
                     self._keep(record["output"], record)
             except (ValueError, KeyError, TypeError):
                 continue
-        # One line that was cut off is the least that a run leaves.
+        # A run that was killed at once leaves one line, cut off.
         if not self._last and data[: len(_BEGINNING)] != _BEGINNING[: len(data)]:
             raise UserError(f"manifest: {path} is no record of a run; accepted: a new file, or one that a run has made")
 
     def _keep(self, output: str, record: dict[str, Any]) -> None:
-        # A failure leaves the output as an earlier run made it, which is what resuming has to know.
+        # A failure does not touch the output of an earlier run, so that run's record still holds.
         if record["status"] != "failed" or output not in self._last:
             self._last[output] = record
 
@@ -127,12 +128,12 @@ class Manifest:
         return path.relative_to(self._folder).as_posix() if path.is_relative_to(self._folder) else str(path)
 
     def add(self, record: Record) -> None:
-        """Append a line and bring it down to the disk.
+        """Append a line and flush it to the disk.
 
         Raises:
             UserError: the system refuses.
         """
-        # File names are bytes: what is no UTF-8 in them is a lone surrogate in Python.
+        # File names are bytes. Python shows a byte that is not UTF-8 as a lone surrogate.
         line = record.as_json().encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             self._keep(record.output, asdict(record))
@@ -148,7 +149,7 @@ class Manifest:
 
     def _append(self, line: bytes) -> None:
         with self.path.open("ab+") as file:
-            # A line that was cut off by a crash or a full disk must not swallow this one.
+            # A line that a crash or a full disk cut off has no end: the new line must not continue it.
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
@@ -173,7 +174,7 @@ class Manifest:
         }
 
     def finished(self, job: Job, model: dict[str, str], options: dict[str, Any]) -> bool:
-        """Whether the job need not be done again: same input, weights and options, and the output is still the same."""
+        """Whether the job is done already: same input, weights and options, and the output has not changed."""
         record = self._last.get(self.name_of(job.target))
         if record is None or record.get("status") not in ("writing", "done"):
             return False
@@ -184,7 +185,7 @@ class Manifest:
                 return False
             source = os.stat(job.source)
             same = (record.get("input_size"), record.get("input_mtime_ns")) == (source.st_size, source.st_mtime_ns)
-            # An image that was replaced by its result is another one since.
+            # The result replaced its input: the file is a different one now.
             in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
             same_path = _location(record["input"]) == _location(job.source)
             return same_path and (same or in_place) and digest(job.target) == record.get("output_sha256")
@@ -198,7 +199,7 @@ def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path
         return None
     if manifest != "auto":
         path = Path(manifest)
-        if path.parent != output:  # which may have to be made
+        if path.parent != output:  # the folder may have to be made
             check_target(path, overwrite=True)
         return Manifest(path)
     is_file = len(jobs) == 1 and jobs[0].target == output
@@ -206,9 +207,9 @@ def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path
 
 
 def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], bool]:
-    """What tells a file that a run on record has made from another one: for the run that goes on, it is no input.
+    """A function that tells whether an earlier run made a file. The resumed run does not take such a file as input.
 
-    Without it a run whose outputs lie beside its inputs would take them for inputs when it is resumed.
+    Otherwise a run with outputs beside its inputs would denoise its own outputs when it is resumed.
 
     Args:
         manifest, output: as of :meth:`fastden.BatchDenoiser.run`.
@@ -227,7 +228,7 @@ def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], b
             return False
         if os.path.lexists(record["input"]):
             return True
-        try:  # its input is gone: a file of the same name may be another one
+        try:  # its input is gone, so a file of this name may be a different one
             return digest(path) == record.get("output_sha256")
         except OSError:
             return False

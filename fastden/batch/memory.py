@@ -1,4 +1,4 @@
-"""How much memory a run may take: its split between the network and the images, and the gate that holds images back."""
+"""The memory of a run: its split between network and images, and the gate where images wait for it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from fastden.inference.tiling import DEFAULT_MEMORY, Model, least_memory
 
-#: What the images of a run may take in the host's memory where no ``max_memory`` is given, bytes.
+#: Bytes of the host's memory for the images of a run where no ``max_memory`` is given.
 DEFAULT_IMAGES = 1 << 30
 
 
 class Stopped(Exception):
-    """The run has been stopped: no image is admitted any more."""
+    """The run has been stopped, and no more images are admitted."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Gate:
 
         Args:
             size: bytes that it takes; above the limit it is admitted alone.
-            whole: it keeps to all of the limit, as an image does that is streamed.
+            whole: claim all of the limit, for an image that is streamed.
 
         Returns:
-            What was claimed, to be given back.
+            The bytes that were claimed, to be given back.
 
         Raises:
             Stopped: the gate was closed.
@@ -85,7 +85,7 @@ class Gate:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let everyone who waits go with :class:`Stopped`."""
+        """Raise :class:`Stopped` in every thread that waits."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

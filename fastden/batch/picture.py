@@ -26,7 +26,7 @@ class Picture:
         job: what to read and to write.
         format_name: of the output.
         stamp: size, time and number of the input when it was opened; see :func:`stamp`.
-        header: None where the file's beginning cannot be read: reading it says why.
+        header: None where it cannot be read; decoding the file then tells why.
         size: bytes in the host's memory.
         streamed: whether it is read, denoised and written strip by strip.
         image: its pixels, then the denoised ones.
@@ -37,8 +37,8 @@ class Picture:
         seconds: spent in each stage.
         notes: for the user.
         pinned: the image as a batch of one in pinned memory, on the way to a CUDA device.
-        pending: the pass on such a device that denoises it, its number in it, and of how many.
-        in_libvips: whether libvips is decoding or encoding it, which cannot be broken off.
+        pending: the pass on a CUDA device that denoises it, its index in the pass, and how many images the pass has.
+        in_libvips: whether libvips is decoding or encoding it: that cannot be interrupted.
     """
 
     job: Job

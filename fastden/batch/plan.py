@@ -44,7 +44,7 @@ def plan(
         recursive: descend into the folders, and keep their structure in ``output``.
         format_name: of the results; the inputs' suffixes otherwise.
         unreadable: as in :func:`find_images`; of patterns too.
-        made: whether a file is a result of the run that is resumed, and so no input; see
+        made: whether the run that is resumed made a file, which is then not an input; see
             :func:`fastden.batch.manifest.made_before`.
 
     Raises:
@@ -123,7 +123,7 @@ def _sources(
 
 
 def _passed_over(pattern: str) -> list[OSError]:
-    """The errors of folders that ``pattern`` leads into and that cannot be looked into: glob says nothing of them."""
+    """The errors of folders under ``pattern`` that cannot be read: glob does not report them."""
     parts = Path(pattern).parts
     first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     folders: set[str] = set()
@@ -140,13 +140,13 @@ def _passed_over(pattern: str) -> list[OSError]:
 
 
 def _once(files: list[Path]) -> list[Path]:
-    """Without those that ``**`` met again behind a link to a folder; a link to a file is a file of its own."""
+    """Without files that ``**`` found again through a link to a folder; a link to a file counts as a file."""
     files_once = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
     return sorted(files_once.values())
 
 
 def _written_before(image: Path, folder: Path, output: Path) -> bool:
-    """Whether ``image`` lies in an output folder inside the input ``folder``: a result of an earlier run, no input."""
+    """Whether ``image`` is a result of an earlier run: it lies in an output folder inside the input ``folder``."""
     top, below = os.path.realpath(folder), os.path.realpath(output)
     inside = below != top and below.startswith(top + os.sep)
     return inside and os.path.realpath(image).startswith(below + os.sep)
@@ -161,12 +161,12 @@ def _refuse_collisions(jobs: list[Job]) -> None:
             names = ", ".join(str(job.source) for job in same)
             raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")
     for job in jobs:
-        # Whether it were read before it is replaced or after would be chance.
+        # It might be read before or after it is replaced: chance would decide.
         (writer,) = by_target.get(_identity(job.source), [job])
         if writer is not job:
             raise UserError(f"output: {writer.target}, of {writer.source}, is an input too; accepted: another folder")
 
 
 def _identity(path: Path) -> str:
-    # Case-insensitive file systems would let one overwrite the other.
+    # On a case-insensitive file system one would overwrite the other.
     return os.path.normcase(os.path.realpath(path)).casefold()

@@ -41,13 +41,13 @@ class Pool:
     cpus: float
 
 
-#: Of workers. glibc otherwise keeps a thread's memory apart from the main thread's, in pieces that it gives back to the
-#: system and takes again: of 4 megapixels the network then takes 1.0 to 1.1 s on 2 cores, instead of 0.87 to 0.92.
+#: Environment of workers. By default glibc gives each thread an arena of its own, and returns its memory to the system
+#: again and again: the network then takes 1.0 to 1.1 s for 4 megapixels on 2 cores, instead of 0.87 to 0.92.
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 
 def files_at_once(pool: Pool) -> int:
-    """Files that a worker has in hand: read, computed and written side by side, as the local engine does."""
+    """Files that a worker handles at once: it reads, computes and writes in parallel, as the local engine does."""
     from fastden.batch.denoiser import default_workers
 
     return 2 * default_workers(on_cpu=not pool.gpus) + 1
@@ -182,7 +182,7 @@ class Worker:
                 record = self._one(job)
                 if record.status == "done" and has_scheme(target):
                     _send(job.target, target)
-            except Exception as error:  # every kind of store has errors of its own; one file's stop no others
+            except Exception as error:  # each kind of store has its own errors
                 return self._failure(job, error)
         return record
 
@@ -254,7 +254,7 @@ def connect(workers: int | None, workers_per_device: int, device: str | None) ->
     if not ray.is_initialized():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # Ray raises that very class where a machine's processes do not come up
+        except Exception as error:  # Ray raises this class itself where a machine's processes do not start
             raise UserError(f"engine: ray cannot be started or reached: {error}") from error
     return choose_pool(ray.cluster_resources(), workers, workers_per_device, device)
 
@@ -275,7 +275,7 @@ def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Ite
     ray = _ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # One row a block: a worker that is done takes the next file, however unequal they are.
+    # One row a block: a worker that is free takes the next file, even where files differ much in size.
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     at_once = files_at_once(pool)
     results = dataset.map(

@@ -41,10 +41,10 @@ class Reading:
         self._map: Array | None = None
 
     def open(self, job: Job, *, replaces: bool = False) -> Picture:
-        """Find what cannot be done before anything is computed, and how much memory the rest takes.
+        """Find what cannot be done before anything is computed, and how much memory the image takes.
 
         Args:
-            job: whose output's folder exists.
+            job: the folder of its output must exist.
             replaces: the output may be replaced, whatever ``overwrite`` says.
         """
         check_target(job.target, self.settings.overwrite or replaces)
@@ -59,7 +59,7 @@ class Reading:
             raise UserError(f"{job.source}: cannot be read: {reason(error)}") from error
         header = None
         if stat.S_ISREG(status.st_mode):
-            # What is wrong with the file is told by reading it.
+            # Decoding tells what is wrong with the file.
             with suppress(UserError):
                 header = read_header(job.source, max_pixels=self.settings.max_pixels, several=True)
         size = 2 * status.st_size
@@ -80,7 +80,7 @@ class Reading:
         return Picture(job, format_name, stamp(status), header, size, streamed)
 
     def read(self, picture: Picture) -> None:
-        """Decode an image and find its noise level; of one that is streamed the noise level alone."""
+        """Decode an image and find its noise level; an image that is streamed is not decoded here."""
         start = time.perf_counter()
         job = picture.job
         if picture.streamed and picture.header is not None:
@@ -105,14 +105,14 @@ class Reading:
             height, width = pages[0].shape[:2]
             self._check_map(height, width)
             sigma_map = self.settings.sigma_map
-            level = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
+            asked = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
             network = self.settings.network(image.pixels.dtype == np.uint8)
             ranges = image.ranges
-            if image.pages > 1 and isinstance(level, str) and network.noise_level_input:
+            if image.pages > 1 and isinstance(asked, str) and network.noise_level_input:
                 estimates = [estimate_of(page, values) for page, values in zip(pages, ranges, strict=True)]
                 self._set_level(picture, estimated_level(estimates))
             else:
-                self._set_level(picture, noise_level_of(level, network, pages[:1], (height, width), ranges[:1]))
+                self._set_level(picture, noise_level_of(asked, network, pages[:1], (height, width), ranges[:1]))
             self._set_values(picture, ranges, image.pixels.dtype)
             picture.image = image
             picture.notes += image.notes

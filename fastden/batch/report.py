@@ -1,4 +1,4 @@
-"""What a run over many files tells: while it goes on, and at its end."""
+"""What a run over many files reports, during it and at its end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastden.batch.plan import Job
 
 @dataclass
 class Report:
-    """What became of a run.
+    """The result of a run.
 
     Attributes:
         jobs: how many images were asked for.
         records: of the images that were done or failed, in the order in which they ended.
         skipped: jobs that an earlier run had done.
-        left: jobs that an interrupted run has not come to.
+        left: jobs that an interrupted run did not begin.
         left_out: files in the folders that are images which are not read here; of :meth:`fastden.BatchDenoiser.run`.
         seconds: from beginning to end.
-        compute_seconds: in which a network was at work on images that were done; on a CUDA device as its clock says.
+        compute_seconds: time of the networks for the images that were done; on a CUDA device by its own clock.
         networks: how many compute at the same time; more than one on a cluster.
     """
 
@@ -40,7 +40,7 @@ class Report:
         self.compute_seconds += record.seconds.get("compute", 0.0)
 
     def close(self, seconds: float) -> None:
-        """End the run after ``seconds``: what has no record yet is left."""
+        """End the run after ``seconds``: jobs without a record count as left."""
         self.left = self.jobs - len(self.records) - len(self.skipped)
         self.seconds = seconds
 
@@ -54,17 +54,17 @@ class Report:
 
     @property
     def megapixels(self) -> float:
-        """Of the images that were done."""
+        """Megapixels of the images that were done."""
         return sum(record.width * record.height * record.pages for record in self.done) / 1e6
 
     @property
     def compute_share(self) -> float:
-        """Part of the time in which the networks were at work: 0 to 1."""
+        """Share of the time in which the networks computed, 0 to 1."""
         return self.compute_seconds / (self.seconds * self.networks) if self.seconds else 0.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run: what was begun is finished or gone.
+    """Ctrl-C during a run: each output that was begun is complete or removed.
 
     Attributes:
         report: of what was done until then.
@@ -77,7 +77,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Listener:
-    """What a run tells while it goes on. The functions are called in one thread at a time, which may be any.
+    """Functions that a run calls. One thread calls them at a time, which may be any thread.
 
     Attributes:
         record: an image is done, or has failed: its job, its record.

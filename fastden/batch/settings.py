@@ -32,7 +32,7 @@ class Settings:
         sigma: ``"auto"`` or a number on the scale 0-255.
         sigma_map: an image file of noise levels.
         max_memory: bytes, halved as :func:`fastden.batch.memory.split_memory` says.
-        overwrite, strip_metadata: as ``overwrite`` and ``strip`` in :func:`fastden.images.codec.write_image`.
+        overwrite, strip_metadata: as in :func:`fastden.images.codec.write_image`.
         max_pixels: as in :func:`fastden.images.codec.read_image`.
         say: takes notes that concern the whole run.
     """
@@ -65,7 +65,7 @@ class Settings:
             asked = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"
             raise ValueError(f"sigma: {asked}, but this model is blind (it takes no noise level); accepted: 'auto'")
         self.transfer = Transfer(network.device) if network.device.type == "cuda" else None
-        # The network for deep images takes more where it is another one.
+        # Images of more than 8 bits may use another network, which takes more memory.
         self.budget: Budget = split_memory(max_memory, self.network(eight_bit=dtype != "auto"))
         self.weights = {"name": _name(model), "sha256": _weights_digest(model, network)}
 
@@ -77,7 +77,7 @@ class Settings:
             return self._networks[eight_bit]
 
     def options(self, job: Job) -> dict[str, Any]:
-        """What decides a result beside the input and the weights. Tiles do not, but for rounding."""
+        """The settings that decide a result, beside input and weights. Tiles change rounding alone."""
         return {
             "sigma": self.sigma,
             "sigma_map": self._map_digest,
@@ -93,7 +93,7 @@ def _name(model: Model) -> str:
 
 
 def _weights_digest(model: Model, network: FusedDenoiser) -> str:
-    """Of the weights' file where there is one, else of the loaded weights."""
+    """The SHA-256 of the weights' file where there is one, else of the loaded weights."""
     if isinstance(model, str | Path):
         file = models().get(str(model), Path(model)) / "model.safetensors"
         if file.is_file():

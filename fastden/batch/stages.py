@@ -1,4 +1,4 @@
-"""What is done to each image of a batch: the stages one after another, or strip by strip all of them at once."""
+"""What happens to each image of a batch: the stages in turn, or all stages strip by strip."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ class Stages:
         replaces: bool = False,
         admitted: Callable[[Picture], None] = lambda picture: None,
     ) -> Picture:
-        """Open an image, wait until it fits in memory, and read it; where that fails its memory is given back.
+        """Open an image, wait until it fits in memory, and read it. Where that fails, its memory is given back.
 
         Args:
-            job: whose output's folder exists.
+            job: the folder of its output must exist.
             gate: of the run.
             replaces: the output may be replaced, whatever ``overwrite`` says.
             admitted: called when the image has its memory, before it is read.
 
         Returns:
-            The image; its ``size`` is what it claimed.
+            The image; its ``size`` is the memory that it claimed.
         """
         picture = self.reading.open(job, replaces=replaces)
         picture.size = gate.admit(picture.size, whole=picture.streamed)
@@ -74,7 +74,7 @@ class Stages:
         return picture
 
     def stream(self, picture: Picture, manifest: Manifest | None = None, progress: Progress | None = None) -> Record:
-        """Read, denoise and write an image strip by strip; on record as by :meth:`Writing.write`."""
+        """Read, denoise and write an image strip by strip; record it as :meth:`Writing.write` does."""
         job, settings = picture.job, self.settings
         start = time.perf_counter()
         reader = StripReader(job.source, max_pixels=settings.max_pixels)
@@ -85,7 +85,9 @@ class Stages:
             raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
         shape = (header.channels, header.dtype, header.bits)
         extras, metadata = reader.extras()
-        dtype, metadata, notes = plan_encoding(*shape, metadata, picture.format_name, strip=settings.strip_metadata)
+        dtype, metadata, notes = plan_encoding(
+            *shape, metadata, picture.format_name, strip_metadata=settings.strip_metadata
+        )
         for name, coder in ((header.format, "decoder"), (picture.format_name, "encoder")):
             if name in ("webp", "avif"):
                 notes.append(f"the {coder} of {name} holds the whole image in memory")
@@ -106,7 +108,7 @@ class Stages:
                 bits=header.bits,
                 lossless=header.lossless,
                 metadata=metadata,
-                strip=settings.strip_metadata,
+                strip_metadata=settings.strip_metadata,
                 extras=extras,
             )
             picture.notes += [writer.note] if writer.note else []
@@ -140,13 +142,13 @@ class Stages:
 
 
 class _StripTiles:
-    """Tiles of an image that is streamed: as large as memory, the user and earlier failures allow.
+    """Tiles of a streamed image: as large as memory, the user and earlier failures allow.
 
     Args:
         settings: of the run.
-        computing: the stage, which knows how small tiles had to become.
+        computing: the stage; it knows to which side tiles were halved.
         header: of the image.
-        network: that denoises it.
+        network: the network for it.
     """
 
     def __init__(self, settings: Settings, computing: Computing, header: Header, network: FusedDenoiser) -> None:
@@ -165,7 +167,7 @@ class _StripTiles:
         return limit if smaller is None else min(limit, smaller)
 
     def attempt(self, run: Callable[[int], Tensor]) -> Tensor:
-        """Call ``run`` with a side; as long as the device's memory does not suffice, with smaller ones."""
+        """Call ``run`` with a side; where the device runs out of memory, call it again with a smaller one."""
         side = self.side()
         result: Tensor = self.computing.attempt(self.network, (1, side, side), partial(self._once, run, side))
         return result

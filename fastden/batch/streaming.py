@@ -1,6 +1,6 @@
 """Images larger than memory: read, denoised and written a strip of rows at a time, with the result of the whole image.
 
-A strip is a row of tiles. The next one is read, and the last one encoded, while one is computed.
+A strip is a row of tiles. While one is computed, the next is read and the last is encoded.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Reader(Protocol):
 
 
 def side_for_strips(side: int, header: Header, memory: int, *, with_map: bool = False) -> int:
-    """The side of tiles of which whole rows fit into memory, at most ``side``.
+    """The largest side of tiles, up to ``side``, with which a whole row of tiles fits into memory.
 
     Args:
-        side: that the network's memory allows, pixels.
+        side: the largest that the network's memory allows, pixels.
         header: of the image.
         memory: bytes for the strips.
         with_map: a map of noise levels is read beside the image.
@@ -97,7 +97,7 @@ def denoise_strips(
         write: called with rows (n, W, bands), in order.
         level: on the scale 0-1, a number or a curve (1, 8); or a reader of a map, gray, white for 1; None for a blind
             network.
-        side: of the tiles, pixels: asked once, for the strips.
+        side: gives the side of the tiles, pixels; called once, to choose the strips.
         dtype: of the rows that are written.
         wishes: how the network is applied.
         attempt: calls its argument with a side of tiles, at most ``side``, and may call it again with a smaller one.

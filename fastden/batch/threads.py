@@ -20,22 +20,20 @@ from fastden.batch.stages import Stages
 from fastden.errors import FAILURES, UserError
 from fastden.images.whole_files import drop_unfinished, remove_leftovers
 
-#: Images that wait between two stages, at most; memory is what usually bounds them.
+#: Most images that wait between two stages. Usually memory is the tighter limit.
 WAITING = 2 * MOST
-#: Seconds that an interrupted run gives to what is being written; then it is dropped.
+#: Seconds that an interrupted run waits for outputs that are being written; then it drops them.
 GRACE = 5.0
 #: An encoder that is at work cannot be left alone: the process would end below it.
 LONGEST_GRACE = 120.0
-#: Polling interval, seconds. Waiting threads look up: a signal that comes at the wrong moment does not wake the main
-#: thread.
+#: Polling interval, seconds: a signal that comes at the wrong moment does not wake a waiting main thread.
 POLL = 0.1
 
 
 class _Thread(threading.Thread):
-    """A thread, the picture that it has in hand, and its end.
+    """A thread, the picture that it works on, and whether it has ended.
 
-    ``join`` does not do for a main thread whose waiting a signal may break off: Python 3.11 takes the thread for ended
-    then.
+    The main thread cannot use ``join``: where a signal interrupts that, Python 3.11 takes the thread to have ended.
     """
 
     def __init__(self, name: str, function: Callable[[], None]) -> None:
@@ -50,7 +48,7 @@ class _Thread(threading.Thread):
             self.ended.set()
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until it has ended."""
         while not self.ended.wait(POLL):
             pass
 
@@ -64,8 +62,8 @@ class ThreadedRun:
         output: file or folder.
         manifest: takes the records; None for none.
         resume: leave out what the manifest says is done.
-        listener: is told what happens.
-        equality: what earlier runs of the same stages have found.
+        listener: its functions are called when something happens.
+        equality: results of the comparisons in earlier runs of the same stages.
         workers: threads that read, and as many that write, at most.
     """
 
@@ -127,17 +125,17 @@ class ThreadedRun:
 
     def _close(self, start: float) -> None:
         self.report.close(time.perf_counter() - start)
-        # The folders that were made and are empty go again.
+        # Remove the folders that this run made and that are empty.
         for folder in sorted(self.made, key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):
                 folder.rmdir()
 
     def _stop(self) -> None:
-        """Finish what is being written, within measure, and drop the rest."""
+        """Finish outputs that are being written, for a limited time, and drop the rest."""
         self.stopping = True
         self.gate.close()
         started = time.monotonic()
-        with suppress(KeyboardInterrupt):  # pressed twice: no more patience
+        with suppress(KeyboardInterrupt):  # pressed twice: stop at once
             for thread in (*self.readers, *self.writers):
                 while time.monotonic() - started < _grace(thread.picture) and not thread.ended.wait(POLL / 2):
                     pass
@@ -245,7 +243,7 @@ class ThreadedRun:
             self.stages.computing.compute(group, lambda done, total: self._progress(ended, len(group) * done / total))
         except FAILURES as error:
             if len(group) > 1:
-                # One by one: what is wrong with one does not concern the others.
+                # One by one, so that an error of one does not concern the others.
                 for picture in group:
                     self._compute_group([picture])
             else:
@@ -264,7 +262,7 @@ class ThreadedRun:
         memory = settings.budget.network
         try:
             return self.equality.holds(network, images, levels(group), memory)
-        except FAILURES:  # of one of them, or of memory for all: alone each has its own answer
+        except FAILURES:  # of one of them, or too little memory for all: computed alone, each gets its own result
             return False
 
     def _stream(self, picture: Picture) -> None:
@@ -288,7 +286,7 @@ class ThreadedRun:
                 except FAILURES as error:
                     record = self.stages.writing.failure(picture.job, error, self.manifest)
                 self._tell(picture.job, record)
-            except BaseException as error:  # a defect, as above; go on, so that nobody waits for this thread
+            except BaseException as error:  # a defect, as above; go on, so that no thread waits for this one
                 self.fatal = self.fatal or error
             finally:
                 self.gate.give_back(picture.size)

@@ -1,4 +1,4 @@
-"""Images to a CUDA device and back while it computes: pinned memory, and a stream for each direction."""
+"""Images travel to a CUDA device and back while it computes: pinned memory, a stream for each direction."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from fastden.images.pixels import Array
 from fastden.inference.run import from_batch
 
-#: Passes that are queued on the device at most: one computes while the next one's image arrives.
+#: Most passes that are queued on the device: one computes while the image of the next arrives.
 AHEAD = 2
-#: Part of the device's memory limit that an image and its result may take; a larger one goes there tile by tile.
+#: Share of the device's memory limit that an image and its result may take. Larger images travel tile by tile.
 SHARE = 4
 
 
@@ -43,7 +43,7 @@ class Pending:
         return array
 
     def seconds(self) -> float:
-        """For which the device computed."""
+        """Seconds that the device computed."""
         self.ended.synchronize()
         return self.begun.elapsed_time(self.ended) / 1000
 
@@ -82,7 +82,7 @@ class Transfer:
             with torch.cuda.stream(self._up):
                 image = batch.to(self.device, non_blocking=True)
             present.wait_stream(self._up)
-            # The allocator must not hand this memory out again before the other stream is done with it.
+            # The allocator must not reuse this memory before the other stream has finished with it.
             image.record_stream(present)
             begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begun.record(present)

@@ -1,4 +1,4 @@
-"""The last stage of a batch: encoding, and the records of what became of each image."""
+"""The last stage of a batch: encoding, and the record of each image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Writing:
         self.settings = settings
 
     def write(self, picture: Picture, manifest: Manifest | None = None) -> Record:
-        """Encode an image and write it; on record before it gets its name, and after."""
+        """Encode an image and write it; record it before it gets its name, and after."""
         start = time.perf_counter()
         assert picture.image is not None
         job = picture.job
@@ -42,7 +42,9 @@ class Writing:
             picture.pending = None
         try:
             with picture.libvips():
-                data, notes = encode_image(picture.image, picture.format_name, strip=self.settings.strip_metadata)
+                data, notes = encode_image(
+                    picture.image, picture.format_name, strip_metadata=self.settings.strip_metadata
+                )
         except UserError as error:
             raise UserError(f"{job.target}: {error}") from error
         picture.notes += notes
@@ -58,7 +60,7 @@ class Writing:
         return self.finish(record, manifest)
 
     def finish(self, record: Record, manifest: Manifest | None) -> Record:
-        """Put on record that an output has its name."""
+        """Record that an output has its name."""
         record = replace(record, status="done", time=_now())
         if manifest is not None:
             manifest.add(record)
@@ -76,7 +78,7 @@ class Writing:
             error=in_one_line(error),
         )
         if manifest is not None:
-            # Where the disk is full, the failure is told all the same.
+            # The disk may be full; the user still hears of the failure.
             with suppress(UserError):
                 manifest.add(record)
         return record
@@ -84,7 +86,7 @@ class Writing:
     def record(
         self, picture: Picture, manifest: Manifest | None, status: Literal["writing", "done"], **values: Any
     ) -> Record:
-        """What is on record of an image: ``values`` are fields of :class:`fastden.batch.manifest.Record`."""
+        """The record of an image: ``values`` are fields of :class:`fastden.batch.manifest.Record`."""
         job = picture.job
         source = "blind" if picture.sigma is None else "estimated" if self.settings.sigma == "auto" else "given"
         return Record(

@@ -217,14 +217,14 @@ def _job(
     own: Mapping[str, Callable[[], Call]],
     training: bool = False,
 ) -> tuple[Job, list[Contender]]:
-    work = (PARTS | UNITS)[case.part]
+    counts = (PARTS | UNITS)[case.part]
     batch = len(case.inputs[0])
     channels = next((tensor.shape[1] for tensor in case.inputs if tensor.shape[1] <= IMAGE_CHANNELS), 0)
     pixels = batch * size[0] * size[1]
-    own_flops, flops = (2.0 * macs.of(channels, training) * pixels for macs in (work.own, work.plain))
+    own_flops, flops = (2.0 * macs.of(channels, training) * pixels for macs in (counts.own, counts.plain))
     contenders = [Contender(forms.own_name(name), build, own_flops, own=True) for name, build in own.items()]
     contenders += [Contender(name, build, flops, graphs=name != "max_autotune") for name, build in peers.items()]
-    moved = float((TRAINING if training else 1) * work.values.of(channels) * pixels * dtype.itemsize)
+    moved = float((TRAINING if training else 1) * counts.values.of(channels) * pixels * dtype.itemsize)
     name = case.operator if len(OPERATORS[case.operator]) == 1 else f"{case.operator} {case.part}"
     return Job(name, batch, pixels, moved, reference, bound), contenders
 

@@ -79,18 +79,18 @@ def _bars(document: Mapping[str, Any], axes: Any) -> bool:
         return False
     thickness = 0.8 / len(contenders)
     for index, contender in enumerate(contenders):
-        found = [(place, rows[job, contender]) for place, job in enumerate(jobs) if (job, contender) in rows]
+        rows_at = [(position, rows[job, contender]) for position, job in enumerate(jobs) if (job, contender) in rows]
         scale = [1 / result["megapixels"] for result in document["results"]]
-        middles = [row["ms_a_megapixel"] for _, row in found]
+        middles = [row["ms_a_megapixel"] for _, row in rows_at]
         spread = [
-            [(row["median_ms"] - row["q1_ms"]) * scale[place] for place, row in found],
-            [(row["q3_ms"] - row["median_ms"]) * scale[place] for place, row in found],
+            [(row["median_ms"] - row["q1_ms"]) * scale[position] for position, row in rows_at],
+            [(row["q3_ms"] - row["median_ms"]) * scale[position] for position, row in rows_at],
         ]
-        places = [place + (index - (len(contenders) - 1) / 2) * thickness for place, _ in found]
+        offsets = [position + (index - (len(contenders) - 1) / 2) * thickness for position, _ in rows_at]
         colour, _ = STYLES.get(contender, OTHER)
-        bars = axes.barh(places, middles, thickness * 0.94, xerr=spread, color=colour, label=contender)
+        bars = axes.barh(offsets, middles, thickness * 0.94, xerr=spread, color=colour, label=contender)
         if len(jobs) * len(contenders) <= 16:
-            labels = [f"  {_short(value)}{_ratio(row)}" for value, (_, row) in zip(middles, found, strict=True)]
+            labels = [f"  {_short(value)}{_ratio(row)}" for value, (_, row) in zip(middles, rows_at, strict=True)]
             axes.bar_label(bars, labels, fontsize=8)
     if len(jobs) > 1:
         axes.set_xscale("log")

@@ -69,7 +69,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
 
 
 def _for_any_folder(settings: dict[str, Any]) -> dict[str, Any]:
-    """Workers have working folders of their own: paths become absolute."""
+    """Paths become absolute, because workers have their own working folders."""
     model, sigma_map = str(settings["model"]), settings["sigma_map"]
     if model not in models() and Path(model).is_dir():
         model = os.path.abspath(model)
@@ -91,10 +91,9 @@ def _prepare(
 ) -> tuple[list[Row], list[Job]]:
     """The rows to do, and the jobs that an earlier run has done.
 
-    What is begun goes on record first: an output that is there afterwards, but was not before, may be replaced by a
-    run that resumes.
+    The manifest records each job before it begins. Where an output did not exist before, a resumed run may replace it.
     """
-    # Which weights and options count is known without a device, which the workers alone may have.
+    # Weights and options are known without a device: perhaps only the workers have one.
     shared = BatchDenoiser(**{**settings, "device": "cpu"}).settings
     todo: list[Row] = []
     done: list[Job] = []

@@ -1,4 +1,4 @@
-"""What the command says and shows: lines, progress, errors, and the sums of a run over many files."""
+"""What the command prints: lines, progress, errors, and the sums of a run over many files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ INTERRUPTED = 130
 
 def say(text: str, *, error: bool = False, console: Console | None = None) -> None:
     """Print a line, to standard error if it is an error or a note; on ``console`` if given."""
-    # Paths may hold what rich takes for markup, and are to be copied: no markup, no wrapping, no colours.
+    # Users copy paths, and paths may look like markup to rich: no markup, no wrapping, no colours.
     console = console or Console(stderr=error)
-    # A file's name may hold what the terminal's encoding does not.
+    # A file's name may hold characters that the terminal's encoding does not have.
     encoding = getattr(console.file, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
@@ -38,7 +38,7 @@ def say(text: str, *, error: bool = False, console: Console | None = None) -> No
 
 @contextmanager
 def clean_termination() -> Iterator[None]:
-    """Let a termination unwind the stack, so that a half-written file is removed."""
+    """Make a termination signal raise an exception, so that a half-written file is removed."""
 
     def stop(number: int, _frame: Any) -> None:
         sys.exit(128 + number)
@@ -54,13 +54,13 @@ def clean_termination() -> Iterator[None]:
 
 
 class Display:
-    """What ``fastden denoise`` shows of a run over images, on whatever it runs: a bar, a line an image, the sums.
+    """What ``fastden denoise`` prints about a run over images, on any engine: a bar, a line an image, the sums.
 
-    A context, in which the bar is shown where standard error is a terminal.
+    It is a context; inside, the bar is shown where standard error is a terminal.
 
     Args:
         total: images in all.
-        unreadable: folders that could not be looked into; they count as failures.
+        unreadable: folders that could not be read; they count as failures.
     """
 
     def __init__(self, total: int, unreadable: Sequence[OSError] = ()) -> None:
@@ -96,11 +96,11 @@ class Display:
         self._bar.update(self._task, completed=ended)
 
     def note(self, text: str) -> None:
-        """Show what concerns the whole run."""
+        """Print a note about the whole run."""
         self._say(f"note: {text}", error=True)
 
     def record(self, source: str | Path, target: str | Path, record: Record) -> None:
-        """Show what became of an image."""
+        """Print the result of an image."""
         if record.error is not None:
             self._say(error_line(source, target, record.error), error=True)
             return
@@ -118,7 +118,7 @@ class Display:
         say(text, error=error, console=self._console if above else None)
 
     def summary(self, report: Report, *, interrupted: bool = False, including: str = "") -> int:
-        """Print the sums of a run, behind the bar.
+        """Print the sums of a run, below the bar.
 
         Args:
             report: of the run.
@@ -157,7 +157,7 @@ class Display:
 
 
 def error_line(source: str | Path, target: str | Path, error: str) -> str:
-    """The line that tells of an image's failure, which names the file once."""
+    """The line about an image's failure; it names the file once."""
     named = error.startswith((str(source), str(target)))
     return f"error: {error}" if named else f"error: {source}: {error}"
 

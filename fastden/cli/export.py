@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastden.cli.console import say
-from fastden.cli.options import naming, parse_level
+from fastden.cli.options import naming, parse_number
 from fastden.errors import FAILURES, UserError
 
 
@@ -50,10 +50,10 @@ def export(
         typer.Option(help="aoti: compiled for this machine's CPU. dtmodel: for darktable. Default: by the ending."),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Of weights and activations; images stay float32. bf16: pt2 and aoti.")
+        Precision, typer.Option(help="Precision of weights and activations; images stay float32. bf16: pt2 and aoti.")
     ] = Precision.fp32,
     layout: Annotated[
-        Layout, typer.Option(help="Of ONNX; dpir: the noise level as the fourth channel, for VapourSynth's vs-mlrt.")
+        Layout, typer.Option(help="For ONNX; dpir: the noise level is the fourth channel, for VapourSynth's vs-mlrt.")
     ] = Layout.separate,
     composed: Annotated[
         bool, typer.Option("--composed/--plain", help="Linear chains as single convolutions, or the layers as trained.")
@@ -75,7 +75,7 @@ def export(
         "precision": precision.value,
         "layout": layout.value,
         "composed": composed,
-        "sigma": None if sigma is None else parse_level(sigma, "a number from 0 to 255"),
+        "sigma": None if sigma is None else parse_number(sigma, "a number from 0 to 255"),
         "opset": opset,
         "overwrite": overwrite,
     }

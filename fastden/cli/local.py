@@ -30,7 +30,7 @@ def denoise_here(request: Request, *, dry_run: bool) -> int:
         made=made_before(request.manifest, output) if request.resume else None,
         left_out=left_out,
     )
-    # A wrong model, device, sigma or memory limit concerns all files: say it once, before the first.
+    # A wrong model, device, sigma or memory limit concerns all files: one message, before the first file.
     check_model(request.settings)
     with naming():
         batch = BatchDenoiser(**request.settings)

@@ -28,7 +28,7 @@ from fastden.cli.options import (
     check_model,
     is_number_list,
     naming,
-    parse_level,
+    parse_number,
     parse_sigma,
     parse_tile,
     takes_several,
@@ -130,8 +130,10 @@ def denoise(
     engine: Annotated[
         Engine, typer.Option(help="ray: on all devices of a Ray cluster; URLs are accepted.")
     ] = Engine.local,
-    workers: Annotated[int | None, typer.Option(min=1, help="Of ray: in all; default one for each device.")] = None,
-    workers_per_device: Annotated[int, typer.Option(min=1, help="Of ray: that share a GPU.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With ray: workers in all; default one for each device.")
+    ] = None,
+    workers_per_device: Annotated[int, typer.Option(min=1, help="With ray: workers that share a GPU.")] = 1,
 ) -> None:
     """Denoise image files. EXIF, ICC profile, alpha and bit depth are kept.
 
@@ -141,14 +143,14 @@ def denoise(
     from fastden.network.loading import default_model
     from fastden.network.onednn import keep_freed_memory
 
-    level = parse_sigma(sigma)
+    asked = parse_sigma(sigma)
     if model is None:
-        model = default_model(level if sigma_map is None else 0.0)
+        model = default_model(asked if sigma_map is None else 0.0)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
     settings = {
         "model": model,
-        "sigma": level,
+        "sigma": asked,
         "sigma_map": sigma_map,
         "strength": strength,
         "chroma": chroma,
@@ -217,7 +219,7 @@ def evaluate(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Give the network the level estimated from the noisy picture.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise; the image's index is added.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; the image's index is added.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
     ] = None,
@@ -230,11 +232,11 @@ def evaluate(
     from fastden.images.codec import check_target, write_bytes
 
     accepted = "numbers from 0 to 255"
-    levels = [parse_level(part, accepted) for word in sigma or [] for part in word.split(",")]
+    sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]
     if gray and real:
         raise UserError("gray: given with --real; accepted: one of them")
     model = model or ("photo" if real else "color")
-    if json_file is not None:  # before the work, not behind it
+    if json_file is not None:  # before the long computation
         check_target(json_file, overwrite=True)
     network = check_model({"model": model, "device": device, "dtype": dtype.value}, eight_bit=False)
     sets: dict[str, Any] = {}
@@ -245,19 +247,19 @@ def evaluate(
             started = _shower(status, folder)
             with naming(str(folder), FAILURES):
                 if real:
-                    results = evaluation.evaluate_pairs(folder, network, levels or None, started=started)
+                    results = evaluation.evaluate_pairs(folder, network, sigmas or None, started=started)
                 else:
-                    wanted = levels or [15.0, 25.0, 50.0]
+                    wanted = sigmas or [15.0, 25.0, 50.0]
                     results = evaluation.evaluate_folder(
                         folder, network, wanted, gray=gray, estimate=estimate, seed=seed, started=started
                     )
             name = folder.resolve().name
             sets[name if name not in sets else str(folder)] = results
             for row in results:
-                level = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
+                shown = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
                 decibels = [f"{row[key]:.2f}" for key in ("psnr_noisy", "psnr")]
                 similarities = [f"{row[key]:.4f}" for key in ("ssim_noisy", "ssim")]
-                table.add_row(name, str(len(row["images"])), level, *decibels, *similarities)
+                table.add_row(name, str(len(row["images"])), shown, *decibels, *similarities)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
         settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
@@ -315,7 +317,7 @@ def models(
 
 
 def _summary(card: Path) -> str:
-    """The first sentence of a model card's text, behind its header and its titles."""
+    """The first sentence of a model card's text, after its header and titles."""
     try:
         text = card.read_text(encoding="utf-8")
     except OSError:

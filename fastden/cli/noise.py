@@ -1,4 +1,4 @@
-"""``fastden noise``: what the noise estimate sees in pictures, in words, as JSON, and as a map of levels."""
+"""``fastden noise``: the noise estimate of pictures, in words, as JSON, and as a map."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def _advice(file: Path, kind: str) -> str:
 
 
 def _write_map(file: Path, target: Path, estimate: Any) -> None:
-    """The level of each pixel as a gray image, rounded up so that weak noise does not become none.
+    """The sigma of each pixel as a gray image, rounded up so that weak noise does not become 0.
 
-    It has 8 bits, or 16 where the picture's values take a small part of their type's, and levels with them.
+    It has 8 bits, or 16 where the picture's values take a small part of their type's range.
     """
     import numpy as np
     import torch

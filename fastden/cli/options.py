@@ -1,4 +1,4 @@
-"""Arguments of the commands: their types, how they are read, and how a mistake in one is told."""
+"""Arguments of the commands: their types, how they are read, and the messages about mistakes."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Request:
     resume: bool
 
     def note_sigma(self) -> None:
-        """Say where the noise level is beyond what the bundled models know."""
+        """Print a note where the noise level is above what the bundled models know."""
         from fastden.images.samples import MAX_SIGMA
 
         sigma = self.settings["sigma"]
@@ -164,10 +164,10 @@ class Dtype(str, Enum):
 
 def parse_sigma(text: str) -> Literal["auto"] | float:
     """A noise level, or auto."""
-    return "auto" if text == "auto" else parse_level(text, "auto, or a number from 0 to 255")
+    return "auto" if text == "auto" else parse_number(text, "auto, or a number from 0 to 255")
 
 
-def parse_level(text: str, accepted: str) -> float:
+def parse_number(text: str, accepted: str) -> float:
     """A noise level on the 0-255 scale; ``accepted`` says to the user what may stand there."""
     try:
         value = float(text)

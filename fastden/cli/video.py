@@ -23,8 +23,8 @@ def is_one_video(inputs: list[str], crf: int | None, others: list[str]) -> bool:
     """Whether the input is a video file.
 
     Args:
-        inputs: of the command. Videos inside folders are no input, as all files that are no images.
-        crf: the option, which is a video's.
+        inputs: of the command. Videos inside folders are skipped, like all files that are not images.
+        crf: the option; it is for videos only.
         others: options that were given and are for images.
 
     Raises:
@@ -44,7 +44,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
     """Denoise a video into a file or folder with a progress bar, and print what was done; the exit code."""
     settings = request.settings
     check_model(settings)
-    with naming():  # checks what is not a video's alone, and loads the networks
+    with naming():  # checks the options that images have too, and loads the networks
         batch = BatchDenoiser(**settings)
     request.note_sigma()
     options = {"tile": settings["tile"], "max_memory": parse_memory(settings["max_memory"])}
@@ -100,8 +100,8 @@ def _run(
     seconds = time.perf_counter() - start
     looked = min(ESTIMATED, result.frames)
     held = f" (estimated on the first {looked} frames)" if sigma == "auto" else ""
-    level = "" if result.sigma is None else f", sigma {result.sigma:.1f}{held}"
-    say(f"{source} -> {target}, {result.frames} frames of {result.width} x {result.height}{level}")
+    shown = "" if result.sigma is None else f", sigma {result.sigma:.1f}{held}"
+    say(f"{source} -> {target}, {result.frames} frames of {result.width} x {result.height}{shown}")
     for note in result.notes:
         say(f"note: {target}: {note}", error=True)
     say(f"{seconds:.2f} s ({result.frames / seconds:.2f} frames/s, decoded and encoded)")

@@ -280,10 +280,10 @@ def find_toolkit(environ: Mapping[str, str] | None = None) -> Path | None:
     environ = os.environ if environ is None else environ
     named = [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
-    places = [*named, *([Path(nvcc).resolve().parent.parent] if nvcc else []), Path("/usr/local/cuda")]
+    folders = [*named, *([Path(nvcc).resolve().parent.parent] if nvcc else []), Path("/usr/local/cuda")]
     # A folder with nvcc alone may hold a script that calls it.
-    whole = (place for place in places if (place / "include" / "cuda_runtime_api.h").is_file())
-    return next((place for place in whole if (place / "bin" / "nvcc").is_file()), None)
+    whole = (folder for folder in folders if (folder / "include" / "cuda_runtime_api.h").is_file())
+    return next((folder for folder in whole if (folder / "bin" / "nvcc").is_file()), None)
 
 
 def ask_nvcc(toolkit: Path, *options: str) -> str:

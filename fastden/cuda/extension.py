@@ -52,8 +52,8 @@ class Library:
 
 def sources() -> Path | None:
     """The folder of the extension's sources: inside an installation, beside the package in a checkout."""
-    places = (PACKAGE / "_csrc", PACKAGE.parent / "csrc")
-    return next((place for place in places if (place / "bindings.cpp").is_file()), None)
+    folders = (PACKAGE / "_csrc", PACKAGE.parent / "csrc")
+    return next((folder for folder in folders if (folder / "bindings.cpp").is_file()), None)
 
 
 def cache() -> Path:

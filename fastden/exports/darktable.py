@@ -1,4 +1,4 @@
-"""A model package of darktable: ``ID/model.onnx`` with ``ID/config.json``, which says what it is, and its licence.
+"""A model package of darktable: ``ID/model.onnx`` with ``ID/config.json``, which describes it, and its licence.
 
 The form is that of the packages of the darktable-ai project: https://github.com/darktable-org/darktable-ai. darktable's
 denoiser gives a network tiles in sRGB, and a second input, where it has one, the constant 25 / 255.
@@ -48,17 +48,17 @@ def describe(request: Request) -> dict[str, Any]:
     card = request.card or ""
     name = re.sub(r"[^a-z0-9]+", "-", request.name.lower()).strip("-") or "custom"
     if request.weights.takes_level:
-        level = f"takes the noise level as a second input, which darktable sets to {DARKTABLE_SIGMA} of 255"
+        sentence = f"takes the noise level as a second input, which darktable sets to {DARKTABLE_SIGMA} of 255"
     elif request.sigma is not None:
         name = f"{name}-{request.sigma:g}".replace(".", "-")
-        level = f"made for noise of standard deviation {request.sigma:g} of 255"
+        sentence = f"made for noise of standard deviation {request.sigma:g} of 255"
     else:
-        level = "blind: takes no noise level"
+        sentence = "blind: takes no noise level"
     data = " ".join(section(card, "Data").split())
     return {
         "id": f"denoise-fastden-{name}",
         "name": f"fastden {request.name}",
-        "description": f"fastden's denoiser; {level}",
+        "description": f"fastden's denoiser; {sentence}",
         "task": "denoise",
         "arch": "fastden",
         "backend": "onnx",

@@ -58,12 +58,12 @@ class Request:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return DTYPES[self.precision]
 
     @property
     def license(self) -> str | None:
-        """Of the weights, as the model's card states it; None where it does not."""
+        """The licence of the weights, as the model's card states it; None where it does not."""
         return license_of(self.card or "")
 
     def about(self) -> dict[str, str]:
@@ -120,7 +120,7 @@ def export(
         precision: of weights and activations. Images are float32 in all: the network's correction, which is small, is
             added to the float32 image. ``"bf16"`` only for ``pt2`` and ``aoti``.
         layout: of ONNX, ``"separate"`` inputs, or ``"dpir"``: one input (N, 4, H, W) with the noise level as the fourth
-            channel, as VapourSynth's vs-mlrt wants of a DPIR model.
+            channel, as VapourSynth's vs-mlrt expects it from a DPIR model.
         composed: run conv1 o conv0 and out o cat(conv0, up3) as single convolutions, a third fewer operations;
             False writes the layers as they were trained, batch normalisation folded.
         sigma: a noise level to build in, **on the scale 0-255**; the file then takes the image alone.

@@ -13,7 +13,7 @@ from fastden.exports.cards import body, license_of, section
 from fastden.images.whole_files import write_bytes
 from fastden.network.hub import models
 
-#: What the Hub calls the task, and words by which models are found.
+#: The Hub's name of the task, and tags.
 TASK = "image-to-image"
 TAGS = ("image-denoising", "denoising", "image-restoration", "pytorch")
 _FIGURE = re.compile(r"(\d+(?:\.\d+)?)(?: \((\d+(?:\.\d+)?)\))?")
@@ -23,8 +23,8 @@ def export_cards(folder: Path) -> list[Path]:
     """Write a folder for each bundled model, to be uploaded as it stands.
 
     Each holds the model's files, and the card with a header for the Hub: library, licence of the weights, task, tags,
-    and the card's own figures as results (the Hub's model index). What the card says of its data's licences, source by
-    source, stays in its text.
+    and the card's own figures as results (the Hub's model index). The licences of the data, source
+    by source, stay in the card's text.
 
     Args:
         folder: where; folders of the models' names appear in it.
@@ -70,32 +70,32 @@ def hub_card(name: str, card: str) -> str:
 
 def results(card: str) -> list[EvalResult]:
     """The figures of a card's tables of PSNR and SSIM by data set and sigma, as the Hub's model index has them."""
-    found = []
+    entries = []
     for header, rows in _tables(section(card, "Quality")):
         if header[0] != "PSNR in dB (SSIM)":
             continue
         for row in rows:
-            for level, cell in zip(header[1:], row[1:], strict=True):
+            for column, cell in zip(header[1:], row[1:], strict=True):
                 figure = _FIGURE.fullmatch(cell)
                 if figure is None:
                     continue
                 for metric, value in (("psnr", figure[1]), ("ssim", figure[2])):
                     if value is not None:
-                        found.append(_result(row[0], level, metric, float(value)))
-    return found
+                        entries.append(_result(row[0], column, metric, float(value)))
+    return entries
 
 
-def _result(dataset: str, level: str, metric: str, value: float) -> EvalResult:
+def _result(dataset: str, column: str, metric: str, value: float) -> EvalResult:
     named: dict[str, Any] = {"metric_name": {"psnr": "PSNR (dB)", "ssim": "SSIM"}[metric]}
     return EvalResult(
         task_type=TASK,
         task_name="Image denoising",
         dataset_type=re.sub(r"\W+", "-", dataset.lower()),
-        dataset_name=f"{dataset}, {level}",
+        dataset_name=f"{dataset}, {column}",
         metric_type=metric,
         metric_value=value,
-        # Results of one data set at several levels would be merged without a configuration of their own.
-        dataset_config=level,
+        # Results of one data set in several columns would be merged without a configuration of their own.
+        dataset_config=column,
         **named,
     )
 

@@ -40,7 +40,7 @@ __all__ = [
     "write_image",
 ]
 
-#: File name suffixes and the formats that they stand for: what can be written, and what is looked for in a folder.
+#: File name suffixes and their formats: those that can be written, and that a folder is searched for.
 SUFFIXES = {
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
@@ -56,7 +56,7 @@ FORMATS = ("jpeg", "png", "tiff", "webp", "avif")
 #: Images with more pixels are refused, so that a small file cannot claim all memory.
 MAX_PIXELS = 500_000_000
 
-#: libvips' names of the header fields that go from a file to its denoised copy.
+#: libvips' names of the header fields that are copied to the denoised file.
 METADATA = (
     "orientation",
     "exif-data",
@@ -82,12 +82,12 @@ class ImageFile:
             ``metadata["orientation"]`` is not 1, the picture is shown turned (:meth:`upright`). The pages of a file of
             several lie one below the other (:meth:`split`).
         alpha: (H, W) in the dtype of ``pixels``, or None.
-        format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif``, or what libvips calls it.
-        bits: significant bits a channel: 8, 10, 12, 16 or 32; 0 stands for all that the dtype has.
+        format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif``, or libvips' name.
+        bits: significant bits of a channel: 8, 10, 12, 16 or 32; 0 means all bits of the dtype.
         lossless: whether the file stores its pixels without loss.
         metadata: header fields by libvips' names (:data:`METADATA`): EXIF, ICC profile, XMP, IPTC, resolution,
             orientation.
-        notes: what a user should know of the reading, such as a conversion.
+        notes: what a user should know about the reading, such as a conversion.
         pages: of the file, all of one size.
         extras: what else the file holds.
         stated: the highest value that the file says there is; 0 where it says nothing.
@@ -138,7 +138,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image file before its pixels are decoded.
+    """What an image file says before its pixels are decoded.
 
     Attributes:
         width, height: pixels, of a page.
@@ -168,7 +168,7 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """Of the decoded values, alpha included."""
+        """Bytes of the decoded values, alpha included."""
         return self.pages * self.width * self.height * self.bands * self.dtype.itemsize
 
 
@@ -190,7 +190,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool 
 
     Args:
         path: of the file.
-        max_pixels: more are refused, all pages together.
+        max_pixels: a file with more pixels is refused; all pages count together.
         several: take TIFFs of several pages, which have to be of one size, depth and colour space.
 
     Raises:
@@ -247,7 +247,7 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
 
     Args:
         image: of pyvips; its pixels are not decoded here.
-        file: its bytes; the pixels are passed over.
+        file: its bytes; the pixels are skipped.
         max_pixels, several: as in :func:`read_image`.
 
     Raises:
@@ -321,7 +321,7 @@ def _check_header(image: Any, rows: int, max_pixels: int) -> None:
 
 def _channels(bands: int, has_alpha: bool) -> tuple[int, bool]:
     """Channels of the image itself, and whether alpha follows them."""
-    # What libvips calls alpha in three channels is the third of a TIFF that does not say RGB.
+    # In a TIFF that does not declare RGB libvips takes the third of three channels for alpha.
     if bands not in (1, 3, 4) and not (bands == 2 and has_alpha):
         raise UserError(f"{bands} channels; accepted: 1 or 3, with or without alpha")
     return (bands, False) if bands in (1, 3) else (bands - 1, True)
@@ -336,7 +336,7 @@ def _is_lossless(format_name: str, file: BinaryIO) -> bool:
 
 
 def format_for(path: str | Path, format_name: str | None = None) -> str:
-    """The format to write ``path`` in: the one asked for, else by the suffix.
+    """The format for ``path``: the one that is asked for, else the suffix's.
 
     Raises:
         UserError: an unknown format or suffix, or a suffix that says another format.
@@ -353,9 +353,14 @@ def format_for(path: str | Path, format_name: str | None = None) -> str:
 
 
 def write_image(
-    path: str | Path, image: ImageFile, *, overwrite: bool = False, strip: bool = False, format_name: str | None = None
+    path: str | Path,
+    image: ImageFile,
+    *,
+    overwrite: bool = False,
+    strip_metadata: bool = False,
+    format_name: str | None = None,
 ) -> list[str]:
-    """Encode and write an image file; nothing half-written is left behind, whatever happens.
+    """Encode and write an image file; after any error no half-written file remains.
 
     Formats: JPEG quality 95 without chroma subsampling; PNG; TIFF, deflate; WebP lossless where the source was, else
     quality 95; AVIF quality 90 without chroma subsampling. JPEG and WebP hold 8 bits, PNG 16, AVIF 12, TIFF all: deeper
@@ -366,8 +371,8 @@ def write_image(
         path: its suffix chooses the format; the folder must exist.
         image: what to write; ``image.format`` and ``image.notes`` play no part.
         overwrite: replace an existing file.
-        strip: leave out EXIF, XMP, IPTC and comments. The orientation is then applied to the pixels; the ICC profile
-            is kept, because colours would change without it.
+        strip_metadata: leave out EXIF, XMP, IPTC and comments. The orientation is then applied to the pixels;
+            the ICC profile is kept, because colours would change without it.
         format_name: must agree with the suffix.
 
     Returns:
@@ -378,7 +383,7 @@ def write_image(
     """
     check_target(path, overwrite)
     try:
-        data, notes = encode_image(image, format_for(path, format_name), strip=strip)
+        data, notes = encode_image(image, format_for(path, format_name), strip_metadata=strip_metadata)
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
@@ -386,21 +391,23 @@ def write_image(
     return notes
 
 
-def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> tuple[bytes, list[str]]:
+def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = False) -> tuple[bytes, list[str]]:
     """The bytes of a file in ``format_name``, and notes on what was lost; see :func:`write_image`."""
     vips = load_vips()
-    if strip:
+    if strip_metadata:
         image = image.upright()
     check_alpha(image.alpha is not None, format_name)
     check_pages(image.pages, format_name)
     shape = image.pixels.shape[2], image.pixels.dtype, image.bits
-    dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name, strip=strip)
+    dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name, strip_metadata=strip_metadata)
     planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
     planes = np.ascontiguousarray(to_dtype(planes, dtype))
     height, width, bands = planes.shape
-    saver, options = plan_saving(format_name, dtype, planes.nbytes, image.bits, image.lossless, strip=strip)
+    saver, options = plan_saving(
+        format_name, dtype, planes.nbytes, image.bits, image.lossless, strip_metadata=strip_metadata
+    )
     kind = png_kind(bands, planes.itemsize)
-    attachment = plan_attachment(image.extras, metadata, format_name, kind=kind, strip=strip)
+    attachment = plan_attachment(image.extras, metadata, format_name, kind=kind, strip_metadata=strip_metadata)
     if attachment.note:
         notes.append(attachment.note)
     metadata = for_libvips(metadata, attachment, image.extras)
@@ -408,7 +415,7 @@ def encode_image(image: ImageFile, format_name: str, *, strip: bool = False) -> 
         options["page_height"] = height // image.pages
     try:
         encoded = vips.Image.new_from_memory(planes.data, width, height, bands, VIPS_FORMATS[dtype])
-        data = getattr(described(encoded, metadata, strip=strip), f"{saver}_buffer")(**options)
+        data = getattr(described(encoded, metadata, strip_metadata=strip_metadata), f"{saver}_buffer")(**options)
         return attachment.put_into(data), notes
     except vips.Error as error:
         raise UserError(f"cannot be written as {format_name} ({detail(error)})") from error

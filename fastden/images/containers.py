@@ -1,4 +1,4 @@
-"""The parts that JPEG, PNG and WebP files consist of: read without their pixels, and put into a file that is written.
+"""The parts of JPEG, PNG and WebP files: read without the pixels, and put into a file that is written.
 
 No well-kept library copies these parts between files without encoding the pixels again; the formats are a few lines.
 """
@@ -24,7 +24,7 @@ _STANDALONE = (0x01, *range(0xD0, 0xD9))
 def jpeg_segments(file: BinaryIO) -> list[tuple[int, bytes]]:
     """APP segments and comments before the first scan, each with its marker; the file is then behind its header.
 
-    A file that ends, or is no JPEG from some point on, gives what was there until then.
+    Where the file ends, or stops being a JPEG, the segments until there are returned.
     """
     found: list[tuple[int, bytes]] = []
     file.seek(2)

@@ -27,13 +27,19 @@ def check_pages(pages: int, format_name: str) -> None:
 
 
 def plan_encoding(
-    channels: int, dtype: np.dtype[Any], bits: int, metadata: Mapping[str, Any], format_name: str, *, strip: bool
+    channels: int,
+    dtype: np.dtype[Any],
+    bits: int,
+    metadata: Mapping[str, Any],
+    format_name: str,
+    *,
+    strip_metadata: bool,
 ) -> tuple[np.dtype[Any], dict[str, Any], list[str]]:
     """What a file in ``format_name`` holds of an image: the dtype of its values, its metadata, and notes on the rest.
 
     Args:
         channels, dtype, bits, metadata: of the image, as in :class:`Header`.
-        format_name, strip: as in :func:`encode_image`.
+        format_name, strip_metadata: as in :func:`encode_image`.
     """
     kept = dict(metadata)
     notes = []
@@ -55,7 +61,7 @@ def _profile_space(metadata: Mapping[str, Any]) -> bytes:
     return bytes(metadata.get("icc-profile-data", b""))[16:20]
 
 
-def described(image: Any, metadata: Mapping[str, Any], *, strip: bool) -> Any:
+def described(image: Any, metadata: Mapping[str, Any], *, strip_metadata: bool) -> Any:
     """A pyvips image with its colour space and metadata set."""
     vips = load_vips()
     image = image.copy(
@@ -65,23 +71,23 @@ def described(image: Any, metadata: Mapping[str, Any], *, strip: bool) -> Any:
     )
     types = {bytes: vips.GValue.blob_type, int: vips.GValue.gint_type, str: vips.GValue.refstr_type}
     for name, value in metadata.items():
-        if name not in ("xres", "yres") and (not strip or name == "icc-profile-data"):
+        if name not in ("xres", "yres") and (not strip_metadata or name == "icc-profile-data"):
             image.set_type(types[type(value)], name, value)
     return image
 
 
 def plan_saving(
-    format_name: str, dtype: np.dtype[Any], nbytes: int, bits: int, lossless: bool, *, strip: bool
+    format_name: str, dtype: np.dtype[Any], nbytes: int, bits: int, lossless: bool, *, strip_metadata: bool
 ) -> tuple[str, dict[str, Any]]:
     """The operation of libvips that writes a file, and its options.
 
     Args:
-        format_name, strip: as in :func:`encode_image`.
+        format_name, strip_metadata: as in :func:`encode_image`.
         dtype, nbytes: of the values to write.
         bits, lossless: as in :class:`Header`.
     """
-    # The rest is attached to what libvips has written, except where it takes an encoder to do so.
-    keep = "all" if format_name in ("webp", "avif") and not strip else "icc"
+    # The rest is attached to the file that libvips has written, except where that needs an encoder.
+    keep = "all" if format_name in ("webp", "avif") and not strip_metadata else "icc"
     if format_name == "jpeg":
         return "jpegsave", {"Q": 95, "subsample_mode": "off", "optimize_coding": True, "keep": keep}
     if format_name == "png":

@@ -1,8 +1,9 @@
 """What a file holds beside its pixels and what libvips carries: read from the source, put into the result.
 
-libvips writes EXIF anew, which moves a camera's own notes away from their offsets, knows no EXIF of TIFF, no text of
-PNG, no XMP beyond 64 kB in JPEG and no colours outside of ICC profiles. So the source's bytes are copied here, and what
-the result cannot hold is told in one note.
+libvips writes EXIF anew: a camera's own notes then lie at wrong offsets. It does not know EXIF in TIFF, text in PNG,
+    XMP
+above 64 kB in JPEG, and colours without an ICC profile. So this module copies the source's bytes. One note tells what
+the result cannot hold.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _EXIF, _PHOTOSHOP = b"Exif\0\0", b"Photoshop 3.0\0"
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
 #: PNG's chunks that say what colours its values stand for, beside the ICC profile.
 _COLOUR = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"mDCv", b"cLLI", b"cLLi")
-# Those that libvips writes, that belong to the pixels, or that were made for the old ones.
+# Chunks that libvips writes, that belong to the pixels, or that describe the old pixels.
 _PNG_OWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"iCCP", b"tRNS", b"eXIf", b"hIST", b"acTL", b"fcTL", b"fdAT", b"pHYs")
 #: They hold for the result where it has the source's depth and channels.
 _PNG_SAME_KIND = (b"sBIT", b"bKGD", b"sPLT")
@@ -157,7 +158,7 @@ def _of_tiff(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
     kept = tiff_tags.descriptive(tags)
     description = kept.get(tiff_tags.DESCRIPTION, {}).get("data", "")
     planar = tags.get(284, {}).get("data") == [2]
-    # What tifffile says of the arrangement of a file's values is true of that file alone.
+    # tifffile's description of the arrangement of values fits the source alone.
     if planar and isinstance(description, str) and description.startswith('{"shape"'):
         del kept[tiff_tags.DESCRIPTION]
     parts = [text for tag, text in tiff_tags.PARTS.items() if tag in tags]
@@ -186,7 +187,7 @@ def _of_heif(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
 
 
 def check_colour(extras: Extras, format_name: str, *, has_profile: bool) -> None:
-    """Raise UserError where the result would be shown in other colours: its format does not say what values stand for.
+    """Raise UserError where the result would be shown in other colours, because its format cannot describe them.
 
     Args:
         extras: of the source.
@@ -263,18 +264,18 @@ class Attachment:
 
 
 def plan_attachment(
-    extras: Extras, metadata: Mapping[str, Any], format_name: str, *, kind: bytes, strip: bool
+    extras: Extras, metadata: Mapping[str, Any], format_name: str, *, kind: bytes, strip_metadata: bool
 ) -> Attachment:
     """What a file in ``format_name`` gets beside what libvips writes.
 
     Args:
         extras, metadata: of the source.
-        format_name, strip: as in :func:`fastden.images.codec.encode_image`.
+        format_name, strip_metadata: as in :func:`fastden.images.codec.encode_image`.
         kind: depth and colour type of a PNG that is written.
     """
     check_colour(extras, format_name, has_profile="icc-profile-data" in metadata)
     missing = list(extras.parts)
-    if strip:
+    if strip_metadata:
         chunks = tuple(extras.colour().items()) if format_name == "png" else ()
         tags = _samples(extras) if format_name == "tiff" else {}
         return Attachment(format_name, chunks=chunks, tags=tags, note=_note(missing))
@@ -349,7 +350,7 @@ def _resources(extras: Extras) -> bytes:
 def _bytes(tag: Any) -> bytes:
     data = tag["data"]
     if isinstance(data, list):
-        # IPTC is often said to be of 32-bit numbers, though it is bytes.
+        # IPTC is bytes; files often declare it as 32-bit numbers.
         size = 4 if tag["datatype"] in (4, 9, 13) else 1
         return b"".join((value % (1 << 8 * size)).to_bytes(size, "little") for value in data)
     return data if isinstance(data, bytes) else data.encode()
@@ -403,7 +404,7 @@ def _resource(iptc: bytes) -> bytes:
 
 
 def _not_in_png(extras: Extras, metadata: Mapping[str, Any]) -> list[str]:
-    """What of a JPEG or TIFF neither PNG nor WebP nor AVIF holds."""
+    """What a JPEG or TIFF holds and PNG, WebP and AVIF cannot."""
     missing = []
     if _iptc(extras) or ("iptc-data" in metadata and not extras.format):
         missing.append("IPTC")
@@ -421,7 +422,7 @@ def _chunks(
     if packet:
         chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet))
     chunks += [(b"tEXt", b"Comment\0" + data) for marker, data in extras.segments if marker == _COMMENT]
-    # libvips writes 72 dots an inch where nothing is known.
+    # libvips writes 72 dots an inch where the resolution is unknown.
     unknown = extras.tags.get(296, {}).get("data") == [1]
     without = (b"pHYs",) if extras.format == "png" or unknown else ()
     return tuple(chunks), without

@@ -28,8 +28,8 @@ def find_images(
     Args:
         folder: to look into.
         recursive: and into the folders in it.
-        unreadable: takes the errors of folders below that cannot be looked into; None raises the first.
-        left_out: takes files that are images which are not read here, by their names.
+        unreadable: called with the error of each folder below that cannot be read; None raises the first.
+        left_out: called with files that are images of a kind that is not read here, by their names.
     """
     files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
     if left_out is not None:
@@ -39,7 +39,7 @@ def find_images(
 
 
 def count_left_out(files: Iterable[Path]) -> str:
-    """What to tell of files that are images which are not read here."""
+    """The note about files that are images of kinds which are not read here."""
     kinds = Counter(kind_of_suffix(path.suffix) or "other images" for path in files)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     total = sum(kinds.values())

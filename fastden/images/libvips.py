@@ -30,14 +30,14 @@ def load_vips() -> Any:
 
 
 def detail(error: Exception) -> str:
-    """The most telling line of a libvips error, which lists the causes below the failed call."""
+    """The most useful line of a libvips error: causes stand below the failed call."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if len(line) > 12), "no further reason given")
 
 
 @contextlib.contextmanager
 def vips_errors(file: BinaryIO | None = None) -> Iterator[None]:
-    """Turns what libvips says of a file that it cannot read into the user's error.
+    """Turns libvips' error about a file into the user's error.
 
     Args:
         file: what is read: a sound file of a kind that is not read here is told from a damaged one.

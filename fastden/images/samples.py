@@ -1,4 +1,4 @@
-"""Where an image is looked at for its noise, and maps of noise levels."""
+"""The parts of an image that its noise is estimated from, and maps of noise levels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from fastden.images.pixels import Array, to_dtype
 
 #: The highest noise level that the shipped models were trained for, on the scale 0-255.
 MAX_SIGMA = 75.0
-#: An image of at most this side, pixels, is looked at as a whole.
+#: An image of at most this side, pixels, is judged as a whole.
 WHOLE = 1024
 #: Side of the crops of a larger one, pixels, and their number along an axis that is longer.
 CROP, CROPS = 256, 4
 
 
 def sample_windows(height: int, width: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of the crops by which the noise of an image is judged: at most a megapixel in all."""
+    """Rows and columns of the crops from which an image's noise is estimated: at most a megapixel in all."""
     return [(rows, columns) for rows in crop_windows(height) for columns in crop_windows(width)]
 
 

@@ -53,8 +53,8 @@ class StripReader:
         try:
             with open(path, "rb") as file:
                 head = file.read(12)
-                # Their decoders hold the whole image anyhow; libvips would map the file, and a file that shrinks while
-                # it is mapped ends the process.
+                # Their decoders hold the whole image in any case. libvips would map the file, and a file that shrinks
+                # while it is mapped ends the process.
                 whole = head[8:] == b"WEBP" or head[4:8] == b"ftyp"
                 if not head:
                     raise UserError("the file is empty")
@@ -65,7 +65,7 @@ class StripReader:
                     if whole:
                         image = vips.Image.new_from_buffer(data, "", **options)
                     else:
-                        # A source, not the file's name: of names libvips takes what is in brackets for options.
+                        # A source, not the file's name: libvips reads text in brackets at the end of a name as options.
                         image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(path)), "", **options)
                     image, self.header = open_image(image, file, max_pixels, several)
         except OSError as error:
@@ -159,7 +159,7 @@ class StripWriter:
         dtype: of the rows.
         format_name: to write in. WebP and AVIF encoders hold the whole image.
         bits, lossless, metadata: as in :class:`fastden.images.codec.Header`.
-        strip: leave out metadata, as in :func:`fastden.images.codec.write_image`.
+        strip_metadata: leave out metadata, as in :func:`fastden.images.codec.write_image`.
         extras: of the source.
 
     Attributes:
@@ -176,18 +176,18 @@ class StripWriter:
         bits: int,
         lossless: bool,
         metadata: Mapping[str, Any],
-        strip: bool,
+        strip_metadata: bool,
         extras: Extras | None = None,
     ) -> None:
         self._path, self._format_name, self._dtype = path, format_name, dtype
         height, width, bands = shape
         extras = extras or Extras()
         kind = png_kind(bands, dtype.itemsize)
-        self._attachment = plan_attachment(extras, metadata, format_name, kind=kind, strip=strip)
+        self._attachment = plan_attachment(extras, metadata, format_name, kind=kind, strip_metadata=strip_metadata)
         self.note = self._attachment.note
-        self._metadata, self._strip = for_libvips(metadata, self._attachment, extras), strip
+        self._metadata, self._strip_metadata = for_libvips(metadata, self._attachment, extras), strip_metadata
         self._saver, self._options = plan_saving(
-            format_name, dtype, height * width * bands * dtype.itemsize, bits, lossless, strip=strip
+            format_name, dtype, height * width * bands * dtype.itemsize, bits, lossless, strip_metadata=strip_metadata
         )
         if format_name == "tiff":
             self._options |= {"tile": True, "tile_width": TIFF_TILE, "tile_height": TIFF_TILE}
@@ -206,7 +206,9 @@ class StripWriter:
             source.on_read(self._stream.read)
             source.on_seek(self._stream.seek)
             image = vips.Image.new_from_source(source, "", access="sequential", fail_on="error")
-            getattr(described(image, self._metadata, strip=self._strip), self._saver)(str(self._path), **self._options)
+            getattr(described(image, self._metadata, strip_metadata=self._strip_metadata), self._saver)(
+                str(self._path), **self._options
+            )
         except vips.Error as error:
             self._error = UserError(f"cannot be written as {self._format_name} ({detail(error)})")
         except Exception as error:  # shown in the thread that waits for this one
@@ -278,7 +280,7 @@ class _Stream:
     def read(self, size: int) -> bytes | None:
         """Up to ``size`` bytes; None at the end, where rows are gone, and after an abort.
 
-        libtiff takes fewer bytes than it asked for as an error, hence the loop.
+        It loops, because libtiff takes fewer bytes than it asked for as an error.
         """
         parts = []
         wanted = min(size, self._length - self._position)

@@ -20,7 +20,7 @@ _STORAGE = {
     *(297, 317, 320, 321, 322, 323, 324, 325, 326, 327, 328, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 343),
     *(344, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 32997, 34677, 34925, 50674),
 }
-#: Of the first directory, what an EXIF block holds too.
+#: Tags of the first directory that an EXIF block holds too.
 _OF_EXIF = {
     *(269, 270, 271, 272, 274, 282, 283, 296, 301, 305, 306, 315, 316, 318, 319, 18246, 18249, 33432),
     *(EXIF_IFD, GPS_IFD, 40091, 40092, 40093, 40094, 40095),
@@ -33,7 +33,7 @@ Tags = Mapping[int, Any]
 
 
 class _Limited(io.RawIOBase):
-    """A file of which so much is read and no more: directories that lead in a circle have no end."""
+    """A file with a limit on the bytes that are read: directories may point in a circle."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._left, self._reads = file, _LIMIT, _READS
@@ -63,7 +63,7 @@ class _Limited(io.RawIOBase):
 def _tifftools() -> Any:
     import tifftools
 
-    # It warns of every oddity, to standard error unless somebody listens.
+    # tifftools logs a warning for each oddity, to standard error by default.
     logging.getLogger("tifftools").addHandler(logging.NullHandler())
     return tifftools
 
@@ -156,7 +156,7 @@ def _write(info: Any, target: BinaryIO) -> None:
 
 
 def with_orientation(block: bytes, orientation: int) -> bytes:
-    """An EXIF block whose orientation says that, byte for byte the same otherwise."""
+    """An EXIF block with this orientation, the same byte for byte otherwise."""
     tags = exif_directory(block)
     if tags is None or ORIENTATION not in tags or tags[ORIENTATION]["datatype"] != 3:
         return block

@@ -18,7 +18,7 @@ _in_progress: set[Path] = set()
 
 
 def reason(error: OSError) -> str:
-    """What the system said."""
+    """The system's message."""
     return error.strerror or str(error)
 
 
@@ -41,7 +41,7 @@ def check_target(path: str | Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
-    """A temporary path beside ``path``: at the end what was written there takes the name, after an error it goes away.
+    """A temporary path beside ``path``. At the end the file there gets the name ``path``; after an error it is removed.
 
     Args:
         path: of the file to make; one that exists is replaced.
@@ -50,7 +50,7 @@ def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
     Raises:
         UserError: the system refuses, with its reason.
     """
-    # A link stays a link: what it points to is replaced.
+    # A link stays a link: its target is replaced.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp{suffix}")
     _in_progress.add(temporary)

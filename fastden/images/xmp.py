@@ -1,4 +1,4 @@
-"""XMP packets: joined, split as JPEG asks, and freed of what describes data that is not in the file any more."""
+"""XMP packets: joined, split for JPEG, and without properties of data that is not in the file any more."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def joined(main: bytes, extensions: list[bytes]) -> tuple[bytes, bool]:
     if rest is not None and target is not None:
         for description in _descriptions(rest):
             target.appendChild(packet.importNode(description, True))
-    # What is missing must not be pointed at.
+    # Nothing may point at missing data.
     _drop(packet, lambda space, name: space == _NOTE and name == "HasExtendedXMP")
     return _text(packet, main), rest is not None
 
@@ -82,10 +82,10 @@ def split(packet: bytes) -> list[bytes] | None:
     target = None if document is None else _rdf(document)
     if document is None or target is None:
         return None
-    # Of the properties the largest go into the continuation, which fewer programs read.
+    # The largest properties go into the continuation, which fewer programs read.
     rest = minidom.parseString(f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{_RDF}"/></x:xmpmeta>')
-    place = _rdf(rest)
-    assert place is not None
+    element = _rdf(rest)
+    assert element is not None
     properties = [(node, child) for node in _descriptions(document) for child in _elements(node)]
     properties.sort(key=lambda pair: len(pair[1].toxml()), reverse=True)
     size = len(_text(document, packet).rstrip())
@@ -95,7 +95,7 @@ def split(packet: bytes) -> list[bytes] | None:
         size -= len(child.toxml().encode())
         description = rest.importNode(parent, False)
         description.appendChild(rest.importNode(child, True))
-        place.appendChild(description)
+        element.appendChild(description)
         parent.removeChild(child)
     # Attributes of the copied parents are in both parts: in the continuation they stay away.
     for description in _descriptions(rest):
@@ -125,7 +125,7 @@ def freed(packet: bytes, *, upright: bool) -> tuple[bytes, bool]:
 
     Args:
         packet: of the source.
-        upright: the pixels are: an orientation in the packet must not say otherwise.
+        upright: the pixels are turned already: the packet must not hold another orientation.
     """
     suspicious = any(name.encode() in packet for name in (*_DESCRIBE_OTHERS, *_OF_CAMERA, "HasExtendedXMP"))
     if upright:
@@ -205,7 +205,7 @@ def _elements(node: minidom.Element) -> Iterator[minidom.Element]:
 
 
 def _drop(document: minidom.Document, wanted: Callable[[str, str], bool]) -> bool:
-    """Remove the properties for whose namespace and name ``wanted`` says so; whether there were any."""
+    """Remove the properties that ``wanted`` selects by namespace and name; whether there were any."""
     dropped = False
     for description in _descriptions(document):
         for attribute in list(description.attributes.values()):

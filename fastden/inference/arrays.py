@@ -44,7 +44,7 @@ DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 JOINED = 1024
 
 #: The curve of an estimate as one element, so that it broadcasts against an image as a number does.
-CURVE = np.dtype([("levels", np.float64, KNOTS), ("black", np.float64), ("white", np.float64)])
+CURVE = np.dtype([("sigmas", np.float64, KNOTS), ("black", np.float64), ("white", np.float64)])
 #: Bytes of an image of a Dask array up to which its range is looked for.
 LARGEST_KEPT = 1 << 30
 #: A :class:`ValueRange` likewise.
@@ -120,7 +120,7 @@ def denoise_array(
     wishes = Wishes(strength, chroma, quality)
     model = default_model(sigma) if model is None else model
     settings = _Settings(_model_name(model), _text(device), dtype, parse_memory(max_memory), wishes)
-    # A wrong model is told here rather than by the first worker. Workers may have devices that this process has not.
+    # A wrong model raises here, not in the first worker. Workers may have devices that this process does not have.
     network = load_network(settings.model, "cpu", "float32")
     axis = _colour_axis(array, channel_axis)
     if isinstance(array, np.ndarray) and out is None:
@@ -164,7 +164,7 @@ def _package(name: str) -> Any:
 
 
 def _is(kind: str, value: Any) -> bool:
-    """Whether ``value`` is an array of ``dask.array`` or ``zarr``, neither of which is imported for the question."""
+    """Whether ``value`` is an array of ``dask.array`` or ``zarr``; imports neither."""
     module = sys.modules.get(kind)
     return module is not None and isinstance(value, module.Array)
 
@@ -226,7 +226,7 @@ def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
     if isinstance(sigma, NoiseEstimate):
         noise_level_of(sigma, network, [], (height, width))
         curve = np.zeros((*ones, 1, 1, 1), CURVE)
-        curve["levels"][...] = sigma.levels
+        curve["sigmas"][...] = sigma.sigmas
         curve["black"], curve["white"] = sigma.black, sigma.white
         return curve
     if isinstance(sigma, list | tuple | torch.Tensor):
@@ -253,14 +253,14 @@ def _overlapped(da: Any, planes: Any, levels: Array | None, ranges: Any, setting
     planes = planes.rechunk({**chunks, at_c: -1})
     # An axis of one chunk has no neighbours, and may be shorter than the halo.
     depth = {axis: HALO if len(sizes) > 1 else 0 for axis, sizes in chunks.items()}
-    given = _estimates(da, planes, ranges) if levels is None else da.from_array(levels, chunks=-1)
-    given_depth = {axis: halo if given.shape[axis] > 1 else 0 for axis, halo in depth.items()}
+    noise = _estimates(da, planes, ranges) if levels is None else da.from_array(levels, chunks=-1)
+    noise_depth = {axis: halo if noise.shape[axis] > 1 else 0 for axis, halo in depth.items()}
     return da.map_overlap(
         _denoise_block,
         planes,
-        given,
+        noise,
         ranges,
-        depth=[depth, given_depth, dict.fromkeys(depth, 0)],
+        depth=[depth, noise_depth, dict.fromkeys(depth, 0)],
         boundary="none",
         dtype=planes.dtype,
         meta=planes._meta,
@@ -269,7 +269,7 @@ def _overlapped(da: Any, planes: Any, levels: Array | None, ranges: Any, setting
 
 
 def snapped(sizes: Sequence[int], multiple: int, least: int = 1) -> tuple[int, ...]:
-    """Chunk sizes near ``sizes`` that start at multiples of ``multiple`` and are at least ``least``, given room."""
+    """Chunk sizes near ``sizes`` that start at multiples of ``multiple``, and are at least ``least`` if they fit."""
     total = sum(sizes)
     borders = [0]
     for end in accumulate(sizes):
@@ -377,13 +377,13 @@ def _estimate_block(planes: Array, ranges: Array, pieces: tuple[int, int] | None
         else:
             windows = [crop for rows in np.split(image, pieces[0], 0) for crop in np.split(rows, pieces[1], 1)]
         estimate = noise_of_samples(windows, _value_range(spread[index]))
-        curves["levels"][index] = estimate.levels
+        curves["sigmas"][index] = estimate.sigmas
         curves["black"][index], curves["white"][index] = estimate.black, estimate.white
     return curves
 
 
 def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Settings) -> Array:
-    """(..., Y, X, C) and what broadcasts against it, in whatever process computes."""
+    """Denoise (..., Y, X, C) with noise levels and ranges that broadcast against it; runs in any process."""
     result = np.empty_like(planes)
     spread = np.broadcast_to(levels, (*planes.shape[:-3], *levels.shape[-3:]))
     own = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
@@ -393,7 +393,7 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
         for index in np.ndindex(planes.shape[:-3]):
             level = spread[index][..., 0]
             if level.dtype == CURVE:
-                curve = level["levels"].reshape(KNOTS)
+                curve = level["sigmas"].reshape(KNOTS)
                 black, white = float(level["black"].item()), float(level["white"].item())
                 mean = float(curve.mean())
                 sigma: Any = NoiseEstimate(tuple(curve.tolist()), mean, 0.5, black=black, white=white)
@@ -412,7 +412,7 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
 
 
 def _unit(array: Any) -> tuple[int, ...]:
-    """What is written at once of a Zarr array, on each axis."""
+    """The block of a Zarr array that is written at once, on each axis."""
     return tuple(array.shards or array.chunks)
 
 
@@ -448,7 +448,7 @@ def _write(da: Any, result: Any, out: Any, source: Any) -> Any:
 
 
 def _store(da: Any, result: Any, target: Any) -> Any:
-    # Two chunks that shared one of the target's would overwrite each other's part of it.
+    # Two chunks in one chunk of the target would overwrite each other's part of it.
     whole = {
         axis: snapped(sizes, unit) for axis, (sizes, unit) in enumerate(zip(result.chunks, _unit(target), strict=True))
     }

@@ -1,4 +1,4 @@
-"""How noisy a picture is: what ``sigma="auto"`` means, and what ``fastden noise`` tells."""
+"""How noisy a picture is: the estimate behind ``sigma="auto"`` and ``fastden noise``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastden.network.level import CELL, KNOTS, Cells, NoiseEstimator, levels_of,
 
 #: Weights of the estimator, trained together with the model "photo".
 ESTIMATOR = WEIGHTS / "photo" / "noise.safetensors"
-#: Fewer cells of 8 x 8 pixels that are neither flat nor clipped than this say nothing about a picture.
+#: With fewer usable cells of 8 x 8 pixels (not flat, not clipped) a picture is not judged.
 LEAST_CELLS = 4
-#: Below this level, on the scale 0-255, a picture counts as clean: about what rounding to 8 bits and JPEG leave.
+#: A picture with a smaller sigma counts as clean: rounding to 8 bits and JPEG leave about this much.
 CLEAN = 1.0
-#: Above this share of the noise that outlives averaging 2 x 2 pixels, it counts as coarse; white noise has 0.5.
+#: Noise counts as coarse where averaging 2 x 2 pixels leaves more than this share of it; white noise leaves 0.5.
 COARSE = 0.65
 
 
@@ -34,17 +34,17 @@ class NoiseEstimate:
     ``fastden.denoise(picture, sigma=estimate)`` takes it, so that several pictures of one camera can share one.
 
     Attributes:
-        levels: standard deviation of the noise on the scale 0-255 at eight values of brightness, evenly spaced from
+        sigmas: standard deviation of the noise on the scale 0-255 at eight values of brightness, evenly spaced from
             black to white; at most 75 of the range between them, the highest that the shipped models know.
         sigma: its mean over the picture.
-        coarseness: share of the noise's deviation that outlives averaging 2 x 2 pixels: 0.5 of white noise, towards 1
-            of coarse noise.
-        decided: False where the picture gives nothing to judge by (flat, clipped or tiny); the levels are 0 then.
-        black, white: the picture's own range, where white of its dtype is 1 (:mod:`fastden.images.ranges`). ``levels``
+        coarseness: share of the noise's deviation that averaging 2 x 2 pixels leaves: 0.5 for white noise, towards 1
+            for coarse noise.
+        decided: False where the picture gives nothing to judge by (flat, clipped or tiny); the sigmas are 0 then.
+        black, white: the picture's own range, where white of its dtype is 1 (:mod:`fastden.images.ranges`). ``sigmas``
             and ``sigma`` are on the dtype's scale all the same, as ``denoise(sigma=)`` takes them.
     """
 
-    levels: tuple[float, ...]
+    sigmas: tuple[float, ...]
     sigma: float
     coarseness: float
     decided: bool = True
@@ -58,15 +58,15 @@ class NoiseEstimate:
 
     def curve_on(self, black: float, white: float) -> Tensor:
         """:attr:`curve` over brightness from ``black`` to ``white``; the levels stay on the dtype's scale."""
-        levels: Any = self.levels
+        sigmas: Any = self.sigmas
         if (black, white) != (self.black, self.white):
             shares = (np.linspace(black, white, KNOTS) - self.black) / (self.white - self.black)
-            levels = [self.at(float(share)) for share in shares]
-        return torch.tensor([levels], dtype=torch.float32) / 255
+            sigmas = [self.at(float(share)) for share in shares]
+        return torch.tensor([sigmas], dtype=torch.float32) / 255
 
     def at(self, brightness: float) -> float:
-        """Level on the scale 0-255 at a brightness from 0 (:attr:`black`) to 1 (:attr:`white`)."""
-        return float(np.interp(brightness * (KNOTS - 1), range(KNOTS), self.levels))
+        """Sigma, on the scale 0-255, at a brightness from 0 (:attr:`black`) to 1 (:attr:`white`)."""
+        return float(np.interp(brightness * (KNOTS - 1), range(KNOTS), self.sigmas))
 
     @property
     def kind(self) -> str:
@@ -80,8 +80,8 @@ class NoiseEstimate:
     def as_record(self) -> dict[str, Any]:
         """Rounded, for JSON."""
         digits = 2 if self.white - self.black >= 1 else 6
-        levels = [round(level, digits) for level in self.levels]
-        return {"levels": levels, "coarseness": round(self.coarseness, 3), "kind": self.kind}
+        sigmas = [round(sigma, digits) for sigma in self.sigmas]
+        return {"sigmas": sigmas, "coarseness": round(self.coarseness, 3), "kind": self.kind}
 
     def describe(self) -> str:
         """One line for a person."""
@@ -93,20 +93,20 @@ class NoiseEstimate:
         parts = ", ".join(f"{self._shown(self.at(brightness))} in the {name}" for name, brightness in tones)
         return f"level {self._shown(self.sigma)} ({parts}), {self.kind} grain"
 
-    def _shown(self, level: float) -> str:
-        return f"{level:.1f}" if self.white - self.black >= 1 else f"{level:.2g}"
+    def _shown(self, sigma: float) -> str:
+        return f"{sigma:.1f}" if self.white - self.black >= 1 else f"{sigma:.2g}"
 
 
-#: What is taken of a picture that gives nothing to judge by.
+#: The estimate of a picture that cannot be judged.
 UNDECIDED = NoiseEstimate((0.0,) * KNOTS, 0.0, 0.5, decided=False)
 
 
 def estimate_noise(image: Array) -> NoiseEstimate:
     """The noise of a picture, from the picture alone.
 
-    A small network judges cells of 8 x 8 pixels; a curve of level over brightness is fitted through them, in which
-    cells that it takes for texture count little, and cells that are exactly flat or clipped not at all. Pictures of
-    more than a megapixel are judged by crops, so the cost does not grow with the picture.
+    A small network judges cells of 8 x 8 pixels. A curve of noise level over brightness is fitted through them. Cells
+    that look like texture count little; cells that are flat or clipped do not count. Pictures of more than a megapixel
+    are judged by crops, so the cost does not grow with the picture.
 
     Args:
         image: (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha, which is left out; uint8, uint16, or
@@ -131,18 +131,18 @@ def estimate_of(planes: Array, values: ValueRange) -> NoiseEstimate:
 
 
 def estimate_sigma(image: Array) -> float:
-    """The mean level of :func:`estimate_noise`, on the scale 0-255: what ``denoise(sigma=)`` takes as a number."""
+    """The mean of :func:`estimate_noise`, on the scale 0-255, as ``denoise(sigma=)`` takes it."""
     return estimate_noise(image).sigma
 
 
 def median_estimate(estimates: list[NoiseEstimate]) -> NoiseEstimate:
-    """One estimate for pictures of one camera: the median of each level, of those that could be judged."""
+    """One estimate for pictures of one camera: the medians of those that could be judged."""
     decided = [estimate for estimate in estimates if estimate.decided]
     if not decided:
         return UNDECIDED
-    levels = np.median([estimate.levels for estimate in decided], 0)
+    sigmas = np.median([estimate.sigmas for estimate in decided], 0)
     sigma, coarseness = (float(np.median([getattr(one, name) for one in decided])) for name in ("sigma", "coarseness"))
-    return NoiseEstimate(tuple(levels.tolist()), sigma, coarseness)
+    return NoiseEstimate(tuple(sigmas.tolist()), sigma, coarseness)
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ class Wishes:
     """How a network is applied.
 
     Attributes:
-        strength: 0 to 2, factor of the noise level; 0 gives the image back. A blind network takes no level: up to 1 its
-            result is blended with the image.
+        strength: 0 to 2, factor of the noise level; 0 gives the image back. A blind network takes no noise level: with
+            0 to 1 its result is blended with the image.
         chroma: the same for colour alone; None follows ``strength``. Where they differ the network runs twice, and luma
             and chroma (BT.601) come from one result each.
         quality: ``"best"`` averages the results of the eight flips and quarter turns, at eight times the work.
@@ -54,7 +54,7 @@ class Wishes:
         return self.strength == 1 and self.chroma in (None, 1) and self.quality == "normal"
 
 
-#: As it is.
+#: The network as it is.
 PLAIN = Wishes()
 
 
@@ -62,7 +62,7 @@ class Adapted:
     """A fused network for gray images, other strengths and ensembles: tile by tile, before anything is rounded.
 
     Args:
-        network: whose weights serve.
+        network: it gives the weights.
         channels: of the images, 1 or the network's.
         wishes: see :class:`Wishes`.
     """
@@ -75,12 +75,12 @@ class Adapted:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return self.network.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device that it runs on."""
         return self.network.device
 
     def forward_padded(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Adapted:
             return inside
         colours = self.network.image_channels
         equal = image if colours == self.image_channels else image.expand(-1, colours, -1, -1)
-        # A level of more than 1 is none: noise as strong as the whole scale.
+        # A noise level is at most 1: noise as strong as the whole scale.
         y = self._ensemble(torch.cat([equal, (level * strength).clamp(max=1)], 1))
         if colours != self.image_channels:
             y = y.mean(1, keepdim=True)
@@ -188,7 +188,7 @@ def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwo
 
 
 class Level(NamedTuple):
-    """What a network takes, on the scale 0-1 (None if it is blind), and its mean on the scale 0-255 for people."""
+    """The noise level as a network takes it (0-1; None if it is blind), and its mean on the scale 0-255."""
 
     value: float | Tensor | None
     sigma: float | None
@@ -207,7 +207,7 @@ def noise_level_of(
     Args:
         sigma: ``"auto"``, a :class:`fastden.NoiseEstimate`, or on the scale 0-255 a number, (H, W), (N,) or (N, 1, H,
             W).
-        network: whether it takes a level at all.
+        network: it takes a noise level or is blind.
         images: N arrays (H, W, C), for the estimate.
         shape: (H, W).
         values: of the images; ordinary where none are given.
@@ -310,11 +310,11 @@ def to_batch(images: list[Array], network: FusedDenoiser) -> Tensor:
     """Images (H, W, C) of one shape and dtype -> (N, C, H, W) on the CPU, in a dtype that the network's tiles take."""
     dtype = images[0].dtype
     # from_numpy takes neither negative strides nor foreign byte orders, and warns about read-only memory.
-    work = dtype.newbyteorder("=")
+    native = dtype.newbyteorder("=")
     if dtype.kind == "f":
-        work = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
+        native = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
     plain = images[0][None] if len(images) == 1 else np.stack(images)
-    return torch.from_numpy(np.require(plain, work, ["C", "W"])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.require(plain, native, ["C", "W"])).permute(0, 3, 1, 2)
 
 
 def from_batch(batch: Tensor, dtype: np.dtype[Any]) -> list[Array]:

@@ -1,8 +1,8 @@
 """Exact tiling: an image of any size in bounded memory, equal to the untiled result.
 
 Tiles start at multiples of 4 pixels of the padded image, so that every stage of stride 2 keeps its phase, and carry a
-halo of 24 pixels: nothing beyond 22 reaches a pixel, hence what the network's zero padding does at a tile's edge never
-reaches the part that is kept. At the image's own border a tile ends where the padded image ends.
+halo of 24 pixels: a pixel depends on 22 pixels around it. So the network's zero padding at a tile's edge does not
+reach the tile's own pixels. At the image's own border a tile ends where the padded image ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WHOLE = 512
 
 
 class TiledNetwork(Protocol):
-    """What tiles go through: a network, or one that is adapted to an image and to the user's wishes."""
+    """A network that tiles go through; it may be adapted to the image and to the user's wishes."""
 
     noise_level_input: bool
     image_channels: int
@@ -89,7 +89,7 @@ def denoise_tiled(
     """Denoise images tile by tile.
 
     Args:
-        model: a network, on any device; tiles travel there one at a time.
+        model: a network, on any device; tiles are copied there one at a time.
         image: (N, 3, H, W) in the host's memory, or on the model's device: float in [0, 1], or torch.uint8 or
             torch.uint16, scaled tile by tile so that no float copy of the whole image exists.
         sigma: noise level on the 0-1 scale: a number, (N,), a map (N, 1, H, W), or a curve of levels over brightness
@@ -284,7 +284,7 @@ def _run(
         _check_map(sigma, image)
         level = _cut(sigma, rows, columns, first_row, height)
     if isinstance(sigma, Tensor) and sigma.dim() == 2 and model.noise_level_input:
-        # With the pixels around, whose brightness counts: the level is the same in every tile.
+        # The curve needs the brightness of the pixels around, so that the level is the same in every tile.
         wide_rows, wide_columns = _grown(rows), _grown(columns)
         wide = _to_float(_cut(image, wide_rows, wide_columns, first_row, height).to(device))
         wide, excess = _inward(wide, scale)
@@ -353,7 +353,7 @@ def _cut(image: Tensor, rows: tuple[int, int], columns: tuple[int, int], first_r
             image = image.narrow(dim, start - first, stop - start)
         else:
             index = reflected_index(start, stop, size, image.device) - first
-            # index_select has no uint16; the bits are the same.
+            # index_select has no uint16; int16 has the same bits.
             kind = image.dtype
             image = (image.view(torch.int16) if kind == torch.uint16 else image).index_select(dim, index)
             image = image.view(torch.uint16) if kind == torch.uint16 else image

@@ -53,13 +53,13 @@ class FastdenDenoise:
         """
         pixels, alpha = image[..., :3], image[..., 3:]
         batch = pixels.permute(0, 3, 1, 2)
-        level: Any = sigma if sigma > 0 else "auto"
+        asked: Any = sigma if sigma > 0 else "auto"
         chosen = None if model == CHOICE else model
         cleaned = []
         for index, picture in enumerate(batch):
             report = _Report(index, len(batch))
             cleaned.append(
-                denoise(picture, level, model=chosen, strength=strength, device=_device(), progress=report).clamp(0, 1)
+                denoise(picture, asked, model=chosen, strength=strength, device=_device(), progress=report).clamp(0, 1)
             )
         result = torch.stack(cleaned).permute(0, 2, 3, 1) if cleaned else pixels
         return (torch.cat([result, alpha], -1),)

@@ -49,12 +49,12 @@ class DenoiseColumn:
             if name not in rows:
                 raise KeyError(f"column: {name!r}; accepted: {', '.join(map(str, rows))}")
         images = rows[self.column]
-        levels = rows[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
+        sigmas = rows[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
         if isinstance(images, list):
-            each: Any = levels if self._sigma_is_a_column() else [levels] * len(images)
-            result: Any = [self._one(image, level) for image, level in zip(images, each, strict=True)]
+            each: Any = sigmas if self._sigma_is_a_column() else [sigmas] * len(images)
+            result: Any = [self._one(image, sigma) for image, sigma in zip(images, each, strict=True)]
         else:
-            result = self._one(images, levels)
+            result = self._one(images, sigmas)
         return {**rows, self.into or self.column: result}
 
     def _sigma_is_a_column(self) -> bool:

@@ -1,4 +1,4 @@
-"""The weights of a network with batch normalisation folded, where its layers are what folding takes them for."""
+"""A network's weights with batch normalisation folded; layers that folding does not know are refused."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def weights(model: Denoiser) -> dict[str, Pair]:
         By name: conv0, conv1, res1_reduce, res1_conv, res1_expand, conv2, ..., up2, conv3, up3, out.
 
     Raises:
-        ValueError: a layer that is no plain one, named.
+        ValueError: a layer is not a plain one; the error names it.
     """
     _check_module("model", model, Denoiser, partial(_image, model))
-    found = {"conv0": _conv("conv0", model.conv0, 5, 1, 0)}
+    pairs = {"conv0": _conv("conv0", model.conv0, 5, 1, 0)}
     for name, kind, stride in (("conv1", ConvBNReLU, 2), ("conv2", ConvBNReLU, 2), ("conv3", ConcatConvBNReLU, 1)):
         block = getattr(model, name)
         _check_module(name, block, kind, partial(_features, model, name))
         if not block.relu:
             raise ValueError(_refusal(name, block, "has no ReLU"))
-        found[name] = _fold(f"{name}.bn", block.bn, *_conv(f"{name}.conv", block.conv, 3, stride, 1))
+        pairs[name] = _fold(f"{name}.bn", block.bn, *_conv(f"{name}.conv", block.conv, 3, stride, 1))
     for name in ("res1", "res2", "res3"):
         block = getattr(model, name)
         _check_module(name, block, Bottleneck, partial(_features, model, name))
         for part, bn, kernel in (("reduce", "bn1", 1), ("conv", "bn2", 3), ("expand", "bn3", 1)):
             pair = _conv(f"{name}.{part}", getattr(block, part), kernel, 1, kernel // 2)
-            found[f"{name}_{part}"] = _fold(f"{name}.{bn}", getattr(block, bn), *pair)
-    found |= {name: _upsample(name, getattr(model, name)) for name in ("up2", "up3")}
-    found["out"] = _conv("out", model.out, 3, 1, 0)
-    return found
+            pairs[f"{name}_{part}"] = _fold(f"{name}.{bn}", getattr(block, bn), *pair)
+    pairs |= {name: _upsample(name, getattr(model, name)) for name in ("up2", "up3")}
+    pairs["out"] = _conv("out", model.out, 3, 1, 0)
+    return pairs
 
 
 def _fold(name: str, bn: nn.Module, weight: Tensor, bias: Tensor) -> Pair:
@@ -132,7 +132,7 @@ def _check_hooks(
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each part's own mode again behind it."""
+    """Evaluation mode inside the context; afterwards each part has its own mode again."""
     modes = {part: part.training for part in module.modules()}
     try:
         for part in modes:
@@ -144,7 +144,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _ramp(like: Tensor | None, *shape: int) -> Tensor:
-    """Values from 0 to 1 in the dtype and on the device of ``like``: any will do, and none are drawn at random."""
+    """Values from 0 to 1 in the dtype and on the device of ``like``. No random state changes."""
     assert like is not None
     count = torch.Size(shape).numel()
     return torch.linspace(0, 1, count, dtype=torch.float32).to(like).view(shape)
@@ -169,5 +169,5 @@ def _refusal(name: str, module: nn.Module, reason: str) -> str:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU: not every device has it."""
+    """``tensor`` in float64, on the CPU: not every device has float64."""
     return tensor.detach().cpu().double()

@@ -36,8 +36,8 @@ def fuse(model: Denoiser, dtype: torch.dtype | None = None, device: torch.device
     Raises:
         TypeError: ``model`` is no Denoiser.
         ValueError: another dtype; a layer that is replaced, or changed by hooks, in a way that cannot be folded. Hooks
-            that only watch are accepted, and do not run in the result; to tell the two apart, a layer with hooks is
-            called once.
+            that change nothing are accepted, and do not run in the result. To tell the two kinds apart, a layer with
+            hooks is called once.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"model: {type(model).__name__}; accepted: fastden.Denoiser")
@@ -52,8 +52,8 @@ class FusedDenoiser(nn.Module):
     """What :func:`fuse` returns: called like :class:`fastden.Denoiser`, for inference only.
 
     Weights are buffers named as the network's parts. It has no parameters, because a folded weight cannot be trained:
-    the normalisation and the factors that it was made of are gone, so an optimiser must find nothing to change.
-    ``next(module.parameters())`` is therefore empty: ask ``device`` and ``dtype``. Gradients pass through it to ``x``
+    the normalisation and the factors that it was made from are gone. An optimiser must find nothing to change, so
+    ``module.parameters()`` is empty: read ``device`` and ``dtype`` instead. Gradients pass through it to ``x``
     and ``sigma``, and to the buffers where they are made to require them. Biases stay in float32 beside weights in half
     precision: kernels add them to float32 sums.
 
@@ -83,7 +83,7 @@ class FusedDenoiser(nn.Module):
         pairs = {"stem": (stem.weight, stem.bias), "head": (head.weight, head.bias)}
         pairs |= {name: pair for name, pair in weights.items() if name not in ("conv0", "conv1", "up3", "out")}
         for name, (weight, bias) in pairs.items():
-            # Convolutions' weights in the order in which kernels read them, lest each call copies them.
+            # Convolutions' weights in the order in which kernels read them, so that no call copies them.
             order = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
             self.register_buffer(f"{name}_weight", weight.clone(memory_format=order))
             self.register_buffer(f"{name}_bias", bias.clone())
@@ -102,20 +102,20 @@ class FusedDenoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return self.head_weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of weights and activations."""
+        """The device of the weights."""
         return self.head_weight.device
 
     def forward(self, x: Tensor, sigma: Sigma = None) -> Tensor:
         """Denoise a batch; arguments, errors and warning as of :meth:`fastden.Denoiser.forward`.
 
         ``x`` may have any floating dtype: activations are computed in this module's dtype, and the network's
-        correction, which is small, is added to ``x`` at the precision of ``x``, which is that of the result. Autocast
-        changes none of it, with gradients or without: a reduced precision is what :func:`fuse` was asked for.
+        correction, which is small, is added to ``x`` at the precision of ``x``. The result has that precision too.
+        Autocast changes nothing here, with gradients or without: :func:`fuse` set the precision.
 
         Returns:
             (N, 3, H, W), contiguous, not clipped, in the dtype of ``x``.
@@ -157,9 +157,9 @@ class FusedDenoiser(nn.Module):
         return ops.bottleneck(x, reduce, conv, expand, biases=(a, b, c))
 
     def _onednn_network(self) -> onednn.OneDnnNetwork | None:
-        """The packed form of the present weights; None where it cannot run, or where they want gradients."""
+        """The packed form of the current weights; None where it cannot run, or weights need gradients."""
         buffers = self._buffers
-        # Not a buffer any more: a parametrisation or a parameter in its place.
+        # A parametrisation or a parameter may have replaced a buffer.
         weights: list[Any] = [buffers[name] if name in buffers else getattr(self, name) for name in self._names]
         if not {type(weight) for weight in weights} <= {Tensor, nn.Parameter}:
             return None
@@ -167,13 +167,13 @@ class FusedDenoiser(nn.Module):
             return None
         if onednn.why_not(self.device, self.dtype):
             return None
-        found = self._onednn  # read once: another thread may replace it
-        if found is None or not found[0].holds(weights):
+        packed = self._onednn  # read once: another thread may replace it
+        if packed is None or not packed[0].holds(weights):
             snapshot = onednn.Snapshot(weights)
-            # Of the snapshot's copies: what is packed later, for another size, is then of the same weights.
+            # Packed from the snapshot's copies: what is packed later, for another size, is from the same weights.
             copies = dict(zip(self._names, snapshot.copies, strict=True))
-            found = self._onednn = (snapshot, onednn.OneDnnNetwork(onednn.FoldedWeights.of(copies)))
-        return found[1]
+            packed = self._onednn = (snapshot, onednn.OneDnnNetwork(onednn.FoldedWeights.of(copies)))
+        return packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are opaque to pickle and deepcopy, and are made again on first use.

@@ -57,12 +57,12 @@ class PretrainedMixin(PyTorchModelHubMixin, library_name="fastden", tags=["image
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any) -> Any:
         import torch  # here, because listing the models needs none
 
-        # Under a device context of the caller's, such as torch.device("meta"), the network would be built there, and
-        # lose the weights.
+        # The caller may have set a device context, such as torch.device("meta"). The network would be built there and
+        # lose its weights.
         with torch.device(map_location):
             if not Path(model_id).is_dir():
                 return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
-            # As the mixin does, without its line on standard output.
+            # The mixin does the same, and prints a line to standard output.
             for name in ("revision", "cache_dir", "force_download", "local_files_only", "token"):
                 kwargs.pop(name, None)
             return cls._load_as_safetensor(

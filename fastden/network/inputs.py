@@ -24,14 +24,14 @@ Sigma: TypeAlias = float | Tensor | npt.NDArray[Any] | Sequence[Any] | None
 _ARRAYS = (np.ndarray, np.generic)
 _LISTS = (list, tuple)
 
-#: Values of an image above this are taken for another scale than [0, 1]; noise, and the iterates of methods that have a
-#: denoiser for a prior, stay below.
+#: An image with values above this is taken to be on another scale than [0, 1]. Noise stays below, and so do the images
+#: that plug-and-play methods pass to a denoiser.
 LARGEST_VALUE = 16.0
 #: White points of images with 8, 10, 12, 14 and 16 bits.
 WHITES = (255, 1023, 4095, 16383, 65535)
-#: Set to 0, no image is looked at for its scale.
+#: This variable set to 0 turns the check of the scale off.
 SCALE_ENVIRONMENT = "FASTDEN_SCALE_WARNING"
-#: On a GPU so many images are looked at in a process: each look waits for the device.
+#: Images that a process checks on a GPU: each check waits for the device.
 LOOKS = 3
 
 
@@ -109,7 +109,7 @@ def _as_tensor(sigma: Any) -> Tensor:
             stacked = len(sigma) > 0 and all(isinstance(value, Tensor) for value in sigma)
             sigma = torch.stack(list(sigma)) if stacked else torch.as_tensor(sigma)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"sigma: {type(sigma).__name__} of other things than numbers; {accepted}") from error
+            raise TypeError(f"sigma: {type(sigma).__name__} holds values that are not numbers; {accepted}") from error
     if not isinstance(sigma, Tensor):
         raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
     if sigma.is_complex() or sigma.dtype == torch.bool:
@@ -125,7 +125,7 @@ def _from_numpy(array: Any, accepted: str) -> Tensor:
 
 
 class _Scale:
-    """What this process has seen of images' scales."""
+    """What this process has found out about the scale of images."""
 
     warned = False
     looks = 0
@@ -134,9 +134,10 @@ class _Scale:
 def warn_of_scale(x: Tensor) -> None:
     """Warn, once in a process, where ``x`` (N, C, H, W) looks like a picture on another scale than [0, 1].
 
-    A picture on the scale 0-255 with a noise level on 0-1 is hardly denoised, and nothing else would say so. Values
-    outside [0, 1] are no error: noise and plug-and-play iterations make them. The switch is a filter for
-    :class:`fastden.ScaleWarning`, or ``FASTDEN_SCALE_WARNING=0`` in the environment, which spares the look too.
+    A picture on the scale 0-255 with a noise level on 0-1 is hardly denoised, and nothing else tells the user. Values
+    outside [0, 1] are no error: noise and plug-and-play iterations make them. A filter for
+    :class:`fastden.ScaleWarning` turns the warning off. ``FASTDEN_SCALE_WARNING=0`` in the environment turns the check
+    off too.
     """
     if _Scale.warned or transforming() or not runs_as_written(x) or not x.numel():
         return
@@ -146,13 +147,13 @@ def warn_of_scale(x: Tensor) -> None:
         _Scale.looks += 1
     if os.environ.get(SCALE_ENVIRONMENT) == "0":
         return
-    # Every so many pixels tell as much, at 0.01 ms for any size.
+    # A grid of about 64 x 64 pixels is enough; it takes 0.01 ms at any size.
     rows, columns = (max(size // 64, 1) for size in x.shape[2:])
     highest = float(x.detach()[:, :, ::rows, ::columns].amax())
     if not highest > LARGEST_VALUE:
         return
     _Scale.warned = True
-    # Noise carries values beyond white.
+    # Noise adds to white: values lie above the white point.
     white = next((white for white in WHITES if highest <= 1.5 * white), WHITES[-1])
     warnings.warn(
         f"x: values up to {highest:.4g}; the network takes images on the scale [0, 1] and a noise level on the same"

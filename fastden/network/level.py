@@ -1,8 +1,8 @@
-"""The noise level of a picture from the picture alone: an estimator, and the curve of level over brightness it gives.
+"""An estimator of a picture's noise level, and the curve that it makes: noise level over brightness.
 
-The level is the local standard deviation of the noise, whatever its colour: white, or shared by neighbours and
-channels. A curve, decided once for a whole picture, gives each pixel its level from the brightness around it. So tiles
-are exact, and the curve can be told to people: 12 in the shadows, 6 in the lights.
+The noise level is the local standard deviation of the noise. The noise may be white, or shared by neighbours and
+channels. The curve is made once for a whole picture, and gives each pixel a level by the brightness around it. So tiles
+are exact, and people can be told the curve: 12 in the shadows, 6 in the lights.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastden.network.padding import reflected_index
 KNOTS = 8
 #: Side of the cells that the estimator judges, pixels.
 CELL = 8
-#: Levels below this count as none: less than the rounding of 8 bits (1 / sqrt(12) grey levels).
+#: Noise below this level counts as none: it is less than the rounding of 8 bits (1 / sqrt(12) steps).
 FLOOR = 0.25 / 255
 #: Pixels on each side over which brightness is averaged.
 BRIGHTNESS_RADIUS = 2
-#: Weights of a curve's second and first differences against its fit: as little as keeps an empty bin in line.
+#: Weights of a curve's second and first differences in the fit: just enough to hold knots that no cell is near.
 _BEND, _SLOPE = 0.01, 0.002
-#: Difference of log levels from which a cell counts less, about three times what the level of a cell of 3 x 64 values
-#: is uncertain by, and the number of fits after which a curve stands still.
+#: A cell whose log level differs more than this from the curve counts less: about three times the uncertainty of a cell
+#: of 3 x 64 values. Then the number of fits; more do not move the curve.
 _FAR, _FITS = 0.3, 6
 #: Cells whose mean is nearer to black or white than this are clipped and tell nothing.
 CLIPPED = 1.5 / 255
@@ -53,7 +53,7 @@ def level_inside(curves: Tensor, x: Tensor) -> Tensor:
     """:func:`level_map` of a window with :data:`BRIGHTNESS_RADIUS` more pixels on each side, which are cut off."""
     side = 2 * BRIGHTNESS_RADIUS + 1
     gray = x.float().mean(1, keepdim=True)
-    # One axis after the other is a third of the additions.
+    # One axis after the other takes a third of the additions.
     brightness = F.avg_pool2d(F.avg_pool2d(gray, (side, 1), stride=1), (1, side), stride=1)
     return interpolated(curves, brightness)
 
@@ -63,10 +63,10 @@ def interpolated(curves: Tensor, brightness: Tensor) -> Tensor:
     position = brightness.clamp(0, 1) * (KNOTS - 1)
     curves = curves.to(position)
     level = curves[:, :1, None, None].expand_as(position).clone()
-    # A sum of ramps rather than a look-up, which PyTorch does pixel by pixel.
+    # A sum of ramps: PyTorch does a look-up pixel by pixel, which is slower.
     for knot, slope in enumerate(curves.diff(dim=1).unbind(1)):
         level += slope[:, None, None, None] * (position - knot).clamp(0, 1)
-    # Rounding may leave a zero a hair below zero, which is no level.
+    # Rounding may make a zero slightly negative.
     return level.clamp(min=0)
 
 
@@ -77,7 +77,9 @@ def basis(brightness: Tensor) -> Tensor:
 
 
 def fit_curve(log_level: Tensor, brightness: Tensor, weight: Tensor) -> Tensor:
-    """The curve through the cells of a picture: weighted least squares in log levels, nearly straight where none lie.
+    """The curve through the cells of a picture: weighted least squares in log levels.
+
+    It is nearly straight where there are no cells.
 
     Args:
         log_level, brightness, weight: (N, M).
@@ -91,7 +93,7 @@ def fit_curve(log_level: Tensor, brightness: Tensor, weight: Tensor) -> Tensor:
     slopes, bends = identity.diff(dim=0), identity.diff(n=2, dim=0)
     penalty = _BEND * bends.T @ bends + _SLOPE * slopes.T @ slopes + 1e-6 * identity
     matrix = torch.einsum("nmi,nm,nmj->nij", knots, weight, knots) + penalty
-    # The penalty's last term would pull towards log level 0: fit what differs from the mean.
+    # The last term of the penalty pulls towards log level 0, so the fit is of differences from the mean.
     mean = (weight * log_level).sum(1, keepdim=True)
     side = torch.einsum("nmi,nm,nm->ni", knots, weight, log_level - mean)
     return mean + torch.linalg.solve(matrix, side[..., None])[..., 0]
@@ -149,8 +151,8 @@ class NoiseEstimator(nn.Module):
         """Judge pictures.
 
         Args:
-            x: (N, 3, H, W), float32 in [0, 1] (white noise may exceed it), H and W at least 8; what is beyond the last
-                whole cell is not looked at.
+            x: (N, 3, H, W), float32 in [0, 1] (white noise may exceed it), H and W at least 8; pixels beyond the
+                last whole cell are not used.
         """
         height, width = (size // CELL * CELL for size in x.shape[2:])
         x = x[:, :, :height, :width]
@@ -178,9 +180,9 @@ def curve_of(cells: Cells) -> Tensor:
 
 
 def robust_curve(cells: Cells) -> Tensor:
-    """:func:`curve_of`, in which cells that lie far off count less (Huber, "Robust estimation", 1964).
+    """:func:`curve_of`, in which cells far from the curve count less (Huber, "Robust estimation", 1964).
 
-    A quarter of a picture in which texture passes for noise moves the level by a tenth, not by a half.
+    Where texture in a quarter of a picture is taken for noise, the level changes by a tenth, not by a half.
     """
     log_level, brightness, weight = cells.log_level.flatten(1), cells.brightness.flatten(1), weights_of(cells)
     own = torch.ones_like(weight)
@@ -198,7 +200,7 @@ def levels_of(log_levels: Tensor) -> Tensor:
 
 
 def true_cells(clean: Tensor, noisy: Tensor) -> Cells:
-    """What an estimator should say of noisy pictures (N, 3, H, W) whose clean form is known."""
+    """The right estimate of noisy pictures (N, 3, H, W) whose clean form is known."""
     height, width = (size // CELL * CELL for size in clean.shape[2:])
     noisy, error = noisy[:, :, :height, :width], (noisy - clean)[:, :, :height, :width]
     around = {"kernel_size": 3, "stride": 1, "padding": 1, "count_include_pad": False}

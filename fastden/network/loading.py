@@ -29,8 +29,8 @@ _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 def default_model(sigma: object) -> str:
     """The bundled model for a ``sigma`` where none is named.
 
-    ``photo`` for a level that is estimated, in whatever kind of noise; ``color`` for one that is given: it knows white
-    noise, whose level a number states, best.
+    ``photo`` where the noise level is estimated: it knows all kinds of noise. ``color`` where it is given: it knows
+    white noise best, and one number describes white noise.
     """
     return "color" if isinstance(sigma, Real) or hasattr(sigma, "shape") else "photo"
 
@@ -60,7 +60,7 @@ def load_network(
     target = parse_device(device)
     folder = models().get(str(model), Path(model))
     weights = folder / "model.safetensors"
-    # The time of the file is part of the cache key: a folder that was written again is another model.
+    # The file's time is part of the cache key: a folder that was written again holds another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
     return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit), changed)
 

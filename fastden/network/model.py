@@ -39,9 +39,10 @@ class Denoiser(nn.Module, PretrainedMixin):
         image_channels: channels of the image, 3. A network for 1-channel images can be built and trained with 1; the
             shipped colour networks take gray images through :func:`fastden.denoise`, which repeats the channel.
         composed: run conv1 o conv0 and out o cat(conv0, up3) as the single convolutions that they equal
-            (:mod:`fastden.algebra`), in training and evaluation: the same function up to rounding, 36 % fewer
-            multiply-accumulates. The parameters stay those of the factors. Where one of these layers is no plain one
-            (hooks, an adapter, another normalisation: see :mod:`fastden.nn`), it is called as without this option.
+            (:mod:`fastden.algebra`), in training and evaluation. The function is the same up to rounding, with 36 %
+            fewer multiply-accumulates. The parameters stay those of the factors. A layer that is not a plain one (it
+            has
+            hooks, an adapter, another normalisation: see :mod:`fastden.nn`) is called as without this option.
     """
 
     def __init__(self, noise_level_input: bool = True, image_channels: int = 3, composed: bool = False) -> None:
@@ -80,7 +81,7 @@ class Denoiser(nn.Module, PretrainedMixin):
             ValueError, TypeError: naming the argument, what it was and what is accepted.
 
         Warns:
-            ScaleWarning: once in a process, where values of ``x`` are far above 1, as of a picture on the scale 0-255.
+            ScaleWarning: once in a process, where values of ``x`` are far above 1, as in a picture on the scale 0-255.
         """
         height, width = check_input(x, self.image_channels)
         dtype = self.conv0.weight.dtype if is_plain_conv(self.conv0) else x.dtype
@@ -92,7 +93,8 @@ class Denoiser(nn.Module, PretrainedMixin):
         level = noise_level(x, sigma, self.noise_level_input)
         padded = pad_image(x if level is None else torch.cat([x, level], 1))
         y = self.forward_padded(padded)
-        # Not a slice: the strides of a view would tie an exported graph to sizes that need cropping, or do not.
+        # A slice would limit an exported graph to sizes that need cropping, or to those that do not: a view has
+        # strides.
         return F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]))
 
     def forward_padded(self, x: Tensor) -> Tensor:
@@ -115,8 +117,8 @@ class Denoiser(nn.Module, PretrainedMixin):
     def _composes(self) -> bool:
         """Whether the layers that the composed form never calls are plain ones, see :mod:`fastden.nn`.
 
-        Hooks on all modules, with which profilers and PyTorch's FLOP counter follow calls, do not count here: they
-        would change what is measured.
+        Hooks on all modules do not count. Profilers and PyTorch's FLOP counter set them, and must measure the form that
+        runs without them.
         """
         conv0, conv1, up3, out = self.conv0, self.conv1, self.up3, self.out
         if not (is_plain_block(conv1, ConvBNReLU) and is_plain_norm(conv1.bn) and conv1.relu):
@@ -131,7 +133,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         assert conv1.bias is not None
         assert up3.bias is not None
         assert out.bias is not None
-        # Autocast would round the factors before composing them; composing is cheap, so it stays in their dtype.
+        # Autocast would round the factors before they are composed. Composing is cheap, so it runs in their own dtype.
         with without_autocast(x.device):
             stem = compose_stem(conv0.weight, conv0.bias, conv1.weight, conv1.bias)
             head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
@@ -148,8 +150,8 @@ class Denoiser(nn.Module, PretrainedMixin):
     def adapt(self, noise_level_input: bool) -> Denoiser:
         """A network with or without noise-level input that starts from this one's weights.
 
-        Dropping the level removes the weights of its channel from conv0; adding one adds zeros, which leaves the
-        function as it was.
+        Without the input, conv0 loses the weights of that channel. With it, conv0 gets zeros there: the function stays
+        the same.
         """
         if noise_level_input == self.noise_level_input:
             return self

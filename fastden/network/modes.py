@@ -1,4 +1,4 @@
-"""In which mode of PyTorch a call runs: plainly, under a transform, or watched while it is recorded."""
+"""The mode of PyTorch in which a call runs: plain, transformed, or recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 
 def transforming() -> bool:
-    """Whether values of tensors may not be looked at: in code that is compiled, traced or transformed.
+    """Whether code may not read the values of tensors, because it is compiled, traced or transformed.
 
     True inside ``torch.compile`` and ``torch.export``, ``torch.jit.trace``, the transforms of ``torch.func`` and
     ``torch.vmap``, and forward-mode differentiation.
@@ -24,16 +24,16 @@ def transforming() -> bool:
 
 
 def runs_as_written(x: Tensor) -> bool:
-    """Whether code on ``x`` runs once, now, on plain memory, with nobody recording PyTorch's operations.
+    """Whether code on ``x`` runs once, now, on plain memory, and nothing records PyTorch's operations.
 
-    Where it does not, only operations that PyTorch differentiates, batches and counts will do: under
-    :func:`transforming`, under a dispatch mode (``FlopCounterMode``, fake tensors, ``make_fx``), for tensor subclasses.
+    It is false under :func:`transforming`, under a dispatch mode (``FlopCounterMode``, fake tensors, ``make_fx``) and
+    for tensor subclasses. Code then may use only operations that PyTorch can differentiate, batch and count.
     """
     return not transforming() and torch._C._len_torch_dispatch_stack() == 0 and type(x) in (Tensor, nn.Parameter)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast is off for ``device``; nothing where it is off anyway, or unknown (meta)."""
+    """A context in which autocast is off for ``device``; it may be off already, or unknown (meta)."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""The padding in front of the network: by reflection, up to the next size that it can halve twice."""
+"""The padding in front of the network: reflection, up to the next size that can be halved twice."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Image height and width behind conv0 must be multiples of this: two stages of stride 2.
+#: Height and width of conv0's output must be multiples of this: there are two stages of stride 2.
 ALIGNMENT = 4
-#: Padding of the image on each side: half of what conv0 (5x5) and out (3x3), both unpadded, take off.
+#: Padding of the image on each side, pixels: conv0 (5x5) and out (3x3) have no padding and take off 2 and 1.
 BORDER = 3
 
 
 def padding_for(size: int) -> tuple[int, int]:
     """Pixels to add before and after an axis of ``size`` pixels, so that conv0's output is a multiple of 4."""
     behind_conv0 = size + 2 * BORDER - 4
-    # At least two pixels at quarter resolution: batch statistics need them, and oneDNN 3.12's bf16 convolution reads
-    # memory that nothing wrote where an output is one column wide.
+    # Quarter resolution has at least two pixels. Batch statistics need them, and oneDNN 3.12's bf16 convolution reads
+    # uninitialised memory where an output is one column wide.
     aligned = max(behind_conv0 + (-behind_conv0) % ALIGNMENT, 2 * ALIGNMENT)
     return BORDER, BORDER + aligned - behind_conv0
 
@@ -25,30 +25,30 @@ def pad_image(x: Tensor) -> Tensor:
     """Reflect-pad (N, C, H, W) for the network: 3 pixels a side, and up to the next multiple behind conv0."""
     height, width = x.shape[2], x.shape[3]
     if torch.compiler.is_exporting():
-        # One way for every size: the choice below would tie the exported graph to the sizes for which it holds.
+        # The choice below would limit the exported graph to the sizes of the example.
         rows = _exported_index(height, x.device)
         columns = _exported_index(width, x.device)
         return x[:, :, rows][:, :, :, columns]
     (top, bottom), (left, right) = padding_for(height), padding_for(width)
     if height > bottom and width > right:
         return F.pad(x, (left, right, top, bottom), mode="reflect")
-    # Smaller than the padding: reflect back and forth, which F.pad refuses.
+    # The image is smaller than the padding. F.pad refuses that; here the index goes back and forth.
     rows = reflected_index(-top, height + bottom, height, x.device)
     columns = reflected_index(-left, width + right, width, x.device)
     return x[:, :, rows][:, :, :, columns]
 
 
 def reflected_index(start: int, stop: int, size: int, device: torch.device) -> Tensor:
-    """Indices in [0, size) of the positions [start, stop) of an axis that is mirrored at its end pixels for ever."""
+    """Indices in [0, size) for the positions [start, stop) of an axis that is mirrored at its end pixels."""
     period = max(2 * (size - 1), 1)
     index = torch.arange(start, stop, device=device) % period
     return torch.minimum(index, period - index) if size > 1 else torch.zeros_like(index)
 
 
 def _exported_index(size: int, device: torch.device) -> Tensor:
-    """:func:`reflected_index` of the padded axis, without a question about ``size``, which may be symbolic."""
+    """:func:`reflected_index` of the padded axis. ``size`` may be symbolic: no condition depends on it."""
     length = ALIGNMENT * torch.sym_max((size + 5) // ALIGNMENT, 2) + ALIGNMENT
     period = torch.sym_max(2 * (size - 1), 1)
     index = (torch.arange(length, device=device) - BORDER) % period
-    # Of an axis of one pixel the period is 1 and the index 0; the other side of the minimum is 1.
+    # An axis of one pixel has the period 1: index is 0, period - index is 1, and the minimum is 0.
     return torch.minimum(index, period - index)

@@ -43,10 +43,10 @@ def check_shape(name: str, tensor: Tensor | None, *accepted: int | str) -> None:
     """
     if tensor is None:
         return
-    found: dict[int | str, int] = {}
+    sizes: dict[int | str, int] = {}
     fits = tensor.dim() == len(accepted)
     for size, wanted in zip(tensor.shape, accepted, strict=False):
-        fits = fits and size == (wanted if isinstance(wanted, int) else found.setdefault(wanted, size))
+        fits = fits and size == (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, size))
     if not fits:
         comma = "," if len(accepted) == 1 else ""
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}; accepted: ({', '.join(map(str, accepted))}{comma})")

@@ -44,15 +44,15 @@ def ways(backend: str) -> Ways:
         ValueError: FASTDEN_BACKWARD is malformed.
     """
     default = "kernels" if backend == "triton" else "aten"
-    found = {"input": default, "weight": default}
+    chosen = {"input": default, "weight": default}
     text = os.environ.get(ENVIRONMENT, "")
     for part in filter(None, text.split(",")):
         name, _, way = part.rpartition("=")
-        if way not in WAYS or name not in ("", *found):
+        if way not in WAYS or name not in ("", *chosen):
             accepted = "aten, kernels, or input= and weight= with one of them, separated by commas"
             raise ValueError(f"{ENVIRONMENT}: {text!r}; accepted: {accepted}")
-        found.update({name: way} if name else dict.fromkeys(found, way))
-    return Ways(**found)
+        chosen.update({name: way} if name else dict.fromkeys(chosen, way))
+    return Ways(**chosen)
 
 
 @Operator
@@ -225,10 +225,10 @@ def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return once(ctx, *gradients)
             with torch.no_grad():
-                found = backward(ctx, *gradients)
+                results = backward(ctx, *gradients)
             # Only what depends on a gradient or an input that wants one can be differentiated again.
-            found = tuple(one.detach().requires_grad_() if isinstance(one, Tensor) else one for one in found)
-            return _NoSecondDerivative.apply(name, *found)
+            results = tuple(one.detach().requires_grad_() if isinstance(one, Tensor) else one for one in results)
+            return _NoSecondDerivative.apply(name, *results)
 
         return run
 

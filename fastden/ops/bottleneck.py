@@ -135,7 +135,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
         *affine: Tensor,
     ) -> tuple[Tensor, ...]:
         statistics: list[Tensor] = []
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
         source = x
         for index, weight in enumerate((reduce, conv, expand)):
             raw, mean, rstd, unbiased = torch.ops.fastden.conv_statistics(
@@ -145,9 +145,9 @@ class BottleneckBatchNorm(torch.autograd.Function):
             statistics += [mean, unbiased]
             if index < 2:
                 source = recipe.make()
-                kept += recipe[:3]
+                saved += recipe[:3]
         y = torch.ops.fastden.affine(*recipe, x, True)
-        ctx.save_for_backward(*_recompute.save(x), y, reduce, conv, expand, *affine, *kept, mean, rstd)
+        ctx.save_for_backward(*_recompute.save(x), y, reduce, conv, expand, *affine, *saved, mean, rstd)
         ctx.ways = ways("triton")
         ctx.mark_non_differentiable(*statistics)
         return (y, *statistics)
@@ -187,7 +187,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
             grad_conv,
             grad_expand,
             None,
-            *(found.to(own.dtype) for found, own in zip(gradients, rest, strict=False)),
+            *(grad.to(own.dtype) for grad, own in zip(gradients, rest, strict=False)),
         )
 
 

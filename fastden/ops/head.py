@@ -212,8 +212,8 @@ def _feature_gradients(
     grad_features, _none, grad_merged = conv_gradients(wanted, pixels, features, None, merged, 1, 1, ways)
     if grad_merged is None:
         return grad_features, None
-    found = grad_merged.unflatten(0, (-1, 2, 2))
+    parts = grad_merged.unflatten(0, (-1, 2, 2))
     back = [
-        F.pad(found[:, 1 - p, 1 - q], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)
+        F.pad(parts[:, 1 - p, 1 - q], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)
     ]  # phase 0 has its taps first, phase 1 last
     return grad_features, torch.stack(back, 1).flatten(0, 1)

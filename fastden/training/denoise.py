@@ -141,26 +141,26 @@ class DenoiserTraining(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         clean = batch[0].float().div(255)
-        for level in VALIDATION_SIGMAS:
-            sigma = torch.full((len(clean),), level / 255, device=self.device)
-            noisy = gaussian(clean, sigma, torch.Generator().manual_seed(batch_index))
-            output = self(noisy, sigma).float().clamp(0, 1)
-            self.log_quality(level, output, clean)
+        for sigma in VALIDATION_SIGMAS:
+            level = torch.full((len(clean),), sigma / 255, device=self.device)
+            noisy = gaussian(clean, level, torch.Generator().manual_seed(batch_index))
+            output = self(noisy, level).float().clamp(0, 1)
+            self.log_quality(sigma, output, clean)
             if batch_index == 0:
-                self.log_picture(level, noisy[0], output[0], clean[0])
+                self.log_picture(sigma, noisy[0], output[0], clean[0])
 
-    def log_quality(self, level: int, output: Tensor, clean: Tensor) -> None:
+    def log_quality(self, sigma: int, output: Tensor, clean: Tensor) -> None:
         """Log the PSNR of images (N, 3, H, W) in [0, 1], rounded to 8 bits."""
         error = ((output * 255).round() / 255 - clean).square().mean((1, 2, 3))
         psnr = (-10 * error.log10()).mean()
-        self.log(f"val_psnr_{level}", psnr, prog_bar=level == 25, batch_size=len(clean), sync_dist=True)
+        self.log(f"val_psnr_{sigma}", psnr, prog_bar=sigma == 25, batch_size=len(clean), sync_dist=True)
 
-    def log_picture(self, level: int, *images: Tensor) -> None:
+    def log_picture(self, sigma: int, *images: Tensor) -> None:
         """Show images (3, H, W) side by side in TensorBoard."""
-        strip = torch.cat([image.float().clamp(0, 1).cpu() for image in images], 2)
+        row = torch.cat([image.float().clamp(0, 1).cpu() for image in images], 2)
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"sigma {level}: noisy, denoised, clean", strip, self.global_step)
+                logger.experiment.add_image(f"sigma {sigma}: noisy, denoised, clean", row, self.global_step)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr)

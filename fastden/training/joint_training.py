@@ -113,20 +113,20 @@ class JointTraining(DenoiserTraining):
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         clean, labels = batch["clean"], batch["label"]
-        for level, metric in zip(VALIDATION_SIGMAS, self.metrics, strict=True):
+        for sigma, metric in zip(VALIDATION_SIGMAS, self.metrics, strict=True):
             assert isinstance(metric, Metric)
-            sigma = torch.full((len(clean),), level / 255, device=self.device)
-            noisy = gaussian(clean, sigma, torch.Generator().manual_seed(batch_index))
-            output = self(noisy, sigma).float()
+            level = torch.full((len(clean),), sigma / 255, device=self.device)
+            noisy = gaussian(clean, level, torch.Generator().manual_seed(batch_index))
+            output = self(noisy, level).float()
             prediction = self.task(output).float()
             if prediction.dim() == 4:
                 prediction = resize_prediction(prediction, labels.shape[1:])
             metric.update(prediction, labels)
             name = "top1" if prediction.dim() == 2 else "miou"
-            self.log(f"val_{name}_{level}", metric, prog_bar=level == 60, batch_size=len(clean))
-            self.log_quality(level, output.clamp(0, 1), clean)
+            self.log(f"val_{name}_{sigma}", metric, prog_bar=sigma == 60, batch_size=len(clean))
+            self.log_quality(sigma, output.clamp(0, 1), clean)
             if batch_index == 0:
-                self.log_picture(level, noisy[0], output[0], clean[0])
+                self.log_picture(sigma, noisy[0], output[0], clean[0])
 
 
 def _metric(task: Task) -> Metric:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from fastden.network.fused import FusedDenoiser
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-#: Frames that ``sigma="auto"`` looks at; their median holds for the whole video, so that it does not flicker.
+#: Frames whose noise ``sigma="auto"`` estimates. The whole video gets their median, so that it does not flicker.
 ESTIMATED = 5
-#: What a file says of its own container and encoder, not of its content.
+#: Tags about the container and the encoder, not about the content.
 NOT_COPIED = ("major_brand", "minor_version", "compatible_brands", "encoder", "duration")
 #: Kinds of side data that PyAV reads and cannot write.
 LOST = {
@@ -123,7 +123,7 @@ def _av() -> Any:
         import av
     except ModuleNotFoundError as error:
         raise UserError(f"video: the package {error.name} is missing; install: pip install 'fastden[video]'") from error
-    # FFmpeg's own remarks go to standard error otherwise; errors are raised all the same.
+    # FFmpeg would print remarks to standard error. Errors are raised in any case.
     av.logging.set_level(av.logging.FATAL)
     os.environ.setdefault("SVT_LOG", "1")
     return av
@@ -139,7 +139,7 @@ def _opened(av: Any, source: Path) -> Any:
 
 
 def _side_data(frame: Any) -> list[Any]:
-    # By number: going through them gives the data itself in PyAV 18, its kind in 19.
+    # By number: an iterator gives the data in PyAV 18 and its kind in PyAV 19.
     return [frame.side_data[number] for number in range(len(frame.side_data))]
 
 
@@ -168,7 +168,7 @@ class _Copy:
         return bool(stream.disposition & self.av.stream.Disposition.attached_pic)
 
     def _is_gap(self, packet: Any) -> bool:
-        """Whether a packet is the nothing between two subtitles of an MP4, which is written anew."""
+        """Whether a packet is the gap between two subtitles of an MP4. The writer makes such gaps itself."""
         codec = packet.stream.codec_context
         return codec is not None and codec.name == "mov_text" and bytes(packet) == b"\0\0"
 
@@ -195,7 +195,7 @@ class _Copy:
         network = load(eight_bit)
         outputs = self._add_streams(first)
         encoder = outputs[self.video.index]
-        level: Any = sigma
+        asked: Any = sigma
         waiting: deque[tuple[Any, Array]] = deque()
         # Frames of an AVI have the times of packets, which are late by as many as the decoder holds back.
         late = (first.pts or 0) - (self.video.start_time or 0) if self.reader.format.name == "avi" else 0
@@ -204,11 +204,11 @@ class _Copy:
         def finish(frame: Any, pixels: Array) -> None:
             nonlocal last
             colours = pixels.shape[2] // 3 * 3 or 1
-            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], level, network, values=ORDINARY, **options)
+            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], asked, network, values=ORDINARY, **options)
             encoded = converter.frame(np.concatenate([done, pixels[:, :, colours:]], 2), frame, encoder.pix_fmt)
             if encoded.pts is not None:
                 encoded.pts -= late
-            # A decoder that lost its way gives no time, or one twice.
+            # After damage a decoder gives no time, or the same time twice.
             if encoded.pts is None or (last is not None and encoded.pts <= last):
                 encoded.pts = 0 if last is None else last + 1
             last = encoded.pts
@@ -225,12 +225,12 @@ class _Copy:
                 continue
             self._check_frame(item, first)
             waiting.append((item, converter.pixels(item)))
-            if level == "auto" and network.noise_level_input and len(waiting) < ESTIMATED:
+            if asked == "auto" and network.noise_level_input and len(waiting) < ESTIMATED:
                 continue
-            level = _held(level, network, waiting)
+            asked = _held(asked, network, waiting)
             while waiting:
                 finish(*waiting.popleft())
-        level = _held(level, network, waiting)
+        asked = _held(asked, network, waiting)
         while waiting:
             finish(*waiting.popleft())
         self.writer.mux(encoder.encode(None))
@@ -253,7 +253,7 @@ class _Copy:
         except self.av.error.InvalidDataError:
             self.result.damaged += 1
             return []
-        # What the decoder made up for a damaged frame is kept: a gap would show more.
+        # A damaged frame is kept as the decoder repaired it: a missing frame would be more visible.
         self.result.damaged += sum(frame.is_corrupt for frame in frames)
         return list(frames)
 
@@ -323,7 +323,7 @@ class _Copy:
         return self.writer.add_stream_from_template(stream, opaque=True)
 
     def _try_copy(self, stream: Any) -> None:
-        """Raise where the container does not take a stream, which some say only when they write their header."""
+        """Raise where the container refuses a stream. Some containers do so only when they write their header."""
         with self.av.open(io.BytesIO(), "w", format=self.writer.format.name) as scratch:
             scratch.add_stream_from_template(stream, opaque=True)
             scratch.start_encoding()
@@ -353,11 +353,11 @@ def _content(metadata: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key.lower() not in NOT_COPIED}
 
 
-def _held(level: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:
+def _held(sigma: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:
     """The noise level for all frames: what was given, or the median of the estimates on those that wait."""
     from fastden.inference.estimate import estimate_of, median_estimate
 
-    if level != "auto" or not network.noise_level_input or not waiting:
-        return level
+    if sigma != "auto" or not network.noise_level_input or not waiting:
+        return sigma
     colours = waiting[0][1].shape[2] // 3 * 3 or 1
     return median_estimate([estimate_of(pixels[:, :, :colours], ORDINARY) for _, pixels in waiting])

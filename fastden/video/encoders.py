@@ -7,13 +7,13 @@ from typing import Any
 
 from fastden.errors import UserError
 
-#: Constant rate factor of each encoder where none is asked for: little loss that one could see.
+#: Default constant rate factor of each encoder: hardly any visible loss.
 RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}
 #: Quantiser of the other lossy encoders, where the input's bit rate is unknown: 1 is best, 31 worst.
 QUANTISER = 3
 #: Encoders that know more pixel formats than the one which FFmpeg takes first.
 ENCODERS = {"prores": "prores_ks"}
-#: What is tried, in this order, where the input's own codec cannot be encoded.
+#: Codecs to try, in this order, where the input's own codec cannot be encoded.
 INSTEAD = ("h264", "hevc", "av1", "ffv1")
 #: Frames a second that SVT-AV1 takes at most. Times are given with each frame; this serves its control of the rate.
 SVT_RATE = 240
@@ -30,7 +30,7 @@ class Encoders:
         writer: the output's container.
         suffix: of the output.
         crf: constant rate factor that was asked for.
-        note: takes what a user should know of the choice.
+        note: called with what a user should know about the choice.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Encoders:
         raise UserError(f"output: nothing encodes {own} in {wanted} into {self.suffix}; accepted: .mkv, .mp4")
 
     def _opens(self, codec: Any, first: Any, pixel_format: str) -> bool:
-        """Whether the encoder takes the frame's size, times and format: some know certain rates alone."""
+        """Whether the encoder takes the frame's size, times and format: some take certain frame rates only."""
         context = self.av.CodecContext.create(codec, "w")
         context.options = self.options(codec.name)
         self.configure(context, first, pixel_format)
@@ -99,7 +99,7 @@ class Encoders:
         context.time_base = self.video.time_base
         rate = self.video.average_rate or self.video.guessed_rate
         if rate:
-            # Of a few frames at varying times FFmpeg may take the unit of time for the rate.
+            # With few frames at irregular times FFmpeg may report the unit of time as the frame rate.
             context.framerate = min(rate, SVT_RATE) if context.codec.name == "libsvtav1" else rate
         if self.video.sample_aspect_ratio:
             context.sample_aspect_ratio = self.video.sample_aspect_ratio

@@ -1,4 +1,4 @@
-"""A video's frames as RGB in float32, and back: nothing is clipped between, nothing rounded to 8 bits.
+"""A video's frames as RGB in float32, and back, without clipping and without rounding to 8 bits.
 
 FFmpeg's scaler brings planes to 16 bits and chroma to full size; the step between YUV and RGB is done here, on coded
 values without regard to their range, so that whiter than white and colours outside of RGB come back as they were.
@@ -61,8 +61,8 @@ class FrameConverter:
             self.format, self.largest = ("rgba64le" if alpha else "rgb48le" if coloured else "gray16le"), 65535
         matrix = yuv_to_rgb(first.colorspace, first.height)
         self.matrix, self.inverse = matrix.astype(np.float32), np.linalg.inv(matrix).astype(np.float32)
-        # YUV stays YUV: both are said to be of one range, whatever it is, so that values are shifted alone. The formats
-        # named yuvj are of full range for FFmpeg whatever they are said to be.
+        # YUV stays YUV. Both sides are declared to have one range, so that values are only shifted. FFmpeg takes the
+        # formats named yuvj to have full range in any case.
         self.range = _LIMITED if self.is_yuv and not first.format.name.startswith("yuvj") else _FULL
         self.widen, self.narrow = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
         kinds = av.video.reformatter.Interpolation

@@ -135,7 +135,7 @@ def test_rows_come_and_go_unchanged(tmp_path: Path, shape: tuple[int, int, int])
     write_image(tmp_path / "a.tif", picture)
     reader = StripReader(tmp_path / "a.tif")
     assert (reader.header.height, reader.header.width, reader.header.bands) == shape
-    options: dict[str, Any] = {"bits": 8, "lossless": True, "metadata": {}, "strip": False}
+    options: dict[str, Any] = {"bits": 8, "lossless": True, "metadata": {}, "strip_metadata": False}
     writer = StripWriter(tmp_path / "b.tif", shape, np.dtype(np.uint8), "tiff", **options)
     write_all(writer, reader.read(shape[0]))
     back = StripReader(tmp_path / "b.tif").read(shape[0])
@@ -150,7 +150,7 @@ def write_all(writer: StripWriter, rows: Any) -> None:
 
 
 def test_a_writer_that_is_given_up_ends(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"bits": 8, "lossless": True, "metadata": {}, "strip": False}
+    options: dict[str, Any] = {"bits": 8, "lossless": True, "metadata": {}, "strip_metadata": False}
     writer = StripWriter(tmp_path / "a.tif", (500, 100, 3), np.dtype(np.uint8), "tiff", **options)
     writer.write(pixels(100, 100))
     writer.abort()

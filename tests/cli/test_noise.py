@@ -39,7 +39,7 @@ def test_words(picture: Path, tmp_path: Path) -> None:
 def test_json_is_the_estimate(picture: Path) -> None:
     row = json.loads(works("noise", picture, "--json"))
     estimate = fastden.estimate_noise(noisy(20))
-    assert row["levels"] == pytest.approx(estimate.levels)
+    assert row["sigmas"] == pytest.approx(estimate.sigmas)
     assert (row["sigma"], row["kind"]) == (pytest.approx(estimate.sigma), estimate.kind)
 
 

@@ -161,7 +161,7 @@ def test_strip_applies_the_orientation_and_keeps_colours(orientation: int) -> No
     from PIL import ImageOps
 
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    stripped, _ = encode_image(decode_image(data), "png", strip=True)
+    stripped, _ = encode_image(decode_image(data), "png", strip_metadata=True)
     image = Image.open(io.BytesIO(stripped))
     np.testing.assert_array_equal(np.asarray(image), expected)
     assert not image.getexif()

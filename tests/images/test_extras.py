@@ -82,8 +82,8 @@ def again(data: bytes, format_name: str, **options: Any) -> tuple[bytes, list[st
 )
 def test_colours_outside_of_profiles_are_written_back_or_refused(chunk: tuple[bytes, bytes]) -> None:
     source = png_with(chunk)
-    for strip in (False, True):
-        data, notes = again(source, "png", strip=strip)
+    for strip_metadata in (False, True):
+        data, notes = again(source, "png", strip_metadata=strip_metadata)
         assert chunks_of(data)[chunk[0]] == chunk[1]
         assert notes == []
     for format_name in ("jpeg", "webp", "tiff", "avif"):
@@ -142,7 +142,7 @@ def test_text_of_png_and_comment_of_jpeg_stay() -> None:
     as_png: Any = Image.open(io.BytesIO(again(comment, "png")[0]))
     assert as_png.text == {"Comment": "box 12"}
     assert again(comment, "webp")[1] == ["not kept: the JPEG comment"]
-    assert not chunks_of(again(file.getvalue(), "png", strip=True)[0]).keys() & {b"tEXt", b"zTXt", b"iTXt"}
+    assert not chunks_of(again(file.getvalue(), "png", strip_metadata=True)[0]).keys() & {b"tEXt", b"zTXt", b"iTXt"}
 
 
 @pytest.mark.parametrize("format_name", ["jpeg", "png", "webp"])
@@ -340,7 +340,7 @@ def test_strips_carry_the_same(tmp_path: Path, format_name: str) -> None:
     reader = StripReader(tmp_path / "a.jpg")
     extras, metadata = reader.extras()
     shape = (reader.header.height, reader.header.width, 3)
-    options: Any = {"bits": 8, "lossless": False, "metadata": metadata, "strip": False, "extras": extras}
+    options: Any = {"bits": 8, "lossless": False, "metadata": metadata, "strip_metadata": False, "extras": extras}
     writer = StripWriter(tmp_path / "b.tmp", shape, np.dtype(np.uint8), format_name, **options)
     writer.write(reader.read(shape[0]))
     writer.close()

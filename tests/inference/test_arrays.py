@@ -156,7 +156,7 @@ def test_estimated_sigma(shape: tuple[int, int], model: str) -> None:
     image[: shape[0] // 3] //= 2
     ordinary = da.from_array(arrays._as_ranges([ORDINARY]).reshape(1, 1, 1, 1))
     lazy = arrays._estimates(da, da.from_array(image[None], (1, 100, 25, 4)), ordinary)
-    np.testing.assert_allclose(computed(lazy)["levels"].reshape(-1), fastden.estimate_noise(image).levels, rtol=1e-6)
+    np.testing.assert_allclose(computed(lazy)["sigmas"].reshape(-1), fastden.estimate_noise(image).sigmas, rtol=1e-6)
     if shape == (40, 60):
         lazy = denoise_array(da.from_array(image, (24, 24, 4)), model=model, dtype="float64")
         same(computed(lazy), fastden.denoise(image, model=model, dtype="float64"))

@@ -44,7 +44,7 @@ def test_gray(shape: tuple[int, ...]) -> None:
 
 
 def test_bounds() -> None:
-    assert max(estimate_noise(noisy(150)).levels) == 75
+    assert max(estimate_noise(noisy(150)).sigmas) == 75
     for value in (0, 77, 128, 255):
         estimate = estimate_noise(np.full((64, 64, 3), value, np.uint8))
         assert estimate.sigma == 0
@@ -146,8 +146,8 @@ def test_levels_follow_brightness() -> None:
 def test_an_estimate_is_a_noise_level() -> None:
     image = noisy(20, (40, 52, 3), np.uint8)
     estimate = estimate_noise(image)
-    assert len(estimate.levels) == KNOTS
-    np.testing.assert_allclose(estimate.curve[0].numpy() * 255, estimate.levels, rtol=1e-6)
+    assert len(estimate.sigmas) == KNOTS
+    np.testing.assert_allclose(estimate.curve[0].numpy() * 255, estimate.sigmas, rtol=1e-6)
     np.testing.assert_array_equal(fastden.denoise(image, estimate), fastden.denoise(image))
 
 
@@ -156,7 +156,7 @@ def test_median_of_frames() -> None:
     estimates.append(estimate_module.UNDECIDED)
     middle = estimate_module.median_estimate(estimates)
     assert middle.sigma == estimates[1].sigma
-    assert middle.levels == pytest.approx(estimates[1].levels)
+    assert middle.sigmas == pytest.approx(estimates[1].sigmas)
     assert estimate_module.median_estimate([estimate_module.UNDECIDED]) == estimate_module.UNDECIDED
 
 
