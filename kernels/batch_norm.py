@@ -273,7 +273,7 @@ def gradient_kernel(
     factor = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32) * rstd
     share = factor / tl.cast(rows, tl.int64).to(tl.float32)
     slope = -share * rstd * tl.load(weight_grad_ptr + channel, mask=channel < C, other=0.0)
-    offset = -share * tl.load(bias_grad_ptr + channel, mask=channel < C, other=0.0)
+    shift = -share * tl.load(bias_grad_ptr + channel, mask=channel < C, other=0.0)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
     grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     centred = tl.load(raw_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
@@ -284,7 +284,7 @@ def gradient_kernel(
             bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
             y = centred * factor[None, :] + bias[None, :]
         grad = tl.where(y > 0.0, grad, 0.0)
-    result = grad * factor[None, :] + centred * slope[None, :] + offset[None, :]
+    result = grad * factor[None, :] + centred * slope[None, :] + shift[None, :]
     tl.store(grad_raw_ptr + offset, result.to(grad_raw_ptr.dtype.element_ty), mask=mask)
     if HAS_RESIDUAL:
         tl.store(grad_residual_ptr + offset, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
