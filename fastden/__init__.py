@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastden.exports.exporter import export
     from fastden.inference.arrays import denoise_array
     from fastden.inference.estimate import NoiseEstimate, estimate_noise, estimate_sigma
+    from fastden.network.calibration import calibrate
     from fastden.network.fused import FusedDenoiser, fuse
     from fastden.network.hub import models
     from fastden.network.model import Denoiser
@@ -33,6 +34,7 @@ __all__ = [
     "ScaleWarning",
     "UserError",
     "__version__",
+    "calibrate",
     "denoise",
     "denoise_array",
     "estimate_noise",
@@ -52,6 +54,7 @@ _MODULES = {
     "NoiseEstimate": "fastden.inference.estimate",
     "ScaleWarning": "fastden.errors",
     "UserError": "fastden.errors",
+    "calibrate": "fastden.network.calibration",
     "denoise": "fastden.api",
     "denoise_array": "fastden.inference.arrays",
     "estimate_noise": "fastden.inference.estimate",

@@ -73,7 +73,9 @@ class Settings:
         """The network for images of 8 bits, or of more."""
         with self._lock:
             if eight_bit not in self._networks:
-                self._networks[eight_bit] = load_network(self.model, self.device, self.dtype, eight_bit=eight_bit)
+                self._networks[eight_bit] = load_network(
+                    self.model, self.device, self.dtype, eight_bit=eight_bit, fast=self.wishes.fast
+                )
             return self._networks[eight_bit]
 
     def options(self, job: Job) -> dict[str, Any]:

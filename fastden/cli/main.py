@@ -101,7 +101,11 @@ def denoise(
         float | None, typer.Option(help="The same for colour noise alone, at twice the work; default: as --strength.")
     ] = None,
     quality: Annotated[
-        Quality, typer.Option(help="best: the mean of the results of all flips and turns, at eight times the work.")
+        Quality,
+        typer.Option(
+            help="fast: 8-bit integers, on CPUs with VNNI; best: the mean of the results of all flips and turns, at"
+            " eight times the work."
+        ),
     ] = Quality.normal,
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
     recursive: Annotated[
@@ -267,6 +271,23 @@ def evaluate(
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 
 
+def _central_crops(folders: list[Path], count: int, channels: int) -> list[Any]:
+    """At most ``count`` central crops (1, C, H, W) of at most 256 pixels a side, float32 in [0, 1]."""
+    import torch
+
+    from fastden.training.data import find_photographs, load_rgb, to_gray
+
+    files = [file for folder in folders for file in find_photographs(folder)]
+    chosen = files[:: -(-len(files) // count)]
+    crops = []
+    for file in chosen:
+        pixels = torch.from_numpy(load_rgb(file).copy()).permute(2, 0, 1).float().div_(255)
+        top, left = (max(size - 256, 0) // 2 for size in pixels.shape[1:])
+        crop = pixels[:, top : top + 256, left : left + 256]
+        crops.append((to_gray(crop)[:1] if channels == 1 else crop)[None].contiguous())
+    return crops
+
+
 def _shower(status: Any, folder: Path) -> Callable[[str], None]:
     return lambda name: status.update(f"{folder.name}: {name}")
 
@@ -351,3 +372,32 @@ def train(
     with naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
         folder = run(settings, resume=resume, accelerator=accelerator, devices=devices)
     say(f"model written to {folder}")
+
+
+@app.command("calibrate")
+def calibrate_model(
+    model: Annotated[str, typer.Argument(help="A folder with a model, a bundled name or a Hugging Face Hub id.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of clean photographs.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to save the model; default: the folder that it is in.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures that are used, evenly spaced.")] = 32,
+) -> None:
+    """Measure the ranges of a model's activations on photographs, for --quality fast; they are saved beside it."""
+    from fastden.network.calibration import calibrate
+    from fastden.network.int8 import save_ranges
+    from fastden.network.model import Denoiser
+
+    if output is None and not Path(model).is_dir():
+        raise UserError(f"output: none, and {model!r} is not a folder; accepted: a folder for the calibrated model")
+    with naming("model"):
+        network = Denoiser.from_pretrained(model)
+    crops = _central_crops(pictures, count, network.image_channels)
+    with naming("calibrate", FAILURES):
+        calibrate(network, crops)
+        if output is not None:
+            network.save_pretrained(output)
+        else:
+            assert network.int8_ranges is not None
+            save_ranges(Path(model), *network.int8_ranges)
+    say(f"ranges of {len(crops)} pictures written to {output or model}")

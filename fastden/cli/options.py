@@ -125,7 +125,9 @@ def check_model(settings: dict[str, Any], *, eight_bit: bool = True) -> Any:
     with naming("device"):
         device = parse_device(settings["device"])
     with naming("model"):
-        return load_network(settings["model"], device, settings["dtype"], eight_bit=eight_bit)
+        return load_network(
+            settings["model"], device, settings["dtype"], eight_bit=eight_bit, fast=settings.get("quality") == "fast"
+        )
 
 
 class Format(str, Enum):
@@ -148,6 +150,7 @@ class Engine(str, Enum):
 class Quality(str, Enum):
     """How much work a result is worth."""
 
+    fast = "fast"
     normal = "normal"
     best = "best"
 

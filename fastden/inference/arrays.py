@@ -389,7 +389,9 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
     own = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
     with _COMPUTING:
         eight_bit = planes.dtype == np.uint8
-        network = load_network(settings.model, settings.device, settings.dtype, eight_bit=eight_bit)
+        network = load_network(
+            settings.model, settings.device, settings.dtype, eight_bit=eight_bit, fast=settings.wishes.fast
+        )
         for index in np.ndindex(planes.shape[:-3]):
             level = spread[index][..., 0]
             if level.dtype == CURVE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fastden.network.loading import check_strength
 from fastden.network.padding import BORDER
 
 Progress = Callable[[int, int], None]
-Quality = Literal["normal", "best"]
+Quality = Literal["fast", "normal", "best"]
 #: Luma of BT.601.
 LUMA = (0.299, 0.587, 0.114)
 
@@ -35,6 +35,7 @@ class Wishes:
         chroma: the same for colour alone; None follows ``strength``. Where they differ the network runs twice, and luma
             and chroma (BT.601) come from one result each.
         quality: ``"best"`` averages the results of the eight flips and quarter turns, at eight times the work.
+            ``"fast"`` is a matter of the network (:func:`fastden.fuse`).
     """
 
     strength: float = 1.0
@@ -45,13 +46,18 @@ class Wishes:
         check_strength(self.strength)
         if self.chroma is not None:
             check_strength(self.chroma, "chroma")
-        if self.quality not in ("normal", "best"):
-            raise ValueError(f"quality: {self.quality!r}; accepted: 'normal', 'best'")
+        if self.quality not in get_args(Quality):
+            raise ValueError(f"quality: {self.quality!r}; accepted: {', '.join(map(repr, get_args(Quality)))}")
+
+    @property
+    def fast(self) -> bool:
+        """Whether in 8-bit integers."""
+        return self.quality == "fast"
 
     @property
     def plain(self) -> bool:
         """Whether the network is applied as it is."""
-        return self.strength == 1 and self.chroma in (None, 1) and self.quality == "normal"
+        return self.strength == 1 and self.chroma in (None, 1) and self.quality != "best"
 
 
 #: The network as it is.
@@ -109,7 +115,7 @@ class Adapted:
         return y if self.noise_level_input else torch.lerp(inside, y, strength)
 
     def _ensemble(self, x: Tensor) -> Tensor:
-        if self.wishes.quality == "normal":
+        if self.wishes.quality != "best":
             return self.network.forward_padded(x)
         total: Tensor | None = None
         for turns in range(4):

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -18,7 +24,14 @@ def models() -> dict[str, Path]:
 
 
 class PretrainedMixin(PyTorchModelHubMixin, library_name="fastden", tags=["image-denoising"], license="apache-2.0"):
-    """``from_pretrained`` and ``save_pretrained`` (safetensors), with bundled names that need no network."""
+    """``from_pretrained`` and ``save_pretrained`` (safetensors), with bundled names that need no network.
+
+    Attributes:
+        int8_ranges: ranges of the activations and the fingerprint of the weights that they belong to, for
+            ``fuse(model, quality="fast")``; see :func:`fastden.calibrate`. None where they are not known.
+    """
+
+    int8_ranges: tuple[dict[str, Any], str] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -61,10 +74,39 @@ class PretrainedMixin(PyTorchModelHubMixin, library_name="fastden", tags=["image
         # lose its weights.
         with torch.device(map_location):
             if not Path(model_id).is_dir():
-                return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
+                model = super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
+                model.int8_ranges = _downloaded_ranges(model_id, kwargs)
+                return model
             # The mixin does the same, and prints a line to standard output.
             for name in ("revision", "cache_dir", "force_download", "local_files_only", "token"):
                 kwargs.pop(name, None)
-            return cls._load_as_safetensor(
+            model = cls._load_as_safetensor(
                 cls(**kwargs), str(Path(model_id) / SAFETENSORS_SINGLE_FILE), map_location, strict
             )
+        model.int8_ranges = _ranges_in(Path(model_id))
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        from fastden.network import int8
+
+        if self.int8_ranges is not None and self.int8_ranges[1] == int8.fingerprint(self):  # type: ignore[arg-type]
+            int8.save_ranges(save_directory, *self.int8_ranges)
+
+
+def _ranges_in(folder: Path) -> tuple[dict[str, Any], str] | None:
+    from fastden.network import int8  # here, because listing the models needs no PyTorch
+
+    return int8.load_ranges(folder)
+
+
+def _downloaded_ranges(repository: str, settings: dict[str, Any]) -> tuple[dict[str, Any], str] | None:
+    """The ranges of activations in a Hub repository; None where it has none."""
+    from fastden.network.int8 import RANGES_FILE
+
+    names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+    given = {name: settings[name] for name in names if name in settings}
+    try:
+        return _ranges_in(Path(hf_hub_download(repository, RANGES_FILE, **given)).parent)
+    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return None

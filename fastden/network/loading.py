@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -41,20 +42,25 @@ def load_network(
     dtype: str | torch.dtype = "auto",
     *,
     eight_bit: bool = False,
+    fast: bool = False,
 ) -> FusedDenoiser:
     """The fused network for :func:`denoise`'s arguments; networks loaded by name are cached.
 
     Args:
         model, device, dtype: as in :func:`denoise`.
         eight_bit: the image has 8 bits, so ``dtype="auto"`` may reduce the precision.
+        fast: in 8-bit integers; ``dtype`` is then that of the head, and of what cannot run so.
     """
+    quality: Literal["normal", "fast"] = "fast" if fast else "normal"
     if isinstance(model, FusedDenoiser):
+        if fast and model.quality != "fast":
+            raise ValueError("quality: 'fast', with a FusedDenoiser of quality 'normal'; fuse(model, quality='fast')")
         if device is not None or dtype != "auto":
             raise ValueError("device, dtype: given with a FusedDenoiser, which has its own; accepted: None and 'auto'")
         return model
     if isinstance(model, Denoiser):
         target = model.conv0.weight.device if device is None else parse_device(device)
-        return fuse(model, choose_dtype(dtype, target, eight_bit), target)
+        return fuse(model, choose_dtype(dtype, target, eight_bit and not fast), target, quality=quality)
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
     target = parse_device(device)
@@ -62,12 +68,14 @@ def load_network(
     weights = folder / "model.safetensors"
     # The file's time is part of the cache key: a folder that was written again holds another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
-    return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit), changed)
+    return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit and not fast), quality, changed)
 
 
 @lru_cache(maxsize=4)
-def _load_cached(name: str, device: torch.device, dtype: torch.dtype, changed: int) -> FusedDenoiser:
-    return fuse(Denoiser.from_pretrained(name), dtype, device)
+def _load_cached(
+    name: str, device: torch.device, dtype: torch.dtype, quality: Literal["normal", "fast"], changed: int
+) -> FusedDenoiser:
+    return fuse(Denoiser.from_pretrained(name), dtype, device, quality=quality)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastden.algebra import HeadWeights, StemWeights, image_phases, phase_weights, separated_head, unshuffled_weight
+from fastden.network.padding import BORDER
 
 #: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
 #: run at 3.1 TFLOP/s on maps up to 192 wide and at 1.1 on the 386 columns of a 768-pixel image (2 cores, conv3); rows
@@ -26,7 +27,7 @@ from fastden.algebra import HeadWeights, StemWeights, image_phases, phase_weight
 #: with 64; 404, 412 and 476 ms in float32.
 TILE_ROWS, TILE_COLUMNS = 256, 192
 #: Features that a tile needs around its own: 1 for res3's 3x3, and 1 before, 2 behind for the head's 4x4 (conv3's own
-#: neighbours are inputs, see ``_gather``).
+#: neighbours are inputs, see ``gathered``).
 BEFORE, BEHIND = 2, 3
 #: Rows of half-resolution features that stem and res1 make at a time: 10 ms less in 100 than with all rows, 5 less than
 #: with 16 (512 x 768 pixels, bf16).
@@ -201,16 +202,20 @@ class Snapshot:
 
 
 class Convolution:
-    """A convolution with its bias and, on call, ReLU and a residual sum as post-operations.
+    """A convolution with its bias and, on call, a residual sum and ReLU as post-operations.
 
     Args:
         weight: (O, C, k, k), float32 or bfloat16, on the CPU.
         bias: (O,), rounded to the weight's dtype, which oneDNN's convolutions of PyTorch take.
         stride, padding: as in ``torch.nn.functional.conv2d``.
+        relu: whether ReLU follows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0, relu: bool = True
+    ) -> None:
         self.weight = weight
+        self.relu = relu
         self.bias = bias.to(weight.dtype)
         self.geometry = ([padding] * 2 if isinstance(padding, int) else list(padding), [stride] * 2, [1, 1], 1)
         self._packed = PackedWeights()
@@ -226,16 +231,16 @@ class Convolution:
             packed = self._packed.add(shape, packed)
         return packed
 
-    def __call__(self, x: Tensor, relu: bool = True) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) channels-last -> (N, O, H', W') channels-last."""
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self._pack(x.shape), self.bias, *self.geometry, "relu" if relu else "none", [], ""
+            x, self._pack(x.shape), self.bias, *self.geometry, "relu" if self.relu else "none", [], ""
         )
 
-    def add_to_(self, y: Tensor, x: Tensor, relu: bool = True) -> Tensor:
+    def add_to_(self, y: Tensor, x: Tensor) -> Tensor:
         """``y <- relu(y + conv(x))`` in place, as a post-operation."""
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            y, x, self._pack(x.shape), self.bias, *self.geometry, "add", 1.0, "relu" if relu else None, [], ""
+            y, x, self._pack(x.shape), self.bias, *self.geometry, "add", 1.0, "relu" if self.relu else None, [], ""
         )
 
 
@@ -298,43 +303,34 @@ class _Head:
 
     def __call__(self, features: Tensor) -> Tensor:
         for part in self.parts:
-            features = part(features, relu=False)
+            features = part(features)
         return features
 
 
-class OneDnnNetwork:
-    """The fused network, on float32 or bfloat16 CPU tensors, without gradients."""
+class TiledNetwork:
+    """The fused network in tiles that stay in cache: what its forms in other number formats share.
 
-    def __init__(self, weights: FoldedWeights) -> None:
-        stem, head = weights.stem, weights.head
-        self.dtype = head.weight.dtype
-        self.channels = head.image_weight.shape[0]
-        # oneDNN's bf16 kernels run three times slower on 12 input channels than on 16 (stem, 386 columns): a blind
-        # colour network gets a channel of zeros. Float32 is faster without.
-        inputs = stem.weight.shape[2]
-        self.zero_channels = 1 if self.dtype == torch.bfloat16 and inputs == 3 else 0
-        self.stem = [
-            Convolution(unshuffled_weight(w, 4, self.zero_channels), b)
-            for w, b in zip(stem.weight, stem.bias, strict=True)
-        ]
-        self.res1 = _bottleneck(weights.res1)
-        self.conv2 = Convolution(*weights.conv2, stride=2, padding=1)
-        self.res2 = _bottleneck(weights.res2)
-        self.up2 = [Convolution(w, weights.up2[1], padding=1) for w in phase_weights(weights.up2[0])]
-        self.conv3 = Convolution(*weights.conv3)
-        self.res3 = _bottleneck(weights.res3)
-        self.head = _head(head)
-        image = image_phases(head.image_weight)
-        self.image = Convolution(unshuffled_weight(image, 5, self.zero_channels), image.new_zeros(len(image)))
+    A form sets the parts below, which take and return channels-last tensors, and says what the stem reads.
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of all packed weights."""
-        blocks = (
-            part for block in (self.res1, self.res2, self.res3) for part in (block.reduce, block.conv, block.expand)
-        )
-        others = (*self.stem, self.conv2, *self.up2, self.conv3, *self.head.parts, self.image)
-        return sum(convolution._packed.nbytes for convolution in (*blocks, *others))
+    Attributes:
+        channels: of the image.
+        zero_channels: channels of zeros that the folded input gets.
+        features: dtype between the convolutions.
+        outside: what conv3 finds beyond the image in the channels of its second source.
+    """
+
+    channels: int
+    zero_channels: int = 0
+    features: torch.dtype
+    outside: int = 0
+    stem: Sequence[Callable[[Tensor], Tensor]]
+    res1: Callable[[Tensor], Tensor]
+    conv2: Callable[[Tensor], Tensor]
+    res2: Callable[[Tensor], Tensor]
+    up2: Sequence[Callable[[Tensor], Tensor]]
+    conv3: Callable[[Tensor], Tensor]
+    res3: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -343,15 +339,18 @@ class OneDnnNetwork:
         parts = [self._run(part) for part in x.split(together)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the stem reads, folded (:func:`fold`), and the image's own part of the result (N, 4 K, h - 1, w - 1)."""
+        raise NotImplementedError
+
     def _run(self, x: Tensor) -> Tensor:
-        folded = self._fold(x)
+        folded, y = self._inputs(x)
         skip = self._front(folded)
         low = self.res2(self.conv2(skip))
-        upsampled = join_phases([phase(low, relu=False) for phase in self.up2])
-        y = self.image(folded, relu=False)
+        upsampled = join_phases([phase(low) for phase in self.up2])
         self._add_tail(skip, upsampled, y)
         # The four phases go to their pixels, and the input is added at its own precision, in one pass.
-        image = x[:, : self.channels, 3:-3, 3:-3]
+        image = x[:, : self.channels, BORDER:-BORDER, BORDER:-BORDER]
         result = torch.empty(image.shape, dtype=x.dtype, device=x.device)
         pairs = (y.shape[2], 2), (y.shape[3], 2)
         torch.add(
@@ -361,31 +360,16 @@ class OneDnnNetwork:
         )
         return result
 
-    def _fold(self, x: Tensor) -> Tensor:
-        """``pixel_unshuffle(2)`` of ``x`` with one more pixel of zeros around, in this network's dtype, channels-last.
-
-        The pixel in front aligns the windows of the stem and of the image's own path to pairs of pixels.
-        """
-        n, c, height, width = x.shape
-        h, w = height // 2 + 1, width // 2 + 1
-        folded = torch.empty(n, h, w, c + self.zero_channels, 2, 2, dtype=self.dtype, device=x.device)
-        for edge in (folded[:, 0], folded[:, -1], folded[:, :, 0], folded[:, :, -1], folded[:, :, :, c:]):
-            edge.zero_()
-        pixels = x.permute(0, 2, 3, 1)
-        # Four strided copies take 1.1 ms for 0.4 megapixels; pad, pixel_unshuffle and a change of layout take 2.1.
-        for row in (0, 1):
-            for column in (0, 1):
-                into = folded[:, 1 - row : h - row, 1 - column : w - column, :c, row, column]
-                into.copy_(pixels[:, 1 - row :: 2, 1 - column :: 2])
-        return folded.flatten(3).permute(0, 3, 1, 2)
-
     def _front(self, folded: Tensor) -> Tensor:
         """stem and res1 in strips of rows, so that what one writes the other finds in cache: (N, 128, h, w)."""
         height, width = folded.shape[2] - 3, folded.shape[3] - 3
-        skip = _empty_channels_last(folded.shape[0], len(self.stem[0].bias), height, width, self.dtype)
+        skip: Tensor | None = None
         for top, bottom, first, last in tile_regions(height, height, FRONT_ROWS, 1, 1):
             y = self.res1(self._stem(folded[:, :, first : last + 3], first == 0))
+            if skip is None:
+                skip = channels_last_empty(y.shape[0], y.shape[1], height, width, self.features)
             skip[:, :, top:bottom] = y[:, :, top - first : bottom - first]
+        assert skip is not None
         return skip
 
     def _stem(self, folded: Tensor, at_top: bool) -> Tensor:
@@ -404,13 +388,93 @@ class OneDnnNetwork:
         columns = tile_regions(y.shape[3], skip.shape[3], TILE_COLUMNS, BEFORE, BEHIND)
         for top, bottom, first_row, last_row in rows:
             for left, right, first_column, last_column in columns:
-                tile = _gather(skip, upsampled, (first_row, last_row), (first_column, last_column))
-                part = self.head(self.res3(self.conv3(tile)))
+                spans = (first_row, last_row), (first_column, last_column)
+                part = self.head(self.res3(self.conv3(gathered(skip, upsampled, *spans, self.outside))))
                 inner = part[:, :, top - first_row : bottom - first_row, left - first_column : right - first_column]
                 y[:, :, top:bottom, left:right] += inner
 
 
-def _empty_channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+class OneDnnNetwork(TiledNetwork):
+    """The fused network, on float32 or bfloat16 CPU tensors, without gradients."""
+
+    stem: list[Convolution]
+    res1: FoldedBottleneck
+    conv2: Convolution
+    res2: FoldedBottleneck
+    up2: list[Convolution]
+    conv3: Convolution
+    res3: FoldedBottleneck
+    head: _Head
+
+    def __init__(self, weights: FoldedWeights) -> None:
+        stem, head = weights.stem, weights.head
+        self.features = head.weight.dtype
+        self.channels = head.image_weight.shape[0]
+        # oneDNN's bf16 kernels run three times slower on 12 input channels than on 16 (stem, 386 columns): a blind
+        # colour network gets a channel of zeros. Float32 is faster without.
+        inputs = stem.weight.shape[2]
+        self.zero_channels = 1 if self.features == torch.bfloat16 and inputs == 3 else 0
+        self.stem = [
+            Convolution(unshuffled_weight(w, 4, self.zero_channels), b)
+            for w, b in zip(stem.weight, stem.bias, strict=True)
+        ]
+        self.res1 = _bottleneck(weights.res1)
+        self.conv2 = Convolution(*weights.conv2, stride=2, padding=1)
+        self.res2 = _bottleneck(weights.res2)
+        self.up2 = [Convolution(w, weights.up2[1], padding=1, relu=False) for w in phase_weights(weights.up2[0])]
+        self.conv3 = Convolution(*weights.conv3)
+        self.res3 = _bottleneck(weights.res3)
+        self.head = _head(head)
+        self.image = image_convolution(head, self.zero_channels)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all packed weights."""
+        blocks = (
+            part for block in (self.res1, self.res2, self.res3) for part in (block.reduce, block.conv, block.expand)
+        )
+        others = (*self.stem, self.conv2, *self.up2, self.conv3, *self.head.parts, self.image)
+        return sum(convolution._packed.nbytes for convolution in (*blocks, *others))
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        folded = fold(x, self.features, self.zero_channels)
+        return folded, self.image(folded)
+
+
+def image_convolution(head: HeadWeights, zero_channels: int) -> Convolution:
+    """The head's path from the image, on the folded input: its 2x2 phases, without bias."""
+    image = image_phases(head.image_weight)
+    return Convolution(unshuffled_weight(image, 5, zero_channels), image.new_zeros(len(image)), relu=False)
+
+
+def fold(x: Tensor, dtype: torch.dtype, zero_channels: int = 0, outside: Tensor | None = None) -> Tensor:
+    """``pixel_unshuffle(2)`` of ``x`` with one more pixel around, channels-last.
+
+    The pixel in front aligns the windows of the stem and of the image's own path to pairs of pixels.
+
+    Args:
+        x: (N, C, H, W), H and W even.
+        dtype: of the result.
+        zero_channels: channels of zeros behind the C.
+        outside: (C,), the values of the pixel around; None for zeros.
+    """
+    n, c, height, width = x.shape
+    h, w = height // 2 + 1, width // 2 + 1
+    folded = torch.empty(n, h, w, c + zero_channels, 2, 2, dtype=dtype, device=x.device)
+    for edge in (folded[:, 0], folded[:, -1], folded[:, :, 0], folded[:, :, -1]):
+        edge[..., :c, :, :] = 0 if outside is None else outside.to(dtype)[:, None, None]
+    folded[:, :, :, c:] = 0
+    pixels = x.permute(0, 2, 3, 1)
+    # Four strided copies take 1.1 ms for 0.4 megapixels; pad, pixel_unshuffle and a change of layout take 2.1.
+    for row in (0, 1):
+        for column in (0, 1):
+            into = folded[:, 1 - row : h - row, 1 - column : w - column, :c, row, column]
+            into.copy_(pixels[:, 1 - row :: 2, 1 - column :: 2])
+    return folded.flatten(3).permute(0, 3, 1, 2)
+
+
+def channels_last_empty(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    """Memory for (n, c, h, w), channels-last."""
     return torch.empty(n, h, w, c, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
 
 
@@ -423,31 +487,33 @@ def _head(weights: HeadWeights) -> _Head:
     bias = weights.bias.repeat_interleave(4)
     if weights.weight.dtype == torch.bfloat16:
         # Two convolutions would read and round once more than they save: 8.9 against 8.0 ms for 0.4 megapixels.
-        return _Head((Convolution(weights.weight, bias, padding=1),))
+        return _Head((Convolution(weights.weight, bias, padding=1, relu=False),))
     rows, merge = separated_head(weights.weight)
-    first = Convolution(rows, rows.new_zeros(len(rows)), padding=(0, 1))
-    return _Head((first, Convolution(merge, bias, padding=(1, 0))))
+    first = Convolution(rows, rows.new_zeros(len(rows)), padding=(0, 1), relu=False)
+    return _Head((first, Convolution(merge, bias, padding=(1, 0), relu=False)))
 
 
-def _gather(skip: Tensor, upsampled: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """conv3's input for the given output rows and columns: both sources side by side, one pixel more on each side."""
+def gathered(
+    skip: Tensor, upsampled: Tensor, rows: tuple[int, int], columns: tuple[int, int], outside: int = 0
+) -> Tensor:
+    """conv3's input for the given output rows and columns: both sources side by side, one pixel more on each side.
+
+    ``outside`` stands for zero in the channels of the second source.
+    """
     n, a, height, width = skip.shape
     sides = rows[1] - rows[0] + 2, columns[1] - columns[0] + 2
-    tile = _empty_channels_last(n, a + upsampled.shape[1], *sides, skip.dtype)
+    tile = channels_last_empty(n, a + upsampled.shape[1], *sides, skip.dtype)
     top, bottom = max(rows[0] - 1, 0), min(rows[1] + 1, height)
     left, right = max(columns[0] - 1, 0), min(columns[1] + 1, width)
     into = tile[:, :, top - rows[0] + 1 : bottom - rows[0] + 1, left - columns[0] + 1 : right - columns[0] + 1]
     into[:, :a] = skip[:, :, top:bottom, left:right]
     into[:, a:] = upsampled[:, :, top:bottom, left:right]
     # Beyond the image conv3 sees zeros.
-    if rows[0] == 0:
-        tile[:, :, 0] = 0
-    if rows[1] == height:
-        tile[:, :, -1] = 0
-    if columns[0] == 0:
-        tile[:, :, :, 0] = 0
-    if columns[1] == width:
-        tile[:, :, :, -1] = 0
+    at_edge = rows[0] == 0, rows[1] == height, columns[0] == 0, columns[1] == width
+    edges = tile[:, :, 0], tile[:, :, -1], tile[:, :, :, 0], tile[:, :, :, -1]
+    for edge in (edge for edge, reached in zip(edges, at_edge, strict=True) if reached):
+        edge[:, :a] = 0
+        edge[:, a:] = outside
     return tile
 
 

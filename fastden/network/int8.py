@@ -1,0 +1,272 @@
+"""The fused network in 8-bit integers on a CPU: 1.9 times as fast as bfloat16 where the CPU has VNNI.
+
+Weights have one scale an output channel, activations one a channel. An activation's scale is absorbed by the weights on
+both sides of it, which rectified activations allow, so the convolutions themselves know no scale but that of their
+weights. Rectified activations are unsigned and begin at 0; up2's, which have both signs, are moved by 128, and the
+network's input to where its range begins. Sums are exact integers: tiles agree with the whole image in every bit.
+Only the head's results and the image's own path are floating point, and the image itself is added at its own precision.
+
+The ranges of activations are measured once, by :func:`calibrate`, and kept beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fastden.algebra import phase_weights, unshuffled_weight
+from fastden.network import onednn
+from fastden.network.onednn import FoldedWeights, OneDnnNetwork, PackedWeights, TiledNetwork, fold
+
+#: Beside ``model.safetensors``: the ranges of its activations.
+RANGES_FILE = "int8.safetensors"
+#: Values of the image that 8 bits hold; noise goes beyond 0 and 1. A step is 1.5 grey levels: a rounding error of 0.4,
+#: beside noise of more, and only what the features see, not the image that the correction is added to.
+IMAGE_RANGE = (-0.25, 1.25)
+#: Codes of 8 bits without sign.
+CODES = 255
+#: Code of zero where both signs occur.
+MIDDLE = 128
+#: Activations whose ranges are measured, with their channels; a bottleneck's input and output share a scale.
+ACTIVATIONS = {
+    "res1": 128, "res1_reduce": 32, "res1_conv": 32,
+    "res2": 128, "res2_reduce": 32, "res2_conv": 32,
+    "up2": 32,
+    "res3": 256, "res3_reduce": 64, "res3_conv": 64,
+}  # fmt: skip
+#: A channel that hardly ever speaks has at least this range, so that nothing is divided by zero.
+LEAST_RANGE = 1e-4
+
+Ranges = dict[str, Tensor]
+
+
+def why_not() -> list[str]:
+    """Reasons why this machine cannot run it; empty where it can.
+
+    Without VNNI (AVX-512 VNNI, AVX-VNNI or AMX), oneDNN's sums of 8-bit products may saturate at 16 bits.
+    """
+    reasons = list(onednn._missing())
+    lacking = [
+        f"torch.ops.onednn.{name}"
+        for name in ("qconv_prepack", "qconv2d_pointwise")
+        if not hasattr(torch.ops.onednn, name)
+    ]
+    if lacking:
+        reasons.append(f"this PyTorch lacks {', '.join(lacking)}")
+    if not torch.cpu._is_vnni_supported():
+        reasons.append("this CPU has no VNNI")
+    if not torch.backends.mkldnn.enabled:
+        reasons.append("torch.backends.mkldnn.enabled is False")
+    return reasons
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What the ranges of a network's activations belong to: a hash of all its weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if value.is_floating_point():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_ranges(folder: Path) -> tuple[Ranges, str] | None:
+    """The ranges in a model's folder, and the fingerprint of the weights that they were measured on; None if none."""
+    file = folder / RANGES_FILE
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()["weights"]  # noqa: SIM118
+
+
+def save_ranges(folder: Path, ranges: Ranges, weights: str) -> None:
+    """Write what :func:`load_ranges` reads."""
+    (folder / RANGES_FILE).write_bytes(save(ranges, {"weights": weights}))
+
+
+class _Observer(OneDnnNetwork):
+    """The float network, which keeps the largest magnitude of every activation channel."""
+
+    def __init__(self, weights: FoldedWeights) -> None:
+        super().__init__(weights)
+        self.ranges: Ranges = {}
+        self.level = 0.0
+
+    def _see(self, name: str, x: Tensor) -> Tensor:
+        largest = x.abs().amax((0, 2, 3))
+        self.ranges[name] = torch.maximum(self.ranges.get(name, torch.zeros_like(largest)), largest)
+        return x
+
+    def _block(self, name: str, x: Tensor) -> Tensor:
+        block = getattr(self, name)
+        reduced = self._see(f"{name}_reduce", block.reduce(self._see(name, x)))
+        return self._see(name, block.expand.add_to_(x, self._see(f"{name}_conv", block.conv(reduced))))
+
+    def observe(self, x: Tensor) -> None:
+        """One padded input (N, C, H, W)."""
+        folded = fold(x, self.features, self.zero_channels)
+        skip = self._block("res1", self._stem(folded, at_top=True))
+        low = self._block("res2", self.conv2(skip))
+        upsampled = self._see("up2", onednn.join_phases([phase(low) for phase in self.up2]))
+        spans = (0, skip.shape[2]), (0, skip.shape[3])
+        self._block("res3", self.conv3(onednn.gathered(skip, upsampled, *spans)))
+        if x.shape[1] > self.channels:
+            self.level = max(self.level, float(x[:, self.channels :].max()))
+
+
+@torch.no_grad()
+def observed_ranges(weights: FoldedWeights, inputs: Iterable[Tensor]) -> Ranges:
+    """The ranges of all activations over padded inputs (N, C, H, W): (channels,) each, and ``level``, (1,).
+
+    The largest values count, not a quantile: on training photographs at sigma 15 quantiles of 0.9999 and 0.999 lost
+    0.026 and 0.04 dB, the largest values 0.020.
+    """
+    observer = _Observer(weights)
+    for x in inputs:
+        observer.observe(x)
+    return {**observer.ranges, "level": torch.tensor([observer.level])}
+
+
+class QuantizedConvolution:
+    """A convolution of 8-bit codes, with its bias and, on call, a residual sum and ReLU as post-operations.
+
+    A code ``q`` of channel c stands for ``(q - zero[c]) * step[c]``.
+
+    Args:
+        weight, bias: (O, C, k, k) and (O,), floating.
+        step: (C,), of the input.
+        out_step: (O,), of the result, whose zero is code 0 or, without ReLU, :data:`MIDDLE`; None for float32 results.
+        zero: (C,), of the input; None is 0 everywhere, and needed where there is padding.
+        stride, padding: as in ``torch.nn.functional.conv2d``.
+        relu: whether ReLU follows.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        step: Tensor,
+        out_step: Tensor | None,
+        *,
+        zero: Tensor | None = None,
+        stride: int = 1,
+        padding: int = 0,
+        relu: bool = True,
+    ) -> None:
+        exact, offset = weight.double() * step.double()[:, None, None], bias.double()
+        if out_step is not None:
+            exact, offset = exact / out_step.double()[:, None, None, None], offset / out_step.double()
+        scale = exact.abs().amax((1, 2, 3)).clamp(min=1e-30) / 127
+        codes = (exact / scale[:, None, None, None]).round()
+        if zero is not None:
+            # With the rounded weights: what the products of the zero's code add is then taken off exactly.
+            offset = offset - scale * torch.einsum("ocij,c->o", codes, zero.double())
+        if out_step is not None and not relu:
+            offset = offset + MIDDLE
+        self.weight = codes.to(torch.int8)
+        self.scale, self.bias = scale.float(), offset.float()
+        self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        self.geometry = [stride] * 2, [padding] * 2, [1, 1], 1
+        self.dtype = torch.uint8 if out_step is not None else torch.float32
+        self.activation = "relu" if relu else "none"
+        self._packed = PackedWeights()
+
+    def _pack(self, shape: tuple[int, ...]) -> Tensor:
+        packed = self._packed.get(shape)
+        if packed is None:
+            packed = torch.ops.onednn.qconv_prepack(self.weight, self.scale, 1.0, 0, *self.geometry, list(shape))
+            packed = self._packed.add(shape, packed)
+        return packed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) channels-last codes -> (N, O, H', W') channels-last codes, or float32."""
+        return torch.ops.onednn.qconv2d_pointwise(
+            x, 1.0, 0, self._pack(x.shape), self.scale, self.zero_points, self.bias, *self.geometry,
+            1.0, 0, self.dtype, self.activation, [], "",
+        )  # fmt: skip
+
+    def add_to_(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y <- relu(y + conv(x))`` in place; codes of ``y`` have the step of the result."""
+        return torch.ops.onednn.qconv2d_pointwise.binary(
+            x, 1.0, 0, self._pack(x.shape), self.scale, self.zero_points, y, self.bias, *self.geometry,
+            1.0, 0, self.dtype, 1.0, 0, "sum", 1.0, "relu", [], "",
+        )  # fmt: skip
+
+
+class _QuantizedBottleneck:
+    """Three convolutions with BN folded; ``step`` is that of the input and of the result."""
+
+    def __init__(self, pairs: tuple[tuple[Tensor, Tensor], ...], step: Tensor, inner: tuple[Tensor, Tensor]) -> None:
+        reduce, conv, expand = pairs
+        self.reduce = QuantizedConvolution(*reduce, step, inner[0])
+        self.conv = QuantizedConvolution(*conv, inner[0], inner[1], padding=1)
+        self.expand = QuantizedConvolution(*expand, inner[1], step)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.expand.add_to_(x, self.conv(self.reduce(x)))
+
+
+class Int8Network(TiledNetwork):
+    """The fused network in 8-bit integers, without gradients.
+
+    Args:
+        weights: floating, on the CPU.
+        ranges: of :func:`observed_ranges`.
+    """
+
+    features = torch.uint8
+    outside = MIDDLE
+
+    def __init__(self, weights: FoldedWeights, ranges: Ranges) -> None:
+        head = weights.head
+        self.channels = head.image_weight.shape[0]
+        colours = weights.stem.weight.shape[2]
+        lows, highs = ([bound] * self.channels for bound in IMAGE_RANGE)
+        if colours > self.channels:
+            lows, highs = [*lows, 0.0], [*highs, float(ranges["level"])]
+        low, high = torch.tensor(lows), torch.tensor(highs)
+        self.input_step = (high - low).clamp(min=LEAST_RANGE) / CODES
+        self.input_zero = (-low / self.input_step).round()
+        step = {name: ranges[name].clamp(min=LEAST_RANGE) / CODES for name in ACTIVATIONS}
+        # One code less on each side of the middle than there are, so that both ends are held.
+        step["up2"] = ranges["up2"].clamp(min=LEAST_RANGE) / (MIDDLE - 1)
+        zero = torch.cat([torch.zeros(len(step["res1"])), torch.full((len(step["up2"]),), float(MIDDLE))])
+
+        def block(name: str) -> _QuantizedBottleneck:
+            return _QuantizedBottleneck(
+                getattr(weights, name), step[name], (step[f"{name}_reduce"], step[f"{name}_conv"])
+            )
+
+        input_step, input_zero = self.input_step.repeat_interleave(4), self.input_zero.repeat_interleave(4)
+        self.stem = [
+            QuantizedConvolution(unshuffled_weight(w, 4, 0), b, input_step, step["res1"], zero=input_zero)
+            for w, b in zip(weights.stem.weight, weights.stem.bias, strict=True)
+        ]
+        self.res1 = block("res1")
+        self.conv2 = QuantizedConvolution(*weights.conv2, step["res1"], step["res2"], stride=2, padding=1)
+        self.res2 = block("res2")
+        self.up2 = [
+            QuantizedConvolution(w, weights.up2[1], step["res2"], step["up2"], padding=1, relu=False)
+            for w in phase_weights(weights.up2[0])
+        ]
+        both = torch.cat([step["res1"], step["up2"]])
+        self.conv3 = QuantizedConvolution(*weights.conv3, both, step["res3"], zero=zero)
+        self.res3 = block("res3")
+        bias = head.bias.repeat_interleave(4)
+        self.head = QuantizedConvolution(head.weight, bias, step["res3"], None, padding=1, relu=False)
+        self.image_dtype = torch.bfloat16 if onednn.native_bf16() else torch.float32
+        self.zero_channels = 1 if self.image_dtype == torch.bfloat16 and colours == 3 else 0
+        image_weight = head.image_weight.to(self.image_dtype)
+        self.image = onednn.image_convolution(head._replace(image_weight=image_weight), self.zero_channels)
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.image(fold(x, self.image_dtype, self.zero_channels)).float()
+        scale, shift = (1 / self.input_step)[:, None, None], (self.input_zero + 0.5)[:, None, None]
+        codes = torch.addcmul(shift, x.float(), scale).clamp_(0, CODES).to(torch.uint8)
+        return fold(codes, torch.uint8, outside=self.input_zero), image
