@@ -271,23 +271,6 @@ def evaluate(
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def _central_crops(folders: list[Path], count: int, channels: int) -> list[Any]:
-    """At most ``count`` central crops (1, C, H, W) of at most 256 pixels a side, float32 in [0, 1]."""
-    import torch
-
-    from fastden.training.data import find_photographs, load_rgb, to_gray
-
-    files = [file for folder in folders for file in find_photographs(folder)]
-    chosen = files[:: -(-len(files) // count)]
-    crops = []
-    for file in chosen:
-        pixels = torch.from_numpy(load_rgb(file).copy()).permute(2, 0, 1).float().div_(255)
-        top, left = (max(size - 256, 0) // 2 for size in pixels.shape[1:])
-        crop = pixels[:, top : top + 256, left : left + 256]
-        crops.append((to_gray(crop)[:1] if channels == 1 else crop)[None].contiguous())
-    return crops
-
-
 def _shower(status: Any, folder: Path) -> Callable[[str], None]:
     return lambda name: status.update(f"{folder.name}: {name}")
 
@@ -387,12 +370,15 @@ def calibrate_model(
     from fastden.network.calibration import calibrate
     from fastden.network.int8 import save_ranges
     from fastden.network.model import Denoiser
+    from fastden.training.data import central_crops, to_gray
 
     if output is None and not Path(model).is_dir():
         raise UserError(f"output: none, and {model!r} is not a folder; accepted: a folder for the calibrated model")
     with naming("model"):
         network = Denoiser.from_pretrained(model)
-    crops = _central_crops(pictures, count, network.image_channels)
+    crops = [
+        to_gray(crop[0])[None, :1] if network.image_channels == 1 else crop for crop in central_crops(pictures, count)
+    ]
     with naming("calibrate", FAILURES):
         calibrate(network, crops)
         if output is not None:

@@ -43,6 +43,20 @@ def load_rgb(path: Path) -> Image:
         raise UserError(f"data: cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
+def central_crops(folders: list[Path], count: int, side: int = 256) -> list[Tensor]:
+    """Crops (1, 3, H, W) from the centres of at most ``count`` photographs, evenly spaced over the folders' files.
+
+    Float32 in [0, 1], at most ``side`` pixels high and wide.
+    """
+    files = [file for folder in folders for file in find_photographs(folder)]
+    crops = []
+    for file in files[:: -(-len(files) // count)]:
+        pixels = torch.from_numpy(load_rgb(file).copy()).permute(2, 0, 1)[None].float().div_(255)
+        top, left = (max(length - side, 0) // 2 for length in pixels.shape[2:])
+        crops.append(pixels[:, :, top : top + side, left : left + side].contiguous())
+    return crops
+
+
 def to_gray(image: Tensor) -> Tensor:
     """(3, H, W) with its luma (BT.601) in every channel."""
     weights = image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
