@@ -27,7 +27,9 @@ class Precision(str, Enum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+    fp16_weights = "fp16-weights"
     bf16 = "bf16"
+    int8 = "int8"
 
 
 class Layout(str, Enum):
@@ -50,7 +52,10 @@ def export(
         typer.Option(help="aoti: compiled for this machine's CPU. dtmodel: for darktable. Default: by the ending."),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Precision of weights and activations; images stay float32. bf16: pt2 and aoti.")
+        Precision,
+        typer.Option(
+            help="Precision of weights and activations; images stay float32. fp16-weights, int8: ONNX; bf16: pt2, aoti."
+        ),
     ] = Precision.fp32,
     layout: Annotated[
         Layout, typer.Option(help="For ONNX; dpir: the noise level is the fourth channel, for VapourSynth's vs-mlrt.")

@@ -19,7 +19,7 @@ from fastden.network.loading import Model
 from fastden.network.model import Denoiser
 
 FileFormat = Literal["onnx", "pt2", "aoti", "dtmodel"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "fp16-weights", "bf16", "int8"]
 Layout = Literal["separate", "dpir"]
 
 #: The name by which the noise estimator is exported.
@@ -27,7 +27,7 @@ ESTIMATOR = "noise"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: What each format can hold. ONNX runtimes on CPUs have no bfloat16 convolution.
 PRECISIONS: dict[str, tuple[str, ...]] = {
-    "onnx": ("fp32", "fp16"),
+    "onnx": ("fp32", "fp16", "fp16-weights", "int8"),
     "dtmodel": ("fp32", "fp16"),
     "pt2": ("fp32", "fp16", "bf16"),
     "aoti": ("fp32", "fp16", "bf16"),
@@ -118,7 +118,10 @@ def export(
             - ``"aoti"``: a package of AOTInductor for this machine's CPU, for C++ and Python without fastden, called
               likewise. Needs a C++ compiler.
         precision: of weights and activations. Images are float32 in all: the network's correction, which is small, is
-            added to the float32 image. ``"bf16"`` only for ``pt2`` and ``aoti``.
+            added to the float32 image. ``"bf16"`` only for ``pt2`` and ``aoti``. ``"fp16-weights"`` (ONNX) stores the
+            weights in float16 and computes in float32: half the size, for processors without arithmetic in float16.
+            ``"int8"`` (ONNX) quantises the inner convolutions by ONNX Runtime, which it needs; ranges come from the
+            photographs of scikit-image with noise.
         layout: of ONNX, ``"separate"`` inputs, or ``"dpir"``: one input (N, 4, H, W) with the noise level as the fourth
             channel, as VapourSynth's vs-mlrt expects it from a DPIR model.
         composed: run conv1 o conv0 and out o cat(conv0, up3) as single convolutions, a third fewer operations;
@@ -137,7 +140,7 @@ def export(
     """
     target = Path(output)
     kind = _format(format, target)
-    if precision not in DTYPES or precision not in PRECISIONS[kind]:
+    if precision not in PRECISIONS[kind]:
         raise ValueError(f"precision: {precision!r}; accepted for {kind}: {', '.join(PRECISIONS[kind])}")
     if layout not in get_args(Layout):
         raise ValueError(f"layout: {layout!r}; accepted: {', '.join(get_args(Layout))}")
@@ -145,8 +148,11 @@ def export(
         raise ValueError(f"layout: 'dpir' with {kind}; accepted: with onnx")
     if sigma is not None and (isinstance(sigma, bool) or not isinstance(sigma, Real)):
         raise TypeError(f"sigma: {type(sigma).__name__}; accepted: a number from 0 to 255, or None")
-    if kind in ("onnx", "dtmodel") and find_spec("onnx") is None:
-        raise ModuleNotFoundError(f"format: {kind} needs the package onnx; install: pip install 'fastden[export]'")
+    needs = {"onnx": kind in ("onnx", "dtmodel"), "onnxruntime": precision == "int8"}
+    for package, needed in needs.items():
+        if needed and find_spec(package) is None:
+            what = f"precision: {precision}" if package == "onnxruntime" else f"format: {kind}"
+            raise ModuleNotFoundError(f"{what} needs the package {package}; install: pip install 'fastden[export]'")
     check_target(target, overwrite)
     if isinstance(model, str) and model == ESTIMATOR:
         given = {"format": kind, "precision": precision, "layout": layout, "composed": composed, "sigma": sigma}
@@ -206,8 +212,13 @@ def onnx_bytes(request: Request) -> bytes:
     """The ONNX file."""
     from fastden.exports.onnx_graph import build
 
-    half = request.precision == "fp16"
-    made = build(request.weights, layout=request.layout, half=half, opset=request.opset, about=request.about())
+    options: dict[str, Any] = {"layout": request.layout, "opset": request.opset, "about": request.about()}
+    half, stored = request.precision == "fp16", request.precision == "fp16-weights"
+    made = build(request.weights, half=half, stored_half=stored, **options)
+    if request.precision == "int8":
+        from fastden.exports.quantization import quantize
+
+        made = quantize(made, request.sigma)
     return bytes(made.SerializeToString())
 
 

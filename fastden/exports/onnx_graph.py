@@ -25,7 +25,13 @@ OPSETS = (13, 23)
 
 
 def build(
-    weights: Weights, *, layout: Layout = "separate", half: bool = False, opset: int = 17, about: dict[str, str]
+    weights: Weights,
+    *,
+    layout: Layout = "separate",
+    half: bool = False,
+    stored_half: bool = False,
+    opset: int = 17,
+    about: dict[str, str],
 ) -> onnx.ModelProto:
     """The ONNX model.
 
@@ -36,6 +42,7 @@ def build(
             is the level. The output ``output`` is (N, 3, H, W). All float32.
         half: weights and activations in float16. Inputs and output stay float32, and the network's correction is added
             to the float32 image.
+        stored_half: weights in float16, which are cast to float32 before they are used.
         opset: of the operators.
         about: the file's metadata.
 
@@ -47,7 +54,7 @@ def build(
     check_opset(opset)
     if layout == "dpir" and not weights.takes_level:
         raise ValueError("layout: 'dpir' with a network that takes no noise level; accepted: 'separate'")
-    graph = _Network(weights, half)
+    graph = _Network(weights, half, stored_half)
     channels = weights.image_channels
     size: list[str | int | None] = ["batch", channels, "height", "width"]
     inputs = [helper.make_tensor_value_info("input", TensorProto.FLOAT, size)]
@@ -129,13 +136,20 @@ def check_opset(opset: Any) -> None:
 class _Network(Graph):
     """The denoiser's graph."""
 
-    def __init__(self, weights: Weights, half: bool) -> None:
+    def __init__(self, weights: Weights, half: bool, stored_half: bool) -> None:
         super().__init__()
         self.weights = weights
-        self.half = half
+        self.half, self.stored_half = half, stored_half
 
     def parameter(self, name: str, tensor: Tensor) -> str:
-        return self.constant(tensor.to(torch.float16 if self.half else torch.float32).contiguous().numpy(), name)
+        from onnx import TensorProto
+
+        stored = self.stored_half and tensor.dim() == 4
+        values = tensor.to(torch.float16 if self.half or stored else torch.float32).contiguous().numpy()
+        if not stored:
+            return self.constant(values, name)
+        # Runtimes do it once, when they load the file.
+        return self.node("Cast", self.constant(values, name), to=TensorProto.FLOAT)
 
     def padded(self, value: str) -> str:
         """:func:`fastden.network.padding.pad_image`."""

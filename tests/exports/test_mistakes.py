@@ -23,8 +23,9 @@ from tests.helpers import random_network
     [
         ({"output": "network.txt"}, r"output: .*network.txt.*\.onnx, \.pt2, \.dtmodel, or format"),
         ({"format": "tensorrt"}, "format: 'tensorrt'; accepted: onnx, pt2, aoti, dtmodel"),
-        ({"precision": "int8"}, "precision: 'int8'; accepted for onnx: fp32, fp16"),
-        ({"precision": "bf16"}, "precision: 'bf16'; accepted for onnx: fp32, fp16"),
+        ({"precision": "int4"}, "precision: 'int4'; accepted for onnx: fp32, fp16, fp16-weights, int8"),
+        ({"precision": "int8", "output": "a.pt2"}, "precision: 'int8'; accepted for pt2: fp32, fp16, bf16"),
+        ({"precision": "bf16"}, "precision: 'bf16'; accepted for onnx: fp32, fp16, fp16-weights, int8"),
         ({"layout": "bgr"}, "layout: 'bgr'; accepted: separate, dpir"),
         ({"layout": "dpir", "format": "dtmodel"}, "layout: 'dpir' with dtmodel; accepted: with onnx"),
         ({"layout": "dpir", "sigma": 25}, "layout: 'dpir' with a network that takes no noise level"),

@@ -175,6 +175,29 @@ def test_half_precision(color: Denoiser, tmp_path: Path) -> None:
         assert error(result, color, image, SIGMA) < 2 / 255
 
 
+def test_weights_in_half_precision(color: Denoiser, tmp_path: Path) -> None:
+    path = fastden.export(color, tmp_path / "stored.onnx", precision="fp16-weights")
+    assert path.stat().st_size < 1.8e6
+    network = session(path)
+    image = torch.rand(1, 3, 40, 44)
+    # Rounded weights, exact arithmetic: nearer than half precision throughout.
+    assert error(run(network, image, SIGMA), color, image, SIGMA) < 0.1 / 255
+
+
+def test_int8(color: Denoiser, tmp_path: Path) -> None:
+    path = fastden.export(color, tmp_path / "int8.onnx", precision="int8")
+    made = onnx.load(path)
+    assert "model" in {entry.key for entry in made.metadata_props}
+    weights = [tensor for tensor in made.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert sum(len(tensor.dims) == 4 for tensor in weights) == 11  # res1 to res3, conv2, conv3
+    network = session(path)
+    clean = torch.linspace(0.2, 0.8, 60).expand(1, 3, 50, 60)
+    image = clean + SIGMA * torch.randn(clean.shape)
+    result, wanted = run(network, image, SIGMA), run(session(fastden.export(color, tmp_path / "a.onnx")), image, SIGMA)
+    assert (result - wanted).square().mean().sqrt() < 2 / 255
+    assert (result - clean).square().mean() < 0.1 * (image - clean).square().mean()
+
+
 @pytest.mark.parametrize("opset", [13, 18, 23])
 def test_opsets(color: Denoiser, tmp_path: Path, opset: int) -> None:
     path = fastden.export(color, tmp_path / "opset.onnx", opset=opset)

@@ -1,0 +1,175 @@
+// The page that denoises in the visitor's browser: a picture in, a slider between before and after, a picture out.
+
+import "./compare.js";
+import { inWords } from "./estimate.js";
+
+// Beyond it a browser's canvas and memory do not hold a picture and its copies.
+const MOST = 40e6;
+const find = (name) => document.querySelector(`#fastden-page ${name}`);
+const parts = Object.fromEntries(
+  ["drop", "file", "status", "bar", "cancel", "save", "compare", "settings", "strength", "sigma", "auto", "again"].map(
+    (name) => [name, find(`.${name}`)],
+  ),
+);
+
+let worker = null;
+let file = null;
+let urls = [];
+
+function say(text, wrong = false) {
+  parts.status.textContent = text;
+  parts.status.classList.toggle("wrong", wrong);
+}
+
+function show(part, visible) {
+  parts[part].hidden = !visible;
+}
+
+// Ends what is going on; its worker, and the memory that it holds, go with it.
+function stop() {
+  worker?.terminate();
+  worker = null;
+  show("bar", false);
+  show("cancel", false);
+  parts.again.disabled = file === null;
+}
+
+function clear() {
+  urls.forEach((url) => URL.revokeObjectURL(url));
+  urls = [];
+  parts.compare.replaceChildren();
+  show("save", false);
+}
+
+async function pixelsOf(file) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    throw new Error(`${file.name}: not a picture that this browser reads; accepted: JPEG, PNG, WebP, AVIF`);
+  }
+  const { width, height } = bitmap;
+  if (width * height > MOST) {
+    throw new Error(
+      `${file.name}: ${width} x ${height} pixels; accepted here: at most ${MOST / 1e6} megapixels. ` +
+        "The command fastden denoise takes more.",
+    );
+  }
+  const canvas = new OffscreenCanvas(width, height);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return { width, height, pixels: context.getImageData(0, 0, width, height).data };
+}
+
+function encoded(picture, type) {
+  const canvas = new OffscreenCanvas(picture.width, picture.height);
+  canvas.getContext("2d").putImageData(new ImageData(picture.pixels, picture.width, picture.height), 0, 0);
+  return canvas.convertToBlob({ type, quality: 0.95 });
+}
+
+async function run() {
+  stop();
+  clear();
+  parts.again.disabled = true;
+  say(`Reading ${file.name} ...`);
+  show("bar", true);
+  show("cancel", true);
+  parts.bar.removeAttribute("value");
+  const mine = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
+  worker = mine;
+  try {
+    const picture = await pixelsOf(file);
+    if (worker !== mine) return; // cancelled meanwhile
+    const sigma = parts.auto.checked ? "auto" : Number(parts.sigma.value);
+    const done = await new Promise((resolve, reject) => {
+      mine.onerror = (event) => reject(new Error(event.message || "this copy of the pages was built without the network"));
+      mine.onmessage = ({ data }) => {
+        if (data.error) reject(new Error(data.error));
+        else if (data.progress) parts.bar.value = data.progress;
+        else if (data.pixels) resolve(data);
+        else {
+          say(`${inWords(data.seen)} Denoising ...`);
+          if (parts.auto.checked) setSigma(data.seen.sigma);
+        }
+      };
+      mine.postMessage({ picture, sigma, strength: Number(parts.strength.value) });
+    });
+    if (worker !== mine) return;
+    const result = { ...picture, pixels: done.pixels };
+    await offer(result);
+    const megapixels = (picture.width * picture.height) / 1e6;
+    say(`${inWords(done.seen)} ${megapixels.toFixed(1)} megapixels in ${done.seconds.toFixed(1)} s (${done.how}).`);
+    parts.status.dataset.seconds = done.seconds;
+    parts.status.dataset.how = done.how;
+  } catch (error) {
+    if (worker === mine) say(error.message, true);
+  } finally {
+    if (worker === mine) stop();
+  }
+}
+
+async function offer(result) {
+  const lossy = file.type === "image/jpeg";
+  const shown = await encoded(result, "image/png");
+  const saved = lossy ? await encoded(result, "image/jpeg") : shown;
+  urls = [file, shown, saved].map((blob) => URL.createObjectURL(blob));
+  const compare = document.createElement("fastden-compare");
+  compare.setAttribute("before", urls[0]);
+  compare.setAttribute("after", urls[1]);
+  parts.compare.replaceChildren(compare);
+  parts.save.href = urls[2];
+  parts.save.download = `${file.name.replace(/\.\w+$/, "")}-clean.${lossy ? "jpg" : "png"}`;
+  show("save", true);
+}
+
+function setSigma(value) {
+  parts.sigma.value = value;
+  parts.sigma.nextElementSibling.textContent = Number(value).toFixed(1);
+}
+
+function take(files) {
+  if (!files.length) return;
+  [file] = files;
+  show("settings", true);
+  run();
+}
+
+parts.file.addEventListener("change", () => {
+  take([...parts.file.files]);
+  parts.file.value = "";
+});
+for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
+  parts.drop.addEventListener(name, (event) => {
+    event.preventDefault();
+    parts.drop.classList.toggle("over", name === "dragenter" || name === "dragover");
+    if (name === "drop") take([...event.dataTransfer.files]);
+  });
+}
+parts.cancel.addEventListener("click", () => {
+  stop();
+  say("Cancelled.");
+});
+parts.again.addEventListener("click", run);
+parts.auto.addEventListener("change", () => { parts.sigma.disabled = parts.auto.checked; });
+for (const name of ["strength", "sigma"]) {
+  parts[name].addEventListener("input", () => {
+    parts[name].nextElementSibling.textContent = Number(parts[name].value).toFixed(name === "sigma" ? 1 : 2);
+  });
+}
+
+fetch(new URL("./models/photo.onnx", import.meta.url), { method: "HEAD" })
+  .then((answer) => {
+    if (!answer.ok) throw new Error();
+    parts.file.disabled = false;
+    say("");
+  })
+  .catch(() => {
+    const served = location.protocol.startsWith("http");
+    say(
+      served
+        ? "This copy of the pages was built without the network: make docs, with npm installed, includes it."
+        : "A browser runs the network only in pages from a web server: python -m http.server in this folder is one.",
+      true,
+    );
+  });

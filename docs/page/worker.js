@@ -1,0 +1,147 @@
+// The network beside the page: it runs here, so that the page answers meanwhile, and ends when the worker is ended.
+
+import { at, CELL, estimate, windows } from "./estimate.js";
+
+// Nothing beyond 22 pixels reaches a pixel, and tiles begin at multiples of 4: the result is that of the whole picture.
+const HALO = 24;
+// Pixels on each side over which brightness is averaged for the level.
+const RADIUS = 2;
+
+let runtime = null;
+
+async function load() {
+  const gpu = self.navigator.gpu ? await self.navigator.gpu.requestAdapter().catch(() => null) : null;
+  const usable = gpu !== null && !gpu.info?.isFallbackAdapter; // a graphics card, and none that the processor plays
+  const ort = await import(usable ? "./runtime/ort.webgpu.min.mjs" : "./runtime/ort.wasm.min.mjs");
+  ort.env.wasm.wasmPaths = new URL("./runtime/", import.meta.url).href;
+  // Threads need headers (COOP, COEP) that few file servers send.
+  const threads = self.crossOriginIsolated ? Math.min(self.navigator.hardwareConcurrency || 1, 8) : 1;
+  ort.env.wasm.numThreads = threads;
+  ort.env.logLevel = "error";
+  const open = (name, provider) =>
+    ort.InferenceSession.create(new URL(`./models/${name}.onnx`, import.meta.url).href, { executionProviders: [provider] });
+  const noise = await open("noise", "wasm");
+  if (usable) {
+    try {
+      return { ort, noise, network: await open("photo", "webgpu"), how: "WebGPU", tile: 512 };
+    } catch (error) {
+      console.warn("WebGPU does not run the network, the processor does:", error);
+    }
+  }
+  const how = `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
+  return { ort, noise, network: await open("photo", "wasm"), how, tile: 256 };
+}
+
+// An index beyond the border, mirrored into the picture.
+function mirrored(index, size) {
+  const period = Math.max(2 * (size - 1), 1);
+  const phase = ((index % period) + period) % period;
+  return Math.min(phase, period - phase);
+}
+
+// Rows and columns of RGBA bytes as planes of floats in [0, 1].
+function planes(picture, [top, bottom], [left, right]) {
+  const [height, width] = [bottom - top, right - left];
+  const values = new Float32Array(3 * height * width);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const from = 4 * ((top + y) * picture.width + left + x);
+      for (let c = 0; c < 3; c++) values[(c * height + y) * width + x] = picture.pixels[from + c] / 255;
+    }
+  }
+  return values;
+}
+
+// The level of each pixel of a window, from the brightness around it.
+function levels(picture, [top, bottom], [left, right], curve, strength) {
+  const [height, width, side] = [bottom - top, right - left, 2 * RADIUS + 1];
+  const columns = Array.from({ length: width + 2 * RADIUS }, (_, x) => mirrored(left + x - RADIUS, picture.width));
+  const sums = new Float32Array((height + 2 * RADIUS) * width);
+  const row = new Float32Array(columns.length);
+  for (let y = 0; y < height + 2 * RADIUS; y++) {
+    const start = mirrored(top + y - RADIUS, picture.height) * picture.width;
+    columns.forEach((column, x) => {
+      const from = 4 * (start + column);
+      row[x] = (picture.pixels[from] + picture.pixels[from + 1] + picture.pixels[from + 2]) / 765;
+    });
+    for (let x = 0; x < width; x++) {
+      let sum = 0;
+      for (let k = 0; k < side; k++) sum += row[x + k];
+      sums[y * width + x] = sum;
+    }
+  }
+  const result = new Float32Array(height * width);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      let sum = 0;
+      for (let k = 0; k < side; k++) sum += sums[(y + k) * width + x];
+      result[y * width + x] = Math.min(strength * at(curve, sum / (side * side)), 1);
+    }
+  }
+  return result;
+}
+
+async function look(picture) {
+  const { ort, noise } = runtime;
+  const all = [];
+  for (const rows of windows(picture.height)) {
+    for (const columns of windows(picture.width)) {
+      const size = [rows[1] - rows[0], columns[1] - columns[0]];
+      if (Math.min(...size) < CELL) continue;
+      const input = new ort.Tensor("float32", planes(picture, rows, columns), [1, 3, ...size]);
+      const { cells } = await noise.run({ input });
+      const count = cells.dims[2] * cells.dims[3];
+      for (let index = 0; index < count; index++) {
+        const [logLevel, logVariance, coarseness, brightness, usable] = [0, 1, 2, 3, 4].map(
+          (channel) => cells.data[channel * count + index],
+        );
+        all.push({ logLevel, logVariance, coarseness, brightness, usable: usable > 0.5 });
+      }
+    }
+  }
+  return estimate(all);
+}
+
+async function denoise(picture, curve, strength) {
+  const { ort, network, tile } = runtime;
+  const result = new Uint8ClampedArray(picture.pixels);
+  const area = picture.width * picture.height;
+  let done = 0;
+  for (let y = 0; y < picture.height && strength > 0; y += tile) {
+    for (let x = 0; x < picture.width; x += tile) {
+      const ends = [Math.min(y + tile, picture.height), Math.min(x + tile, picture.width)];
+      const rows = [Math.max(y - HALO, 0), Math.min(ends[0] + HALO, picture.height)];
+      const columns = [Math.max(x - HALO, 0), Math.min(ends[1] + HALO, picture.width)];
+      const [height, width] = [rows[1] - rows[0], columns[1] - columns[0]];
+      const { output } = await network.run({
+        input: new ort.Tensor("float32", planes(picture, rows, columns), [1, 3, height, width]),
+        sigma: new ort.Tensor("float32", levels(picture, rows, columns, curve, strength), [1, 1, height, width]),
+      });
+      for (let row = y; row < ends[0]; row++) {
+        for (let column = x; column < ends[1]; column++) {
+          const from = (row - rows[0]) * width + column - columns[0];
+          const to = 4 * (row * picture.width + column);
+          for (let c = 0; c < 3; c++) result[to + c] = 255 * output.data[c * height * width + from];
+        }
+      }
+      done += (ends[0] - y) * (ends[1] - x);
+      self.postMessage({ progress: done / area });
+    }
+  }
+  return result;
+}
+
+self.onmessage = async ({ data: { picture, sigma, strength } }) => {
+  try {
+    runtime ??= await load();
+    const seen = await look(picture);
+    self.postMessage({ seen });
+    const curve = (sigma === "auto" ? seen.levels : Array(seen.levels.length).fill(sigma)).map((level) => level / 255);
+    const start = performance.now();
+    const pixels = await denoise(picture, curve, strength);
+    const seconds = (performance.now() - start) / 1000;
+    self.postMessage({ pixels, seen, seconds, how: runtime.how }, [pixels.buffer]);
+  } catch (error) {
+    self.postMessage({ error: String(error?.message ?? error) });
+  }
+};

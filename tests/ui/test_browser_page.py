@@ -1,0 +1,266 @@
+"""The page that denoises in the visitor's browser, in a real one: results are the command's, nothing is sent."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio as psnr
+
+import fastden
+from fastden.images.samples import crop_windows
+from fastden.inference.estimate import UNDECIDED, NoiseEstimate
+from fastden.network.level import KNOTS, Cells, levels_of, robust_curve
+from fastden.ui.session import in_words
+from tests.browser import browser, chromium, drop
+from tests.cli.run import works
+from tests.image_files import encoded, pixels
+
+ROOT = Path(__file__).resolve().parents[2]
+ZONE = "#fastden-page .drop"
+SAVE = "#fastden-page .save:visible"
+CONFIG = """
+site_name: fastden
+docs_dir: docs
+theme: {name: material, font: false}
+plugins: []
+nav: [index.md, browser.md]
+"""
+
+
+def docs_site() -> Any:
+    """The module that builds the pages."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_site_without_npm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hooks = docs_site()
+    shutil.copyfile(hooks.PAGE / "package-lock.json", tmp_path / "package-lock.json")
+    monkeypatch.setattr(hooks, "PAGE", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert [name for name, _ in hooks._of_page(tmp_path / "page")] == ["compare.js"]
+    assert capsys.readouterr().err == "browser.md: npm is not installed: the page is built without its runtime\n"
+
+
+def test_the_lock_file_names_no_host() -> None:
+    assert "http" not in (ROOT / "scripts" / "page" / "package-lock.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built pages: the one that counts, with what the hook adds."""
+    chromium()
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    missing = docs_site()._fetch_runtime()
+    if missing is not None:
+        pytest.skip(missing)
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT / "docs" / "page", folder / "docs" / "page")
+    page = (ROOT / "docs" / "browser.md").read_text()
+    (folder / "docs" / "browser.md").write_text(page.replace("(command_line.md)", "(index.md)"))
+    (folder / "docs" / "index.md").write_text("# Start\n")
+    config = CONFIG + f"hooks: [{json.dumps(str(ROOT / 'scripts' / 'docs_site.py'))}]\n"
+    (folder / "mkdocs.yml").write_text(config)
+    build(load_config(str(folder / "mkdocs.yml"), site_dir=str(folder / "site")))
+    return folder / "site"
+
+
+def serving(folder: Path, headers: dict[str, str]) -> ThreadingHTTPServer:
+    class Handler(SimpleHTTPRequestHandler):
+        def end_headers(self) -> None:
+            for name, value in headers.items():
+                self.send_header(name, value)
+            super().end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def url(site: Path) -> Iterator[str]:
+    """A file server as it comes: no header beyond the usual."""
+    server = serving(site, {})
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def window(url: str) -> Iterator[Any]:
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(window: Any, url: str) -> Iterator[Any]:
+    context = window.new_context(accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(180_000)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(f"{url}/browser/")
+    page.wait_for_selector("#fastden-page .file:not([disabled])", state="attached")
+    yield page
+    context.close()
+
+
+def status(page: Any) -> str:
+    return str(page.inner_text("#fastden-page .status"))
+
+
+def test_a_photograph(page: Any, url: str, site: Path, tmp_path: Path) -> None:
+    clean = data.astronaut()[:270, 100:400]  # more than one tile each way
+    noise = np.random.default_rng(0).normal(0, 1, clean.shape) * (8 + 20 * (1 - clean / 255))
+    noisy = np.rint(np.clip(clean + noise, 0, 255)).astype(np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "noisy.png")
+    works("denoise", tmp_path / "noisy.png", "-o", tmp_path / "wanted.png", "--dtype", "float32")
+    wanted = np.asarray(Image.open(tmp_path / "wanted.png"))
+
+    drop(page, ZONE, {"noisy.png": (tmp_path / "noisy.png").read_bytes()})
+    page.wait_for_selector(SAVE)
+    with page.expect_download() as download:
+        page.click(SAVE)
+    assert download.value.suggested_filename == "noisy-clean.png"
+    result = np.asarray(Image.open(download.value.path()).convert("RGB"))
+    figures = [psnr(clean, picture) for picture in (noisy, wanted, result)]
+    print(f"noisy {figures[0]:.3f} dB, command {figures[1]:.3f} dB, page {figures[2]:.3f} dB; {status(page)}")
+    assert figures[1] > figures[0] + 5
+    assert abs(figures[2] - figures[1]) < 0.05
+    # Weights in 16 bits, tiles or not: no seam, no shift.
+    assert np.abs(result.astype(int) - wanted).max() <= 2
+    assert in_words(fastden.estimate_noise(noisy)) in status(page)
+    assert "(WebAssembly, 1 thread)" in status(page)
+    models = sorted((site / "page" / "models").iterdir())
+    assert sum(model.stat().st_size for model in models) < 2.5e6
+    assert [asked for asked in page.asked if not asked.startswith((url, "data:", f"blob:{url}"))] == []
+
+
+def test_settings(page: Any, tmp_path: Path) -> None:
+    noisy = pixels(64, 80)
+    drop(page, ZONE, {"noisy.png": encoded(noisy, "PNG")})
+    page.wait_for_selector(SAVE)
+    page.uncheck("#fastden-page .auto")
+    page.locator("#fastden-page .sigma").fill("40")
+    page.locator("#fastden-page .strength").fill("0.5")
+    page.click("#fastden-page .again")
+    page.wait_for_selector("#fastden-page .save", state="hidden")
+    page.wait_for_selector(SAVE)
+    with page.expect_download() as download:
+        page.click(SAVE)
+    result = np.asarray(Image.open(download.value.path()).convert("RGB"))
+    wanted = fastden.denoise(noisy, 40, model="photo", strength=0.5, dtype="float32")
+    assert np.abs(result.astype(int) - wanted).max() <= 2
+
+
+def test_threads_where_the_server_allows_them(site: Path, window: Any) -> None:
+    allowing = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+    server = serving(site, allowing)
+    context = window.new_context()
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}/browser/")
+    cores = int(page.evaluate("navigator.hardwareConcurrency"))
+    page.wait_for_selector("#fastden-page .file:not([disabled])", state="attached")
+    drop(page, ZONE, {"noisy.png": encoded(pixels(40, 40), "PNG")})
+    page.wait_for_selector(SAVE, timeout=180_000)
+    assert f"(WebAssembly, {min(cores, 8)} thread" in status(page)
+    context.close()
+    server.shutdown()
+
+
+def test_what_is_refused(page: Any) -> None:
+    drop(page, ZONE, {"broken.png": encoded(pixels(), "PNG")[:60]})
+    page.wait_for_selector("text=broken.png: not a picture that this browser reads; accepted: JPEG, PNG, WebP, AVIF")
+    drop(page, ZONE, {"large.png": encoded(Image.new("1", (8000, 5500)), "PNG")})
+    page.wait_for_selector("text=large.png: 8000 x 5500 pixels; accepted here: at most 40 megapixels")
+    assert not page.is_visible("#fastden-page .save")
+    assert not page.is_visible("#fastden-page .bar")
+
+
+def test_cancel(page: Any) -> None:
+    drop(page, ZONE, {"noisy.png": encoded(pixels(300, 520), "PNG")})
+    page.wait_for_selector("text=Denoising ...")
+    page.click("#fastden-page .cancel")
+    assert status(page) == "Cancelled."
+    assert not page.is_visible("#fastden-page .save")
+    drop(page, ZONE, {"noisy.png": encoded(pixels(), "PNG")})  # and it goes on with another
+    page.wait_for_selector(SAVE)
+
+
+def test_pages_that_were_built_without_the_network(window: Any, url: str) -> None:
+    page = window.new_page()
+    page.route("**/models/*", lambda route: route.fulfill(status=404))
+    page.goto(f"{url}/browser/")
+    page.wait_for_selector("text=This copy of the pages was built without the network: make docs, with npm installed")
+    assert page.is_disabled("#fastden-page .file")
+    page.close()
+
+
+def in_browser(page: Any, url: str, expression: str, argument: Any = None) -> Any:
+    code = f"argument => import('{url}/page/estimate.js').then(module => ({expression}))"
+    return page.evaluate(code, argument)
+
+
+def test_the_curve_is_that_of_python(page: Any, url: str) -> None:
+    random = np.random.default_rng(0)
+    for count in (3, 5, 400):
+        brightness = random.uniform(0, 1, count) ** 2
+        log_level = np.log(0.02 + 0.1 * (1 - brightness)) + random.normal(0, 0.1, count)
+        log_level[::7] += 1.5  # texture
+        fields = [log_level, random.uniform(-3, 1, count), random.normal(-0.6, 0.1, count), brightness]
+        usable = random.uniform(size=count) > 0.1
+        cells = Cells(
+            *(torch.tensor(field, dtype=torch.float32)[None, None] for field in fields),
+            torch.tensor(usable)[None, None],
+        )
+        names = ("logLevel", "logVariance", "coarseness", "brightness", "usable")
+        rows = [dict(zip(names, map(float, row), strict=True)) for row in zip(*fields, usable, strict=True)]
+        seen = in_browser(page, url, "module.estimate(argument)", rows)
+        if usable.sum() < 4:
+            assert not seen["decided"]
+            continue
+        wanted = 255 * levels_of(robust_curve(cells))[0].clamp(max=75 / 255).numpy()
+        np.testing.assert_allclose(seen["levels"], wanted, rtol=1e-3)
+        sigma = np.interp(brightness[usable] * (KNOTS - 1), range(KNOTS), wanted).mean()
+        assert abs(seen["sigma"] - sigma) < 1e-3 * sigma
+
+
+def test_words_and_windows_are_those_of_python(page: Any, url: str) -> None:
+    estimates = [UNDECIDED]
+    for low, high, coarseness in ((0.3, 0.9, 0.5), (3, 3, 0.7), (5, 20, 0.5), (40, 10, 0.7), (70, 60, 0.5)):
+        levels = np.linspace(low, high, KNOTS)
+        estimates.append(NoiseEstimate(tuple(levels.tolist()), float(levels.mean()), coarseness))
+    seen = [
+        {"levels": list(one.levels), "sigma": one.sigma, "coarseness": one.coarseness, "decided": one.decided}
+        for one in estimates
+    ]
+    words = in_browser(page, url, "argument.map(module.inWords)", seen)
+    assert words == [in_words(one) for one in estimates]
+    sizes = [8, 1024, 1025, 3000, 6001]
+    windows = in_browser(page, url, "argument.map(module.windows)", sizes)
+    assert windows == [[[part.start, part.stop] for part in crop_windows(size)] for size in sizes]
