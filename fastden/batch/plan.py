@@ -13,9 +13,10 @@ from pathlib import Path
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for
 from fastden.images.finder import count_left_out, find_images
+from fastden.images.formats import result_suffix
 
 #: The suffix that each format gets when ``--format`` renames a file.
-SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif"}
+SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif", "heic": ".heic"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def plan(
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
     for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False), left_out):
-        suffix = SUFFIX_OF[format_name] if format_name else source.suffix
+        suffix = SUFFIX_OF[format_name] if format_name else result_suffix(source.suffix)
         if format_name and SUFFIXES.get(source.suffix.lower()) == format_name:
             suffix = source.suffix
         jobs.append(Job(source, output / relative.with_suffix(suffix)))

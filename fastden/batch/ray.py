@@ -21,7 +21,8 @@ from fastden.batch.manifest import Record
 from fastden.batch.plan import SUFFIX_OF, Job, plan
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES
-from fastden.images.finder import has_image_name
+from fastden.images.finder import has_image_name, is_left_out
+from fastden.images.formats import result_suffix
 
 Row = dict[str, str]
 
@@ -66,6 +67,7 @@ def plan_rows(
     format_name: str | None = None,
     unreadable: list[OSError] | None = None,
     made: Callable[[Path], bool] | None = None,
+    left_out: list[Path] | None = None,
 ) -> list[Row]:
     """What to read and where to write it: a row ``{"input", "output"}`` for each image.
 
@@ -75,28 +77,29 @@ def plan_rows(
         recursive: descend into folders, keeping their structure.
         format_name: of the results; the inputs' suffixes otherwise.
         unreadable, made: as in :func:`fastden.batch.plan.plan`; of paths alone.
+        left_out: takes files of the folders that are images which are not read here.
 
     Raises:
         UserError: as :func:`fastden.batch.plan.plan`.
     """
     if not any(map(has_scheme, (*inputs, output))):
         options: dict[str, Any] = {"recursive": recursive, "format_name": format_name}
-        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, **options)
+        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, left_out=left_out, **options)
         return [{"input": os.path.abspath(job.source), "output": os.path.abspath(job.target)} for job in jobs]
     if not has_scheme(output):
         output = os.path.abspath(output)  # workers have working folders of their own
     rows: dict[str, str] = {}
     for name in inputs:
-        for source, relative in _sources(name, recursive):
+        for source, relative in _sources(name, recursive, left_out):
             stem, suffix = os.path.splitext(relative)
-            target = f"{output.rstrip('/')}/{stem}{SUFFIX_OF[format_name] if format_name else suffix}"
+            target = f"{output.rstrip('/')}/{stem}{SUFFIX_OF[format_name] if format_name else result_suffix(suffix)}"
             if target in rows:
                 raise UserError(f"output: {rows[target]}, {source} would both be written to {target}")
             rows[target] = source
     return [{"input": source, "output": target} for target, source in rows.items()]
 
 
-def _sources(name: str, recursive: bool) -> list[tuple[str, str]]:
+def _sources(name: str, recursive: bool, left_out: list[Path] | None) -> list[tuple[str, str]]:
     """Names of images, each with its path below the output."""
     system, path = _filesystem(name)
     try:
@@ -109,6 +112,8 @@ def _sources(name: str, recursive: bool) -> list[tuple[str, str]]:
             folder, files = "", [path] if system.isfile(path) else []
     except OSError as error:
         raise UserError(f"input: {name}: {error.strerror or error}") from error
+    if folder and left_out is not None:
+        left_out += [Path(file) for file in files if is_left_out(file)]
     images = [file for file in files if has_image_name(file)]
     if not images:
         raise UserError(

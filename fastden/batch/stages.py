@@ -80,6 +80,8 @@ class Stages:
         reader = StripReader(job.source, max_pixels=settings.max_pixels)
         header = reader.header
         network = settings.network(header.dtype == np.uint8)
+        if picture.format_name == "heic":
+            raise UserError("is larger than --max-memory, and heic is not written by strips; accepted: avif, tiff, ...")
         turned = int(header.metadata.get("orientation", 1)) > 1
         if settings.strip_metadata and turned:
             raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
@@ -89,7 +91,7 @@ class Stages:
             *shape, metadata, picture.format_name, strip_metadata=settings.strip_metadata
         )
         for name, coder in ((header.format, "decoder"), (picture.format_name, "encoder")):
-            if name in ("webp", "avif"):
+            if name in ("webp", "avif", "jxl", "heic", "raw"):
                 notes.append(f"the {coder} of {name} holds the whole image in memory")
         picture.notes += [*header.notes, *notes]
         level: float | Tensor | StripReader | None = None

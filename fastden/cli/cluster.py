@@ -14,9 +14,10 @@ from fastden.batch.manifest import Manifest, Record, made_before, open_manifest
 from fastden.batch.plan import Job
 from fastden.batch.ray import Row, connect, distribute, has_scheme, plan_rows
 from fastden.batch.report import Report
-from fastden.cli.console import Display
+from fastden.cli.console import Display, say
 from fastden.cli.options import Request
 from fastden.errors import UserError
+from fastden.images.finder import count_left_out
 from fastden.images.whole_files import remove_leftovers
 from fastden.network.hub import models
 
@@ -32,6 +33,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         UserError: a wrong setting, an output that is its own input, or Ray does not start.
     """
     unreadable: list[OSError] = []
+    left_out: list[Path] = []
     rows = plan_rows(
         request.inputs,
         request.output,
@@ -39,6 +41,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         format_name=request.format_name,
         unreadable=unreadable,
         made=made_before(request.manifest, Path(request.output)) if request.resume else None,
+        left_out=left_out,
     )
     for row in rows:
         if os.path.realpath(row["input"]) == os.path.realpath(row["output"]):
@@ -65,7 +68,10 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         except KeyboardInterrupt:
             interrupted = True
     report.close(time.perf_counter() - start)
-    return display.summary(report, interrupted=interrupted, including=", Ray's start included")
+    code = display.summary(report, interrupted=interrupted, including=", Ray's start included")
+    if left_out:
+        say(f"note: {count_left_out(left_out)}", error=True)
+    return code
 
 
 def _for_any_folder(settings: dict[str, Any]) -> dict[str, Any]:

@@ -138,6 +138,7 @@ class Format(str, Enum):
     tiff = "tiff"
     webp = "webp"
     avif = "avif"
+    heic = "heic"
 
 
 class Engine(str, Enum):

@@ -18,7 +18,8 @@ from fastden.errors import UserError
 from fastden.images.containers import riff_chunks
 from fastden.images.encoding import check_alpha, check_pages, described, plan_encoding, plan_saving
 from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
-from fastden.images.kinds import check_supported, full_pages, stated_white
+from fastden.images.formats import Opened, encode_heic, open_file
+from fastden.images.kinds import OTHER_SUFFIXES, check_supported, full_pages, stated_white
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite, to_dtype
 from fastden.images.ranges import ValueRange, find_range
@@ -52,7 +53,7 @@ SUFFIXES = {
     ".webp": "webp",
     ".avif": "avif",
 }
-FORMATS = ("jpeg", "png", "tiff", "webp", "avif")
+FORMATS = ("jpeg", "png", "tiff", "webp", "avif", "heic")
 #: Images with more pixels are refused, so that a small file cannot claim all memory.
 MAX_PIXELS = 500_000_000
 
@@ -82,7 +83,7 @@ class ImageFile:
             ``metadata["orientation"]`` is not 1, the picture is shown turned (:meth:`upright`). The pages of a file of
             several lie one below the other (:meth:`split`).
         alpha: (H, W) in the dtype of ``pixels``, or None.
-        format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif``, or libvips' name.
+        format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif``, ``heic``, ``jxl``, ``raw``, or libvips' name.
         bits: significant bits of a channel: 8, 10, 12, 16 or 32; 0 means all bits of the dtype.
         lossless: whether the file stores its pixels without loss.
         metadata: header fields by libvips' names (:data:`METADATA`): EXIF, ICC profile, XMP, IPTC, resolution,
@@ -214,6 +215,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
     if not data:
         raise UserError("the file is empty")
     file = io.BytesIO(data)
+    opened = open_file(file)
+    if opened is not None:
+        header = header_of(opened, max_pixels)
+        extras, metadata = read_extras(file, header.format, header.metadata)
+        return _assembled(opened.decode(), replace(header, metadata=metadata), extras)
     with vips_errors(file):
         options = {"access": "sequential", "fail_on": "error"}
         check_supported(file)
@@ -228,18 +234,39 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
         # Not image.numpy(): it drops the dimensions of one-pixel images.
         shape = (image.height, image.width, image.bands)
         values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
+    return _assembled(values, replace(header, metadata=metadata), extras)
+
+
+def _assembled(values: Array, header: Header, extras: Extras) -> ImageFile:
     if values.dtype.kind == "f":
         values = values.astype(np.float32, copy=False)
     pixels, alpha = values, None
     if header.has_alpha:
         pixels, alpha = np.ascontiguousarray(values[:, :, :-1]), np.ascontiguousarray(values[:, :, -1])
-    known = (header.format, header.bits, header.lossless, metadata, header.notes, header.pages, extras, header.stated)
-    image_file = ImageFile(pixels, alpha, *known)
+    known = (header.format, header.bits, header.lossless, header.metadata, header.notes, header.pages)
+    image = ImageFile(pixels, alpha, *known, extras, header.stated)
     if pixels.dtype.kind == "f":
-        _ = image_file.ranges  # values on another scale are an error
+        _ = image.ranges  # values on another scale are an error
         if alpha is not None:
             check_finite(alpha, UserError)
-    return image_file
+    return image
+
+
+def header_of(opened: Opened, max_pixels: int) -> Header:
+    """What is known of a file of the extra formats; more than ``max_pixels`` are refused."""
+    _check_size(opened.width, opened.height, max_pixels)
+    return Header(
+        width=opened.width,
+        height=opened.height,
+        channels=opened.bands - opened.has_alpha,
+        has_alpha=opened.has_alpha,
+        dtype=opened.dtype,
+        format=opened.format,
+        bits=opened.bits,
+        lossless=opened.format == "raw",
+        metadata=opened.metadata,
+        notes=opened.notes,
+    )
 
 
 def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = False) -> tuple[Any, Header]:
@@ -310,13 +337,17 @@ def _check_pages(pages: int, format_name: str, several: bool) -> None:
 
 
 def _check_header(image: Any, rows: int, max_pixels: int) -> None:
-    if image.width * rows > max_pixels:
-        limit = f"at most {max_pixels / 1e6:g} megapixels (max_pixels; --max-megapixels of the command)"
-        raise UserError(f"{image.width} x {rows} pixels; accepted: {limit}")
+    _check_size(image.width, rows, max_pixels)
     if image.coding != "none" or image.interpretation in _OTHER_SPACES:
         raise UserError(f"colour space {image.interpretation}; accepted: gray, RGB, CMYK")
     if image.format not in VIPS_DTYPES:
         raise UserError(f"pixels of type {image.format}; accepted: 8 or 16 bits unsigned, or floating")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        limit = f"at most {max_pixels / 1e6:g} megapixels (max_pixels; --max-megapixels of the command)"
+        raise UserError(f"{width} x {height} pixels; accepted: {limit}")
 
 
 def _channels(bands: int, has_alpha: bool) -> tuple[int, bool]:
@@ -342,11 +373,13 @@ def format_for(path: str | Path, format_name: str | None = None) -> str:
         UserError: an unknown format or suffix, or a suffix that says another format.
     """
     suffix = Path(path).suffix.lower()
-    by_suffix = SUFFIXES.get(suffix)
+    by_suffix = "heic" if suffix in OTHER_SUFFIXES["HEIC"] else SUFFIXES.get(suffix)
     if format_name is not None and format_name not in FORMATS:
         raise UserError(f"format: {format_name!r}; accepted: {', '.join(FORMATS)}")
     if by_suffix is None:
-        raise UserError(f"{path}: cannot write {suffix or 'a file without suffix'}; accepted: {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{path}: cannot write {suffix or 'a file without suffix'}; accepted: {', '.join(SUFFIXES)}, .heic"
+        )
     if format_name is not None and format_name != by_suffix:
         raise UserError(f"{path}: the suffix says {by_suffix}, format says {format_name}; accepted: the same")
     return by_suffix
@@ -394,7 +427,7 @@ def write_image(
 def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = False) -> tuple[bytes, list[str]]:
     """The bytes of a file in ``format_name``, and notes on what was lost; see :func:`write_image`."""
     vips = load_vips()
-    if strip_metadata:
+    if strip_metadata or format_name == "heic":  # whose readers pass over the orientation of EXIF
         image = image.upright()
     check_alpha(image.alpha is not None, format_name)
     check_pages(image.pages, format_name)
@@ -403,14 +436,16 @@ def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = F
     planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
     planes = np.ascontiguousarray(to_dtype(planes, dtype))
     height, width, bands = planes.shape
-    saver, options = plan_saving(
-        format_name, dtype, planes.nbytes, image.bits, image.lossless, strip_metadata=strip_metadata
-    )
     kind = png_kind(bands, planes.itemsize)
     attachment = plan_attachment(image.extras, metadata, format_name, kind=kind, strip_metadata=strip_metadata)
     if attachment.note:
         notes.append(attachment.note)
     metadata = for_libvips(metadata, attachment, image.extras)
+    if format_name == "heic":
+        return encode_heic(planes, metadata, strip_metadata=strip_metadata), notes
+    saver, options = plan_saving(
+        format_name, dtype, planes.nbytes, image.bits, image.lossless, strip_metadata=strip_metadata
+    )
     if image.pages > 1:
         options["page_height"] = height // image.pages
     try:

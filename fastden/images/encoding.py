@@ -43,7 +43,7 @@ def plan_encoding(
     """
     kept = dict(metadata)
     notes = []
-    most = {"jpeg": 8, "webp": 8, "png": 16, "avif": 12, "tiff": 32}[format_name]
+    most = {"jpeg": 8, "webp": 8, "png": 16, "avif": 12, "heic": 10, "tiff": 32}[format_name]
     if bits > most:
         kind = "floating" if bits == 32 else f"{bits}-bit"
         notes.append(f"{kind} values are rounded to the {most} bits of {format_name} (tiff keeps them)")
@@ -51,7 +51,7 @@ def plan_encoding(
         dtype = np.dtype(np.uint8)
     elif most < 32 and dtype == np.float32:
         dtype = np.dtype(np.uint16)
-    if format_name in ("webp", "avif") and channels == 1 and _profile_space(kept) == b"GRAY":
+    if format_name in ("webp", "avif", "heic") and channels == 1 and _profile_space(kept) == b"GRAY":
         del kept["icc-profile-data"]
         notes.append(f"the gray ICC profile is not kept: {format_name} stores gray as RGB")
     return dtype, kept, notes

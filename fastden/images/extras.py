@@ -311,7 +311,7 @@ def plan_attachment(
         missing.append("PNG text")
     if any(marker == _COMMENT for marker, _ in extras.segments):
         missing.append("the JPEG comment")
-    if format_name == "avif":
+    if format_name in ("avif", "heic"):
         moved = moved or (bool(block) and tiff_tags.has_maker_note(tiff_tags.exif_directory(block) or {}))
         block = b""
     return Attachment(format_name, exif=block, note=_note(missing, moved))
@@ -329,6 +329,9 @@ def for_libvips(metadata: Mapping[str, Any], attachment: Attachment, extras: Ext
         block, _ = tiff_tags.exif_block(extras.tags)
         if block:
             fields["exif-data"] = _EXIF + block
+    if attachment.format == "heic" and "exif-data" in fields:
+        block = bytes(fields["exif-data"]).removeprefix(_EXIF)
+        fields["exif-data"] = _EXIF + tiff_tags.with_orientation(block, 1)
     return fields
 
 

@@ -8,13 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastden.images.codec import SUFFIXES
+from fastden.images.formats import PACKAGES, read_suffixes
 from fastden.images.kinds import kind_of_suffix
 
 
 def has_image_name(path: str | Path) -> bool:
-    """Whether a file's name is an image's: its suffix is one of :data:`SUFFIXES`, and it is not hidden."""
+    """Whether a file's name is an image's that can be read, and it is not hidden."""
     name = Path(path)
-    return name.suffix.lower() in SUFFIXES and not name.name.startswith(".")
+    suffix = name.suffix.lower()
+    return (suffix in SUFFIXES or suffix in read_suffixes()) and not name.name.startswith(".")
 
 
 def find_images(
@@ -33,9 +35,15 @@ def find_images(
     """
     files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
     if left_out is not None:
-        others = (path for path in files if kind_of_suffix(path.suffix) and not path.name.startswith("."))
-        left_out += sorted(path for path in others if path.is_file())
+        left_out += sorted(path for path in files if is_left_out(path) and path.is_file())
     return sorted(path for path in files if has_image_name(path) and path.is_file())
+
+
+def is_left_out(path: str | Path) -> bool:
+    """Whether a file's name is that of an image which is not read here."""
+    name = Path(path)
+    other = kind_of_suffix(name.suffix) is not None and name.suffix.lower() not in read_suffixes()
+    return other and not name.name.startswith(".")
 
 
 def count_left_out(files: Iterable[Path]) -> str:
@@ -43,7 +51,8 @@ def count_left_out(files: Iterable[Path]) -> str:
     kinds = Counter(kind_of_suffix(path.suffix) or "other images" for path in files)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     total = sum(kinds.values())
-    return f"{total} image file{'s' * (total != 1)} left out, not read here: {counts}"
+    install = "; pip install 'fastden[formats]' reads HEIC, JPEG XL and camera raw" if PACKAGES.keys() & kinds else ""
+    return f"{total} image file{'s' * (total != 1)} left out, not read here: {counts}{install}"
 
 
 def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:

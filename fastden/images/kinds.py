@@ -62,6 +62,8 @@ _INSTEAD = {
     "DICOM": "a copy as TIFF or PNG of 16 bits",
     "video": "fastden denoise VIDEO -o VIDEO, with the suffix of a video",
 }
+#: Kinds that packages of the extra ``formats`` read.
+_BY_EXTRA = ("HEIC", "JPEG XL", "camera raw")
 _CFA, _LINEAR_RAW = 32803, 34892
 _REDUCED, _MASK = 1, 4
 
@@ -87,7 +89,9 @@ def kind_of_bytes(head: bytes) -> str | None:
 def not_supported(kind: str, detail: str = "") -> UserError:
     """The error for a kind of files."""
     why = f" ({detail})" if detail else ""
-    return UserError(f"{kind} is not read here{why}; accepted: {_INSTEAD.get(kind, 'a copy as PNG, TIFF or JPEG')}")
+    instead = _INSTEAD.get(kind, "a copy as PNG, TIFF or JPEG")
+    install = "pip install 'fastden[formats]' reads it; or " if kind in _BY_EXTRA else ""
+    return UserError(f"{kind} is not read here{why}; accepted: {install}{instead}")
 
 
 def check_supported(file: BinaryIO) -> None:
@@ -107,7 +111,7 @@ def check_supported(file: BinaryIO) -> None:
                 break
     elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         kind = kind_of_bytes(head)
-        if kind is not None or _is_raw(file):
+        if kind is not None or is_raw_tiff(file):
             raise not_supported("camera raw", "this TIFF holds what a sensor saw, and a thumbnail")
 
 
@@ -119,7 +123,8 @@ def _directories(file: BinaryIO) -> Any:
     return tifffile.TiffFile(file, name="image").pages
 
 
-def _is_raw(file: BinaryIO) -> bool:
+def is_raw_tiff(file: BinaryIO) -> bool:
+    """Whether a file in TIFF's form holds what a sensor saw."""
     try:
         first = _directories(file).first
         if 50706 in first.tags:  # the version of DNG

@@ -8,14 +8,15 @@ import struct
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastden.errors import UserError
-from fastden.images.codec import MAX_PIXELS, Header, open_image
+from fastden.images.codec import MAX_PIXELS, Header, header_of, open_image
 from fastden.images.encoding import described, plan_saving
 from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
+from fastden.images.formats import Opened, open_file
 from fastden.images.kinds import check_supported
 from fastden.images.libvips import detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite
@@ -49,32 +50,44 @@ class StripReader:
 
     def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> None:
         self.path = path
-        vips = load_vips()
+        self._whole: Array | None = None
+        self._opened: Opened | None = None
+        self._region: Any = None
         try:
             with open(path, "rb") as file:
-                head = file.read(12)
-                # Their decoders hold the whole image in any case. libvips would map the file, and a file that shrinks
-                # while it is mapped ends the process.
-                whole = head[8:] == b"WEBP" or head[4:8] == b"ftyp"
-                if not head:
-                    raise UserError("the file is empty")
-                data = head + file.read() if whole else b""
-                with vips_errors(file):
-                    check_supported(file)
-                    options = {"access": "sequential", "fail_on": "error"}
-                    if whole:
-                        image = vips.Image.new_from_buffer(data, "", **options)
-                    else:
-                        # A source, not the file's name: libvips reads text in brackets at the end of a name as options.
-                        image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(path)), "", **options)
-                    image, self.header = open_image(image, file, max_pixels, several)
+                self._opened = open_file(file)
+                if self._opened is not None:
+                    self.header = header_of(self._opened, max_pixels)
+                    self._dtype = self.header.dtype
+                else:
+                    self._open_in_libvips(file, max_pixels, several)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {reason(error)}") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        self._region = vips.Region.new(image)
-        self._dtype = {"double": np.float64}.get(image.format, self.header.dtype)
         self.position = 0
+
+    def _open_in_libvips(self, file: BinaryIO, max_pixels: int, several: bool) -> None:
+        vips = load_vips()
+        file.seek(0)
+        head = file.read(12)
+        # Their decoders hold the whole image in any case. libvips would map the file, and a file that shrinks while it
+        # is mapped ends the process.
+        whole = head[8:] == b"WEBP" or head[4:8] == b"ftyp"
+        if not head:
+            raise UserError("the file is empty")
+        data = head + file.read() if whole else b""
+        with vips_errors(file):
+            check_supported(file)
+            options = {"access": "sequential", "fail_on": "error"}
+            if whole:
+                image = vips.Image.new_from_buffer(data, "", **options)
+            else:
+                # A source, not the file's name: libvips reads text in brackets at the end of a name as options.
+                image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(self.path)), "", **options)
+            image, self.header = open_image(image, file, max_pixels, several)
+        self._region = vips.Region.new(image)
+        self._dtype = {"double": np.dtype(np.float64)}.get(image.format, self.header.dtype)
 
     def extras(self) -> tuple[Extras, dict[str, Any]]:
         """What the file holds beside its pixels, and the header's metadata mended by it."""
@@ -89,9 +102,13 @@ class StripReader:
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             try:
-                with vips_errors():
-                    data = self._region.fetch(0, self.position, self.header.width, len(part))
-                part[:] = np.frombuffer(data, self._dtype).reshape(part.shape)
+                if self._opened is not None:
+                    self._whole = self._opened.decode() if self._whole is None else self._whole
+                    part[:] = self._whole[self.position : self.position + len(part)]
+                else:
+                    with vips_errors():
+                        data = self._region.fetch(0, self.position, self.header.width, len(part))
+                    part[:] = np.frombuffer(data, self._dtype).reshape(part.shape)
                 if part.dtype.kind == "f":
                     check_finite(part, UserError)
             except UserError as error:

@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from fastden.batch import ray as ray_module
 from fastden.batch.cost import Cost
 from fastden.batch.manifest import NAME, Record
 from fastden.batch.plan import Job
 from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, plan_rows
+from fastden.cli.main import app
 from fastden.errors import UserError
 from fastden.images.codec import read_image
+from fastden.images.finder import count_left_out
 from tests.cli.run import fails, works
 from tests.image_files import encoded, exif, pixels, save_model
 
@@ -86,6 +89,31 @@ def _plain(row: dict[str, str]) -> dict[str, str]:
 
 def record_of(worker: Worker, source: Any, target: Any) -> Record:
     return Record.from_json(worker({"input": str(source), "output": str(target)})["record"])
+
+
+def test_files_that_are_left_out_are_counted(
+    memory: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the local engine does, behind URLs too."""
+    monkeypatch.setattr("fastden.images.formats.is_installed", lambda kind: False)
+    (photos / "x.NEF").write_bytes(b"")
+    (photos / "x.exr").write_bytes(b"")
+    left_out: list[Path] = []
+    rows = plan_rows([str(photos)], str(tmp_path / "out"), left_out=left_out)
+    assert [path.name for path in left_out] == ["x.NEF", "x.exr"]
+    with memory.open("/in/y.heic", "wb") as file:
+        file.write(b"")
+    shutil.copy(photos / "a.png", tmp_path / "a.png")
+    memory.put(str(tmp_path / "a.png"), "/in/a.png")
+    behind: list[Path] = []
+    assert len(plan_rows(["memory://in"], "memory://out", left_out=behind)) == 1
+    assert [path.name for path in behind] == ["y.heic"]
+    monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
+    monkeypatch.setattr("fastden.cli.cluster.distribute", lambda *_: iter(()))
+    command = ["denoise", str(photos), "-o", str(tmp_path / "out"), "--engine", "ray", "--sigma", "5"]
+    told = CliRunner().invoke(app, command).stderr
+    assert f"note: {count_left_out(left_out)}" in told
+    assert len(rows) == 2
 
 
 def test_a_worker(photos: Path, tmp_path: Path, memory: Any, model: str) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 import fastden
 from fastden.errors import UserError
-from fastden.images import xmp
+from fastden.images import formats, xmp
 from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
 from fastden.images.containers import SEGMENT, jpeg_segments, png_chunks
 from fastden.images.pixels import Array
@@ -306,7 +306,8 @@ def test_an_animated_png_is_refused(tmp_path: Path) -> None:
         StripReader(tmp_path / "a.png")
 
 
-def test_raw_files_of_cameras_are_refused(tmp_path: Path) -> None:
+def test_raw_files_of_cameras_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "is_installed", lambda kind: False)
     version = [(50706, 1, 4, (1, 4, 0, 0), True)]
     tifffile.imwrite(tmp_path / "a.tif", pixels(), photometric="rgb", extratags=version, subfiletype=1)
     with tifffile.TiffWriter(tmp_path / "b.tif") as writer:

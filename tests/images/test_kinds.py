@@ -12,6 +12,7 @@ import tifffile
 import fastden
 from fastden.batch.plan import plan
 from fastden.errors import UserError
+from fastden.images import formats
 from fastden.images.codec import ImageFile, decode_image, read_image, write_image
 from fastden.images.finder import count_left_out
 from fastden.images.strips import StripReader
@@ -35,7 +36,10 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
         (b"8BPS" + bytes(64), "Photoshop"),
     ],
 )
-def test_a_sound_file_of_another_kind_is_not_called_damaged(head: bytes, kind: str, tmp_path: Path) -> None:
+def test_a_sound_file_of_another_kind_is_not_called_damaged(
+    head: bytes, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "is_installed", lambda kind: False)
     with pytest.raises(UserError, match=f"{kind} is not read here.*; accepted: ") as caught:
         decode_image(head)
     assert "corrupt" not in str(caught.value)
@@ -63,7 +67,8 @@ def test_truncated_files_still_are_called_so(tmp_path: Path) -> None:
         decode_image(data[: len(data) // 2])
 
 
-def test_images_of_a_folder_that_are_left_out_are_counted(tmp_path: Path) -> None:
+def test_images_of_a_folder_that_are_left_out_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "is_installed", lambda kind: False)
     source = tmp_path / "DCIM"
     (source / "deep").mkdir(parents=True)
     write_image(source / "a.png", ImageFile(np.zeros((16, 16, 3), np.uint8)))
@@ -72,7 +77,9 @@ def test_images_of_a_folder_that_are_left_out_are_counted(tmp_path: Path) -> Non
     left_out: list[Path] = []
     assert len(plan([str(source)], tmp_path / "out", left_out=left_out)) == 1
     assert [path.name for path in left_out] == ["b.HEIC", "c.heic", "d.dng"]
-    assert count_left_out(left_out) == "3 image files left out, not read here: 2 HEIC, 1 camera raw"
+    told = count_left_out(left_out)
+    assert told.startswith("3 image files left out, not read here: 2 HEIC, 1 camera raw; pip install")
+    assert count_left_out([Path("a.exr")]) == "1 image file left out, not read here: 1 OpenEXR"
     report = fastden.BatchDenoiser("color", sigma=5).run(source, tmp_path / "out", recursive=True)
     assert len(report.done) == 1
     assert not report.failed
