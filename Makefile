@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 # The constraint keeps pip from replacing the PyTorch that is there.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 RESULTS := benchmarks/results/bench
+# A trial that measures nothing: make bench RESULTS=trial LARGE= BENCH_ARGS="--rounds 1 --size 64 64"
+LARGE ?= --large
+BENCH_ARGS ?=
 # The dtypes in which this CPU multiplies matrices natively.
 NATIVE := "from fastden.network.onednn import native_bf16 as native; print('float32', 'bfloat16' * native())"
 CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
@@ -40,8 +43,8 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	code=0; for dtype in $$($(BIN)/python -c $(NATIVE)); do \
-	    $(BIN)/fastden bench model --device cpu --dtype $$dtype --large --json $(RESULTS)/cpu-$$dtype.json || code=1; \
-	done; $(BIN)/fastden bench train --device cpu --json $(RESULTS)/cpu-train.json || code=1; exit $$code
+	    $(BIN)/fastden bench model --device cpu --dtype $$dtype $(LARGE) $(BENCH_ARGS) --json $(RESULTS)/cpu-$$dtype.json || code=1; \
+	done; $(BIN)/fastden bench train --device cpu $(BENCH_ARGS) --json $(RESULTS)/cpu-train.json || code=1; exit $$code
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

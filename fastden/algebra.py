@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+#: Pixels by which the network's padded input is larger than the image, on each side: conv0 (5x5) and out (3x3) have no
+#: padding and take off 2 and 1.
+BORDER = 3
+
 
 class StemWeights(NamedTuple):
     """conv1 o conv0. ``weight`` (4, O, C, 7, 7) and ``bias`` (4, O): inside, first row, first column, corner."""

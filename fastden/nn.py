@@ -29,7 +29,7 @@ __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: What PyTorch's layers do, as it was when this was imported: whoever replaces it means it to run.
+#: PyTorch's own methods, as they were at import. Where one is replaced later, the replacement must run.
 _CONV_FORWARDS = (nn.Conv2d.forward, nn.Conv2d._conv_forward)
 _TRANSPOSED_FORWARD = nn.ConvTranspose2d.forward
 _NORM_FORWARD = nn.BatchNorm2d.forward
@@ -131,7 +131,7 @@ class _SumOfProcesses(torch.autograd.Function):
 
 
 def normalise(bn: nn.Module, x: Tensor) -> Tensor:
-    """``bn(x)``; of a ``SyncBatchNorm`` that trains on CPUs, which PyTorch's own call refuses, the same function.
+    """``bn(x)``. A ``SyncBatchNorm`` that trains on CPUs, which PyTorch refuses, computes the same function.
 
     Args:
         bn: any module.
@@ -321,7 +321,7 @@ class Upsample(nn.ConvTranspose2d):
         return ops.upsample(x, self.weight, self.bias)
 
     def _is_as_built(self) -> bool:
-        """Whether nobody changed what the operator takes for granted, in this object or in PyTorch's class."""
+        """Whether this object and PyTorch's class are unchanged, as the operator assumes."""
         built = (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1, "zeros"
         return nn.ConvTranspose2d.forward is _TRANSPOSED_FORWARD and built == (
             self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation, self.groups,

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+#: Pixels of one wave: a tile of 128 pixels on each of an H100's 132 multiprocessors.
+ONE_WAVE = 128 * 132
+
 
 @dataclass(frozen=True)
 class ConvConfig:
@@ -33,7 +36,7 @@ def config_for(channels: int, outputs: int, pixels: int, itemsize: int) -> ConvC
     block_n = min(128 if itemsize <= 2 else 64, max(16, triton.next_power_of_2(outputs)))
     block_k = min(64 if itemsize <= 2 else 32, max(16, triton.next_power_of_2(channels)))
     # Few pixels: smaller tiles keep more multiprocessors busy.
-    block_m = 128 if pixels >= 128 * 132 else 64
+    block_m = 128 if pixels >= ONE_WAVE else 64
     # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80.
     warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 else 4
     return ConvConfig(block_m, block_n, block_k, warps, stages=3)

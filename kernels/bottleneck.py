@@ -37,6 +37,7 @@ from torch import Tensor
 from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._conv import _accumulate, launch_conv
 from fastden.kernels._layout import channels_last
+from fastden.kernels._tiles import ONE_WAVE
 
 #: The sums of the 3x3 convolution of a pixel are all held by one program.
 LARGEST_MIDDLE = 128
@@ -73,7 +74,7 @@ def config_for(channels: int, middle: int, pixels: int, itemsize: int, products:
         # Without matrix instructions operands fill registers, too.
         return BottleneckConfig(block_m=64, warps=8, stages=2, fused=True)
     # Few pixels: smaller tiles keep more multiprocessors busy. Other types and sizes: twice the bytes or sums a pixel.
-    if pixels < 128 * 132 or itemsize > 2 or middle > 64:
+    if pixels < ONE_WAVE or itemsize > 2 or middle > 64:
         return BottleneckConfig(block_m=64, warps=4, stages=2, fused=True)
     if middle <= 32:
         return BottleneckConfig(block_m=128, warps=4, stages=3, fused=True)

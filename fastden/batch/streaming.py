@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from fastden.algebra import BORDER
 from fastden.images.codec import Header
 from fastden.images.pixels import Array, to_dtype
 from fastden.images.ranges import ORDINARY, ValueRange
@@ -21,7 +22,7 @@ from fastden.images.samples import sigma_of_gray
 from fastden.inference.run import PLAIN, Wishes, adapted, from_batch, own_level, own_scale, to_batch
 from fastden.inference.tiling import HALO, SMALLEST, denoise_rows, rows_needed, spans
 from fastden.network.fused import FusedDenoiser
-from fastden.network.padding import ALIGNMENT, BORDER
+from fastden.network.padding import ALIGNMENT
 
 #: Strips that exist at the same time: one being read, one computed from and one computed, and two on the way out.
 STRIPS = 5

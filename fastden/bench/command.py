@@ -1,4 +1,4 @@
-"""``fastden bench``: what the machine makes of the network. Heavy imports wait inside the commands."""
+"""``fastden bench``: the network's speed on this machine. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def compare(
         row = rows[contender.name] = {"own": contender.own}
         try:
             calls[contender.name] = ready(contender, job, settings, row, fetch)
-        # One contender's failure, whatever it is, must not take the others' results along.
+        # The failure of one contender must not lose the results of the others.
         except Exception as failure:
             row["failed"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
         verdict = row.get("failed", "ready" if row.get("right") else "wrong result")

@@ -30,7 +30,7 @@ def measured(model: str, dtype: str, size: tuple[int, int] = SIZE) -> dict[str, 
     """Run :func:`measure` in a process of its own.
 
     Args:
-        model: by which the network is loaded.
+        model: name or folder of the network.
         dtype: to compute in, a name of PyTorch's.
         size: height and width, pixels.
 

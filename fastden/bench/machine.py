@@ -1,4 +1,4 @@
-"""The machine: what it is, how fast it multiplies and copies, and what its GPU's sensors say."""
+"""The machine: its description, its rates of multiplying and copying, and its GPU's sensors."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastden import ops
-from fastden.algebra import compose_head, compose_stem
+from fastden.algebra import BORDER, compose_head, compose_stem
 from fastden.bench import forms
 from fastden.bench.compare import Contender, Job, bounds, tensors
 from fastden.bench.counts import PARTS, TRAINING, UNITS
@@ -18,7 +18,7 @@ from fastden.bench.timing import Call
 from fastden.errors import UserError
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
-from fastden.network.padding import BORDER, padding_for
+from fastden.network.padding import padding_for
 from fastden.nn import Bottleneck
 from fastden.ops.backends import use_backend
 

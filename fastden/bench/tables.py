@@ -53,7 +53,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def show(results: Sequence[Mapping[str, Any]], limits: Mapping[str, float], left_out: Mapping[str, str]) -> None:
-    """Print all tables, the ceilings, and who was left out and why."""
+    """Print all tables, the ceilings, and which contenders were left out and why."""
     console = Console(width=None if sys.stdout.isatty() else 132)
     for result in results:
         console.print(table(result))

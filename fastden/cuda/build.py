@@ -1,4 +1,4 @@
-"""Building the CUDA extension: what is compiled, how, for which GPUs, and what a machine lacks for it.
+"""Building the CUDA extension: its sources, flags and GPUs, and what a machine lacks to build it.
 
 :func:`plan` gives sources and flags: to ``setup.py`` (a wheel or an editable installation), to ``fastden build`` (for
 the PyTorch that is there, into the user's cache) and to the tests (an emulated build, for the CPU). Importing this
@@ -154,11 +154,11 @@ def gencode(architectures: Iterable[str]) -> tuple[str, ...]:
 def parse_architectures(text: str, say: Callable[[str], None] = lambda text: None) -> tuple[str, ...]:
     """The compute capabilities of a text such as ``8.0 8.6;9.0+PTX``, as TORCH_CUDA_ARCH_LIST has them.
 
-    Containers set that variable for other packages: what is below 8.0, which has no kernels here, is left out, and 9.0
+    Containers set that variable for other packages. Capabilities below 8.0 have no kernels here and are left out; 9.0
     becomes 9.0a, which alone has Hopper's matrix instruction.
 
     Args:
-        text: what the variable holds.
+        text: the variable's value.
         say: told what is left out.
 
     Raises:

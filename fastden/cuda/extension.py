@@ -131,7 +131,7 @@ def find() -> tuple[Library | None, list[str]]:
             return library, []
         reasons += unfit
     if reasons:
-        # Of another PyTorch is what a user should hear of; of older sources is what a cache is full of.
+        # A user should hear of a library built for another PyTorch. Libraries built from older sources fill any cache.
         return None, [next((reason for reason in reasons if "built for" in reason), reasons[0])]
     lacking = build.missing(build.find_toolkit())
     return None, ["not built; run `fastden build`" + (f", which needs: {'; '.join(lacking)}" if lacking else "")]
@@ -186,7 +186,7 @@ def after_loading(function: Callable[[], None]) -> None:
 
 
 def why_not() -> list[str]:
-    """Why the extension cannot be used here, whatever the inputs; nothing where it can. Loads it."""
+    """Why the extension cannot be used here with any inputs; empty where it can. Loads it."""
     if _config is not None:
         return []
     try:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastden.algebra import BORDER
 from fastden.exports.weights import Weights
-from fastden.network.padding import ALIGNMENT, BORDER
+from fastden.network.padding import ALIGNMENT
 
 if TYPE_CHECKING:
     import onnx

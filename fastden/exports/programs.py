@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastden.algebra import BORDER
 from fastden.exports.weights import Weights
-from fastden.network.padding import ALIGNMENT, BORDER
+from fastden.network.padding import ALIGNMENT
 
 if TYPE_CHECKING:
     from fastden.exports.exporter import Request

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastden.images.pixels import Array, full_scale
+from fastden.images.samples import MAX_SIGMA
 
 #: Values that are taken as they are, white being 1: a picture is brought to its own range where its robust extremes
 #: lie outside of the interval, or where white is below LEAST_WHITE. (With a quarter of the range filled the estimated
@@ -25,7 +26,7 @@ BLOCK = 8
 #: Share of the blocks, and of the values, that may lie beyond a range without changing it.
 FEW_BLOCKS, FEW_VALUES = 0.01, 0.001
 #: The highest level that the shipped models know, on the scale 0-1. Noise goes to six times a level.
-_STRONGEST, _NOISE_REACH = 75 / 255, 6.0
+_STRONGEST, _NOISE_REACH = MAX_SIGMA / 255, 6.0
 # A bin holds the floats that share sign, exponent and five bits of the mantissa: it is 3 % wide.
 _SHIFT = 18
 _BINS = 1 << (31 - _SHIFT)

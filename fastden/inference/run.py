@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastden.algebra import BORDER
 from fastden.images.pixels import Array, check_plain
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.inference.estimate import NoiseEstimate, estimate_of
 from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import check_strength
-from fastden.network.padding import BORDER
 
 Progress = Callable[[int, int], None]
 Quality = Literal["fast", "normal", "best"]

@@ -14,11 +14,12 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastden.algebra import BORDER
 from fastden.network import onednn
 from fastden.network.inputs import noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
 from fastden.network.model import Denoiser
-from fastden.network.padding import ALIGNMENT, BORDER, padding_for, reflected_index
+from fastden.network.padding import ALIGNMENT, padding_for, reflected_index
 
 #: Pixels that a tile reads around its own: the smallest multiple of 4 beyond the network's reach.
 HALO = 24

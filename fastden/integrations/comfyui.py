@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastden.api import denoise
+from fastden.images.samples import MAX_SIGMA
 from fastden.network.hub import models
 
 #: The model that fastden chooses.
@@ -28,7 +29,13 @@ class FastdenDenoise:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI shows: the image, and the settings with their limits."""
         names = [CHOICE, *models()]
-        sigma = {"default": 0.0, "min": 0.0, "max": 75.0, "step": 0.5, "tooltip": "Noise level, 0-255 scale; 0: auto"}
+        sigma = {
+            "default": 0.0,
+            "min": 0.0,
+            "max": MAX_SIGMA,
+            "step": 0.5,
+            "tooltip": "Noise level, 0-255 scale; 0: auto",
+        }
         strength = {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "0: nothing; above 1: more"}
         return {
             "required": {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastden.images.samples import MAX_SIGMA
 from fastden.integrations._missing import missing
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
@@ -22,7 +23,7 @@ except ModuleNotFoundError as error:
     raise missing(error, "deepinv") from error
 
 #: The largest noise level that the bundled models were trained for, on the scale of the image.
-TRAINED = 75 / 255
+TRAINED = MAX_SIGMA / 255
 #: Values further outside [0, 1] than so many standard deviations of the noise are not noise.
 EXCESS = 4.0
 

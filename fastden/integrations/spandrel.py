@@ -1,4 +1,4 @@
-"""fastden's networks for spandrel (https://github.com/chaiNNer-org/spandrel), by which chaiNNer and others load models.
+"""fastden's networks for spandrel (https://github.com/chaiNNer-org/spandrel), the loader of chaiNNer and others.
 
     >>> import fastden.integrations.spandrel
     >>> fastden.integrations.spandrel.install()

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
-from fastden.algebra import compose_head, compose_stem
+from fastden.algebra import BORDER, compose_head, compose_stem
 from fastden.network.hub import PretrainedMixin
 from fastden.network.inputs import Sigma, check_input, noise_level, warn_of_scale
 from fastden.network.modes import without_autocast
-from fastden.network.padding import BORDER, pad_image
+from fastden.network.padding import pad_image
 from fastden.nn import (
     Bottleneck,
     ConcatConvBNReLU,

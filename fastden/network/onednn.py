@@ -1,8 +1,8 @@
 """The fused network on a CPU: oneDNN convolutions with post-operations on tiles that stay in cache.
 
-Bias, ReLU and the residual sum run inside the convolutions, weights are packed once for each tile shape, activations
-are channels-last and the concatenation in front of conv3 is made tile by tile. Everything is PyTorch's own operators;
-there is nothing to build.
+Bias, ReLU and the residual sum run inside the convolutions. Weights are packed once for each tile shape. Activations
+are channels-last. The concatenation in front of conv3 is made tile by tile. All operators are PyTorch's own: there is
+nothing to build.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from fastden.algebra import HeadWeights, StemWeights, image_phases, phase_weights, separated_head, unshuffled_weight
-from fastden.network.padding import BORDER
+from fastden.algebra import (
+    BORDER,
+    HeadWeights,
+    StemWeights,
+    image_phases,
+    phase_weights,
+    separated_head,
+    unshuffled_weight,
+)
 
 #: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
 #: run at 3.1 TFLOP/s on maps up to 192 wide and at 1.1 on the 386 columns of a 768-pixel image (2 cores, conv3); rows
@@ -37,7 +44,7 @@ BATCH_PIXELS = 1 << 17
 #: Packed copies kept of each convolution's weights, the oldest leaves first: the bound of what packing costs in memory.
 #: oneDNN chose one layout for all of 60 sizes between 1 and 119 pixels, and two for one of 23 convolutions.
 PACKED_COPIES = 4
-#: Input shapes for which it is remembered which copy they take, for each convolution.
+#: Most input shapes that each convolution remembers with the copy that they use.
 PACKED_SHAPES = 1024
 
 
@@ -87,7 +94,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep what is freed, up to 2 GiB, instead of returning it to the system; whether it agreed.
+    """Ask the C library to keep freed memory, up to 2 GiB, instead of returning it to the system; whether it agreed.
 
     Activations are freed and allocated again all the time, and fresh pages cost the system's time to map: with this,
     512 x 768 pixels take 78 ms instead of 83 in bf16 and 395 instead of 404 in float32. It holds for the whole process,
@@ -107,7 +114,7 @@ def keep_freed_memory() -> bool:
 class PackedWeights:
     """One convolution's weights as oneDNN packed them for input shapes; the same bytes are kept once.
 
-    Safe for calls from several threads: what a call was given stays valid whatever another one adds or drops.
+    Several threads may call it: a copy that a call received stays valid when another call adds or drops copies.
     """
 
     def __init__(self) -> None:
@@ -129,7 +136,7 @@ class PackedWeights:
         return self._of_shape.get(shape)
 
     def add(self, shape: tuple[int, ...], packed: Tensor) -> Tensor:
-        """Keep ``packed`` for ``shape``; what is to be used, an equal one where there was one."""
+        """Keep ``packed`` for ``shape``; returns the copy to use, which is an older one where an equal one exists."""
         with self._lock:
             for copy in self._copies:
                 if _same_packed(copy, packed):
@@ -170,8 +177,8 @@ def _memcmp() -> Callable[[int, int, int], int]:
 class Snapshot:
     """Copies of tensors, to see whether these still hold the same bytes.
 
-    Comparing all bytes is the one check that nothing escapes: writes through ``.data``, a NumPy view, shared memory or
-    a collective operation raise no version, and tensors of inference mode have none. For the 3.2 MiB of a float32
+    Comparing all bytes is the only check that finds every change. Writes through ``.data``, a NumPy view, shared memory
+    or a collective operation raise no version, and tensors of inference mode have none. For the 3.2 MiB of a float32
     network it takes 0.09 ms of a small image's 10 ms (one core of a Zen 4 CPU).
 
     Args:
@@ -192,7 +199,7 @@ class Snapshot:
         for tensor, (copy, shape, strides, dtype, device, pointer, size) in zip(tensors, self._expected, strict=True):
             if tensor.dtype != dtype or tensor.device != device or tensor.shape != shape:
                 return False
-            # The copies are dense, and so is what has their strides.
+            # The copies are dense, so tensors with the same strides are dense too.
             if tensor.stride() == strides:
                 if memcmp(pointer, tensor.data_ptr(), size):
                     return False
@@ -361,7 +368,7 @@ class TiledNetwork:
         return result
 
     def _front(self, folded: Tensor) -> Tensor:
-        """stem and res1 in strips of rows, so that what one writes the other finds in cache: (N, 128, h, w)."""
+        """stem and res1 in strips of rows, so that res1 finds stem's output in cache: (N, 128, h, w)."""
         height, width = folded.shape[2] - 3, folded.shape[3] - 3
         skip: Tensor | None = None
         for top, bottom, first, last in tile_regions(height, height, FRONT_ROWS, 1, 1):
@@ -375,7 +382,7 @@ class TiledNetwork:
     def _stem(self, folded: Tensor, at_top: bool) -> Tensor:
         inside, top, left, corner = self.stem
         y = inside(folded)
-        # Five columns for the sake of the first: see fastden.ops.stem.
+        # Five columns, to get the first one right: see fastden.ops.stem.
         y[:, :, :, :1] = left(folded[..., :5].contiguous(memory_format=torch.channels_last))[..., :1]
         if at_top:
             y[:, :, :1] = top(folded[:, :, :4])

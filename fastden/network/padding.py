@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.algebra import BORDER
+
 #: Height and width of conv0's output must be multiples of this: there are two stages of stride 2.
 ALIGNMENT = 4
-#: Padding of the image on each side, pixels: conv0 (5x5) and out (3x3) have no padding and take off 2 and 1.
-BORDER = 3
 
 
 def padding_for(size: int) -> tuple[int, int]:

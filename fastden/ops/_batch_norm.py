@@ -1,9 +1,9 @@
 """Batch normalisation: what operators know of a module, its operators on kernels, and their gradient.
 
-Normalisation and ReLU are a pass of their own, not done by the next convolution as it loads. Of the 11.0 GB that a step
-moves (64 crops of 128x128 in bfloat16, counted by ``benchmarks/training_traffic.py``), the 1x1 ``expand``, which loads
-each value once a tile, would spare 1.0 %, all readers in the forward pass 6.3 %: the 3x3 convolutions among them would
-normalise each value once for each of nine taps, and have to keep their padding at zero.
+Normalisation and ReLU are a pass of their own; the next convolution does not do them as it loads. A step moves 11.0 GB
+(64 crops of 128x128 in bfloat16, counted by ``benchmarks/training_traffic.py``). The 1x1 ``expand``, which loads each
+value once a tile, would save 1.0 % of that. All readers in the forward pass would save 6.3 %, but a 3x3 convolution
+would normalise each value nine times, once a tap, and would have to keep its padding at zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastden.ops._recompute import Recipe
 
 
 class BatchNorm(NamedTuple):
-    """What an operator needs to know of a ``torch.nn.BatchNorm2d``.
+    """The state of a ``torch.nn.BatchNorm2d`` that an operator needs.
 
     ``training`` selects batch statistics (and updates the running ones in place, as PyTorch does); otherwise the
     running statistics normalise. All tensors have shape (channels,).
@@ -91,7 +91,7 @@ def check_values(values: int, name: str = "bn") -> None:
 def update_running_statistics(bn: BatchNorm, mean: Tensor, unbiased: Tensor) -> None:
     """Move the running statistics towards the batch's ``mean`` and ``unbiased`` variance, as PyTorch does."""
     running = [bn.running_mean, bn.running_var]
-    # Both at once: one launch on a GPU.
+    # Both at once take one launch on a GPU.
     torch._foreach_lerp_(running, [value.to(bn.running_mean.dtype) for value in (mean, unbiased)], bn.momentum)
 
 

@@ -1,7 +1,7 @@
 """Convolutions of one or two sources with what is fused behind them: the operators on kernels, and their gradients.
 
-What is stored for gradients is little: of a convolution with batch statistics its raw output alone, from which an
-operator behind it makes its input again (``_recompute.py``).
+Little is stored for gradients. A convolution with batch statistics stores its raw output alone; the next operator makes
+its input from that again (``_recompute.py``).
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class ConvBatchNorm(torch.autograd.Function):
         )
         a = _recompute.restore(saved[: _recompute.SAVED])
         sources = conv_gradients(needed[:3], grad_raw, a, b, weight, *ctx.settings)
-        # A constant in front of batch statistics changes nothing.
+        # Batch statistics remove a constant in front of them.
         bias = torch.zeros(len(mean), dtype=ctx.bias_dtype, device=mean.device) if needed[3] else None
         return (
             *sources,

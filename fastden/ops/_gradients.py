@@ -4,9 +4,9 @@ On kernels the gradient of an input is a convolution of the result's gradient wi
 kernels make: of stride 1 with the weight reversed and transposed; of stride 2 the four phases of a transposed
 convolution. The gradient of a weight is a kernel of its own (``kernels/weight_gradient.py``).
 
-The backend ``triton`` takes kernels, ``cuda``, which has none for gradients, PyTorch's. The environment variable
-``FASTDEN_BACKWARD`` says otherwise: ``aten`` or ``kernels`` for all, ``input=aten`` or ``weight=aten`` (several with
-commas between) for those of inputs or weights. No GPU has shown yet which is faster.
+The backend ``triton`` uses kernels. The backend ``cuda`` has no kernels for gradients and uses PyTorch's. The
+environment variable ``FASTDEN_BACKWARD`` overrides this: ``aten`` or ``kernels`` for all gradients, ``input=aten`` or
+``weight=aten`` (separated by commas) for those of inputs or weights. No GPU has shown yet which is faster.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _input_gradient(
         grad = spread
     margin = kernel - 1 - padding
     if margin < 0:
-        # What is made of the padding alone has no part in the input's gradient.
+        # The gradient of the padding is cut off.
         grad = grad[:, :, -margin : grad.shape[2] + margin, -margin : grad.shape[3] + margin]
     turned = weight.flip(2, 3).transpose(0, 1)
     return torch.ops.fastden.conv(channels_last(grad), None, turned, None, added, False, 1, max(margin, 0))

@@ -39,8 +39,8 @@ def bottleneck(
         biases: of the three convolutions; they appear where BN is folded.
         bns: batch normalisation of the three convolutions; None where folded.
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
-            A kernel for all three serves inference; training takes the kernels of :func:`conv_bn_relu`, and with batch
-            statistics stores, of all that lies inside, the two narrow convolutions' outputs alone.
+            One kernel does all three at inference. Training uses the kernels of :func:`conv_bn_relu`; with batch
+            statistics it stores only the outputs of the two narrow convolutions.
 
     Returns:
         (N, C, H, W).
@@ -118,10 +118,11 @@ def _(
 class BottleneckBatchNorm(torch.autograd.Function):
     """``relu(x + bn(expand(relu(bn(conv(relu(bn(reduce(x)))))))))`` with the statistics of the batch.
 
-    Stored are x, the result, and the raw outputs of ``reduce`` and ``conv``, which have a quarter of the channels each;
-    of everything that eager training of the plain network stores, the network so stores 36 %
-    (``tests/kernels/test_training.py``). The backward pass makes the rest again: two affine maps, and ``expand``, a
-    quarter of the block's forward products (of a whole training step's, 1.3 % for the three blocks).
+    It stores x, the result, and the raw outputs of ``reduce`` and ``conv``, which have a quarter of the channels each.
+    So the network stores 36 % of what eager training of the plain network stores (``tests/kernels/test_training.py``).
+    The
+    backward pass makes the rest again: two affine maps, and ``expand``, a quarter of the block's forward products. For
+    the three blocks that is 1.3 % of the products of a training step.
     """
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.algebra import BORDER
 from fastden.kernels._layout import channels_last
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
@@ -64,21 +65,21 @@ def head(
     if backend != "torch":
         if add_input and image is None and torch.is_autocast_enabled(x.device.type):
             image = x[:, :k]
-        # A limit hides which side of it a value was on, which its gradient needs.
+        # A clamped value no longer tells on which side of the limit it was; the gradient needs that.
         later = clamp and wants_gradient(*tensors.values(), image)
         run = in_autocast(features, x, weight, image_weight)
         y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)
         return y.clamp(0, 1) if later else y
     phases = F.conv2d(features, weight, None, padding=1)
     if torch.compiler.is_exporting():
-        # Which layout the shuffled image gets is a question about its width, and would be asked of a symbolic one.
+        # The layout of the shuffled image depends on its width, which may be symbolic here.
         phases = phases.clone(memory_format=torch.contiguous_format)
     # PyTorch 2.13's pixel_shuffle has no gradient for an empty batch.
     y = F.pixel_shuffle(phases, 2) if x.shape[0] else phases.reshape(0, k, x.shape[2] - 6, x.shape[3] - 6)
     y = y + F.conv2d(x, image_weight, like(bias, x))
     if add_input:
         source = x if image is None else image
-        y = (y if image is None else y.to(image.dtype)) + source[:, :k, 3:-3, 3:-3]
+        y = (y if image is None else y.to(image.dtype)) + source[:, :k, BORDER:-BORDER, BORDER:-BORDER]
     return y.clamp(0, 1) if clamp else y
 
 
@@ -186,10 +187,10 @@ class Head(torch.autograd.Function):
             (needed[1], False, needed[3]), channels_last(grad), x, None, image_weight, 1, 0, ctx.ways
         )
         if grad_x is not None and ctx.add_to_input:
-            grad_x[:, : grad.shape[1], 3:-3, 3:-3] += grad
+            grad_x[:, : grad.shape[1], BORDER:-BORDER, BORDER:-BORDER] += grad
         if needed[5]:
             grad_image = full_grad.new_zeros(ctx.image_shape)
-            grad_image[:, : grad.shape[1], 3:-3, 3:-3] = full_grad
+            grad_image[:, : grad.shape[1], BORDER:-BORDER, BORDER:-BORDER] = full_grad
         bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype) if needed[4] else None
         return of_features[0], grad_x, of_features[1], grad_image_weight, bias, grad_image, None, None, None, None
 
@@ -197,7 +198,7 @@ class Head(torch.autograd.Function):
 def _feature_gradients(
     needed: tuple[bool, bool], grad: Tensor, features: Tensor, weight: Tensor, composed: bool, ways: Ways
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the features and of their weight; where it is composed, not of taps that are always zero."""
+    """Gradients of the features and of their weight; taps that are always zero in a composed weight get none."""
     wanted = (needed[0], False, needed[1])
     if not composed or "aten" in ways:
         phases = channels_last(F.pixel_unshuffle(grad, 2))

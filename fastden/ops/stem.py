@@ -63,7 +63,7 @@ def stem(
     y = F.conv2d(x, weight[0], bias[0], stride=2)
     # Written into the convolution's own output: conv2d's backward does not need it, so no copy is made.
     y[:, :, :1] = F.conv2d(x[:, :, :7], weight[1], bias[1], stride=2)
-    # Nine columns for the sake of the first: oneDNN 3.12's bf16 convolution reads memory that nothing wrote when this
+    # Nine columns, to get the first one right: oneDNN 3.12's bf16 convolution reads uninitialised memory when this
     # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
     y[:, :, :, :1] = F.conv2d(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
     y[:, :, :1, :1] = F.conv2d(x[:, :, :7, :7], weight[3], bias[3], stride=2)

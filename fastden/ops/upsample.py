@@ -56,7 +56,7 @@ _OPERATOR = Operator(_operator, "upsample")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check(x.dim() == 4, "x", x, "4 dimensions")
     n, channels, height, width = x.shape
-    # The kernel of 8 is what gradients ask for.
+    # Gradients use the kernel of 8.
     sizes = weight.dim() == 4 and tuple(weight.shape[2:]) in ((4, 4), (8, 8))
     check(sizes and weight.shape[0] == channels, "weight", weight, f"({channels}, O, 4, 4)")
     outputs = weight.shape[1]

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastden.errors import UserError
+from fastden.images.samples import MAX_SIGMA
 from fastden.training.synthetic_noise import NoiseModel
 
 
@@ -25,7 +26,7 @@ class TrainConfig(BaseModel):
     noise_level_input: bool = Field(True, description="give the noise level to the network as a fourth channel")
     init: str | None = Field(None, description="model to start from: bundled name, folder or Hub id")
     sigma: tuple[float, float] = Field(
-        (0.0, 75.0), description="noise level, 0-255 scale: a number, or a range that is drawn from uniformly"
+        (0.0, MAX_SIGMA), description="noise level, 0-255 scale: a number, or a range that is drawn from uniformly"
     )
     gain: tuple[float, float] = Field(
         (0.0, 0.0), description="photon noise beside it: its variance at white, scale [0, 1]; a number or a range"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.images.samples import MAX_SIGMA
 from fastden.training.camera import CameraNoise, blur
 
 #: Chroma subsampling of JPEG: none, halved columns, halved rows and columns (Pillow's numbers).
@@ -44,7 +45,7 @@ class PhotoRanges:
     camera: float = 0.42
     grain: float = 0.22
     clean: float = 0.06
-    sigma: tuple[float, float] = (0.0, 75.0)
+    sigma: tuple[float, float] = (0.0, MAX_SIGMA)
     grain_sigma: tuple[float, float] = (1.0, 60.0)
     grain_blur: tuple[float, float] = (0.3, 3.0)
     resize: float = 0.5
