@@ -78,11 +78,11 @@ function fit(cells, weights) {
 /**
  * The estimate from the cells of a picture.
  * @param {{logLevel: number, logVariance: number, coarseness: number, brightness: number, usable: boolean}[]} all
- * @returns {{levels: number[], sigma: number, coarseness: number, decided: boolean}} levels and sigma on the scale 0-255
+ * @returns {{sigmas: number[], sigma: number, coarseness: number, decided: boolean}} sigmas and sigma on the scale 0-255
  */
 export function estimate(all) {
   const cells = all.filter((cell) => cell.usable);
-  if (cells.length < LEAST_CELLS) return { levels: Array(KNOTS).fill(0), sigma: 0, coarseness: 0.5, decided: false };
+  if (cells.length < LEAST_CELLS) return { sigmas: Array(KNOTS).fill(0), sigma: 0, coarseness: 0.5, decided: false };
   const weights = cells.map((cell) => Math.exp(-cell.logVariance));
   let own = weights.map(() => 1);
   let curve = null;
@@ -98,7 +98,7 @@ export function estimate(all) {
   const sigma = sum(cells.map((cell) => at(levels, cell.brightness))) / cells.length;
   const coarseness = sum(cells.map((cell, index) => weights[index] * cell.coarseness)) / sum(weights);
   return {
-    levels: levels.map((level) => 255 * level),
+    sigmas: levels.map((level) => 255 * level),
     sigma: 255 * sigma,
     coarseness: Math.min(Math.exp(coarseness), 1),
     decided: true,
@@ -106,12 +106,12 @@ export function estimate(all) {
 }
 
 /** How noisy a picture is, for a person who knows no sigma. */
-export function inWords({ levels, sigma, coarseness, decided }) {
+export function inWords({ sigmas, sigma, coarseness, decided }) {
   if (!decided) return "Too little to judge by (flat, clipped or tiny): taken as clean.";
   if (sigma < CLEAN) return `Hardly any noise (level ${sigma.toFixed(1)}).`;
   const amounts = [[5, "A little noise"], [15, "Clear noise"], [35, "Strong noise"], [Infinity, "Very strong noise"]];
   const amount = amounts.find(([most]) => sigma < most)[1];
-  const [shadows, lights] = [at(levels, 0.15), at(levels, 0.8)];
+  const [shadows, lights] = [at(sigmas, 0.15), at(sigmas, 0.8)];
   const uneven = Math.max(shadows, lights) > 1.4 * Math.min(shadows, lights);
   const where = uneven ? `, most in the ${shadows > lights ? "shadows" : "lights"}` : "";
   const grain = coarseness > COARSE ? "coarse" : "fine";

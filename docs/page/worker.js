@@ -136,7 +136,7 @@ self.onmessage = async ({ data: { picture, sigma, strength } }) => {
     runtime ??= await load();
     const seen = await look(picture);
     self.postMessage({ seen });
-    const curve = (sigma === "auto" ? seen.levels : Array(seen.levels.length).fill(sigma)).map((level) => level / 255);
+    const curve = (sigma === "auto" ? seen.sigmas : Array(seen.sigmas.length).fill(sigma)).map((level) => level / 255);
     const start = performance.now();
     const pixels = await denoise(picture, curve, strength);
     const seconds = (performance.now() - start) / 1000;

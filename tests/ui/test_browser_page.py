@@ -245,7 +245,7 @@ def test_the_curve_is_that_of_python(page: Any, url: str) -> None:
             assert not seen["decided"]
             continue
         wanted = 255 * levels_of(robust_curve(cells))[0].clamp(max=75 / 255).numpy()
-        np.testing.assert_allclose(seen["levels"], wanted, rtol=1e-3)
+        np.testing.assert_allclose(seen["sigmas"], wanted, rtol=1e-3)
         sigma = np.interp(brightness[usable] * (KNOTS - 1), range(KNOTS), wanted).mean()
         assert abs(seen["sigma"] - sigma) < 1e-3 * sigma
 
@@ -256,7 +256,7 @@ def test_words_and_windows_are_those_of_python(page: Any, url: str) -> None:
         levels = np.linspace(low, high, KNOTS)
         estimates.append(NoiseEstimate(tuple(levels.tolist()), float(levels.mean()), coarseness))
     seen = [
-        {"levels": list(one.levels), "sigma": one.sigma, "coarseness": one.coarseness, "decided": one.decided}
+        {"sigmas": list(one.sigmas), "sigma": one.sigma, "coarseness": one.coarseness, "decided": one.decided}
         for one in estimates
     ]
     words = in_browser(page, url, "argument.map(module.inWords)", seen)
