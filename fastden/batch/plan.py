@@ -56,6 +56,13 @@ def plan(
     if single and not output.is_dir() and output.suffix:
         format_for(output, format_name)
         return [Job(Path(inputs[0]), output)]
+    for name in inputs:  # before what is said of the output, which a missing input would mislead
+        if not Path(name).exists() and not glob.has_magic(name):
+            if Path(name).is_symlink():
+                raise UserError(
+                    f"input: {name} is a link that leads nowhere; accepted: files, folders and glob patterns"
+                )
+            raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file; accepted for more than one input: a folder")
     if not single and output.suffix.lower() in SUFFIXES and not output.exists():
@@ -103,7 +110,7 @@ def _sources(
         elif path.exists():
             if not made(path):
                 sources[path] = Path(path.name)
-        elif glob.has_magic(name):
+        else:
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
             top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
             files = [match for match in matches if match.is_file() and not _written_before(match, top, output)]
@@ -116,8 +123,6 @@ def _sources(
             if not files:
                 raise UserError(f"input: nothing matches {name}")
             sources.update((file, Path(file.name)) for file in files)
-        else:
-            raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
     if not sources:
         raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
     return list(sources.items())

@@ -30,6 +30,7 @@ OTHER_SUFFIXES = {
 }
 _BY_SUFFIX = {suffix: kind for kind, suffixes in OTHER_SUFFIXES.items() for suffix in suffixes}
 
+_SPACES = (b"\n", b"\r", b" ", b"\t")
 # Where in a file which bytes stand for which kind.
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\x0a", "JPEG XL"),
@@ -51,6 +52,9 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"%PDF", "PDF"),
     (0, b"gimp xcf", "GIMP"),
     (0, b"DDS ", "DirectDraw"),
+    (0, b"\0\0\1\0", "icon"),
+    *((0, b"P" + letter + space, "PNM") for letter in (b"1", b"2", b"3", b"4", b"5", b"6", b"7") for space in _SPACES),
+    *((0, b"P" + letter + space, "PFM") for letter in (b"F", b"f") for space in _SPACES),
     (0, b"\x1aE\xdf\xa3", "video"),
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -183,6 +187,18 @@ def _loaded(page: Any) -> Any:
     return page.aspage() if hasattr(page, "aspage") else page
 
 
+def _other_space(file: BinaryIO) -> str:
+    """The name of a TIFF's colour space that is not read here; empty for others and other files."""
+    file.seek(0)
+    if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return ""
+    try:
+        names = {8: "CIELab", 9: "ICCLab", 10: "ITULab", 32844: "LogL", 32845: "LogLuv"}
+        return names.get(_photometric(_directories(file).first), "")
+    except Exception:  # as above
+        return ""
+
+
 def why_not_read(file: BinaryIO, detail: str) -> UserError | None:
     """The error for what libvips cannot read though it is sound; None where it seems damaged.
 
@@ -194,6 +210,9 @@ def why_not_read(file: BinaryIO, detail: str) -> UserError | None:
     kind = kind_of_bytes(file.read(512))
     if kind is not None:
         return not_supported(kind)
+    space = _other_space(file)
+    if space:
+        return UserError(f"colour space {space}; accepted: gray, RGB, CMYK")
     lower = detail.lower()
     if any(
         word in lower

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 import fastden
 from fastden.batch.plan import plan
@@ -34,6 +35,9 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
         (b"\0\0\0\x18ftypmp42\0\0\0\0" + bytes(64), "video"),
         (b"BM" + bytes(64), "BMP"),
         (b"8BPS" + bytes(64), "Photoshop"),
+        (b"P6\n4 4\n255\n" + bytes(64), "PNM"),
+        (b"Pf\n4 4\n-1\n" + bytes(64), "PFM"),
+        (b"\0\0\1\0\1\0" + bytes(64), "icon"),
     ],
 )
 def test_a_sound_file_of_another_kind_is_not_called_damaged(
@@ -58,6 +62,21 @@ def test_what_libvips_does_not_support_is_not_called_damaged(tmp_path: Path) -> 
     (tmp_path / "a.tif").write_bytes(data)
     with pytest.raises(UserError, match="not supported here"):
         read_image(tmp_path / "a.tif")
+
+
+def test_another_colour_space_is_named(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).convert("LAB").save(tmp_path / "lab.tif")
+    for read in (read_image, StripReader):
+        with pytest.raises(UserError, match=r"lab.tif: colour space CIELab; accepted: gray, RGB, CMYK"):
+            read(tmp_path / "lab.tif")
+
+
+def test_a_missing_input_is_not_told_as_a_wrong_output(tmp_path: Path) -> None:
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+    for name, message in (("missing.jpg", "does not exist"), ("nowhere.jpg", "leads nowhere"), ("circle.jpg", "link")):
+        with pytest.raises(UserError, match=rf"input: .*{name}.* {message}"):
+            plan([str(tmp_path / name)], tmp_path / "out.jpg")
 
 
 def test_truncated_files_still_are_called_so(tmp_path: Path) -> None:
