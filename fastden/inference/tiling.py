@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastden.algebra import BORDER
 from fastden.network import onednn
@@ -59,7 +60,8 @@ Model = Denoiser | TiledNetwork
 class OwnScale(NamedTuple):
     """A picture's own scale: what the network sees is ``(x - black) / span``, within ``limits`` if there are any.
 
-    What lies beyond the limits is added to the result, which goes back to the scale of ``x``; white of integers is 1.
+    What lies beyond the limits is added to the result, but for lone pixels. It goes back to the scale of ``x``; white
+    of integers is 1.
     """
 
     black: float
@@ -316,7 +318,10 @@ def _inward(x: Tensor, scale: OwnScale | None) -> tuple[Tensor, Tensor | None]:
     if scale.limits is None:
         return x, None
     limited = x.clamp(*scale.limits)
-    return limited, x - limited
+    beyond = (x != limited).any(1, keepdim=True).float()
+    # A lone pixel beyond all noise is a hot one, and goes; a highlight has two pixels or more, and stays.
+    several = F.avg_pool2d(beyond, 3, stride=1, padding=1) > 1.5 / 9
+    return limited, (x - limited) * several
 
 
 def _grown(span: tuple[int, int]) -> tuple[int, int]:
