@@ -76,7 +76,7 @@ def test_typing_marker_weights_and_cuda_sources_are_in_the_wheel(root: Path, nam
     weights = {path.relative_to(root).as_posix() for path in (root / "fastden" / "weights").glob("*/*")}
     sources = {f"fastden/_csrc/{path.name}" for path in (root / "csrc").iterdir() if path.suffix != ".md"}
     assert "fastden/_csrc/bindings.cpp" in sources
-    assert {"fastden/py.typed", "fastden/ui/compare.js"} | weights | sources == {
+    assert {"fastden/py.typed", "fastden/integrations/napari.yaml", "fastden/ui/compare.js"} | weights | sources == {
         name for name in names if name.startswith("fastden/") and not name.endswith(".py")
     }
 

@@ -1,0 +1,158 @@
+"""A dock widget for napari: choose a layer, press *Denoise*, get another. ``napari.yaml`` announces it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastden.api import denoise
+from fastden.errors import FAILURES, in_one_line
+from fastden.images.pixels import Array
+from fastden.images.samples import MAX_SIGMA
+from fastden.integrations._missing import missing
+
+try:
+    import napari
+    from magicgui.widgets import Container, Label, ProgressBar, PushButton, create_widget
+    from napari.qt.threading import create_worker
+    from superqt.utils import ensure_main_thread
+except ModuleNotFoundError as error:
+    raise missing(error, "napari") from error
+
+#: Side of the tiles, pixels; the result is the same.
+TILES = ("automatic", "256", "512", "1024")
+
+
+class Cancelled(Exception):
+    """*Cancel* was pressed."""
+
+
+def denoise_layer(
+    data: Array, *, rgb: bool, sigma: Any, strength: float, tile: Any, progress: Callable[[float], None]
+) -> Array:
+    """Denoise a layer's pixels, plane by plane.
+
+    Values of other types than uint8 are scaled by the data's own range, and back: a microscope's 12 bits fill a part of
+    16, and its noise is judged against that part.
+
+    Args:
+        data: (..., H, W), or (..., H, W, 3 or 4) where ``rgb``; integers or floating.
+        rgb: whether the last axis holds colours.
+        sigma: ``"auto"``, estimated from each plane, or a number on the scale 0-255 of the range.
+        strength, tile: as in :func:`fastden.denoise`.
+        progress: called with the part that is done, 0 to 1; what it raises ends the work.
+
+    Returns:
+        As ``data``.
+
+    Raises:
+        ValueError: values that are not finite; what :func:`fastden.denoise` raises.
+    """
+    values = np.asarray(data)
+    planes = values.reshape(-1, *values.shape[-3 if rgb else -2 :])
+    scaled = values.dtype != np.uint8
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not math.isfinite(high - low):
+        raise ValueError("layer: holds NaN or infinity; accepted: finite values")
+    if scaled and high == low:  # flat, or empty
+        return values.copy()
+    results = np.empty_like(planes)
+    for index, plane in enumerate(planes):
+
+        def part(done: int, total: int, index: int = index) -> None:
+            progress((index + done / max(total, 1)) / len(planes))
+
+        given = ((plane - low) / (high - low)).astype(np.float32) if scaled else plane
+        clean = denoise(given, sigma, strength=strength, tile=tile, progress=part)
+        if scaled:
+            clean = np.clip(clean.astype(np.float64), 0, 1) * (high - low) + low
+            clean = np.rint(clean) if values.dtype.kind in "iu" else clean
+        results[index] = clean
+    return results.reshape(values.shape)
+
+
+def _work(*arguments: Any, **options: Any) -> Array | str:
+    """:func:`denoise_layer`, or why there is no result."""
+    try:
+        return denoise_layer(*arguments, **options)
+    except Cancelled:
+        return "cancelled"
+    except FAILURES as error:
+        return in_one_line(error)
+
+
+class DenoiseWidget(Container):
+    """The dock widget.
+
+    Args:
+        napari_viewer: that shows it; napari gives it by this name.
+    """
+
+    def __init__(self, napari_viewer: napari.Viewer) -> None:
+        self._viewer = napari_viewer
+        self._stop = threading.Event()
+        self.layer = create_widget(annotation=napari.layers.Image, label="layer")
+        self.automatic = create_widget(True, label="find sigma by itself")
+        self.sigma = create_widget(10.0, label="sigma", options={"min": 0.0, "max": MAX_SIGMA, "enabled": False})
+        slider = {"min": 0.0, "max": 2.0, "step": 0.05}
+        self.strength = create_widget(1.0, label="strength", widget_type="FloatSlider", options=slider)
+        self.tile = create_widget("automatic", label="tiles", widget_type="ComboBox", options={"choices": TILES})
+        self.start, self.cancel = PushButton(text="Denoise"), PushButton(text="Cancel", enabled=False)
+        self.progress, self.message = ProgressBar(min=0, max=100, value=0), Label(value="")
+        parts = [self.layer, self.automatic, self.sigma, self.strength, self.tile, self.start, self.cancel]
+        super().__init__(widgets=[*parts, self.progress, self.message])
+        self.automatic.changed.connect(lambda automatic: setattr(self.sigma, "enabled", not automatic))
+        self.start.changed.connect(self._start)
+        self.cancel.changed.connect(self._stop.set)
+
+    def _start(self) -> None:
+        layer = self.layer.value
+        if layer is None:
+            self.message.value = "no image layer; open a picture first"
+            return
+        if layer.multiscale:
+            self.message.value = "a layer of several scales; accepted: one scale"
+            return
+        self._stop.clear()
+        self._busy(True)
+        name = f"{layer.name} denoised"
+        appearance = {"rgb": layer.rgb, "scale": layer.scale, "translate": layer.translate}
+        appearance |= {} if layer.rgb else {"colormap": layer.colormap, "contrast_limits": layer.contrast_limits}
+        worker = create_worker(
+            _work,
+            layer.data,
+            rgb=layer.rgb,
+            sigma="auto" if self.automatic.value else self.sigma.value,
+            strength=self.strength.value,
+            tile="auto" if self.tile.value == "automatic" else int(self.tile.value),
+            progress=self._report,
+        )
+        worker.returned.connect(lambda result: self._returned(result, name, appearance))
+        worker.finished.connect(lambda: self._busy(False))
+        worker.start()
+
+    def _report(self, part: float) -> None:
+        """In the worker's thread."""
+        if self._stop.is_set():
+            raise Cancelled
+        self._show(round(100 * part))
+
+    @ensure_main_thread  # type: ignore[untyped-decorator,unused-ignore]
+    def _show(self, percent: int) -> None:
+        self.progress.value = percent
+
+    def _returned(self, result: Array | str, name: str, appearance: dict[str, Any]) -> None:
+        if isinstance(result, str):
+            self.message.value = result
+        else:
+            self._viewer.add_image(result, name=name, **appearance)
+
+    def _busy(self, busy: bool) -> None:
+        self.start.enabled, self.cancel.enabled = not busy, busy
+        self.progress.value = 0
+        if busy:
+            self.message.value = ""

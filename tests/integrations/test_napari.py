@@ -1,0 +1,140 @@
+"""napari's dock widget, in a viewer without a screen."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastden
+from tests.integrations.installed import package
+
+os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
+napari = package("napari")
+
+from npe2 import PluginManager, PluginManifest  # noqa: E402
+from qtpy.QtWidgets import QApplication  # noqa: E402
+
+from fastden.integrations import napari as ours  # noqa: E402
+
+MANIFEST = Path(ours.__file__).with_name("napari.yaml")
+
+
+@pytest.fixture(scope="module")
+def viewer() -> Iterator[Any]:
+    # Qt without a screen has no OpenGL to ask; what is drawn does not matter here.
+    with pytest.MonkeyPatch.context() as patch:
+        from vispy.gloo import gl
+
+        known = {gl.GL_EXTENSIONS: "", gl.GL_MAX_TEXTURE_SIZE: 4096}
+        patch.setattr(gl, "glGetParameter", lambda name: known.get(name, 2048))
+        yield from _viewer()
+
+
+def _viewer() -> Iterator[Any]:
+    manager = PluginManager.instance()
+    manager.discover()
+    if "fastden" not in manager:  # not installed, but run from a checkout
+        manager.register(PluginManifest.from_file(MANIFEST))
+    viewer = napari.Viewer(show=False)
+    yield viewer
+    viewer.close()
+
+
+@pytest.fixture
+def widget(viewer: Any) -> Iterator[Any]:
+    """As napari's menu opens it."""
+    viewer.layers.clear()
+    dock, widget = viewer.window.add_plugin_dock_widget("fastden", "Denoise")
+    yield widget
+    viewer.window.remove_dock_widget(dock)
+
+
+def wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not until() and time.monotonic() < deadline:
+        QApplication.processEvents()
+        time.sleep(0.01)
+    assert until()
+
+
+def press(widget: Any) -> None:
+    widget.start.native.click()
+    wait(lambda: bool(widget.start.enabled))
+
+
+def noisy(shape: tuple[int, ...]) -> Any:
+    ramp = np.broadcast_to(np.linspace(0.2, 0.8, shape[-1]), shape)
+    return np.clip(ramp + np.random.default_rng(0).normal(0, 0.1, shape), 0, 1)
+
+
+def test_the_manifest_is_valid() -> None:
+    manifest = PluginManifest.from_file(MANIFEST)
+    manifest.validate_imports()
+    assert manifest.name == "fastden"
+
+
+def test_a_photograph(viewer: Any, widget: Any) -> None:
+    picture = np.rint(255 * noisy((40, 3, 48)).transpose(0, 2, 1)).astype(np.uint8)
+    viewer.add_image(picture, name="photo", rgb=True)
+    press(widget)
+    layer = viewer.layers["photo denoised"]
+    assert layer.rgb
+    assert np.array_equal(layer.data, fastden.denoise(picture))
+
+
+def test_a_stack_of_twelve_bits(viewer: Any, widget: Any) -> None:
+    stack = np.rint(4095 * noisy((2, 40, 48))).astype(np.uint16)
+    viewer.add_image(stack, name="stack", scale=(2, 1, 1), colormap="magma")
+    widget.automatic.value, widget.sigma.value, widget.strength.value = False, 25.0, 1.0
+    assert widget.sigma.enabled
+    widget.tile.value = "256"
+    press(widget)
+    layer = viewer.layers["stack denoised"]
+    assert (layer.data.dtype, layer.data.shape) == (np.uint16, stack.shape)
+    assert tuple(layer.scale) == (2, 1, 1)
+    assert layer.colormap.name == "magma"
+    clean = 4095 * np.linspace(0.2, 0.8, 48)
+    assert np.mean((layer.data - clean) ** 2) < 0.1 * np.mean((stack - clean) ** 2)
+
+
+def test_values_on_any_scale_and_flat_ones() -> None:
+    options: dict[str, Any] = {
+        "rgb": False,
+        "sigma": 25.0,
+        "strength": 1.0,
+        "tile": "auto",
+        "progress": lambda part: None,
+    }
+    picture = noisy((40, 48)).astype(np.float32)
+    low, high = picture.min(), picture.max()
+    wanted = fastden.denoise((picture - low) / (high - low), 25) * (high - low) + low
+    for factor, offset in ((1.0, 0.0), (2000.0, -300.0)):
+        result = ours.denoise_layer(factor * picture + np.float32(offset), **options)
+        assert result.dtype == np.float32
+        np.testing.assert_allclose((result - offset) / factor, np.clip(wanted, low, high), atol=1e-4)
+    flat = np.full((9, 9), 7, np.int32)
+    assert np.array_equal(ours.denoise_layer(flat, **options), flat)
+
+
+def test_cancel_and_mistakes(viewer: Any, widget: Any) -> None:
+    press(widget)
+    assert widget.message.value == "no image layer; open a picture first"
+    viewer.add_image(noisy((6, 200, 200)), name="stack")
+    widget.start.native.click()
+    assert widget.cancel.enabled
+    widget.cancel.native.click()
+    wait(lambda: bool(widget.start.enabled))
+    assert widget.message.value == "cancelled"
+    assert [layer.name for layer in viewer.layers] == ["stack"]
+    viewer.layers.clear()
+    viewer.add_image(noisy((40, 48)), name="flawed")
+    viewer.layers["flawed"].data[3, 3] = np.nan
+    press(widget)
+    assert "NaN" in widget.message.value
+    assert [layer.name for layer in viewer.layers] == ["flawed"]
