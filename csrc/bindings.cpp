@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -245,14 +244,12 @@ Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
         wide == outputs && wide_channels == channels
             ? weight
             : at::constant_pad_nd(weight, {0, 0, 0, 0, 0, wide - outputs, 0, wide_channels - channels});
-    // Output row 2 i + p reads input rows i - 1 + p and i + p through rows 3 - p and 1 - p of the kernel: reversed, row
-    // 2 t + p is tap t of phase p. (channels, outputs, t_y, p_y, t_x, p_x) to (p_y, p_x, outputs, t_y, t_x, channels).
-    const Tensor phases =
-        dense(filled.flip({2, 3}).reshape({wide_channels, wide, 2, 2, 2, 2}).permute({3, 5, 1, 2, 4, 0}));
+    // Channels innermost: in the order in which fastden.fuse keeps them, so that nothing is copied.
+    const Tensor weights = channels_last(filled.transpose(0, 1));
 
     fastden::Upsampling arguments{};
     arguments.x = pointer(source);
-    arguments.weight = pointer(phases);
+    arguments.weight = pointer(weights);
     arguments.bias = floats(biases);
     arguments.y = y.mutable_data_ptr();
     arguments.dtype = dtype;
@@ -329,7 +326,7 @@ Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu
     Tensor y =
         at::empty({batch, outputs, (height - 4) / 2, (width - 4) / 2}, x.options(), at::MemoryFormat::ChannelsLast);
     if (y.numel() == 0) return y;
-    const Tensor weights = dense(weight);
+    const Tensor weights = dense(weight.permute({0, 1, 3, 4, 2}));
 
     fastden::Stem arguments{};
     arguments.x = pointer(x);
@@ -384,12 +381,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
                          features.options().dtype(wide ? at::kFloat : result));
     if (y.numel() == 0) return y.to(result);
     const Tensor source = channels_last(features);
-    // (outputs, p_y, p_x, maps, t_y, t_x) to (t_y, t_x, p_y, p_x, outputs, maps): 2 outputs of 8 columns a phase row.
-    const Tensor weights = at::zeros({4, 4, 2, 8, maps}, weight.options());
-    weights.narrow(3, 0, 2 * outputs)
-        .unflatten(3, {2, outputs})
-        .copy_(weight.unflatten(0, {outputs, 2, 2}).permute({4, 5, 1, 2, 0, 3}));
-    const Tensor image_weights = dense(image_weight);
+    const Tensor weights = channels_last(weight), image_weights = channels_last(image_weight);
 
     fastden::Head arguments{};
     arguments.features = pointer(source);

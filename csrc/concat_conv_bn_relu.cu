@@ -1,11 +1,13 @@
 // concat_conv_bn_relu: relu(conv2d(cat(a, b), weight) + bias), batch normalisation folded, nothing concatenated.
 //
 // On compute capability 9.0 a block of three warp groups stays on its multiprocessor and does tile after tile of 8 x 16
-// pixels and 256 output channels. One thread of the first group loads: for each tap and 64 channels a box of a or b,
-// shifted by the tap, where what lies outside the image comes as the padding's zeros, and a box of the weights. The
-// other two groups multiply, 64 pixels each, and store their results by boxes too. Two blocks of a cluster do
-// neighbouring tiles with the same weights, of which each loads half for both: at 800 TFLOP/s, weights loaded by every
-// block for itself would ask 9.4 TB/s of the level-2 cache, so it is 6.2.
+// pixels and 256 output channels. One thread of the first group loads: for each column of taps and 64 channels a box of
+// a or b, as high as the tile and two rows more, which the three taps of the column read at shifts of a row, and for
+// each of these taps a box of the weights. What lies outside the image comes as the padding's zeros. The other two
+// groups multiply, 64 pixels each, and store their results by boxes too. Two blocks of a cluster do neighbouring tiles
+// with the same weights, of which each loads half for both. Boxes of b are as wide as b where that is 32 channels. For
+// conv3 a block so reads 57 KiB a tap from the level-2 cache (17 of inputs, 40 of weights): 88 with a box of 64
+// channels for each tap, 112 with weights loaded by every block for itself.
 #include "convolution.cuh"
 #include "hopper.cuh"
 
@@ -20,20 +22,25 @@ constexpr int kConsumers = 2;  // warp groups
 constexpr int kGroupThreads = 128;
 constexpr int kGroupRows = kTileRows / kConsumers;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
-constexpr int kStages = 4;
+constexpr int kLargestKernel = 3;
 constexpr int kCluster = 2;
-constexpr int kFactorRow = 2 * kStepChannels;           // bytes
-constexpr int kLeftBytes = kTilePixels * kFactorRow;    // 16 KiB
-constexpr int kRightBytes = kTileOutputs * kFactorRow;  // 32 KiB
-constexpr int kStageBytes = kLeftBytes + kRightBytes;
-constexpr int kPiece = kTilePixels / kConsumers * kFactorRow;  // 8 KiB: a group's pixels, 64 channels
-constexpr int kPieces = 2;                                     // of a group's result in shared memory
-constexpr int kStore = kStages * kStageBytes;
+constexpr int kFactorRow = 2 * kStepChannels;       // bytes
+constexpr int kBoxRow = kTileColumns * kFactorRow;  // 2 KiB, or 1 of 32 channels: whole groups of swizzled rows, so
+                                                    // that a tap may begin at any
+constexpr int kLeftBytes = (kTileRows + kLargestKernel - 1) * kBoxRow;  // 20 KiB
+constexpr int kRightBytes = kTileOutputs * kFactorRow;                  // 32 KiB
+constexpr int kLeftStages = 3, kRightStages = 4;
+constexpr int kPiece = kGroupRows * kBoxRow;  // 8 KiB: a group's pixels, 64 channels
+constexpr int kPieces = 2;                    // of a group's result in shared memory
+constexpr int kRight = kLeftStages * kLeftBytes;
+constexpr int kStore = kRight + kRightStages * kRightBytes;
 constexpr int kBarriers = kStore + kConsumers * kPieces * kPiece;
-constexpr int kSharedBytes = kBarriers + 2 * kStages * 8 + 1024;  // what aligning the beginning may cost
+// With what aligning the beginning may cost.
+constexpr int kSharedBytes = kBarriers + 2 * (kLeftStages + kRightStages) * 8 + 1024;
+static_assert(kBoxRow % 1024 == 0 && kSharedBytes <= 227 * 1024);
 
 struct Problem {
-    CUtensorMap a, b, weight, y;
+    CUtensorMap a, b, weight_a, weight_b, y;
     const float* bias;
     int tiles_down, tiles_across;
     int output_blocks;
@@ -59,16 +66,23 @@ __device__ __forceinline__ Place place_of(const Problem& problem, int pair, int 
     return place;
 }
 
-// The ring of stages, as loading and multiplying go round it, each with its own count.
+// A ring of stages, as loading and multiplying go round it, each with its own count.
+template <int kStages, int kBytes>
 struct Ring {
     uint32_t base, barriers;
     int stage = 0;
     uint32_t parity = 0;
 
-    __device__ uint32_t left() const { return base + stage * kStageBytes; }
-    __device__ uint32_t right() const { return left() + kLeftBytes; }
+    __device__ uint32_t address() const { return base + stage * kBytes; }
     __device__ uint32_t full() const { return barriers + 8 * stage; }
     __device__ uint32_t empty() const { return barriers + 8 * (kStages + stage); }
+    // `readers`: arrivals that make a stage empty.
+    __device__ void initialise(int readers) const {
+        for (int index = 0; index < kStages; ++index) {
+            barrier_init(barriers + 8 * index, 1);  // full: the thread that loads
+            barrier_init(barriers + 8 * (kStages + index), readers);
+        }
+    }
     __device__ void advance() {
         if (++stage == kStages) {
             stage = 0;
@@ -85,18 +99,20 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
     const uint32_t unaligned = shared_address(shared_memory());
     const uint32_t base = (unaligned + 1023) / 1024 * 1024;
     unsigned char* const shared = shared_memory() + (base - unaligned);
-    Ring ring{base, base + kBarriers};
+    Ring<kLeftStages, kLeftBytes> left{base, base + kBarriers};
+    Ring<kRightStages, kRightBytes> right{base + kRight, base + kBarriers + 2 * kLeftStages * 8};
+    constexpr int kSecondRow = 32 * kParts;  // bytes of b's channels, and of its weights
     const int thread = threadIdx.x, rank = cluster_rank();
     const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
     const int chunks_a = problem.channels_a / kStepChannels;
     const int channels = problem.channels_a + problem.channels_b;
 
     if (thread == 0) {
-        for (int stage = 0; stage < kStages; ++stage) {
-            barrier_init(ring.barriers + 8 * stage, 1);  // full: the thread that loads
-            // empty: every warp that multiplies, of the whole cluster, for half of the weights go to each block
-            barrier_init(ring.barriers + 8 * (kStages + stage), kCluster * kConsumers * kGroupThreads / kWarp);
-        }
+        // Every warp that multiplies: of this block, and, as half of the weights go to each block, of the whole
+        // cluster.
+        constexpr int kWarps = kConsumers * kGroupThreads / kWarp;
+        left.initialise(kWarps);
+        right.initialise(kCluster * kWarps);
         barrier_init_done();
     }
     meet_cluster();
@@ -109,24 +125,31 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
             constexpr int kShare = kTileOutputs / kCluster;
             for (int pair = cluster; pair < problem.pairs; pair += clusters) {
                 const Place place = place_of(problem, pair, rank);
-                int in_weight = 0;
-                for (int tap_row = 0; tap_row < problem.kernel; ++tap_row) {
+                for (int chunk = 0; chunk <= chunks_a; ++chunk) {
+                    const bool second = chunk == chunks_a;
+                    const int row_bytes = second ? kSecondRow : kFactorRow;
                     for (int tap_column = 0; tap_column < problem.kernel; ++tap_column) {
-                        const int y = place.y + tap_row - problem.padding, x = place.x + tap_column - problem.padding;
-                        for (int chunk = 0; chunk <= chunks_a; ++chunk) {
-                            barrier_wait(ring.empty(), ring.parity ^ 1);
+                        barrier_wait(left.empty(), left.parity ^ 1);
+                        if (elected()) {
+                            const int rows = kTileRows + problem.kernel - 1;
+                            barrier_expect(left.full(), rows * kTileColumns * row_bytes);
+                            tensor_load_4d(left.address(), second ? problem.b : problem.a, left.full(),
+                                           second ? 0 : chunk * kStepChannels, place.x + tap_column - problem.padding,
+                                           place.y - problem.padding, place.n);
+                        }
+                        left.advance();
+                        for (int tap_row = 0; tap_row < problem.kernel; ++tap_row) {
+                            barrier_wait(right.empty(), right.parity ^ 1);
                             if (elected()) {
-                                barrier_expect(ring.full(), kStageBytes);
-                                const bool second = chunk == chunks_a;
-                                tensor_load_4d(ring.left(), second ? problem.b : problem.a, ring.full(),
-                                               second ? 0 : chunk * kStepChannels, x, y, place.n);
-                                tensor_load_2d(ring.right() + rank * kShare * kFactorRow, problem.weight, ring.full(),
-                                               in_weight + chunk * kStepChannels, place.output + rank * kShare,
+                                barrier_expect(right.full(), kTileOutputs * row_bytes);
+                                const int tap = tap_row * problem.kernel + tap_column;
+                                tensor_load_2d(right.address() + rank * kShare * row_bytes,
+                                               second ? problem.weight_b : problem.weight_a, right.full(),
+                                               tap * channels + chunk * kStepChannels, place.output + rank * kShare,
                                                (1u << kCluster) - 1);
                             }
-                            ring.advance();
+                            right.advance();
                         }
-                        in_weight += channels;
                     }
                 }
             }
@@ -136,43 +159,50 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
         const int group = warp / (kGroupThreads / kWarp) - 1, lane = thread % kWarp, member = thread % kGroupThreads;
         const float* bias = problem.bias;
         float sums[kTileOutputs / 2];
-        Ring done = ring;  // the stage that is given back next
-        const auto give_back = [&] {
-            if (lane < kCluster) barrier_arrive(done.empty(), lane);
-            done.advance();
+        auto done_left = left;  // the stages that are given back next
+        auto done_right = right;
+        const auto give_back = [&](bool box) {
+            if (lane < kCluster) barrier_arrive(done_right.empty(), lane);
+            done_right.advance();
+            if (!box) return;
+            if (lane == 0) barrier_arrive(done_left.empty(), rank);
+            done_left.advance();
         };
         for (int pair = cluster; pair < problem.pairs; pair += clusters) {
             const Place place = place_of(problem, pair, rank);
             bool add = false;
-            const auto multiply = [&](auto parts) {
-                barrier_wait(ring.full(), ring.parity);
-                const uint64_t left = factor_descriptor(ring.left() + group * kPiece);
-                const uint64_t right = factor_descriptor(ring.right());
-                group_fence(sums);
+            const auto multiply_chunk = [&](auto parts) {
+                constexpr int kRow = 32 * decltype(parts)::value;  // bytes of its channels
+                for (int tap_column = 0; tap_column < problem.kernel; ++tap_column) {
+                    barrier_wait(left.full(), left.parity);
+                    for (int tap_row = 0; tap_row < problem.kernel; ++tap_row) {
+                        barrier_wait(right.full(), right.parity);
+                        const int first_row = group * kGroupRows + tap_row;
+                        const uint64_t pixels =
+                            factor_descriptor<kRow>(left.address() + first_row * kTileColumns * kRow);
+                        const uint64_t weights = factor_descriptor<kRow>(right.address());
+                        const bool first = !add;
+                        group_fence(sums);
 #pragma unroll
-                for (int part = 0; part < decltype(parts)::value; ++part) {
-                    // 16 channels are 32 bytes, in a descriptor's units of 16.
-                    group_multiply_add<T>(sums, left + 2 * part, right + 2 * part, add);
-                    add = true;
+                        for (int part = 0; part < decltype(parts)::value; ++part) {
+                            // 16 channels are 32 bytes, in a descriptor's units of 16.
+                            group_multiply_add<T>(sums, pixels + 2 * part, weights + 2 * part, add);
+                            add = true;
+                        }
+                        group_commit();
+                        right.advance();
+                        // One step's products stay under way while the next one's are begun. Those before a box's first
+                        // step are the last of the box before.
+                        group_wait<1>(sums);
+                        if (!first) give_back(tap_row == 0);
+                    }
+                    left.advance();
                 }
-                group_commit();
-                ring.advance();
             };
-            bool first = true;
-            for (int tap = 0; tap < problem.kernel * problem.kernel; ++tap) {
-                for (int chunk = 0; chunk < chunks_a; ++chunk) {
-                    multiply(Constant<kStepChannels / 16>{});
-                    // One step's products stay under way while the next one's are begun.
-                    group_wait<1>(sums);
-                    if (!first) give_back();
-                    first = false;
-                }
-                multiply(Constant<kParts>{});
-                group_wait<1>(sums);
-                give_back();
-            }
+            for (int chunk = 0; chunk < chunks_a; ++chunk) multiply_chunk(Constant<kStepChannels / 16>{});
+            multiply_chunk(Constant<kParts>{});
             group_wait<0>(sums);
-            give_back();
+            give_back(true);
 
             // 64 channels at a time by way of shared memory, in the layout of a box.
             const int row = member / kWarp * 16 + sums_row(lane);
@@ -223,28 +253,36 @@ Status launch_tiles(const Convolution& arguments, cudaStream_t stream) {
     const int channels = arguments.channels_a + arguments.channels_b;
     Problem problem = {};
     const auto encode_image = [&](CUtensorMap* map, const void* base, int image_channels, int height, int width,
-                                  int rows) {
+                                  int rows, int wide) {
         const uint64_t sizes[] = {static_cast<uint64_t>(image_channels), static_cast<uint64_t>(width),
                                   static_cast<uint64_t>(height), static_cast<uint64_t>(arguments.batch)};
         const uint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1], 2 * sizes[0] * sizes[1] * sizes[2]};
-        const uint32_t box[] = {kStepChannels, kTileColumns, static_cast<uint32_t>(rows), 1};
+        const uint32_t box[] = {static_cast<uint32_t>(wide), kTileColumns, static_cast<uint32_t>(rows), 1};
         return encode_tensor_map(map, arguments.dtype == DType::kBFloat16, 4, base, sizes, strides, box);
     };
     // The driver's functions need a context, which a thread has only once the runtime has worked in it.
     Status status = make_context_current();
     if (!status) return status;
-    status = encode_image(&problem.a, arguments.a, arguments.channels_a, arguments.height, arguments.width, kTileRows);
+    const int rows = kTileRows + arguments.kernel - 1;
+    constexpr int kSecond = 16 * kParts;  // channels of b
+    status = encode_image(&problem.a, arguments.a, arguments.channels_a, arguments.height, arguments.width, rows,
+                          kStepChannels);
     if (!status) return status;
-    status = encode_image(&problem.b, arguments.b, arguments.channels_b, arguments.height, arguments.width, kTileRows);
+    status =
+        encode_image(&problem.b, arguments.b, arguments.channels_b, arguments.height, arguments.width, rows, kSecond);
     if (!status) return status;
-    status = encode_image(&problem.y, arguments.y, arguments.outputs, out_height, out_width, kGroupRows);
+    status = encode_image(&problem.y, arguments.y, arguments.outputs, out_height, out_width, kGroupRows, kStepChannels);
     if (!status) return status;
     const uint64_t sizes[] = {static_cast<uint64_t>(arguments.kernel) * arguments.kernel * channels,
                               static_cast<uint64_t>(arguments.outputs)};
     const uint64_t strides[] = {2 * sizes[0]};
-    const uint32_t box[] = {kStepChannels, kTileOutputs / kCluster};
-    status = encode_tensor_map(&problem.weight, arguments.dtype == DType::kBFloat16, 2, arguments.weight, sizes,
-                               strides, box);
+    const auto encode_weight = [&](CUtensorMap* map, uint32_t wide) {
+        const uint32_t box[] = {wide, kTileOutputs / kCluster};
+        return encode_tensor_map(map, arguments.dtype == DType::kBFloat16, 2, arguments.weight, sizes, strides, box);
+    };
+    status = encode_weight(&problem.weight_a, kStepChannels);
+    if (!status) return status;
+    status = encode_weight(&problem.weight_b, kSecond);
     if (!status) return status;
 
     problem.bias = arguments.bias;
@@ -281,7 +319,7 @@ Status launch_for(const Convolution& arguments, cudaStream_t stream) {
 inline bool fits(const Convolution& arguments) {
     return arguments.channels_a % kStepChannels == 0 && (arguments.channels_b == 32 || arguments.channels_b == 64) &&
            arguments.outputs % kTileOutputs == 0 && arguments.kernel == 2 * arguments.padding + 1 &&
-           arguments.dtype != DType::kFloat32;
+           arguments.kernel <= kLargestKernel && arguments.dtype != DType::kFloat32;
 }
 
 }  // namespace hopper

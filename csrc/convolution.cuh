@@ -73,29 +73,30 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     }
     const char* source[Tile::kPasses];
     const char* weight[Tile::kWeightPasses];
-    // From one source to the next, with the weights that belong to it.
-    const auto begin_source = [&](const void* data, int source_channels, int first_channel) {
+#pragma unroll
+    for (int pass = 0; pass < Tile::kWeightPasses; ++pass) {
+        // An output's weights; of a phase its first tap, which is the last of its parity in the kernel of 4 x 4.
+        const int64_t output = first_column + pass * kCopyRows + thread / 4;
+        const int64_t first = problem.phases ? (4 * output + 3 - phase_row) * 4 + 3 - phase_column : output * taps;
+        weight[pass] = static_cast<const char*>(p.weight) + (first * channels + part * 8) * 2;
+    }
+    // From one source to the next.
+    const auto begin_source = [&](const void* data, int source_channels) {
 #pragma unroll
         for (int pass = 0; pass < Tile::kPasses; ++pass) {
             source[pass] =
                 static_cast<const char*>(data) + (static_cast<int64_t>(corner[pass]) * source_channels + part * 8) * 2;
         }
-#pragma unroll
-        for (int pass = 0; pass < Tile::kWeightPasses; ++pass) {
-            const int64_t output =
-                static_cast<int64_t>(phase) * p.outputs + first_column + pass * kCopyRows + thread / 4;
-            weight[pass] =
-                static_cast<const char*>(p.weight) + (output * taps * channels + first_channel + part * 8) * 2;
-        }
     };
-    begin_source(p.a, p.channels_a, 0);
+    begin_source(p.a, p.channels_a);
     const int missing = p.outputs - first_column - thread / 4;  // output channels of the first pass and later ones
 
     const uint32_t ring = shared_address(shared_memory());
     const uint32_t copy_offset = part_offset(thread / 4, part);
     const int steps = taps * (divide_up(p.channels_a, kChunk) + divide_up(p.channels_b, kChunk));
     // Of the step that is copied next. Offsets are bytes.
-    int source_channels = p.channels_a, tap_row = 0, tap_column = 0, channel = 0;
+    int source_channels = p.channels_a, of_source = 0, tap_row = 0, tap_column = 0, channel = 0;
+    int tap = 0, first_in_weight = 0;  // of the tap's channels, elements
     int64_t tap_offset = 0;
     int stage_copied = 0, to_copy = steps;
 
@@ -104,14 +105,13 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
             --to_copy;
             const uint32_t stage = ring + stage_copied * Tile::kStageBytes + copy_offset;
             const bool exists = channel + part * 8 < source_channels;
-            const int tap = tap_row * p.kernel + tap_column;
             const int64_t in_source = tap_offset + 2 * channel;
 #pragma unroll
             for (int pass = 0; pass < Tile::kPasses; ++pass) {
                 copy_async(stage + pass * kCopyRows * kRowBytes, source[pass] + in_source,
                            exists && (inside[pass] >> tap & 1));
             }
-            const int64_t in_weight = 2 * (tap * channels + channel);
+            const int64_t in_weight = 2 * (first_in_weight + channel);
 #pragma unroll
             for (int pass = 0; pass < Tile::kWeightPasses; ++pass) {
                 copy_async(stage + (kRows + pass * kCopyRows) * kRowBytes, weight[pass] + in_weight,
@@ -125,9 +125,13 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
                     if (++tap_row == p.kernel) {
                         tap_row = 0;
                         source_channels = p.channels_b;
-                        begin_source(p.b, p.channels_b, p.channels_a);
+                        begin_source(p.b, p.channels_b);
+                        of_source = p.channels_a;
                     }
                 }
+                tap = tap_row * p.kernel + tap_column;
+                // A phase's taps are every other one of the kernel, backwards.
+                first_in_weight = (problem.phases ? -(8 * tap_row + 2 * tap_column) : tap) * channels + of_source;
                 tap_offset = (static_cast<int64_t>(tap_row) * p.width + tap_column) * source_channels * 2;
             }
         }

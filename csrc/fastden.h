@@ -4,7 +4,8 @@
 // float16 or bfloat16, sums and biases are float32. Every function launches on the given stream of the current device,
 // does not synchronise, and can be captured in a CUDA graph. It returns the first error and leaves none behind in the
 // CUDA runtime, where PyTorch would take it for that of its own next call. Sizes are of the tensors; addresses are
-// computed in 64 bits. A batch of zero images launches nothing.
+// computed in 64 bits. A batch of zero images launches nothing. Weights lie as PyTorch's do in channels-last memory, so
+// that nothing is rearranged for a launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -48,7 +49,7 @@ Status concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream);  
 // Transposed convolution of kernel 4, stride 2, padding 1. channels and outputs are multiples of 8.
 struct Upsampling {
     const void* x;       // (batch, height, width, channels)
-    const void* weight;  // (4, outputs, 2, 2, channels): the 2x2 kernels of the output's parities (row, column)
+    const void* weight;  // (outputs, 4, 4, channels)
     const float* bias;   // (outputs), or null
     void* y;             // (batch, 2 height, 2 width, outputs)
     DType dtype;
@@ -81,7 +82,7 @@ Status bottleneck(const Bottleneck& arguments, cudaStream_t stream);
 struct Stem {
     const void* x;         // (batch, channels, height, width), elements x_strides apart
     int64_t x_strides[4];  // elements
-    const void* weight;    // (4, outputs, channels, 7, 7): inside, first row, first column, corner
+    const void* weight;    // (4, outputs, 7, 7, channels): inside, first row, first column, corner
     const float* bias;     // (4, outputs)
     void* y;               // (batch, (height - 4) / 2, (width - 4) / 2, outputs)
     DType dtype;
@@ -100,9 +101,8 @@ struct Head {
     const void* image;         // what is added, of the size of x with at least outputs channels; null for nothing
     int64_t image_strides[4];  // elements
     DType image_dtype;         // of image and y: dtype or float32
-    const void* weight;  // (4, 4, 16, maps): a tap's row and column, then 8 columns for each row of the 2x2 phases,
-                         // in which phase column q and output k have place q * outputs + k, zeros behind
-    const void* image_weight;  // (outputs, channels, 7, 7)
+    const void* weight;        // (4 outputs, 4, 4, maps): place 4 k + 2 p + q is output k of phase row p and column q
+    const void* image_weight;  // (outputs, 7, 7, channels)
     const float* bias;         // (outputs)
     void* y;                   // (batch, outputs, 2 height - 2, 2 width - 2), contiguous
     DType dtype;               // of features, x and the weights

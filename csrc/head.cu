@@ -50,16 +50,19 @@ __device__ __forceinline__ uint32_t half_offset(int row, int part) {
 
 // Weights of the input: for each row of a window 16 columns x (8 taps x 4 places).
 __device__ void load_image_weights(unsigned char* shared, const Head& p, int thread) {
+    constexpr int kPlaces = kChunk / 4;  // of pixels in a window's row
+    static_assert(kThreads % (kColumns * kPlaces) == 0);
     const uint16_t* weight = static_cast<const uint16_t*>(p.image_weight);
-    for (int index = thread; index < kWindow * kColumns * kChunk; index += kThreads) {
-        const int place = index % kChunk, column = index / kChunk % kColumns, row = index / kChunk / kColumns;
-        const int channel = place % 4, output = column % 8 % p.outputs, phase_column = column % 8 / p.outputs;
-        const int tap_row = row - column / 8, tap_column = place / 4 - phase_column;
-        const bool exists = phase_column < 2 && channel < p.channels && tap_row >= 0 && tap_row < 7 &&
-                            tap_column >= 0 && tap_column < 7;
-        const int at = row * kColumns * kRowBytes + part_offset(column, place / 8) + place % 8 * 2;
-        *reinterpret_cast<uint16_t*>(shared + at) =
-            exists ? weight[((output * p.channels + channel) * 7 + tap_row) * 7 + tap_column] : 0;
+    // A thread's column and pixel are the same in every pass.
+    const int pixel = thread % kPlaces, column = thread / kPlaces % kColumns;
+    const int output = column % 8 % p.outputs, phase_column = column % 8 / p.outputs;
+    const int tap_column = pixel - phase_column;
+    for (int row = thread / kPlaces / kColumns; row < kWindow; row += kThreads / (kColumns * kPlaces)) {
+        const int tap_row = row - column / 8;
+        const bool exists = phase_column < 2 && tap_row >= 0 && tap_row < 7 && tap_column >= 0 && tap_column < 7;
+        const int at = row * kColumns * kRowBytes + part_offset(column, pixel / 2) + pixel % 2 * kPixelBytes;
+        *reinterpret_cast<uint2*>(shared + at) =
+            tap_places(weight, (output * 7 + tap_row) * 7 + tap_column, p.channels, exists);
     }
 }
 
@@ -85,6 +88,13 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
         const bool inside = row < kMarginPixels && y >= 0 && y < p.height && x >= 0 && x < p.width;
         pixels[pass] = inside ? y * p.width + x : -1;
     }
+    // What this thread copies of the weights: a part of 16 bytes of one column, of every fourth tap.
+    static_assert(kThreads / 2 % kColumns == 0);
+    const int column = thread / 2 % kColumns;
+    const bool has_weights = column % 8 < 2 * p.outputs;
+    const int of_output = 4 * (column % 8 % p.outputs) + 2 * (column / 8) + column % 8 / p.outputs;
+    const T* const column_weights =
+        weight + (has_weights ? static_cast<int64_t>(of_output) * (kTaps * kTaps) * p.maps : 0);
     const int steps = p.maps / kMaps;
     const auto copy_step = [&](int step) {
         if (step < steps) {
@@ -100,7 +110,8 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
             }
 #pragma unroll
             for (int row = thread / 2; row < kTaps * kTaps * kColumns; row += kThreads / 2) {
-                copy_async(stage + kLeftBytes + half_offset(row, part), weight + row * p.maps + map, true);
+                copy_async(stage + kLeftBytes + half_offset(row, part), column_weights + row / kColumns * p.maps + map,
+                           has_weights);
             }
         }
         copy_commit();  // an empty group too: groups are what is counted

@@ -6,12 +6,15 @@
 
 namespace fastden {
 
-// Rows of 128 bytes, of which part p of row r lies at place p ^ r % 8, eight rows to a group of 1024 aligned bytes: as
-// tensor loads with the 128-byte swizzle leave a box whose rows are 64 channels, and as products of warp groups read
-// either factor, channels innermost.
+// Rows of 64 channels, 128 bytes, of which part p of row r lies at place p ^ r % 8, eight rows to a group of 1024
+// aligned bytes; or of 32 channels, 64 bytes, part p of row r at p ^ r / 2 % 4, eight rows to 512 aligned bytes: as
+// tensor loads with a swizzle of a row's width leave a box, and as products of warp groups read either factor, channels
+// innermost.
+template <int kRow>
 __device__ __forceinline__ uint64_t factor_descriptor(uint32_t address) {
-    constexpr uint64_t kGroupStride = 1024;
-    return (address & 0x3FFFF) >> 4 | 1ull << 16 | (kGroupStride >> 4) << 32 | 1ull << 62;
+    static_assert(kRow == 64 || kRow == 128);
+    constexpr uint64_t kGroupStride = 8 * kRow, kSwizzle = kRow == 128 ? 1 : 2;
+    return (address & 0x3FFFF) >> 4 | 1ull << 16 | (kGroupStride >> 4) << 32 | kSwizzle << 62;
 }
 
 #ifdef FASTDEN_EMULATED
@@ -284,7 +287,8 @@ Function driver_function(const char* name) {
     return usable ? reinterpret_cast<Function>(function) : nullptr;
 }
 
-// Of a tensor of 16-bit elements with gaps nowhere but as `strides` (bytes, from the second dimension on) say.
+// Of a tensor of 16-bit elements with gaps nowhere but as `strides` (bytes, from the second dimension on) say; a box's
+// rows are 32 or 64 elements.
 inline Status encode_tensor_map(CUtensorMap* map, bool bfloat16, int rank, const void* base, const uint64_t* sizes,
                                 const uint64_t* strides, const uint32_t* box) {
     static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
@@ -294,7 +298,8 @@ inline Status encode_tensor_map(CUtensorMap* map, bool bfloat16, int rank, const
     const CUresult result =
         encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
                const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+               box[0] == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result == CUDA_SUCCESS) return {};
     const char* name = nullptr;
     if (name_of != nullptr) name_of(result, &name);

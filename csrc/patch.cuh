@@ -33,4 +33,18 @@ __device__ __forceinline__ void load_patch(unsigned char* patch, const ImageView
     }
 }
 
+// A tap's weights, of up to four channels, as a pixel's places: zeros where no channel or no tap is. `weight` is the
+// first of the tensor, 8-byte aligned, in which the channels of the tap are innermost.
+__device__ __forceinline__ uint2 tap_places(const uint16_t* weight, int64_t tap, int channels, bool exists) {
+    if (!exists) return make_uint2(0, 0);
+    if (channels == 4) return reinterpret_cast<const uint2*>(weight)[tap];
+    uint16_t values[4] = {};
+#pragma unroll
+    for (int channel = 0; channel < 4; ++channel) {
+        if (channel < channels) values[channel] = weight[tap * channels + channel];
+    }
+    return make_uint2(values[0] | static_cast<uint32_t>(values[1]) << 16, values[2] | static_cast<uint32_t>(values[3])
+                                                                                          << 16);
+}
+
 }  // namespace fastden

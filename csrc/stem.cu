@@ -53,16 +53,15 @@ struct Problem {
 
 // The weights of a region, as the product's second factor: 32 places for each row of taps, 4 a tap.
 __device__ void load_weights(unsigned char* shared, const Problem& problem, int region, int thread) {
-    const int channels = problem.image.channels;
-    const uint16_t* weight = static_cast<const uint16_t*>(problem.weight) +
-                             static_cast<int64_t>(region) * problem.outputs * channels * kTaps * kTaps;
-    for (int index = thread; index < kTaps * kColumns * kChunk; index += kThreads) {
-        const int place = index % kChunk, column = index / kChunk % kColumns, row = index / kChunk / kColumns;
-        const int tap = place / 4, channel = place % 4, output = channel_of_column(column);
-        const bool exists = tap < kTaps && channel < channels && output < problem.outputs;
-        const int at = row * kColumns * kRowBytes + part_offset(column, place / 8) + place % 8 * 2;
-        *reinterpret_cast<uint16_t*>(shared + at) =
-            exists ? weight[((output * channels + channel) * kTaps + row) * kTaps + tap] : 0;
+    constexpr int kPlaces = kChunk / 4;  // for taps, the eighth empty
+    const uint16_t* weight = static_cast<const uint16_t*>(problem.weight);
+    for (int index = thread; index < kTaps * kColumns * kPlaces; index += kThreads) {
+        const int tap = index % kPlaces, column = index / kPlaces % kColumns, row = index / kPlaces / kColumns;
+        const int output = channel_of_column(column);
+        const int place = ((region * problem.outputs + output) * kTaps + row) * kTaps + tap;
+        const bool exists = tap < kTaps && output < problem.outputs;
+        const int at = row * kColumns * kRowBytes + part_offset(column, tap / 2) + tap % 2 * kPixelBytes;
+        *reinterpret_cast<uint2*>(shared + at) = tap_places(weight, place, problem.image.channels, exists);
     }
 }
 

@@ -15,7 +15,7 @@ Status upsample(const Upsampling& arguments, cudaStream_t stream) {
     phases.width = arguments.width;
     phases.channels_a = arguments.channels;
     phases.outputs = arguments.outputs;
-    phases.kernel = 2;
+    phases.kernel = 2;  // of a phase; the weights lie as in the whole kernel
     phases.stride = 1;
     phases.padding = 1;  // of the first phase; each other's window begins one pixel later in its direction
     return run_convolution(phases, stream, true);

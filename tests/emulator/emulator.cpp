@@ -79,11 +79,14 @@ void run_cluster(dim3 grid, int threads, int cluster, unsigned first, const std:
         machine.blocks.push_back(std::move(block));
     }
     // In every other cluster loads come when no thread can go on without: too early a read shows only so.
-    const bool late = draw() % 2 == 0;
+    // And in half of these the last one begun comes first: what is read without a wait of its own shows only so.
+    const bool late = draw() % 2 == 0, newest = draw() % 2 == 0;
     size_t left = machine.fibres.size();
     while (left > 0) {
         if (!machine.background.empty() && (machine.ready.empty() || (!late && draw() % 64 == 0))) {
-            std::swap(machine.background[draw() % machine.background.size()], machine.background.back());
+            if (!late || !newest) {
+                std::swap(machine.background[draw() % machine.background.size()], machine.background.back());
+            }
             const auto work = std::move(machine.background.back());
             machine.background.pop_back();
             machine.running = machine.fibres.front().get();
@@ -136,7 +139,8 @@ void run(dim3 grid, int threads, int shared_bytes, int cluster, const std::funct
     has_context = true;
     if (shared_bytes > 227 << 10) throw std::runtime_error("more shared memory than a block may have");
     const char* seed = std::getenv("FASTDEN_EMULATOR_SEED");
-    if (seed != nullptr) machine.random = std::strtoull(seed, nullptr, 10) * 2 + 1;
+    // Small numbers' first draws would be alike: multiplied, every seed's differ.
+    if (seed != nullptr) machine.random = (std::strtoull(seed, nullptr, 10) * 2 + 1) * 0x9E3779B97F4A7C15;
     machine.shared_bytes = shared_bytes;
     machine.error.clear();
     machine.in_background = false;

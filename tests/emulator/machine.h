@@ -159,9 +159,10 @@ void meet(Meeting& meeting, int expected, Work work) {
 unsigned char* at(Block& block, uint32_t address, int bytes);
 unsigned char* at(uint32_t address, int bytes);
 
-// Rows of 128 bytes of which each 16-byte part lies at its place, XOR the row in groups of eight.
-inline uint32_t swizzled(uint32_t address) {
-    return address ^ ((address >> 7) & 7) << 4;
+// Rows of 128 bytes of which each 16-byte part lies at its place, XOR the row in groups of eight; or of 64 bytes, whose
+// parts lie at their place XOR half the row, in groups of four.
+inline uint32_t swizzled(uint32_t address, int row) {
+    return address ^ ((address >> 7) & (row == 128 ? 7 : 3)) << 4;
 }
 
 // Whether the thread that calls the operators has a context.

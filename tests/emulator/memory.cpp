@@ -50,7 +50,7 @@ Map decode(const CUtensorMap& map) {
 template <typename Move>
 void each_part(const Map& map, uint32_t shared, const int* place, Move move) {
     const int row = map.box[0] * 2;
-    if (row != 128) fail("a box whose rows are not 128 bytes");
+    if (row != 64 && row != 128) fail("a box whose rows are neither 64 nor 128 bytes");
     if (shared % 1024 != 0) fail("a box that is not aligned to 1024 bytes");
     const int rows =
         (map.rank > 1 ? map.box[1] : 1) * (map.rank > 2 ? map.box[2] : 1) * (map.rank > 3 ? map.box[3] : 1);
@@ -68,7 +68,7 @@ void each_part(const Map& map, uint32_t shared, const int* place, Move move) {
             const int64_t column = place[0] + 8 * part;
             const bool there = inside && column >= 0 && column < static_cast<int64_t>(map.sizes[0]);
             const char* global = static_cast<const char*>(map.base) + offset + 2 * column;
-            move(swizzled(shared + index * row + 16 * part), there ? const_cast<char*>(global) : nullptr);
+            move(swizzled(shared + index * row + 16 * part, row), there ? const_cast<char*>(global) : nullptr);
         }
     }
 }

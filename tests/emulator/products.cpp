@@ -9,12 +9,15 @@ namespace {
 
 void execute(Block& block, const Product& product) {
     const auto value = [&](uint64_t descriptor, int row, int k) {
-        if ((descriptor >> 62) != 1) fail("a descriptor without the 128-byte swizzle");
+        const int swizzle = static_cast<int>(descriptor >> 62);
+        if (swizzle != 1 && swizzle != 2) fail("a descriptor with neither the 128-byte nor the 64-byte swizzle");
+        const int row_bytes = swizzle == 1 ? 128 : 64;
         if ((descriptor >> 49 & 7) != 0) fail("a descriptor with a base offset");
         const uint32_t start = (descriptor & 0x3FFF) << 4;
         const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
         uint16_t bits;
-        std::memcpy(&bits, at(block, swizzled(start + row / 8 * stride + row % 8 * 128 + 2 * k), 2), 2);
+        const uint32_t place = start + row / 8 * stride + row % 8 * row_bytes + 2 * k;
+        std::memcpy(&bits, at(block, swizzled(place, row_bytes), 2), 2);
         return product.to_float(bits);
     };
     std::vector<float> a(64 * 16), b(product.columns * 16);
