@@ -10,6 +10,10 @@
 #
 #     benchmarks/gpu_check.sh [FOLDER] [PART...]
 #
+# Tiles are searched by a command of its own: FASTDEN_TUNED=FOLDER/tuned.json python benchmarks/tune.py. Where that file
+# lies in the folder, the parts run on what it says. Users do not have it: prove.py then proves nothing before it has
+# become the kernels' defaults.
+#
 # FOLDER is benchmarks/results by default, and all parts are run. BUDGET=seconds limits each part (default 570),
 # PYTHON=... is another interpreter.
 set -u
@@ -60,6 +64,9 @@ bench() { # NAME LIMIT BACKENDS ARGUMENTS...: a benchmark with its JSON and plot
         --json "$out/$name.json" --plots "$out/$name"
 }
 
+export FASTDEN_TUNED=$out/tuned.json
+if [[ -e $FASTDEN_TUNED ]]; then record tiles searched; else record tiles default; fi
+
 # fastden.kernels is there only where fastden is installed.
 $python -c 'import fastden.kernels' 2>/dev/null ||
     $python -m pip install --quiet --no-deps --no-build-isolation -e . || exit 1
@@ -89,9 +96,9 @@ part_check() {
     for tool in memcheck racecheck synccheck; do
         # Without PyTorch's cache every tensor is an allocation of its own, whose bounds memcheck knows. Libraries ask
         # the driver for what it may not have: such an answer is no error.
-        run "sanitizer-$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        run "sanitizer-$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
-            "$python" -m pytest tests/kernels tests/cuda -q -x -k "layout or nan or several_tiles" -p no:cacheprovider
+            "$python" -m pytest tests/kernels tests/cuda -q -x -k "layout or nan or several_tiles or more_tiles" -p no:cacheprovider
     done
 }
 

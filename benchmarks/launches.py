@@ -21,7 +21,6 @@ from triton.backends.compiler import GPUTarget
 
 from fastden.kernels import _descriptors, batch_norm, bottleneck, head, stem, upsample, weight_gradient
 from fastden.kernels._tiles import config_for
-from fastden.kernels.bottleneck import BottleneckConfig
 from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
 
@@ -110,7 +109,7 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
     """
     result: dict[str, Launch] = {}
     for suffix, size in SIZES.items():
-        for name, call in CALLS[operator](_Network(DTYPES[dtype], *size)).items():
+        for name, call in CALLS[operator](Network(DTYPES[dtype], *size)).items():
             described = "descriptors" in name
             if described and architecture < 90:
                 continue
@@ -138,14 +137,23 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
 OTHERS = {"combine_kernel": "batch_norm", "sum_kernel": "weight_gradient"}
 
 
-class _Network:
-    """Tensors without memory of the network's shapes."""
+class Network:
+    """Tensors of the network's shapes, without memory, or of random numbers on a device.
 
-    def __init__(self, dtype: torch.dtype, batch: int, height: int, width: int) -> None:
-        self.dtype, self.batch, self.height, self.width = dtype, batch, height, width
+    Args:
+        dtype: of all but vectors.
+        batch: images.
+        height, width: of half-resolution features.
+        device: where they are; "meta" for none.
+    """
+
+    def __init__(self, dtype: torch.dtype, batch: int, height: int, width: int, device: str = "meta") -> None:
+        self.dtype, self.batch, self.height, self.width, self.device = dtype, batch, height, width, device
 
     def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        return torch.randn(shape, device=self.device).div_(8).to(dtype or self.dtype)
 
     def features(self, channels: int, scale: float = 1) -> Tensor:
         """At half resolution, channels-last."""
@@ -164,26 +172,28 @@ class _Network:
 Calls = dict[str, Callable[[], Any]]
 
 
-def _conv_bn_relu(n: _Network) -> Calls:
+def _conv_bn_relu(n: Network) -> Calls:
     # What a bottleneck's 3x3 convolution is on descriptors.
     described = replace(config_for(64, 64, 1 << 20, n.dtype.itemsize), descriptors=True)
     x, w = n.features, n.tensor
-    conv2 = functools.partial(conv_bn_relu, x(128), w(128, 128, 3, 3), n.vector(128), stride=2, padding=1)
+    of, statistics = functools.partial(functools.partial, conv_bn_relu), conv_statistics
     return {
-        "conv2": conv2,
-        "reduce": lambda: conv_bn_relu(x(256), w(64, 256, 1, 1), n.vector(64)),
-        "expand": lambda: conv_bn_relu(x(64), w(256, 64, 1, 1), n.vector(256), x(256)),
-        "conv2 with statistics": lambda: conv_statistics(x(128), None, w(128, 128, 3, 3), None, 2, 1, 1e-5),
-        "conv by descriptors": lambda: conv_bn_relu(x(64), w(64, 64, 3, 3), n.vector(64), padding=1, config=described),
+        "conv2": of(x(128), w(128, 128, 3, 3), n.vector(128), stride=2, padding=1),
+        "reduce": of(x(256), w(64, 256, 1, 1), n.vector(64)),
+        "expand": of(x(64), w(256, 64, 1, 1), n.vector(256), x(256)),
+        "conv2 with statistics": functools.partial(statistics, x(128), None, w(128, 128, 3, 3), None, 2, 1, 1e-5),
+        "conv by descriptors": of(x(64), w(64, 64, 3, 3), n.vector(64), padding=1, config=described),
     }
 
 
-def _concat_conv_bn_relu(n: _Network) -> Calls:
-    def conv3(config: Any = None) -> None:
-        concat_conv_bn_relu(n.features(128), n.features(32), n.tensor(256, 160, 3, 3), n.vector(256), config=config)
+def _concat_conv_bn_relu(n: Network) -> Calls:
+    a, b, weight = n.features(128), n.features(32), n.tensor(256, 160, 3, 3)
 
-    def statistics() -> None:
-        conv_statistics(n.features(128), n.features(32), n.tensor(256, 160, 3, 3), None, 1, 1, 1e-5)
+    def conv3(config: Any = None) -> Tensor:
+        return concat_conv_bn_relu(a, b, weight, n.vector(256), config=config)
+
+    def statistics() -> Any:
+        return conv_statistics(a, b, weight, None, 1, 1, 1e-5)
 
     calls: Calls = {"conv3": conv3, "conv3 with statistics": statistics}
     if n.dtype.itemsize == 2:
@@ -193,95 +203,96 @@ def _concat_conv_bn_relu(n: _Network) -> Calls:
     return calls
 
 
-def _bottleneck(n: _Network) -> Calls:
-    def run(channels: int, middle: int, config: BottleneckConfig | None = None) -> None:
+def _bottleneck(n: Network) -> Calls:
+    def block(channels: int, middle: int) -> Callable[..., Tensor]:
         weights = n.tensor(middle, channels, 1, 1), n.tensor(middle, middle, 3, 3), n.tensor(channels, middle, 1, 1)
         biases = n.vector(middle), n.vector(middle), n.vector(channels)
-        bottleneck.bottleneck(n.features(channels), *weights, biases, config)
+        return functools.partial(bottleneck.bottleneck, n.features(channels), *weights, biases)
 
     calls: Calls = {}
     for channels, middle in ((128, 32), (256, 64)):
-        calls[f"{channels}-{middle}"] = functools.partial(run, channels, middle)
+        calls[f"{channels}-{middle}"] = block(channels, middle)
         chosen = bottleneck.config_for(channels, middle, 1 << 20, n.dtype.itemsize)
         # Never chosen by itself. With 4 warps its second kernel spilled 32 bytes on sm_100 under Triton 3.9.
         split = replace(chosen, fused=False, warps=8)
-        calls[f"{channels}-{middle} in two"] = functools.partial(run, channels, middle, split)
+        calls[f"{channels}-{middle} in two"] = functools.partial(block(channels, middle), config=split)
     return calls
 
 
-def _upsample(n: _Network) -> Calls:
+def _upsample(n: Network) -> Calls:
+    of = functools.partial(functools.partial, upsample.upsample)
     return {
-        "up2": lambda: upsample.upsample(n.features(128, 0.5), n.tensor(128, 32, 4, 4), n.vector(32)),
+        "up2": of(n.features(128, 0.5), n.tensor(128, 32, 4, 4), n.vector(32)),
         # Gradients of conv2's input and of the stem's.
-        "conv2's gradient": lambda: upsample.upsample(n.features(128, 0.5), n.tensor(128, 128, 4, 4)),
-        "stem's gradient": lambda: upsample.upsample(n.features(128), n.tensor(128, 3, 8, 8)),
+        "conv2's gradient": of(n.features(128, 0.5), n.tensor(128, 128, 4, 4)),
+        "stem's gradient": of(n.features(128), n.tensor(128, 3, 8, 8)),
     }
 
 
-def _stem(n: _Network) -> Calls:
-    def run(channels: int, dense: bool) -> None:
-        stem.stem(n.image(channels, dense), n.tensor(4, 128, channels, 7, 7), n.vector(4, 128))
+def _stem(n: Network) -> Calls:
+    def first(channels: int, dense: bool) -> Callable[[], Tensor]:
+        weights = n.tensor(4, 128, channels, 7, 7), n.vector(4, 128)
+        return functools.partial(stem.stem, n.image(channels, dense), *weights)
 
     return {
-        f"{channels} channels {'channels-last' if dense else 'planar'}": functools.partial(run, channels, dense)
+        f"{channels} channels {'channels-last' if dense else 'planar'}": first(channels, dense)
         for channels in (3, 4)
         for dense in (False, True)
     }
 
 
-def _head(n: _Network) -> Calls:
-    def run(composed: bool, dense: bool) -> None:
-        head.head(
+def _head(n: Network) -> Calls:
+    def last(composed: bool, dense: bool) -> Callable[[], Tensor]:
+        return functools.partial(
+            head.head,
             n.features(256), n.image(4, dense), n.tensor(12, 256, 4, 4), n.tensor(3, 4, 7, 7), n.vector(3), True, True,
             n.tensor(n.batch, 3, 2 * n.height + 4, 2 * n.width + 4, dtype=torch.float32), torch.float32, composed,
         )  # fmt: skip
 
     return {
-        f"{9 if composed else 16} taps, input {'channels-last' if dense else 'planar'}": functools.partial(
-            run, composed, dense
-        )
+        f"{9 if composed else 16} taps, input {'channels-last' if dense else 'planar'}": last(composed, dense)
         for composed in (False, True)
         for dense in (False, True)
     }
 
 
-def _batch_norm(n: _Network) -> Calls:
-    x, vector = n.features(256), n.vector(256)
-    own = n.tensor(256)  # BN's parameters, in the dtype that they have under .to(dtype)
+def _batch_norm(n: Network) -> Calls:
+    calls: Calls = {}
+    for channels in (32, 256):
+        x, vector = n.features(channels), n.vector(channels)
+        own = n.tensor(channels)  # BN's parameters, in the dtype that they have under .to(dtype)
+        affine = functools.partial(batch_norm.affine, x, vector, vector, own, own)
+        gradient = functools.partial(batch_norm.affine_gradient, x, raw=x, mean=vector, rstd=vector)
+        gradient = functools.partial(gradient, weight=own, bias=own, relu=True)
+        calls |= {
+            f"{channels}, statistics": functools.partial(batch_norm.statistics, x, 1e-5),
+            f"{channels}, affine, residual": functools.partial(affine, x, True),
+            f"{channels}, affine": functools.partial(affine, None, True),
+            f"{channels}, of a residual": functools.partial(gradient, y=x, residual=True),
+            f"{channels}, of none": functools.partial(gradient, y=None, residual=False),
+        }
+    return calls
 
-    def gradient(residual: bool) -> None:
-        y = x if residual else None
-        batch_norm.affine_gradient(x, y, x, vector, vector, own, own, True, residual)
 
-    return {
-        "statistics": lambda: batch_norm.statistics(x, 1e-5),
-        "affine, residual": lambda: batch_norm.affine(x, vector, vector, own, own, x, True),
-        "affine": lambda: batch_norm.affine(x, vector, vector, own, own, None, True),
-        "of a residual": lambda: gradient(True),
-        "of none": lambda: gradient(False),
-    }
-
-
-def _weight_gradient(n: _Network) -> Calls:
-    run = weight_gradient.weight_gradient
+def _weight_gradient(n: Network) -> Calls:
+    of = functools.partial(functools.partial, weight_gradient.weight_gradient)
     x = n.features
+    image = n.tensor(n.batch, 3, 2 * n.height - 2, 2 * n.width - 2)
     return {
-        "conv3": lambda: run(x(256), x(128), x(32), 3, 1, 1),
-        "conv2": lambda: run(x(128, 0.5), x(128), None, 3, 2, 1),
-        "reduce": lambda: run(x(64), x(256), None, 1, 1, 0),
-        "conv": lambda: run(x(64), x(64), None, 3, 1, 1),
-        "expand": lambda: run(x(256), x(64), None, 1, 1, 0),
-        "up2": lambda: run(x(128, 0.5), x(32), None, 4, 2, 1),
-        "head": lambda: run(x(12), x(256), None, 3, 1, 1),
-        "head's image": lambda: run(
-            n.tensor(n.batch, 3, 2 * n.height - 2, 2 * n.width - 2), n.image(4, True), None, 7, 1, 0
-        ),
-        "stem": lambda: weight_gradient.stem_weight_gradient(x(128), n.image(4, True)),
+        "conv3": of(x(256), x(128), x(32), 3, 1, 1),
+        "conv2": of(x(128, 0.5), x(128), None, 3, 2, 1),
+        "reduce": of(x(64), x(256), None, 1, 1, 0),
+        "conv": of(x(64), x(64), None, 3, 1, 1),
+        "expand": of(x(256), x(64), None, 1, 1, 0),
+        "up2": of(x(128, 0.5), x(32), None, 4, 2, 1),
+        "head": of(x(12), x(256), None, 3, 1, 1),
+        "head's image": of(image, n.image(4, True), None, 7, 1, 0),
+        "stem": functools.partial(weight_gradient.stem_weight_gradient, x(128), n.image(4, True)),
     }
 
 
 #: What is launched, by operator.
-CALLS: dict[str, Callable[[_Network], Calls]] = {
+CALLS: dict[str, Callable[[Network], Calls]] = {
     "batch_norm": _batch_norm,
     "bottleneck": _bottleneck,
     "concat_conv_bn_relu": _concat_conv_bn_relu,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastden.network.modes import transforming
+from fastden.ops.backends import NAMES, use_backend
 
 #: Name of the only task where it was not given by a mapping.
 TASK = "task"
@@ -144,10 +146,12 @@ class JointDenoiser(nn.Module):
         denoiser: called as ``denoiser(noisy, sigma)``, without ``sigma`` where that is None.
         task: the network for the high-level task, or several by name; frozen in place (:class:`FrozenTask`).
         preprocess: as :class:`FrozenTask`'s; for several tasks a mapping by the same names, or one function for all.
+        backend: of fastden's operators in the denoiser, forward and for gradients, see :mod:`fastden.ops.backends`;
+            None leaves it to the context, the environment or fastden. The tasks' networks are not concerned.
 
     Raises:
         TypeError: not modules.
-        ValueError: no task, or names of ``preprocess`` that are no task's.
+        ValueError: no task, names of ``preprocess`` that are no task's, or no such backend.
     """
 
     def __init__(
@@ -155,8 +159,12 @@ class JointDenoiser(nn.Module):
         denoiser: nn.Module,
         task: nn.Module | Mapping[str, nn.Module],
         preprocess: Preprocess | Mapping[str, Preprocess] | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
+        if backend is not None and backend not in NAMES:
+            raise ValueError(f"backend: {backend!r}; accepted: {', '.join(NAMES)}, or None")
+        self.backend = backend
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser: {type(denoiser).__name__}; accepted: a torch.nn.Module")
         tasks = dict(task) if isinstance(task, Mapping) else {TASK: task}
@@ -181,7 +189,8 @@ class JointDenoiser(nn.Module):
             sigma: as ``denoiser`` takes it; for :class:`fastden.Denoiser` a number, (N,) or (N, 1, H, W), on the scale
                 of ``noisy``, or None for a blind network.
         """
-        denoised = self.denoiser(noisy) if sigma is None else self.denoiser(noisy, sigma)
+        with nullcontext() if self.backend is None else use_backend(self.backend):
+            denoised = self.denoiser(noisy) if sigma is None else self.denoiser(noisy, sigma)
         return JointOutput(denoised, {name: task(denoised) for name, task in self.tasks.items()})
 
 

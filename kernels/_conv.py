@@ -3,7 +3,7 @@
 Rows of the product are output pixels, columns output channels, and the inner dimension runs over taps and input
 channels. Tensors are channels-last (NHWC in memory); weights are (O, kernel rows, kernel columns, C), which is what a
 channels-last convolution weight is in memory. Sums are float32. A transposed convolution of stride 2 is four such
-products, one for each parity of the output pixel ("phases").
+products, one for each parity of the output pixel ("phases"), which read the taps of its kernel where they lie.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._descriptors import launch_descriptor_conv
+from fastden.kernels._descriptors import why_not as cannot_describe
 from fastden.kernels._tiles import ConvConfig, config_for, finish, second_block
+from fastden.kernels._tuned import choose
 
 
 @triton.jit
@@ -37,12 +39,15 @@ def _accumulate(
     BLOCK_K: tl.constexpr,
     O: tl.constexpr,
     PRECISION: tl.constexpr,
+    PHASE: tl.constexpr = False,
 ):
     """``acc`` plus the taps of one source with C of the TOTAL input channels, from channel OFFSET of the weights on.
 
     ``origin`` is the pixel under the first tap, counted over the batch; ``top`` and ``left`` are its row and column.
+    The taps of a PHASE are every other one of a kernel twice as large, backwards: ``w_ptr`` points to the first.
     """
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    TAPS: tl.constexpr = KERNEL * KERNEL * (4 if PHASE else 1)
     k = tl.arange(0, BLOCK_K)
     for step in range(KERNEL * KERNEL * STEPS):
         tap = step // STEPS
@@ -56,8 +61,11 @@ def _accumulate(
             mask=inside[:, None] & (channel < C)[None, :],
             other=0.0,
         )
+        place = tap
+        if PHASE:
+            place = -(tap // KERNEL * (4 * KERNEL) + tap % KERNEL * 2)
         weights = tl.load(
-            w_ptr + (outputs[:, None] * (KERNEL * KERNEL) + tap) * TOTAL + OFFSET + channel[None, :],
+            w_ptr + (outputs[:, None] * TAPS + place) * TOTAL + OFFSET + channel[None, :],
             mask=(outputs < O)[:, None] & (channel < C)[None, :],
             other=0.0,
         )
@@ -117,13 +125,13 @@ def conv_kernel(
     if PHASES == 4:
         top += phase_y
         left += phase_x
-        w_ptr += phase * (O * KERNEL * KERNEL * (A + B))
+        w_ptr += ((2 * KERNEL - 1 - phase_y) * (2 * KERNEL) + 2 * KERNEL - 1 - phase_x) * (A + B)
 
     origin = (image * height + top) * width + left
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _accumulate(
         acc, a_ptr, w_ptr, origin, top, left, rows, outputs, height, width,
-        A, 0, A + B, KERNEL, BLOCK_K, O, PRECISION,
+        A, 0, A + B, KERNEL, BLOCK_K, O, PRECISION, PHASES == 4,
     )  # fmt: skip
     if B > 0:
         acc = _accumulate(
@@ -151,6 +159,19 @@ def conv_kernel(
     finish(acc, residual_ptr, y_ptr, target, mask, HAS_RESIDUAL, RELU)
 
 
+def chosen_config(
+    a: Tensor, b: Tensor | None, weight: Tensor, pixels: int, stride: int = 1, phases: int = 1, statistics: bool = False
+) -> ConvConfig:
+    """What a launch takes: a search's, or the default. Arguments as :func:`launch_conv`'s; ``pixels`` of a phase."""
+    channels, others = a.shape[1], 0 if b is None else b.shape[1]
+    outputs, kernel = weight.shape[0], weight.shape[-1]
+    default = config_for(channels, outputs, pixels, a.element_size())
+    key = f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, phases {phases}, {precision(a)}"
+    found = choose("conv", f"{key}, statistics" if statistics else key, pixels, a, default)
+    # What was searched with other tensors' addresses need not hold for these.
+    return default if found.descriptors and cannot_describe(a, b, weight) else found
+
+
 def launch_conv(
     a: Tensor,
     b: Tensor | None,
@@ -170,11 +191,11 @@ def launch_conv(
     Args:
         a: (N, A, H, W).
         b: (N, B, H, W) or None.
-        weight: (O, A + B, k, k), channels-last; for four phases (4, O, A + B, 2, 2), each channels-last.
+        weight: (O, A + B, k, k), channels-last; for four phases (O, A, 2 k, 2 k), too.
         bias: (O,) or None.
         residual: of the output's shape, or None.
         relu, stride, padding: of the convolution; a phase's padding is 1 less its parity.
-        phases: 1, or 4 for a transposed convolution of kernel 4, stride 2, padding 1.
+        phases: 1, or 4 for a transposed convolution of kernel 2 k, stride 2, padding k - 1; k is even.
         statistics: also return each tile's statistics.
         config: None for the default.
 
@@ -184,8 +205,9 @@ def launch_conv(
     bias = None if bias is None else bias.contiguous()
     batch, channels, height, width = a.shape
     others = 0 if b is None else b.shape[1]
-    outputs, kernel = weight.shape[-4], weight.shape[-1]
+    outputs, kernel = weight.shape[0], weight.shape[-1]
     if phases == 4:
+        kernel //= 2
         out_height, out_width, scale = height, width, 2
     else:
         out_height = (height + 2 * padding - kernel) // stride + 1
@@ -194,7 +216,7 @@ def launch_conv(
     shape = (batch, outputs, out_height * scale, out_width * scale)
     y = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
     count = batch * out_height * out_width
-    config = config or config_for(channels, outputs, count, a.element_size())
+    config = config or chosen_config(a, b, weight, count, stride, phases, statistics)
     tiles = triton.cdiv(count, config.block_m)
     tile_statistics = torch.empty((tiles, 2, outputs), dtype=torch.float32, device=a.device) if statistics else None
     if count == 0:

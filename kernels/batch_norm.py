@@ -14,14 +14,25 @@ from torch import Tensor
 from fastden.kernels._common import device_guard
 from fastden.kernels._layout import channels_last
 
-#: Rows (pixels) and channels of an element-wise tile. Not measured on a GPU: 16 KiB of bfloat16 a block.
-BLOCK_ROWS, BLOCK_CHANNELS = 128, 64
-#: Rows of a tile of :func:`statistics`, which holds it whole: 128 of them spill on sm_90.
-STATISTICS_ROWS = 64
+#: Elements of an element-wise tile. Not measured on a GPU: 16 KiB of bfloat16 a block.
+ELEMENTS = 128 * 64
+#: Elements of a tile of :func:`statistics`, which holds it whole: twice as many spill on sm_90.
+STATISTICS_ELEMENTS = 64 * 64
+#: Channels of a tile, at most.
+LARGEST_BLOCK = 256
 #: Tiles and channels that a program of :func:`combine` holds at once: few channels, so that there are several programs.
 COMBINED_TILES, COMBINED_CHANNELS = 64, 16
-#: Rows that one program of a reduction sums, at most.
-REDUCTION_ROWS = 4096
+#: Elements that one program of a reduction sums, at most.
+REDUCTION_ELEMENTS = 4096 * 64
+
+
+def tile(channels: int, elements: int = ELEMENTS) -> tuple[int, int]:
+    """Rows (pixels) and channels of a tile: all channels, if they are few enough, so that whole rows are read.
+
+    Of the network's widths, which are powers of two, no lane is left without a channel.
+    """
+    block = min(LARGEST_BLOCK, max(16, int(triton.next_power_of_2(channels))))
+    return elements // block, block
 
 
 # Numbers of tiles and rows are no part of the compiled kernel.
@@ -119,13 +130,14 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x = channels_last(x)
     channels = x.shape[1]
     rows = x.numel() // channels
-    tiles = triton.cdiv(rows, STATISTICS_ROWS)
+    block_rows, block = tile(channels, STATISTICS_ELEMENTS)
+    tiles = triton.cdiv(rows, block_rows)
     tile_statistics = torch.empty((tiles, 2, channels), dtype=torch.float32, device=x.device)
     with device_guard(x):
-        statistics_kernel[(tiles, triton.cdiv(channels, BLOCK_CHANNELS))](
-            x, tile_statistics, rows, C=channels, BLOCK_ROWS=STATISTICS_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS
+        statistics_kernel[(tiles, triton.cdiv(channels, block))](
+            x, tile_statistics, rows, C=channels, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block
         )
-    return combine(tile_statistics, rows, STATISTICS_ROWS, eps)
+    return combine(tile_statistics, rows, block_rows, eps)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -182,12 +194,12 @@ def affine(
         return y
     channels = x.shape[1]
     rows = x.numel() // channels
-    grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(channels, BLOCK_CHANNELS))
+    block_rows, block = tile(channels)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(channels, block))
     with device_guard(x):
         affine_kernel[grid](
             x, mean, rstd, weight, bias, x if residual is None else residual, y, rows,
-            C=channels, HAS_RESIDUAL=residual is not None, RELU=relu,
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
+            C=channels, HAS_RESIDUAL=residual is not None, RELU=relu, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block,
         )  # fmt: skip
     return y
 
@@ -322,22 +334,24 @@ def affine_gradient(
     weight, bias = weight.contiguous(), bias.contiguous()
     channels = raw.shape[1]
     rows = raw.numel() // channels
-    programs = triton.cdiv(rows, REDUCTION_ROWS)
+    block_rows, block = tile(channels)
+    program_rows = REDUCTION_ELEMENTS // block
+    programs = triton.cdiv(rows, program_rows)
     sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=raw.device)
-    blocks = triton.cdiv(channels, BLOCK_CHANNELS)
+    blocks = triton.cdiv(channels, block)
     with device_guard(raw):
         gradient_sums_kernel[(programs, blocks)](
             grad, result, raw, mean, rstd, weight, bias, sums, rows,
-            C=channels, RELU=relu, HAS_RESULT=y is not None, PROGRAM_ROWS=REDUCTION_ROWS,
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
+            C=channels, RELU=relu, HAS_RESULT=y is not None, PROGRAM_ROWS=program_rows, BLOCK_ROWS=block_rows,
+            BLOCK_CHANNELS=block,
         )  # fmt: skip
         bias_grad, weight_grad = sums[:, 0].sum(0), sums[:, 1].sum(0)
         grad_raw = torch.empty_like(raw, memory_format=torch.channels_last)
         grad_residual = torch.empty_like(raw, memory_format=torch.channels_last) if residual else None
-        gradient_kernel[(triton.cdiv(rows, BLOCK_ROWS), blocks)](
+        gradient_kernel[(triton.cdiv(rows, block_rows), blocks)](
             grad, result, raw, mean, rstd, weight, bias, weight_grad, bias_grad,
             grad_raw, grad_raw if grad_residual is None else grad_residual, rows,
-            C=channels, RELU=relu, HAS_RESULT=y is not None, HAS_RESIDUAL=residual,
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
+            C=channels, RELU=relu, HAS_RESULT=y is not None, HAS_RESIDUAL=residual, BLOCK_ROWS=block_rows,
+            BLOCK_CHANNELS=block,
         )  # fmt: skip
     return grad_raw, grad_residual, weight_grad, bias_grad

@@ -38,6 +38,7 @@ from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._conv import _accumulate, launch_conv
 from fastden.kernels._layout import channels_last
 from fastden.kernels._tiles import ONE_WAVE
+from fastden.kernels._tuned import choose
 
 #: The sums of the 3x3 convolution of a pixel are all held by one program.
 LARGEST_MIDDLE = 128
@@ -359,7 +360,11 @@ def bottleneck(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
-    config = config or config_for(channels, middle, batch * height * width, x.element_size(), precision(x))
+    pixels = batch * height * width
+    config = config or choose(
+        "bottleneck", f"{channels}, {middle}, {precision(x)}", pixels, x,
+        config_for(channels, middle, pixels, x.element_size(), precision(x)),
+    )  # fmt: skip
     if not config.fused:
         reduced, _ = launch_conv(x, None, reduce, b1, None, relu=True)
         with device_guard(x):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastden.kernels._conv import launch_conv
+from fastden.kernels._conv import chosen_config, launch_conv
 from fastden.kernels._layout import channels_last
-from fastden.kernels._tiles import ConvConfig, config_for
+from fastden.kernels._tiles import ConvConfig
 from fastden.kernels.batch_norm import combine
 
 LARGEST_KERNEL = 7
@@ -51,10 +51,11 @@ def conv_statistics(
     """
     a, weight = channels_last(a), channels_last(weight)
     pixels = a.shape[0] * _size(a.shape[2], weight, stride, padding) * _size(a.shape[3], weight, stride, padding)
-    config = config_for(a.shape[1], weight.shape[0], pixels, a.element_size())
+    b = None if b is None else channels_last(b)
+    config = chosen_config(a, b, weight, pixels, stride, statistics=True)
     y, statistics = launch_conv(
         a,
-        None if b is None else channels_last(b),
+        b,
         weight,
         bias,
         None,

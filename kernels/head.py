@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._layout import channels_last
 from fastden.kernels._packed import PACKED
+from fastden.kernels._tuned import choose
 from fastden.kernels.stem import SMALLEST, gather, is_dense, pixel_room, tap_rows
 
 #: Pixels by which the input is larger than the image, on each side.
@@ -83,20 +84,31 @@ def _add_features(
     top,
     left,
     present,
-    columns,
+    valid,
+    channel,
+    pixel_down,
+    pixel_across,
     height,
     width,
     M: tl.constexpr,
-    COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SKIPPED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``acc`` plus the products of each group's WINDOW x WINDOW features, from (``top``, ``left``) of image ``n`` on.
 
-    Features beyond the image are zero. Weights are (COLUMNS, WINDOW, WINDOW, M).
+    Features beyond the image are zero. Weights are (4 K, 4, 4, M); each column of the product, which is pixel
+    (``pixel_down``, ``pixel_across``) of a group in one ``channel``, has those of its phase where the window has its
+    taps, and zeros elsewhere.
     """
     STEPS: tl.constexpr = (M + BLOCK_K - 1) // BLOCK_K
+    phase_y = (pixel_down + SKIPPED) % 2
+    phase_x = (pixel_across + SKIPPED) % 2
+    weights_of_phase = w_ptr + (channel * 4 + phase_y * 2 + phase_x) * (16 * M)
+    # The tap at the window's first row and column, or before it: one more with each row and column of the window.
+    first_y = SKIPPED - (pixel_down + SKIPPED) // 2
+    first_x = SKIPPED - (pixel_across + SKIPPED) // 2
     corner = ((n * height + top) * width + left) * M
     k = tl.arange(0, BLOCK_K)
     for step in range(WINDOW * WINDOW * STEPS):
@@ -110,9 +122,14 @@ def _add_features(
             mask=inside[:, None] & (feature < M)[None, :],
             other=0.0,
         )
+        tap_y = first_y + down
+        tap_x = first_x + across
+        # Of composed weights phase 0 has no last tap, phase 1 no first one.
+        exists = valid & (tap_y >= phase_y * SKIPPED) & (tap_y < 4 - (1 - phase_y) * SKIPPED)
+        exists = exists & (tap_x >= phase_x * SKIPPED) & (tap_x < 4 - (1 - phase_x) * SKIPPED)
         weights = tl.load(
-            w_ptr + (columns[:, None] * (WINDOW * WINDOW) + tap) * M + feature[None, :],
-            mask=(columns < COLUMNS)[:, None] & (feature < M)[None, :],
+            (weights_of_phase + (tap_y * 4 + tap_x) * M)[:, None] + feature[None, :],
+            mask=exists[:, None] & (feature < M)[None, :],
             other=0.0,
         )
         acc = dot(source, tl.trans(weights), acc, PRECISION)
@@ -129,6 +146,10 @@ def _add_input_window(
     left,
     present,
     columns,
+    valid,
+    image_channel,
+    pixel_down,
+    pixel_across,
     in_height,
     in_width,
     stride_n,
@@ -136,17 +157,19 @@ def _add_input_window(
     stride_h,
     stride_w,
     C: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr,
     PATCH: tl.constexpr,
     ROOM: tl.constexpr,
+    PACKED_ROWS: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``acc`` plus the products of each group's PATCH x PATCH pixels of the input, from (``top``, ``left``) on.
 
-    Weights are (COLUMNS, PATCH, positions): a row of the window has ROOM positions for the channels of each of its
-    pixels, and zeros behind them, to whole blocks of BLOCK_ROW.
+    A row of the window has ROOM positions for the channels of each of its pixels. Weights are (K, TAPS, TAPS, C), or,
+    with PACKED_ROWS, what :func:`image_weights` makes of them: (columns, PATCH, positions), with zeros to whole blocks
+    of BLOCK_ROW.
     """
     BLOCKS: tl.constexpr = (PATCH * ROOM + BLOCK_ROW - 1) // BLOCK_ROW
     corner = n * stride_n + top.to(tl.int64) * stride_h
@@ -168,11 +191,21 @@ def _add_input_window(
             inner = across.to(tl.int64) * stride_w + channel.to(tl.int64) * stride_c
         inside = present & (top + down >= 0) & (top + down < in_height)
         source = gather(x_ptr, corner + tl.cast(down, tl.int64) * stride_h, tl.where(inside, exists, 0), inner, wants)
-        weights = tl.load(
-            image_w_ptr + (columns[:, None] * PATCH + down) * (BLOCKS * BLOCK_ROW) + position[None, :],
-            mask=(columns < COLUMNS)[:, None],
-            other=0.0,
-        )
+        if PACKED_ROWS:
+            weights = tl.load(
+                image_w_ptr + (columns[:, None] * PATCH + down) * (BLOCKS * BLOCK_ROW) + position[None, :],
+                mask=valid[:, None],
+                other=0.0,
+            )
+        else:
+            tap_y = down - pixel_down
+            tap_x = across[None, :] - pixel_across[:, None]
+            row = (image_channel * TAPS + tap_y) * (TAPS * C)
+            weights = tl.load(
+                image_w_ptr + row[:, None] + tap_x * C + channel[None, :],
+                mask=(valid & (tap_y >= 0) & (tap_y < TAPS))[:, None] & (tap_x >= 0) & (tap_x < TAPS),
+                other=0.0,
+            )
         acc = dot(source, tl.trans(weights), acc, PRECISION)
     return acc
 
@@ -218,6 +251,7 @@ def head_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     ROOM: tl.constexpr,
+    PACKED_ROWS: tl.constexpr,
     DENSE: tl.constexpr,
     BORDER: tl.constexpr,
     GROUP: tl.constexpr,
@@ -246,28 +280,30 @@ def head_kernel(
     index = tl.arange(0, BLOCK_M)
     present = first + index < tl.cast(batch, tl.int64) * groups_down * groups_across
     a, b, n = locate(first, index, groups_down, groups_across)
+    # With the group's rows innermost, the threads of a warp run along groups, and have one each. They would run along a
+    # group's columns, were those innermost, and keep the addresses of 16 groups in registers through both loops.
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = columns < COLUMNS
+    channel = columns // (SIDE * SIDE)
+    across = columns // SIDE % SIDE
+    down = columns % SIDE
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _add_features(
-        acc, features_ptr, w_ptr, n, a * GROUP - 1, b * GROUP - 1, present, columns, height, width,
-        M, COLUMNS, GROUP + 3 - SKIPPED, BLOCK_K, PRECISION,
+        acc, features_ptr, w_ptr, n, a * GROUP - 1, b * GROUP - 1, present, valid, channel, down, across,
+        height, width, M, GROUP + 3 - SKIPPED, SKIPPED, BLOCK_K, PRECISION,
     )  # fmt: skip
     # In the image, a group's first pixel has the row and column that its window has in the input, which is larger.
     top = a * SIDE - SKIPPED
     left = b * SIDE - SKIPPED
     acc = _add_input_window(
-        acc, x_ptr, image_w_ptr, n, top, left, present, columns, out_height + 2 * BORDER, out_width + 2 * BORDER,
-        stride_n, stride_c, stride_h, stride_w, C, COLUMNS, SIDE + 2 * BORDER, ROOM, DENSE, BLOCK_ROW, PRECISION,
+        acc, x_ptr, image_w_ptr, n, top, left, present, columns, valid, channel, down, across,
+        out_height + 2 * BORDER, out_width + 2 * BORDER, stride_n, stride_c, stride_h, stride_w,
+        C, 2 * BORDER + 1, SIDE + 2 * BORDER, ROOM, PACKED_ROWS, DENSE, BLOCK_ROW, PRECISION,
     )  # fmt: skip
 
-    # With the group's rows innermost, the threads of a warp run along groups, and have one each. They would run along a
-    # group's columns, were those innermost, and keep the addresses of 16 groups in registers through both loops.
-    channel = columns // (SIDE * SIDE)
-    across = columns // SIDE % SIDE
-    down = columns % SIDE
-    acc += tl.load(bias_ptr + channel, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
-    mask = _pixels_in_image(top, left, present, down, across, columns < COLUMNS, out_height, out_width, SIDE)
+    acc += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    mask = _pixels_in_image(top, left, present, down, across, valid, out_height, out_width, SIDE)
     if ADD_INPUT:
         source = n * image_stride_n + (top + BORDER).to(tl.int64) * image_stride_h
         source += (left + BORDER).to(tl.int64) * image_stride_w
@@ -322,22 +358,30 @@ def head(
     y = torch.empty(shape, dtype=out_dtype or features.dtype, device=features.device)
     if batch == 0:
         return y
-    config = config or config_for(maps, channels, features.element_size())
+    config = config or choose(
+        "head", f"{maps}+{of_image} to {channels}, {9 if composed else 16} taps, {precision(features)}",
+        batch * out_height * out_width, features, config_for(maps, channels, features.element_size()),
+    )  # fmt: skip
     skipped, side = int(composed), 2 * config.group
     image = x if image is None else image
     room = pixel_room(of_image)
     block_row = row_block(side + 2 * BORDER, room)
+    # Where channels fill their positions, weights are read as they lie in memory: so fastden.fuse makes it.
+    packed = room != of_image
+    if packed:
+        image_weight = PACKED.get(image_weights, image_weight, config.group, room, block_row)
+    else:
+        image_weight = channels_last(image_weight)
     groups = batch * triton.cdiv(out_height + skipped, side) * triton.cdiv(out_width + skipped, side)
     grid = (triton.cdiv(groups, config.block_m), triton.cdiv(channels * side**2, config.block_n))
     with device_guard(features):
         head_kernel[grid](
-            channels_last(features), x, image, PACKED.get(feature_weights, weight, config.group, composed),
-            PACKED.get(image_weights, image_weight, config.group, room, block_row), bias.contiguous(), y,
+            channels_last(features), x, image, channels_last(weight), image_weight, bias.contiguous(), y,
             batch, height, width, *x.stride(), *image.stride(),
-            M=maps, C=of_image, K=channels, ROOM=room, DENSE=is_dense(x), BORDER=BORDER, GROUP=config.group,
-            SKIPPED=skipped, ADD_INPUT=add_input, CLAMP=clamp, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, BLOCK_ROW=block_row, PRECISION=precision(features), num_warps=config.warps,
-            num_stages=config.stages,
+            M=maps, C=of_image, K=channels, ROOM=room, PACKED_ROWS=packed, DENSE=is_dense(x), BORDER=BORDER,
+            GROUP=config.group, SKIPPED=skipped, ADD_INPUT=add_input, CLAMP=clamp, BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_ROW=block_row, PRECISION=precision(features),
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
 
@@ -354,17 +398,6 @@ def slide_both(taps: Tensor, count: int) -> Tensor:
     """:func:`slide` on rows and columns: (..., t, u) -> (..., count, count + t - 1, count, count + u - 1)."""
     columns = slide(taps, count)  # ..., t, count, count + u - 1
     return slide(columns.movedim(-3, -1), count).movedim((-2, -1), (-4, -3))
-
-
-def feature_weights(weight: Tensor, group: int, composed: bool) -> Tensor:
-    """From a group's window of features to its pixels: (4 K, M, 4, 4) -> (K (2 group)^2, window, window, M)."""
-    phases = weight.unflatten(0, (-1, 2, 2))  # K, p, q, M, 4, 4
-    if composed:
-        # Pixels 2 i - 1 (phase 1 of i - 1) and 2 i (phase 0 of i) both read the features i - 1, i and i + 1.
-        rows = torch.stack([phases[:, 1, ..., 1:, :], phases[:, 0, ..., :3, :]], 1)
-        phases = torch.stack([rows[:, :, 1, ..., 1:], rows[:, :, 0, ..., :3]], 2)
-    moved = slide_both(phases, group)  # K, p, q, M, a, window, b, window
-    return moved.permute(0, 6, 2, 4, 1, 5, 7, 3).flatten(0, 4).contiguous()
 
 
 def image_weights(weight: Tensor, group: int, room: int, block: int) -> Tensor:

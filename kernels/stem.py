@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastden.kernels._common import device_guard, dot, locate, precision
 from fastden.kernels._packed import PACKED
+from fastden.kernels._tuned import choose
 
 SMALLEST = 8
 TAPS = tl.constexpr(7)
@@ -89,6 +90,7 @@ def stem_kernel(
     C: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROOM: tl.constexpr,
+    ROW: tl.constexpr,
     DENSE: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,7 +100,7 @@ def stem_kernel(
 ):
     """One tile of one region: inside (0), first row (1), first column (2) or corner (3), each with its weights.
 
-    Weights are (4, O, 7, BLOCK_K): a row of taps has ROOM places for the channels of each tap, and zeros behind.
+    Weights are (4, O, 7, ROW): a row of taps has ROOM places for the channels of each tap, and zeros behind.
     """
     tile = tl.program_id(0)
     images = tl.cast(batch, tl.int64)
@@ -137,7 +139,7 @@ def stem_kernel(
         inner = tap.to(tl.int64) * stride_w + channel.to(tl.int64) * stride_c
         left = (column * 2 - 1).to(tl.int64) * stride_w
     start = image * stride_n + (row * 2 - 1).to(tl.int64) * stride_h + left
-    w_ptr += region * (OUTPUTS * TAPS * BLOCK_K)
+    w_ptr += region * (OUTPUTS * TAPS * ROW)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(TAPS):
@@ -149,8 +151,8 @@ def stem_kernel(
             wants,
         )
         weights = tl.load(
-            w_ptr + (outputs[:, None] * TAPS + step) * BLOCK_K + k[None, :],
-            mask=(outputs < OUTPUTS)[:, None],
+            w_ptr + (outputs[:, None] * TAPS + step) * ROW + k[None, :],
+            mask=(outputs < OUTPUTS)[:, None] & (k < ROW)[None, :],
             other=0.0,
         )
         acc = dot(source, tl.trans(weights), acc, PRECISION)
@@ -183,18 +185,25 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: Ste
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if batch == 0:
         return y
-    config = config or config_for(outputs, x.element_size())
+    config = config or choose(
+        "stem", f"{channels} to {outputs}, {precision(x)}", batch * out_height * out_width, x,
+        config_for(outputs, x.element_size()),
+    )  # fmt: skip
     room = pixel_room(channels)
     block_k = row_block(room)
-    rows = PACKED.get(tap_rows, weight, room, block_k)
+    # Where channels fill their places, weights are read as they lie in memory: so fastden.fuse makes it.
+    if room == channels:
+        rows = weight.permute(0, 1, 3, 4, 2).contiguous().flatten(3)
+    else:
+        rows = PACKED.get(tap_rows, weight, room, block_k)
     regions = ((out_height - 1) * (out_width - 1), out_width - 1, out_height - 1, 1)
     tiles = sum(triton.cdiv(batch * pixels, config.block_m) for pixels in regions)
     with device_guard(x):
         stem_kernel[(tiles, triton.cdiv(outputs, config.block_n))](
             x, rows, bias.contiguous(), y, batch, out_height, out_width, *x.stride(),
-            C=channels, OUTPUTS=outputs, ROOM=room, DENSE=is_dense(x), RELU=relu, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, BLOCK_K=block_k, PRECISION=precision(x), num_warps=config.warps,
-            num_stages=config.stages,
+            C=channels, OUTPUTS=outputs, ROOM=room, ROW=rows.shape[3], DENSE=is_dense(x), RELU=relu,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, PRECISION=precision(x),
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastden.kernels._common import INTERPRETED, device_guard, dot, locate, precision
 from fastden.kernels._layout import channels_last
+from fastden.kernels._tuned import choose
 
 #: Elements that a program of the second kernel adds up.
 BLOCK_SUM = 256
@@ -284,7 +285,11 @@ def _launch(
     batch, channels, height, width = a.shape
     others = 0 if b is None else b.shape[1]
     outputs, out_height, out_width = grad.shape[1:]
-    config = config or config_for(kernel**2 * channels, outputs, a.element_size())
+    config = config or choose(
+        "weight_gradient",
+        f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, regions {regions}, {precision(a)}",
+        batch * out_height * out_width, a, config_for(kernel**2 * channels, outputs, a.element_size()),
+    )  # fmt: skip
     blocks = triton.cdiv(kernel**2 * channels, config.block_n) + triton.cdiv(kernel**2 * others, config.block_n)
     blocks *= triton.cdiv(outputs, config.block_m)
     h, w = out_height, out_width

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastden import ops
 from fastden.network.model import Denoiser
 
 
@@ -129,3 +132,19 @@ def image_without_kinks(model: Denoiser, *shape: int, sigma: float | None = 0.1)
         if seen.smallest > MARGIN:
             return x
     raise AssertionError(f"no image of shape {shape} keeps all ReLUs' inputs {MARGIN} from zero")
+
+
+def copies_in_operators(backend: str, call: Callable[[], object]) -> list[str]:
+    """Which of PyTorch's copies and rearrangements run inside fastden's operators on ``backend`` during ``call``."""
+    # Not copy_, which Triton's interpreter calls for every launch.
+    moves = ("_to_copy", "cat", "clone", "constant_pad_nd", "flip", "index_select", "new_zeros", "zeros")
+    with torch.no_grad(), ops.use_backend(backend), profile(activities=[ProfilerActivity.CPU]) as found:
+        call()
+    copies = []
+    for event in found.events():
+        parent = event.cpu_parent
+        while parent is not None and not parent.name.startswith("fastden"):
+            parent = parent.cpu_parent
+        if parent is not None and event.name.removeprefix("aten::") in moves:
+            copies.append(f"{parent.name}: {event.name}")
+    return copies

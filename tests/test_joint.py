@@ -21,6 +21,7 @@ from fastden.joint import (
     check_preprocess,
 )
 from fastden.network.model import Denoiser
+from fastden.ops.backends import requested
 from tests.helpers import random_network
 
 
@@ -53,7 +54,29 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return noisy, clean, torch.randint(5, (4,), generator=generator)
 
 
+class Asked(nn.Module):
+    """Notes the backend that its operators would run on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backends: list[str | None] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.backends.append(requested())
+        return x
+
+
 class TestJointDenoiser:
+    def test_backend_is_that_of_the_denoiser_alone(self) -> None:
+        denoiser, task = Asked(), Asked()
+        noisy = batch()[0]
+        for backend in (None, "torch", "triton", "cuda"):
+            JointDenoiser(denoiser, task, backend=backend)(noisy)
+        assert denoiser.backends == [None, "torch", "triton", "cuda"]
+        assert task.backends == [None] * 4
+        with pytest.raises(ValueError, match=r"backend: 'cublas'; accepted: torch, triton, cuda, or None"):
+            JointDenoiser(denoiser, task, backend="cublas")
+
     def test_is_the_task_behind_the_denoiser(self) -> None:
         denoiser, task = random_network().eval(), classifier()
         noisy, _, _ = batch()

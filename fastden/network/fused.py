@@ -28,6 +28,7 @@ def fuse(
     device: torch.device | str | None = None,
     *,
     quality: Literal["normal", "fast"] = "normal",
+    differentiable: bool = False,
 ) -> FusedDenoiser:
     """The inference form of ``model``: the same function, faster.
 
@@ -42,6 +43,9 @@ def fuse(
             gradient is asked for; 1.9 times as fast as bfloat16 and 0.03 dB worse (``benchmarks/results/int8.json``).
             The model must know the ranges of its activations: bundled models do, others after
             :func:`fastden.calibrate`.
+        differentiable: compute with PyTorch's own operations, whatever backend is asked for, so that derivatives of
+            every order can be taken (score matching, the Jacobian's trace in plug-and-play priors): kernels have first
+            derivatives alone.
 
     Raises:
         TypeError: ``model`` is no Denoiser.
@@ -64,7 +68,7 @@ def fuse(
         if reasons:
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
-    return FusedDenoiser(model, ranges).to(dtype=dtype, device=device).eval()
+    return FusedDenoiser(model, ranges, differentiable).to(dtype=dtype, device=device).eval()
 
 
 def calibrated_ranges(model: Denoiser) -> int8.Ranges:
@@ -80,6 +84,18 @@ def calibrated_ranges(model: Denoiser) -> int8.Ranges:
     if weights != int8.fingerprint(model):
         raise ValueError(f"quality: 'fast', but the weights have changed since their ranges were measured; {wanted}")
     return ranges
+
+
+def _as_kernels_read(name: str, weight: Tensor) -> Tensor:
+    """A copy of the same shape whose memory is in the order in which kernels read it, lest each call copies it.
+
+    That is: input channels innermost. A copy that is kept in another order beside the weight could become stale.
+    """
+    if name == "stem":  # (4, O, C, 7, 7)
+        return weight.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format).permute(0, 1, 4, 2, 3)
+    if name == "up2":  # (C, O, 4, 4)
+        return weight.transpose(0, 1).clone(memory_format=torch.channels_last).transpose(0, 1)
+    return weight.clone(memory_format=torch.channels_last)
 
 
 class FusedDenoiser(nn.Module):
@@ -99,6 +115,7 @@ class FusedDenoiser(nn.Module):
     Args:
         model: the network to fuse.
         ranges: of its activations, for 8-bit integers; None for floating point alone.
+        differentiable: as :func:`fuse`'s.
     """
 
     stem_weight: Tensor
@@ -108,9 +125,10 @@ class FusedDenoiser(nn.Module):
     head_bias: Tensor
 
     @torch.no_grad()
-    def __init__(self, model: Denoiser, ranges: int8.Ranges | None = None) -> None:
+    def __init__(self, model: Denoiser, ranges: int8.Ranges | None = None, differentiable: bool = False) -> None:
         super().__init__()
         self._ranges = ranges
+        self.differentiable = differentiable
         self.noise_level_input = model.noise_level_input
         self.image_channels = model.image_channels
         weights = folding.weights(model)
@@ -119,11 +137,9 @@ class FusedDenoiser(nn.Module):
         pairs = {"stem": (stem.weight, stem.bias), "head": (head.weight, head.bias)}
         pairs |= {name: pair for name, pair in weights.items() if name not in ("conv0", "conv1", "up3", "out")}
         for name, (weight, bias) in pairs.items():
-            # Convolutions' weights in the order in which kernels read them, so that no call copies them.
-            order = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
-            self.register_buffer(f"{name}_weight", weight.clone(memory_format=order))
+            self.register_buffer(f"{name}_weight", _as_kernels_read(name, weight))
             self.register_buffer(f"{name}_bias", bias.clone())
-        self.register_buffer("head_image_weight", head.image_weight.clone())
+        self.register_buffer("head_image_weight", _as_kernels_read("head_image", head.image_weight))
         self._names = tuple(self._buffers)
         self._onednn: tuple[onednn.Snapshot, onednn.TiledNetwork] | None = None
 
@@ -169,18 +185,21 @@ class FusedDenoiser(nn.Module):
 
     def forward_padded(self, x: Tensor) -> Tensor:
         """The network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
-        if not torch.compiler.is_compiling() and requested() in (None, "torch") and x.shape[0] > 0:
+        backend = "torch" if self.differentiable else None
+        wanted = backend or requested()
+        if not torch.compiler.is_compiling() and wanted in (None, "torch") and x.shape[0] > 0:
             network = self._onednn_network() if runs_as_written(x) else None
             if network is not None and not (torch.is_grad_enabled() and x.requires_grad):
                 return network(x)
         with without_autocast(x.device):
             y = x.to(self.dtype)
-            skip = self._bottleneck("res1", ops.stem(y, self.stem_weight, self.stem_bias))
-            low = self._bottleneck("res2", ops.conv_bn_relu(skip, *self._pair("conv2"), stride=2, padding=1))
-            up = ops.upsample(low, *self._pair("up2"))
-            features = self._bottleneck("res3", ops.concat_conv_bn_relu(skip, up, *self._pair("conv3")))
+            skip = self._bottleneck("res1", ops.stem(y, self.stem_weight, self.stem_bias, backend=backend))
+            low = ops.conv_bn_relu(skip, *self._pair("conv2"), stride=2, padding=1, backend=backend)
+            up = ops.upsample(self._bottleneck("res2", low), *self._pair("up2"), backend=backend)
+            joined = ops.concat_conv_bn_relu(skip, up, *self._pair("conv3"), backend=backend)
             weights = HeadWeights(self.head_weight, self.head_image_weight, self.head_bias)
-            return ops.head(features, y, *weights, image=x, composed=True)
+            features = self._bottleneck("res3", joined)
+            return ops.head(features, y, *weights, image=x, composed=True, backend=backend)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
@@ -190,7 +209,8 @@ class FusedDenoiser(nn.Module):
 
     def _bottleneck(self, name: str, x: Tensor) -> Tensor:
         (reduce, a), (conv, b), (expand, c) = self._triple(name)
-        return ops.bottleneck(x, reduce, conv, expand, biases=(a, b, c))
+        backend = "torch" if self.differentiable else None
+        return ops.bottleneck(x, reduce, conv, expand, biases=(a, b, c), backend=backend)
 
     @property
     def quality(self) -> str:
@@ -225,7 +245,8 @@ class FusedDenoiser(nn.Module):
         return {**self.__dict__, "_onednn": None}
 
     def extra_repr(self) -> str:
-        return (
+        told = (
             f"noise_level_input={self.noise_level_input}, image_channels={self.image_channels}, dtype={self.dtype},"
             f" quality={self.quality!r}"
         )
+        return f"{told}, differentiable=True" if self.differentiable else told

@@ -210,7 +210,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
             f"{ctx.name}: second derivatives on kernels; accepted: first derivatives. The torch backend has both"
-            ' (fastden.use_backend("torch") around the forward pass, or FASTDEN_BACKEND=torch)'
+            ' (fastden.ops.use_backend("torch") around the forward pass, or FASTDEN_BACKEND=torch), and so has'
+            " fastden.fuse(..., differentiable=True)"
         )
 
 

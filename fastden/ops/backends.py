@@ -55,6 +55,10 @@ KERNELS = "fastden.kernels"
 _scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
 
 
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run: with the inputs and every backend's reasons."""
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run operators on backend ``name`` inside the ``with`` block, in this thread or task alone.
@@ -92,7 +96,7 @@ def choose(operator: str, backend: str | None, *, batch_statistics: bool = False
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: the backend that was asked for cannot run. Under ``torch.compile`` PyTorch's own error, a
+        BackendError: the backend that was asked for cannot run. Under ``torch.compile`` PyTorch's own error, a
             RuntimeError too, quotes it at the first call.
     """
     name = requested() if backend is None else _known(backend, "backend")
@@ -202,9 +206,9 @@ def _known(name: str, what: str) -> str:
 
 
 def _check(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
-    """Raise RuntimeError, which says why, where ``operator`` cannot run on ``name``."""
+    """Raise BackendError, which says why, where ``operator`` cannot run on ``name``."""
     if why_not(operator, name, batch_statistics=batch_statistics, **tensors):
-        raise RuntimeError(_refusal(operator, name, batch_statistics, tensors))
+        raise BackendError(_refusal(operator, name, batch_statistics, tensors))
 
 
 def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:

@@ -55,6 +55,9 @@ class TrainConfig(BaseModel):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("bf16-mixed", description="Lightning's precision")
     composed: bool = Field(True, description="train through the composed weights (exact, fewer operations)")
     compile: bool = Field(False, description="compile the network with torch.compile")
+    backend: Literal["auto", "torch", "triton", "cuda"] = Field(
+        "auto", description="kernels of the forward pass and its gradients; cuda has none for batch statistics"
+    )
     workers: int = Field(0, ge=0, description="processes that prepare crops; a GPU needs some, two CPU cores none")
     validation: int = Field(12, ge=0, description="photographs held out of the first folder for validation")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of crops, noise and initial weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from fastden.errors import UserError
 from fastden.network.inputs import noise_level
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
+from fastden.ops.backends import BackendError, use_backend
 from fastden.training.config import TrainConfig
 from fastden.training.data import CropDataset, Image, find_photographs, load_rgb
 from fastden.training.synthetic_noise import NoisyDataset, gaussian
@@ -103,7 +105,12 @@ class DenoiserTraining(pl.LightningModule):
         level = noise_level(noisy, sigma if self.config.noise_level_input else None, self.config.noise_level_input)
         padded = pad_image(noisy if level is None else torch.cat([noisy, level], 1))
         padded = padded.contiguous(memory_format=torch.channels_last)
-        return self._run(padded)[:, :, : noisy.shape[2], : noisy.shape[3]]
+        backend = self.config.backend
+        try:
+            with nullcontext() if backend == "auto" else use_backend(backend):
+                return self._run(padded)[:, :, : noisy.shape[2], : noisy.shape[3]]
+        except BackendError as error:
+            raise UserError(f"backend: {error}") from error
 
     def loss(self, output: Tensor, clean: Tensor, level: Tensor) -> Tensor:
         """Mean loss of a batch (N, 3, H, W) with levels (N,) or (N, 1, H, W), in float32."""

@@ -57,6 +57,7 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     assert done.stdout.endswith("failed: train\nfailed: train-aten\n"), done.stdout + done.stderr
     status = json.loads((out / "status.json").read_text())
     assert status.pop("train") == status.pop("train-aten") == "failed"
+    assert status.pop("tiles") == "default"
     assert set(status.values()) == {"passed"}
     assert set(prove.CHECKS) < set(status)
     assert (out / "train.log").read_text() == "broken\n"
@@ -95,4 +96,6 @@ def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "failed: build (no time left)\nfailed: first-one-pixel (no time left)" in done.stdout
-    assert set(json.loads((tmp_path / "out" / "status.json").read_text()).values()) == {"no time left"}
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status.pop("tiles") == "default"
+    assert set(status.values()) == {"no time left"}

@@ -15,7 +15,7 @@ from fastden import ops
 from fastden.network.model import Denoiser
 from fastden.ops import backends
 from tests.cuda.compare import DTYPES
-from tests.helpers import random_network, relative_l2
+from tests.helpers import copies_in_operators, random_network, relative_l2
 
 Network = Callable[..., Tensor]
 
@@ -46,6 +46,16 @@ def test_network(device: str, dtype: torch.dtype, form: str) -> None:
     y = run(network, source, "cuda")
     assert y.dtype == source.dtype
     assert relative_l2(y, exact) <= 2 * relative_l2(run(network, source, "torch"), exact)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_fused_network_packs_nothing(device: str, blind: bool) -> None:
+    """Weights are read where they lie, so that a captured graph's replays read what the buffers hold then."""
+    fused = fastden.fuse(random_network(noise_level_input=not blind).to(device), torch.bfloat16)
+    x = torch.rand(1, 3, 8, 8, device=device, dtype=torch.bfloat16)
+    assert copies_in_operators("cuda", lambda: fused(x, None if blind else 0.1)) == []
+    fused.up2_weight = fused.up2_weight.contiguous()
+    assert copies_in_operators("cuda", lambda: fused(x, None if blind else 0.1)) != []
 
 
 def test_blind_and_gray(device: str) -> None:

@@ -18,6 +18,7 @@ from torch.export import Dim
 from fastden.network import onednn
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
+from fastden.ops.backends import use_backend
 from tests.helpers import (
     border_rms,
     image_without_kinks,
@@ -343,3 +344,18 @@ def test_either_kind_of_bf16_units_will_do(amx: bool, avx512: bool, monkeypatch:
 
 def test_native_bf16_implies_that_onednn_can() -> None:
     assert not onednn.native_bf16() or ONEDNN_BF16
+
+
+def test_derivatives_of_every_order() -> None:
+    """As score matching and the trace of the Jacobian take them, whatever backend the environment asks for."""
+    fused = fuse(random_network(), torch.float64, differentiable=True)
+    x = torch.rand(1, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    with use_backend("triton"):  # which has no float64, and first derivatives alone
+        assert torch.autograd.gradcheck(fused, (x, 0.1), fast_mode=True)
+        assert torch.autograd.gradgradcheck(fused, (x, 0.1), fast_mode=True)
+    single, plain = fuse(random_network(), differentiable=True), fuse(random_network())
+    x = torch.rand(1, 3, 5, 5)
+    with torch.no_grad():
+        assert max_error(single(x, 0.1), plain(x, 0.1)) < 1e-5
+    assert "differentiable=True" in repr(single)
+    assert copy.deepcopy(single).differentiable

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
 from fastden.errors import UserError
 from fastden.network.model import Denoiser
+from fastden.ops.backends import interpreted
 from fastden.training import denoise
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.data import find_photographs, load_rgb
@@ -59,6 +61,28 @@ class TestModule:
         module = DenoiserTraining(model, configuration(noise_level_input=noise_level_input))
         x, sigma = torch.rand(2, 3, 21, 17), torch.tensor([0.1, 0.2])
         assert max_error(module(x, sigma), model(x, sigma if noise_level_input else None)) < 1e-5
+
+    def test_backend(self) -> None:
+        """The kernels of the configuration make the forward pass, and the gradients behind it."""
+        pytest.importorskip("fastden.kernels.stem")
+        model = random_network(composed=True).train()
+        x, sigma = torch.rand(1, 3, 10, 14), torch.tensor([0.1])
+        for backend, own in (("auto", False), ("torch", False), ("triton", interpreted())):
+            module = DenoiserTraining(model, configuration(backend=backend))
+            if backend == "triton" and not own:
+                continue  # a GPU is there, but not the tensors
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                module(x, sigma).square().mean().backward()
+            names = {event.name for event in found.events()}
+            assert ("fastden::conv_statistics" in names) == own, backend
+            assert ("fastden::stem_weight_gradient" in names) == own, backend
+
+    def test_a_backend_that_cannot_run(self) -> None:
+        module = DenoiserTraining(random_network().train(), configuration(backend="cuda"))
+        with pytest.raises(UserError, match=r"backend: backend 'cuda' was asked for and cannot run \w+ on"):
+            module(torch.rand(1, 3, 10, 14), torch.tensor([0.1]))
+        with pytest.raises(UserError, match=r"backend: 'cublas': .*'auto', 'torch', 'triton' or 'cuda'"):
+            load_config(None, ["data=[photographs]", "output=run", "backend=cublas"])
 
     @pytest.mark.parametrize("composed", [False, True])
     def test_gradient_reaches_every_parameter(self, composed: bool) -> None:

@@ -1,0 +1,161 @@
+"""Configurations that a search found on this GPU (``benchmarks/tune.py``), in place of the defaults.
+
+They lie in one file for each compute capability, version of Triton and text of the kernels, so that none outlives what
+it was measured with: ``fastden/tuned`` in the user's cache folder, or the file that FASTDEN_TUNED names. Nothing is
+searched when a kernel is called. Without a file defaults are taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+ENVIRONMENT = "FASTDEN_TUNED"
+#: Of the file's layout.
+FORMAT = 1
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a launch asks a configuration for.
+
+    Args:
+        kernel: its name.
+        key: all that is compiled in, and the dtype.
+        pixels: of the output, of all images.
+    """
+
+    kernel: str
+    key: str
+    pixels: int
+
+
+class Trial:
+    """Configurations tried by a search, and what was asked for.
+
+    Attributes:
+        configs: taken in place of all others, by request.
+        asked: requests with their defaults, in the order of the first.
+    """
+
+    def __init__(self, configs: Mapping[Request, Any] | None = None) -> None:
+        self.configs = dict(configs or {})
+        self.asked: dict[Request, Any] = {}
+
+
+_trial: ContextVar[Trial | None] = ContextVar("fastden_trial", default=None)
+
+
+@contextmanager
+def trial(configs: Mapping[Request, Any] | None = None) -> Iterator[Trial]:
+    """Launches of this thread in the ``with`` block take ``configs``, and defaults for what is not in them."""
+    current = Trial(configs)
+    token = _trial.set(current)
+    try:
+        yield current
+    finally:
+        _trial.reset(token)
+
+
+def choose(kernel: str, key: str, pixels: int, x: Tensor, default: Config) -> Config:
+    """The configuration of a launch: that of a search with the nearest number of pixels, or ``default``.
+
+    Args:
+        kernel: its name.
+        key: all that is compiled in but for the configuration.
+        pixels: of the output, of all images.
+        x: an input, for the device and the dtype.
+        default: what is taken where nobody searched.
+
+    Raises:
+        ValueError: the file's configurations are not of the default's kind.
+    """
+    name = f"{key} {str(x.dtype).removeprefix('torch.')}"
+    current = _trial.get()
+    if current is not None:
+        request = Request(kernel, name, pixels)
+        current.asked.setdefault(request, default)
+        return current.configs.get(request, default)  # type: ignore[no-any-return]
+    device = (x.device.index or 0) if x.is_cuda else None
+    entries = _table(device).get(f"{kernel} {name}")
+    if not entries:
+        return default
+    nearest = min(entries, key=lambda entry: abs(math.log(entry["pixels"] / max(pixels, 1))))
+    try:
+        return type(default)(**nearest["config"])
+    except TypeError as error:
+        raise ValueError(f"{path(capability(device))}: {nearest['config']} for {kernel}: {error}") from error
+
+
+def path(capability: str) -> Path:
+    """The file for a compute capability such as "9.0"."""
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named)
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "fastden" / "tuned" / f"{capability}-triton-{triton.__version__}-{digest()}.json"
+
+
+@cache
+def digest() -> str:
+    """Of the text of all kernels and launch functions."""
+    text = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    return sha256(text).hexdigest()[:12]
+
+
+def capability(device: int | None) -> str:
+    """Of a CUDA device; "interpreted" where there is none."""
+    if device is None:
+        return "interpreted"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def write(file: Path, found: Mapping[Request, tuple[Any, Mapping[str, float]]], **about: Any) -> None:
+    """Write configurations, each with its times, as :func:`choose` reads them; the file appears whole.
+
+    Args:
+        file: what :func:`path` names.
+        found: a configuration and its times, by request.
+        about: more to be said in the file: the machine, for instance.
+    """
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for request, (config, times) in found.items():
+        row = {"pixels": request.pixels, "config": asdict(config), **times}
+        entries.setdefault(f"{request.kernel} {request.key}", []).append(row)
+    document = {"format": FORMAT, "triton": triton.__version__, "kernels": digest(), **about, "entries": entries}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(document, indent=1) + "\n")
+    beside.replace(file)
+
+
+@cache
+def _table(device: int | None) -> dict[str, list[dict[str, Any]]]:
+    file = path(capability(device))
+    try:
+        document = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); accepted: what benchmarks/tune.py writes") from error
+    made = {"format": FORMAT, "triton": triton.__version__, "kernels": digest()}
+    other = {name: document.get(name) for name, value in made.items() if document.get(name) != value}
+    if other:
+        raise ValueError(f"{file}: made with {other}; accepted: {made}. Run benchmarks/tune.py again, or delete it")
+    return dict(document["entries"])
