@@ -8,6 +8,7 @@ instruction. What is compiled is what launches ask for, see ``launches.py``.
     python benchmarks/compile_kernels.py                                   # the table
     python benchmarks/compile_kernels.py --json benchmarks/results/compile.json   # of Triton 3.6
     python benchmarks/compile_kernels.py --json benchmarks/results/compile-triton-3.9.json
+    python benchmarks/compile_kernels.py --only head --json benchmarks/results/compile.json   # other rows stay
 """
 
 from __future__ import annotations
@@ -73,6 +74,17 @@ def missing(launch: Launch, architecture: int, ptx: str) -> list[str]:
     return [known[0]] if launch.products and not exact and not any(name in ptx for name in known) else []
 
 
+def kept(file: Path, operators: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
+    """Rows of a table of the same Triton that are neither of ``operators`` nor of ``dtypes``."""
+    if not file.exists():
+        return []
+    document = json.loads(file.read_text())
+    if document["triton"] != triton.__version__:
+        return []
+    names = [(row["kernel"].split()[0], row["kernel"].rpartition(" ")[2], row) for row in document["kernels"]]
+    return [row for operator, dtype, row in names if not (operator in operators and dtype in dtypes)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile all Triton kernels without a GPU.")
     parser.add_argument("--json", type=Path, help="write the table there too")
@@ -102,7 +114,11 @@ def main() -> int:
     Console(width=130).print(table)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"command": "python benchmarks/compile_kernels.py", "triton": triton.__version__, "kernels": rows}
+        rows = kept(arguments.json, arguments.only, arguments.dtypes) + rows
+        command = "python benchmarks/compile_kernels.py"
+        if set(arguments.dtypes) != set(DTYPES):
+            command += f" --dtypes {' '.join(arguments.dtypes)}"
+        document = {"command": command, "triton": triton.__version__, "kernels": rows}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

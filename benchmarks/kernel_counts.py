@@ -1,0 +1,323 @@
+"""Count what each kernel asks of a GPU at the network's sizes, from its binary and its tiles, without a GPU.
+
+For each kernel at its place in the network (bfloat16, compute capability 9.0): bytes that a block asks of the level-2
+cache, for each of its output pixels; instructions of its innermost loop of matrix products for each matrix instruction
+in it, and how many of them load from shared memory; registers a thread, shared memory a block, and blocks that a
+multiprocessor of 64 Ki registers and 227 KiB holds at once. A count is no time: what it leaves out, only a GPU shows.
+
+    python benchmarks/kernel_counts.py                                   # the table
+    python benchmarks/kernel_counts.py --json benchmarks/results/kernel_counts.json --note "what was changed"
+
+The file keeps earlier counts under their notes; counts of the same backends under the same note are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# An interpreted kernel cannot be compiled.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from launches import Launch, launches
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastden.cuda import build
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Of a multiprocessor of compute capability 9.0: registers, bytes of shared memory, of which a block's first KiB is the
+#: system's, threads and blocks.
+REGISTERS, SHARED, RESERVED, THREADS, BLOCKS = 1 << 16, 228 << 10, 1 << 10, 2048, 32
+MATRIX = re.compile(r"\b(HGMMA|HMMA)\.")
+SHARED_LOADS = re.compile(r"\b(LDSM|LDS)\b")
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.MULTILINE)
+BYTES = 2
+
+
+class Loop(NamedTuple):
+    """The innermost loop with most matrix instructions."""
+
+    instructions: int
+    matrix: int
+    shared_loads: int
+
+
+def innermost(listing: str) -> Loop | None:
+    """Of a function's disassembly; None where no loop has a matrix instruction."""
+    lines = [(int(place, 16), name + rest) for place, name, rest in INSTRUCTION.findall(listing)]
+    found: list[Loop] = []
+    ends = []
+    for place, text in lines:
+        target = re.match(r"BRA(?:\.\w+)*\s.*?0x([0-9a-f]+)", text)
+        if target is not None and int(target[1], 16) < place:
+            ends.append((int(target[1], 16), place))
+    for first, last in ends:
+        if any((first, last) != other and first <= other[0] and other[1] <= last for other in ends):
+            body = [text for place, text in lines if first <= place <= last]
+            inner = [(a, b) for a, b in ends if first <= a and b <= last and (a, b) != (first, last)]
+            if any(MATRIX.search(text) for place, text in lines for a, b in inner if a <= place <= b):
+                continue  # not innermost
+        else:
+            body = [text for place, text in lines if first <= place <= last]
+        matrix = sum(bool(MATRIX.search(text)) for text in body)
+        if matrix:
+            found.append(Loop(len(body), matrix, sum(bool(SHARED_LOADS.search(text)) for text in body)))
+    return max(found, key=lambda loop: loop.matrix, default=None)
+
+
+def resident(registers: int, shared: int, threads: int) -> int:
+    """Blocks that a multiprocessor holds at once."""
+    warps = -(-threads // 32)
+    # Registers are given to warps in units of 256.
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return min(by_registers, SHARED // (shared + RESERVED), THREADS // threads, BLOCKS)
+
+
+def row(
+    place: str, backend: str, pixels: int, asked: float, usage: dict[str, int], loop: Loop | None
+) -> dict[str, Any]:
+    """A line of the table; ``asked`` are a block's bytes from level 2, its results not among them."""
+    return {
+        "place": place,
+        "backend": backend,
+        "l2_bytes_a_pixel": round(asked / pixels, 1),
+        "tile_pixels": pixels,
+        **usage,
+        "blocks_a_multiprocessor": resident(usage["registers"], usage["shared_bytes"], usage["threads"]),
+        "loop_instructions": None if loop is None else loop.instructions,
+        "loop_matrix_instructions": None if loop is None else loop.matrix,
+        "instructions_a_matrix_instruction": None if loop is None else round(loop.instructions / loop.matrix, 2),
+        "loop_shared_loads": None if loop is None else loop.shared_loads,
+    }
+
+
+def disassembly(cubin: Path) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ---- Triton
+
+
+def asked_by_triton(launch: Launch) -> tuple[int, float] | None:
+    """Output pixels of a program's tile, and the bytes that it loads, from its constants; None if not known."""
+    names = launch.kernel.arg_names
+    c = {names[key[0]] if isinstance(key, tuple) else key: value for key, value in launch.constants.items()}
+    kernel = launch.kernel.fn.__name__
+    if kernel == "conv_kernel":
+        taps = c["KERNEL"] ** 2
+        steps = [(c["A"], c["BLOCK_K"]), (c["B"], c["BLOCK_B"])]
+        depth = sum(-(-channels // block) * block for channels, block in steps)
+        return c["BLOCK_M"], taps * depth * (c["BLOCK_M"] + c["BLOCK_N"]) * BYTES
+    if kernel == "bottleneck_kernel":
+        pixels, margin = c["TILE_HEIGHT"] * c["TILE_WIDTH"], c["CHUNKS"] * c["BLOCK_R"]
+        reduce = c["CHUNKS"] * (c["BLOCK_R"] + c["BLOCK_MID"]) * c["C"]
+        scratch = margin * c["BLOCK_MID"]
+        convolve = 9 * c["BLOCK_MID"] * (pixels + c["BLOCK_MID"])
+        expand = c["C"] * c["BLOCK_MID"] + pixels * c["C"]
+        return pixels, (reduce + scratch + convolve + expand) * BYTES
+    if kernel == "stem_kernel":
+        return c["BLOCK_M"], 7 * c["BLOCK_K"] * (c["BLOCK_M"] + c["BLOCK_N"]) * BYTES
+    if kernel == "head_kernel":
+        side, window = 2 * c["GROUP"], c["GROUP"] + 3 - c["SKIPPED"]
+        rows = side + 6
+        blocks = -(-rows * c["ROOM"] // c["BLOCK_ROW"])
+        depth = window**2 * c["M"] + rows * blocks * c["BLOCK_ROW"]
+        # Pixels at half resolution.
+        return c["BLOCK_M"] * c["GROUP"] ** 2, depth * (c["BLOCK_M"] + c["BLOCK_N"]) * BYTES
+    return None
+
+
+#: Launches at the network's places, by operator.
+PLACES = {
+    "stem": ("4 channels planar",),
+    "bottleneck": ("128-32", "256-64"),
+    "conv_bn_relu": ("conv2",),
+    "upsample": ("up2",),
+    "concat_conv_bn_relu": ("conv3",),
+    "head": ("9 taps, input planar",),
+}
+
+
+def count_triton(architecture: int = 90) -> list[dict[str, Any]]:
+    rows = []
+    for operator, names in PLACES.items():
+        for launch in launches(operator, "bf16", architecture):
+            if launch.label not in {f"{operator} {name} bf16" for name in names}:
+                continue
+            known = asked_by_triton(launch)
+            if known is None:
+                continue
+            source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+            with tempfile.TemporaryDirectory() as folder:
+                binary = Path(folder) / "kernel.cubin"
+                binary.write_bytes(compiled.asm["cubin"])
+                listing = disassembly(binary)
+                command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
+                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            used = {
+                "registers": max(map(int, re.findall(r"REG:(\d+)", usage))),
+                "shared_bytes": compiled.metadata.shared,
+                "threads": 32 * launch.options["num_warps"],
+            }
+            rows.append(row(launch.label, "triton", *known, used, innermost(listing)))
+    return rows
+
+
+# ---- CUDA C++
+
+
+class Kernel(NamedTuple):
+    """A CUDA kernel at a place of the network.
+
+    Attributes:
+        place: of the network.
+        source: of ``csrc``.
+        mangled: expression that its name in the binary matches.
+        shared, threads: C++ expressions of its shared memory and its threads.
+        pixels: C++ expression of a tile's output pixels (at half resolution for the head).
+        asked: C++ expression of the bytes that a tile loads.
+    """
+
+    place: str
+    source: str
+    mangled: str
+    shared: str
+    threads: str
+    pixels: str
+    asked: str
+
+
+_TILE = "ConvolutionTile<__nv_bfloat16, {0}>"
+_CONV = "{taps} * {depth} * ({rows} + {columns}) * 2"
+CUDA = (
+    Kernel(
+        "stem", "stem", r"stem_kernelI13__nv_bfloat16", "kSharedBytes", "kThreads", "kRows",
+        # Weights stay in shared memory from tile to tile.
+        "patch_rows(3) * patch_columns(4) * 8",
+    ),
+    Kernel(
+        "conv2", "conv_bn_relu", r"convolution_kernelI13__nv_bfloat16Li128ELi128E",
+        _TILE.format("128, 128, 2, 4, 4") + "::kSharedBytes", _TILE.format("128, 128, 2, 4, 4") + "::kThreads", "128",
+        _CONV.format(taps=9, depth=128, rows=128, columns=128),
+    ),
+    Kernel(
+        "up2", "upsample", r"convolution_kernelI13__nv_bfloat16Li128ELi32E",
+        _TILE.format("128, 32, 4, 1, 4") + "::kSharedBytes", _TILE.format("128, 32, 4, 1, 4") + "::kThreads", "128",
+        _CONV.format(taps=4, depth=128, rows=128, columns=32),
+    ),
+    Kernel(
+        "conv3", "concat_conv_bn_relu", r"concat_kernelI13__nv_bfloat16Li2E", "hopper::kSharedBytes",
+        "hopper::kThreads", "hopper::kTilePixels", "",
+    ),
+    Kernel(
+        "head", "head", r"head_kernelI13__nv_bfloat16Lb1E", "kSharedBytes", "kThreads", "kTileRows * kTileColumns",
+        # 12 of 16 columns have weights; the others' zeros are not read.
+        "256 / kMaps * (kMarginPixels * kMapBytes + 12 * 16 * kMapBytes) + kPatchBytes + 3 * 49 * 8",
+    ),
+)  # fmt: skip
+
+
+def evaluate(expressions: dict[str, str], source: Path, flags: list[str]) -> dict[str, int]:
+    """Values of constant C++ expressions in the scope of a source, as a compiler that runs nothing finds them."""
+    lines = [f'#include "{source.name}"', "namespace fastden {", 'extern "C" {']
+    lines += [f"extern const int count_{name} = {text};" for name, text in expressions.items()]
+    lines += ["}", "}"]
+    with tempfile.TemporaryDirectory() as folder:
+        file, target = Path(folder) / "counts.cpp", Path(folder) / "counts.s"
+        file.write_text("\n".join(lines))
+        subprocess.run(["g++", "-S", "-w", *flags, f"-I{source.parent}", str(file), "-o", str(target)], check=True)
+        text = target.read_text()
+    found = {}
+    for name in expressions:
+        value = re.search(rf"^count_{name}:\s*\.(long\s+(-?\d+)|zero)", text, re.MULTILINE)
+        assert value is not None, name
+        found[name] = int(value[2] or 0)
+    return found
+
+
+def conv3_bytes(source: Path) -> str:
+    """C++ expression of what a block of conv3 reads of level 2 for a tile: channels that exist, half of the weights."""
+    text = source.read_text()
+    # Earlier, weights of 64 channels were read for the second source's 32. Its pixels' other channels are zeros, which
+    # nobody reads.
+    halves = 5 if "weight_b" in text else 6
+    columns = 3 if "kLargestKernel" in text else 9
+    return f"({columns} * 5 * hopper::kLeftBytes + 9 * {halves} * hopper::kRightBytes / hopper::kCluster) / 2"
+
+
+def count_cuda(csrc: Path) -> list[dict[str, Any]]:
+    toolkit = build.find_toolkit()
+    if toolkit is None:
+        print("nvcc is not found: no counts of the CUDA kernels", file=sys.stderr)
+        return []
+    plan = build.plan(csrc, ["9.0a"], toolkit=toolkit)
+    flags = [flag for flag in plan.nvcc_flags if not flag.startswith("-gencode")]
+    emulated = ["-std=c++17", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER", f"-I{ROOT / 'tests' / 'emulator'}"]
+    emulated += [f"-I{toolkit / 'include'}"]
+    rows = []
+    for kernel in CUDA:
+        source = csrc / f"{kernel.source}.cu"
+        asked = kernel.asked or conv3_bytes(source)
+        names = {"shared": kernel.shared, "threads": kernel.threads, "pixels": kernel.pixels, "asked": asked}
+        values = evaluate(names, source, ["-x", "c++", *emulated])
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            command = [str(toolkit / "bin" / "nvcc"), *flags, "-arch=sm_90a", "-cubin", "-o", str(cubin), str(source)]
+            subprocess.run(command, check=True, capture_output=True)
+            listing = disassembly(cubin)
+            usage = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+            resources = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
+        parts = re.split(r"Function : ([\w$.]+)", listing)
+        (body,) = (text for name, text in zip(parts[1::2], parts[2::2], strict=True) if re.search(kernel.mangled, name))
+        registers = re.search(rf"Function \S*{kernel.mangled}\S*:\s*REG:(\d+)", resources)
+        assert registers is not None, resources
+        used = {
+            "registers": int(registers[1]),
+            "shared_bytes": values["shared"],
+            "threads": values["threads"],
+        }
+        rows.append(row(kernel.place, "cuda", values["pixels"], values["asked"], used, innermost(body)))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Count what the kernels ask of a GPU, without one.")
+    parser.add_argument("--json", type=Path, help="add the counts to this file")
+    parser.add_argument("--note", default="now", help="what these counts are of")
+    parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="folder of the CUDA sources")
+    parser.add_argument("--backends", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"])
+    arguments = parser.parse_args()
+    rows = count_triton() if "triton" in arguments.backends else []
+    rows += count_cuda(arguments.csrc) if "cuda" in arguments.backends else []
+    table = Table(*("place", "backend", "L2 B a pixel", "registers", "shared KiB", "blocks", "instructions a product"))
+    for one in rows:
+        values = (one["l2_bytes_a_pixel"], one["registers"], f"{one['shared_bytes'] / 1024:.0f}")
+        more = (one["blocks_a_multiprocessor"], one["instructions_a_matrix_instruction"])
+        table.add_row(one["place"], one["backend"], *map(str, values), *map(str, more))
+    Console(width=120).print(table)
+    if arguments.json:
+        document: dict[str, Any] = {"command": "python benchmarks/kernel_counts.py", "counts": {}}
+        if arguments.json.exists():
+            document = json.loads(arguments.json.read_text())
+        earlier = document["counts"].get(arguments.note, {"kernels": []})["kernels"]
+        rows = [one for one in earlier if one["backend"] not in arguments.backends] + rows
+        document["counts"][arguments.note] = {"triton": triton.__version__, "kernels": rows}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""What is counted of kernels: loops in a disassembly, blocks that fit, bytes of tiles."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+#: A loop around a loop; the branch at 0070 goes forward.
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;      /* 0x00000a0000017a02 */
+                                                               /* 0x000fe40000000f00 */
+        /*0010*/                   LDS R4, [R2] ;              /* 0x0000000002047984 */
+        /*0020*/                   LDSM.16.M88.4 R8, [R4] ;    /* 0x0000000004087b3b */
+        /*0030*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;  /* 0x0 */
+        /*0040*/              @!P0 HMMA.16816.F32.BF16 R12, R4, R7, R12 ;  /* 0x0 */
+        /*0050*/                   IADD3 R2, R2, 0x10, RZ ;    /* 0x0 */
+        /*0060*/               @P1 BRA 0x20 ;                  /* 0x0 */
+        /*0070*/               @P2 BRA `(.L_x_1) 0xa0 ;        /* 0x0 */
+        /*0080*/                   HMMA.16816.F32.BF16 R12, R4, R7, R12 ;  /* 0x0 */
+        /*0090*/               @P3 BRA 0x10 ;                  /* 0x0 */
+        /*00a0*/                   EXIT ;                      /* 0x0 */
+"""
+
+
+@pytest.fixture(scope="module")
+def counts(root: Path) -> Any:
+    before = os.environ.get("TRITON_INTERPRET")
+    sys.path.insert(0, str(root / "benchmarks"))
+    try:
+        import kernel_counts
+    finally:
+        sys.path.remove(str(root / "benchmarks"))
+        if before is not None:  # which importing the script unsets
+            os.environ["TRITON_INTERPRET"] = before
+    return kernel_counts
+
+
+def test_innermost_loop(counts: Any) -> None:
+    assert counts.innermost(LISTING) == counts.Loop(instructions=5, matrix=2, shared_loads=1)
+    assert counts.innermost(LISTING.replace("HMMA", "FFMA")) is None
+
+
+def test_blocks_that_fit(counts: Any) -> None:
+    assert counts.resident(168, 226416, 384) == 1
+    assert counts.resident(64, 40 << 10, 256) == 4  # registers
+    assert counts.resident(32, 100 << 10, 128) == 2  # shared memory
+    assert counts.resident(16, 0, 32) == 32  # blocks
+
+
+def test_bytes_of_a_tile(counts: Any, root: Path) -> None:
+    """conv3 in CUDA, by hand: 2.5 boxes of 20 KiB for each column of taps, half of as many boxes of weights a tap."""
+    from fastden.cuda import build
+
+    if build.find_toolkit() is None:
+        pytest.skip("the toolkit's headers are not found")
+    source = root / "csrc" / "concat_conv_bn_relu.cu"
+    toolkit = build.find_toolkit()
+    flags = ["-x", "c++", "-std=c++17", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER", f"-I{toolkit / 'include'}"]
+    flags.append(f"-I{root / 'tests' / 'emulator'}")
+    found = counts.evaluate({"bytes": counts.conv3_bytes(source), "none": "0"}, source, flags)
+    assert found == {"bytes": 3 * 5 * 20480 // 2 + 9 * 5 * 16384 // 2, "none": 0}
