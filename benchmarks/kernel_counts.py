@@ -220,7 +220,7 @@ CUDA = (
     ),
     Kernel(
         "conv3", "concat_conv_bn_relu", r"concat_kernelI13__nv_bfloat16Li2E", "hopper::kSharedBytes",
-        "hopper::kThreads", "hopper::kTilePixels", "",
+        "hopper::kThreads", "hopper::kTileRows * hopper::kTileColumns", "",
     ),
     Kernel(
         "head", "head", r"head_kernelI13__nv_bfloat16Lb1E", "kSharedBytes", "kThreads", "kTileRows * kTileColumns",

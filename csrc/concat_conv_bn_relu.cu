@@ -15,7 +15,6 @@ namespace fastden {
 namespace hopper {
 
 constexpr int kTileRows = 8, kTileColumns = 16;
-constexpr int kTilePixels = kTileRows * kTileColumns;
 constexpr int kTileOutputs = 256;
 constexpr int kStepChannels = 64;
 constexpr int kConsumers = 2;  // warp groups
