@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,11 @@ LISTING = """
 
 @pytest.fixture(scope="module")
 def counts(root: Path) -> Any:
-    before = os.environ.get("TRITON_INTERPRET")
     sys.path.insert(0, str(root / "benchmarks"))
     try:
         import kernel_counts
     finally:
         sys.path.remove(str(root / "benchmarks"))
-        if before is not None:  # which importing the script unsets
-            os.environ["TRITON_INTERPRET"] = before
     return kernel_counts
 
 
