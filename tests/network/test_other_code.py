@@ -66,6 +66,7 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "pointer": by_pointer,
     "inference mode": in_inference_mode,
     "other process": from_other_process,
+    "foreach": lambda one, other: torch._foreach_copy_([one], [other]),
     "storage": lambda one, other: one.untyped_storage().copy_(other.untyped_storage()),
 }
 
@@ -78,6 +79,30 @@ def test_packed_weights_follow_every_write(models: tuple[Denoiser, Denoiser], wr
     for one, value in zip(fused.buffers(), other.buffers(), strict=True):
         WRITES[write](one, value)
     assert torch.equal(fused(X, 0.1), expected)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_packed_weights_follow_a_loaded_state(models: tuple[Denoiser, Denoiser], assign: bool) -> None:
+    fused, other = map(fuse, models)
+    fused(X, 0.1)
+    fused.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    assert torch.equal(fused(X, 0.1), other(X, 0.1))
+
+
+def test_networks_follow_vectors_and_averages_of_parameters(models: tuple[Denoiser, Denoiser]) -> None:
+    """As optimisers without gradients and averages of weights write them: the exact network says what is right."""
+    for composed in (False, True):
+        model = random_network(seed=1, composed=composed)
+        averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True).eval()
+        with torch.no_grad():
+            model(X, 0.1), averaged(X, 0.1)
+            vector = torch.nn.utils.parameters_to_vector(models[1].parameters())
+            torch.nn.utils.vector_to_parameters(vector, model.parameters())
+            averaged.update_parameters(model)
+            averaged.update_parameters(models[1])
+            for network in (model, averaged.module):
+                exact = copy.deepcopy(network).double()(X.double(), 0.1)
+                assert max_error(network(X, 0.1), exact) < 1e-5
 
 
 def test_one_written_weight_is_enough(models: tuple[Denoiser, Denoiser]) -> None:
