@@ -24,7 +24,7 @@ def test_scikit_image_finds_the_level(dtype: type[np.floating]) -> None:
     assert np.mean((clean - picture) ** 2) < 0.1 * np.mean((noisy - picture) ** 2)
 
 
-@pytest.mark.parametrize("name", ["deepinv", "spandrel", "transforms"])
+@pytest.mark.parametrize("name", ["deepinv", "napari", "spandrel", "transforms"])
 def test_a_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     package = {"transforms": "torchvision"}.get(name, name)
     for module in [module for module in sys.modules if module.split(".")[0] == package]:
