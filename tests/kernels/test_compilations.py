@@ -67,7 +67,7 @@ for index, (h, w) in enumerate(sizes):
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 #: Kernels that are launched in more than one way above.
-WAYS = {"conv_kernel": 5, "weight_gradient_kernel": 2}
+WAYS = {"combine_kernel": 2, "conv_kernel": 5, "weight_gradient_kernel": 2}
 
 
 def test_sizes_are_no_part_of_a_compiled_kernel(root: Path, tmp_path: Path) -> None:
