@@ -1,6 +1,7 @@
 # make demo    denoise a real photograph: sets everything up on the first call
 # make test    run the tests                 make lint    style, types, layers
 # make bench   CPU speed beside other runtimes    make format    apply the style
+# make test-isa  the numerical tests as older CPUs would run them
 # make docs    the pages of docs/, as site/       make dist    source distribution and wheel
 # make clean   remove everything that make made
 
@@ -20,7 +21,7 @@ BENCH_ARGS ?=
 NATIVE := "from fastden.network.onednn import native_bf16 as native; print('float32', 'bfloat16' * native())"
 CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test lint format bench docs dist clean
+.PHONY: demo test test-isa lint format bench docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
@@ -28,6 +29,9 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-isa: $(VENV)/.dev
+	$(BIN)/python scripts/test_isa.py --json benchmarks/results/isa.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

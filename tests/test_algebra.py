@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastden import ops
 from fastden.algebra import compose_head, compose_stem, fold_batch_norm
+from fastden.bench.compare import CHANCE, TOLERANCE
 from fastden.network.model import Denoiser
 from tests.helpers import border_rms, level, max_error, random_network
 
@@ -150,7 +151,10 @@ def in_float64_then_cast(model: Denoiser) -> Denoiser:
 @pytest.mark.parametrize("noise_level_input", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_float32_error_of_the_composed_network(size: tuple[int, int], noise_level_input: bool) -> None:
-    """At most twice the plain network's own float32 error, on the whole image and on every border row and column."""
+    """At most twice the plain network's own float32 error, on the whole image and on every border row and column.
+
+    The plain network's error is that of the memory layout in which it errs more: oneDNN sums in another order in each.
+    """
     # Small images bring few pixels: enough of them that a root mean square means something.
     x = torch.rand(max(2, 512 // (size[0] * size[1])), 3, *size)
     plain = random_network(noise_level_input, seed=sum(size))
@@ -158,15 +162,20 @@ def test_float32_error_of_the_composed_network(size: tuple[int, int], noise_leve
     composed.composed = True
     with torch.no_grad():
         exact = copy.deepcopy(plain).double()(x.double(), level(plain))
-        plain_error = plain(x, level(plain)).double() - exact
-        own = border_rms(plain_error)
+        plain_errors = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            network = copy.deepcopy(plain).to(memory_format=layout)
+            plain_errors.append(network(x.contiguous(memory_format=layout), level(plain)).double() - exact)
+        own = [border_rms(error) for error in plain_errors]
         # A float32 network cannot do better than the rounding of its result.
         floor = torch.finfo(torch.float32).eps * exact.abs().max().item()
+        largest = max(*(error.abs().max().item() for error in plain_errors), floor)
         for model in (composed, in_float64_then_cast(plain)):
             error = model(x, level(model)).double() - exact
-            assert error.abs().max() <= 2 * max(plain_error.abs().max().item(), floor)
+            # The largest of many errors varies by chance, their root mean square does not: see fastden.bench.compare.
+            assert error.abs().max() <= CHANCE * TOLERANCE * largest
             for name, rms in border_rms(error).items():
-                assert rms <= 2 * max(own[name], floor), name
+                assert rms <= TOLERANCE * max(own[0][name], own[1][name], floor), name
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,10 +48,7 @@ Ranges = dict[str, Tensor]
 
 
 def why_not() -> list[str]:
-    """Reasons why this machine cannot run it; empty where it can.
-
-    Without VNNI (AVX-512 VNNI, AVX-VNNI or AMX), oneDNN's sums of 8-bit products may saturate at 16 bits.
-    """
+    """Reasons why this machine cannot run it; empty where it can."""
     reasons = list(onednn._missing())
     lacking = [
         f"torch.ops.onednn.{name}"
@@ -59,11 +57,25 @@ def why_not() -> list[str]:
     ]
     if lacking:
         reasons.append(f"this PyTorch lacks {', '.join(lacking)}")
-    if not torch.cpu._is_vnni_supported():
-        reasons.append("this CPU has no VNNI")
     if not torch.backends.mkldnn.enabled:
         reasons.append("torch.backends.mkldnn.enabled is False")
+    if not reasons and saturates():
+        reasons.append("sums of 8-bit products saturate on this CPU (VNNI is missing, or switched off for oneDNN)")
     return reasons
+
+
+@cache
+def saturates() -> bool:
+    """Whether oneDNN's sums of 8-bit products are wrong here, by trying the largest ones.
+
+    Without VNNI (AVX-512 VNNI, AVX-VNNI or AMX) two products are added in 16 bits. The processor's flags do not tell:
+    ``ONEDNN_MAX_CPU_ISA`` may keep oneDNN from using what is there.
+    """
+    channels = 64
+    step = torch.full((channels,), 1.0)
+    layer = QuantizedConvolution(torch.full((16, channels, 1, 1), 127.0), torch.zeros(16), step, None, relu=False)
+    codes = torch.full((1, channels, 2, 2), CODES, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    return bool((layer(codes) != channels * 127.0 * CODES).any())
 
 
 def fingerprint(model: nn.Module) -> str:

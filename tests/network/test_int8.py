@@ -140,8 +140,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, picture: Tensor) -> None:
         fastden.denoise(picture, 20, model=fastden.fuse(model), quality="fast")
     with pytest.raises(ValueError, match="images: none"):
         fastden.calibrate(model, [])
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValueError, match="no VNNI; accepted here: 'normal'"):
+    monkeypatch.setattr(int8, "saturates", lambda: True)
+    with pytest.raises(ValueError, match=r"saturate on this CPU \(VNNI is missing.*\); accepted here: 'normal'"):
         fastden.fuse(calibrated(), quality="fast")
 
 

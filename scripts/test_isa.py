@@ -1,0 +1,73 @@
+"""Run the numerical tests as older CPUs would: with oneDNN's and PyTorch's instruction sets limited.
+
+    python scripts/test_isa.py [--json benchmarks/results/isa.json] [--isa AVX2 ...] [TEST ...]
+
+The results file holds, for each processor and PyTorch, what passed under which instruction set. The exit code is 1 if
+anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from fastden.bench.machine import describe
+
+#: What oneDNN and PyTorch's own kernels are limited to; "native" is neither.
+ISAS = {"AVX2": ("AVX2", "avx2"), "AVX512_CORE": ("AVX512_CORE", "avx512"), "native": ("", "")}
+#: Where numbers are compared that depend on the instruction set.
+TESTS = ("tests/network", "tests/ops", "tests/inference", "tests/test_algebra.py", "tests/test_nn.py")
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=TESTS, metavar="TEST")
+    parser.add_argument("--isa", nargs="+", choices=list(ISAS), default=list(ISAS))
+    parser.add_argument("--json", type=Path, help="add the counts to this file")
+    arguments = parser.parse_args()
+    counts = {isa: run(isa, arguments.tests) for isa in arguments.isa}
+    for isa, found in counts.items():
+        print(f"{isa:12} " + ", ".join(f"{number} {what}" for what, number in found.items()))
+    if arguments.json is not None:
+        write(arguments.json, counts)
+    return int(any(found["failed"] or not found["passed"] for found in counts.values()))
+
+
+def run(isa: str, tests: list[str]) -> dict[str, int]:
+    """Run the tests under an instruction set: how many passed, failed and were skipped."""
+    onednn, aten = ISAS[isa]
+    limits = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten} if onednn else {}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests]
+        subprocess.run(command, env={**os.environ, **limits}, check=False)
+        suites = list(ElementTree.parse(report).getroot()) if report.exists() else []
+    total, failed, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites for name in names)
+        for names in (("tests",), ("failures", "errors"), ("skipped",))
+    )
+    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def write(path: Path, counts: dict[str, dict[str, int]]) -> None:
+    """Add the counts to a results file, under this processor and PyTorch."""
+    entries: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    processor = str(describe(torch.device("cpu")).get("cpu"))
+    entry = {"date": date.today().isoformat(), **counts}
+    entries.setdefault(processor, {}).setdefault(f"torch {torch.__version__}", {}).update(entry)
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
