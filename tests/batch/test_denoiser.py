@@ -402,7 +402,7 @@ def test_images_of_more_than_8_bits_go_through_their_own_network(
     write_image(folder / "uint16-2.tif", ImageFile(pixels(dtype=np.uint16), pages=2))
     marked = {True: copy.copy(network), False: network}
     seen: dict[str, set[bool]] = {}
-    monkeypatch.setattr("fastden.batch.settings.load_network", lambda *_, eight_bit: marked[eight_bit])
+    monkeypatch.setattr("fastden.batch.settings.load_network", lambda *_, eight_bit, **others: marked[eight_bit])
 
     def watched(images: list[Any], level: Any, chosen: Any, **options: Any) -> list[Any]:
         seen.setdefault(images[0].dtype.name, set()).add(chosen is marked[True])
