@@ -40,7 +40,8 @@ def fuse(
         dtype: of weights and activations: torch.float64, float32, bfloat16 or float16; None keeps the model's.
         device: None keeps the model's.
         quality: ``"fast"`` computes in 8-bit integers (:mod:`fastden.network.int8`), on CPUs with VNNI, where no
-            gradient is asked for; 1.8 times as fast as bfloat16 and 0.02 to 0.03 dB worse (``benchmarks/results/int8.json``).
+            gradient is asked for; 1.8 times as fast as bfloat16, 0.02 to 0.03 dB worse
+            (``benchmarks/results/int8.json``).
             The model must know the ranges of its activations: bundled models do, others after
             :func:`fastden.calibrate`.
         differentiable: compute with PyTorch's own operations, whatever backend is asked for, so that derivatives of

@@ -176,7 +176,12 @@ def test_the_model_is_loaded_once_by_all_threads(model: str, monkeypatch: pytest
 
     loaded = []
     fuse = loading.fuse
-    monkeypatch.setattr(loading, "fuse", lambda *arguments, **options: loaded.append(arguments[1]) or fuse(*arguments, **options))
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        loaded.append(arguments[1])
+        return fuse(*arguments, **options)
+
+    monkeypatch.setattr(loading, "fuse", counted)
     loading._load_cached.cache_clear()
     image = pixels(80, 80, 3, np.float32)
     lazy = denoise_array(da.from_array(image, (24, 24, 3)), 20, model=model, dtype="float64")
