@@ -111,6 +111,8 @@ class PhotoConfig(TrainConfig):
     )
     clean_quality: tuple[int, int] = Field((50, 98), description="JPEG quality of clean pictures")
     jitter: float = Field(0.1, ge=0, le=1, description="standard deviation of the true log level's error, where given")
+    misjudged: float = Field(0.3, ge=0, le=1, description="share of crops whose level is wrong by a factor")
+    factor: tuple[float, float] = Field((0.6, 2.0), description="that factor, log-uniform")
     crop: int = Field(126, ge=32, description="side of a training crop, pixels; 2 under a multiple of 4 wastes nothing")
     batch: int = Field(8, ge=1, description="crops a step, over all devices")
 
@@ -120,6 +122,11 @@ class PhotoConfig(TrainConfig):
         if min(kinds) < 0 or abs(sum(kinds) - 1) > 1e-6:
             raise ValueError("accepted: four shares of at least 0 that add up to 1")
         return kinds
+
+    @field_validator("factor")
+    @classmethod
+    def _check_factor(cls, factor: tuple[float, float]) -> tuple[float, float]:
+        return _check_range(factor, 0.1, 10)
 
     @field_validator("clean_quality")
     @classmethod

@@ -145,26 +145,34 @@ class PhotoTraining(DenoiserTraining):
             if not self.config.denoiser:
                 self.log("level_loss", judged)
                 return ESTIMATOR_WEIGHT * judged
-            level = self._level(batch, true, cells)
+            whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
+            level = self._level(batch, true, cells, whole)
         self.log("level_loss", judged)
-        denoised = self.loss(self(noisy, level), clean, level)
+        # Weighed by the true level: a level that is wrong on purpose would make the crop count for too much or too little.
+        denoised = self.loss(self(noisy, level), clean, whole)
         self.log("denoise_loss", denoised)
         return denoised + ESTIMATOR_WEIGHT * judged
 
     @torch.no_grad()
-    def _level(self, batch: dict[str, Tensor], true: Cells, cells: Cells) -> Tensor:
-        """Level maps (N, 1, H, W): some from the estimator, the others true; of white noise exactly, else jittered."""
+    def _level(self, batch: dict[str, Tensor], true: Cells, cells: Cells, whole: Tensor) -> Tensor:
+        """Level maps (N, 1, H, W): some from the estimator, the others true, of these some wrong by a factor.
+
+        The true level of white noise is exact (``whole``), that of other noise jittered. A network that never met a
+        wrong level fails on one: at 1.5 times the true level a picture came out worse than at none.
+        """
         config, noisy = self.config, batch["noisy"]
         uniform = true.usable.float().flatten(1) + 1e-6
         logs = fit_curve(true.log_level.flatten(1), true.brightness.flatten(1), uniform)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.global_step)
-        draws = torch.rand(len(noisy), generator=generator).to(noisy)
+        draws = torch.rand(3, len(noisy), 1, generator=generator).to(noisy)
         jitter = torch.randn(len(noisy), 1, generator=generator).to(noisy) * config.jitter
-        whole = (noisy - batch["clean"]).square().mean((1, 2, 3)).sqrt().clamp(min=FLOOR).log()
-        exact = batch["white"][:, None]
-        logs = torch.where(exact, whole[:, None].expand_as(logs), logs + jitter)
+        exact = whole.clamp(min=FLOOR).log()[:, None]
+        logs = torch.where(batch["white"][:, None], exact.expand_as(logs), logs + jitter)
         share = config.estimate if self.global_step >= config.estimate_from else 0.0
-        logs = torch.where((draws < share)[:, None], curve_of(cells), logs)
+        logs = torch.where(draws[0] < share, curve_of(cells), logs)
+        low, high = (math.log(bound) for bound in config.factor)
+        wrong = torch.lerp(draws.new_tensor(low), draws.new_tensor(high), draws[1])
+        logs = torch.where(draws[2] < config.misjudged, logs + wrong, logs)
         return level_map(levels_of(logs), noisy)
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
