@@ -102,6 +102,7 @@ class PhotoConfig(TrainConfig):
     )
     estimate: float = Field(0.4, ge=0, le=1, description="share of crops whose level comes from the estimator")
     estimate_from: int = Field(1000, ge=0, description="first step at which it does")
+    estimator_lr: float = Field(1e-3, gt=0, description="peak learning rate of the estimator")
     denoiser: bool = Field(
         True, description="train the denoiser too; false: the estimator alone, in a fraction of the time"
     )

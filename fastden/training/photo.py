@@ -35,8 +35,6 @@ from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 #: Weight of the estimator's loss. It shares no parameter with the denoiser; small enough, it leaves the limit on the
 #: gradient's norm to the denoiser (Adam's steps do not depend on it).
 ESTIMATOR_WEIGHT = 1e-3
-#: Peak learning rate of the estimator, which starts from nothing.
-ESTIMATOR_RATE = 1e-3
 #: An estimate that is too low costs this much more than one that is too high: noise stays, where a little detail goes.
 UNDERESTIMATE = 1.5
 #: Side of validation crops, pixels, and crops of each held-out photograph.
@@ -131,7 +129,7 @@ class PhotoTraining(DenoiserTraining):
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]},
-            {"params": list(self.estimator.parameters()), "lr": ESTIMATOR_RATE},
+            {"params": list(self.estimator.parameters()), "lr": self.config.estimator_lr},
         ]
         optimizer = torch.optim.Adam(groups, lr=self.config.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
