@@ -51,6 +51,9 @@ class TrainConfig(BaseModel):
         "relative-mse", description="relative-mse divides an image's squared error by its noise level"
     )
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are what is saved")
+    blend: float = Field(
+        1.0, gt=0, le=1, description="share of the trained weights in what is saved; the rest is init's weights"
+    )
     clip: float = Field(0.02, gt=0, description="limit of the gradient's norm")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("bf16-mixed", description="Lightning's precision")
     composed: bool = Field(True, description="train through the composed weights (exact, fewer operations)")
@@ -81,6 +84,12 @@ class TrainConfig(BaseModel):
     @classmethod
     def _check_jpeg(cls, jpeg: tuple[int, int] | None) -> tuple[int, int] | None:
         return jpeg if jpeg is None else _check_range(jpeg, 1, 100)
+
+    @model_validator(mode="after")
+    def _check_blend(self) -> TrainConfig:
+        if self.blend < 1 and not self.init:
+            raise ValueError(f"blend: {self.blend} without init; accepted: 1, or a model to start from")
+        return self
 
     def noise(self) -> NoiseModel:
         """The noise model of these settings."""
@@ -147,9 +156,6 @@ class JointConfig(TrainConfig):
     )
     network_arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
     weight: float = Field(1e-3, ge=0, allow_inf_nan=False, description="lambda: weight of the task's loss")
-    blend: float = Field(
-        1.0, gt=0, le=1, description="share of the trained weights in what is saved; the rest is init's weights"
-    )
     data: list[Path] = Field(min_length=1, description="folders of labelled training images")
     validation_data: Path | None = Field(None, description="folder of labelled images for validation; null is none")
     validation: int = Field(100, ge=0, description="images of it that are used, evenly spaced")
@@ -162,12 +168,6 @@ class JointConfig(TrainConfig):
     lr: float = Field(1e-4, gt=0, description="peak learning rate of Adam")
     freeze_bn: float = Field(1.0, ge=0, le=1, description="last share of the steps with frozen BN statistics")
     loss: Literal["mse", "l1"] = Field("mse", description="the denoiser's own loss")
-
-    @model_validator(mode="after")
-    def _check_blend(self) -> JointConfig:
-        if self.blend < 1 and not self.init:
-            raise ValueError(f"blend: {self.blend} without init; accepted: 1, or a model to start from")
-        return self
 
 
 def _check_range(bounds: Any, low: float, high: float) -> Any:

@@ -146,7 +146,7 @@ class PhotoTraining(DenoiserTraining):
             whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
             level = self._level(batch, true, cells, whole)
         self.log("level_loss", judged)
-        # Weighed by the true level: a level that is wrong on purpose would make the crop count for too much or too little.
+        # Weighed by the true level: one that is wrong on purpose would make the crop count for too much or too little.
         denoised = self.loss(self(noisy, level), clean, whole)
         self.log("denoise_loss", denoised)
         return denoised + ESTIMATOR_WEIGHT * judged

@@ -71,8 +71,7 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
     ema.on_train_end(trainer, module)
     target = config.output / "model"
     if trainer.is_global_zero:
-        if isinstance(config, JointConfig):
-            blend_weights(model, config)
+        blend_weights(model, config)
         _save(model, target)
         if isinstance(module, PhotoTraining):
             save_estimator(module, target)
@@ -89,7 +88,7 @@ def _model(config: TrainConfig) -> Denoiser:
 
 
 @torch.no_grad()
-def blend_weights(model: Denoiser, config: JointConfig) -> None:
+def blend_weights(model: Denoiser, config: TrainConfig) -> None:
     """Move the trained weights back towards those that training started from, as ``config.blend`` says.
 
     Between two networks of one training path the error grows with the square of the way, what the task gains more

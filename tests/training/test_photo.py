@@ -100,17 +100,35 @@ def test_the_truth_costs_least() -> None:
 
 
 def test_levels_are_exact_for_white_noise(photographs: Path, tmp_path: Path) -> None:
-    module = PhotoTraining(Denoiser(), configuration(photographs, tmp_path, estimate=0.0))
+    module = PhotoTraining(Denoiser(), configuration(photographs, tmp_path, estimate=0.0, misjudged=0.0))
     clean = torch.full((2, 3, 32, 32), 0.5)
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     batch = {"clean": clean, "noisy": noisy, "white": torch.tensor([True, False])}
     true = true_cells(clean, noisy)
-    levels = module._level(batch, true, true)
+    whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
+    levels = module._level(batch, true, true, whole)
     deviation = float((noisy - clean)[0].std())
     assert torch.allclose(levels[0], torch.full_like(levels[0], deviation), rtol=1e-3)
     # Jitter of the log level: a tenth.
     assert 0.5 < float(levels[1].mean()) / deviation < 2
     assert levels[1].shape == (1, 32, 32)
+
+
+def test_some_levels_are_wrong_by_a_factor(photographs: Path, tmp_path: Path) -> None:
+    clean = torch.full((16, 3, 32, 32), 0.5)
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    batch = {"clean": clean, "noisy": noisy, "white": torch.ones(16, dtype=torch.bool)}
+    true = true_cells(clean, noisy)
+    whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        settings = configuration(photographs, tmp_path, estimate=0.0, misjudged=share, factor=(2.0, 2.0))
+        levels = PhotoTraining(Denoiser(), settings)._level(batch, true, true, whole)
+        found[share] = levels.mean((1, 2, 3)) / whole
+    assert torch.allclose(found[0.0], torch.ones(16), rtol=1e-3)
+    assert torch.allclose(found[1.0], torch.full((16,), 2.0), rtol=1e-3)
+    wrong = found[0.5] > 1.5
+    assert 0 < wrong.sum() < 16
 
 
 @pytest.mark.parametrize(
@@ -119,6 +137,8 @@ def test_levels_are_exact_for_white_noise(photographs: Path, tmp_path: Path) -> 
         ("estimate=2", "estimate: 2"),
         ("noise_level_input=false", "noise_level_input: False"),
         ("jitter=-1", "jitter: -1"),
+        ("factor=[2, 1]", "factor: .*accepted"),
+        ("blend=0.5", "blend: 0.5 without init"),
     ],
 )
 def test_impossible_settings(setting: str, message: str, photographs: Path, tmp_path: Path) -> None:
