@@ -411,7 +411,7 @@ def test_missing_path(network: fastden.FusedDenoiser, tmp_path: Path) -> None:
         ({"sigma": np.full((32, 40), np.nan)}, ValueError, "sigma: values from nan"),
         ({"strength": 2.5}, ValueError, "strength: 2.5; accepted: a number from 0 to 2"),
         ({"chroma": -1}, ValueError, "chroma: -1; accepted: a number from 0 to 2"),
-        ({"quality": "high"}, ValueError, "quality: 'high'; accepted: 'normal', 'best'"),
+        ({"quality": "high"}, ValueError, "quality: 'high'; accepted: 'fast', 'normal', 'best'"),
         ({"strength": "all"}, ValueError, "strength: 'all'"),
         ({"tile": "big"}, ValueError, "tile: 'big'"),
         ({"max_memory": "much"}, ValueError, "max_memory: 'much'; accepted"),

@@ -387,7 +387,7 @@ def test_sigma_in_a_list_keeps_its_gradient(models: tuple[Denoiser, Denoiser]) -
     [
         (np.full((7, 9), 0.1), ValueError, r"sigma: shape \(7, 9\); accepted"),
         (np.array(["a"]), TypeError, r"sigma: an array of dtype <U1; accepted"),
-        (["a"], TypeError, r"sigma: list of other things than numbers; accepted"),
+        (["a"], TypeError, r"sigma: list holds values that are not numbers; accepted"),
         (np.array([0.1, 3.0]), ValueError, r"sigma: values from 0\.1.* to 3\.0; accepted: 0 to 1"),
         (torch.tensor([True, False]), TypeError, r"sigma: dtype torch\.bool; accepted"),
         (torch.tensor(0.1 + 0.1j), TypeError, r"sigma: dtype torch\.complex64; accepted"),
