@@ -479,13 +479,30 @@ for composed in (False, True):
     one.eval()
     assert (two(whole, 0.1) - one(whole, 0.1)).abs().max() < 1e-9
     assert (fastden.fuse(two)(whole, 0.1) - one(whole, 0.1)).abs().max() < 1e-9
+# FSDP2 layer by layer: each layer's weights are gathered when the layer is called.
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+mesh = init_device_mesh("cpu", (2,))
+for composed in (False, True):
+    one = random_network(composed=composed, dtype=torch.float64).eval()
+    two = copy.deepcopy(one)
+    for layer in two.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(two, mesh=mesh)
+    expected, found = one(whole, 0.1), two(whole, 0.1)
+    assert (found - expected).abs().max() < 1e-9, (found - expected).abs().max()
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    for (name, a), b in zip(one.named_parameters(), two.parameters()):
+        assert (a.grad - b.grad.full_tensor()).abs().max() <= 1e-7 * max(1.0, a.grad.abs().max()), name
 dist.barrier()
 print("equal")
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_normalise_as_one() -> None:
+def test_two_processes_normalise_as_one_and_share_the_weights() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run(
         [*command, sys.executable, "-c", SYNC], capture_output=True, text=True, timeout=400, check=False
