@@ -305,7 +305,7 @@ def peak(root: Path, side: int, form: str, dtype: str, max_memory: int = 0) -> i
 def test_peak_memory(form: str, dtype: str, root: Path) -> None:
     """What a pixel is said to take holds, and ``max_memory`` bounds the process whatever the image's size."""
     claimed = BYTES_PER_PIXEL[form] * getattr(torch, dtype).itemsize / 4
-    # Processes differ by what the allocator keeps: in bfloat16 on Zen 4 six took 97 to 121 bytes a pixel of 280 claimed.
+    # Processes differ by what the allocator keeps: six took 97 to 121 bytes a pixel of 280 (bfloat16, Zen 4).
     assert 0.3 * claimed < peak(root, 512, form, dtype) / 512**2 < 1.1 * claimed
     if form == "onednn":
         assert peak(root, 1200, form, dtype, 256 << 20) < 256 << 20
