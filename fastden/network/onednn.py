@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -314,7 +315,7 @@ class _Head:
         return features
 
 
-class TiledNetwork:
+class TiledNetwork(ABC):
     """The fused network in tiles that stay in cache: what its forms in other number formats share.
 
     A form sets the parts below, which take and return channels-last tensors, and says what the stem reads.
@@ -346,9 +347,9 @@ class TiledNetwork:
         parts = [self._run(part) for part in x.split(together)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @abstractmethod
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the stem reads, folded (:func:`fold`), and the image's own part of the result (N, 4 K, h - 1, w - 1)."""
-        raise NotImplementedError
 
     def _run(self, x: Tensor) -> Tensor:
         folded, y = self._inputs(x)

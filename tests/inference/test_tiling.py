@@ -282,6 +282,8 @@ torch.manual_seed(0)
 model = Denoiser().eval()
 model = fuse(model, dtype=dtype) if form != "plain" else model.to(dtype)
 denoise_tiled(model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 0.1, tile=None)
+# From here on: what imports freed would else be filled before the peak moves.
+open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
 denoise_tiled(model, image, 0.1, **({"max_memory": max_memory} if max_memory else {"tile": None}))
@@ -305,7 +307,6 @@ def peak(root: Path, side: int, form: str, dtype: str, max_memory: int = 0) -> i
 def test_peak_memory(form: str, dtype: str, root: Path) -> None:
     """What a pixel is said to take holds, and ``max_memory`` bounds the process whatever the image's size."""
     claimed = BYTES_PER_PIXEL[form] * getattr(torch, dtype).itemsize / 4
-    # Processes differ by what the allocator keeps: six took 97 to 121 bytes a pixel of 280 (bfloat16, Zen 4).
-    assert 0.3 * claimed < peak(root, 512, form, dtype) / 512**2 < 1.1 * claimed
+    assert 0.4 * claimed < peak(root, 512, form, dtype) / 512**2 < 1.1 * claimed
     if form == "onednn":
         assert peak(root, 1200, form, dtype, 256 << 20) < 256 << 20
