@@ -15,6 +15,7 @@ from fastden.network import folding, int8, onednn
 from fastden.network.inputs import Sigma, check_input, noise_level, warn_of_scale
 from fastden.network.model import Denoiser
 from fastden.network.modes import runs_as_written, without_autocast
+from fastden.network.packed import Snapshot
 from fastden.network.padding import pad_image
 from fastden.ops.backends import requested
 
@@ -142,7 +143,7 @@ class FusedDenoiser(nn.Module):
             self.register_buffer(f"{name}_bias", bias.clone())
         self.register_buffer("head_image_weight", _as_kernels_read("head_image", head.image_weight))
         self._names = tuple(self._buffers)
-        self._onednn: tuple[onednn.Snapshot, onednn.TiledNetwork] | None = None
+        self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
         before = {name: buffer for name, buffer in self.named_buffers() if name.endswith("_bias")}
@@ -231,7 +232,7 @@ class FusedDenoiser(nn.Module):
             return None
         packed = self._onednn  # read once: another thread may replace it
         if packed is None or not packed[0].holds(weights):
-            snapshot = onednn.Snapshot(weights)
+            snapshot = Snapshot(weights)
             # Packed from the snapshot's copies: what is packed later, for another size, is from the same weights.
             copies = dict(zip(self._names, snapshot.copies, strict=True))
             folded = onednn.FoldedWeights.of(copies)

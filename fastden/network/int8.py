@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from fastden.algebra import phase_weights, unshuffled_weight
 from fastden.network import onednn
-from fastden.network.onednn import FoldedWeights, OneDnnNetwork, PackedWeights, TiledNetwork, fold
+from fastden.network.activations import fold, gathered, join_phases
+from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
+from fastden.network.packed import PackedWeights
 
 #: Beside ``model.safetensors``: the ranges of its activations.
 RANGES_FILE = "int8.safetensors"
@@ -49,7 +51,7 @@ Ranges = dict[str, Tensor]
 
 def why_not() -> list[str]:
     """Reasons why this machine cannot run it; empty where it can."""
-    reasons = list(onednn._missing())
+    reasons = list(onednn.missing())
     lacking = [
         f"torch.ops.onednn.{name}"
         for name in ("qconv_prepack", "qconv2d_pointwise")
@@ -125,9 +127,9 @@ class _Observer(OneDnnNetwork):
         folded = fold(x, self.features, self.zero_channels)
         skip = self._block("res1", self._stem(folded, at_top=True))
         low = self._block("res2", self.conv2(skip))
-        upsampled = self._see("up2", onednn.join_phases([phase(low) for phase in self.up2]))
+        upsampled = self._see("up2", join_phases([phase(low) for phase in self.up2]))
         spans = (0, skip.shape[2]), (0, skip.shape[3])
-        self._block("res3", self.conv3(onednn.gathered(skip, upsampled, *spans)))
+        self._block("res3", self.conv3(gathered(skip, upsampled, *spans)))
         if x.shape[1] > self.channels:
             self.level = max(self.level, float(x[:, self.channels :].max()))
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -28,6 +26,8 @@ from fastden.algebra import (
     separated_head,
     unshuffled_weight,
 )
+from fastden.network.activations import channels_last_empty, fold, gathered, join_phases, tile_regions
+from fastden.network.packed import PackedWeights
 
 #: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
 #: run at 3.1 TFLOP/s on maps up to 192 wide and at 1.1 on the 386 columns of a 768-pixel image (2 cores, conv3); rows
@@ -35,18 +35,13 @@ from fastden.algebra import (
 #: with 64; 404, 412 and 476 ms in float32.
 TILE_ROWS, TILE_COLUMNS = 256, 192
 #: Features that a tile needs around its own: 1 for res3's 3x3, and 1 before, 2 behind for the head's 4x4 (conv3's own
-#: neighbours are inputs, see ``gathered``).
+#: neighbours are inputs, see :func:`fastden.network.activations.gathered`).
 BEFORE, BEHIND = 2, 3
 #: Rows of half-resolution features that stem and res1 make at a time: 10 ms less in 100 than with all rows, 5 less than
 #: with 16 (512 x 768 pixels, bf16).
 FRONT_ROWS = 64
 #: Images are run together up to this many pixels: small ones fill the cores better so, large ones leave the cache.
 BATCH_PIXELS = 1 << 17
-#: Packed copies kept of each convolution's weights, the oldest leaves first: the bound of what packing costs in memory.
-#: oneDNN chose one layout for all of 60 sizes between 1 and 119 pixels, and two for one of 23 convolutions.
-PACKED_COPIES = 4
-#: Most input shapes that each convolution remembers with the copy that they use.
-PACKED_SHAPES = 1024
 
 
 def native_bf16() -> bool:
@@ -55,7 +50,7 @@ def native_bf16() -> bool:
     Without such units oneDNN computes bfloat16 through float32. With AVX-512 BF16 the network takes half of float32's
     time (``benchmarks/results/bf16.json``), with AMX a fifth (``benchmarks/results/cpu.json``).
     """
-    return not _missing() and _has_bf16_units() and _onednn_bf16()
+    return not missing() and _has_bf16_units() and _onednn_bf16()
 
 
 def _has_bf16_units() -> bool:
@@ -67,7 +62,7 @@ def _onednn_bf16() -> bool:
 
 
 @cache
-def _missing() -> tuple[str, ...]:
+def missing() -> tuple[str, ...]:
     """What this PyTorch or machine lacks for oneDNN's fused convolutions."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return (f"processor: {platform.machine()}; accepted: x86-64",)
@@ -84,7 +79,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Reasons why the oneDNN form cannot run; empty where it can."""
     if device.type != "cpu":
         return [f"device: {device}; accepted: cpu"]
-    reasons = list(_missing())
+    reasons = list(missing())
     if dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"dtype: {dtype}; accepted: torch.float32, torch.bfloat16")
     elif dtype == torch.bfloat16 and not reasons and not _onednn_bf16():
@@ -110,103 +105,6 @@ def keep_freed_memory() -> bool:
     if not (mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)):
         return False
     return bool(mallopt(trim_threshold, 2**31 - 1))
-
-
-class PackedWeights:
-    """One convolution's weights as oneDNN packed them for input shapes; the same bytes are kept once.
-
-    Several threads may call it: a copy that a call received stays valid when another call adds or drops copies.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._copies: list[Tensor] = []
-        self._of_shape: dict[tuple[int, ...], Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all copies."""
-        return sum(map(_packed_bytes, self.values()))
-
-    def values(self) -> tuple[Tensor, ...]:
-        """All copies."""
-        return tuple(self._copies)
-
-    def get(self, shape: tuple[int, ...]) -> Tensor | None:
-        """The weights packed for inputs of ``shape``; None where there are none."""
-        return self._of_shape.get(shape)
-
-    def add(self, shape: tuple[int, ...], packed: Tensor) -> Tensor:
-        """Keep ``packed`` for ``shape``; returns the copy to use, which is an older one where an equal one exists."""
-        with self._lock:
-            for copy in self._copies:
-                if _same_packed(copy, packed):
-                    packed = copy
-                    break
-            else:
-                self._copies.append(packed)
-                if len(self._copies) > PACKED_COPIES:
-                    del self._copies[0]
-                    self._of_shape = {}
-            if len(self._of_shape) >= PACKED_SHAPES:
-                self._of_shape = {}
-            self._of_shape[shape] = packed
-        return packed
-
-
-def _packed_bytes(packed: Tensor) -> int:
-    return int(torch.ops.mkldnn._nbytes(packed))
-
-
-def _same_packed(one: Tensor, other: Tensor) -> bool:
-    """Whether two packings of the same weights hold the same bytes."""
-    size = _packed_bytes(one)
-    pointer = torch.ops.mkldnn.data_ptr
-    return size == _packed_bytes(other) and not _memcmp()(pointer(one), pointer(other), size)
-
-
-@cache
-def _memcmp() -> Callable[[int, int, int], int]:
-    """The C library's ``memcmp``."""
-    library = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
-    function = library.memcmp
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    function.restype = ctypes.c_int
-    return function
-
-
-class Snapshot:
-    """Copies of tensors, to see whether these still hold the same bytes.
-
-    Comparing all bytes is the only check that finds every change. Writes through ``.data``, a NumPy view, shared memory
-    or a collective operation raise no version, and tensors of inference mode have none. For the 3.2 MiB of a float32
-    network it takes 0.09 ms of a small image's 10 ms (one core of a Zen 4 CPU).
-
-    Args:
-        tensors: dense, on the CPU.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        with torch.inference_mode(mode=False):
-            self.copies = [tensor.detach().clone(memory_format=torch.preserve_format) for tensor in tensors]
-        self._expected = [
-            (copy, copy.shape, copy.stride(), copy.dtype, copy.device, copy.data_ptr(), copy.nbytes)
-            for copy in self.copies
-        ]
-
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` equal the copies, shapes, dtypes and devices included."""
-        memcmp = _memcmp()
-        for tensor, (copy, shape, strides, dtype, device, pointer, size) in zip(tensors, self._expected, strict=True):
-            if tensor.dtype != dtype or tensor.device != device or tensor.shape != shape:
-                return False
-            # The copies are dense, so tensors with the same strides are dense too.
-            if tensor.stride() == strides:
-                if memcmp(pointer, tensor.data_ptr(), size):
-                    return False
-            elif not torch.equal(tensor, copy):
-                return False
-        return True
 
 
 class Convolution:
@@ -455,37 +353,6 @@ def image_convolution(head: HeadWeights, zero_channels: int) -> Convolution:
     return Convolution(unshuffled_weight(image, 5, zero_channels), image.new_zeros(len(image)), relu=False)
 
 
-def fold(x: Tensor, dtype: torch.dtype, zero_channels: int = 0, outside: Tensor | None = None) -> Tensor:
-    """``pixel_unshuffle(2)`` of ``x`` with one more pixel around, channels-last.
-
-    The pixel in front aligns the windows of the stem and of the image's own path to pairs of pixels.
-
-    Args:
-        x: (N, C, H, W), H and W even.
-        dtype: of the result.
-        zero_channels: channels of zeros behind the C.
-        outside: (C,), the values of the pixel around; None for zeros.
-    """
-    n, c, height, width = x.shape
-    h, w = height // 2 + 1, width // 2 + 1
-    folded = torch.empty(n, h, w, c + zero_channels, 2, 2, dtype=dtype, device=x.device)
-    for edge in (folded[:, 0], folded[:, -1], folded[:, :, 0], folded[:, :, -1]):
-        edge[..., :c, :, :] = 0 if outside is None else outside.to(dtype)[:, None, None]
-    folded[:, :, :, c:] = 0
-    pixels = x.permute(0, 2, 3, 1)
-    # Four strided copies take 1.1 ms for 0.4 megapixels; pad, pixel_unshuffle and a change of layout take 2.1.
-    for row in (0, 1):
-        for column in (0, 1):
-            into = folded[:, 1 - row : h - row, 1 - column : w - column, :c, row, column]
-            into.copy_(pixels[:, 1 - row :: 2, 1 - column :: 2])
-    return folded.flatten(3).permute(0, 3, 1, 2)
-
-
-def channels_last_empty(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    """Memory for (n, c, h, w), channels-last."""
-    return torch.empty(n, h, w, c, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
-
-
 def _bottleneck(pairs: tuple[tuple[Tensor, Tensor], ...]) -> FoldedBottleneck:
     reduce, conv, expand = pairs
     return FoldedBottleneck(Convolution(*reduce), Convolution(*conv, padding=1), Convolution(*expand))
@@ -499,60 +366,3 @@ def _head(weights: HeadWeights) -> _Head:
     rows, merge = separated_head(weights.weight)
     first = Convolution(rows, rows.new_zeros(len(rows)), padding=(0, 1), relu=False)
     return _Head((first, Convolution(merge, bias, padding=(1, 0), relu=False)))
-
-
-def gathered(
-    skip: Tensor, upsampled: Tensor, rows: tuple[int, int], columns: tuple[int, int], outside: int = 0
-) -> Tensor:
-    """conv3's input for the given output rows and columns: both sources side by side, one pixel more on each side.
-
-    ``outside`` stands for zero in the channels of the second source.
-    """
-    n, a, height, width = skip.shape
-    sides = rows[1] - rows[0] + 2, columns[1] - columns[0] + 2
-    tile = channels_last_empty(n, a + upsampled.shape[1], *sides, skip.dtype)
-    top, bottom = max(rows[0] - 1, 0), min(rows[1] + 1, height)
-    left, right = max(columns[0] - 1, 0), min(columns[1] + 1, width)
-    into = tile[:, :, top - rows[0] + 1 : bottom - rows[0] + 1, left - columns[0] + 1 : right - columns[0] + 1]
-    into[:, :a] = skip[:, :, top:bottom, left:right]
-    into[:, a:] = upsampled[:, :, top:bottom, left:right]
-    # Beyond the image conv3 sees zeros.
-    at_edge = rows[0] == 0, rows[1] == height, columns[0] == 0, columns[1] == width
-    edges = tile[:, :, 0], tile[:, :, -1], tile[:, :, :, 0], tile[:, :, :, -1]
-    for edge in (edge for edge, reached in zip(edges, at_edge, strict=True) if reached):
-        edge[:, :a] = 0
-        edge[:, a:] = outside
-    return tile
-
-
-def tile_spans(length: int, tile: int) -> list[tuple[int, int]]:
-    """[0, length) in the fewest spans of at most ``tile``, of nearly equal lengths."""
-    count = -(-length // tile)
-    return [(length * i // count, length * (i + 1) // count) for i in range(count)]
-
-
-def tile_regions(outputs: int, inputs: int, tile: int, before: int, behind: int) -> list[tuple[int, int, int, int]]:
-    """Tiles of an axis: the outputs [start, stop) that each makes and the inputs [first, last) that it reads.
-
-    All read equally many inputs, at the borders too, so that few shapes occur: weights are packed for each.
-
-    Args:
-        outputs, inputs: lengths of the axis.
-        tile: most outputs of a tile.
-        before, behind: inputs that an output needs before and behind its own position, where they exist.
-    """
-    spans = tile_spans(outputs, tile)
-    size = min(max(stop - start for start, stop in spans) + before + behind, inputs)
-    firsts = [min(max(start - before, 0), inputs - size) for start, _ in spans]
-    return [(start, stop, first, first + size) for (start, stop), first in zip(spans, firsts, strict=True)]
-
-
-def join_phases(phases: list[Tensor]) -> Tensor:
-    """Four (N, O, h + 1, w + 1) phases of :func:`phase_weights` -> (N, O, 2 h, 2 w), channels-last."""
-    n, c, height, width = phases[0].shape
-    h, w = height - 1, width - 1
-    joined = phases[0].new_empty(n, h, 2, w, 2, c)
-    for index, phase in enumerate(phases):
-        p, q = divmod(index, 2)
-        joined[:, :, p, :, q] = phase[:, :, p : p + h, q : q + w].permute(0, 2, 3, 1)
-    return joined.view(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
