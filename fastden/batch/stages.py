@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,62 +76,12 @@ class Stages:
 
     def stream(self, picture: Picture, manifest: Manifest | None = None, progress: Progress | None = None) -> Record:
         """Read, denoise and write an image strip by strip; record it as :meth:`Writing.write` does."""
-        job, settings = picture.job, self.settings
         start = time.perf_counter()
-        reader = StripReader(job.source, max_pixels=settings.max_pixels)
+        reader = StripReader(picture.job.source, max_pixels=self.settings.max_pixels)
         header = reader.header
-        network = settings.network(header.dtype == np.uint8)
-        if picture.format_name == "heic":
-            raise UserError("is larger than --max-memory, and heic is not written by strips; accepted: avif, tiff, ...")
-        turned = int(header.metadata.get("orientation", 1)) > 1
-        if settings.strip_metadata and turned:
-            raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
-        shape = (header.channels, header.dtype, header.bits)
-        extras, metadata = reader.extras()
-        dtype, metadata, notes = plan_encoding(
-            *shape, metadata, picture.format_name, strip_metadata=settings.strip_metadata
-        )
-        for name, coder in ((header.format, "decoder"), (picture.format_name, "encoder")):
-            if name in ("webp", "avif", "jxl", "heic", "raw"):
-                notes.append(f"the {coder} of {name} holds the whole image in memory")
-        picture.notes += [*header.notes, *notes]
-        level: float | Tensor | StripReader | None = None
-        if settings.sigma_map is not None:
-            level = StripReader(settings.sigma_map, max_pixels=settings.max_pixels)
-        elif picture.level is not None:
-            level = picture.level
-
-        tiles = _StripTiles(self.settings, self.computing, header, network)
-        with whole_file(job.target) as temporary:
-            writer = StripWriter(
-                temporary,
-                (header.height, header.width, header.bands),
-                dtype,
-                picture.format_name,
-                bits=header.bits,
-                lossless=header.lossless,
-                metadata=metadata,
-                strip_metadata=settings.strip_metadata,
-                extras=extras,
-            )
-            picture.notes += [writer.note] if writer.note else []
-            try:
-                picture.seconds["compute"] = denoise_strips(
-                    network,
-                    reader,
-                    writer.write,
-                    level,
-                    side=tiles.side,
-                    dtype=dtype,
-                    wishes=settings.wishes,
-                    attempt=tiles.attempt,
-                    progress=progress,
-                    values=picture.values[0],
-                )
-                writer.close()
-            except BaseException:
-                writer.abort()
-                raise
+        self._check_streamable(picture, header)
+        with whole_file(picture.job.target) as temporary:
+            self._copy_by_strips(picture, reader, temporary, progress)
             self.reading.check_unchanged(picture)
             sync(temporary)
             picture.seconds["write"] = time.perf_counter() - start - picture.seconds["compute"]
@@ -141,6 +92,74 @@ class Stages:
             if manifest is not None:
                 manifest.add(record)
         return self.writing.finish(record, manifest)
+
+    def _check_streamable(self, picture: Picture, header: Header) -> None:
+        """Raise a UserError where the output cannot be made without the whole image in memory."""
+        if picture.format_name == "heic":
+            raise UserError("is larger than --max-memory, and heic is not written by strips; accepted: avif, tiff, ...")
+        turned = int(header.metadata.get("orientation", 1)) > 1
+        if self.settings.strip_metadata and turned:
+            raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
+
+    def _copy_by_strips(self, picture: Picture, reader: StripReader, target: Path, progress: Progress | None) -> None:
+        """Denoise what ``reader`` reads into the file ``target``; note the seconds of computing."""
+        settings, header = self.settings, reader.header
+        network = settings.network(header.dtype == np.uint8)
+        extras, metadata = reader.extras()
+        dtype, metadata, notes = plan_encoding(
+            header.channels,
+            header.dtype,
+            header.bits,
+            metadata,
+            picture.format_name,
+            strip_metadata=settings.strip_metadata,
+        )
+        picture.notes += [*header.notes, *notes, *_whole_image_notes(header.format, picture.format_name)]
+        writer = StripWriter(
+            target,
+            (header.height, header.width, header.bands),
+            dtype,
+            picture.format_name,
+            bits=header.bits,
+            lossless=header.lossless,
+            metadata=metadata,
+            strip_metadata=settings.strip_metadata,
+            extras=extras,
+        )
+        picture.notes += [writer.note] if writer.note else []
+        tiles = _StripTiles(settings, self.computing, header, network)
+        try:
+            picture.seconds["compute"] = denoise_strips(
+                network,
+                reader,
+                writer.write,
+                self._strip_level(picture),
+                side=tiles.side,
+                dtype=dtype,
+                wishes=settings.wishes,
+                attempt=tiles.attempt,
+                progress=progress,
+                values=picture.values[0],
+            )
+            writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+
+    def _strip_level(self, picture: Picture) -> float | Tensor | StripReader | None:
+        """The noise level as :func:`denoise_strips` takes it."""
+        if self.settings.sigma_map is not None:
+            return StripReader(self.settings.sigma_map, max_pixels=self.settings.max_pixels)
+        return picture.level
+
+
+def _whole_image_notes(source: str, target: str) -> list[str]:
+    """Notes on coders that hold the whole image in memory, whatever the size of strips."""
+    return [
+        f"the {coder} of {name} holds the whole image in memory"
+        for name, coder in ((source, "decoder"), (target, "encoder"))
+        if name in ("webp", "avif", "jxl", "heic", "raw")
+    ]
 
 
 class _StripTiles:

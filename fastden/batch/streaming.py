@@ -6,8 +6,9 @@ A strip is a row of tiles. While one is computed, the next is read and the last 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Protocol
 
@@ -98,7 +99,7 @@ def denoise_strips(
         write: called with rows (n, W, bands), in order.
         level: on the scale 0-1, a number or a curve (1, 8); or a reader of a map, gray, white for 1; None for a blind
             network.
-        side: gives the side of the tiles, pixels; called once, to choose the strips.
+        side: gives the side of the tiles, pixels: of all strips, and, without ``attempt``, of each.
         dtype: of the rows that are written.
         wishes: how the network is applied.
         attempt: calls its argument with a side of tiles, at most ``side``, and may call it again with a smaller one.
@@ -119,17 +120,8 @@ def denoise_strips(
     else:
         levels, (_, scale) = _Window(level, height), own_scale(None, values)
     seconds = 0.0
-
-    def load(rows: tuple[int, int]) -> tuple[Array, int, Array | None]:
-        strip, first = image.advanced(*rows)
-        return strip, first, None if levels is None else levels.advanced(*rows)[0]
-
-    with ThreadPoolExecutor(1, thread_name_prefix="fastden-strip-reader") as pool:
-        following = pool.submit(load, strips[0])
-        for index, (top, bottom) in enumerate(strips):
-            strip, first, level_rows = following.result()
-            if index + 1 < len(strips):
-                following = pool.submit(load, strips[index + 1])
+    with closing(_read_ahead(image, levels, strips)) as loaded:
+        for (top, bottom), (strip, first, level_rows) in zip(strips, loaded, strict=True):
             start = time.perf_counter()
             batch = to_batch([strip[:, :, :channels]], network)
             sigma = own if level_rows is None else own_level(_level_tensor(level_rows), values)
@@ -142,6 +134,24 @@ def denoise_strips(
             if progress is not None:
                 progress(bottom * header.width, height * header.width)
     return seconds
+
+
+def _read_ahead(
+    image: _Window, levels: _Window | None, strips: list[tuple[int, int]]
+) -> Generator[tuple[Array, int, Array | None], None, None]:
+    """Rows for each strip, the image row at which they begin, and the map's rows; the next are read in a thread."""
+
+    def load(rows: tuple[int, int]) -> tuple[Array, int, Array | None]:
+        strip, first = image.advanced(*rows)
+        return strip, first, None if levels is None else levels.advanced(*rows)[0]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="fastden-strip-reader") as pool:
+        following = pool.submit(load, strips[0])
+        for index in range(len(strips)):
+            loaded = following.result()
+            if index + 1 < len(strips):
+                following = pool.submit(load, strips[index + 1])
+            yield loaded
 
 
 def _level_tensor(rows: Array) -> torch.Tensor:

@@ -122,72 +122,95 @@ class _Run:
         raise typer.Exit(code)
 
 
-def _prepare(
-    command: str,
-    model: str,
-    compare: str | None,
-    backends: str | None,
-    device: str | None,
-    dtype: Dtype | None,
-    size: tuple[int, int] | None,
-    batch: int | None,
-    rounds: int | None,
-    json: Path | None,
-    plots: Path | None,
-    training: bool = False,
-    **settings: Any,
-) -> _Run:
-    """Check all options, and load the network, before anything is measured."""
-    import torch
+@dataclass(frozen=True)
+class _Options:
+    """What the user asked for, not yet checked; None where the user said nothing."""
 
+    model: str
+    compare: str | None
+    backends: str | None
+    device: str | None
+    dtype: Dtype | None
+    size: tuple[int, int] | None
+    batch: int | None
+    rounds: int | None
+    json: Path | None
+    plots: Path | None
+
+
+def _prepare(command: str, options: _Options, training: bool = False, **settings: Any) -> _Run:
+    """Check all options, and load the network, before anything is measured."""
     from fastden.bench import forms
     from fastden.bench.compare import Settings
     from fastden.bench.machine import Sensors
+    from fastden.network.loading import choose_dtype
+
+    device = _device(options.device)
+    dtype = choose_dtype("auto" if options.dtype is None else options.dtype.value, device, eight_bit=True)
+    height, width, batch, rounds = DEFAULTS[command][device.type]
+    size = options.size or (height, width)
+    if min(size) < 1:
+        raise UserError(f"size: {size[0]} {size[1]}; accepted: height and width of at least 1")
+    peers = forms.choose_peers(options.compare, *_peers(command, device, dtype))
+    backends: tuple[str, ...] = ()
+    left_out: dict[str, str] = {}
+    if command != "batch":
+        backends, left_out = forms.choose_backends(options.backends, device, dtype, training)
+    _check_outputs(options)
+    sensors = Sensors.of(device)
+    if isinstance(sensors, str) and device.type == "cuda":
+        left_out["clocks, power and energy"] = sensors
+    return _Run(
+        command,
+        options.model,
+        _load(options.model, device),
+        Settings(device, dtype, options.rounds or rounds, **settings),
+        size,
+        options.batch or batch,
+        peers,
+        backends,
+        options.json,
+        options.plots,
+        left_out,
+        None if isinstance(sensors, str) else sensors,
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    from fastden.network.loading import parse_device
+
+    try:
+        device = parse_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {device}; accepted: cpu, cuda")
+    return device
+
+
+def _check_outputs(options: _Options) -> None:
+    """Raise where a result could not be written."""
     from fastden.bench.plots import check_folder
     from fastden.images.codec import check_target
-    from fastden.network.loading import choose_dtype, parse_device
+
+    if options.json is not None:
+        check_target(options.json, overwrite=True)
+    if options.plots is not None:
+        check_folder(options.plots)
+
+
+def _load(model: str, device: torch.device) -> Denoiser:
+    """The network in float32, for inference."""
+    import torch
+
     from fastden.network.model import Denoiser
 
     try:
-        target = parse_device(device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if target.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {target}; accepted: cpu, cuda")
-    chosen = choose_dtype("auto" if dtype is None else dtype.value, target, eight_bit=True)
-    height, width, count, turns = DEFAULTS[command][target.type]
-    if size is not None and min(size) < 1:
-        raise UserError(f"size: {size[0]} {size[1]}; accepted: height and width of at least 1")
-    accepted, default = _peers(command, target, chosen)
-    peers = forms.choose_peers(compare, accepted, default)
-    own, left_out = ((), {}) if command == "batch" else forms.choose_backends(backends, target, chosen, training)
-    if json is not None:
-        check_target(json, overwrite=True)
-    if plots is not None:
-        check_folder(plots)
-    sensors = Sensors.of(target)
-    if isinstance(sensors, str) and target.type == "cuda":
-        left_out["clocks, power and energy"] = sensors
-    try:
-        network = Denoiser.from_pretrained(model).to(target, torch.float32).eval()
+        return Denoiser.from_pretrained(model).to(device, torch.float32).eval()
     # A Hub id or a folder can fail in as many ways as there are libraries behind it.
     except Exception as error:
         text = " ".join(str(error).split())
         raise UserError(text if text.startswith("model") else f"model: {text}") from error
-    return _Run(
-        command,
-        model,
-        network,
-        Settings(target, chosen, rounds or turns, **settings),
-        size or (height, width),
-        batch or count,
-        peers,
-        own,
-        json,
-        plots,
-        left_out,
-        None if isinstance(sensors, str) else sensors,
-    )
 
 
 def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -232,8 +255,8 @@ def ops(
     from fastden.bench import operators
     from fastden.bench.compare import compare as run_all
 
-    options = (model, compare, backends, device, dtype, size, batch, rounds, json, plots)
-    run = _prepare("ops", *options, training=backward, graphs=True, energy_seconds=1.0)
+    options = _Options(model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+    run = _prepare("ops", options, training=backward, graphs=True, energy_seconds=1.0)
     names = operators.choose(only)
     cases = operators.cases(run.model, run.size, run.batch, names)
     run.extra = {"operators": names, "backward": backward}
@@ -271,7 +294,7 @@ def network(
     from fastden.bench.compare import compare as run_all
     from fastden.bench.network import inference
 
-    run = _prepare("model", model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+    run = _prepare("model", _Options(model, compare, backends, device, dtype, size, batch, rounds, json, plots))
     if large and run.settings.device.type != "cpu":
         raise UserError(f"large: with device {run.settings.device}; accepted: cpu, whose peak memory the system tells")
 
@@ -310,8 +333,8 @@ def train(
     from fastden.bench.compare import compare as run_all
     from fastden.bench.network import training
 
-    options = (model, compare, backends, device, dtype, size, batch, rounds, json, plots)
-    run = _prepare("train", *options, training=True)
+    options = _Options(model, compare, backends, device, dtype, size, batch, rounds, json, plots)
+    run = _prepare("train", options, training=True)
 
     def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
         job, contenders = training(run.model, run.size, run.batch, run.settings.dtype, run.peers, run.backends)
@@ -342,8 +365,8 @@ def batch(
     from fastden.bench.compare import compare as run_all
     from fastden.bench.timing import Call, Stopwatch
 
-    options = (model, compare, None, device, dtype, size, images, rounds, json, plots)
-    run = _prepare("batch", *options, repeats=1, warm_up=1)
+    options = _Options(model, compare, None, device, dtype, size, images, rounds, json, plots)
+    run = _prepare("batch", options, repeats=1, warm_up=1)
 
     def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
         watch = Stopwatch(run.settings.device)

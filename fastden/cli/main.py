@@ -178,28 +178,36 @@ def denoise(
     )
     keep_freed_memory()
     if engine is Engine.ray:
-        from fastden.cli.cluster import denoise_on_cluster
-
-        if dry_run:
-            raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
-        raise typer.Exit(denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device))
+        raise typer.Exit(_on_cluster(request, workers, workers_per_device, dry_run=dry_run))
     if workers is not None or workers_per_device != 1:
         raise UserError("workers: given with --engine local; accepted: with --engine ray")
+    raise typer.Exit(_on_this_machine(request, crf, dry_run=dry_run))
+
+
+def _on_cluster(request: Request, workers: int | None, workers_per_device: int, *, dry_run: bool) -> int:
+    from fastden.cli.cluster import denoise_on_cluster
+
+    if dry_run:
+        raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
+    return denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device)
+
+
+def _on_this_machine(request: Request, crf: int | None, *, dry_run: bool) -> int:
+    """Denoise a video where the input is one, else images; returns the exit code."""
+    from fastden.cli.local import denoise_here
     from fastden.cli.video import denoise_one_video, is_one_video
 
-    for_images: dict[str, object] = {
-        "format": format,
-        "recursive": recursive,
-        "strip_metadata": strip_metadata,
-        "resume": resume,
-        "sigma_map": sigma_map,
+    for_images = {
+        "format": request.format_name,
+        "recursive": request.recursive,
+        "strip_metadata": request.settings["strip_metadata"],
+        "resume": request.resume,
+        "sigma_map": request.settings["sigma_map"],
         "dry_run": dry_run,
     }
-    if is_one_video(inputs, crf, [name for name, value in for_images.items() if value]):
-        raise typer.Exit(denoise_one_video(request, crf=crf))
-    from fastden.cli.local import denoise_here
-
-    raise typer.Exit(denoise_here(request, dry_run=dry_run))
+    if is_one_video(request.inputs, crf, [name for name, value in for_images.items() if value]):
+        return denoise_one_video(request, crf=crf)
+    return denoise_here(request, dry_run=dry_run)
 
 
 @app.command("eval", cls=takes_several("--sigma", is_number_list))
@@ -260,15 +268,20 @@ def evaluate(
             name = folder.resolve().name
             sets[name if name not in sets else str(folder)] = results
             for row in results:
-                shown = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
-                decibels = [f"{row[key]:.2f}" for key in ("psnr_noisy", "psnr")]
-                similarities = [f"{row[key]:.4f}" for key in ("ssim_noisy", "ssim")]
-                table.add_row(name, str(len(row["images"])), shown, *decibels, *similarities)
+                table.add_row(name, *_cells(row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
         settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
         document = evaluation.results_document(model, network, settings, sets)
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table that ``eval`` prints, without the set's name."""
+    sigma = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
+    decibels = [f"{row[key]:.2f}" for key in ("psnr_noisy", "psnr")]
+    similarities = [f"{row[key]:.4f}" for key in ("ssim_noisy", "ssim")]
+    return [str(len(row["images"])), sigma, *decibels, *similarities]
 
 
 def _shower(status: Any, folder: Path) -> Callable[[str], None]:
