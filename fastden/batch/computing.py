@@ -15,7 +15,7 @@ from fastden.batch.grouping import together
 from fastden.batch.picture import Picture, Progress
 from fastden.batch.settings import Settings
 from fastden.batch.transfer import Pending, Transfer
-from fastden.images.codec import ImageFile
+from fastden.images.image_file import ImageFile
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
 from fastden.inference.run import denoise_batch, run_network

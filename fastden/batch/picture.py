@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastden.batch.plan import Job
 from fastden.batch.transfer import Pending
-from fastden.images.codec import Header, ImageFile
+from fastden.images.image_file import Header, ImageFile
 from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.inference.estimate import NoiseEstimate
 

@@ -16,9 +16,9 @@ from fastden.batch.picture import Picture, stamp
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
 from fastden.errors import UserError
+from fastden.images.attachments import check_colour
 from fastden.images.codec import format_for, read_image
 from fastden.images.encoding import check_alpha, check_pages
-from fastden.images.extras import check_colour
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import sigma_of_gray

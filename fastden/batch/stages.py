@@ -21,8 +21,8 @@ from fastden.batch.settings import Settings
 from fastden.batch.streaming import denoise_strips, side_for_strips
 from fastden.batch.writing import Writing
 from fastden.errors import UserError
-from fastden.images.codec import Header
 from fastden.images.encoding import plan_encoding
+from fastden.images.image_file import Header
 from fastden.images.strips import StripReader, StripWriter
 from fastden.images.whole_files import digest, sync, whole_file
 from fastden.inference.tiling import automatic_tile

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fastden.algebra import BORDER
-from fastden.images.codec import Header
+from fastden.images.image_file import Header
 from fastden.images.pixels import Array, to_dtype
 from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.images.samples import sigma_of_gray

@@ -241,7 +241,7 @@ def evaluate(
     Gaussian noise, not clipped; results clipped and rounded to 8 bits; PSNR over RGB, mean over the images.
     """
     from fastden import evaluation
-    from fastden.images.codec import check_target, write_bytes
+    from fastden.images.whole_files import check_target, write_bytes
 
     accepted = "numbers from 0 to 255"
     sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]

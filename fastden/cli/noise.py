@@ -28,8 +28,8 @@ def noise(
     The level is the standard deviation of the noise on the scale 0-255, white of the file's type being 255. Coarse
     noise is shared by neighbouring pixels, as cameras leave it; fine noise is not.
     """
-    from fastden.images.codec import check_target
     from fastden.images.strips import read_samples
+    from fastden.images.whole_files import check_target
     from fastden.inference.estimate import noise_of_samples
 
     if map_file is not None:

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-#: Segments of a JPEG that carry metadata: APP0 to APP15, and the comment.
-_APP, _COMMENT = range(0xE0, 0xF0), 0xFE
+#: Markers of a JPEG's segments that carry metadata: APP0 to APP15, and the comment.
+_APP, COMMENT = range(0xE0, 0xF0), 0xFE
+APP0, APP1, APP2, APP11, APP13, APP14 = (_APP[number] for number in (0, 1, 2, 11, 13, 14))
+#: What an APP1 segment with EXIF begins with.
+EXIF = b"Exif\0\0"
 _START_OF_SCAN, _END = 0xDA, b"\xff\xd9"
 #: Bytes that a segment holds.
 SEGMENT = 65533
@@ -41,7 +44,7 @@ def jpeg_segments(file: BinaryIO) -> list[tuple[int, bytes]]:
         if len(length) < 2 or marker == _END[1]:
             return found
         size = int.from_bytes(length, "big") - 2
-        if marker not in _APP and marker != _COMMENT:
+        if marker not in _APP and marker != COMMENT:
             file.seek(max(size, 0), os.SEEK_CUR)
             if marker == _START_OF_SCAN:
                 return found

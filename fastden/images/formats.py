@@ -40,7 +40,7 @@ class Opened:
         bits: significant ones a channel.
         format: ``heic``, ``jxl`` or ``raw``.
         decode: gives the pixels, (height, width, bands).
-        metadata, notes: as of :class:`fastden.images.codec.ImageFile`.
+        metadata, notes: as of :class:`fastden.images.image_file.ImageFile`.
     """
 
     width: int

@@ -13,10 +13,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastden.errors import UserError
-from fastden.images.codec import MAX_PIXELS, Header, header_of, open_image
+from fastden.images.attachments import for_libvips, plan_attachment, png_kind
+from fastden.images.codec import MAX_PIXELS, header_of, open_image
 from fastden.images.encoding import described, plan_saving
-from fastden.images.extras import Extras, for_libvips, plan_attachment, png_kind, read_extras
+from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, open_file
+from fastden.images.image_file import Header
 from fastden.images.kinds import check_supported
 from fastden.images.libvips import detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite
@@ -175,7 +177,7 @@ class StripWriter:
         shape: (H, W, bands).
         dtype: of the rows.
         format_name: to write in. WebP and AVIF encoders hold the whole image.
-        bits, lossless, metadata: as in :class:`fastden.images.codec.Header`.
+        bits, lossless, metadata: as in :class:`fastden.images.image_file.Header`.
         strip_metadata: leave out metadata, as in :func:`fastden.images.codec.write_image`.
         extras: of the source.
 

@@ -16,8 +16,10 @@ from PIL import Image, PngImagePlugin
 import fastden
 from fastden.errors import UserError
 from fastden.images import formats, xmp
+from fastden.images.attachments import check_colour
 from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
 from fastden.images.containers import SEGMENT, jpeg_segments, png_chunks
+from fastden.images.extras import read_extras
 from fastden.images.pixels import Array
 from fastden.images.strips import StripReader, StripWriter
 
@@ -113,8 +115,6 @@ def test_nclx_of_avif_becomes_cicp_or_is_refused() -> None:
     for name in (b"ipco", b"iprp", b"meta"):
         start = source.index(name) - 4
         source[start : start + 4] = struct.pack(">I", struct.unpack(">I", source[start : start + 4])[0] + len(box))
-    from fastden.images.extras import check_colour, read_extras
-
     extras, _ = read_extras(io.BytesIO(bytes(source)), "avif", {})
     assert extras.colour() == {b"cICP": bytes([9, 16, 0, 1])}
     for format_name in ("avif", "jpeg", "tiff", "webp"):
