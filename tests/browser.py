@@ -44,6 +44,25 @@ def browser() -> Iterator[Any]:
             started.close()
 
 
+@contextmanager
+def opened(window: Any, url: str, seconds: float) -> Iterator[Any]:
+    """A page of a browser; its ``asked`` collects the addresses that it requests.
+
+    Args:
+        window: of :func:`browser`.
+        url: of the page.
+        seconds: that each wait may take.
+    """
+    context = window.new_context(accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(1000 * seconds)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(url)
+    yield page
+    context.close()
+
+
 def drop(page: Any, target: str, files: dict[str, bytes]) -> None:
     """Drop files on an element, as a hand does."""
     data = page.evaluate_handle(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from tests.helpers import relative_l2
+from tests.scripts import load
 
 
 @pytest.fixture(scope="module")
 def fp8(root: Path) -> Any:
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        import fp8
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
-    return fp8
+    return load(root / "benchmarks" / "fp8.py")
 
 
 def expected(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

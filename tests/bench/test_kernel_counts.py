@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.scripts import load
 
 pytest.importorskip("triton")
 
@@ -29,12 +30,7 @@ LISTING = """
 
 @pytest.fixture(scope="module")
 def counts(root: Path) -> Any:
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        import kernel_counts
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
-    return kernel_counts
+    return load(root / "benchmarks" / "kernel_counts.py")
 
 
 def test_innermost_loop(counts: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,20 +11,12 @@ from typing import Any
 
 import pytest
 
-
-def load(root: Path) -> ModuleType:
-    """benchmarks/prove.py as a module."""
-    spec = importlib.util.spec_from_file_location("prove", root / "benchmarks" / "prove.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import load
 
 
 @pytest.fixture(scope="module")
 def command(root: Path) -> ModuleType:
-    return load(root)
+    return load(root / "benchmarks" / "prove.py")
 
 
 def row(milliseconds: float, own: bool = False, right: bool = True) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastden import ops
-from tests.bench.test_prove import load
 from tests.cli.run import fails
+from tests.scripts import load
 
 SUITES = ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample", "model", "train", "batch")
 
@@ -41,7 +41,7 @@ def test_suites_run(root: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its commands would run")
 def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -> None:
-    prove = load(root)
+    prove = load(root / "benchmarks" / "prove.py")
     python, log = tmp_path / "python", tmp_path / "log"
     # The bench of training fails; all else succeeds.
     python.write_text(f'#!/bin/sh\necho "$@" >>{log}\ncase "$*" in *"bench train"*) echo broken; exit 3 ;; esac\n')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from fastden.cuda import build
+from tests.scripts import load
 
 LISTING = """
 ptxas info    : 0 bytes gmem
@@ -29,12 +29,7 @@ ptxas info    : Used 32 registers, used 1 barriers
 
 @pytest.fixture(scope="module")
 def command(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compile_cuda", root / "benchmarks" / "compile_cuda.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(root / "benchmarks" / "compile_cuda.py")
 
 
 def test_resources(command: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from fastden.kernels import _conv, _tuned
 from fastden.kernels._tiles import ConvConfig, config_for
 from fastden.kernels.concat_conv_bn_relu import concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
+from tests.scripts import load
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def tune(root: Path) -> Any:
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        import tune
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
-    return tune
+    return load(root / "benchmarks" / "tune.py")
 
 
 def inputs(device: str, pixels: int = 12) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import shutil
 import threading
@@ -24,9 +23,10 @@ from fastden.images.samples import crop_windows
 from fastden.inference.estimate import UNDECIDED, NoiseEstimate
 from fastden.network.level import KNOTS, Cells, levels_of, robust_curve
 from fastden.ui.session import in_words
-from tests.browser import browser, chromium, drop
+from tests.browser import browser, chromium, drop, opened
 from tests.cli.run import works
 from tests.image_files import encoded, pixels
+from tests.scripts import load
 
 ROOT = Path(__file__).resolve().parents[2]
 ZONE = "#fastden-page .drop"
@@ -43,12 +43,7 @@ nav: [index.md, browser.md]
 def docs_site() -> Any:
     """The module that builds the pages."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")
-    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "scripts" / "docs_site.py")
 
 
 def test_a_site_without_npm(
@@ -119,15 +114,9 @@ def window(url: str) -> Iterator[Any]:
 
 @pytest.fixture
 def page(window: Any, url: str) -> Iterator[Any]:
-    context = window.new_context(accept_downloads=True)
-    page = context.new_page()
-    page.set_default_timeout(180_000)
-    page.asked = []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(f"{url}/browser/")
-    page.wait_for_selector("#fastden-page .file:not([disabled])", state="attached")
-    yield page
-    context.close()
+    with opened(window, f"{url}/browser/", seconds=180) as page:
+        page.wait_for_selector("#fastden-page .file:not([disabled])", state="attached")
+        yield page
 
 
 def status(page: Any) -> str:

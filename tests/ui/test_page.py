@@ -19,7 +19,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.browser import browser, chromium, drop
+from tests.browser import browser, chromium, drop, opened
 from tests.cli.run import works
 from tests.image_files import encoded, exif, pixels, png_claiming
 
@@ -61,15 +61,9 @@ def window(url: str) -> Iterator[Any]:
 
 @pytest.fixture
 def page(window: Any, url: str) -> Iterator[Any]:
-    context = window.new_context(accept_downloads=True)
-    page = context.new_page()
-    page.set_default_timeout(120_000)
-    page.asked = []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(url)
-    page.wait_for_selector(ZONE)
-    yield page
-    context.close()
+    with opened(window, url, seconds=120) as page:
+        page.wait_for_selector(ZONE)
+        yield page
 
 
 def photo(seed: int = 0) -> bytes:
