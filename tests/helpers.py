@@ -148,3 +148,11 @@ def copies_in_operators(backend: str, call: Callable[[], object]) -> list[str]:
         if parent is not None and event.name.removeprefix("aten::") in moves:
             copies.append(f"{parent.name}: {event.name}")
     return copies
+
+
+def labelled_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy and clean images (4, 3, 20, 24), and their labels (4,), of five classes."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.rand(4, 3, 20, 24, generator=generator)
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=generator)
+    return noisy, clean, torch.randint(5, (4,), generator=generator)

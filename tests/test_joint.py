@@ -1,9 +1,8 @@
-"""Joint denoising: frozen networks, preprocessing, losses and the errors of each."""
+"""Joint denoising: the denoiser in front of frozen networks, preprocessing, transforms and the errors of each."""
 
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,18 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastden.joint import (
-    ClassificationLoss,
-    FrozenTask,
-    JointDenoiser,
-    JointLoss,
-    JointOutput,
-    SegmentationLoss,
-    check_preprocess,
-)
+from fastden.joint import FrozenTask, JointDenoiser, JointLoss, check_preprocess
 from fastden.network.model import Denoiser
 from fastden.ops.backends import requested
-from tests.helpers import random_network
+from tests.helpers import labelled_batch, random_network
 
 
 def classifier(classes: int = 5, seed: int = 0) -> nn.Module:
@@ -47,13 +38,6 @@ def normalise(images: Tensor) -> Tensor:
     return F.interpolate((images - 0.5) / 0.25, size=16, mode="bilinear", align_corners=False)
 
 
-def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.rand(4, 3, 20, 24, generator=generator)
-    noisy = clean + 0.1 * torch.randn(clean.shape, generator=generator)
-    return noisy, clean, torch.randint(5, (4,), generator=generator)
-
-
 class Asked(nn.Module):
     """Notes the backend that its operators would run on."""
 
@@ -69,7 +53,7 @@ class Asked(nn.Module):
 class TestJointDenoiser:
     def test_backend_is_that_of_the_denoiser_alone(self) -> None:
         denoiser, task = Asked(), Asked()
-        noisy = batch()[0]
+        noisy = labelled_batch()[0]
         for backend in (None, "torch", "triton", "cuda"):
             JointDenoiser(denoiser, task, backend=backend)(noisy)
         assert denoiser.backends == [None, "torch", "triton", "cuda"]
@@ -79,7 +63,7 @@ class TestJointDenoiser:
 
     def test_is_the_task_behind_the_denoiser(self) -> None:
         denoiser, task = random_network().eval(), classifier()
-        noisy, _, _ = batch()
+        noisy, _, _ = labelled_batch()
         output = JointDenoiser(denoiser, task, normalise)(noisy, 0.1)
         assert torch.equal(output.denoised, denoiser(noisy, 0.1))
         assert torch.equal(output.prediction, task.eval()(normalise(output.denoised)))
@@ -87,7 +71,7 @@ class TestJointDenoiser:
 
     def test_several_tasks(self) -> None:
         tasks = {"class": classifier(), "map": segmenter()}
-        output = JointDenoiser(random_network(), tasks, {"class": normalise})(batch()[0], 0.1)
+        output = JointDenoiser(random_network(), tasks, {"class": normalise})(labelled_batch()[0], 0.1)
         assert {name: tuple(value.shape) for name, value in output.predictions.items()} == {
             "class": (4, 5),
             "map": (4, 4, 10, 12),
@@ -97,17 +81,17 @@ class TestJointDenoiser:
 
     def test_blind_denoiser(self) -> None:
         denoiser = random_network(noise_level_input=False)
-        noisy, _, _ = batch()
+        noisy, _, _ = labelled_batch()
         assert torch.equal(JointDenoiser(denoiser, classifier())(noisy).denoised, denoiser(noisy))
 
     def test_any_module_denoises(self) -> None:
         joint = JointDenoiser(nn.Conv2d(3, 3, 1), classifier())
-        assert joint(batch()[0]).denoised.shape == (4, 3, 20, 24)
+        assert joint(labelled_batch()[0]).denoised.shape == (4, 3, 20, 24)
 
     def test_gradient_is_that_of_the_chain(self) -> None:
         """Against the same computation written out, in float64: classifier loss through to every denoiser parameter."""
         denoiser, task = random_network(dtype=torch.float64, composed=True), classifier().double()
-        noisy, clean, labels = (value.double() if value.is_floating_point() else value for value in batch())
+        noisy, clean, labels = (value.double() if value.is_floating_point() else value for value in labelled_batch())
         joint = JointDenoiser(denoiser, task, normalise).train()
         terms = JointLoss(0.3, "classification", F.mse_loss)(joint(noisy, 0.1), clean, labels)
         terms.total.backward()
@@ -135,7 +119,7 @@ class TestJointDenoiser:
         optimizer = torch.optim.Adam(joint.parameters(), 1e-2)
         first = copy.deepcopy(joint.denoiser.state_dict())
         for seed in range(3):
-            noisy, clean, labels = batch(seed)
+            noisy, clean, labels = labelled_batch(seed)
             optimizer.zero_grad()
             loss(joint.train()(noisy, 0.1), clean, labels).total.backward()
             optimizer.step()
@@ -148,7 +132,7 @@ class TestJointDenoiser:
     def test_frozen_preprocess(self) -> None:
         scale = nn.BatchNorm2d(3)
         joint = JointDenoiser(Denoiser(), classifier(), scale).train()
-        joint(batch()[0], 0.1)
+        joint(labelled_batch()[0], 0.1)
         assert not scale.training
         assert not scale.weight.requires_grad
         assert torch.equal(scale.running_mean, torch.zeros(3))
@@ -156,12 +140,12 @@ class TestJointDenoiser:
     def test_prediction_is_repeatable(self) -> None:
         joint = JointDenoiser(random_network().eval(), classifier(), normalise).train()
         joint.denoiser.eval()
-        noisy = batch()[0]
+        noisy = labelled_batch()[0]
         assert torch.equal(joint(noisy, 0.1).prediction, joint(noisy, 0.1).prediction)
 
     def test_compiles(self) -> None:
         joint = JointDenoiser(random_network().eval(), classifier(), normalise)
-        noisy, clean, labels = batch()
+        noisy, clean, labels = labelled_batch()
         loss = JointLoss(0.1, "classification")
 
         def step(noisy: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
@@ -192,19 +176,37 @@ class TestFrozenTask:
         joint = JointDenoiser(Denoiser(), task)
         task[6].weight.requires_grad_(True)
         with pytest.raises(ValueError, match=r"task: 1 parameters require gradients \(network\.6\.weight, \.\.\.\)"):
-            joint(batch()[0], 0.1)
+            joint(labelled_batch()[0], 0.1)
 
     def test_task_in_training_mode(self) -> None:
         task = classifier()
         joint = JointDenoiser(Denoiser(), task)
         task[1].train()
         with pytest.raises(ValueError, match=r"task: 1 modules are in training mode \(network\.1, \.\.\.\)"):
-            joint(batch()[0], 0.1)
+            joint(labelled_batch()[0], 0.1)
 
     def test_train_has_no_effect(self) -> None:
         task = FrozenTask(classifier())
         assert task.train() is task
         assert not any(module.training for module in task.modules())
+
+    @pytest.mark.parametrize("name", ["a.b", "", "keys", "training"])
+    def test_names_that_cannot_be_registered(self, name: str) -> None:
+        with pytest.raises(ValueError, match=r"task: task named .*; accepted: text without dots"):
+            JointDenoiser(nn.Identity(), {name: classifier()})
+
+    def test_preprocess_is_registered_and_frozen(self) -> None:
+        class Scale(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.factor = nn.Parameter(torch.ones(()))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x * self.factor
+
+        joint = JointDenoiser(random_network(), classifier(), Scale())
+        assert "tasks.task.preprocess.factor" in joint.state_dict()
+        assert not joint.tasks["task"].preprocess.factor.requires_grad
 
 
 class TestPreprocess:
@@ -223,7 +225,7 @@ class TestPreprocess:
     def test_broken_chain(self, preprocess: Any, message: str) -> None:
         joint = JointDenoiser(Denoiser(), classifier(), preprocess)
         with pytest.raises(ValueError, match=rf"preprocess of task: {message}.*accepted: differentiable"):
-            joint(batch()[0], 0.1)
+            joint(labelled_batch()[0], 0.1)
 
     def test_not_a_tensor(self) -> None:
         with pytest.raises(TypeError, match=r"preprocess of task: returned list; accepted: a tensor"):
@@ -248,151 +250,18 @@ class TestPreprocess:
 
         joint = JointDenoiser(Denoiser(), classifier(), counting)
         with torch.no_grad():
-            joint(batch()[0], 0.1)
+            joint(labelled_batch()[0], 0.1)
         assert calls == [4]
-        joint(batch()[0], 0.1)
-        joint(batch()[0], 0.1)
+        joint(labelled_batch()[0], 0.1)
+        joint(labelled_batch()[0], 0.1)
         assert calls == [4, 1, 4, 4]
-
-
-class TestJointLoss:
-    def test_value(self) -> None:
-        _, clean, labels = batch()
-        output = JointOutput(clean + 0.1, {"task": torch.zeros(4, 5)})
-        terms = JointLoss(0.25, "classification")(output, clean, labels)
-        assert terms.denoise.item() == pytest.approx(0.01, rel=1e-4)
-        assert terms.tasks["task"].item() == pytest.approx(1.609438, rel=1e-5)
-        assert terms.total.item() == pytest.approx(0.01 + 0.25 * 1.609438, rel=1e-5)
-
-    def test_several_tasks(self) -> None:
-        _, clean, labels = batch()
-        output = JointOutput(clean, {"a": torch.zeros(4, 5), "b": torch.full((4, 2), 3.0)})
-        loss = JointLoss({"a": 0.5, "b": 2.0}, {"a": "classification", "b": lambda p, t: (p - t).abs().mean()})
-        terms = loss(output, clean, {"a": labels, "b": torch.ones(4, 2)})
-        assert terms.total.item() == pytest.approx(0.5 * 1.609438 + 2 * 2, rel=1e-5)
-        assert set(terms.tasks) == {"a", "b"}
-
-    def test_one_weight_for_all(self) -> None:
-        assert JointLoss(0.1, {"a": "classification", "b": "segmentation"}).weights == {"a": 0.1, "b": 0.1}
-
-    def test_own_denoise_loss(self) -> None:
-        _, clean, labels = batch()
-        loss = JointLoss(0, "classification", F.l1_loss)
-        assert loss(JointOutput(clean + 0.1, {"task": torch.zeros(4, 5)}), clean, labels).total.item() == pytest.approx(
-            0.1, rel=1e-4
-        )
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ((-1, "classification"), r"weight: -1 for task; accepted: a finite number of at least 0"),
-            ((float("nan"), "classification"), r"weight: nan for task"),
-            (("1", "classification"), r"weight: '1' for task"),
-            ((1, "detection"), r"task_loss: 'detection' for task; accepted: 'classification', 'segmentation' or a"),
-            ((1, 7), r"task_loss: 7 for task"),
-            (({"a": 1}, "classification"), r"weight: for a; accepted: the tasks of task_loss, task"),
-        ],
-    )
-    def test_bad_arguments(self, arguments: tuple[Any, ...], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            JointLoss(*arguments)
-
-    def test_other_size(self) -> None:
-        _, clean, labels = batch()
-        output = JointOutput(clean[:, :, :-1], {"task": torch.zeros(4, 5)})
-        with pytest.raises(ValueError, match=r"clean: shape \(4, 3, 20, 24\); accepted: denoised's \(4, 3, 19, 24\)"):
-            JointLoss(1, "classification")(output, clean, labels)
-
-    def test_names_that_differ(self) -> None:
-        _, clean, labels = batch()
-        output = JointOutput(clean, {"a": torch.zeros(4, 5)})
-        with pytest.raises(ValueError, match=r"output: tasks a; accepted: task"):
-            JointLoss(1, "classification")(output, clean, labels)
-        with pytest.raises(ValueError, match=r"target: tasks task; accepted: a"):
-            JointLoss({"a": 1}, {"a": "classification"})(output, clean, labels)
-
-    @pytest.mark.parametrize(
-        ("loss", "message"),
-        [
-            (lambda p, t: p, r"task_loss of task: returned shape \(4, 5\); accepted: a scalar tensor"),
-            (lambda p, t: 0.5, r"task_loss of task: returned float"),
-        ],
-    )
-    def test_loss_that_is_no_scalar(self, loss: Any, message: str) -> None:
-        _, clean, labels = batch()
-        with pytest.raises(ValueError, match=message):
-            JointLoss(1, loss)(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
-
-
-class TestModules:
-    """What losses hold is trained, saved and moved with them."""
-
-    class Learned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.log_variance = nn.Parameter(torch.zeros(()))
-
-        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(prediction, target) * (-self.log_variance).exp() + self.log_variance
-
-    def test_modules_are_registered(self) -> None:
-        weights = torch.rand(5)
-        loss = JointLoss(0.1, {"a": nn.CrossEntropyLoss(weight=weights), "b": self.Learned(), "c": "classification"})
-        assert [name for name, _ in loss.named_parameters()] == ["task_losses.b.log_variance"]
-        assert set(loss.state_dict()) == {"task_losses.a.weight", "task_losses.b.log_variance"}
-        assert loss.double().task_losses["a"].weight.dtype == torch.float64
-        assert not loss.eval().task_losses["b"].training
-
-    @pytest.mark.parametrize("hide", [lambda module: module.forward, partial, lambda m: partial(partial(m.forward))])
-    def test_modules_behind_functions_are_registered(self, hide: Any) -> None:
-        loss = JointLoss(0.1, hide(self.Learned()), denoise_loss=hide(nn.L1Loss()))
-        assert len(list(loss.parameters())) == len(loss.state_dict()) == 1
-        assert any(isinstance(module, nn.L1Loss) for module in loss.modules())
-
-    def test_functions(self) -> None:
-        loss = JointLoss(1, lambda p, t: (p - t).abs().mean(), denoise_loss=F.l1_loss)
-        assert not loss.state_dict()
-        copied = copy.deepcopy(loss)
-        clean = batch()[1]
-        terms = copied(JointOutput(clean, {"task": torch.ones(2, 2)}), clean, torch.zeros(2, 2))
-        assert terms.total.item() == pytest.approx(1.0)
-
-    def test_double_precision_stays(self) -> None:
-        clean = torch.rand(2, 3, 4, 4, dtype=torch.float64)
-        denoised = (clean + 1e-9).requires_grad_()
-        prediction = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
-        terms = JointLoss(1, "classification").double()(
-            JointOutput(denoised, {"task": prediction}), clean, torch.tensor([1, 2])
-        )
-        assert terms.denoise.dtype == terms.tasks["task"].dtype == torch.float64
-        assert terms.denoise.item() == pytest.approx(1e-18, rel=1e-3)
-
-    @pytest.mark.parametrize("name", ["a.b", "", "keys", "training"])
-    def test_names_that_cannot_be_registered(self, name: str) -> None:
-        with pytest.raises(ValueError, match=r"task_loss: task named .*; accepted: text without dots"):
-            JointLoss(1, {name: "classification"})
-        with pytest.raises(ValueError, match=r"task: task named .*; accepted: text without dots"):
-            JointDenoiser(nn.Identity(), {name: classifier()})
-
-    def test_preprocess_is_registered_and_frozen(self) -> None:
-        class Scale(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.factor = nn.Parameter(torch.ones(()))
-
-            def forward(self, x: Tensor) -> Tensor:
-                return x * self.factor
-
-        joint = JointDenoiser(random_network(), classifier(), Scale())
-        assert "tasks.task.preprocess.factor" in joint.state_dict()
-        assert not joint.tasks["task"].preprocess.factor.requires_grad
 
 
 class TestTransforms:
     def test_first_call_under_grad(self) -> None:
         joint = JointDenoiser(random_network(), classifier(), normalise)
         loss = JointLoss(0.1, "classification")
-        noisy, clean, labels = batch()
+        noisy, clean, labels = labelled_batch()
         parameters = {name: value.detach() for name, value in joint.named_parameters() if "denoiser" in name}
 
         def total(parameters: dict[str, Tensor]) -> Tensor:
@@ -404,7 +273,7 @@ class TestTransforms:
     def test_gradients_of_each_sample(self) -> None:
         joint = JointDenoiser(random_network().eval(), classifier())
         loss = JointLoss(0.1, "classification")
-        noisy, clean, labels = batch()
+        noisy, clean, labels = labelled_batch()
         parameters = {name: value.detach() for name, value in joint.named_parameters() if "denoiser" in name}
 
         def total(parameters: dict[str, Tensor], x: Tensor, y: Tensor, label: Tensor) -> Tensor:
@@ -415,98 +284,3 @@ class TestTransforms:
         one = torch.func.grad(total)(parameters, noisy[1], clean[1], labels[1])
         for name, value in one.items():
             torch.testing.assert_close(each[name][1], value, rtol=1e-3, atol=1e-4, msg=name)
-
-
-class TestTaskLosses:
-    def test_classification(self) -> None:
-        prediction, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 9, 1, 9])
-        expected = F.cross_entropy(prediction[labels != 9], labels[labels != 9])
-        assert ClassificationLoss(9)(prediction, labels).item() == pytest.approx(expected.item(), rel=1e-6)
-        smooth = F.cross_entropy(prediction[labels != 9], labels[labels != 9], label_smoothing=0.1)
-        assert ClassificationLoss(9, 0.1)(prediction, labels).item() == pytest.approx(smooth.item(), rel=1e-6)
-
-    def test_segmentation(self) -> None:
-        prediction, labels = torch.randn(2, 4, 6, 5), torch.randint(4, (2, 6, 5))
-        labels[0, :3] = 255
-        expected = F.cross_entropy(prediction, labels, ignore_index=255)
-        assert SegmentationLoss(255)(prediction, labels).item() == pytest.approx(expected.item(), rel=1e-6)
-
-    def test_small_prediction_is_scaled(self) -> None:
-        prediction, labels = torch.randn(2, 4, 3, 5), torch.randint(4, (2, 12, 20))
-        large = F.interpolate(prediction, size=(12, 20), mode="bilinear", align_corners=False)
-        assert SegmentationLoss()(prediction, labels).item() == pytest.approx(F.cross_entropy(large, labels).item())
-
-    def test_nothing_counts(self) -> None:
-        prediction = torch.randn(2, 4, 3, 5, requires_grad=True)
-        loss = SegmentationLoss(7)(prediction, torch.full((2, 3, 5), 7))
-        loss.backward()
-        assert loss.item() == 0
-        assert prediction.grad is not None
-        assert not prediction.grad.any()
-
-    def test_half_precision_prediction(self) -> None:
-        loss = ClassificationLoss()(torch.randn(3, 5).bfloat16(), torch.tensor([0, 1, 2]))
-        assert loss.dtype == torch.float32
-
-    @pytest.mark.parametrize(
-        ("loss", "prediction", "labels", "error", "message"),
-        [
-            (
-                ClassificationLoss(),
-                [1],
-                torch.zeros(1),
-                TypeError,
-                r"prediction: list; accepted: a tensor \(N, ",
-            ),
-            (
-                ClassificationLoss(),
-                torch.zeros(2, 5, 1, 1),
-                torch.zeros(2).long(),
-                ValueError,
-                r"prediction: shape \(2, 5, 1, 1\); accepted: \(N, classes\)",
-            ),
-            (ClassificationLoss(), torch.zeros(2, 5), torch.zeros(2), TypeError, r"labels: dtype torch\.float32"),
-            (ClassificationLoss(), torch.zeros(2, 5), [0, 1], TypeError, r"labels: list"),
-            (
-                ClassificationLoss(),
-                torch.zeros(2, 5),
-                torch.zeros(3).long(),
-                ValueError,
-                r"labels: shape \(3,\); accepted: \(2,\)",
-            ),
-            (
-                ClassificationLoss(),
-                torch.zeros(2, 5),
-                torch.tensor([0, 5]),
-                ValueError,
-                r"labels: from 0 to 5; accepted: 0 to 4, and -100 to be ignored",
-            ),
-            (ClassificationLoss(), torch.zeros(2, 5), torch.tensor([-1, 2]), ValueError, r"labels: from -1 to 2"),
-            (
-                SegmentationLoss(),
-                torch.zeros(2, 5),
-                torch.zeros(2, 4, 4).long(),
-                ValueError,
-                r"prediction: shape \(2, 5\); accepted: \(N, classes, h, w\)",
-            ),
-            (
-                SegmentationLoss(),
-                torch.zeros(2, 5, 4, 4),
-                torch.zeros(2).long(),
-                ValueError,
-                r"labels: shape \(2,\); accepted: \(2, any, any\)",
-            ),
-            (
-                SegmentationLoss(11),
-                torch.zeros(1, 5, 2, 2),
-                torch.tensor([[[0, 11], [4, 12]]]),
-                ValueError,
-                r"labels: from 0 to 12; accepted: 0 to 4, and 11 to be ignored",
-            ),
-        ],
-    )
-    def test_bad_input(
-        self, loss: nn.Module, prediction: Any, labels: Any, error: type[Exception], message: str
-    ) -> None:
-        with pytest.raises(error, match=message):
-            loss(prediction, labels)

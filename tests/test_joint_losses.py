@@ -1,0 +1,228 @@
+"""Joint denoising: the losses of tasks, their sum, the modules in them, and the errors of each."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastden.joint import ClassificationLoss, JointLoss, JointOutput, SegmentationLoss
+from tests.helpers import labelled_batch
+
+
+class TestJointLoss:
+    def test_value(self) -> None:
+        _, clean, labels = labelled_batch()
+        output = JointOutput(clean + 0.1, {"task": torch.zeros(4, 5)})
+        terms = JointLoss(0.25, "classification")(output, clean, labels)
+        assert terms.denoise.item() == pytest.approx(0.01, rel=1e-4)
+        assert terms.tasks["task"].item() == pytest.approx(1.609438, rel=1e-5)
+        assert terms.total.item() == pytest.approx(0.01 + 0.25 * 1.609438, rel=1e-5)
+
+    def test_several_tasks(self) -> None:
+        _, clean, labels = labelled_batch()
+        output = JointOutput(clean, {"a": torch.zeros(4, 5), "b": torch.full((4, 2), 3.0)})
+        loss = JointLoss({"a": 0.5, "b": 2.0}, {"a": "classification", "b": lambda p, t: (p - t).abs().mean()})
+        terms = loss(output, clean, {"a": labels, "b": torch.ones(4, 2)})
+        assert terms.total.item() == pytest.approx(0.5 * 1.609438 + 2 * 2, rel=1e-5)
+        assert set(terms.tasks) == {"a", "b"}
+
+    def test_one_weight_for_all(self) -> None:
+        assert JointLoss(0.1, {"a": "classification", "b": "segmentation"}).weights == {"a": 0.1, "b": 0.1}
+
+    def test_own_denoise_loss(self) -> None:
+        _, clean, labels = labelled_batch()
+        loss = JointLoss(0, "classification", F.l1_loss)
+        assert loss(JointOutput(clean + 0.1, {"task": torch.zeros(4, 5)}), clean, labels).total.item() == pytest.approx(
+            0.1, rel=1e-4
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((-1, "classification"), r"weight: -1 for task; accepted: a finite number of at least 0"),
+            ((float("nan"), "classification"), r"weight: nan for task"),
+            (("1", "classification"), r"weight: '1' for task"),
+            ((1, "detection"), r"task_loss: 'detection' for task; accepted: 'classification', 'segmentation' or a"),
+            ((1, 7), r"task_loss: 7 for task"),
+            (({"a": 1}, "classification"), r"weight: for a; accepted: the tasks of task_loss, task"),
+        ],
+    )
+    def test_bad_arguments(self, arguments: tuple[Any, ...], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            JointLoss(*arguments)
+
+    def test_other_size(self) -> None:
+        _, clean, labels = labelled_batch()
+        output = JointOutput(clean[:, :, :-1], {"task": torch.zeros(4, 5)})
+        with pytest.raises(ValueError, match=r"clean: shape \(4, 3, 20, 24\); accepted: denoised's \(4, 3, 19, 24\)"):
+            JointLoss(1, "classification")(output, clean, labels)
+
+    def test_names_that_differ(self) -> None:
+        _, clean, labels = labelled_batch()
+        output = JointOutput(clean, {"a": torch.zeros(4, 5)})
+        with pytest.raises(ValueError, match=r"output: tasks a; accepted: task"):
+            JointLoss(1, "classification")(output, clean, labels)
+        with pytest.raises(ValueError, match=r"target: tasks task; accepted: a"):
+            JointLoss({"a": 1}, {"a": "classification"})(output, clean, labels)
+
+    @pytest.mark.parametrize(
+        ("loss", "message"),
+        [
+            (lambda p, t: p, r"task_loss of task: returned shape \(4, 5\); accepted: a scalar tensor"),
+            (lambda p, t: 0.5, r"task_loss of task: returned float"),
+        ],
+    )
+    def test_loss_that_is_no_scalar(self, loss: Any, message: str) -> None:
+        _, clean, labels = labelled_batch()
+        with pytest.raises(ValueError, match=message):
+            JointLoss(1, loss)(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
+
+
+class TestModules:
+    """What losses hold is trained, saved and moved with them."""
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_variance = nn.Parameter(torch.zeros(()))
+
+        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(prediction, target) * (-self.log_variance).exp() + self.log_variance
+
+    def test_modules_are_registered(self) -> None:
+        weights = torch.rand(5)
+        loss = JointLoss(0.1, {"a": nn.CrossEntropyLoss(weight=weights), "b": self.Learned(), "c": "classification"})
+        assert [name for name, _ in loss.named_parameters()] == ["task_losses.b.log_variance"]
+        assert set(loss.state_dict()) == {"task_losses.a.weight", "task_losses.b.log_variance"}
+        assert loss.double().task_losses["a"].weight.dtype == torch.float64
+        assert not loss.eval().task_losses["b"].training
+
+    @pytest.mark.parametrize("hide", [lambda module: module.forward, partial, lambda m: partial(partial(m.forward))])
+    def test_modules_behind_functions_are_registered(self, hide: Any) -> None:
+        loss = JointLoss(0.1, hide(self.Learned()), denoise_loss=hide(nn.L1Loss()))
+        assert len(list(loss.parameters())) == len(loss.state_dict()) == 1
+        assert any(isinstance(module, nn.L1Loss) for module in loss.modules())
+
+    def test_functions(self) -> None:
+        loss = JointLoss(1, lambda p, t: (p - t).abs().mean(), denoise_loss=F.l1_loss)
+        assert not loss.state_dict()
+        copied = copy.deepcopy(loss)
+        clean = labelled_batch()[1]
+        terms = copied(JointOutput(clean, {"task": torch.ones(2, 2)}), clean, torch.zeros(2, 2))
+        assert terms.total.item() == pytest.approx(1.0)
+
+    def test_double_precision_stays(self) -> None:
+        clean = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+        denoised = (clean + 1e-9).requires_grad_()
+        prediction = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+        terms = JointLoss(1, "classification").double()(
+            JointOutput(denoised, {"task": prediction}), clean, torch.tensor([1, 2])
+        )
+        assert terms.denoise.dtype == terms.tasks["task"].dtype == torch.float64
+        assert terms.denoise.item() == pytest.approx(1e-18, rel=1e-3)
+
+    @pytest.mark.parametrize("name", ["a.b", "", "keys", "training"])
+    def test_names_that_cannot_be_registered(self, name: str) -> None:
+        with pytest.raises(ValueError, match=r"task_loss: task named .*; accepted: text without dots"):
+            JointLoss(1, {name: "classification"})
+
+
+class TestTaskLosses:
+    def test_classification(self) -> None:
+        prediction, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 9, 1, 9])
+        expected = F.cross_entropy(prediction[labels != 9], labels[labels != 9])
+        assert ClassificationLoss(9)(prediction, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+        smooth = F.cross_entropy(prediction[labels != 9], labels[labels != 9], label_smoothing=0.1)
+        assert ClassificationLoss(9, 0.1)(prediction, labels).item() == pytest.approx(smooth.item(), rel=1e-6)
+
+    def test_segmentation(self) -> None:
+        prediction, labels = torch.randn(2, 4, 6, 5), torch.randint(4, (2, 6, 5))
+        labels[0, :3] = 255
+        expected = F.cross_entropy(prediction, labels, ignore_index=255)
+        assert SegmentationLoss(255)(prediction, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+
+    def test_small_prediction_is_scaled(self) -> None:
+        prediction, labels = torch.randn(2, 4, 3, 5), torch.randint(4, (2, 12, 20))
+        large = F.interpolate(prediction, size=(12, 20), mode="bilinear", align_corners=False)
+        assert SegmentationLoss()(prediction, labels).item() == pytest.approx(F.cross_entropy(large, labels).item())
+
+    def test_nothing_counts(self) -> None:
+        prediction = torch.randn(2, 4, 3, 5, requires_grad=True)
+        loss = SegmentationLoss(7)(prediction, torch.full((2, 3, 5), 7))
+        loss.backward()
+        assert loss.item() == 0
+        assert prediction.grad is not None
+        assert not prediction.grad.any()
+
+    def test_half_precision_prediction(self) -> None:
+        loss = ClassificationLoss()(torch.randn(3, 5).bfloat16(), torch.tensor([0, 1, 2]))
+        assert loss.dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        ("loss", "prediction", "labels", "error", "message"),
+        [
+            (
+                ClassificationLoss(),
+                [1],
+                torch.zeros(1),
+                TypeError,
+                r"prediction: list; accepted: a tensor \(N, ",
+            ),
+            (
+                ClassificationLoss(),
+                torch.zeros(2, 5, 1, 1),
+                torch.zeros(2).long(),
+                ValueError,
+                r"prediction: shape \(2, 5, 1, 1\); accepted: \(N, classes\)",
+            ),
+            (ClassificationLoss(), torch.zeros(2, 5), torch.zeros(2), TypeError, r"labels: dtype torch\.float32"),
+            (ClassificationLoss(), torch.zeros(2, 5), [0, 1], TypeError, r"labels: list"),
+            (
+                ClassificationLoss(),
+                torch.zeros(2, 5),
+                torch.zeros(3).long(),
+                ValueError,
+                r"labels: shape \(3,\); accepted: \(2,\)",
+            ),
+            (
+                ClassificationLoss(),
+                torch.zeros(2, 5),
+                torch.tensor([0, 5]),
+                ValueError,
+                r"labels: from 0 to 5; accepted: 0 to 4, and -100 to be ignored",
+            ),
+            (ClassificationLoss(), torch.zeros(2, 5), torch.tensor([-1, 2]), ValueError, r"labels: from -1 to 2"),
+            (
+                SegmentationLoss(),
+                torch.zeros(2, 5),
+                torch.zeros(2, 4, 4).long(),
+                ValueError,
+                r"prediction: shape \(2, 5\); accepted: \(N, classes, h, w\)",
+            ),
+            (
+                SegmentationLoss(),
+                torch.zeros(2, 5, 4, 4),
+                torch.zeros(2).long(),
+                ValueError,
+                r"labels: shape \(2,\); accepted: \(2, any, any\)",
+            ),
+            (
+                SegmentationLoss(11),
+                torch.zeros(1, 5, 2, 2),
+                torch.tensor([[[0, 11], [4, 12]]]),
+                ValueError,
+                r"labels: from 0 to 12; accepted: 0 to 4, and 11 to be ignored",
+            ),
+        ],
+    )
+    def test_bad_input(
+        self, loss: nn.Module, prediction: Any, labels: Any, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            loss(prediction, labels)
