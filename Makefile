@@ -46,6 +46,7 @@ format: $(VENV)/.dev
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format -i $(CUDA_SOURCES))
 
 bench: $(VENV)/.bench
+	mkdir -p $(RESULTS)
 	code=0; for dtype in $$($(BIN)/python -c $(NATIVE)); do \
 	    $(BIN)/fastden bench model --device cpu --dtype $$dtype $(LARGE) $(BENCH_ARGS) --json $(RESULTS)/cpu-$$dtype.json || code=1; \
 	done; $(BIN)/fastden bench train --device cpu $(BENCH_ARGS) --json $(RESULTS)/cpu-train.json || code=1; exit $$code

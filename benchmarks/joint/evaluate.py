@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -39,7 +40,7 @@ SCORES = {"classify": ("top1", "top5"), "segment": ("miou", "pixel_accuracy")}
 
 
 class Scores:
-    """Of the images seen so far: how often the frozen network is right, and how near they are to the clean ones."""
+    """How often the frozen network is right on the images seen so far, and how near these are to the clean ones."""
 
     def __init__(self, experiment: str, task: Task) -> None:
         self.experiment, self.task = experiment, task
@@ -100,11 +101,11 @@ def evaluate(
             scores.add(prediction, label, quality)
         progress()
     seconds = round(time.perf_counter() - start, 1)
-    return {**({} if only_few else every.result()), "few": some.result(), "seconds": seconds}
+    return {**({} if only_few else every.result()), "few": some.result() if few else {}, "seconds": seconds}
 
 
 def digest(model: str) -> str:
-    """Of a model's weights, so that results of other weights are not mixed in."""
+    """A hash of a model's weights: results of other weights are not mixed in."""
     folder = fastden.models().get(model, Path(model))
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
@@ -173,6 +174,49 @@ def show(document: dict[str, Any], experiment: str) -> str:
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    experiment = arguments.experiment
+    target = arguments.json or RESULTS / f"{experiment}.json"
+    images, task = load(experiment, arguments.data, arguments.limit)
+    methods: dict[str, tuple[Denoise, str]] = {"noisy": (none, "")}
+    if not arguments.no_cbm3d:
+        methods["CBM3D"] = (cbm3d, "bm3d")
+    for name, model in (item.split("=", 1) for item in arguments.models):
+        methods[name] = network(model, arguments.dtype), digest(model)
+    count = len(images) if arguments.cbm3d_images is None else min(arguments.cbm3d_images, len(images))
+    few = range(0, 0) if arguments.no_cbm3d else range(0, len(images), max(len(images) // count, 1))[:count]
+    weights = {name: key for name, (_, key) in methods.items()}
+    document = begin(target, arguments, weights, len(images), len(few))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress:
+        if "clean" not in document:
+            bar = progress.add_task("clean", total=len(images))
+            document["clean"] = evaluate(
+                experiment, images, task, none, 0.0, 0, few, False, lambda: progress.advance(bar)
+            )
+        for name, (denoise, _) in sorted(methods.items(), key=lambda item: item[0] == "CBM3D"):  # the slow one last
+            slow = name == "CBM3D"
+            for sigma, seed in product(arguments.sigma, arguments.cbm3d_seeds if slow else arguments.seeds):
+                runs = document["results"][name].setdefault(str(sigma), {})
+                if str(seed) in runs:
+                    continue
+                total = len(few) if slow else len(images)
+                bar = progress.add_task(f"{name}, sigma {sigma:g}, seed {seed}", total=total)
+                runs[str(seed)] = evaluate(
+                    experiment, images, task, denoise, sigma, seed, few, slow and len(few) < len(images),
+                    lambda bar=bar: progress.advance(bar),
+                )  # fmt: skip
+                progress.remove_task(bar)
+                partial = target.with_suffix(".partial")
+                partial.write_text(json.dumps(document, indent=1) + "\n")
+                partial.replace(target)
+    target.write_text(json.dumps(document, indent=1) + "\n")
+    text = show(document, experiment)
+    target.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tables of the joint experiments.")
     parser.add_argument("experiment", choices=SCORES)
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled validation images")
@@ -187,63 +231,37 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, help="only so many images, evenly spaced")
     parser.add_argument("--json", type=Path, help="where to write; default: benchmarks/results/joint/EXPERIMENT.json")
-    arguments = parser.parse_args()
-    experiment = arguments.experiment
-    target = arguments.json or RESULTS / f"{experiment}.json"
-    images, task = load(experiment, arguments.data, arguments.limit)
-    chosen = dict(item.split("=", 1) for item in arguments.models)
-    methods: dict[str, tuple[Denoise, str]] = {"noisy": (none, "")}
-    if not arguments.no_cbm3d:
-        methods["CBM3D"] = (cbm3d, "bm3d")
-    methods |= {name: (network(model, arguments.dtype), digest(model)) for name, model in chosen.items()}
-    count = len(images) if arguments.cbm3d_images is None else min(arguments.cbm3d_images, len(images))
-    few = range(0, 0) if arguments.no_cbm3d else range(0, len(images), max(len(images) // count, 1))[:count]
+    return parser.parse_args()
+
+
+def begin(
+    target: Path, arguments: argparse.Namespace, weights: dict[str, str], images: int, few: int
+) -> dict[str, Any]:
+    """The document to fill. It keeps those results of ``target`` that have the same images, dtype and weights.
+
+    Args:
+        target: the file of an earlier run, or none.
+        arguments: of the command.
+        weights: each method's :func:`digest`, by name.
+        images, few: how many images all methods get, and how many CBM3D gets.
+    """
     document = json.loads(target.read_text()) if target.exists() else {}
     dtype = str(automatic_dtype(arguments.dtype)).removeprefix("torch.")
-    settings = {"images": len(images), "few": len(few), "dtype": dtype}
+    settings = {"images": images, "few": few, "dtype": dtype}
     if any(document.get(name) != value for name, value in settings.items()):
         document = {}
-    before, weights = document.get("results", {}), document.get("weights", {})
-    results = {name: before.get(name, {}) if weights.get(name) == key else {} for name, (_, key) in methods.items()}
-    document |= {
-        "command": f"python benchmarks/joint/evaluate.py {experiment}",
-        "models": chosen,
-        "weights": {name: key for name, (_, key) in methods.items()},
+    results, known = document.get("results", {}), document.get("weights", {})
+    return document | {
+        "command": f"python benchmarks/joint/evaluate.py {arguments.experiment}",
+        "models": dict(item.split("=", 1) for item in arguments.models),
+        "weights": weights,
         **settings,
         "sigmas": arguments.sigma,
         "seeds": arguments.seeds,
         "cbm3d_seeds": arguments.cbm3d_seeds,
         "torch": torch.__version__,
-        "results": results,
+        "results": {name: results.get(name, {}) if known.get(name) == key else {} for name, key in weights.items()},
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with Progress() as progress:
-        if "clean" not in document:
-            bar = progress.add_task("clean", total=len(images))
-            document["clean"] = evaluate(
-                experiment, images, task, none, 0.0, 0, few, False, lambda: progress.advance(bar)
-            )
-        for name, (denoise, _) in sorted(methods.items(), key=lambda item: item[0] == "CBM3D"):  # the slow one last
-            slow = name == "CBM3D"
-            for sigma in arguments.sigma:
-                for seed in arguments.cbm3d_seeds if slow else arguments.seeds:
-                    runs = results[name].setdefault(str(sigma), {})
-                    if str(seed) in runs:
-                        continue
-                    total = len(few) if slow else len(images)
-                    bar = progress.add_task(f"{name}, sigma {sigma:g}, seed {seed}", total=total)
-                    runs[str(seed)] = evaluate(
-                        experiment, images, task, denoise, sigma, seed, few, slow and len(few) < len(images),
-                        lambda bar=bar: progress.advance(bar),
-                    )  # fmt: skip
-                    progress.remove_task(bar)
-                    partial = target.with_suffix(".partial")
-                    partial.write_text(json.dumps(document, indent=1) + "\n")
-                    partial.replace(target)
-    target.write_text(json.dumps(document, indent=1) + "\n")
-    text = show(document, experiment)
-    target.with_suffix(".md").write_text(text)
-    print(text)
 
 
 if __name__ == "__main__":

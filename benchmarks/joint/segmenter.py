@@ -91,11 +91,53 @@ def train(data: Path, output: Path, steps: int, batch: int, crop: int, lr: float
     from safetensors.torch import save_file
     from torch.utils.data import DataLoader
 
-    from fastden.joint import SegmentationLoss
     from fastden.training.labelled import LabelledCrops, load_segmented
 
+    pl.seed_everything(seed, verbose=False)
+    images = load_segmented(data / "train", 360)
+    # Crops of the whole height, cut down after scaling.
+    loader = DataLoader(LabelledCrops(images, steps * batch, 360, 0.0, seed, 0), batch_size=batch)
+    network = Segmenter().train().to(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    trainer = pl.Trainer(
+        max_steps=steps,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(lightning_module(network, steps, crop, lr), loader)
+    seconds = time.perf_counter() - start
+    state = {
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in network.state_dict().items()
+    }
+    save_file(state, output)
+    score = evaluate(data, output)
+    settings = {"steps": steps, "batch": batch, "crop": crop, "lr": lr, "seed": seed}
+    document = {
+        "command": "python benchmarks/joint/segmenter.py",
+        "settings": settings,
+        "seconds": round(seconds),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "torch": torch.__version__,
+        "images": {"train": len(images)},
+        **score,
+    }
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+
+
+def lightning_module(network: Segmenter, steps: int, crop: int, lr: float) -> Any:
+    """What Lightning trains: the network with its loss, and the schedule of its learning rate."""
+    import lightning.pytorch as pl
+
+    from fastden.joint import SegmentationLoss
+
     class Training(pl.LightningModule):
-        def __init__(self, network: Segmenter) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.network = network
             self.loss = SegmentationLoss(VOID)
@@ -117,41 +159,7 @@ def train(data: Path, output: Path, steps: int, batch: int, crop: int, lr: float
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr / 4], total_steps=steps, pct_start=0.1)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    pl.seed_everything(seed, verbose=False)
-    images = load_segmented(data / "train", 360)
-    # Crops of the whole height, cut down after scaling.
-    loader = DataLoader(LabelledCrops(images, steps * batch, 360, 0.0, seed, 0), batch_size=batch)
-    network = Segmenter().train().to(memory_format=torch.channels_last)
-    start = time.perf_counter()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Training(network), loader)
-    seconds = time.perf_counter() - start
-    state = {
-        name: (value.half() if value.is_floating_point() else value).contiguous()
-        for name, value in network.state_dict().items()
-    }
-    save_file(state, output)
-    score = evaluate(data, output)
-    settings = {"steps": steps, "batch": batch, "crop": crop, "lr": lr, "seed": seed}
-    document = {
-        "command": "python benchmarks/joint/segmenter.py",
-        "settings": settings,
-        "seconds": round(seconds),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "torch": torch.__version__,
-        "images": {"train": len(images)},
-        **score,
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
+    return Training()
 
 
 def rescale(images: Tensor, labels: Tensor, crop: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
