@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-#: Nothing but what the pages ask for.
+#: The browser requests only what the pages ask for.
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",

@@ -1,4 +1,4 @@
-"""What every test shares: fixed seeds, poisoned memory, no network, and the folder of real photographs."""
+"""Fixtures of all tests: fixed seeds, poisoned memory, no network, and the folder of real photographs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def unreadable_inner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders named ``inner`` cannot be looked into. Not by permissions: root reads without."""
+    """Folders named ``inner`` cannot be listed. Permissions would not do: root ignores them."""
     scandir = os.scandir
 
     def refused(path: Any = ".") -> Any:

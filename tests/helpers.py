@@ -84,17 +84,17 @@ def border_rms(error: Tensor, width: int = 4) -> dict[str, float]:
 
 
 def poison_freed_memory() -> None:
-    """Leave blocks full of NaN to the allocator, so that a read of memory which nothing wrote shows."""
+    """Leave blocks full of NaN to the allocator, so that a read of unwritten memory shows."""
     sizes = [1 << power for power in range(6, 23, 2)]
     blocks = [torch.full((size,), float("nan")) for size in sizes for _ in range(6)]
     del blocks
 
 
 class ReLUInputs(TorchDispatchMode):
-    """Watches what ReLUs are given.
+    """Watches the inputs of ReLUs.
 
     Attributes:
-        count: of ReLUs that ran.
+        count: number of ReLUs that ran.
         smallest: absolute value of any of their inputs.
     """
 
@@ -121,7 +121,7 @@ def image_without_kinks(model: Denoiser, *shape: int, sigma: float | None = 0.1)
     """A random float32 image (N, C, H, W) at which no ReLU of ``model`` has an input near zero.
 
     One ReLU that rounding opens or closes moves the gradients of all parameters in front of it by several percent
-    (3.6 % with one of 98,304, measured), so float32 gradients of two right ways are compared at such images alone.
+    (3.6 % with one of 98,304, measured). So float32 gradients are compared at such images alone.
     """
     exact = copy.deepcopy(model).double()
     for seed in range(200):
@@ -135,7 +135,7 @@ def image_without_kinks(model: Denoiser, *shape: int, sigma: float | None = 0.1)
 
 
 def copies_in_operators(backend: str, call: Callable[[], object]) -> list[str]:
-    """Which of PyTorch's copies and rearrangements run inside fastden's operators on ``backend`` during ``call``."""
+    """PyTorch's copies and rearrangements that run inside fastden's operators on ``backend`` during ``call``."""
     # Not copy_, which Triton's interpreter calls for every launch.
     moves = ("_to_copy", "cat", "clone", "constant_pad_nd", "flip", "index_select", "new_zeros", "zeros")
     with torch.no_grad(), ops.use_backend(backend), profile(activities=[ProfilerActivity.CPU]) as found:

@@ -1,4 +1,4 @@
-"""Image files made on the spot, for the tests of reading, denoising and the command line."""
+"""Makes image files for the tests of reading, denoising and the command line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def bad_files() -> dict[str, bytes]:
-    """Files that are no usable image, by name."""
+    """Unusable image files, by name."""
     noise = pixels(96, 96)
     return {
         "empty.png": b"",

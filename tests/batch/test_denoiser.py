@@ -60,7 +60,7 @@ def test_results_are_those_of_one_image_at_a_time(photos: Path, tmp_path: Path, 
 
 
 def test_small_images_go_together(photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the reader far ahead, all images of one size are one pass; their bytes stay."""
+    """If the reader is far ahead, all images of one size make one pass, and their files keep their bytes."""
     sizes: list[int] = []
     compute = Computing.compute
     ready = threading.Event()
@@ -118,7 +118,7 @@ def test_gray_and_deep_images(tmp_path: Path, network: Any, dtype: Any) -> None:
 def test_memory_bounds_the_images_in_hand(
     photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the limit holds two of the images: never more are between reading and writing."""
+    """Half of the limit holds two images, so at most two are between reading and writing."""
     for path in photos.iterdir():
         path.unlink()
     for index in range(8):
@@ -148,7 +148,7 @@ def test_gate() -> None:
 
     def wait() -> None:
         try:
-            gate.take(100)  # alone it always fits
+            gate.take(100)  # an image that is alone always fits
             admitted.append("in")
             gate.take(1)
         except Stopped:
@@ -205,7 +205,7 @@ def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, n
 
 
 class OnTheSpot:
-    """Takes the place of the way to a device: there and back at once."""
+    """Replaces the copies to a device and back, and does both at once."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, ...]] = []
@@ -224,7 +224,7 @@ class OnTheSpot:
 
 
 def test_the_way_to_a_device_and_back(photos: Path, tmp_path: Path, network: Any) -> None:
-    """Images that fit go there whole, the others tile by tile; the files are the same."""
+    """Images that fit go to the device whole, the others tile by tile; the files are the same."""
     batch = fastden.BatchDenoiser(network, sigma=20)
     batch.run(photos, tmp_path / "host")
     transfer = OnTheSpot()
@@ -285,7 +285,7 @@ def test_a_defect_is_shown_and_ends_the_run(
 
 
 def test_interruption_finishes_what_is_computed(photos: Path, tmp_path: Path, network: Any) -> None:
-    """Ctrl-C while the third image is computed: two files, whole; nothing else."""
+    """Ctrl-C while the third image is computed leaves two whole files and nothing else."""
     batch = fastden.BatchDenoiser(network, sigma=5, tile=16)
     parts: list[float] = []
 
@@ -393,7 +393,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
 def test_images_of_more_than_8_bits_go_through_their_own_network(
     tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
-    """Where 8 bits allow bfloat16, the others keep float32: alone, together, streamed and of several pages."""
+    """8-bit images may use bfloat16, all others keep float32: single, grouped, streamed and with several pages."""
     folder = tmp_path / "in"
     folder.mkdir()
     for dtype in (np.uint8, np.uint16, np.float32):

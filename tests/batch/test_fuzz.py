@@ -38,7 +38,7 @@ def test_valid_files_are_read() -> None:
 
 def test_a_worker_that_dies_or_hangs_is_counted(monkeypatch: Any) -> None:
     class Broken:
-        """Takes the place of a pipe to a process."""
+        """Replaces a pipe to a process."""
 
         def __init__(self, error: bool) -> None:
             self.error = error

@@ -28,7 +28,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def cut_as_by_a_kill(photos: Path) -> None:
-    """Of a run in ``photos``: 0 is done; 1 has its name, but no last line; 2 was about to get it; the rest is not."""
+    """A killed run's files: 0 is done, 1 has its name but no last line, 2 is not renamed, others are missing."""
     path = photos / NAME
     kept = [
         line
@@ -81,7 +81,7 @@ def test_patterns_names_and_links(photos: Path, tmp_path: Path, network: Any) ->
 
 
 def test_results_whose_inputs_are_gone(photos: Path, network: Any) -> None:
-    """They stay results as long as they are what was written."""
+    """They count as results as long as nobody has changed them."""
     batch = fastden.BatchDenoiser(network, sigma=5)
     batch.run(photos, photos, format="tiff")
     for name in ("0.png", "1.png"):
@@ -137,13 +137,13 @@ def test_on_ray(photos: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> No
     cut_as_by_a_kill(photos)
     asked.clear()
     works("denoise", photos, *rest, "--resume")
-    # What is begun has no checksum there until it is done.
+    # A file that is begun has no checksum in the record until it is done.
     assert sorted(asked) == ["1.png", "2.png", "3.png", "wide.jpg"]
     assert results(photos) == expected
 
 
 def test_an_output_that_is_another_ones_input(tmp_path: Path, model: str) -> None:
-    """Whether it would be read before or after it is replaced would be chance."""
+    """It is refused: chance would decide whether it is read before or after it is replaced."""
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "out" / "sub").mkdir(parents=True)
     for name in ("in/sub/a.png", "out/sub/a.png"):

@@ -203,7 +203,7 @@ for moment in moments.split(","):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_killed_at_any_moment_and_resumed(tmp_path: Path, root: Path) -> None:
-    """Six kills, each in another phase of a file, then a run to the end: the bytes of a run without any."""
+    """Six kills, each in another phase of a file, then a run to the end, give the bytes of a run without kills."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(6):
@@ -217,7 +217,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path, root: Path) -> None:
         return done.stdout.splitlines()
 
     assert run(tmp_path / "whole", "none") == ["6 0 0", "0"]
-    # A file takes eight moments: of its own fsync, that of ``writing``, its rename, that of ``done``.
+    # A file takes eight moments: before and after its own fsync, that of ``writing``, its rename, and that of ``done``.
     results = run(tmp_path / "killed", "0,1,3,5,6,12,none,none")
     assert results[:6] == ["-9"] * 6
     done, skipped, failed = map(int, results[6].split())

@@ -1,4 +1,4 @@
-"""TIFFs of several pages: each page gets what it gets as a file of its own."""
+"""TIFFs of several pages: each page is denoised as a file with this page alone is."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_they_do_not_go_together_with_others(tmp_path: Path, network: Any) -> No
 
 def test_past_the_way_to_a_device(tmp_path: Path, network: Any) -> None:
     class Unused:
-        """Takes the place of the way to a device, for images of one page."""
+        """Replaces the copies to a device and back, for images of one page."""
 
         def run(self, *arguments: Any) -> Pending:
             raise AssertionError("several pages went there together")
@@ -189,7 +189,7 @@ def test_what_is_refused(tmp_path: Path, network: Any) -> None:
 
 
 def test_mutated_files() -> None:
-    """Several pages or the user's error, and nothing else."""
+    """A mutated file gives several pages or a UserError, and nothing else."""
     data = encode_image(file_of(pages_of(3, size=(23, 29))), "tiff")[0]
     outcomes = set()
     for seed in range(150):

@@ -83,7 +83,7 @@ def test_rows_of_urls(memory: Any, photos: Path) -> None:
 
 
 def _plain(row: dict[str, str]) -> dict[str, str]:
-    """How many slashes follow the scheme is the file system's habit."""
+    """File systems differ in the number of slashes behind the scheme."""
     return {key: value.replace(":///", "://") for key, value in row.items()}
 
 
@@ -186,7 +186,7 @@ def test_same_bytes_as_the_local_engine(photos: Path, tmp_path: Path, model: str
 
 
 def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is on record as done is left out; what a killed run had begun is made again; nothing else is replaced."""
+    """Files on record as done are left out, begun ones of a killed run are made again, and no other is replaced."""
     asked: list[Row] = []
 
     def here(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
@@ -289,7 +289,7 @@ def test_a_worker_reads_while_it_computes(
     assert held[0] >= 2 * stages.reading.look(Job(*paths[0])).size
     assert worker.denoiser._gate.taken == 0
     assert len({path.read_bytes() for _, path in paths}) == 1
-    # Nothing is admitted beside what fills the memory for images; who fails gives back what it took.
+    # No image is admitted beside one that fills the memory for images; a failed image gives its memory back.
     worker.denoiser._gate.limit = 1
     held.clear()
     broken = photos / "broken.png"
@@ -300,7 +300,7 @@ def test_a_worker_reads_while_it_computes(
     assert [record.status for record in records] == ["done", "failed", "done"]
     assert held == [1, 1]
     assert worker.denoiser._gate.taken == 0
-    # What is streamed is read and written by the thread that computes.
+    # The thread that computes also reads and writes streamed images.
     look, stream, streamers = stages.reading.look, stages.stream, set()
 
     def watched(work: Any, *rest: Any) -> Any:

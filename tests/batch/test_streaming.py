@@ -69,7 +69,7 @@ def test_max_memory_decides(tmp_path: Path, network: Any) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("alpha", [False, True])
 def test_equal_to_tiles_in_memory(tmp_path: Path, network: Any, dtype: Any, channels: int, alpha: bool) -> None:
-    """Bit for bit in float32 too, with the same tiles: 16-bit and float values pass through untouched by 8 bits."""
+    """With the same tiles the bits agree in float32 too: 16-bit and float values are never reduced to 8 bits."""
     planes = pixels(211, 303, channels, dtype)
     mask = pixels(211, 303, 0, dtype, seed=3) if alpha else None
     write_image(tmp_path / "a.tif", ImageFile(planes, mask, metadata={"icc-profile-data": icc_profile()}))
@@ -90,7 +90,7 @@ def test_equal_to_tiles_in_memory(tmp_path: Path, network: Any, dtype: Any, chan
 
 @pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 def test_formats_and_metadata(tmp_path: Path, network: Any, suffix: str, kind: str) -> None:
-    """The file that is written from memory and the one that is streamed hold the same."""
+    """A streamed file holds the same as the file written from memory."""
     options = {"lossless": True} if kind == "WEBP" else {}
     picture = encoded(pixels(*SIZE), kind, exif=exif(6), icc_profile=icc_profile(), **options)
     source = tmp_path / f"a.{suffix}"

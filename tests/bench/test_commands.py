@@ -78,7 +78,7 @@ def test_model_beside_other_runtimes(tmp_path: Path) -> None:
 
 
 def test_a_large_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own; its result stands beside the contenders'."""
+    """It is computed in a process of its own; its result stands beside the contenders'."""
     row = large.measured("color", "float32", (20, 28))
     assert (row["height"], row["width"], row["dtype"], row["result_mib"]) == (20, 28, "float32", 0)
     assert row["seconds"] >= 0
@@ -123,7 +123,7 @@ def test_train(tmp_path: Path) -> None:
 
 
 def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """The command in this process, which has loaded everything already."""
+    """Run the command in this process, which has loaded everything already."""
     done = CliRunner().invoke(app, command[3:])
     return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
 

@@ -1,4 +1,4 @@
-"""Right results get a ratio, wrong ones none, and one failure takes no other result along."""
+"""Right results get a ratio, wrong ones get none, and a failure loses no other result."""
 
 from __future__ import annotations
 
@@ -106,15 +106,15 @@ def test_values_that_are_zero_but_for_rounding_have_no_relative_error() -> None:
 def test_bounds_are_twice_eagers_error_and_no_less_than_the_dtype_resolves() -> None:
     reference = (torch.tensor([1.0, 2.0], dtype=torch.float64),)
     found = bounds(torch.tensor([1.0, 2.2]), reference, torch.float32)
-    # The maximum's is twice as wide once more: which of many errors is the largest is a matter of chance.
+    # The maximum's bound is twice as wide again: chance decides which of many errors is the largest.
     assert found["maximum"] == pytest.approx(0.4)
-    # Of several ways the worst counts.
+    # The worst of several ways counts.
     assert bounds([torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.2])], reference, torch.float32) == found
     assert found["relative_l2"] == pytest.approx(0.4 / 5**0.5)
     assert bounds(torch.tensor([1.0, 2.2]), reference, torch.float32, gradients=True) == {
         "relative_l2": found["relative_l2"]
     }
-    # A share of 2**-23 of the ReLUs.
+    # 2**-23 is the share of ReLUs that rounding may open or close.
     exact = bounds(torch.tensor([1.0, 2.0]), reference, torch.float32, gradients=True)
     assert exact == {"relative_l2": pytest.approx(2**-10.5)}
     assert bounds(torch.tensor([1.0, 2.0]), reference, torch.bfloat16) == {"relative_l2": 2**-8, "maximum": 2**-7}

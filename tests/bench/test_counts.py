@@ -40,5 +40,5 @@ def test_plain_form_of_each_part(part: str) -> None:
     ends = part in ("stem", "head")
     assert counter.get_total_flops() == pytest.approx(2 * count.plain.of(4) * 64**2, rel=0.02 if ends else 0)
     values = y.numel() + sum(tensor.numel() for tensor in case.inputs)
-    # The ends read the image with its padding.
+    # stem and head read the image with its padding.
     assert values == pytest.approx(count.values.of(4) * 64**2, rel=0.05 if ends else 0)

@@ -37,7 +37,7 @@ def test_errs_as_e4m3_does(fp8: Any) -> None:
     scales = torch.cat([a, b], 1).abs().amax((0, 2, 3)) / 448
     error = relative_l2(fp8.conv3_in_fp8(a, b, weight, bias, scales), expected(a, b, weight, bias))
     assert 1e-3 < error < 2**-4  # three bits of mantissa: each factor is off by at most 1/16
-    # Scales of channels matter: one for all, too large for most, leaves few bits.
+    # Each channel needs its own scale: one scale for all is too large for most channels and leaves few bits.
     assert fp8.conv3_in_fp8(a, b, weight, bias, scales * 1e4).isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""What is counted of kernels: loops in a disassembly, blocks that fit, bytes of tiles."""
+"""Counts of kernels: loops in a disassembly, blocks that fit, bytes of tiles."""
 
 from __future__ import annotations
 

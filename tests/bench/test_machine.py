@@ -20,7 +20,7 @@ def test_description() -> None:
     found = machine.describe(CPU)
     assert found["device"] == "cpu"
     assert found["threads"] == torch.get_num_threads()
-    # Of CUDA builds the package leaves out what stands behind the plus.
+    # A CUDA build's package version ends before the plus.
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert set(found) >= {"cpu", "cores", "native_bf16", "platform", "python", "commit", "date"}
 
@@ -90,7 +90,7 @@ def test_state_of_the_sensors(nvml: SimpleNamespace) -> None:
 
 def test_energy_of_a_call(nvml: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    # Two joules for each answer, of which the count shows every third: it is read from one renewal to another.
+    # Each answer stands for two joules, and the counter is renewed at every third: it is read between two renewals.
     answers = itertools.count()
     nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 1_000_000 + 6_000 * (next(answers) // 3)
     calls: list[int] = []

@@ -1,4 +1,4 @@
-"""Pictures: written whole, drawn from what is right alone."""
+"""Pictures: written whole, drawn from right results alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What results have to show for the automatic choice to take a kernel."""
+"""What results have to show before the automatic choice takes a kernel."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def documents(command: ModuleType, **triton: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_right_and_faster_at_every_size(command: ModuleType) -> None:
-    """Than every rival that is right; the other kernels are none."""
+    """A kernel must be faster than every right rival; other kernels of fastden are no rivals."""
     entries, notes = command.prove(documents(command))
     assert entries == {("triton", "upsample", (9, 0), "bfloat16"): "ops-2160.json"}
     assert notes == [

@@ -1,4 +1,4 @@
-"""The suites for pytest-benchmark, and the script for a GPU as far as it goes without one."""
+"""The suites for pytest-benchmark, and the script for a GPU, as far as both run without a GPU."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     training = ["torch,triton"] * 2
     assert own == ["torch,triton,cuda"] * 4 + training + ["torch,triton,cuda"] * 2 + training + ["torch,triton,cuda"]
     for bench in benches:
-        # Every option is one that the command has: the first thing that it finds missing is the GPU.
+        # The command knows every option: it fails only because it finds no GPU.
         fails(*bench, saying="finds no CUDA device")
 
 

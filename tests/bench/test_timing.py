@@ -22,7 +22,7 @@ def test_rounds_are_interleaved_and_begin_with_the_next_contender() -> None:
         return float(next(clock))
 
     times = interleaved(calls, measure, rounds=3, repeats=2)
-    # Once uncounted and twice counted, each.
+    # Each is called once without timing and twice with.
     assert "".join(order) == "aaabbbccc" + "bbbcccaaa" + "cccaaabbb"
     assert times == {
         "a": [0.0, 1.0, 10.0, 11.0, 14.0, 15.0],

@@ -134,10 +134,10 @@ def test_decompression_bombs_are_refused_and_admitted(tmp_path: Path, model: str
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_interruption(photos: Path, tmp_path: Path, model: str) -> None:
-    """Ctrl-C while the second image is computed: the first is there, whole; one line; exit code 130."""
+    """Ctrl-C while the second image is computed: the first is whole, one line is printed, the exit code is 130."""
     code = (
         "import signal, sys, time\n"
-        # What a shell starts in the background inherits that SIGINT is ignored.
+        # A process that a shell starts in the background ignores SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from fastden.cli import main as cli\n"
         "from fastden.batch.computing import Computing\n"

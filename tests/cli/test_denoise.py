@@ -171,7 +171,7 @@ def test_the_bar_is_for_terminals_and_lines_go_where_they_are_sent(photos: Path,
             while part := os.read(master, 4096):
                 read.extend(part)
 
-    # While the command runs: a terminal that nobody reads from holds 4096 bytes, and then its writer waits.
+    # Read while the command runs: a terminal that nobody reads holds 4096 bytes, and then its writer waits.
     reader = threading.Thread(target=drain)
     reader.start()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, text=True, env=environment, check=False)

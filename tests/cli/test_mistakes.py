@@ -165,7 +165,7 @@ def test_what_the_system_refuses_is_one_line(
     def unreadable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
-    # Not a folder without permissions: root reads that too.
+    # A folder without permissions would not do: root reads it.
     monkeypatch.setattr(Path, "iterdir", unreadable)
     for arguments in (["denoise", photos, "-o", tmp_path / "out"], ["eval", photos]):
         error = fails(*arguments, "--model", model, saying=f"^error: {photos}: {os.strerror(errno.EACCES)}$")

@@ -68,7 +68,7 @@ def test_a_bad_file_does_not_stop_the_others(picture: Path, tmp_path: Path) -> N
 def test_pictures_that_say_nothing_come_out_as_they_went_in(
     value: int, shape: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    """All black, all white, a single pixel: the default takes them as clean, says so, and changes next to nothing."""
+    """The default takes black, white and one-pixel pictures for clean, says so, and changes next to nothing."""
     source, target = tmp_path / "a.png", tmp_path / "b.png"
     write_image(source, ImageFile(np.full(shape, value, np.uint8)))
     works("denoise", source, "-o", target)

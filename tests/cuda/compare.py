@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor | None]
 
 
 def random(device: str, dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
-    """Normal numbers, or weights of as many inputs."""
+    """Normal numbers; as weights, scaled by their number of inputs."""
     return (torch.randn(shape) / fan_in**0.5).to(device, dtype)
 
 
@@ -32,7 +32,7 @@ def convolution(
     bias: bool = True,
     residual: bool = False,
 ) -> Tensors:
-    """Of conv_bn_relu, with a padding of half the kernel."""
+    """Inputs of conv_bn_relu, with a padding of half the kernel."""
     out = [(length + 2 * (kernel // 2) - kernel) // stride + 1 for length in size]
     fan_in = channels * kernel**2
     return {
@@ -46,7 +46,7 @@ def convolution(
 def concatenation(
     device: str, dtype: torch.dtype, batch: int, a: int, b: int, outputs: int, size: tuple[int, int]
 ) -> Tensors:
-    """Of concat_conv_bn_relu."""
+    """Inputs of concat_conv_bn_relu."""
     return {
         "a": random(device, dtype, batch, a, *size),
         "b": random(device, dtype, batch, b, *size),
@@ -58,7 +58,7 @@ def concatenation(
 def upsampling(
     device: str, dtype: torch.dtype, batch: int, channels: int, outputs: int, size: tuple[int, int], bias: bool = True
 ) -> Tensors:
-    """Of upsample."""
+    """Inputs of upsample."""
     return {
         "x": random(device, dtype, batch, channels, *size),
         "weight": random(device, dtype, channels, outputs, 4, 4, fan_in=4 * channels),
@@ -67,7 +67,7 @@ def upsampling(
 
 
 def block(device: str, dtype: torch.dtype, batch: int, channels: int, middle: int, size: tuple[int, int]) -> Tensors:
-    """Of bottleneck; biases by their names in the dispatcher's operator."""
+    """Inputs of bottleneck; biases by their names in the dispatcher's operator."""
     return {
         "x": random(device, dtype, batch, channels, *size),
         "reduce": random(device, dtype, middle, channels, 1, 1, fan_in=channels),
@@ -82,7 +82,7 @@ def block(device: str, dtype: torch.dtype, batch: int, channels: int, middle: in
 def first_layer(
     device: str, dtype: torch.dtype, batch: int, channels: int, outputs: int, size: tuple[int, int]
 ) -> Tensors:
-    """Of stem; ``size`` of the result. The four sets of weights differ everywhere, unlike composed ones."""
+    """Inputs of stem; ``size`` of the result. The four sets of weights differ everywhere, unlike composed ones."""
     return {
         "x": random(device, dtype, batch, channels, 2 * size[0] + 4, 2 * size[1] + 4),
         "weight": random(device, dtype, 4, outputs, channels, 7, 7, fan_in=49 * channels),
@@ -93,7 +93,7 @@ def first_layer(
 def last_layer(
     device: str, dtype: torch.dtype, batch: int, maps: int, channels: tuple[int, int], size: tuple[int, int]
 ) -> Tensors:
-    """Of head; ``size`` of the features, ``channels`` of the input and of the image."""
+    """Inputs of head; ``size`` of the features, ``channels`` of the input and of the image."""
     c, k = channels
     return {
         "features": random(device, dtype, batch, maps, *size),
@@ -138,7 +138,7 @@ def eager(function: Callable[..., Tensor], tensors: Tensors, **settings: Any) ->
 def assert_as_exact_as_eager(function: Callable[..., Tensor], tensors: Tensors, **settings: Any) -> Tensor:
     """The kernel errs, against float64, at most twice as much as eager PyTorch in the same dtype; also on each border.
 
-    But for rounding: see :func:`tests.rounding.slack`.
+    Rounding is allowed for, see :func:`tests.rounding.slack`.
 
     Returns:
         The kernel's result.

@@ -1,4 +1,4 @@
-"""CUDA kernels run on a GPU where the extension is built, else emulated on the CPU: one of the two in a process."""
+"""CUDA kernels run on a GPU if the extension is built, else emulated on the CPU; a process uses one of the two."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def device(request: pytest.FixtureRequest, root: Path) -> str:
 
 @pytest.fixture(params=[9, 8], ids=["hopper", "portable"])
 def capability(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Major compute capability of the emulated GPU, on which the choice of a kernel depends; of a GPU its own."""
+    """Major compute capability: the emulated GPU's, which decides the choice of a kernel, or the real GPU's own."""
     if device == "cuda":
         own = torch.cuda.get_device_capability()[0]
         if (own == 9) != (request.param == 9):

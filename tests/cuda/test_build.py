@@ -1,4 +1,4 @@
-"""How the extension is built: architectures, flags, memory, what is missing, and that failing leaves nothing."""
+"""Building the extension: architectures, flags, memory, missing tools; a failed build leaves no files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TestArchitectures:
         assert parse_architectures("8.0;8.6 9.0a,10.0+PTX 8.0") == ("8.0", "8.6", "9.0a", "10.0+PTX")
 
     def test_lists_that_containers_set(self) -> None:
-        """For other packages: older GPUs are left out, with a note, and 9.0 is built with its matrix instruction."""
+        """Such lists are meant for other packages: older GPUs are left out with a note, and 9.0 becomes 9.0a."""
         said: list[str] = []
         assert parse_architectures("5.2 7.5 8.0 8.6 9.0+PTX", said.append) == ("8.0", "8.6", "9.0a", "9.0+PTX")
         assert said == ["TORCH_CUDA_ARCH_LIST: 5.2, 7.5 left out; there are kernels from 8.0 on"]
@@ -176,7 +176,7 @@ class TestPlan:
         assert Path("/nowhere/include") in plan.include
 
     def test_key(self, root: Path, tmp_path: Path) -> None:
-        """Everything that makes another library makes another key; what does not, the commit, makes none."""
+        """All that changes the library changes the key; the commit changes neither."""
         here = {"torch": "2.13.0", "cuda": "13.0", "python": "cpython-311"}
         shutil.copytree(root / "csrc", tmp_path / "csrc")
         keys = {build.plan(tmp_path / "csrc", ("8.0",)).key(here)}
@@ -204,7 +204,7 @@ class TestMissing:
         assert build.find_toolkit({"CUDA_HOME": str(first), **path}) == first
         assert build.find_toolkit({"CUDA_PATH": str(first), **path}) == first
         assert build.find_toolkit(path) == second
-        # A script that calls nvcc is not beside the headers.
+        # The headers do not lie beside a script that calls nvcc.
         program(tmp_path / "bin" / "nvcc", "exit 0")
         assert build.find_toolkit({"PATH": str(tmp_path / "bin")}) in (None, Path("/usr/local/cuda"))
 
@@ -250,12 +250,12 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_bindings_compile_for_a_gpu(root: Path, tmp_path: Path) -> None:
-    """The branch that the emulated build leaves out: its syntax and types, all that a CPU build of PyTorch can tell."""
+    """Check syntax and types of the branch that the emulated build leaves out; PyTorch's CPU build allows no more."""
     include = Path(torch.__file__).parent / "include"
     cuda = build.find_toolkit()
     if cuda is None or shutil.which("g++") is None or not (include / "c10" / "cuda" / "CUDAGuard.h").is_file():
         pytest.skip("needs g++, the CUDA toolkit's headers, and PyTorch's headers for CUDA")
-    # A header that PyTorch generates in its CUDA builds; of macros that its libraries are built with.
+    # PyTorch generates this header in its CUDA builds; it holds the macros that its libraries are built with.
     generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     generated.parent.mkdir(parents=True)
     generated.touch()

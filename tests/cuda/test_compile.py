@@ -79,7 +79,7 @@ def test_an_ignored_register_count_fails(command: ModuleType, tmp_path: Path) ->
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
 def test_hoppers_kernel_traps_where_it_has_no_code(root: Path, tmp_path: Path) -> None:
-    """Code for 9.0 may lie beside that for 9.0a: launched by mistake it must not end as if it had done its work."""
+    """Code for 9.0 may lie beside that for 9.0a. Launched by mistake, it must trap instead of doing nothing."""
     toolkit = build.find_toolkit()
     source, target = root / "csrc" / "concat_conv_bn_relu.cu", tmp_path / "kernel.ptx"
     options = ("-std=c++17", "--expt-relaxed-constexpr", "-DFASTDEN_HOPPER", "-arch=sm_90", "-ptx")

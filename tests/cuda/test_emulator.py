@@ -1,4 +1,4 @@
-"""The emulator shows what a GPU would hide or do at random: kernels with a wait or a barrier taken out fail on it."""
+"""The emulator shows faults that a GPU shows by chance: kernels without one of their waits or barriers fail on it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ extern "C" int run(const fastden::Convolution* arguments) {
 """
 #: Waits for the other ring of stages bound how far loads of pixels run ahead of a 3x3 convolution, but not of a 1x1.
 POINTWISE = "pixels over those in use"
-#: File, what is taken out, and whether the convolution has two sources (Hopper's kernel).
+#: File, the text that is taken out, and whether the convolution has two sources (Hopper's kernel).
 BROKEN = {
     "copies that nobody waits for": ("convolution.cuh", "copy_wait<kStages - 2>();", False),
     "a stage overwritten while read": ("convolution.cuh", "__syncthreads();\n        copy_step();", False),
@@ -58,7 +58,7 @@ class Convolution(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def compiler(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """g++ with the emulator, compiled, among its inputs."""
+    """g++, with the compiled emulator among its inputs."""
     toolkit = build.find_toolkit()
     if toolkit is None or shutil.which("g++") is None:
         pytest.skip("the emulator needs g++ and the CUDA toolkit's headers")
@@ -80,7 +80,7 @@ def build_from(compiler: list[str], csrc: Path) -> ctypes.CDLL:
 
 
 def is_right(library: ctypes.CDLL, two_sources: bool, kernel: int = 3) -> bool:
-    """Whether a small convolution is; with two sources its tiles and steps go round the kernel's ring twice."""
+    """Whether a small convolution is right; with two sources its tiles and steps fill the kernel's ring twice."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

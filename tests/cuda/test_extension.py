@@ -1,4 +1,4 @@
-"""Which library is loaded, and what is said where none can be."""
+"""Which library is loaded, and the messages if none can be loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def library(folder: Path, age: float = 0.0, name: str = "_cuda.so", **changes: Any) -> Path:
-    """What looks like a library that fits, but for ``changes`` in its description."""
+    """A file that looks like a fitting library, with ``changes`` in its description."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text("no library")
@@ -76,7 +76,7 @@ def test_what_came_with_the_installation_is_first_and_then_the_newest() -> None:
 
 @pytest.mark.parametrize("change", [{"torch": "2.8.0+cu128"}, {"cuda": "12.8"}])
 def test_another_torch(change: dict[str, str]) -> None:
-    """Never "not built", and never the loader's undefined symbols."""
+    """The message says neither "not built" nor the loader's undefined symbols."""
     library(extension.PACKAGE, name=f"_cuda{extension.EXTENSION_SUFFIXES[0]}", **change)
     library(extension.cache() / "old", sources="other")
     here = build.environment()

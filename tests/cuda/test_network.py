@@ -76,7 +76,7 @@ def test_compiles_without_a_break(device: str) -> None:
 
 
 def test_environment(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever could run instead, such as oneDNN's form, does not."""
+    """Nothing else runs in its place, such as oneDNN's form."""
     fused = fastden.fuse(random_network().to(device), torch.bfloat16)
     monkeypatch.setattr(fused, "_onednn_network", lambda: pytest.fail("oneDNN was taken"))
     asked: list[str] = []
@@ -103,7 +103,7 @@ def test_environment(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_through_frozen_normalisation(device: str) -> None:
     """Gradients of the plain network in evaluation mode: PyTorch's own, over the kernels' results.
 
-    Folding rounds weights once more, and what is rounded otherwise opens or closes a ReLU here and there.
+    Folding rounds weights once more, and other rounding opens or closes some ReLUs.
     """
     model = random_network().to(device, torch.float16)
     x = torch.rand(1, 3, 8, 8, device=device, dtype=torch.float16)

@@ -82,7 +82,7 @@ def test_concat_conv_bn_relu_of_the_network(device: str, size: tuple[int, int], 
 def test_more_tiles_than_blocks(device: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """conv3 with 289 tiles: an emulated GPU of 7 multiprocessors does them in 3 clusters, a GPU in at most 72.
 
-    So each block goes round its ring of stages many times, and through its barriers' phases.
+    Each block goes round its ring of stages many times, and through its barriers' phases.
     """
     if device == "cpu":
         monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", "7")
@@ -196,7 +196,7 @@ def test_head_adds_an_image_at_its_own_precision(device: str, image_dtype: torch
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded", "misaligned"])
 @pytest.mark.parametrize("name", CASES)
 def test_any_layout(device: str, name: str, layout: str) -> None:
-    """Of all inputs, weights too, as PyTorch's own operations take them."""
+    """All inputs, weights too, may have any layout that PyTorch's own operations take."""
     function, tensors, options = CASES[name](device, torch.float16)
 
     def laid_out(x: Tensor | None) -> Tensor | None:
@@ -253,7 +253,7 @@ def gradients(
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(device: str, name: str, layout: str) -> None:
-    """Twice eager's error, and where the ReLU opens or closes by rounding, little more."""
+    """At most twice eager's error, and little more if rounding opens or closes a ReLU."""
     function, tensors, options = CASES[name](device, torch.bfloat16)
     doubles = {key: None if x is None else x.double() for key, x in tensors.items()}
     exact = gradients(function, doubles, "torch", layout, options)
@@ -279,7 +279,7 @@ def test_frozen_normalisation(device: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_biases_in_float32(device: str, name: str) -> None:
-    """Kernels add them to float32 sums unrounded: a bias that float16 would round to 1 shows in none of the sums."""
+    """Kernels add them to float32 sums unrounded: float16 would round this bias to 1, and the sums would show it."""
     function, tensors, options = CASES[name](device, torch.float16)
     halves = {key: x if x is None or not key.endswith("bias") else torch.ones_like(x) for key, x in tensors.items()}
     expected = function(**halves, **options, backend="cuda")
@@ -338,7 +338,7 @@ def test_autocast(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_captured_in_a_graph(device: str, name: str) -> None:
-    """Hence on another stream than the default one, and without a wait for the device."""
+    """It runs on another stream than the default one, and without a wait for the device."""
     function, tensors, options = CASES[name](device, torch.float16)
     expected = function(**tensors, **options, backend="cuda")
     graph = torch.cuda.CUDAGraph()

@@ -49,7 +49,7 @@ CALLS = (
 
 @pytest.mark.parametrize("call", CALLS)
 def test_no_error_is_left_behind(library: ctypes.CDLL, call: str) -> None:
-    """The runtime keeps its last error until someone asks; PyTorch would take it for that of its own next launch."""
+    """The runtime keeps its last error until a call asks for it; PyTorch would take it for its own launch's."""
     assert run(library, fails=call) == LAUNCH_FAILURE
     assert library.left_behind() == 0
 
@@ -64,7 +64,7 @@ def test_the_drivers_error_has_its_name(library: ctypes.CDLL) -> None:
 
 
 def test_as_many_clusters_as_the_device_runs_at_once(library: ctypes.CDLL) -> None:
-    """The runtime says three, of two blocks each, not half of the 132 multiprocessors; a small image takes fewer."""
+    """The runtime allows 3 clusters of 2 blocks, fewer than half of 132 multiprocessors; a small image takes fewer."""
     assert run(library) == ""
     assert library.blocks_launched() == 2 * 3
     assert run(library, size=(8, 16)) == ""

@@ -21,7 +21,7 @@ def test_every_model(tmp_path: Path) -> None:
         card = ModelCard.load(folder / "README.md")
         assert (card.data.license, card.data.library_name) == ("apache-2.0", "fastden")
         assert card.data.pipeline_tag == "image-to-image"
-        # All that the shipped card says, licences of the data among it.
+        # It says all that the shipped card says, with the licences of the data.
         assert (source / "README.md").read_text().split("---", 2)[2].strip() in card.text
         assert f'model="{name}"' in card.text
         state = Denoiser.from_pretrained(folder).state_dict()

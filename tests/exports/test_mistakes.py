@@ -1,4 +1,4 @@
-"""Exports that cannot be: the message, and that nothing is left behind; the command."""
+"""Impossible exports: their messages, and no file left behind; the command."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("sigma", "inputs"), [(None, 2), (12.5, 1)])
 def test_darktable(tmp_path: Path, sigma: float | None, inputs: int) -> None:
-    """The names and fields that darktable reads, and what its packages say of a model."""
+    """Names and fields that darktable reads."""
     path = fastden.export("color", tmp_path / "color.dtmodel", sigma=sigma)
     assert path.read_bytes() == fastden.export("color", tmp_path / "again.dtmodel", sigma=sigma).read_bytes()
     name = "denoise-fastden-color" + ("" if sigma is None else "-12-5")

@@ -164,7 +164,7 @@ def test_half_precision(color: Denoiser, tmp_path: Path) -> None:
             result = run(network, image, sigma)
             assert result.dtype == torch.float32
             assert torch.isfinite(result).all()
-            # A quarter of a step of 8 bits.
+            # The bound is a quarter of a step of 8 bits.
             assert error(result, color, image, sigma) < 0.25 / 255
     openvino = pytest.importorskip("openvino")
     network = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
@@ -180,7 +180,7 @@ def test_weights_in_half_precision(color: Denoiser, tmp_path: Path) -> None:
     assert path.stat().st_size < 1.8e6
     network = session(path)
     image = torch.rand(1, 3, 40, 44)
-    # Rounded weights, exact arithmetic: nearer than half precision throughout.
+    # Weights are rounded and arithmetic is exact: the error is below that of half precision throughout.
     assert error(run(network, image, SIGMA), color, image, SIGMA) < 0.1 / 255
 
 
@@ -213,7 +213,7 @@ def test_metadata(folder: Path, tmp_path: Path) -> None:
     assert about["version"] == fastden.__version__
     assert about["license"] == "Apache-2.0"
     assert "sigma / 255" in about["noise_level"]
-    # A network in hand has no card, so nothing is said of its licence.
+    # A network object has no card, so the file names no licence.
     assert "license" not in {entry.key for entry in onnx.load(folder / "composed.onnx").metadata_props}
 
 

@@ -38,8 +38,8 @@ def test_composed_does_less() -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             program(torch.rand(1, 3, 254, 254))
         counts.append(counter.get_total_flops() / 2 / 254**2)
-    # By the layers' sizes, and up to 2 % for the padding: 221 thousand multiply-accumulates a pixel, and composed 146,
-    # which counts all 16 taps of the head's kernels, though each phase uses 9.
+    # The layers' sizes give 221 thousand multiply-accumulates a pixel, and 146 composed, plus up to 2 % for padding.
+    # The latter counts all 16 taps of the head's kernels, though each phase uses 9.
     assert 145e3 < counts[0] < 149e3
     assert 220e3 < counts[1] < 225e3
 

@@ -1,4 +1,4 @@
-"""Reading and writing image files: every depth and channel count as it was, and nothing half-written."""
+"""Reading and writing image files: depth and channel count stay, and no file is half-written."""
 
 from __future__ import annotations
 

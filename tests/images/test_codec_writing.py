@@ -1,4 +1,4 @@
-"""Writing is all or nothing."""
+"""Writing makes a whole file or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file holds beside its pixels: carried over, or named."""
+"""What a file holds beside its pixels is copied, or a note names it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_nclx_of_avif_becomes_cicp_or_is_refused() -> None:
     data, _ = encode_image(ImageFile(pixels()), "avif")
     at = data.index(b"ipco") - 4
     box = struct.pack(">I4s4sHHHB", 19, b"colr", b"nclx", 9, 16, 9, 128)
-    # A box in the list of properties that no item names is enough to be found; offsets behind it move.
+    # The reader finds a box in the list of properties even if no item names it; offsets behind the box move.
     source = bytearray(data[: at + 8] + box + data[at + 8 :])
     for name in (b"ipco", b"iprp", b"meta"):
         start = source.index(name) - 4

@@ -93,7 +93,7 @@ def test_heic_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
         assert [note for note in notes if "rounded" in note] == ([] if bits == 8 else notes[:1])
         back = read_image(tmp_path / f"{bits}.heic")
         assert back.bits == bits
-        # Upright, for readers pass over the orientation of EXIF in HEIC.
+        # It is upright, because readers ignore the orientation of EXIF in HEIC.
         assert back.pixels.shape == (80, 64, 3)
         np.testing.assert_allclose(back.pixels.mean(), picture.pixels.mean(), rtol=0.01)
         assert back.metadata["icc-profile-data"] == icc_profile()
@@ -116,7 +116,7 @@ def test_jpeg_xl(tmp_path: Path, channels: int) -> None:
 
 
 def test_camera_raw(tmp_path: Path) -> None:
-    """Its camera's white balance makes gray gray; the curve is sRGB's; it is turned as it was held."""
+    """The camera's white balance makes gray gray, the curve is sRGB's, and the orientation is applied."""
     path = tmp_path / "a.dng"
     path.write_bytes(dng())
     image = read_image(path)
@@ -139,7 +139,7 @@ def test_camera_raw(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_a_phone_and_a_camera(tmp_path: Path) -> None:
-    """Everything is read; what is not written in its own format becomes TIFF or PNG; EXIF stays."""
+    """All files are read; formats that cannot be written become TIFF or PNG; EXIF stays."""
     folder = tmp_path / "DCIM"
     folder.mkdir()
     (folder / "1.JPG").write_bytes(encoded(pixels(), "JPEG"))
@@ -164,7 +164,7 @@ def test_a_folder_of_a_phone_and_a_camera(tmp_path: Path) -> None:
 
 
 def test_strips(tmp_path: Path) -> None:
-    """Read and denoised by strips with the same result; heic is not written so, which is said."""
+    """Strips give the same result; HEIC cannot be written by strips, and the message says so."""
     (tmp_path / "a.dng").write_bytes(dng(96, 80))
     batch = fastden.BatchDenoiser("photo", sigma=10, dtype="float64", tile=48)
     assert not batch.run(tmp_path / "a.dng", tmp_path / "whole.tif").failed

@@ -1,4 +1,4 @@
-"""Files that are not read here: told by their kind, and counted where a folder holds them."""
+"""Files that fastden does not read: the message names their kind, and a folder's are counted."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_value_beside_a_masked_one_of_its_pixel_stays_valid() -> None:
 
 
 class Quantity(np.ndarray):
-    """As packages for units make one."""
+    """A quantity as packages for units make it."""
 
 
 def test_arrays_that_carry_more_than_values_are_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def computed(array: Any) -> Any:
 
 
 def same(result: Any, expected: Any) -> None:
-    """Equal but for the order of sums: 1 in the last place of integers, seldom, and a few roundings of floats."""
+    """Equal up to the order of sums: seldom 1 in the last place of integers, and a few roundings of floats."""
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
     if result.dtype.kind == "u":
         difference = np.abs(result.astype(int) - expected.astype(int))
@@ -151,7 +151,7 @@ def test_sigma_of_each_image_and_map(model: str) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 60), (530, 40), (1100, 33)], ids=str)
 def test_estimated_sigma(shape: tuple[int, int], model: str) -> None:
-    """That of the whole image, whatever the chunks: also where the estimate takes crops."""
+    """It is that of the whole image, whatever the chunks, even if the estimate takes crops."""
     image = pixels(*shape, 4, np.uint8)
     image[: shape[0] // 3] //= 2
     ordinary = da.from_array(arrays._as_ranges([ORDINARY]).reshape(1, 1, 1, 1))
@@ -194,7 +194,7 @@ def test_the_model_is_loaded_once_by_all_threads(model: str, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_other_processes(model: str, tmp_path: Path, root: Path) -> None:
-    """Chunks are computed in processes that know nothing but what travels."""
+    """Chunks are computed in processes that know only what they are sent."""
     np.save(tmp_path / "image.npy", pixels(60, 60, 3, np.float32))
     program = f"""
 import numpy as np, dask.array as da, fastden
@@ -233,7 +233,7 @@ def test_zarr_lazily_and_written(model: str, tmp_path: Path) -> None:
 
 
 def test_written_chunks_are_never_shared(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zarr chunks of 25 and shards of 50 pixels, chunks that are computed of 32: each shard is written once, whole."""
+    """With Zarr chunks of 25 pixels, shards of 50 and computed chunks of 32, each shard is written once, whole."""
     image = pixels(96, 100, 0, np.uint8)
     target = stored(tmp_path / "b.zarr", np.zeros_like(image), (25, 25), shards=(50, 50))
     regions = []

@@ -1,4 +1,4 @@
-"""The noise estimate: right on fine and coarse noise, on cut-outs and letterboxes, and as cheap on large images."""
+"""The noise estimate: fine and coarse noise, cut-outs and letterboxes, and its cost on large images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def noisy(sigma: float, shape: tuple[int, ...] = (128, 128, 3), dtype: Any = np.
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8, np.uint16])
 def test_white_noise_is_measured(sigma: float, dtype: Any) -> None:
     shape = (128, 128, 3)
-    # At 50 the clipping of integers bites: 0.5 is 2.5 sigma from the ends.
+    # At 50 the clipping of integers matters: 0.5 is 2.5 sigma from the ends.
     assert estimate_sigma(noisy(sigma, shape, dtype)) == pytest.approx(sigma, rel=0.12, abs=0.5)
 
 
@@ -119,7 +119,7 @@ def test_cut_outs_and_letterboxes(value: int, share: float) -> None:
 
 
 def test_coarse_noise_is_seen() -> None:
-    """Noise that neighbours share is as strong as it is; a white estimate sees a fraction of it."""
+    """The estimate finds the whole level of noise that neighbours share; one for white noise finds a part of it."""
     small = np.random.default_rng(0).normal(0, 1, (3, 66, 66))
     coarse = np.kron(small, np.ones((4, 4)))
     kernel = np.ones(4) / 4
@@ -178,7 +178,7 @@ def test_clean_and_smooth_is_clean() -> None:
 
 @pytest.mark.shared
 def test_clean_photographs(shared_data: Path) -> None:
-    """Fine texture still passes for noise in part: a level of 8 is what the sharpest of these pictures reach."""
+    """A part of fine texture still counts as noise: the sharpest of these pictures reach a level of 8."""
     for index in (3, 8, 13, 15):
         clean = read_image(shared_data / "eval" / "kodak24" / f"kodim{index:02}.webp").pixels
         assert estimate_sigma(clean) < 10

@@ -1,4 +1,4 @@
-"""Pictures whose values leave [0, 1] or fill a part of it: denoised on their own range, ordinary ones as ever."""
+"""Pictures whose values leave [0, 1] or fill a part of it: denoised on their range, ordinary ones on [0, 1]."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def noise(shape: tuple[int, ...], sigma: float, seed: int = 0) -> Array:
 
 
 def succeed(*arguments: str) -> Any:
-    """What a command printed."""
+    """Run a command that succeeds; returns its output."""
     done = CliRunner().invoke(app, list(arguments))
     assert done.exit_code == 0, (done.output, done.exception)
     return done
@@ -56,13 +56,13 @@ def rmse(a: Array, b: Array) -> float:
 
 
 def as_it_is(picture: Array, sigma: float) -> Array:
-    """What the network gives without regard to the range."""
+    """The network's result without a change of range."""
     (result,) = denoise_batch([picture], sigma / 255, load_network("color", "cpu", "float32"))
     return result
 
 
 def test_a_photograph_times_anything_is_denoised_as_well(clean: Array) -> None:
-    """Times 2.5 and 4 it was left as noisy as it came (0.043 and 0.080 against 0.039)."""
+    """Before the rule, pictures times 2.5 and 4 stayed as noisy as they were (0.043 and 0.080 against 0.039)."""
     for factor, most in ((2.5, 0.0242), (4.0, 0.032)):
         noisy = (clean * factor + noise(clean.shape, 10)).astype(np.float32)
         result = fastden.denoise(noisy, 10)
@@ -278,7 +278,7 @@ def test_a_map_of_noise_levels_is_divided_too(clean: Array, tmp_path: Path) -> N
     succeed("noise", str(tmp_path / "cam.tif"), "--map", str(tmp_path / "map.png"))
     levels = read_image(tmp_path / "map.png").pixels
     assert levels.dtype == np.uint16
-    assert 15 < levels.mean() < 25  # of counts, where the noise has 20
+    assert 15 < levels.mean() < 25  # in counts; the noise has 20
     batch = fastden.BatchDenoiser(sigma_map=tmp_path / "map.png", dtype="float64", tile=48)
     assert not batch.run(tmp_path / "cam.tif", tmp_path / "whole.tif").failed
     assert not streamed(batch).run(tmp_path / "cam.tif", tmp_path / "strips.tif").failed
@@ -298,7 +298,7 @@ def test_the_depth_that_a_file_states(tmp_path: Path, tags: Any, description: An
     image = read_image(path)
     assert image.ranges[0].white == white / 65535
     assert read_samples(path)[1] == image.ranges[0]
-    # A statement that the values contradict is none.
+    # A statement that the values contradict does not count.
     tifffile.imwrite(path, values * 30, photometric="rgb", extratags=tags, description=description, metadata=None)
     assert read_image(path).ranges[0].ordinary
 
@@ -324,7 +324,7 @@ def test_a_file_on_another_scale_is_an_error_before_anything_is_written(clean: A
 
 
 def test_limits() -> None:
-    """A level lets through what six of its deviations reach."""
+    """A level lets values pass up to six of its standard deviations beyond the range."""
     assert ORDINARY.limits(0.1) is None
     assert ValueRange(high=1.6).limits(0.1) is None
     assert ValueRange(high=40.0).limits(0.1) == pytest.approx((-0.85, 1.85))

@@ -44,7 +44,7 @@ def test_tiles_cover_every_pixel_once(size: tuple[int, int], side: int) -> None:
 @example(size=(17, 65), tile=16, blind=True, batch=2)
 @example(size=(64, 64), tile=32, blind=False, batch=1)
 def test_equal_to_the_untiled_result(size: tuple[int, int], tile: int, blind: bool, batch: int) -> None:
-    """In float64, where only the order of sums could differ."""
+    """In float64 only the order of sums could differ."""
     model = random_network(not blind, dtype=torch.float64)
     x = torch.rand(batch, 3, *size, dtype=torch.float64)
     sigma = level(model)
@@ -65,7 +65,7 @@ def test_float32(size: tuple[int, int], tile: int | None) -> None:
 
 
 def test_a_wrong_halo_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The equality above has teeth: four pixels less around a tile change its result."""
+    """The equality above can fail: a halo that is four pixels smaller changes the result."""
     model = random_network(dtype=torch.float64)
     x = torch.rand(1, 3, 70, 70, dtype=torch.float64)
     with torch.no_grad():
@@ -305,7 +305,7 @@ def peak(root: Path, side: int, form: str, dtype: str, max_memory: int = 0) -> i
     [("onednn", "float32"), ("onednn", "bfloat16"), ("operators", "float64"), ("plain", "float32")],
 )
 def test_peak_memory(form: str, dtype: str, root: Path) -> None:
-    """What a pixel is said to take holds, and ``max_memory`` bounds the process whatever the image's size."""
+    """The stated bytes a pixel hold, and ``max_memory`` bounds the process whatever the image's size."""
     claimed = BYTES_PER_PIXEL[form] * getattr(torch, dtype).itemsize / 4
     assert 0.4 * claimed < peak(root, 512, form, dtype) / 512**2 < 1.1 * claimed
     if form == "onednn":

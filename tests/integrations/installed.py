@@ -1,4 +1,4 @@
-"""Packages that the adapters are for, where they are installed."""
+"""Imports the adapters' packages, or skips the tests."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ MANIFEST = Path(ours.__file__).with_name("napari.yaml")
 
 @pytest.fixture(scope="module")
 def viewer() -> Iterator[Any]:
-    # Qt without a screen has no OpenGL to ask; what is drawn does not matter here.
+    # Qt without a screen has no OpenGL; the drawing does not matter here.
     with pytest.MonkeyPatch.context() as patch:
         from vispy.gloo import gl
 
@@ -48,7 +48,7 @@ def _viewer() -> Iterator[Any]:
 
 @pytest.fixture
 def widget(viewer: Any) -> Iterator[Any]:
-    """As napari's menu opens it."""
+    """The widget as napari's menu opens it."""
     viewer.layers.clear()
     dock, widget = viewer.window.add_plugin_dock_widget("fastden", "Denoise")
     yield widget

@@ -1,4 +1,4 @@
-"""scikit-image's calibration, and what is said where a package is missing."""
+"""scikit-image's calibration, and the message if a package is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page *Use it from ...* says what runs."""
+"""The code of the page *Use it from ...* runs."""
 
 from __future__ import annotations
 

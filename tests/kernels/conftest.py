@@ -23,7 +23,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def exact_products() -> Iterator[None]:
-    """On a GPU float32 is float32, of kernels and of what they are compared with; TF32 errs by about 3e-4."""
+    """On a GPU kernels and references multiply in float32; TF32 errs by about 3e-4."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

@@ -1,4 +1,4 @@
-"""What the tests of kernels on images share: layouts in memory, and errors border by border."""
+"""Helpers for tests of kernels on images: layouts in memory, and errors border by border."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def amid_nan(x: Tensor) -> Tensor:
 def assert_as_exact_as_eager(
     y: Tensor, operator: Callable[..., Tensor], inputs: Sequence[Tensor], **options: Any
 ) -> None:
-    """On each border, and inside, ``y`` errs at most twice as much as eager PyTorch, but for rounding."""
+    """On each border, and inside, ``y`` errs at most twice as much as eager PyTorch, apart from rounding."""
     exact = operator(*(value.double() for value in inputs), **options, backend="torch")
     eager = operator(*inputs, **options, backend="torch")
     assert_as_exact(y, eager, exact, slack(operator, *inputs, **options, backend="torch", exact=exact, dtype=y.dtype))

@@ -53,7 +53,7 @@ def test_biases_are_not_rounded(device: str, name: str) -> None:
     """Kernels add them to float32 sums. Here those are 1, and the bias is half a unit of float16 and a little more.
 
     The little is lost where the bias is rounded; the sum then lies between two numbers, and goes down instead of up.
-    Not bfloat16: Triton's interpreter cuts float32 off to that instead of rounding.
+    bfloat16 is left out: Triton's interpreter truncates float32 to it instead of rounding.
     """
     function, arguments = case(name)
     tensors = {

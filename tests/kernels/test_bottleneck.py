@@ -49,7 +49,7 @@ def exact(given: Inputs) -> Tensor:
 
 
 def check(given: Inputs, config: BottleneckConfig | None) -> None:
-    """At most twice eager's largest error, but for rounding."""
+    """At most twice eager's largest error, apart from rounding."""
     x, reduce, conv, expand, biases = given
     y = bottleneck(x, reduce, conv, expand, biases, config)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -106,7 +106,7 @@ def test_several_tiles_a_program(device: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("config", [FUSED, SPLIT])
 def test_the_reduced_map_is_padded_with_zeros(config: BottleneckConfig, device: str) -> None:
-    """Not with relu(bias), which is what a reduced pixel outside the image would be."""
+    """The padding is not relu(bias), the value of a reduced pixel outside the image."""
     x, reduce, conv, expand, biases = inputs(1, 16, 16, (5, 6), torch.float32, device)
     assert biases[0] is not None
     biases[0].fill_(100.0)

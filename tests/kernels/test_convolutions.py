@@ -43,7 +43,7 @@ def run_eagerly(function: Callable[..., Tensor], tensors: dict[str, Any], **sett
 
 
 def assert_as_exact_as_eager(function: Callable[..., Tensor], tensors: dict[str, Any], **settings: Any) -> None:
-    """The kernel errs, against float64, at most twice as much as eager PyTorch in the same dtype, but for rounding."""
+    """The kernel errs, against float64, at most twice as much as eager PyTorch in its dtype, apart from rounding."""
     exact = function(**{k: v.double() for k, v in tensors.items() if v is not None}, **settings, backend="torch")
     eager = run_eagerly(function, tensors, **settings)
     kernel = function(**tensors, **settings, backend="triton")
@@ -245,7 +245,7 @@ def test_statistics_where_the_mean_dwarfs_the_deviation(device: str) -> None:
     bn = nn.BatchNorm2d(4, momentum=1.0).to(device)
     weight = random(device, 4, 3, 1, 1)
     ops.conv_bn_relu(x, weight, bn=ops.BatchNorm.of(bn), backend="triton")
-    # Against the convolution as it was stored, so that its own rounding does not count.
+    # The reference uses the stored convolution, so that its own rounding does not count.
     stored = ops.conv_bn_relu(x, weight, relu=False, backend="triton").double()
     torch.testing.assert_close(bn.running_mean.double(), stored.mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(bn.running_var.double(), stored.var((0, 2, 3)), rtol=1e-3, atol=0)
@@ -339,7 +339,7 @@ class TestRefusals:
         assert run(x, weight[:, :, :3, :3]).shape == (1, 3, 4, 4)
 
     def test_compiled_for_any_size(self, device: str) -> None:
-        """Asking whether a size will do does not bind the compiled function to it."""
+        """The check of a size does not bind the compiled function to that size."""
         counter = CompileCounterWithBackend("aot_eager")
 
         @torch.compile(fullgraph=True, backend=counter, dynamic=True)

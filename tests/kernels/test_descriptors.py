@@ -1,4 +1,4 @@
-"""Convolution by tensor descriptors on Triton: as exact as the default form on all that descriptors can describe."""
+"""Convolution by tensor descriptors on Triton: as exact as the default form on all tensors that they describe."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ torch.distributed.destroy_process_group()
 
 
 class Network(nn.Module):
-    """A U of fastden's blocks."""
+    """A U-shaped network of fastden's blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Network(nn.Module):
 
 
 def network() -> nn.Module:
-    """The same in each process; BN is frozen: batch statistics would be of each process's own part."""
+    """The same network in each process. BN is frozen: batch statistics would be those of a process's own part."""
     torch.manual_seed(0)
     model = Network().train()
     for module in model.modules():

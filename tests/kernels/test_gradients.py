@@ -29,7 +29,7 @@ def gradients(
 def assert_as_exact_as_eager(
     function: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any
 ) -> None:
-    """Relative L2 error against float64 at most twice eager's, but for rounding."""
+    """Relative L2 error against float64 at most twice eager's, apart from rounding."""
     rounded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     exact = gradients(function, rounded, "torch", torch.float64, **options)
     eager = gradients(function, rounded, "torch", torch.float32 if rounded_on_a_cpu(rounded) else dtype, **options)
@@ -90,7 +90,7 @@ def test_stem(device: str, size: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("composed", [False, True])
 @pytest.mark.parametrize("size", [(8, 8), (10, 14)])
 def test_head(device: str, size: tuple[int, int], composed: bool) -> None:
-    """Of composed weights the taps that are always zero get no gradient: composing drops it anyway."""
+    """The taps of composed weights that are always zero get no gradient: composing would drop it anyway."""
     shapes = (6, 4, 5, 5), (6,), (5, 7, 4, 4), (7,), (3, 13, 3, 3), (3,)
     weights = algebra.compose_head(*(torch.randn(shape) for shape in shapes))
     tensors = {
@@ -109,7 +109,7 @@ def test_head(device: str, size: tuple[int, int], composed: bool) -> None:
         assert relative_l2(found[name], value) < 1e-5, name
 
 
-# One pixel a step and one step a loop: as many runs as there may be, of several loops each.
+# One pixel a step and one step a loop give the largest number of runs, each of several loops.
 NARROW = WeightGradientConfig(block_m=16, block_n=16, block_k=16, loop=2, warps=4, stages=2)
 
 

@@ -135,7 +135,7 @@ def test_clamp(device: str) -> None:
 
 @pytest.mark.parametrize(("clamp", "group"), [(False, 1), (True, 2)])
 def test_nan_is_not_hidden(device: str, clamp: bool, group: int) -> None:
-    """It shows wherever the reference shows it, and otherwise in the same groups alone."""
+    """NaN appears wherever the reference has it, and elsewhere only in the same groups."""
     for argument, place in ((0, (2, 5)), (1, (0, 0)), (1, (7, 15))):
         inputs = arguments(device, (4, 8))
         inputs[argument][0, 1, place[0], place[1]] = float("nan")

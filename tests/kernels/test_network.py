@@ -23,7 +23,7 @@ def test_composed_network(device: str, training: bool) -> None:
         result = other(x, 0.1)
         result.square().mean().backward()
     assert max_error(result.detach(), y.detach()) < 1e-5
-    # With batch statistics the biases in front of BN have no gradient but rounding noise.
+    # With batch statistics the gradient of biases in front of BN is only rounding noise.
     silent = {"conv1.conv.bias", "conv2.conv.bias", "conv3.conv.bias"} if training else set()
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         assert one.grad is not None
@@ -39,7 +39,7 @@ def test_fused_network(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(1, 3, 13, 18, device=device)
     with torch.no_grad():
         expected = fused(x, 0.1)
-        # Asked for, the kernels run even where oneDNN could.
+        # If asked for, the kernels run even where oneDNN could.
         monkeypatch.setattr(fused, "_onednn_network", lambda: pytest.fail("oneDNN was taken"))
         with ops.use_backend("triton"):
             assert max_error(fused(x, 0.1), expected) < 1e-5

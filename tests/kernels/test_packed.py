@@ -1,4 +1,4 @@
-"""Weights that a kernel reads in another order than theirs: the order is found once, the values are always the present.
+"""Weights that a kernel reads in another order than theirs: the order is found once, values are always current.
 
 Those of a fused network that takes the noise level are read where they lie: nothing is reordered.
 """
@@ -50,7 +50,7 @@ def cases(device: str) -> Iterator[tuple[Callable[..., Tensor], dict[str, Tensor
 
 @pytest.fixture
 def no_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Orders that other tests' kernels left are no hits here."""
+    """Orders that other tests' kernels left do not count as hits here."""
     monkeypatch.setattr(PACKED, "_kept", {})
 
 
@@ -73,12 +73,12 @@ def test_operators(device: str, index: int) -> None:
 @pytest.mark.usefixtures("no_orders")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_fused_network_packs_nothing(device: str, dtype: torch.dtype) -> None:
-    """Neither before the first forward nor in any: so a captured graph's replays read what the buffers hold then."""
+    """No weights are packed before or in a forward pass, so a captured graph's replays read the current buffers."""
     fused = fastden.fuse(random_network().to(device), dtype)
     x = torch.rand(1, 3, 8, 8, device=device)
     assert copies_in_operators("triton", lambda: fused(x, 0.1)) == []
     assert len(PACKED) == 0
-    # Another layout than that of fastden.fuse is copied: so what is counted is there to be counted.
+    # Another layout than that of fastden.fuse is copied: so the count above could have shown copies.
     fused.up2_weight = fused.up2_weight.contiguous()
     assert copies_in_operators("triton", lambda: fused(x, 0.1)) != []
 
