@@ -1,4 +1,4 @@
-"""How far apart the results of two right ways to add the same numbers may be, and the judge of kernels' results."""
+"""The largest difference that the order of sums explains, and the judge of kernels' results."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def magnitudes(value: Any) -> Any:
     return value
 
 
-#: Of so many values the largest of eager PyTorch's errors is no chance.
+#: From this number of values on, the maximum of eager PyTorch's errors is statistically stable.
 MANY = 64
 
 
 def slack(
     function: Callable[..., Tensor], *arguments: Any, exact: Tensor, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    """A unit in the last place of the largest result; where few results are not 0, one more of float32 sums.
+    """A unit in the last place of the largest result; if few results are not 0, a unit of float32 sums in addition.
 
     Sums round by units of their terms, many of a small result of large terms. Of few such results eager PyTorch errs by
     chance: by 1.4e-8 on a single 0.094 of a few hundred terms, say, where another order of the terms errs by 4.3e-8.
@@ -44,7 +44,7 @@ def slack(
 
 
 def assert_as_exact(found: Tensor, eager: Tensor, exact: Tensor, unit: Tensor | float, borders: bool = True) -> None:
-    """The one judge of kernels: ``found`` errs at most twice as much as eager PyTorch does, but for rounding.
+    """The one judge of kernels: ``found`` errs at most twice as much as eager PyTorch, apart from rounding.
 
     Args:
         found: a kernel's result, (N, C, H, W).
@@ -63,5 +63,5 @@ def assert_as_exact(found: Tensor, eager: Tensor, exact: Tensor, unit: Tensor | 
     for rows in sides:
         for columns in sides:
             part = (whole, whole, rows, columns)
-            # A NaN of the kernel's fails, too.
+            # A NaN of the kernel fails too.
             assert error[part].max() <= 2 * allowed[part].max() + unit, (rows, columns)

@@ -155,7 +155,7 @@ def test_float32_error_of_the_composed_network(size: tuple[int, int], noise_leve
 
     The plain network's error is that of the memory layout in which it errs more: oneDNN sums in another order in each.
     """
-    # Small images bring few pixels: enough of them that a root mean square means something.
+    # Small images have few pixels: several images make the root mean square stable.
     x = torch.rand(max(2, 512 // (size[0] * size[1])), 3, *size)
     plain = random_network(noise_level_input, seed=sum(size))
     composed = copy.deepcopy(plain)
@@ -190,7 +190,7 @@ def test_gradients_reach_the_factors_alike(noise_level_input: bool, training: bo
     for name, expected in plain.items():
         assert expected is not None, name
         if training and name in {"conv1.conv.bias", "conv2.conv.bias", "conv3.conv.bias"}:
-            # Batch statistics take a bias out again.
+            # Batch statistics remove a bias.
             assert composed_gradients[name].abs().max() < 1e-9 * plain["conv1.conv.weight"].abs().max()
         else:
             assert expected.abs().max() > 0, name

@@ -301,7 +301,7 @@ def test_a_blind_model_blends(blind: fastden.FusedDenoiser) -> None:
 
 
 def test_chroma_has_a_strength_of_its_own(network: fastden.FusedDenoiser) -> None:
-    """Luma from one result, the differences of colour to it from the other."""
+    """Luma comes from one result, the colour differences from the other."""
     image = pixels(dtype=np.float32)
     weights = np.array([0.299, 0.587, 0.114], np.float32)
     both = fastden.denoise(image, SIGMA, model=network, strength=0.5, chroma=2.0)
@@ -316,7 +316,7 @@ def test_chroma_has_a_strength_of_its_own(network: fastden.FusedDenoiser) -> Non
 
 
 def test_best_is_the_mean_of_eight(network: fastden.FusedDenoiser) -> None:
-    """Of sides 2 above a multiple of 4, which are padded by as much on all sides; tiles change nothing."""
+    """The sides are 2 above a multiple of 4, so padding is equal on all sides; tiles change nothing."""
     image = pixels(38, 46, dtype=np.float32)
     best = fastden.denoise(image, SIGMA, model=network, quality="best")
     total = np.zeros_like(image)

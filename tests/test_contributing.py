@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-#: Folders of the tree that the example adds files to: they become folders of links, the others links.
+#: The example adds files to these folders: they become folders of links, the others become links.
 OPENED = {
     "fastden/ops": "fastden/ops",
     "fastden/kernels": "kernels",
@@ -22,7 +22,7 @@ OPENED = {
 
 
 class Block(NamedTuple):
-    """A code block of the page: which file it is, whether it is added to one that exists, and its text."""
+    """A code block of the page: its file, whether it extends an existing file, and its text."""
 
     file: str
     added: bool
@@ -36,7 +36,7 @@ def blocks(root: Path) -> list[Block]:
 
 
 def copy_by_links(root: Path, target: Path) -> None:
-    """The package and its tests, as links; as it is installed, with ``kernels`` inside."""
+    """Make links to the package and its tests; the package has ``kernels`` inside, as when it is installed."""
     for folder in ("fastden", "tests", *OPENED):
         (target / folder).mkdir(parents=True, exist_ok=True)
         for entry in (root / OPENED.get(folder, folder)).iterdir():

@@ -1,4 +1,4 @@
-"""The demonstration, run as ``make demo`` runs it, but into another folder."""
+"""The demonstration, run as by ``make demo``, but into another folder."""
 
 from __future__ import annotations
 

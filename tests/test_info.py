@@ -1,4 +1,4 @@
-"""``fastden info``: complete where all is well, and never a crash where something is missing or broken."""
+"""``fastden info``: complete if all works, and no crash if something is missing or broken."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_gpu_and_compiler_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_runs_without_any_other_package(root: Path) -> None:
-    """In isolated mode without site-packages: the standard library alone."""
+    """It runs in isolated mode without site-packages, on the standard library alone."""
     code = (
         f"import sys, runpy; sys.path.insert(0, {str(root)!r}); runpy.run_module('fastden.info', run_name='__main__')"
     )

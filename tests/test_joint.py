@@ -89,7 +89,7 @@ class TestJointDenoiser:
         assert joint(labelled_batch()[0]).denoised.shape == (4, 3, 20, 24)
 
     def test_gradient_is_that_of_the_chain(self) -> None:
-        """Against the same computation written out, in float64: classifier loss through to every denoiser parameter."""
+        """It equals the computation written out, in float64, from the classifier's loss to all parameters."""
         denoiser, task = random_network(dtype=torch.float64, composed=True), classifier().double()
         noisy, clean, labels = (value.double() if value.is_floating_point() else value for value in labelled_batch())
         joint = JointDenoiser(denoiser, task, normalise).train()
@@ -110,7 +110,7 @@ class TestJointDenoiser:
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=name)
 
     def test_task_stays_as_it_is(self) -> None:
-        """Parameters, statistics and mode, through training steps and calls of train()."""
+        """Training steps and calls of train() leave its parameters, statistics and mode."""
         task = classifier()
         before = copy.deepcopy(task.state_dict())
         joint = JointDenoiser(Denoiser(), task, normalise).train()

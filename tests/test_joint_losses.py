@@ -85,7 +85,7 @@ class TestJointLoss:
 
 
 class TestModules:
-    """What losses hold is trained, saved and moved with them."""
+    """Modules that losses hold are trained, saved and moved with them."""
 
     class Learned(nn.Module):
         def __init__(self) -> None:

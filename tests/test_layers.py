@@ -1,4 +1,4 @@
-"""What import-linter cannot see: kernels/ lies outside fastden/, under another name. The rest is in pyproject.toml."""
+"""import-linter does not see kernels/, which lies outside fastden/. Its contracts are in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KERNELS = "fastden.kernels"
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of fastden that a file imports, wherever in it."""
+    """The modules of fastden that a file imports anywhere."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -49,7 +49,7 @@ def test_operators_alone_import_kernels(root: Path) -> None:
 
 
 def test_a_file_name_occurs_once(root: Path) -> None:
-    """Only an operator has one name everywhere: the function in fastden/ops/, its Triton kernel in kernels/."""
+    """Only operators repeat a file name: the function in fastden/ops/, its Triton kernel in kernels/."""
     counts = Counter(file.name for file in (root / "fastden").rglob("*.py"))
     counts.pop("__init__.py")
     assert {name for name, count in counts.items() if count > 1} == set()

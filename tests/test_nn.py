@@ -54,7 +54,7 @@ def test_equals_its_layers(make: Callable[[], tuple[nn.Module, Plain, list[Tenso
     block.train(training)
     expected = plain(*inputs)
     statistics = {name: value.clone() for name, value in block.named_buffers()}
-    if training:  # what the first call moved is moved again, from where it was
+    if training:  # both calls start from the same running statistics
         for module in block.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()

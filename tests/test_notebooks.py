@@ -26,7 +26,7 @@ def test_no_output_is_committed(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The kernel is a process of its own, and takes these from this one.
+    # The kernel is a process of its own, and inherits these.
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the notebook promises two minutes on one core
     notebook = nbformat.read(path, as_version=4)

@@ -1,4 +1,4 @@
-"""What README and the pages of ``docs/`` say runs as it stands: Python, commands, links."""
+"""Python, commands and links of README and of the pages of ``docs/`` work as they stand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def commands(path: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the files that the pages name, small."""
+    """The current folder, with small files of the names that the pages use."""
     monkeypatch.chdir(tmp_path)
     for file in ("photo.jpg", "scan.tif", "archive/2024/a.png", "archive/b.jpg", "photographs/c.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def test_readme_is_a_front_page(root: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in PAGES if code(path, "python")], ids=name)
 def test_python_runs(path: Path, folder: Path) -> None:
-    """A page's blocks one behind the other, as a reader would run them."""
+    """A page's blocks run one after the other, as a reader runs them."""
     names: dict[str, Any] = {
         "x": torch.rand(1, 3, 24, 20),
         "image": pixels(24, 20),
@@ -142,7 +142,7 @@ def test_training_configuration_of_the_page_is_accepted(root: Path) -> None:
 
 
 def test_tables_of_speed_and_quality_agree(root: Path) -> None:
-    """README's rows stand in the page of results, word for word."""
+    """README's rows stand word for word in the page of results."""
     results = (root / "docs" / "benchmarks.md").read_text().replace("**", "")
     readme = (root / "README.md").read_text().replace("**", "").replace(", takes no sigma", "")
     rows = [row for row in readme.splitlines() if re.match(r"\| .*\d\.\d\d", row)]

@@ -24,7 +24,7 @@ def version(wheel: Path) -> str:
 
 
 def build_wheel(root: Path, folder: Path, **environ: str) -> tuple[Path, str]:
-    """The wheel, and what was printed; from a copy: setuptools leaves files beside sources, and takes stale ones."""
+    """The wheel, and the output; built from a copy: setuptools leaves files beside sources, and takes stale ones."""
     source, target = folder / "fastden", folder / "wheel"
     source.mkdir()
     for path in root.iterdir():
@@ -72,7 +72,7 @@ def test_every_module_is_in_the_wheel(root: Path, names: set[str]) -> None:
 
 
 def test_typing_marker_weights_and_cuda_sources_are_in_the_wheel(root: Path, names: set[str]) -> None:
-    """And nothing else: no library, no emulator."""
+    """Nothing else is in it: no library, no emulator."""
     weights = {path.relative_to(root).as_posix() for path in (root / "fastden" / "weights").glob("*/*")}
     sources = {f"fastden/_csrc/{path.name}" for path in (root / "csrc").iterdir() if path.suffix != ".md"}
     assert "fastden/_csrc/bindings.cpp" in sources
@@ -117,7 +117,7 @@ print(fastden.__file__, fastden.kernels.__file__, fastden.__version__, sep="\\n"
 
 
 def test_cuda_sources_are_found_in_the_installed_package(installed: Path, tmp_path: Path) -> None:
-    """``fastden build`` lacks nothing but what the machine lacks."""
+    """``fastden build`` finds all that the machine has."""
     script = (
         "from fastden.cuda import build, extension; print(build.plan(extension.sources(), toolkit='/x').sources[0])"
     )
@@ -146,7 +146,7 @@ def load(name, sources, extra_cflags, extra_cuda_cflags, extra_include_paths, bu
 
 @pytest.fixture(scope="module")
 def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A wheel with the extension, as far as setuptools is concerned: PyTorch, nvcc and what they do are made up."""
+    """A wheel with the extension, as setuptools sees it: PyTorch and nvcc are stand-ins."""
     folder = tmp_path_factory.mktemp("built")
     package = {"__init__.py": TORCH, "utils/__init__.py": "", "utils/cpp_extension.py": LOAD}
     for name, text in package.items():

@@ -1,4 +1,4 @@
-"""Training on the kernels: what is stored, what is recomputed, and what PyTorch's own tools ask of a block."""
+"""Training on the kernels: stored tensors, recomputed tensors, and PyTorch's own tools around a block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.kernels.test_convolutions import normalisation
 
 
 def block(device: str, channels: int = 12, middle: int = 4) -> Bottleneck:
-    """In training mode, with other BN weights than ones and zeros."""
+    """A block in training mode, with other BN weights than ones and zeros."""
     module = Bottleneck(channels, middle).to(device)
     for name in ("bn1", "bn2", "bn3"):
         setattr(module, name, normalisation(getattr(module, name).num_features, device, True))
@@ -57,7 +57,7 @@ def test_bottleneck_in_batch_statistics(device: str, shape: tuple[int, ...]) -> 
 
 def test_bottleneck_under_autocast(device: str) -> None:
     module = block(device)
-    with torch.no_grad():  # every ReLU on: one that rounding turned on or off would outweigh all other errors
+    with torch.no_grad():  # all ReLUs are open: one that rounding opens or closes would outweigh all other errors
         for bn in (module.bn1, module.bn2, module.bn3):
             bn.bias.add_(10)
     other, exact = copy.deepcopy(module), copy.deepcopy(module).double()
@@ -161,7 +161,7 @@ def pair(device: str) -> nn.Sequential:
 
 @pytest.mark.parametrize("way", ["nested", "inner", "on the cpu"])
 def test_hooks_on_saved_tensors(device: str, way: str) -> None:
-    """Nested checkpoints and ``save_on_cpu`` decide what is stored; the block then saves its input as it is."""
+    """Nested checkpoints and ``save_on_cpu`` decide what is stored; the block then saves its input unchanged."""
     both = pair(device)
     other = copy.deepcopy(both)
     x = torch.randn(2, 3, 5, 6, device=device)
@@ -190,7 +190,7 @@ class _Checkpointed(nn.Module):
 
 
 def test_a_stored_result_carries_nothing_along(device: str) -> None:
-    """A small file for a small tensor: not the convolution's output, from which it can be made again."""
+    """A small tensor makes a small file, without the convolution's output from which it can be made again."""
     with ops.use_backend("triton"):
         y = pair(device)[0](torch.randn(2, 3, 5, 6, device=device))
     assert _recompute.has_recipe(y)
@@ -217,7 +217,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("backward", [None, "aten", "weight=aten"])
 def test_what_a_training_step_runs(device: str, monkeypatch: pytest.MonkeyPatch, backward: str | None) -> None:
-    """On kernels alone: no convolution of PyTorch's own, forward or backward, unless that is asked for."""
+    """A step runs on kernels alone, without PyTorch's own convolutions, unless they are asked for."""
     if backward is not None:
         monkeypatch.setenv("FASTDEN_BACKWARD", backward)
     model = random_network(composed=True).to(device).train()
@@ -227,7 +227,7 @@ def test_what_a_training_step_runs(device: str, monkeypatch: pytest.MonkeyPatch,
         with Calls() as calls:
             loss.backward()
     own = {name.removeprefix("fastden::"): count for name, count in calls.count.items() if "fastden::" in name}
-    # Nine in three blocks, conv2, conv3, up2, the head's two, and the stem. Composing weights convolves them, too.
+    # Nine in three blocks, conv2, conv3, up2, the head's two, and the stem. Composing the weights adds convolutions.
     of_features = calls.count["aten::convolution_backward"]
     composition = 3
     if backward is None:
@@ -357,7 +357,7 @@ def test_vectors_need_not_be_contiguous(device: str) -> None:
 
 
 def test_training_mode_without_gradients(device: str) -> None:
-    """To find BN statistics anew, for instance; nothing is kept for a backward pass then."""
+    """Such a pass finds BN statistics anew, for instance; it keeps nothing for a backward pass."""
     module = nn.Sequential(ConvBNReLU(3, 12, bias=False), block(device)).to(device)
     x = torch.randn(2, 3, 5, 6, device=device)
     with torch.no_grad():

@@ -51,7 +51,7 @@ def asked(call: Callable[[], Any]) -> dict[_tuned.Request, Any]:
 
 
 def prefers(wanted: dict[str, int]) -> Callable[[Callable[[], Any]], float]:
-    """A timer for which each of ``wanted`` settings costs the more, the further it is from what is wanted."""
+    """A timer for which a setting costs more, the further it is from its value in ``wanted``."""
 
     def timer(call: Callable[[], Any]) -> float:
         config = next(iter(trial_of().configs.values()))
@@ -84,7 +84,7 @@ def test_steps_find_what_is_faster(device: str, tune: Any) -> None:
     config, times = tune.search(request, default, call, timer, time.monotonic() + 600)
     assert (config.block_m, config.stages) == (32, 1)
     assert times["ms"] == 1 < times["default_ms"]
-    # No time: the default.
+    # Without time the search returns the default.
     assert tune.search(request, default, call, timer, time.monotonic() - 1)[0] == default
 
 
@@ -121,7 +121,7 @@ def test_launches_read_the_nearest_size(device: str, file: Path, monkeypatch: py
         assert taken == [config]
         if pixels == 12:
             torch.testing.assert_close(found, expected)
-    # Another launch has its default.
+    # Another launch uses its default.
     taken.clear()
     conv_bn_relu(x, weight, padding=1, stride=2)
     assert taken == [config_for(16, 16, 60, 4)]

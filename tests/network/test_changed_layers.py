@@ -1,4 +1,4 @@
-"""Layers that other code watched, wrapped, replaced or changed: blocks call them, fuse() folds or refuses them."""
+"""Layers that other code watched, wrapped, replaced or changed: blocks call them, and fuse() folds or refuses them."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_watching_hooks_do_not_keep_fuse_from_folding() -> None:
 @pytest.mark.parametrize("composed", [False, True])
 @pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm", "prune", "parametrized spectral_norm"])
 def test_reparametrised_weights(norm: str, composed: bool) -> None:
-    """Their weights get gradients, and a state that is loaded shows at once, in the fused form too."""
+    """Their weights get gradients, and a loaded state takes effect at once, in the fused form too."""
 
     def made(seed: int) -> Denoiser:
         model = random_network(composed=composed, seed=seed).train()
@@ -226,7 +226,7 @@ def test_reparametrised_weights(norm: str, composed: bool) -> None:
     assert not missing
     model.load_state_dict(other.state_dict())
     model.eval()
-    # Before anything calls the layers again.
+    # This is before anything calls the layers again.
     fused = fuse(model)
     with torch.no_grad():
         expected = by_layers(other.eval(), X)

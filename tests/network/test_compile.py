@@ -67,7 +67,7 @@ def test_compile_with_the_default_backend() -> None:
 def test_export_for_any_size(composed: bool, example_size: tuple[int, int]) -> None:
     """One exported graph serves every batch of 2 and more and every height and width from 7."""
     model = random_network(composed=composed)
-    # Smaller sizes mirror by another path, and a batch of 1 is a constant to torch.export.
+    # Smaller sizes mirror by another path, and torch.export takes a batch of 1 for a constant.
     shapes = {"x": {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, "sigma": None}
     program = torch.export.export(model, (torch.rand(2, 3, *example_size), torch.tensor(0.1)), dynamic_shapes=shapes)
     exported = program.module()

@@ -1,4 +1,4 @@
-"""The inference form: as exact as the plain network, on every path that it may take."""
+"""The inference form: as exact as the plain network, on all its paths."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def path(name: str):
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seams within small images."""
+    """Small tiles, so that small images have seams."""
     monkeypatch.setattr(onednn, "TILE_ROWS", 7)
     monkeypatch.setattr(onednn, "TILE_COLUMNS", 10)
     monkeypatch.setattr(onednn, "FRONT_ROWS", 5)
@@ -90,7 +90,7 @@ def test_float64_is_the_same_function(size: tuple[int, int], noise_level_input: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (14, 9), (30, 43)], ids=str)
 def test_half_precision_error(size: tuple[int, int], dtype: torch.dtype, way: str) -> None:
-    """At most twice what the plain network errs in the same dtype."""
+    """The error is at most twice the plain network's in the same dtype."""
     model = random_network()
     x = torch.rand(max(2, 64 // (size[0] * size[1])), 3, *size)
     with torch.no_grad(), path(way):
@@ -251,7 +251,7 @@ def test_inference_mode() -> None:
 
 
 def test_gradient_of_the_input() -> None:
-    """A fused network may stand in a loss: asked for a gradient, it gives the plain network's."""
+    """A fused network may be part of a loss: its gradient is the plain network's."""
     model = random_network(dtype=torch.float64)
     x = image_without_kinks(model, 1, 3, 9, 14).double()
     gradients = []
@@ -347,10 +347,10 @@ def test_native_bf16_implies_that_onednn_can() -> None:
 
 
 def test_derivatives_of_every_order() -> None:
-    """As score matching and the trace of the Jacobian take them, whatever backend the environment asks for."""
+    """Score matching and the trace of the Jacobian need them; the environment's backend does not matter."""
     fused = fuse(random_network(), torch.float64, differentiable=True)
     x = torch.rand(1, 3, 3, 2, dtype=torch.float64, requires_grad=True)
-    with use_backend("triton"):  # which has no float64, and first derivatives alone
+    with use_backend("triton"):  # this backend has no float64, and first derivatives alone
         assert torch.autograd.gradcheck(fused, (x, 0.1), fast_mode=True)
         assert torch.autograd.gradgradcheck(fused, (x, 0.1), fast_mode=True)
     single, plain = fuse(random_network(), differentiable=True), fuse(random_network())

@@ -20,7 +20,7 @@ from tests.helpers import level, random_network
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Any attempt to download or connect fails the test."""
+    """An attempt to download or connect fails the test."""
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         pytest.fail(f"reached for the network: {args} {kwargs}")
@@ -127,7 +127,7 @@ def test_incomplete_folder(tmp_path: Path, file: str) -> None:
 
 @pytest.mark.parametrize("change", ["missing", "renamed"])
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: str) -> None:
-    """Never random weights in place of missing ones."""
+    """Missing weights are never replaced by random ones."""
     random_network().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)

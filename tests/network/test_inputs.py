@@ -106,7 +106,7 @@ def test_a_picture_on_another_scale_is_told_once(white: int, models: tuple[Denoi
 def test_values_that_are_no_other_scale(models: tuple[Denoiser, Denoiser], monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fuse(models[0])(8 * X - 4, 0.1)  # an iterate of plug-and-play
+        fuse(models[0])(8 * X - 4, 0.1)  # as an iterate of plug-and-play
         models[0](torch.full((1, 3, 4, 4), float("nan")), 0.1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fastden.ScaleWarning)

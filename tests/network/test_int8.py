@@ -1,4 +1,4 @@
-"""The form in 8-bit integers: how near it is, exact tiles, and what it refuses."""
+"""The form in 8-bit integers: its error, exact tiles, and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def calibrated(noise_level_input: bool = True, image_channels: int = 3) -> Denoi
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_convolution_is_exact_but_for_rounding(relu: bool) -> None:
-    """Against the same codes in float64: a result is off by half a code and the rounding of the weights at most."""
+    """Compared with the same codes in float64, a result errs by at most half a code and the weights' rounding."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(8, 16, 3, 3, generator=generator), torch.randn(8, generator=generator)
     codes = torch.randint(0, 256, (1, 16, 9, 11), generator=generator, dtype=torch.uint8)
@@ -65,7 +65,7 @@ def test_near_to_float(noise_level_input: bool, image_channels: int, picture: Te
     x = picture[:, :image_channels] + 0.1 * torch.randn(picture[:, :image_channels].shape)
     with torch.no_grad():
         wanted, found = model(x, sigma) - x, fastden.fuse(model, quality="fast")(x, sigma) - x
-    # Random weights are the worst case: of the bundled ones the correction errs by 1 %.
+    # Random weights are the worst case: the bundled models' corrections err by 1 %.
     assert (found - wanted).norm() < 0.08 * wanted.norm()
 
 

@@ -1,4 +1,4 @@
-"""Curves of noise level: their fit, their maps, and that a tile's map is the picture's."""
+"""Curves of noise level: their fit, their maps, and equal maps of a tile and of the picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_fit_finds_a_curve_and_extends_it() -> None:
     inside = knots <= 0.6
     expected = torch.log(0.02 + 0.03 * knots)
     assert float((curve - expected)[inside].abs().max()) < 0.1
-    # Nothing lies above: the curve goes on, neither to nothing nor to the sky.
+    # No cell lies above: the curve continues, and neither falls to 0 nor grows without bound.
     assert float((curve - expected)[~inside].abs().max()) < 0.4
 
 
@@ -99,7 +99,7 @@ def test_estimator_is_blind_to_brightness_alone_and_small() -> None:
         cells = estimator(x)
         longer = estimator(F.pad(x, (0, 5, 0, 3)))
     assert cells.log_level.shape == (1, 5, 6)
-    # What is beyond the last whole cell is not looked at.
+    # Pixels beyond the last whole cell do not count.
     for one, other in zip(cells, longer, strict=True):
         torch.testing.assert_close(one, other)
     per_pixel = sum(
@@ -113,7 +113,7 @@ def test_estimator_is_blind_to_brightness_alone_and_small() -> None:
 
 
 def test_rounding_makes_no_negative_level() -> None:
-    """A curve that falls to zero: the sum of its ramps may end a hair below."""
+    """The sum of the ramps of a curve that falls to zero may end slightly below zero."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         curves = torch.rand(1, KNOTS, generator=generator) * 0.3

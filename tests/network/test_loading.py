@@ -1,4 +1,4 @@
-"""From names, devices and dtypes to a network that is ready to run."""
+"""Names, devices and dtypes become a network that is ready to run."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ NAMES = ["conv0", "conv1", "res1", "conv2", "res2", "up2", "conv3", "res3", "up3
 
 
 def macs(model: Denoiser, side: int) -> int:
-    """Multiply-accumulates of a network whose features behind conv0 are ``side`` square."""
+    """Multiply-accumulates of a network whose features after conv0 are ``side`` x ``side``."""
     x = torch.rand(1, model.conv0.in_channels, side + 4, side + 4)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.forward_padded(x)
@@ -62,7 +62,7 @@ def test_layers_without_bias_or_normalisation() -> None:
 
 @pytest.mark.parametrize("composed", [False, True])
 def test_locality(composed: bool) -> None:
-    """An output pixel depends on inputs up to 22 px away, in every phase of the two strides; nothing further."""
+    """An output pixel depends on inputs up to 22 px away and on none farther, in every phase of the two strides."""
     model = random_network(composed=composed, dtype=torch.float64)
     reach = 0
     for phase in range(4):
@@ -298,7 +298,7 @@ def test_adapt(noise_level_input: bool) -> None:
     assert model.adapt(noise_level_input) is model
     assert torch.equal(other.out.weight, model.out.weight)
     if not noise_level_input:
-        # The added channel has zero weights: the function stays, whatever the level.
+        # The added channel has zero weights: the function stays the same at every level.
         assert max_error(other(x, 0.3), model(x)) < 1e-5
     else:
         assert torch.equal(other.conv0.weight, model.conv0.weight[:, :3])
@@ -393,7 +393,7 @@ def test_printed_form_names_the_arguments() -> None:
 
 
 def test_untrained_network_has_the_default_initialisation() -> None:
-    """PyTorch's: BN takes out the weights' scale, and larger ones learn more slowly at the same rate."""
+    """It has PyTorch's: BN removes the weights' scale, and larger weights learn more slowly at the same rate."""
     torch.manual_seed(0)
     weight = Denoiser().conv3.conv.weight
     assert weight.abs().max() <= (1 / (160 * 9)) ** 0.5 + 1e-7

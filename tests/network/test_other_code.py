@@ -95,7 +95,7 @@ def test_operations_are_counted(models: tuple[Denoiser, Denoiser]) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["plain", "fused"])
 def test_export_with_named_dimensions(form: str) -> None:
-    """A range of sizes is promised, whole: no size in it may be a case of its own."""
+    """All sizes of the range work: none is specialised."""
     model = random_network(noise_level_input=False)
     network = model if form == "plain" else fuse(model)
     shapes = {"x": {2: Dim("h", min=4, max=512), 3: Dim("w", min=4, max=512)}}

@@ -79,7 +79,7 @@ def test_packed_weights_follow_a_loaded_state(models: tuple[Denoiser, Denoiser],
 
 
 def test_networks_follow_vectors_and_averages_of_parameters(models: tuple[Denoiser, Denoiser]) -> None:
-    """As optimisers without gradients and averages of weights write them: the exact network says what is right."""
+    """Optimisers without gradients and averages of weights write so; the exact network is the reference."""
     for composed in (False, True):
         model = random_network(seed=1, composed=composed)
         averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True).eval()
@@ -171,7 +171,7 @@ def test_packed_weights_are_bounded(monkeypatch: pytest.MonkeyPatch, models: tup
 def test_threads_that_drop_each_others_weights(
     monkeypatch: pytest.MonkeyPatch, models: tuple[Denoiser, Denoiser]
 ) -> None:
-    """Every call packs and evicts, and threads change at every few instructions."""
+    """Every call packs and evicts, and threads switch after a few instructions."""
     monkeypatch.setattr(packed, "PACKED_SHAPES", 1)
     monkeypatch.setattr(packed, "PACKED_COPIES", 1)
     fused = fuse(models[0])
@@ -204,7 +204,7 @@ def test_threads_that_drop_each_others_weights(
 
 
 def test_what_another_thread_drops_between_two_looks_is_packed_again() -> None:
-    """The interleaving itself: between a thread's question for its weights and its answer all are dropped."""
+    """The interleaving itself: all weights are dropped while a thread looks for its own."""
     packed = PackedWeights()
 
     class Dropping(dict[tuple[int, ...], Tensor]):

@@ -27,7 +27,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend refuses."""
+    """All backends accept everything."""
     monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
 
 
@@ -106,7 +106,7 @@ class TestMistakes:
 
 class TestAutomatic:
     def test_a_proven_kernel_is_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where its results are committed, on that GPU, and it can run: nowhere else."""
+        """It is chosen only where its results are committed, on that GPU, and it can run."""
 
         class OnGpu:
             device = torch.device("cuda")

@@ -1,4 +1,4 @@
-"""What operators refuse: an error that names the argument, what it was, and what is accepted; and empty batches."""
+"""Operators refuse arguments with an error that names argument, value and what is accepted; and empty batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def case(name: str) -> Case:
 
 
 OPERATORS = ("conv_bn_relu", "concat_conv_bn_relu", "upsample", "bottleneck", "stem", "head")
-#: Operator, argument, what is done to it, and the error.
+#: Operator, argument, its change, and the error.
 WRONG = [
     ("conv_bn_relu", "x", lambda t: t[0], r"x: shape \(3, 6, 5\); accepted: \(N, C, H, W\)"),
     ("conv_bn_relu", "weight", lambda t: t[:, :2], r"weight: shape \(4, 2, 3, 3\); accepted: \(O, 3, k, k\)"),
@@ -133,7 +133,7 @@ def test_synchronised_normalisation_in_evaluation() -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_biases_may_be_float32(name: str) -> None:
-    """Beside half precision; PyTorch's own operations then round them."""
+    """They may, beside half precision; PyTorch's own operations then round them."""
     function, arguments = case(name)
     halves = {key: value if key == "padding" else value.bfloat16() for key, value in arguments.items()}
     wide = {key: value.float() if key == "bias" else value for key, value in halves.items()}

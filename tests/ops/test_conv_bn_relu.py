@@ -1,4 +1,4 @@
-"""conv_bn_relu: the formula, its gradients, batch statistics, and what it leaves alone."""
+"""conv_bn_relu: the formula, its gradients, batch statistics, and inputs that it must not change."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_formula(
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_batch_statistics(residual: bool) -> None:
-    """In training: normalised by the batch, running statistics moved as the module would move them."""
+    """In training it normalises by the batch, and updates running statistics as the module does."""
     module = random_bn(4, training=True)
     before = copy.deepcopy(module)
     twin = copy.deepcopy(module)
@@ -136,7 +136,7 @@ def test_gradient_from_any_layout(layout: str) -> None:
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_inputs_are_left_alone(normalise: bool) -> None:
-    """The ReLU is in place, on memory of its own."""
+    """The ReLU works in place, on memory of its own."""
     x, weight, bias, residual = random(1, 3, 4, 4), random(3, 3, 1, 1), random(3), random(1, 3, 4, 4)
     bn = ops.BatchNorm.of(random_bn(3)) if normalise else None
     inputs = [x, weight, bias, residual, *([] if bn is None else bn[:4])]

@@ -85,7 +85,7 @@ def test_gradient_from_any_layout(layout: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [(40, 8), (40, 40), (8, 40), (8, 8)], ids=str)
 def test_bfloat16_reads_only_what_was_written(size: tuple[int, int], memory_format: torch.memory_format) -> None:
-    """The left border in particular: oneDNN 3.12 picks up freed memory where an output is one column wide."""
+    """This concerns the left border: oneDNN 3.12 reads freed memory where an output is one column wide."""
     x = torch.rand(2, 4, *size).to(memory_format=memory_format)
     weight, bias = torch.randn(4, 128, 4, 7, 7), torch.randn(4, 128)
     exact = ops.stem(x, weight, bias)

@@ -1,4 +1,4 @@
-"""Importing fastden loads no compiler, and what is told to it is what its own decorators would tell."""
+"""Importing fastden loads no compiler; the compiler learns the same as from its own decorators."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from PIL import Image
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "batch"
 LIMIT = 10.0
-#: So that a header which claims a large image costs no time.
+#: With this limit a header that claims a large image costs no time.
 MAX_PIXELS = 4_000_000
 INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
@@ -104,7 +104,7 @@ def numbered(number: int, seed: int, files: dict[str, bytes]) -> tuple[str, byte
 
 
 def examine(path: Path, output: Path) -> str:
-    """Read a file in both ways and write what was read; returns what became of it, or raises on a defect."""
+    """Read a file in both ways and write the image; returns the outcome, or raises on a defect."""
     from fastden.errors import UserError
     from fastden.images.codec import read_image, write_image
     from fastden.images.strips import StripReader
@@ -139,7 +139,7 @@ def check_named(error: Exception, path: Path) -> None:
 
 
 def serve(connection: Connection, seed: int) -> None:
-    """In a worker: examine the files whose numbers come in."""
+    """Examine, in a worker, the files whose numbers come in."""
     files = corpus()
     with tempfile.TemporaryDirectory() as name:
         folder, output = Path(name), Path(name) / "out"

@@ -56,7 +56,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def lines_on_record(folder: Path) -> int:
-    """Outputs that were made, those made again counted again."""
+    """Outputs that were made; an output that was made twice counts twice."""
     path = folder / ".fastden-manifest.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []
     return sum(b'"status": "done"' in line for line in lines)
@@ -87,7 +87,7 @@ def main() -> None:
         kills, incomplete, leftovers = 0, 0, 0
         while kills < arguments.kills:
             process = start(source, killed)
-            # By the images that are done: most of the time goes by before the first, while PyTorch is loaded.
+            # The moment is counted in finished images: loading PyTorch takes most of the time before the first.
             enough = lines_on_record(killed) + random.randrange(arguments.between + 1)
             while process.poll() is None and lines_on_record(killed) < enough:
                 time.sleep(0.002)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastden.training.tasks import Task
 
-#: Every network made here, for tests that look at it afterwards.
+#: All networks that were made here; tests look at them afterwards.
 made: list[nn.Module] = []
 
 
@@ -38,7 +38,7 @@ def rounding() -> Task:
 
 
 def nothing() -> None:
-    """No task."""
+    """Returns no task."""
 
 
 def centre(images: Tensor) -> Tensor:

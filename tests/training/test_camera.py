@@ -19,7 +19,7 @@ def constant(value: float, side: int = 96) -> torch.Tensor:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_curves_undo_each_other(share: float) -> None:
     x = torch.linspace(0, 1, 999)
-    # At the ends smoothstep is flat: a small step of its value is a large one of its argument.
+    # Smoothstep is flat at its ends: a small change of its value is a large one of its argument.
     torch.testing.assert_close(camera.tone(camera.inverse_tone(x, share), share), x, atol=2e-4, rtol=0)
     torch.testing.assert_close(camera.linear_to_srgb(camera.srgb_to_linear(x)), x, atol=1e-5, rtol=0)
 
@@ -87,7 +87,7 @@ def test_malvar_is_exact_on_ramps() -> None:
 
 
 def test_neighbours_share_noise_behind_demosaicing() -> None:
-    """White noise has no correlation between neighbours; that of a camera has."""
+    """White noise has no correlation between neighbours; a camera's noise has."""
     correlations = {}
     masks = demosaic.color_masks(demosaic.BAYER, 128, 128, (0, 0))
     noise = torch.randn(1, 1, 128, 128, generator=torch.Generator().manual_seed(0))
@@ -121,5 +121,5 @@ def test_noise_grows_with_brightness_in_the_sensor() -> None:
         target, noisy = model(constant(value), np.random.default_rng(3))
         slope = 1.055 / 2.4 * (camera.srgb_to_linear(torch.tensor(value)).item()) ** (1 / 2.4 - 1)
         deviations.append(float((noisy - target)[:, 8:-8, 8:-8].std()) / slope)
-    # In linear light; sRGB's curve hides it, being steeper in the shadows.
+    # Compared in linear light: sRGB's curve is steeper in the shadows and hides it.
     assert deviations[1] > 1.5 * deviations[0]

@@ -1,4 +1,4 @@
-"""What a training is made of: configuration, photographs, crops and noise."""
+"""Parts of a training: configuration, photographs, crops and noise."""
 
 from __future__ import annotations
 

@@ -63,14 +63,14 @@ class TestModule:
         assert max_error(module(x, sigma), model(x, sigma if noise_level_input else None)) < 1e-5
 
     def test_backend(self) -> None:
-        """The kernels of the configuration make the forward pass, and the gradients behind it."""
+        """The kernels of the configuration run the forward pass and the gradients."""
         pytest.importorskip("fastden.kernels.stem")
         model = random_network(composed=True).train()
         x, sigma = torch.rand(1, 3, 10, 14), torch.tensor([0.1])
         for backend, own in (("auto", False), ("torch", False), ("triton", interpreted())):
             module = DenoiserTraining(model, configuration(backend=backend))
             if backend == "triton" and not own:
-                continue  # a GPU is there, but not the tensors
+                continue  # there is a GPU, but the tensors are on the CPU
             with profile(activities=[ProfilerActivity.CPU]) as found:
                 module(x, sigma).square().mean().backward()
             names = {event.name for event in found.events()}
@@ -155,7 +155,7 @@ class TestRun:
     def test_resumed_run_equals_the_uninterrupted_one(
         self, finished: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
     ) -> None:
-        """Stopped behind the first epoch or amid the second: weights, averages, schedule, crops and noise go on."""
+        """After a stop behind the first epoch or in the second, weights, averages, schedule and noise continue."""
         step = DenoiserTraining.training_step
 
         def failing(self: DenoiserTraining, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:

@@ -70,7 +70,7 @@ class TestRun:
         assert config.objective == f"joint-{kind}"
 
     def test_network_stays_as_it_is(self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Bit by bit: parameters, statistics, and the averaged copy of them."""
+        """Parameters, statistics and their averaged copy keep every bit."""
         seen: list[JointTraining] = []
         before: list[dict[str, torch.Tensor]] = []
         start = JointTraining.__init__

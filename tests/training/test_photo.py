@@ -41,7 +41,7 @@ def configuration(photographs: Path, output: Path, **changes: Any) -> PhotoConfi
 
 def test_a_run_trains_both_and_resumes_exactly(photographs: Path, tmp_path: Path) -> None:
     whole = train(configuration(photographs, tmp_path / "whole", decay=0), accelerator="cpu")
-    # The rate falls by the number of steps: the shorter run has the same first steps without a decay only.
+    # The rate falls by the number of steps: a shorter run has the same first steps only without a decay.
     train(configuration(photographs, tmp_path / "half", steps=2, decay=0), accelerator="cpu")
     state, estimator = load_file(whole / "model.safetensors"), load_file(whole / "noise.safetensors")
     Denoiser().load_state_dict(state)
@@ -61,7 +61,7 @@ def test_both_networks_are_optimised(photographs: Path, tmp_path: Path) -> None:
 
 
 def test_the_estimator_can_be_trained_alone(photographs: Path, tmp_path: Path) -> None:
-    """From given weights: they change, and the network does not."""
+    """Training starts from given weights: they change, and the network does not."""
     start = train(configuration(photographs, tmp_path / "both", steps=2), accelerator="cpu")
     changes = {"init": str(start), "estimator": start / "noise.safetensors", "denoiser": False, "ema": 0.0}
     alone = train(configuration(photographs, tmp_path / "alone", steps=2, **changes), accelerator="cpu")

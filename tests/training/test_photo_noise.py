@@ -1,4 +1,4 @@
-"""Recipes: sizes, shares, seeds, and what they leave of a clean picture."""
+"""Recipes: sizes, shares, seeds, and their effect on a clean picture."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_clean_pictures_keep_what_jpeg_leaves() -> None:
     for seed in range(10):
         random = np.random.default_rng(seed)
         recipe = only("clean", jpeg=1.0, quality=(95, 98), twice=1.0, resize=0.0).plan(random, 64, 200)
-        # Gray: of saturated colours a halved chroma loses more.
+        # The picture is gray: a halved chroma changes saturated colours more.
         target, noisy = recipe.make(picture(recipe.side).mean(0, keepdim=True).expand(3, -1, -1), random)
         # Two compressions on different grids, put back in place: small errors, no shift.
         assert float((noisy - target).abs().mean()) * 255 < 3

@@ -1,4 +1,4 @@
-"""The page that denoises in the visitor's browser, in a real one: results are the command's, nothing is sent."""
+"""The page that denoises in the visitor's browser, in Chromium: results are the command's, nothing is sent."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_lock_file_names_no_host() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built pages: the one that counts, with what the hook adds."""
+    """The built page *Denoise here*, with the files that the hook adds."""
     chromium()
     pytest.importorskip("material", reason="mkdocs-material is not installed")
     missing = docs_site()._fetch_runtime()
@@ -100,7 +100,7 @@ def serving(folder: Path, headers: dict[str, str]) -> ThreadingHTTPServer:
 
 @pytest.fixture(scope="module")
 def url(site: Path) -> Iterator[str]:
-    """A file server as it comes: no header beyond the usual."""
+    """A plain file server: no header beyond the usual ones."""
     server = serving(site, {})
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -141,7 +141,7 @@ def test_a_photograph(page: Any, url: str, site: Path, tmp_path: Path) -> None:
     print(f"noisy {figures[0]:.3f} dB, command {figures[1]:.3f} dB, page {figures[2]:.3f} dB; {status(page)}")
     assert figures[1] > figures[0] + 5
     assert abs(figures[2] - figures[1]) < 0.05
-    # Weights in 16 bits, tiles or not: no seam, no shift.
+    # With weights in 16 bits, with tiles or without, there is no seam and no shift.
     assert np.abs(result.astype(int) - wanted).max() <= 2
     assert in_words(fastden.estimate_noise(noisy)) in status(page)
     assert "(WebAssembly, 1 thread)" in status(page)

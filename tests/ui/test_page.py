@@ -96,7 +96,7 @@ def test_drop_wait_slider_download(page: Any, url: str, tmp_path: Path) -> None:
     works("denoise", tmp_path / "photo.jpg", "-o", tmp_path / "wanted.jpg")
     assert Path(download.path()).read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
 
-    # A level set by hand, another strength: again the command's bytes.
+    # A level set by hand and another strength give the command's bytes too.
     page.get_by_label("Find the noise level by itself").uncheck()
     page.get_by_label("number input for Noise level (sigma)").fill("30")
     page.get_by_label("number input for Strength").fill("0.5")
@@ -107,7 +107,7 @@ def test_drop_wait_slider_download(page: Any, url: str, tmp_path: Path) -> None:
     options = ("--sigma", "30", "--strength", "0.5", "--overwrite")
     works("denoise", tmp_path / "photo.jpg", "-o", tmp_path / "wanted.jpg", *options)
     assert Path(saved(page).path()).read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
-    # Nothing was asked of any other server.
+    # The page requested nothing from any other server.
     assert [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))] == []
 
 
@@ -171,14 +171,14 @@ def test_no_path_of_the_server_is_reachable(url: str, files: Path) -> None:
     for path in ("/etc/passwd", str(secret), str(ROOT / "README.md"), f"{files}/../secret.txt", "README.md"):
         for prefix in ("/gradio_api/file=", "/file=", "/file/", "/"):
             assert answer(f"{url}{prefix}{path}") in (403, 404), (prefix, path)
-    # Neither is another server through this one, nor this one under another name.
+    # It reaches no other server through this one, nor this one under another name.
     for path in (f"/gradio_api/file={url}/config", f"/file={url}", f"/gradio_api/proxy={url}"):
         assert answer(url + path) == 403
     assert answer(url, Host="example.com") == 403
 
 
 def call(url: str, file: dict[str, Any]) -> int:
-    """Ask for what a drop asks for, with a file of one's own choice."""
+    """Send the request of a drop, with a file of the caller's choice."""
     with urllib.request.urlopen(f"{url}/config", timeout=60) as response:
         config = json.load(response)
     drop_event = next(item for item in config["dependencies"] if item["targets"][0][1] == "upload")

@@ -1,4 +1,4 @@
-"""What the page works on: results are the command's, nothing is left behind, messages name no path of the machine."""
+"""A visitor's session: results are the command's, no file is left, messages name no path of the machine."""
 
 from __future__ import annotations
 

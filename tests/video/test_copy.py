@@ -160,7 +160,7 @@ def test_times_sound_and_tags_stay(suffix: str, tmp_path: Path, network: FusedDe
 def test_nothing_denoised_is_nothing_changed(
     codec: str, pixel_format: str, suffix: str, tmp_path: Path, network: FusedDenoiser
 ) -> None:
-    """Through RGB and back with strength 0: the luma is the same, whiter than white and at all depths."""
+    """Through RGB and back with strength 0 the luma stays, above white too and at all depths."""
     source, target = make_clip(tmp_path / f"a{suffix}", codec, pixel_format, frames=3), tmp_path / f"b{suffix}"
     result = run(source, target, network, wishes=Wishes(0.0), crf=0 if codec == "libx264" else None)
     assert result.notes == []
@@ -210,7 +210,7 @@ def test_sigma_is_estimated_once(tmp_path: Path, network: FusedDenoiser, monkeyp
 
 
 def test_other_codecs(tmp_path: Path, network: FusedDenoiser) -> None:
-    """One that cannot be written is replaced, and said; the container must take it."""
+    """A codec that cannot be written is replaced, with a note; the container must take it."""
     source = make_clip(tmp_path / "a.webm", "libvpx-vp9", frames=3)
     assert run(source, tmp_path / "b.webm", network).notes == []
     with av.open(str(tmp_path / "b.webm")) as reader:

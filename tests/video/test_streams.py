@@ -1,4 +1,4 @@
-"""What a video file holds beside its frames: subtitles, chapters, attachments, rotation, and the times of frames."""
+"""Parts of a video file beside its frames: subtitles, chapters, attachments, rotation, and the times of frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHAPTERS = [
     {"id": 2, "start": 200, "end": 470, "time_base": Fraction(1, 1000), "metadata": {"title": "Two, é"}},
 ]
 SUBTITLES = "1\n00:00:00,040 --> 00:00:00,200\nHello\n\n2\n00:00:00,300 --> 00:00:00,420\nWorld, é\n\n"
-#: What FFmpeg's encoder of MP4's subtitles asks for.
+#: FFmpeg's encoder of MP4's subtitles needs this header.
 STYLE = "[Script Info]\r\nScriptType: v4.00+\r\n\r\n[V4+ Styles]\r\nFormat: Name\r\nStyle: Default\r\n\r\n[Events]\r\n"
 
 
@@ -74,7 +74,7 @@ def kinds(path: Path) -> list[tuple[str, str | None]]:
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
 def test_subtitles_chapters_and_attachments_stay(suffix: str, tmp_path: Path, network: Any) -> None:
-    """MP4 keeps chapters as a stream of titles, which is no stream to copy."""
+    """MP4 keeps chapters as a stream of titles, which must not be copied."""
     source, target = with_all(tmp_path / f"a{suffix}"), tmp_path / f"b{suffix}"
     assert run(source, target, network).notes == []
     assert chapters(target) == chapters(source)
@@ -134,7 +134,7 @@ def make(path: Path, times: list[int], codec: str = "libx264", unit: int = 1000,
 
 def matrix_of(path: Path) -> list[int]:
     found = decoded(path)[0].side_data
-    # By number: in PyAV 19 going through them gives kinds.
+    # Indexed by number: in PyAV 19 an iteration gives kinds.
     (data,) = (data for data in map(found.__getitem__, range(len(found))) if data.type.name == "DISPLAYMATRIX")
     return np.frombuffer(bytes(data), np.int32).tolist()
 
@@ -173,7 +173,7 @@ def times_of(path: Path) -> list[int]:
 )
 @pytest.mark.parametrize("start", [0, 500])
 def test_varying_times_stay(suffix: str, codec: str, start: int, tmp_path: Path, network: Any) -> None:
-    """From the beginning or later, with frames that are stored out of order."""
+    """Times vary from the beginning or later, with frames that are stored out of order."""
     times = [start + time for time in TIMES]
     options = {"bf": "3"} if codec == "libx264" else {}
     source, target = make(tmp_path / f"a{suffix}", times, codec, options=options), tmp_path / f"b{suffix}"
@@ -182,7 +182,7 @@ def test_varying_times_stay(suffix: str, codec: str, start: int, tmp_path: Path,
 
 
 def test_times_that_look_like_a_high_rate(tmp_path: Path, network: Any) -> None:
-    """Copied without its rate, a short clip seems to have a thousand frames a second, which SVT-AV1 refuses."""
+    """Without its rate, a copied short clip seems to have a thousand frames a second, which SVT-AV1 refuses."""
     source = with_all(tmp_path / "a.mkv")
     with av.open(str(source)) as reader:
         assert reader.streams.video[0].average_rate > 240
@@ -200,7 +200,7 @@ def test_times_that_look_like_a_high_rate(tmp_path: Path, network: Any) -> None:
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_avi(codec: str, tmp_path: Path, network: Any) -> None:
-    """It has no times of frames: what FFmpeg makes of those that a decoder holds back must not add up."""
+    """AVI has no times of frames: delays of frames that a decoder holds back must not add up."""
     source = make(tmp_path / "a.avi", list(range(6)), codec, unit=25)
     run(source, tmp_path / "b.avi", network)
     run(tmp_path / "b.avi", tmp_path / "c.avi", network)
