@@ -1,4 +1,4 @@
-"""Whether bfloat16 pays on this CPU: the fused network in float32 and in bfloat16, in turn, on one image.
+"""Is bfloat16 faster on this CPU? The fused network in float32 and in bfloat16, in turn, on one image.
 
     python benchmarks/bf16.py --json benchmarks/results/bf16.json
 
@@ -32,7 +32,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     results: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
-        for repeat in range(arguments.repeats + 1):  # the first packs weights
+        for repeat in range(arguments.repeats + 1):  # the first call packs weights
             for name, network in networks.items():
                 start = time.perf_counter()
                 results[name] = network(image, 25 / 255)

@@ -1,4 +1,4 @@
-"""What the suites for pytest-benchmark share: the contenders of ``fastden bench``, one test each.
+"""Shared by the suites for pytest-benchmark: the contenders of ``fastden bench``, one test each.
 
     pytest benchmarks/bench_bottleneck.py
     pytest benchmarks/bench_*.py --image-size 1080x1920 --bench-dtype bfloat16 --bench-compare eager,compile
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _Suite:
-    """The jobs of one suite, each made when its first contender's turn comes, and the last one kept."""
+    """The jobs of one suite; each is made when its first contender's turn comes, and only the last one is kept."""
 
     def __init__(self, config: pytest.Config) -> None:
         height, width = config.getoption("--image-size").split("x")

@@ -42,7 +42,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    # Half zeros, as behind a ReLU; up2 has none.
+    # Half of the values are zeros, as after a ReLU; up2 has no ReLU.
     a = torch.randn(arguments.batch, 128, *arguments.size, device=device).relu().to(dtype)
     b = torch.randn(arguments.batch, 32, *arguments.size, device=device).to(dtype)
     weight = (torch.randn(256, 160, 3, 3, device=device) / 38).to(dtype)

@@ -1,4 +1,4 @@
-"""What ``fastden export --precision int8`` costs in PSNR, in ONNX Runtime on photographs with white Gaussian noise.
+"""PSNR that ``fastden export --precision int8`` costs, in ONNX Runtime on photographs with white Gaussian noise.
 
 python benchmarks/export_int8.py ../shared/data/eval/kodak24 --json benchmarks/results/export-int8.json
 """

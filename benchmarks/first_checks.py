@@ -1,4 +1,4 @@
-"""conv3 on a GPU, in the order in which a wrong descriptor, swizzle, barrier or wait shows soonest.
+"""Checks of conv3 on a GPU, first those that show a wrong descriptor, swizzle, barrier or wait soonest.
 
     python benchmarks/first_checks.py one-pixel --backend cuda
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fastden import ops
 
-#: conv3's channels.
+#: Channels of conv3's two sources and of its result.
 A, B, OUTPUTS = 128, 32, 256
 KERNEL = 3
 

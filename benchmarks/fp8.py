@@ -32,7 +32,7 @@ ACCEPTED = 0.02
 
 
 def rounded(x: Tensor) -> Tensor:
-    """``x`` rounded to e4m3, beyond whose range it is limited, as conversions with saturation do; NaN stays."""
+    """``x`` rounded to e4m3 and clamped to its range, as conversions with saturation do; NaN stays."""
     return x.clamp(-LARGEST, LARGEST).to(E4M3).to(x.dtype)
 
 
@@ -77,7 +77,7 @@ def noisy(path: Path, level: float, seed: int, crop: int | None = None) -> tuple
 
 
 def psnr(result: Tensor, clean: Tensor) -> float:
-    """Rounded to 8 bits, dB."""
+    """PSNR in dB of results rounded to 8 bits."""
     error = ((result.clamp(0, 1) * 255).round() / 255 - clean).square().mean()
     return float(-10 * error.log10())
 
@@ -99,7 +99,7 @@ def measure(
     ops.concat_conv_bn_relu = watched  # type: ignore[assignment]
     rows: list[dict[str, float | str]] = []
     try:
-        # Not oneDNN's form, in which conv3 is not called by its name.
+        # oneDNN's form would not do: it does not call conv3 by its name.
         with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=True), use_backend("torch"):
             network._onednn_network = lambda: None  # type: ignore[method-assign]
             scales = calibrated(network, photographs, watched)

@@ -87,14 +87,14 @@ def _calls(
         x = torch.rand(1, 3, *size)
         path = forms.export_onnx(fuse(model), x, folder / "composed.onnx")
         calls["openvino bfloat16" if onednn.native_bf16() else "openvino float32"] = _openvino(path, bf16=True)
-        # Calibrated at the size that it runs at: the exported file has no other.
+        # It is calibrated at the size that it runs at: the exported file has no other.
         path = forms.export_onnx(model, x, folder / "plain.onnx")
         calls["openvino int8"] = _openvino(_quantized(path, _cut(pictures, size), folder), bf16=False)
     return calls
 
 
 def _cut(pictures: list[Tensor], size: tuple[int, ...]) -> list[np.ndarray[Any, Any]]:
-    """The calibration's noisy pictures, mirrored up to ``size``, at the one level that the exported file has."""
+    """The calibration's noisy pictures, mirrored up to ``size``, at the level of the exported file."""
     noisy = []
     generator = torch.Generator().manual_seed(0)
     for picture in pictures:
@@ -134,7 +134,7 @@ def _times(calls: dict[str, Call], size: tuple[int, ...], repeats: int) -> dict[
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     results: dict[str, Tensor] = {}
     with torch.inference_mode():
-        for repeat in range(repeats + 1):  # the first packs weights
+        for repeat in range(repeats + 1):  # the first call packs weights
             for name, call in calls.items():
                 start = time.perf_counter()
                 results[name] = call(clean)

@@ -1,4 +1,4 @@
-"""Rewrite the table that the automatic choice reads, by what a run of ``gpu_check.sh`` proved.
+"""Rewrite the table that the automatic choice reads, from the results of a run of ``gpu_check.sh``.
 
 A kernel is proven for the GPU's compute capability and a dtype where every check of results passed, the sanitizers
 found nothing, and at every place of the operator in the network, at four sizes, it is right and faster than each rival
@@ -30,27 +30,27 @@ CHECKS = (
     "gpu-tests",
     *(f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
 )
-#: Heights of the images whose results there have to be.
+#: Heights of the images whose results are needed.
 HEIGHTS = (256, 512, 1080, 2160)
 Key = tuple[str, str, tuple[int, int], str]
 
 
 def unproven(status: dict[str, str]) -> list[str]:
-    """Checks that did not pass, of what gpu_check.sh says in ``status.json``."""
+    """Checks of gpu_check.sh that did not pass, from its ``status.json``."""
     searched = ["tiles: searched (tuned.json), which users do not have; accepted: the defaults"]
     failed = [f"{name}: {status.get(name, 'did not run')}" for name in CHECKS if status.get(name) != "passed"]
     return failed + searched * (status.get("tiles") == "searched")
 
 
 def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
-    """Why contender ``own`` is not right and faster than each right rival; nothing where it is."""
+    """Why contender ``own`` is not right and faster than each right rival; empty where it is."""
     mine = rows.get(own)
     if mine is None:
         return ["did not run"]
     if not mine.get("right"):
         return [mine.get("failed", "wrong result")]
     rivals = {name: row for name, row in rows.items() if name != own and row.get("right")}
-    # The other kernels are no rivals: of two that are proven the order of backends decides.
+    # Other kernels of fastden are no rivals: if two are proven, the order of backends decides.
     rivals = {name: row for name, row in rivals.items() if not row["own"] or name == "fastden-torch"}
     if not rivals:
         return ["no rival gave a right result"]

@@ -32,7 +32,7 @@ from fastden.network.loading import load_network
 EVERY = {"polyu": 3}
 CROPS = {"polyu_full": (slice(400, 1424), slice(600, 1624))}
 STRENGTHS = (0.5, 0.75, 1.25, 1.5, 2.0)
-#: Strengths of OpenCV's non-local means, and sigmas of CBM3D, that are tried.
+#: Strengths of OpenCV's non-local means and sigmas of CBM3D to try.
 NLM_STRENGTHS = (3, 5, 7, 10, 15, 20, 30)
 BM3D_SIGMAS = (5, 10, 15, 20, 30, 40)
 

@@ -1,4 +1,4 @@
-"""The whole process, from its start to the finished file, beside importing PyTorch alone.
+"""Time of a whole process, from its start to the finished file, beside importing PyTorch alone.
 
     python benchmarks/start.py --json benchmarks/results/start.json
 

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from fastden import ops
 from fastden.network.model import Denoiser
 
-#: Operators that ask, or reserve memory.
+#: Operators that read attributes or reserve memory: they move no bytes.
 FREE = {"prim::device", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach"}
 
 

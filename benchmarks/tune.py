@@ -30,7 +30,7 @@ from fastden.bench.timing import Stopwatch
 from fastden.kernels import _tuned
 from fastden.kernels._tuned import Request
 
-#: What each setting may be, in order; a setting that is not listed stays.
+#: Values of each setting, in order; a setting that is not listed stays.
 STEPS: dict[str, tuple[Any, ...]] = {
     "block_m": (16, 32, 64, 128, 256),
     "block_n": (16, 32, 64, 128, 256),
@@ -44,7 +44,7 @@ STEPS: dict[str, tuple[Any, ...]] = {
 }
 #: Height and width of images.
 SIZES = ((2160, 3840), (1080, 1920), (512, 768), (256, 256))
-#: Of inference; the others are of training.
+#: Operators of inference; the others are of training.
 OPERATORS = ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample")
 #: A move stays where it takes at most this share of the time before.
 GAIN = 0.98

@@ -29,7 +29,7 @@ LINK = re.compile(r"(?<=\]\()(?P<path>(?:\.\./)+[^)#\s]+)")
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "repository"
 PAGE = ROOT / "scripts" / "page"
-#: Of onnxruntime-web: for processors, and for WebGPU.
+#: Files of onnxruntime-web: for processors, and for WebGPU.
 RUNTIME = (
     "ort.wasm.min.mjs",
     "ort-wasm-simd-threaded.mjs",
@@ -58,7 +58,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _of_page(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Names and files of what the page in the browser needs beside its sources; the large ones lie in ``folder``."""
+    """Names and files that the page in the browser needs beside its sources; large ones lie in ``folder``."""
     yield "compare.js", ROOT / "fastden" / "ui" / "compare.js"
     missing = _fetch_runtime()
     if missing is not None:
@@ -75,7 +75,7 @@ def _of_page(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _fetch_runtime() -> str | None:
-    """Have npm install what the lock file names, unless it is there; why it cannot, or None."""
+    """Let npm install the packages of the lock file, unless they are there; returns why it cannot, or None."""
     lock, installed = PAGE / "package-lock.json", PAGE / "node_modules" / ".installed-lock.json"
     if installed.is_file() and installed.read_bytes() == lock.read_bytes():
         return None

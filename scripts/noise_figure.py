@@ -28,14 +28,14 @@ HEADER, MARGIN = 30, 8
 
 
 def camera(clean: Pixels, shot: float, seed: int) -> Pixels:
-    """As a camera with shot noise ``shot`` (variance at white, linear) would have taken it."""
+    """The picture of a camera with shot noise ``shot`` (variance at white, linear)."""
     picture = torch.from_numpy(clean).permute(2, 0, 1).float() / 255
     _, noisy = CameraNoise(CameraRanges(shot=(shot, shot)))(picture, np.random.default_rng(seed))
     return rounded(noisy.permute(1, 2, 0).numpy() * 255)
 
 
 def film(clean: Pixels, sigma: float, blur: float, seed: int) -> Pixels:
-    """Grain: the same in all channels, its correlation length ``blur`` pixels, strongest in the mid-tones."""
+    """Add grain, equal in all channels and strongest in the mid-tones; its correlation length is ``blur`` pixels."""
     grain = gaussian(np.random.default_rng(seed).normal(size=clean.shape[:2]), blur)
     brightness = clean.mean(2) / 255
     strength = sigma * grain / grain.std() * 4 * brightness * (1 - brightness)
@@ -43,14 +43,14 @@ def film(clean: Pixels, sigma: float, blur: float, seed: int) -> Pixels:
 
 
 def compressed(pixels: Pixels, quality: int) -> Pixels:
-    """Saved as a JPEG, and read again."""
+    """Save as a JPEG, and read it again."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))
 
 
 def microscope(clean: Pixels, photons: float, sigma: float, seed: int) -> Pixels:
-    """Photons that are counted (``photons`` at white), and the camera's own noise."""
+    """Add photon noise (``photons`` counted at white), and the camera's own noise."""
     random = np.random.default_rng(seed)
     gray = clean.mean(2, keepdims=True)
     noisy = random.poisson(gray / 255 * photons) * (255 / photons) + random.normal(0, sigma, gray.shape)
@@ -58,7 +58,7 @@ def microscope(clean: Pixels, photons: float, sigma: float, seed: int) -> Pixels
 
 
 def rounded(values: npt.NDArray[np.floating]) -> Pixels:
-    """Clipped and rounded to 8 bits."""
+    """Clip, and round to 8 bits."""
     return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
 
 

@@ -23,14 +23,14 @@ import torch
 
 from fastden.bench.machine import describe
 
-#: What oneDNN and PyTorch's own kernels are limited to; "native" is neither.
+#: Limits of oneDNN and of PyTorch's own kernels; "native" sets no limit.
 ISAS = {"AVX2": ("AVX2", "avx2"), "AVX512_CORE": ("AVX512_CORE", "avx512"), "native": ("", "")}
-#: Where numbers are compared that depend on the instruction set.
+#: Tests that compare numbers which depend on the instruction set.
 TESTS = ("tests/network", "tests/ops", "tests/inference", "tests/test_algebra.py", "tests/test_nn.py")
 
 
 def main() -> int:
-    """The exit code."""
+    """Run all; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", default=TESTS, metavar="TEST")
     parser.add_argument("--isa", nargs="+", choices=list(ISAS), default=list(ISAS))

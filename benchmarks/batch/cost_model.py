@@ -90,7 +90,7 @@ def main() -> None:
         megapixels = photographs(top / "folder", sizes)
         rows = plan_rows([str(top / "few")], str(top / "few-out"))
         few = done(denoise(rows))
-        # The first loads the network and packs its weights.
+        # The first image loads the network and packs its weights.
         cost = Cost.of(few[1:])
         rows = plan_rows([str(top / "folder")], str(top / "out"))
         start = time.perf_counter()
@@ -111,7 +111,7 @@ def main() -> None:
             for record in distribute(rows, settings, pool):
                 done([record])
                 ended.append(time.perf_counter())
-            # The first record ends the start of Ray and of its workers, which a long run does not feel.
+            # The first record ends the start of Ray and of its workers, which hardly counts in a long run.
             predicted = cost.images_an_hour(
                 megapixels, together, files_at_once=files_at_once(pool), cores=None if pool.gpus else int(pool.cpus)
             )

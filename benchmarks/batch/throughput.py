@@ -1,4 +1,4 @@
-"""Denoise a folder of 24-megapixel JPEGs, and record how busy the network was meanwhile.
+"""Denoise a folder of 24-megapixel JPEGs, and record the share of time in which the network computes.
 
     python benchmarks/batch/throughput.py                 # benchmarks/results/batch/throughput.json
     python benchmarks/batch/throughput.py --images 2 --size 1500 1000    # smaller; prints, and writes nothing

@@ -1,4 +1,4 @@
-"""The tables of the joint experiments: how well a frozen network sees through noise, behind each denoiser.
+"""The tables of the joint experiments: how often a frozen network is right behind each denoiser.
 
 Every denoiser gets the same noisy validation images, its result is clipped and rounded to 8 bits, and the frozen
 network looks at it. Noise is Gaussian, not clipped, of known sigma; each seed is another draw. Figures are the mean
@@ -87,7 +87,7 @@ def evaluate(
     only_few: bool,
     progress: Any,
 ) -> dict[str, Any]:
-    """Scores of one denoiser at one level and seed: of all images, and, under ``few``, of those with such an index."""
+    """Scores of one denoiser at one level and seed for all images; ``few``: for the images with these indices."""
     predict = Predictor(task)
     every, some = Scores(experiment, task), Scores(experiment, task)
     start = time.perf_counter()
@@ -125,7 +125,7 @@ def table(document: dict[str, Any], experiment: str, few: bool) -> str:
     Args:
         document: the results.
         experiment: which of the two.
-        few: of the images that CBM3D had, else of all (without CBM3D, unless it had all).
+        few: scores of the images that CBM3D had; else of all, without CBM3D unless it had all.
     """
     first, second = SCORES[experiment]
     sigmas = document["sigmas"]
@@ -148,7 +148,7 @@ def table(document: dict[str, Any], experiment: str, few: bool) -> str:
 
 
 def show(document: dict[str, Any], experiment: str) -> str:
-    """Both tables with what they show."""
+    """Both tables, each with a sentence on its content."""
     first, second = SCORES[experiment]
     clean, count = document["clean"], document["images"]
     text = (

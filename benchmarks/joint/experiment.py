@@ -1,4 +1,4 @@
-"""What the tables and the figure of the joint experiments share: images, noise, denoisers, predictions."""
+"""Shared by the tables and the figure of the joint experiments: images, noise, denoisers, predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastden.training.tasks import Task, load_task
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-#: From a noisy image (H, W, 3), scale [0, 1], not clipped, and its sigma on the same scale, to 8 bits.
+#: Takes a noisy image (H, W, 3), scale [0, 1], not clipped, and its sigma on the same scale; returns 8 bits.
 Denoise = Callable[[Floats, float], Pixels]
 
 #: Frozen network of each experiment.
@@ -71,7 +71,7 @@ def network(name: str, dtype: str = "auto") -> Denoise:
 
     def denoise(noisy: Floats, sigma: float) -> Pixels:
         x = torch.from_numpy(noisy).permute(2, 0, 1)[None].contiguous()
-        # The network's correction is added to the float32 image: its own precision is that of the correction alone.
+        # The correction is added to the float32 image: the network's precision is that of the correction alone.
         with torch.inference_mode():
             y = model(x, sigma) if model.noise_level_input else model(x)
         return to_dtype(y[0].permute(1, 2, 0).contiguous().numpy(), np.uint8)

@@ -1,4 +1,4 @@
-"""The figure of the joint experiments: pictures behind each denoiser, and what the frozen network makes of them.
+"""The figure of the joint experiments: each denoiser's pictures, and the frozen network's predictions.
 
     python benchmarks/joint/figure.py classify --data ../shared/data/joint/imagenet_val \\
         --names ../shared/data/joint/imagenet_{train,val}/labels.csv --models separate=color joint=color-classify
@@ -104,7 +104,7 @@ def figure_segment(
         boxes = total[SIDE:, SIDE:] - total[:-SIDE, SIDE:] - total[SIDE:, :-SIDE] + total[:-SIDE, :-SIDE]
         top, left = np.unravel_index(boxes.argmax(), boxes.shape)
         gains.append((int(boxes.max()), index, int(top), int(left), int(gain.sum())))
-    # Pictures follow one another in a film: those shown lie apart.
+    # Pictures follow one another in a film: the figure shows pictures that lie apart.
     apart = len(images) // (2 * rows)
     chosen: list[tuple[int, int, int, int, int]] = []
     for gain in sorted(gains, reverse=True):

@@ -1,6 +1,6 @@
 """A small network that segments road scenes (CamVid, 11 classes), trained on clean images for the joint experiments.
 
-EfficientNet-Lite0's first eleven blocks, as trained on ImageNet, up to 1/16 of the size; behind them features at 1/4,
+EfficientNet-Lite0's first eleven blocks, as trained on ImageNet, up to 1/16 of the size; then features at 1/4,
 1/8 and 1/16 are brought to 64 channels, summed from coarse to fine, and classified at 1/4. Trained by
 
     python benchmarks/joint/segmenter.py --data ../shared/data/joint/camvid
@@ -61,7 +61,7 @@ class Segmenter(nn.Module):
             x = block(x)
             if index in TAPS:
                 features.append(x)
-        # The whole scene's mean tells, for one, a road from a wall.
+        # The mean of the whole scene tells a road from a wall, for example.
         y = self.context(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
         for feature, lateral, smooth in zip(features[::-1], list(self.lateral)[::-1], self.smooth, strict=True):
             y = F.interpolate(y, size=feature.shape[2:], mode="bilinear", align_corners=False)
@@ -153,7 +153,7 @@ def lightning_module(network: Segmenter, steps: int, crop: int, lr: float) -> An
         def configure_optimizers(self) -> Any:
             fresh = [p for name, p in self.network.named_parameters() if not name.startswith(("stem", "blocks"))]
             encoder = [p for name, p in self.network.named_parameters() if name.startswith(("stem", "blocks"))]
-            # The encoder knows images already: a smaller rate keeps what it knows.
+            # The encoder is trained already: a smaller rate keeps its weights near.
             groups = [{"params": fresh, "lr": lr}, {"params": encoder, "lr": lr / 4}]
             optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr / 4], total_steps=steps, pct_start=0.1)

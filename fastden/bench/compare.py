@@ -13,12 +13,12 @@ from torch import Tensor
 from fastden.bench.machine import Sensors
 from fastden.bench.timing import Call, Stopwatch, captured, interleaved, peak_mib, summary
 
-#: A result may err, against float64, so many times as much as eager PyTorch in the same dtype.
+#: Accepted error of a result, as a multiple of the error of eager PyTorch in the same dtype, against float64.
 TOLERANCE = 2.0
-#: The largest of many errors varies by chance, their root mean square does not: of two operators with the same relative
-#: L2 norm one's maximum is up to twice the other's (float32, 14 x 18 pixels, 264 comparisons: the ratio's logarithm has
-#: a standard deviation of 0.19, the largest ratio was 1.96). The maximum is there to find what the norm hides, such as
-#: a wrong column.
+#: Accepted ratio of two maximum errors, beyond :data:`TOLERANCE`. The maximum of many errors varies by chance, their
+#: root mean square does not: two operators with the same relative L2 norm have maxima that differ by a factor of up to
+#: two (float32, 14 x 18 pixels, 264 comparisons: the ratio's logarithm has a standard deviation of 0.19, the largest
+#: ratio was 1.96). The maximum finds what the norm hides, such as a wrong column.
 CHANCE = 2.0
 
 
@@ -28,7 +28,7 @@ class Contender:
 
     Args:
         name: in tables and files.
-        build: makes the call; it may take its time to compile or convert.
+        build: makes the call; it may spend time on compiling or converting.
         flops: floating-point operations of one call; 0 where they are not counted.
         own: whether it is fastden.
         graphs: whether its call may be captured in a CUDA graph, and its memory read from PyTorch's allocator.
@@ -48,7 +48,7 @@ class Job:
     Args:
         name: in tables and files.
         images, pixels: in one call; pixels of all images together.
-        bytes: read and written at least; 0 where they are not counted.
+        bytes: lower bound of bytes read and written; 0 where they are not counted.
         reference: the right result in float64.
         bounds: largest errors by kind, see :func:`errors`.
     """
@@ -90,8 +90,8 @@ def tensors(result: Any) -> tuple[Tensor, ...]:
 def errors(results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str, float]:
     """The worst tensor's ``relative_l2``, and its ``maximum`` error in units of the reference's largest value.
 
-    Tensors that are zero but for rounding, such as the gradient of a bias in front of batch statistics, have no
-    relative error and are passed over.
+    Tensors that are zero up to rounding, such as the gradient of a bias in front of batch statistics, have no
+    relative error and are left out.
     """
     if len(results) != len(references):
         raise ValueError(f"{len(results)} results; the reference has {len(references)}")

@@ -1,10 +1,10 @@
-"""The arithmetic and the memory traffic that the network and its operators cannot do without."""
+"""The least arithmetic and memory traffic of the network and its operators."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: What a training step does for each operation, and moves for each value, of a forward pass.
+#: A training step does so many times the operations, and moves so many times the values, of a forward pass.
 TRAINING = 3
 
 

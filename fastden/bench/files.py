@@ -30,7 +30,7 @@ class Command:
 
     Args:
         images: the folder.
-        single: a folder with one tiny image: what the command takes for it, it takes to start.
+        single: a folder with one tiny image; its time is the time that the command takes to start.
         output: where the results go.
         options: of the command.
         compute: denoises the same images, read already.
@@ -56,7 +56,7 @@ class Command:
 
     def _run(self, images: Path, output: Path) -> Path:
         command = [sys.executable, "-m", "fastden", "denoise", str(images), "-o", str(output), "--overwrite"]
-        # From a checkout that is not installed, too.
+        # This works from a checkout that is not installed, too.
         root = str(Path(fastden.__file__).parents[1])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run([*command, *self._options], capture_output=True, text=True, env=environment, check=False)

@@ -83,7 +83,7 @@ def choose_backends(
             continue
         reasons = backends.unavailable(backend)
         if backend.dtypes is not None:
-            # Interpreted or emulated kernels run on a CPU, to test them: their times say nothing.
+            # Interpreted and emulated kernels run on a CPU for tests alone: their times mean nothing.
             if device.type != "cuda":
                 reasons.append(f"device {device.type}; accepted: cuda")
             if dtype not in backend.dtypes:

@@ -2,7 +2,7 @@
 
     python -m fastden.bench.large color float32 4000 6000
 
-A process never gives its peak back, so each measurement takes a new one.
+A process's peak memory never falls, so each measurement takes a new process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastden.network.model import Denoiser
 
 #: Height and width: 24 megapixels.
 SIZE = (4000, 6000)
-#: Height and width of what is measured before, so that weights are packed and memory is as in steady use.
+#: Height and width of the picture that is denoised first, to pack weights and to bring memory to steady use.
 WARM_UP = (512, 768)
 
 
@@ -55,7 +55,7 @@ def measure(model: str, dtype: str, height: int, width: int) -> dict[str, Any]:
     denoiser = Denoiser.from_pretrained(model)
     network = fuse(denoiser, getattr(torch, dtype))
     sigma = SIGMA if denoiser.noise_level_input else None
-    # Repeated as bytes: a float picture of this size would be the peak.
+    # The picture is repeated as bytes: a float picture of this size would be the peak.
     part = photograph(-(-height // 8), -(-width // 8)).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     image = part.repeat(1, 1, 8, 8)[:, :, :height, :width].contiguous()
     denoise_tiled(network, image[:, :, : WARM_UP[0], : WARM_UP[1]], sigma)

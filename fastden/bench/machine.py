@@ -60,7 +60,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that fastden runs from, marked where files are changed; None outside a repository."""
+    """The commit that fastden runs from, marked if files are changed; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
@@ -71,7 +71,7 @@ def commit() -> str | None:
 
 @contextmanager
 def steady_settings(device: torch.device) -> Iterator[None]:
-    """On a GPU: float32 is float32, and cuDNN picks its fastest algorithm for everyone. On a CPU nothing is set."""
+    """On a GPU: float32 without TF32, and cuDNN's fastest algorithm for all contenders. On a CPU nothing is set."""
     if device.type != "cuda":
         yield
         return
@@ -104,14 +104,14 @@ def copy_rate(device: torch.device, size: int = 0) -> float:
 
 
 def _typical(watch: Stopwatch, call: Call) -> float:
-    """Milliseconds: of a GPU's calls the median, of a CPU's, which others interrupt, the best."""
+    """Milliseconds: the median of a GPU's calls; the minimum of a CPU's calls, which other processes interrupt."""
     call()
     times = [watch(call) for _ in range(10 if watch.device.type == "cuda" else 6)]
     return statistics.median(times) if watch.device.type == "cuda" else min(times)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What no contender can exceed: the matrix rate in ``dtype``, TFLOP/s, and the copy bandwidth, GB/s."""
+    """Limits of all contenders: the matrix rate in ``dtype``, TFLOP/s, and the copy bandwidth, GB/s."""
     return {"matrix_tflops": matrix_rate(device, dtype) / 1e12, "copy_gigabytes_a_second": copy_rate(device) / 1e9}
 
 
@@ -139,7 +139,7 @@ class Sensors:
             pynvml.nvmlInit()
             if pynvml.nvmlDeviceGetCount() == 1:
                 return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
-            # Not by index: CUDA_VISIBLE_DEVICES renumbers PyTorch's devices and not NVML's.
+            # An index would be wrong: CUDA_VISIBLE_DEVICES renumbers PyTorch's devices and not NVML's.
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
         except pynvml.NVMLError as error:

@@ -85,7 +85,7 @@ def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
 
 
 def _compiled(model: Denoiser, x: Tensor, dtype: torch.dtype) -> Call:
-    """The inference form without fastden's kernels, compiled by PyTorch: the strongest of its ways."""
+    """The inference form without fastden's kernels, compiled by PyTorch: PyTorch's fastest form."""
     run = forms.compiled(forms.WithLevel(fuse(model, dtype), level(model)), "compile")
 
     def call() -> Tensor:
@@ -112,7 +112,7 @@ def training(
 ) -> tuple[Job, list[Contender]]:
     """A training step on the model's device: forward and backward, batch statistics, float32 weights, autocast.
 
-    The optimiser's part is the same for all and left out. What is judged are the gradients of all parameters, by their
+    The optimiser's part is the same for all and left out. Errors are those of the gradients of all parameters, by their
     relative L2 norms. Arguments as of :func:`inference`; ``size`` is that of the crops.
     """
     x = photograph(*size, count=batch).to(model.conv0.weight.device)
@@ -153,7 +153,7 @@ def _step(form: str, model: Denoiser, x: Tensor, dtype: torch.dtype, backend: st
             torch.autocast(x.device.type, dtype, enabled=dtype not in (torch.float32, torch.float64)),
         ):
             y = run(source, level(model))
-        # Not the distance to the image: where the network is trained, that gradient's mean is zero but for rounding.
+        # The distance to the image would not do: for a trained network that gradient's mean is zero up to rounding.
         y.to(source.dtype).square().mean().backward()
         return tuple(parameter.grad for parameter in parameters if parameter.grad is not None)
 

@@ -31,12 +31,12 @@ OPERATORS = {
     "upsample": ("up2",),
     "head": ("head",),
 }
-#: Inputs of so many channels or fewer are images, with the noise level perhaps; the others are feature maps.
+#: Inputs of at most so many channels are images, with or without noise level; the others are feature maps.
 IMAGE_CHANNELS = 4
 
 
 class _Stem(nn.Module):
-    """conv1 behind conv0; composed, fastden's stem from the same parameters."""
+    """conv1 after conv0; ``composed``: fastden's stem from the same parameters."""
 
     def __init__(self, model: Denoiser, composed: bool) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Stem(nn.Module):
 
 
 class _Head(nn.Module):
-    """Out behind conv0 and up3, and the added input; composed, fastden's head from the same parameters."""
+    """out after conv0 and up3, and the added input; ``composed``: fastden's head from the same parameters."""
 
     def __init__(self, model: Denoiser, composed: bool) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ def _step(form: str, module: nn.Module, inputs: Sequence[Tensor], dtype: torch.d
     with torch.no_grad(), use_backend("torch"), torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
         like = network(*sources)
     layout = torch.contiguous_format if form == "eager" else torch.channels_last
-    # The same values for all: drawn in one order of memory, and then laid out.
+    # All forms get the same values: they are drawn in one order of memory, and then laid out.
     generator = torch.Generator(device).manual_seed(1)
     grad = torch.randn(like.shape, device=device, generator=generator).to(inputs[0].dtype)
     grad = grad.to(like.dtype).contiguous(memory_format=layout)

@@ -26,7 +26,7 @@ OTHER = ("#444444", "d")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError where pictures cannot be drawn, or not in ``folder``, which is made if it does not exist."""
+    """Make ``folder`` if it does not exist; raise UserError where pictures cannot be drawn, or not there."""
     if find_spec("matplotlib") is None:
         raise UserError("plots: matplotlib is not installed; install: pip install 'fastden[bench]'")
     try:
@@ -46,7 +46,7 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[Path]:
     name = document["name"]
     written = []
     for kind, picture in (("bars", _bars), ("roofline", _roofline)):
-        # Not pyplot, which would choose a window system.
+        # pyplot would choose a window system.
         figure = Figure(figsize=(10, 5.6), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         if picture(document, figure.add_subplot()):

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table, a JSON document, an exit code."""
+"""A benchmark's output: a table, a JSON document, an exit code."""
 
 from __future__ import annotations
 

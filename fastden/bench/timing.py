@@ -17,7 +17,7 @@ Call = Callable[[], Any]
 class Stopwatch:
     """Time of one call on a device, in milliseconds.
 
-    On a GPU the L2 cache is full of something else when the call begins, and CUDA events take the time.
+    On a GPU the L2 cache holds other data when the call begins, and CUDA events measure the time.
 
     Args:
         device: where the calls run.
@@ -54,9 +54,9 @@ def seconds(call: Call) -> float:
 def interleaved(
     calls: Mapping[str, Call], measure: Callable[[Call], float], rounds: int, repeats: int = 2
 ) -> dict[str, list[float]]:
-    """Measurements by name: in each round every call in turn, once uncounted and then ``repeats`` times.
+    """Measurements by name: each round runs every call in turn, once untimed and then ``repeats`` times.
 
-    The uncounted call has clocks and memory as in steady use. Each round begins with the next contender, so that none
+    The untimed call brings clocks and memory to steady use. Each round begins with the next contender, so that none
     always follows the same one.
     """
     names = list(calls)
@@ -110,7 +110,7 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        # What was freed and kept would serve the call without showing.
+        # Memory that the allocator kept would serve the call without showing.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (AttributeError, OSError, TypeError):  # not glibc, or no such file
@@ -123,7 +123,7 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
 
 def status_mib(key: str) -> float | None:
     """A line of Linux's status of this process: VmRSS, its resident memory, or VmHWM, the most so far."""
-    # getrusage would start at the peak of the process that started this one.
+    # getrusage starts at the peak of the parent process.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -1,1 +1,1 @@
-"""The CUDA extension: how it is built, which library is loaded, what its kernels can do."""
+"""The CUDA extension: its build, the library that is loaded, the limits of its kernels."""

@@ -1,4 +1,4 @@
-"""Building the CUDA extension: its sources, flags and GPUs, and what a machine lacks to build it.
+"""Building the CUDA extension: its sources, flags and GPUs, and the tools that a machine lacks.
 
 :func:`plan` gives sources and flags: to ``setup.py`` (a wheel or an editable installation), to ``fastden build`` (for
 the PyTorch that is there, into the user's cache) and to the tests (an emulated build, for the CPU). Importing this
@@ -26,10 +26,10 @@ from typing import Any
 #: instructions that 9.0 lacks; the last also as PTX, which later GPUs compile for themselves.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0+PTX")
 CHOICES = ("auto", "cuda", "none")
-#: The extension's name inside the package, and of its description.
+#: The extension's name inside the package, and the file name of its description.
 NAME = "_cuda"
 DESCRIPTION = f"{NAME}.json"
-#: Memory that a compiler takes for one source, all architectures one after the other.
+#: Bytes that a compiler takes for one source, all architectures one after the other.
 BYTES_A_JOB = 2.5 * 2**30
 SUFFIXES = (".cpp", ".cu", ".cuh", ".h")
 #: PyTorch turns operators of half-precision numbers off, for its own sources.
@@ -40,7 +40,7 @@ ALLOW_HALF = tuple(
 
 
 class BuildError(RuntimeError):
-    """The extension cannot be built; ``output`` is what the compilers said, if they were asked."""
+    """The extension cannot be built; ``output`` is the compilers' output, empty if none ran."""
 
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compiled, and how.
+    """Sources, flags and architectures of a build.
 
     Args:
         sources: each a translation unit.
@@ -73,7 +73,7 @@ class Plan:
     toolkit: Path | None = None
 
     def description(self, here: Mapping[str, str]) -> dict[str, Any]:
-        """What the library tells of itself; ``here`` is what :func:`environment` says."""
+        """The library's own description; ``here`` is the result of :func:`environment`."""
         return {
             **here,
             "architectures": list(self.architectures),
@@ -83,7 +83,7 @@ class Plan:
         }
 
     def key(self, here: Mapping[str, str]) -> str:
-        """Tells builds apart: 16 hexadecimal digits. The commit alone changes nothing."""
+        """A key that tells builds apart: 16 hexadecimal digits. The commit is not part of it."""
         described = {**self.description(here), "commit": "", "cxx": self.cxx_flags}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -95,7 +95,7 @@ def plan(
     emulator: Path | None = None,
     toolkit: Path | None = None,
 ) -> Plan:
-    """What is to be compiled of the sources in ``csrc``, and how.
+    """The build of the sources in ``csrc``.
 
     Args:
         csrc: the folder of sources.
@@ -115,7 +115,7 @@ def plan(
     include, sources = [csrc], [bindings, *kernels]
     if emulator is None:
         chosen = tuple(architectures)
-        # The standard of C++ is that of the kernels; bindings.cpp takes the one that PyTorch's headers need.
+        # The kernels set the standard of C++; bindings.cpp takes the standard that PyTorch's headers need.
         hopper = ("-DFASTDEN_HOPPER",) if has_wgmma(chosen) else ()
         general = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", *ALLOW_HALF)
         nvcc_flags = (*general, *hopper, *gencode(chosen))
@@ -143,7 +143,7 @@ def gencode(architectures: Iterable[str]) -> tuple[str, ...]:
     architectures = tuple(architectures)
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
-        # Beside code for 9.0a that for 9.0 would be in the way on the same GPU; as PTX it is for later ones.
+        # Code for 9.0 would conflict with that for 9.0a on the same GPU; as PTX it serves later GPUs.
         if not (architecture == "9.0+PTX" and "9.0a" in architectures):
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if architecture.endswith("+PTX"):
@@ -177,7 +177,7 @@ def parse_architectures(text: str, say: Callable[[str], None] = lambda text: Non
         elif part == "9.0":
             found.append("9.0a")
         elif part == "9.0+PTX":
-            found += ["9.0a", part]  # later GPUs compile the PTX, which has no such instruction, for themselves
+            found += ["9.0a", part]  # later GPUs compile the PTX for themselves; it has no such instruction
         else:
             found.append(part)
     if not found:
@@ -189,7 +189,7 @@ def parse_architectures(text: str, say: Callable[[str], None] = lambda text: Non
 
 
 def known_architectures(wanted: Iterable[str], listed: str) -> tuple[str, ...]:
-    """Those of ``wanted`` that a compiler has; the last one that others may follow also as PTX, if any was to be.
+    """Those of ``wanted`` that a compiler knows; if one was to be PTX too, then the last one that later GPUs can use.
 
     Args:
         wanted: compute capabilities.
@@ -199,7 +199,7 @@ def known_architectures(wanted: Iterable[str], listed: str) -> tuple[str, ...]:
     wanted = tuple(wanted)
     found = [one for one in wanted if re.sub(r"\D", "", one) in known]
     if any(one.endswith("+PTX") for one in wanted) and not any(one.endswith("+PTX") for one in found):
-        # Code for 9.0a runs on no other GPU, as PTX neither.
+        # Code for 9.0a runs on no other GPU, nor does its PTX.
         general = [index for index, one in enumerate(found) if one[-1].isdigit()]
         if general:
             found[general[-1]] += "+PTX"
@@ -261,7 +261,7 @@ def jobs(environ: Mapping[str, str], cores: int, memory: float | None) -> int:
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Bytes that are free: of the machine, and of the container that this runs in; None where nothing tells."""
+    """Free bytes of the machine, or of the container that this runs in; None where the system does not tell."""
     found = []
     try:
         available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
@@ -276,7 +276,7 @@ def free_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/
 
 
 def find_toolkit(environ: Mapping[str, str] | None = None) -> Path | None:
-    """Folder of the CUDA toolkit: CUDA_HOME, CUDA_PATH, that of the nvcc on the PATH, /usr/local/cuda."""
+    """Folder of the CUDA toolkit, from CUDA_HOME, CUDA_PATH, the nvcc on the PATH, or /usr/local/cuda."""
     environ = os.environ if environ is None else environ
     named = [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
@@ -287,7 +287,7 @@ def find_toolkit(environ: Mapping[str, str] | None = None) -> Path | None:
 
 
 def ask_nvcc(toolkit: Path, *options: str) -> str:
-    """What nvcc prints; nothing where it fails."""
+    """nvcc's output; empty where nvcc fails."""
     command = [str(toolkit / "bin" / "nvcc"), *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -296,7 +296,7 @@ def ask_nvcc(toolkit: Path, *options: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What a library is built for, and must find again: versions of PyTorch, of its CUDA, and Python's ABI.
+    """Versions that a library is built for and needs again: PyTorch, its CUDA, and Python's ABI.
 
     Raises:
         ImportError: there is no PyTorch.
@@ -311,7 +311,7 @@ def environment() -> dict[str, str]:
 
 
 def missing(toolkit: Path | None) -> list[str]:
-    """What building for a GPU lacks here; nothing where all is there.
+    """Missing parts of a build for a GPU; empty where all are here.
 
     Args:
         toolkit: what :func:`find_toolkit` found.
@@ -338,11 +338,11 @@ def missing(toolkit: Path | None) -> list[str]:
 def build(wanted: Plan, folder: Path) -> Path:
     """Compile and link; the library and its description appear in ``folder`` whole or not at all.
 
-    In a process of its own, which loads the library once done: the description is what the library says of itself.
+    A process of its own builds and then loads the library: its description is the library's own.
 
     Args:
-        wanted: what to build.
-        folder: where to; made if need be. A library that is there is replaced.
+        wanted: the build.
+        folder: of the results; made if it does not exist. An existing library is replaced.
 
     Returns:
         The library's path.
@@ -366,13 +366,13 @@ def build(wanted: Plan, folder: Path) -> Path:
         library = Path(place) / f"{NAME}.so"
         if done.returncode or not (Path(place) / DESCRIPTION).is_file():
             raise BuildError(f"building the CUDA extension failed (exit code {done.returncode})", done.stdout)
-        for path in (Path(place) / DESCRIPTION, library):  # the library last: alone it would be of unknown make
+        for path in (Path(place) / DESCRIPTION, library):  # the library last: it needs its description
             os.replace(path, folder / path.name)
     return folder / library.name
 
 
 def _build_here(request: str) -> None:
-    """What :func:`build` does in its own process."""
+    """The part of :func:`build` that runs in its own process."""
     from torch.utils.cpp_extension import load
 
     asked = json.loads(request)
@@ -406,7 +406,7 @@ def digest(folders: Iterable[Path]) -> str:
 
 
 def _commit(csrc: Path) -> str:
-    if not (csrc.parent / ".git").exists():  # a repository around an installation is another project's
+    if not (csrc.parent / ".git").exists():  # a repository around an installation belongs to another project
         return "unknown"
     command = ["git", "-C", str(csrc), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

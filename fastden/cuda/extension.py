@@ -1,4 +1,4 @@
-"""The CUDA extension: where it is, whether it fits the PyTorch that is there, and loading it, at its first use.
+"""The CUDA extension: its place, whether it fits the installed PyTorch, and its loading at the first use.
 
 It comes with the installation (``FASTDEN_BUILD=cuda pip install ...``), or from ``fastden build``, which compiles it
 into the user's cache. Beside each library lies a description of what it was built for: a library of another PyTorch
@@ -32,14 +32,14 @@ class Library:
 
     Args:
         path: of the library.
-        description: what it says of itself.
+        description: its own, see :meth:`fastden.cuda.build.Plan.description`.
     """
 
     path: Path
     description: dict[str, Any]
 
     def why_not(self) -> list[str]:
-        """Why it does not fit what is here; nothing where it does."""
+        """Why it does not fit this PyTorch and machine; empty where it does."""
         here = build.environment()
         own = {key: str(self.description.get(key, "unknown")) for key in here}
         if (own["torch"], own["cuda"]) != (here["torch"], here["cuda"]):
@@ -57,7 +57,7 @@ def sources() -> Path | None:
 
 
 def cache() -> Path:
-    """The folder under which ``fastden build`` keeps what it builds."""
+    """The folder under which ``fastden build`` keeps its libraries."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
         variable = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
@@ -66,11 +66,11 @@ def cache() -> Path:
 
 
 def build_here(say: Callable[[str], None] = lambda text: None, force: bool = False) -> Path:
-    """Build the extension for the PyTorch and the GPUs that are here, into the cache, where that is not done already.
+    """Build the extension for the PyTorch and the GPUs that are here, into the cache, unless it is there already.
 
     Args:
-        say: told what happens.
-        force: build even so.
+        say: gets messages about the progress.
+        force: build even if the library is there.
 
     Returns:
         The library's path.
@@ -104,7 +104,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
 
 
 def libraries() -> Iterator[Library]:
-    """Everything that is built, what came with the installation first, then the newest."""
+    """All built libraries: first the one that came with the installation, then the newest."""
     found = [PACKAGE / f"{build.NAME}{suffix}" for suffix in EXTENSION_SUFFIXES]
     cached = list(cache().glob(f"*/{build.NAME}.so"))
     found += sorted(cached, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -113,7 +113,7 @@ def libraries() -> Iterator[Library]:
         if path.is_file() and description.is_file():
             try:
                 yield Library(path, json.loads(description.read_text()))
-            except (OSError, ValueError):  # a damaged description is none
+            except (OSError, ValueError):  # a damaged description counts as none
                 continue
 
 
@@ -131,7 +131,7 @@ def find() -> tuple[Library | None, list[str]]:
             return library, []
         reasons += unfit
     if reasons:
-        # A user should hear of a library built for another PyTorch. Libraries built from older sources fill any cache.
+        # The user learns of a library for another PyTorch, but not of those from older sources, which fill any cache.
         return None, [next((reason for reason in reasons if "built for" in reason), reasons[0])]
     lacking = build.missing(build.find_toolkit())
     return None, ["not built; run `fastden build`" + (f", which needs: {'; '.join(lacking)}" if lacking else "")]
@@ -141,10 +141,10 @@ def load(library: Path | None = None) -> dict[str, Any]:
     """Load the extension, which registers its operators as ``torch.ops.fastden_cuda``; once in a process.
 
     Args:
-        library: which; None for what :func:`find` finds.
+        library: the library; None for the result of :func:`find`.
 
     Returns:
-        What it was built with and for.
+        The library's description: its build, and the versions that it needs.
 
     Raises:
         RuntimeError: there is none that fits, or it cannot be loaded, with the reason.
@@ -175,7 +175,7 @@ def load(library: Path | None = None) -> dict[str, Any]:
 
 
 def after_loading(function: Callable[[], None]) -> None:
-    """Call ``function`` when the extension is loaded; at once where it is already.
+    """Call ``function`` when the extension is loaded; at once if it is loaded already.
 
     The operators' shape functions are registered so: this module does not know the operators.
     """

@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels can do: the limits of ``csrc/fastden.h``, as reasons that name the argument."""
+"""Limits of the CUDA C++ kernels, those of ``csrc/fastden.h``, as reasons that name the argument."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MIDDLES = (32, 64)
 IMAGE_CHANNELS = 4
 STEM_OUTPUTS = 128
 SMALLEST_CAPABILITY = (8, 0)
-#: A bit for each tap of a convolution fits into 32.
+#: The kernels keep a bit for each tap of a convolution in 32 bits.
 LARGEST_KERNEL = 5
-#: Places of pixels are 32 bits wide.
+#: Positions of pixels are 32 bits wide.
 PIXELS = 2**31
-#: The operator that has a kernel of its own for Hopper, and the capability whose instruction that needs.
+#: The operator that has a kernel of its own for Hopper, and the compute capability whose instruction it needs.
 HOPPER = ("concat_conv_bn_relu", (9, 0))
 
 
 def why_not(operator: str, **tensors: Tensor) -> list[str]:
-    """Why the kernel of ``operator`` cannot do these inputs; nothing where it can."""
+    """Why the kernel of ``operator`` cannot do these inputs; empty where it can."""
     return _why_not_device(operator, next(iter(tensors.values())).device) + LIMITS[operator](**tensors)
 
 
@@ -54,7 +54,7 @@ def _channels(name: str, value: int, of: int, most: int | None = None) -> list[s
 
 
 def _pixels(name: str, x: Tensor, around: int) -> list[str]:
-    """The batch's images, each with ``around`` more rows and columns, have places of 32 bits."""
+    """Why positions in images with ``around`` more rows and columns each exceed 32 bits; empty where they fit."""
     batch, _, height, width = x.shape
     if (batch * (height + around) + around) * (width + around) < PIXELS:
         return []

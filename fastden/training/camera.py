@@ -1,12 +1,13 @@
-"""Noise as cameras make it: from a clean picture back to the sensor, noise there, and through the camera again.
+"""Noise as cameras make it: a clean picture goes back to the sensor, gets noise there, and goes through the camera.
 
 Clean picture -> inverse tone curve, colour matrix and white balance -> colour filter array -> shot, read and row noise,
 quantisation -> white balance -> demosaicing -> colour matrix -> tone curve -> the camera's own denoising -> sharpening.
-The target takes the same way without noise. :mod:`fastden.training.photo_noise` adds what happens to files afterwards:
-resizing, 8 bits, JPEG.
+The target goes through the same steps without noise. :mod:`fastden.training.photo_noise` adds what happens to files
+afterwards: resizing, 8 bits, JPEG.
 
-The way back follows Brooks et al., "Unprocessing Images for Learned Raw Denoising" (CVPR 2019): its noise levels,
-colour matrices (Adobe's DNG matrices of four cameras), gains and tone curve, with wider ranges where a comment says so.
+The steps back to the sensor follow Brooks et al., "Unprocessing Images for Learned Raw Denoising" (CVPR 2019): its
+noise levels, colour matrices (Adobe's DNG matrices of four cameras), gains and tone curve, with wider ranges where a
+comment says so.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418
 
 @dataclass(frozen=True)
 class CameraRanges:
-    """From where the parameters of a shot are drawn; a pair is uniform between its numbers.
+    """Ranges of a shot's parameters; a pair is a uniform distribution between its numbers.
 
     Args:
         shot: variance of the shot noise at white, raw values in [0, 1], log-uniform. Brooks et al.: 1e-4 to 1.2e-2;
@@ -48,10 +49,10 @@ class CameraRanges:
         read: the read noise's log variance is ``slope * log(shot) + offset`` plus a normal number of this deviation.
             Brooks et al.: (2.18, 1.20, 0.26), fitted to the Darmstadt data set; here the deviation is twice as large.
         row: standard deviation of a normal offset that a whole row shares (Wei et al., "A Physics-based Noise Formation
-            Model", CVPR 2020), as a multiple of the read noise's. Chosen by eye: banding that is just visible.
+            Model", CVPR 2020), as a multiple of the read noise's. Chosen by eye: banding is just visible.
         red_gain, blue_gain: white balance (Brooks et al.: 1.9 to 2.4 and 1.5 to 1.9); wider here, for tungsten light
             and shade.
-        bits: of the analog-digital converter, whole numbers.
+        bits: resolution of the analog-digital converter, whole numbers.
         tone: share of the smoothstep tone curve in the mixture with none (Brooks et al.: always 1).
         luma_filter, chroma_filter: probabilities of the camera's own denoising of luma and chroma.
         sharpen: probability of sharpening by an unsharp mask.
@@ -70,21 +71,21 @@ class CameraRanges:
 
 
 class CameraNoise:
-    """Pairs of a clean and a noisy picture as one camera would have made them.
+    """Makes a target and a noisy picture as one camera would have taken them.
 
     Args:
-        ranges: of its parameters.
+        ranges: ranges of its parameters; None for the defaults.
     """
 
     def __init__(self, ranges: CameraRanges | None = None) -> None:
         self.ranges = ranges or CameraRanges()
 
     def __call__(self, clean: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """One shot.
+        """Take one shot.
 
         Args:
             clean: (3, H, W), sRGB in [0, 1], H and W at least 8, on any device.
-            random: source of all randomness; the noise itself is drawn on the CPU, alike for every device.
+            random: source of all randomness; the noise itself is drawn on the CPU, so that all devices get the same.
 
         Returns:
             The target and the noisy picture, (3, H, W) each, in about [0, 1], not yet rounded to 8 bits.
@@ -150,8 +151,8 @@ class _Process:
         return result
 
 
-#: Demosaicing methods and how often each is drawn; "none" stands for pixels that are binned or measured by three
-#: sensors. X-Trans is rarer among cameras.
+#: Demosaicing methods and their probabilities. "none" stands for binned pixels and for cameras with three sensors.
+#: Few cameras have X-Trans.
 METHODS = {"bilinear": 0.2, "malvar": 0.3, "edge_directed": 0.3, "x_trans": 0.1, "none": 0.1}
 
 
@@ -173,7 +174,7 @@ def _expose(
     noise = torch.randn(ideal.shape, generator=generator).to(ideal)
     rows = torch.randn(*ideal.shape[:3], 1, generator=generator).to(ideal)
     raw = ideal + (shot * ideal + read).sqrt() * noise + row * rows
-    # A black level keeps what falls below zero: clipped there, the shadows would brighten.
+    # A black level keeps negative values: clipping them would brighten the shadows.
     return (raw.clamp(max=1.0) * steps).round() / steps
 
 
@@ -187,13 +188,13 @@ def camera_to_srgb(random: np.random.Generator) -> np.ndarray[tuple[int, ...], n
 
 
 def _spread(gains: Tensor, process: _Process) -> Tensor:
-    """White-balance gains (1, 3, 1, 1) at the pixels of the array, (1, 1, H, W)."""
+    """White-balance gains (1, 3, 1, 1) as a map for the pixels of the array, (1, 1, H, W)."""
     assert process.masks is not None
     return (gains * process.masks).sum(1, keepdim=True)
 
 
 def _mix(image: Tensor, matrix: Tensor) -> Tensor:
-    """A colour matrix (3, 3) on the channels of (N, 3, H, W)."""
+    """Apply a colour matrix (3, 3) to the channels of (N, 3, H, W)."""
     return torch.einsum("oc,nchw->nohw", matrix, image)
 
 
@@ -213,7 +214,7 @@ def tone(x: Tensor, share: float) -> Tensor:
 
 
 def inverse_tone(y: Tensor, share: float) -> Tensor:
-    """The inverse of :func:`tone` on [0, 1], by a table of 4096 values: errors below 1e-4 but at the very ends."""
+    """The inverse of :func:`tone` on [0, 1], by a table of 4096 values; errors are below 1e-4 inside."""
     x = np.linspace(0, 1, 4096)
     table = np.interp(np.linspace(0, 1, 4096), x + share * (x * x * (3 - 2 * x) - x), x)
     lookup = torch.from_numpy(table.astype(np.float32)).to(y)
@@ -227,7 +228,7 @@ def box(x: Tensor, radius: int) -> Tensor:
     """Mean over (2 r + 1) x (2 r + 1) pixels of (N, C, H, W), the image mirrored at its edges."""
     padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
     side = 2 * radius + 1
-    # One axis after the other: at radius 6 a tenth of the time of both at once.
+    # One axis after the other takes a tenth of the time of both at once (radius 6).
     return F.avg_pool2d(F.avg_pool2d(padded, (side, 1), stride=1), (1, side), stride=1)
 
 
@@ -236,8 +237,8 @@ def guided_filter(guide: Tensor, x: Tensor, radius: int, epsilon: float) -> Tens
 
     Args:
         guide: (N, 1, H, W).
-        x: (N, C, H, W), what is filtered.
-        radius: of its windows, pixels.
+        x: (N, C, H, W), the images to filter.
+        radius: radius of the windows, pixels.
         epsilon: variance of the guide up to which an area counts as flat.
     """
     mean_guide, mean_x = box(guide, radius), box(x, radius)
@@ -258,5 +259,5 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def sharpen(x: Tensor, radius: float, amount: float) -> Tensor:
-    """Unsharp mask: ``amount`` of the difference to a Gaussian blur of ``radius`` pixels is added."""
+    """Unsharp mask: add ``amount`` times the difference to a Gaussian blur of ``radius`` pixels."""
     return x + amount * (x - blur(x, radius))

@@ -29,10 +29,10 @@ class TrainConfig(BaseModel):
         (0.0, MAX_SIGMA), description="noise level, 0-255 scale: a number, or a range that is drawn from uniformly"
     )
     gain: tuple[float, float] = Field(
-        (0.0, 0.0), description="photon noise beside it: its variance at white, scale [0, 1]; a number or a range"
+        (0.0, 0.0), description="photon noise in addition: its variance at white, scale [0, 1]; a number or a range"
     )
     jpeg: tuple[int, int] | None = Field(
-        None, description="JPEG compression behind the noise: quality, a number or a range; null is none"
+        None, description="JPEG compression after the noise: quality, a number or a range; null is none"
     )
     jpeg_share: float = Field(0.5, ge=0, le=1, description="share of crops that are compressed, where jpeg is given")
     gray: float = Field(0.05, ge=0, le=1, description="share of crops made gray, with the same noise in all channels")
@@ -99,8 +99,8 @@ class TrainConfig(BaseModel):
 class PhotoConfig(TrainConfig):
     """Settings of training for photographs: the denoiser and the estimator of its noise level together.
 
-    Noise is drawn by :mod:`fastden.training.photo_noise`; ``sigma`` is that of its white share, ``gain`` and ``jpeg``
-    are not used.
+    :mod:`fastden.training.photo_noise` draws the noise. ``sigma`` is the range of its white share; ``gain`` and
+    ``jpeg`` are not used.
     """
 
     objective: Literal["photo"] = Field(  # type: ignore[assignment]
@@ -145,7 +145,7 @@ class PhotoConfig(TrainConfig):
 
 
 class JointConfig(TrainConfig):
-    """Settings of joint training with a frozen network: the denoiser's, some with other defaults, and its own."""
+    """Settings of joint training with a frozen network: those of the denoiser, some with other defaults, and more."""
 
     objective: Literal["joint-classify", "joint-segment"] = Field(  # type: ignore[assignment]
         description="joint-classify: folders with labels.csv; joint-segment: folders with images/ and labels/"

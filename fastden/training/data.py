@@ -1,4 +1,4 @@
-"""Training crops: photographs held in memory, every crop a function of (seed, epoch, index) alone."""
+"""Training crops of photographs in memory; each crop depends on (seed, epoch, index) alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class CropDataset(Dataset[dict[str, Tensor]]):
 
     Item ``index`` depends on the seed, the epoch and the index alone, so a resumed run sees the crops that the
     uninterrupted one would have seen. A photograph is drawn with a probability proportional to the square root of its
-    area: large ones hold more texture, but not in proportion.
+    area: large photographs hold more texture, but not in proportion.
 
     Args:
         images: (H, W, 3) uint8, both sides at least ``crop``.

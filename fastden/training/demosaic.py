@@ -44,7 +44,7 @@ def color_masks(pattern: tuple[tuple[int, ...], ...], height: int, width: int, s
 
 
 def interpolate(samples: Tensor, masks: Tensor, kernel: Tensor) -> Tensor:
-    """Each channel's samples kept, its gaps filled by a weighted mean of the samples around (normalised convolution).
+    """Keep each channel's samples; fill its gaps with a weighted mean of the samples around (normalised convolution).
 
     With the 3x3 tent this is bilinear demosaicing of a Bayer array; a 5x5 kernel reaches across X-Trans' cell.
 
@@ -86,7 +86,7 @@ def malvar(raw: Tensor, masks: Tensor) -> Tensor:
     kernels = torch.stack([torch.tensor(_GREEN, dtype=torch.float32), row, row.T, torch.tensor(_CROSS)])
     green, along_row, along_column, cross = F.conv2d(padded, (kernels[:, None] / 8).to(raw)).split(1, 1)
     red_mask, green_mask, blue_mask = masks.split(1, 1)
-    # Rows that hold red samples: every pixel of such a row has red at itself or at its horizontal neighbour.
+    # Rows with red samples: each pixel of such a row, or its horizontal neighbour, has red.
     red_row = (red_mask.amax(3, keepdim=True) > 0).expand_as(red_mask)
     at_green = green_mask > 0
     red = torch.where(at_green, torch.where(red_row, along_row, along_column), cross)

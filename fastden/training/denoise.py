@@ -75,7 +75,7 @@ class DenoiserData(pl.LightningDataModule):
         return DataLoader(dataset, batch_size=4, sampler=self.shared(dataset), num_workers=0)
 
     def shared(self, dataset: Dataset[Any]) -> Sampler[int] | None:
-        """Every n-th item for each of n processes, in order; Lightning's own sampler would shuffle."""
+        """A sampler that gives each of n processes every n-th item, in order; Lightning's own would shuffle."""
         if self.trainer is None or self.trainer.world_size == 1:
             return None
         return DistributedSampler(dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
@@ -119,12 +119,12 @@ class DenoiserTraining(pl.LightningModule):
             return error.abs().mean()
         squared = error.square().mean((1, 2, 3))
         if self.config.loss == "relative-mse":
-            # The attainable squared error grows about as sigma: dividing by it lets every level weigh alike in dB.
+            # The attainable squared error grows about as sigma: divided by it, all levels weigh the same in dB.
             squared = squared * (0.1 / (level.reshape(len(level), -1).mean(1) + 3 / 255))
         return squared.mean()
 
     def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss that is differentiated."""
+        """The loss of a batch, a scalar, which is differentiated."""
         return self.loss(self(batch["noisy"], batch["level"]), batch["clean"], batch["level"])
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
@@ -138,7 +138,7 @@ class DenoiserTraining(pl.LightningModule):
         return loss
 
     def _stop(self, loss: Tensor, batch: dict[str, Tensor]) -> None:
-        """End a run that diverged, before its weights follow; the last epoch's checkpoint stays."""
+        """End a run that diverged, before its weights diverge too; the last epoch's checkpoint stays."""
         path = self.config.output / f"nonfinite-step-{self.global_step}-rank-{self.global_rank}.safetensors"
         save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, path)
         raise UserError(

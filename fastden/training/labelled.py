@@ -74,7 +74,7 @@ def load_mask(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def load_classified(folder: Path, crop: int) -> list[tuple[Image, Label]]:
-    """Images of :func:`read_classes` in memory, the shorter side scaled up to ``crop`` where it is less."""
+    """Images of :func:`read_classes` in memory; those whose shorter side is below ``crop`` are scaled up to it."""
     return [(_at_least(load_rgb(path), crop), label) for path, label in read_classes(folder)]
 
 

@@ -15,7 +15,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class NoiseModel:
-    """Photon noise, white Gaussian noise, and JPEG compression behind them, drawn for each image.
+    """Photon noise, white Gaussian noise, and then JPEG compression, drawn for each image.
 
     Args:
         sigma: range of the Gaussian noise's standard deviation, on the scale 0-255, uniform.
@@ -73,7 +73,7 @@ def compress(image: Tensor, quality: int) -> Tensor:
 class NoisyDataset(Dataset[dict[str, Tensor]]):
     """Clean items with noise added, each a function of (seed, epoch, index) alone, in every process.
 
-    So a resumed run repeats the uninterrupted one, and several processes together make the batches that one would.
+    So a resumed run repeats the uninterrupted one, and several processes together make the batches of one process.
 
     Args:
         clean: its items hold ``clean`` (3, H, W) in [0, 1] and ``gray``, a boolean; both and all else pass through.

@@ -64,10 +64,10 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
         module, data = PhotoTraining(model, config), PhotoData(config)
     else:
         module, data = DenoiserTraining(model, config), DenoiserData(config)
-    data.setup("fit")  # what is wrong with the data shows before anything is written
+    data.setup("fit")  # faults of the data show before anything is written
     _prepare_output(config)
     trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=False)
-    # Lightning does this when a fit ends, but not where a resumed run had no step left to do.
+    # Lightning does this when a fit ends, but not if a resumed run had no step left to do.
     ema.on_train_end(trainer, module)
     target = config.output / "model"
     if trainer.is_global_zero:
@@ -91,8 +91,8 @@ def _model(config: TrainConfig) -> Denoiser:
 def blend_weights(model: Denoiser, config: TrainConfig) -> None:
     """Move the trained weights back towards those that training started from, as ``config.blend`` says.
 
-    Between two networks of one training path the error grows with the square of the way, what the task gains more
-    nearly with the way itself: half of it keeps most of the gain at a quarter of the loss in PSNR.
+    Along the path from the first weights to the trained ones, the loss in PSNR grows with the square of the distance,
+    and the task's gain about in proportion to it: half of the distance keeps most of the gain at a quarter of the loss.
     """
     if config.blend == 1.0:
         return
@@ -141,7 +141,7 @@ def _trainer(
 
 
 def _check_settings(config: TrainConfig) -> None:
-    """Raise unless the run to resume had the same settings, but for ``steps``."""
+    """Raise unless the run to resume had the same settings, except for ``steps``."""
     record = config.output / "train.yaml"
     if not record.exists():
         return
@@ -150,12 +150,12 @@ def _check_settings(config: TrainConfig) -> None:
     changed = [name for name, value in settings.items() if name != "steps" and before.get(name) != value]
     if changed:
         shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)
-        raise UserError(f"resume: other settings than the run had ({shown}); accepted: the same, but for steps")
+        raise UserError(f"resume: other settings than the run had ({shown}); accepted: the same, except for steps")
 
 
 @rank_zero_only
 def _prepare_output(config: TrainConfig) -> None:
-    """Write ``train.yaml``, and put the log of the run that is resumed aside."""
+    """Write ``train.yaml``, and rename the log of the run that is resumed."""
     metrics = config.output / "log" / "metrics.csv"
     if metrics.exists():  # CSVLogger would delete it
         metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('*.csv')))}.csv"))

@@ -196,7 +196,7 @@ class TestRun:
     def test_other_settings_are_no_resumption(self, run: Run, tmp_path: Path) -> None:
         run(tmp_path, steps=2)
         with pytest.raises(
-            UserError, match=r"resume: other settings .*\(lr: 0\.5, was .*accepted: the same, but for steps"
+            UserError, match=r"resume: other settings .*\(lr: 0\.5, was .*accepted: the same, except for steps"
         ):
             run(tmp_path, resume=True, lr=0.5)
 
