@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,24 @@ def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status.pop("tiles") == "default"
     assert set(status.values()) == {"no time left"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_bench_writes_into_a_new_folder(root: Path, tmp_path: Path) -> None:
+    """Stand-ins for Python and the command: this one fails, as the command does, if the folder is missing."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho float32 bfloat16\n")
+    command = f'for last; do :; done\n[ -d "${{last%/*}}" ] && echo "$@" >>{tmp_path}/log'
+    (tmp_path / "bin" / "fastden").write_text(f"#!/bin/sh\n{command}\n")
+    for name in ("python", "fastden"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in (".torch", ".bench"):
+        (tmp_path / name).touch()
+    results = tmp_path / "results" / "new"
+    variables = [f"VENV={tmp_path}", f"RESULTS={results}", "LARGE=", "BENCH_ARGS=--rounds 1"]
+    subprocess.run(["make", "-C", root, "bench", *variables], check=True, capture_output=True)
+    assert (tmp_path / "log").read_text().splitlines() == [
+        f"bench model --device cpu --dtype float32 --rounds 1 --json {results}/cpu-float32.json",
+        f"bench model --device cpu --dtype bfloat16 --rounds 1 --json {results}/cpu-bfloat16.json",
+        f"bench train --device cpu --rounds 1 --json {results}/cpu-train.json",
+    ]
