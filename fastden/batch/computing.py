@@ -140,7 +140,7 @@ class Computing:
                 if self.smaller is None:
                     self.settings.say(f"out of memory on {network.device}: going on in tiles of {side} pixels or less")
                 self.smaller = side
-            # Not in the handler: its exception keeps the tensors of the failed pass alive.
+            # The handler is left first: its exception keeps the tensors of the failed pass alive.
             if network.device.type == "cuda":
                 torch.cuda.empty_cache()
 

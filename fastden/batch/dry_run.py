@@ -1,4 +1,4 @@
-"""A rehearsal of a batch run: what would become of each image, the time, the memory."""
+"""A rehearsal of a batch run: the outcome of each image, the time, the memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLE = 384
 
 @dataclass(frozen=True)
 class Step:
-    """What would become of one image.
+    """The expected outcome of one image.
 
     Attributes:
         job: what would be read and written.
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a run would do.
+    """A plan of a run, with its time and memory.
 
     Attributes:
         steps: of each image.
@@ -126,7 +126,7 @@ def _rate(network: FusedDenoiser) -> float:
     image = torch.rand(SAMPLE, SAMPLE, network.image_channels, generator=torch.Generator().manual_seed(0)).numpy()
     level = noise_level_of(25 if network.noise_level_input else "auto", network, [image], (SAMPLE, SAMPLE))
     seconds = 0.0
-    for _ in range(2):  # the first packs weights
+    for _ in range(2):  # the first call packs weights
         start = time.perf_counter()
         denoise_batch([image], level.value, network)
         seconds = time.perf_counter() - start
@@ -134,7 +134,7 @@ def _rate(network: FusedDenoiser) -> float:
 
 
 def _memory(settings: Settings, network: FusedDenoiser, steps: list[Step]) -> int:
-    """Most bytes: of the largest tile, and of the images that are in memory at once."""
+    """Peak bytes of the largest tile and of the images that are in memory at once."""
     largest = max(steps, key=lambda step: step.width * step.height)
     side = settings.tile
     if side == "auto":

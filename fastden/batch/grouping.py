@@ -1,4 +1,4 @@
-"""Small images go through the network together, where it is faster and changes no bit of the results."""
+"""Small images go through the network together, if that is faster and changes no bit of the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST = 16
 
 
 def together(network: FusedDenoiser, height: int, width: int, memory: int) -> int:
-    """How many images of one size a pass may take; 1 where more are no faster.
+    """Number of images of one size in a pass; 1 where more are no faster.
 
     On a CPU the network itself takes small images together up to
     :data:`fastden.network.onednn.BATCH_PIXELS`, and larger ones one by one. On an accelerator images that

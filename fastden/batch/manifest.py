@@ -107,7 +107,7 @@ class Manifest:
                     self._keep(record["output"], record)
             except (ValueError, KeyError, TypeError):
                 continue
-        # A run that was killed at once leaves one line, cut off.
+        # A run that was killed early leaves one incomplete line.
         if not self._last and data[: len(_BEGINNING)] != _BEGINNING[: len(data)]:
             raise UserError(f"manifest: {path} is no record of a run; accepted: a new file, or one that a run has made")
 
@@ -237,6 +237,6 @@ def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], b
 
 
 def _location(path: str | Path) -> str:
-    """Where a file lies, whatever links lead to its folder; a link to a file is a file of its own."""
+    """The place of a file, with links to its folder resolved; a link to a file counts as a file of its own."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)

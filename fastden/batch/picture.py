@@ -30,9 +30,9 @@ class Picture:
         size: bytes in the host's memory.
         streamed: whether it is read, denoised and written strip by strip.
         image: its pixels, then the denoised ones.
-        level, sigma: what the network takes, of several pages curves (N, 8) if estimated; and on the scale 0-255, their
-            mean.
-        noise: what was estimated, of a single page.
+        level, sigma: the network's noise level, curves (N, 8) if estimated for several pages; and its mean on the scale
+            0-255.
+        noise: the estimate, for a single page.
         values: what the values of each page span.
         seconds: spent in each stage.
         notes: for the user.
@@ -65,7 +65,7 @@ class Picture:
 
     @contextmanager
     def libvips(self) -> Iterator[None]:
-        """Around decoding and encoding."""
+        """A context around decoding and encoding."""
         self.in_libvips = True
         try:
             yield
@@ -74,5 +74,5 @@ class Picture:
 
 
 def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What differs where a file was changed: size, time, number; and its kind."""
+    """Properties that differ if a file was changed: size, time, number; and its kind."""
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode

@@ -56,7 +56,7 @@ def plan(
     if single and not output.is_dir() and output.suffix:
         format_for(output, format_name)
         return [Job(Path(inputs[0]), output)]
-    for name in inputs:  # before what is said of the output, which a missing input would mislead
+    for name in inputs:  # before the output is checked: with a missing input its message would mislead
         if not Path(name).exists() and not glob.has_magic(name):
             if Path(name).is_symlink():
                 raise UserError(
@@ -146,7 +146,7 @@ def _passed_over(pattern: str) -> list[OSError]:
 
 
 def _once(files: list[Path]) -> list[Path]:
-    """Without files that ``**`` found again through a link to a folder; a link to a file counts as a file."""
+    """Drop files that ``**`` found again through a link to a folder; a link to a file counts as a file."""
     files_once = {os.path.join(os.path.realpath(file.parent), file.name): file for file in reversed(files)}
     return sorted(files_once.values())
 
@@ -167,7 +167,7 @@ def _refuse_collisions(jobs: list[Job]) -> None:
             names = ", ".join(str(job.source) for job in same)
             raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")
     for job in jobs:
-        # It might be read before or after it is replaced: chance would decide.
+        # Chance would decide whether it is read before or after it is replaced.
         (writer,) = by_target.get(_identity(job.source), [job])
         if writer is not job:
             raise UserError(f"output: {writer.target}, of {writer.source}, is an input too; accepted: another folder")

@@ -1,4 +1,4 @@
-"""The first stage of a batch: looking at an image file, and decoding it."""
+"""The first stage of a batch: it looks at an image file, and decodes it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Reading:
         self._map: Array | None = None
 
     def open(self, job: Job, *, replaces: bool = False) -> Picture:
-        """Find what cannot be done before anything is computed, and how much memory the image takes.
+        """Find errors before anything is computed, and the memory that the image takes.
 
         Args:
             job: the folder of its output must exist.
@@ -59,14 +59,14 @@ class Reading:
             raise UserError(f"{job.source}: cannot be read: {reason(error)}") from error
         header = None
         if stat.S_ISREG(status.st_mode):
-            # Decoding tells what is wrong with the file.
+            # Decoding finds the file's fault.
             with suppress(UserError):
                 header = read_header(job.source, max_pixels=self.settings.max_pixels, several=True)
         size = 2 * status.st_size
         if header is not None:
             check_alpha(header.has_alpha, format_name)
             check_pages(header.pages, format_name)
-            # Decoded and denoised; alpha is cut off the decoded image, and joined to the denoised one.
+            # Bytes of the decoded and of the denoised image; alpha is cut off the former, and joined to the latter.
             size += (4 if header.has_alpha else 2) * header.nbytes
             if self.settings.transfer is not None:
                 size += 2 * header.nbytes
@@ -153,7 +153,7 @@ class Reading:
             return self._map
 
     def check_unchanged(self, picture: Picture) -> None:
-        """Raise UserError where an input is not what it was when it was opened."""
+        """Raise UserError where an input has changed since it was opened."""
         try:
             now = stamp(os.stat(picture.job.source))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run over many files reports, during it and at its end."""
+"""Reports of a run over many files, during it and at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Report:
         records: of the images that were done or failed, in the order in which they ended.
         skipped: jobs that an earlier run had done.
         left: jobs that an interrupted run did not begin.
-        left_out: files in the folders that are images which are not read here; of :meth:`fastden.BatchDenoiser.run`.
+        left_out: image files in the folders of kinds that fastden does not read; of :meth:`fastden.BatchDenoiser.run`.
         seconds: from beginning to end.
         compute_seconds: time of the networks for the images that were done; on a CUDA device by its own clock.
         networks: how many compute at the same time; more than one on a cluster.
@@ -67,7 +67,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a run: each output that was begun is complete or removed.
 
     Attributes:
-        report: of what was done until then.
+        report: of the run until then.
     """
 
     def __init__(self, report: Report) -> None:

@@ -1,4 +1,4 @@
-"""What all images of a batch share: settings, networks, limits."""
+"""Settings, networks and limits that all images of a batch share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastden.network.model import Denoiser
 
 
 class Settings:
-    """What the stages share.
+    """Settings that the stages share.
 
     Args:
         model, device, dtype, tile: as in :func:`fastden.denoise`.

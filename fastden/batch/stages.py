@@ -1,4 +1,4 @@
-"""What happens to each image of a batch: the stages in turn, or all stages strip by strip."""
+"""The way of each image of a batch: the stages in turn, or all stages strip by strip."""
 
 from __future__ import annotations
 

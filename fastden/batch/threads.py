@@ -24,7 +24,7 @@ from fastden.images.whole_files import drop_unfinished, remove_leftovers
 WAITING = 2 * MOST
 #: Seconds that an interrupted run waits for outputs that are being written; then it drops them.
 GRACE = 5.0
-#: An encoder that is at work cannot be left alone: the process would end below it.
+#: A working encoder must finish first: the process would end under it.
 LONGEST_GRACE = 120.0
 #: Polling interval, seconds: a signal that comes at the wrong moment does not wake a waiting main thread.
 POLL = 0.1
@@ -182,7 +182,7 @@ class ThreadedRun:
 
     def _make_folder(self, folder: Path) -> None:
         if folder == self.output.parent and folder != self.output:
-            return  # of an output file: it has to be there
+            return  # the folder of an output file has to exist
         with self.lock:
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             try:
@@ -262,7 +262,7 @@ class ThreadedRun:
         memory = settings.budget.network
         try:
             return self.equality.holds(network, images, levels(group), memory)
-        except FAILURES:  # of one of them, or too little memory for all: computed alone, each gets its own result
+        except FAILURES:  # an error of one, or too little memory for all: computed alone, each gets its own result
             return False
 
     def _stream(self, picture: Picture) -> None:

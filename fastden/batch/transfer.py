@@ -49,7 +49,7 @@ class Pending:
 
 
 class Transfer:
-    """The way to a device and back.
+    """Copies to a device and back.
 
     Args:
         device: a CUDA device.
@@ -61,7 +61,7 @@ class Transfer:
         self._running: deque[torch.cuda.Event] = deque()
 
     def pin(self, batch: Tensor) -> Tensor:
-        """A copy from which the device can read in parallel with compute; in a thread that has time for it."""
+        """A copy that the device can read in parallel with compute; for a thread that has time for it."""
         return batch.pin_memory()
 
     def fits(self, batch: Tensor, limit: int) -> bool:
@@ -82,7 +82,7 @@ class Transfer:
             with torch.cuda.stream(self._up):
                 image = batch.to(self.device, non_blocking=True)
             present.wait_stream(self._up)
-            # The allocator must not reuse this memory before the other stream has finished with it.
+            # The allocator must not reuse this memory before the other stream has finished.
             image.record_stream(present)
             begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begun.record(present)

@@ -107,7 +107,7 @@ def _prepare(
         job = _job(row)
         try:
             options = shared.options(job)
-        except UserError:  # no format that can be written: the worker says so
+        except UserError:  # the format cannot be written: the worker reports it
             todo.append(row)
             continue
         if resume and manifest.finished(job, shared.weights, options):

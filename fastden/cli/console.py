@@ -1,4 +1,4 @@
-"""What the command prints: lines, progress, errors, and the sums of a run over many files."""
+"""Output of the command: lines, progress, errors, and the summary of a run over many files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def say(text: str, *, error: bool = False, console: Console | None = None) -> No
     """Print a line, to standard error if it is an error or a note; on ``console`` if given."""
     # Users copy paths, and paths may look like markup to rich: no markup, no wrapping, no colours.
     console = console or Console(stderr=error)
-    # A file's name may hold characters that the terminal's encoding does not have.
+    # A file's name may hold characters that the terminal's encoding lacks.
     encoding = getattr(console.file, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
@@ -92,7 +92,7 @@ class Display:
         self._shown = False
 
     def progress(self, ended: float) -> None:
-        """Move the bar to ``ended`` images; a part of one counts."""
+        """Move the bar to ``ended`` images, which may be a fraction."""
         self._bar.update(self._task, completed=ended)
 
     def note(self, text: str) -> None:
@@ -113,7 +113,7 @@ class Display:
             self._say(f"note: {target}: {note}", error=True)
 
     def _say(self, text: str, *, error: bool = False) -> None:
-        """Above the bar where the line goes to the same terminal, else where it belongs."""
+        """Print above the bar if the line goes to the same terminal, else on its own stream."""
         above = self._shown and (error or sys.stdout.isatty())
         say(text, error=error, console=self._console if above else None)
 

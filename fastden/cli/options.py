@@ -32,7 +32,7 @@ class OneLineErrors(TyperGroup):
 
 
 def takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperCommand]:
-    """A command whose ``option`` takes every following word that ``belongs`` says is a value of it."""
+    """A command whose ``option`` takes all following words that are its values, as ``belongs`` tells."""
 
     class Several(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -54,7 +54,7 @@ def takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperComm
 
 @contextmanager
 def naming(what: str = "", errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Turns an argument's ValueError or TypeError, or what a model's files cause, into the user's error.
+    """Turns an argument's ValueError or TypeError, or an error of a model's files, into a UserError.
 
     Args:
         what: to begin the message with, unless it does so already.
@@ -87,7 +87,7 @@ DeviceOption = Annotated[
 
 @dataclass(frozen=True)
 class Request:
-    """What ``fastden denoise`` was asked for, whatever it runs on.
+    """The request to ``fastden denoise``, on any engine.
 
     Attributes:
         inputs: files, folders and patterns, or one video; URLs on a cluster.
@@ -142,14 +142,14 @@ class Format(str, Enum):
 
 
 class Engine(str, Enum):
-    """What a run over many files runs on."""
+    """Engines of a run over many files."""
 
     local = "local"
     ray = "ray"
 
 
 class Quality(str, Enum):
-    """How much work a result is worth."""
+    """Speed or quality: the work spent on a result."""
 
     fast = "fast"
     normal = "normal"
@@ -172,7 +172,7 @@ def parse_sigma(text: str) -> Literal["auto"] | float:
 
 
 def parse_number(text: str, accepted: str) -> float:
-    """A noise level on the 0-255 scale; ``accepted`` says to the user what may stand there."""
+    """A noise level on the 0-255 scale; ``accepted`` is the error message's text on accepted values."""
     try:
         value = float(text)
     except ValueError:

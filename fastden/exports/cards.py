@@ -1,4 +1,4 @@
-"""Model cards: their parts."""
+"""Parts of model cards."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ ENDINGS = {".onnx": "onnx", ".pt2": "pt2", ".dtmodel": "dtmodel"}
 
 @dataclass(frozen=True)
 class Request:
-    """What :func:`export` was asked for, checked.
+    """A checked request to :func:`export`.
 
     Args:
         name: of the model, for the file's metadata.

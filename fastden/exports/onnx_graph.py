@@ -156,7 +156,7 @@ class _Network(Graph):
         """:func:`fastden.network.padding.pad_image`."""
         for axis in (2, 3):
             size = self.node("Gather", self.node("Shape", value), self.integer(axis), axis=0)
-            # Behind conv0 size + 2 pixels are left: up to the next multiple of 4, at least 8.
+            # After conv0 there are size + 2 pixels; they are padded to the next multiple of 4, at least 8.
             behind = 2 * BORDER - 4
             rounded = self.node("Add", size, self.integer(behind + ALIGNMENT - 1))
             blocks = self.node("Div", rounded, self.integer(ALIGNMENT))
@@ -234,5 +234,5 @@ class _Network(Graph):
         return self.node("Cast", y, to=TensorProto.FLOAT) if self.half else y
 
 
-#: ONNX's way to slice up to the end.
+#: ONNX's end of a slice that goes up to the last element.
 _END = np.iinfo(np.int64).max

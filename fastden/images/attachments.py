@@ -1,4 +1,4 @@
-"""What a source holds beside its pixels, put into the file that libvips has written.
+"""Puts what a source holds beside its pixels into the file that libvips has written.
 
 One note tells what the result cannot hold.
 """
@@ -70,7 +70,7 @@ def _is_srgb(colour: Mapping[bytes, bytes]) -> bool:
 
 @dataclass(frozen=True)
 class Attachment:
-    """What is put into a file that libvips has written.
+    """Parts to put into a file that libvips has written.
 
     Attributes:
         format: of the file.
@@ -115,7 +115,7 @@ class Attachment:
 def plan_attachment(
     extras: Extras, metadata: Mapping[str, Any], format_name: str, *, kind: bytes, strip_metadata: bool
 ) -> Attachment:
-    """What a file in ``format_name`` gets beside what libvips writes.
+    """The parts that a file in ``format_name`` gets beside those that libvips writes.
 
     Args:
         extras, metadata: of the source.
@@ -142,7 +142,7 @@ def plan_attachment(
         missing += tiff_tags.names(left)
     elif not block:
         density = (float(metadata.get("xres", 1.0)), float(metadata.get("yres", 1.0)))
-        plain = extras.format == "jpeg" and format_name == "jpeg"  # JFIF says it
+        plain = extras.format == "jpeg" and format_name == "jpeg"  # JFIF states the resolution
         if orientation > 1 or (density != (1.0, 1.0) and format_name in ("jpeg", "webp") and not plain):
             block = tiff_tags.resolution_block(*density, orientation)
     block = tiff_tags.with_orientation(block, orientation)
@@ -256,7 +256,7 @@ def _resource(iptc: bytes) -> bytes:
 
 
 def _not_in_png(extras: Extras, metadata: Mapping[str, Any]) -> list[str]:
-    """What a JPEG or TIFF holds and PNG, WebP and AVIF cannot."""
+    """Parts of a JPEG or TIFF that PNG, WebP and AVIF cannot hold."""
     missing = []
     if _iptc(extras) or ("iptc-data" in metadata and not extras.format):
         missing.append("IPTC")

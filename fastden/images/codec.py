@@ -75,7 +75,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool 
     """Decode an image file.
 
     Gray stays gray, a palette becomes RGB, 1-bit becomes 8-bit gray, CMYK becomes sRGB (with a note), float16 becomes
-    float32. The EXIF orientation is not applied to the pixels (but AVIF's own rotation is: libvips does it).
+    float32. The EXIF orientation is not applied to the pixels (libvips applies AVIF's own rotation).
 
     Args:
         path: of the file.
@@ -119,7 +119,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
                 raise UserError(f"{header.pages} pages ({detail(error)}); accepted: pages that are alike") from error
             image, _ = open_image(image, file, max_pixels, several)
         extras, metadata = read_extras(file, header.format, header.metadata)
-        # Not image.numpy(): it drops the dimensions of one-pixel images.
+        # image.numpy() would drop the dimensions of one-pixel images.
         shape = (image.height, image.width, image.bands)
         values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())
     return _assembled(values, replace(header, metadata=metadata), extras)
@@ -290,7 +290,7 @@ def write_image(
 
     Args:
         path: its suffix chooses the format; the folder must exist.
-        image: what to write; ``image.format`` and ``image.notes`` play no part.
+        image: the image; ``image.format`` and ``image.notes`` are ignored.
         overwrite: replace an existing file.
         strip_metadata: leave out EXIF, XMP, IPTC and comments. The orientation is then applied to the pixels;
             the ICC profile is kept, because colours would change without it.
@@ -315,7 +315,7 @@ def write_image(
 def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = False) -> tuple[bytes, list[str]]:
     """The bytes of a file in ``format_name``, and notes on what was lost; see :func:`write_image`."""
     vips = load_vips()
-    if strip_metadata or format_name == "heic":  # whose readers pass over the orientation of EXIF
+    if strip_metadata or format_name == "heic":  # HEIC's readers ignore the orientation of EXIF
         image = image.upright()
     check_alpha(image.alpha is not None, format_name)
     check_pages(image.pages, format_name)

@@ -1,4 +1,4 @@
-"""How an image is written in each format: what it holds, what is lost, and libvips' options."""
+"""Writing an image in each format: what the format holds, what is lost, and libvips' options."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _COLOUR = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"mDCv", b"cLLI", b"cLLi")
 # Chunks that libvips writes, that belong to the pixels, or that describe the old pixels.
 _PNG_OWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"iCCP", b"tRNS", b"eXIf", b"hIST", b"acTL", b"fcTL", b"fdAT", b"pHYs")
-#: They hold for the result where it has the source's depth and channels.
+#: Chunks that fit the result if it has the source's depth and channels.
 PNG_SAME_KIND = (b"sBIT", b"bKGD", b"sPLT")
 
 
@@ -132,7 +132,7 @@ def _of_png(file: BinaryIO, metadata: dict[str, Any]) -> Extras:
         elif name in _COLOUR or name in PNG_TEXT or name in PNG_SAME_KIND or name == b"pHYs":
             kept.append((name, data))
         elif name not in _PNG_OWN:
-            # The fourth letter says whether a chunk holds for other pixels too.
+            # The fourth letter tells whether a chunk may be copied although pixels changed.
             if chr(name[3]).islower():
                 kept.append((name, data))
             elif name == b"caBX":
@@ -150,7 +150,7 @@ def _of_tiff(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
     kept = tiff_tags.descriptive(tags)
     description = kept.get(tiff_tags.DESCRIPTION, {}).get("data", "")
     planar = tags.get(284, {}).get("data") == [2]
-    # tifffile's description of the arrangement of values fits the source alone.
+    # tifffile's description states the source's arrangement of values, which the result does not have.
     if planar and isinstance(description, str) and description.startswith('{"shape"'):
         del kept[tiff_tags.DESCRIPTION]
     parts = [text for tag, text in tiff_tags.PARTS.items() if tag in tags]

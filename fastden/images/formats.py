@@ -101,7 +101,7 @@ def open_file(file: BinaryIO) -> Opened | None:
 
 def _damaged(kind: str, error: Exception) -> UserError:
     said = error.args[0] if error.args else ""
-    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else in_one_line(error)  # LibRaw says bytes
+    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else in_one_line(error)  # LibRaw gives bytes
     return UserError(f"corrupt, truncated or not supported {kind} ({text})")
 
 
@@ -124,7 +124,7 @@ def _libvips_reads_jxl() -> bool:
 
 
 def _metadata(info: Mapping[Any, Any]) -> dict[str, Any]:
-    """Fields by libvips' names of what Pillow's plugins call them; the picture is upright already."""
+    """Fields of Pillow's plugins, by libvips' names; the picture is upright already."""
     names = {"exif-data": "exif", "xmp-data": "xmp", "icc-profile-data": "icc_profile"}
     found = {name: bytes(info[key]) for name, key in names.items() if info.get(key)}
     return {**found, "orientation": 1} if "exif-data" in found else found
@@ -142,7 +142,7 @@ def _open_heic(file: BinaryIO) -> Opened:
         values: Array = np.asarray(heif)
         return values.reshape(height, width, bands)
 
-    # A number of 10 or 12 bits stands in the upper ones of 16.
+    # Numbers of 10 or 12 bits stand in the upper bits of 16.
     return Opened(
         width,
         height,

@@ -1,4 +1,4 @@
-"""Kinds of files, told by their first bytes and headers: which are not read here, why, and what reads them."""
+"""Kinds of files that are not read here, found by first bytes and headers; why, and what reads them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHER_SUFFIXES = {
 _BY_SUFFIX = {suffix: kind for kind, suffixes in OTHER_SUFFIXES.items() for suffix in suffixes}
 
 _SPACES = (b"\n", b"\r", b" ", b"\t")
-# Where in a file which bytes stand for which kind.
+# Offset, bytes at it, and the kind that they stand for.
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\x0a", "JPEG XL"),
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
@@ -135,7 +135,7 @@ def is_raw_tiff(file: BinaryIO) -> bool:
             return True
         below = [first, *(first.pages or ())]
         return any(_photometric(page) in (_CFA, _LINEAR_RAW) for page in below)
-    except Exception:  # tifffile has errors of many kinds for a file that is damaged, which libvips tells
+    except Exception:  # tifffile raises many kinds of errors for damaged files, which libvips reports
         return False
 
 

@@ -18,7 +18,7 @@ from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, in_w
 
 #: The model that fastden chooses.
 AUTOMATIC = "automatic"
-#: Seconds between two looks at a run.
+#: Polling interval of a run, seconds.
 POLL = 0.2
 
 TITLE = "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>"
@@ -53,7 +53,7 @@ class Page:
             self._sessions.pop(name).close()
 
     def _session(self, request: gr.Request) -> Session:
-        """The visitor's; a new one where there is none, or where the connection was lost for a while."""
+        """The visitor's session; a new one if there is none, or if the connection was lost for a while."""
         name = request.session_hash or ""
         with self._lock:
             if name not in self._sessions:
@@ -67,7 +67,7 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """The page."""
-        # No analytics, and no look for newer versions: the page talks to this machine alone.
+        # Analytics and the search for newer versions are off: the page talks to this machine alone.
         with gr.Blocks(title="fastden", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             gr.HTML(
                 "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>", elem_id="title"
@@ -104,7 +104,7 @@ class Page:
         return page
 
     def _take(self, uploads: list[str] | None, automatic: bool, request: gr.Request) -> tuple[Any, ...]:
-        """Take what was dropped, and tell what is seen in it."""
+        """Take the dropped files, and tell the noise of each."""
         session = self._session(request)
         try:
             session.take(uploads or [])
@@ -119,7 +119,7 @@ class Page:
     def _run(
         self, automatic: bool, sigma: float, strength: float, model: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Denoise in a thread, and tell how far it is; who leaves the page ends it."""
+        """Denoise in a thread, and report its progress; leaving the page ends it."""
         session = self._session(request)
         if all(picture.estimate is None for picture in session.pictures):
             yield *[gr.skip()] * 4, *_buttons(session)
@@ -160,7 +160,7 @@ class Page:
         return self._view(self._session(request), index, automatic)
 
     def _view(self, session: Session, index: int, automatic: bool) -> tuple[Any, ...]:
-        """One picture before and after, what is known of it, and its level on the slider."""
+        """One picture before and after, the text about it, and its level on the slider."""
         picture = _picture(session, index)
         compare = ""
         if picture is not None and picture.done:
@@ -203,7 +203,7 @@ def _wrong(text: str) -> str:
 
 
 def _told(picture: Picture) -> str:
-    """What is known of a picture."""
+    """The text about a picture: its noise, its error and its notes."""
     parts = []
     if picture.estimate is not None:
         parts.append(f"<p><b>{html.escape(picture.name)}</b>: {html.escape(in_words(picture.estimate))}</p>")
@@ -214,7 +214,7 @@ def _told(picture: Picture) -> str:
 
 
 def _summary(session: Session) -> str:
-    """Of several pictures: how many are done, and what is wrong with the others."""
+    """A line on several pictures: how many are done, and the errors of the others."""
     if len(session.pictures) < 2:
         return ""
     done = sum(picture.done for picture in session.pictures)

@@ -27,7 +27,7 @@ LONGEST = 1_000_000
 def serve(
     host: str, port: int, limits: Limits, *, device: str | None = None, ready: Callable[[str], None] = lambda url: None
 ) -> None:
-    """Serve the page until the process is told to end; then nothing of its files is left.
+    """Serve the page until the process is told to end; then remove all its files.
 
     Args:
         host, port: to listen on; port 0 is any that is free.
@@ -54,7 +54,7 @@ def serve(
             app = application(page, limits, local=host in LOOPBACK)
             name = f"[{host}]" if ":" in host else host
             ready(f"http://{name}:{bound.getsockname()[1]}")
-            # An open page keeps a connection: it is not waited for.
+            # An open page keeps a connection: the server does not wait for it.
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
             uvicorn.Server(config).run(sockets=[bound])
         finally:
@@ -75,7 +75,7 @@ def application(page: Any, limits: Limits, *, local: bool) -> Any:
     from fastden.ui.page import CSS, head, theme
 
     blocks = page.blocks()
-    # Without it Gradio 6.31 takes any file's path for that of an upload: it looks only at pages that it has launched.
+    # Without it Gradio 6.31 takes any file's path for an upload's: it checks only pages that it has launched.
     blocks.has_launched = True
     app = FastAPI(openapi_url=None)
     gradio.mount_gradio_app(
@@ -98,7 +98,7 @@ def application(page: Any, limits: Limits, *, local: bool) -> Any:
 
 
 class Gate:
-    """What Gradio offers beyond the page is closed: for a visitor it would fetch files from other servers.
+    """Closes Gradio's endpoints beyond the page: for a visitor they would fetch files from other servers.
 
     Args:
         app: behind the gate.
@@ -151,7 +151,7 @@ async def _whole_body(receive: Any) -> tuple[bytes, Any]:
 
 
 def _names_a_url(body: bytes) -> bool:
-    """Whether a request has a file stand for an address, from which Gradio would load it; or is longer than any."""
+    """Whether a request names an address for a file, which Gradio would load; or is longer than any request."""
     if len(body) > LONGEST:
         return True
     found = False

@@ -1,4 +1,4 @@
-"""What one visitor of the page works on: the pictures, their noise, their results, and the folder with all that."""
+"""The session of one visitor: the pictures, their noise, their results, and the folder that holds them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the page takes.
+    """Limits of the page's uploads.
 
     Attributes:
         files: pictures at a time.
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the visitor has set; as the options of ``fastden denoise``."""
+    """The visitor's settings, as the options of ``fastden denoise``."""
 
     model: str | None = None
     sigma: Literal["auto"] | float = "auto"
@@ -78,7 +78,7 @@ class Picture:
 
     @property
     def result_name(self) -> str:
-        """What the result is called where it is saved."""
+        """The result's file name for the visitor."""
         path = Path(self.name)
         return f"{path.stem}-clean{path.suffix}"
 
@@ -94,7 +94,7 @@ class Cancelled(BaseException):
 
 
 class Session:
-    """The pictures of one visitor, in a folder that goes with it.
+    """The pictures of one visitor, in a folder that is removed with the session.
 
     Args:
         root: the folder in which the session's is made.
@@ -142,7 +142,7 @@ class Session:
                 self._look(picture)
 
     def _look(self, picture: Picture) -> None:
-        """Estimate the noise of a picture, or find what is wrong with it."""
+        """Estimate the noise of a picture, or find its error."""
         if not picture.source.suffix:
             accepted = ", ".join(sorted({name.upper() for name in SUFFIXES.values()}))
             picture.error = f"{picture.name}: not a kind of picture that is read here; accepted: {accepted}"
@@ -255,7 +255,7 @@ def _linked(source: Path, target: Path) -> bool:
 
 
 def _unique(names: list[str]) -> list[str]:
-    """Names of which none is another's: a second ``a.jpg`` becomes ``a (2).jpg``."""
+    """Names without repeats: a second ``a.jpg`` becomes ``a (2).jpg``."""
     taken: set[str] = set()
     result = []
     for name in names:

@@ -43,7 +43,7 @@ LOST = {
 
 @dataclass
 class VideoResult:
-    """What was done.
+    """The result of a video: what was denoised, and notes.
 
     Attributes:
         frames, width, height: of the video stream.
@@ -354,7 +354,7 @@ def _content(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def _held(sigma: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:
-    """The noise level for all frames: what was given, or the median of the estimates on those that wait."""
+    """The noise level for all frames: the given one, or the median of the estimates on the waiting frames."""
     from fastden.inference.estimate import estimate_of, median_estimate
 
     if sigma != "auto" or not network.noise_level_input or not waiting:

@@ -11,7 +11,7 @@ from fastden.errors import UserError
 RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}
 #: Quantiser of the other lossy encoders, where the input's bit rate is unknown: 1 is best, 31 worst.
 QUANTISER = 3
-#: Encoders that know more pixel formats than the one which FFmpeg takes first.
+#: Encoders to take in place of FFmpeg's default for a codec: they know more pixel formats.
 ENCODERS = {"prores": "prores_ks"}
 #: Codecs to try, in this order, where the input's own codec cannot be encoded.
 INSTEAD = ("h264", "hevc", "av1", "ffv1")
@@ -46,7 +46,7 @@ class Encoders:
         for name in dict.fromkeys((own, *INSTEAD)):
             try:
                 codec = self.av.Codec(ENCODERS.get(name, name), "w")
-            except ValueError:  # FFmpeg has none for it
+            except ValueError:  # FFmpeg has no encoder for it
                 continue
             if not self.writer.supported_codecs & {name, codec.name}:
                 continue
@@ -106,7 +106,7 @@ class Encoders:
         context.color_range, context.colorspace = first.color_range, first.colorspace
         context.color_trc, context.color_primaries = first.color_trc, first.color_primaries
         context.flags |= self.av.codec.context.Flags.frame_duration
-        if self.writer.format.name == "avi":  # which has no times for frames out of order
+        if self.writer.format.name == "avi":  # AVI has no times for frames out of order
             context.max_b_frames = 0
         context.bit_rate = 0
         if context.codec.name not in RATE_FACTORS:
