@@ -1,4 +1,4 @@
-"""Errors: the one that a command shows as one line, and those that end one image but not the run."""
+"""Errors: UserError, which a command shows as one line, and errors that end one image but not the run."""
 
 from __future__ import annotations
 

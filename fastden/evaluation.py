@@ -145,7 +145,7 @@ def _eight_bit(file: Path) -> Bytes:
 
 
 def _scores(clean: Bytes, noisy: Floats, denoised: Floats) -> dict[str, float]:
-    """The noisy image's PSNR is measured on the network's input, not clipped; its SSIM on 8 bits."""
+    """Scores of a result. The noisy image's PSNR is of the network's input, not clipped; its SSIM is of 8 bits."""
     rounded = to_dtype(denoised, np.uint8)
     return {
         "psnr_noisy": psnr(clean, noisy * 255),

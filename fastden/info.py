@@ -1,6 +1,6 @@
-"""What this machine and this installation can do, for ``fastden info`` and bug reports.
+"""A description of this machine and this installation, for ``fastden info`` and bug reports.
 
-It needs the standard library alone, and it never raises: what is broken or missing becomes a line of the report.
+It needs the standard library alone, and it never raises: a broken or missing part becomes a line of the report.
 ``python -m fastden.info`` works even where the command line's own packages are broken.
 """
 
@@ -149,7 +149,7 @@ def _torch_devices() -> list[str]:
 
 
 def _gpu() -> dict[str, Any]:
-    """What the system itself says, whatever PyTorch was built for."""
+    """NVIDIA GPUs and nvcc as the system reports them, whatever PyTorch was built for."""
     nvcc = shutil.which("nvcc")
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         candidate = Path(os.environ.get(variable, ""), "bin", "nvcc")

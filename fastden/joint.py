@@ -75,7 +75,7 @@ class JointTerms(NamedTuple):
 
 
 class FrozenTask(nn.Module):
-    """A network that is differentiated through and never changes.
+    """A network that passes gradients to its input and never changes.
 
     Its parameters stop requiring gradients, permanently. It stays in evaluation mode even where ``train()`` is called
     on
@@ -226,7 +226,7 @@ class JointLoss(nn.Module):
                 raise ValueError(f"weight: {value!r} for {name}; accepted: a finite number of at least 0")
         self.weights = weights
         _check_names("task_loss", losses)
-        # Modules, so that what a loss holds (weights of classes, learned scales) is trained, saved and moved with it.
+        # Losses become modules, so that their weights of classes or learned scales are trained, saved and moved.
         self.task_losses = nn.ModuleDict({name: _as_module(_task_loss(loss, name)) for name, loss in losses.items()})
         self.denoise_loss = _as_module(denoise_loss or _squared_error)
 
@@ -343,7 +343,7 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
         try:
             result = preprocess(probe)
         except RuntimeError as error:
-            if "requires grad" in str(error):  # what Tensor.numpy says
+            if "requires grad" in str(error):  # the message of Tensor.numpy
                 raise ValueError(f"preprocess of {name}: {error}; {accepted}") from error
             raise
         if not isinstance(result, Tensor):
@@ -441,5 +441,5 @@ def _cross_entropy(prediction: Tensor, labels: Tensor, ignore_index: int, smooth
     losses = F.cross_entropy(
         _at_least_float32(prediction), labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum"
     )
-    # Not reduction="mean": it is NaN where every label is ignored.
+    # reduction="mean" would be NaN where every label is ignored.
     return losses / (labels != ignore_index).sum().clamp(min=1)

@@ -79,7 +79,7 @@ def is_plain_block(block: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_plain_norm(layer: nn.Module, *, hooks: bool = False) -> bool:
-    """Whether calling ``layer`` normalises as :class:`fastden.ops.BatchNorm` of it does.
+    """Whether calling ``layer`` normalises as its :class:`fastden.ops.BatchNorm` does.
 
     Arguments as of :func:`is_plain_conv`.
     """
@@ -92,7 +92,7 @@ def is_plain_norm(layer: nn.Module, *, hooks: bool = False) -> bool:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether someone set methods on this very object, as hooks of some libraries do."""
+    """Whether this very object has methods of its own, as hooks of some libraries set them."""
     return "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__
 
 
@@ -109,7 +109,7 @@ def has_geometry(conv: nn.Conv2d, kernel: int, stride: int, padding: int) -> boo
 
 @torch.fx.wrap
 def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
-    """``y + residual``, one node of a graph: in a block that is traced alone, None may take the residual's place."""
+    """``y + residual``, one node of a graph: in a block that is traced alone, the residual may be None."""
     return y if residual is None else y + residual
 
 
@@ -196,7 +196,7 @@ class _ConvBNReLU(nn.Module):
         y = normalise(self.bn, self.conv(x))
         if residual is not None:
             y = _plus(y, residual)
-        # Not in place: what a layer with backward hooks returns may not be written to.
+        # Out of place: the result of a layer with backward hooks may not be written to.
         return torch.relu(y) if self.relu else y
 
     def _settings(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class ConcatConvBNReLU(_ConvBNReLU):
         super().__init__(a_channels + b_channels, out_channels, kernel_size, 1, padding, bias, relu)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a`` (N, A, H, W) and ``b`` (N, B, H, W), the second behind the first."""
+        """``a`` (N, A, H, W) and ``b`` (N, B, H, W), in this order of channels."""
         if not self._fuses(a, b) or self.conv.stride[0] != 1:
             return self._call_layers(torch.cat([a, b], 1))
         return ops.concat_conv_bn_relu(a, b, self.conv.weight, self.conv.bias, **self._settings())

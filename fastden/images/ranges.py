@@ -77,7 +77,7 @@ class ValueRange:
         """Between which values, on the picture's own scale, the network sees them; None where all are.
 
         What lies beyond is no noise of that level. It would change the pixels around it, so that the network sees the
-        limit, and the excess is added to the result, but for lone pixels.
+        limit, and the excess is added to the result, except for lone pixels.
 
         Args:
             level: the highest noise level on the picture's own scale; None for one that is not known.

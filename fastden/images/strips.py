@@ -26,7 +26,7 @@ from fastden.images.ranges import RangeFinder, ValueRange
 from fastden.images.samples import sample_windows
 from fastden.images.whole_files import reason
 
-#: Rows that are asked of libvips at a time.
+#: Rows that libvips decodes at a time.
 CHUNK = 64
 #: Side of the tiles of a TIFF that is written strip by strip.
 TIFF_TILE = 256
@@ -85,7 +85,7 @@ class StripReader:
             if whole:
                 image = vips.Image.new_from_buffer(data, "", **options)
             else:
-                # A source, not the file's name: libvips reads text in brackets at the end of a name as options.
+                # libvips gets a source: in a file's name it would read text in brackets at the end as options.
                 image = vips.Image.new_from_source(vips.Source.new_from_file(os.fsencode(self.path)), "", **options)
             image, self.header = open_image(image, file, max_pixels, several)
         self._region = vips.Region.new(image)
@@ -132,7 +132,7 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool
 def read_samples(
     path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool = False, for_noise: bool = True
 ) -> tuple[list[Array], ValueRange]:
-    """What is to be known of an image file before it is denoised by strips, in little memory.
+    """The parts of an image file that are needed before it is denoised by strips, read in little memory.
 
     Args:
         path: of the file.
@@ -255,7 +255,7 @@ class StripWriter:
         if self._error is not None:
             raise self._error
         if not self._attachment.empty:
-            # A name that goes when a run's leftovers go.
+            # A name that :func:`remove_leftovers` would remove after a kill.
             attached = self._path.with_name(f"{self._path.name}.attached")
             try:
                 with self._path.open("rb") as source, attached.open("x+b") as target:
@@ -283,7 +283,7 @@ class _Stream:
         self.closed = False
 
     def put(self, rows: Array) -> bool:
-        """Hand rows over; False where nobody reads any more."""
+        """Hand rows over; False if libvips has stopped reading."""
         while not self.closed:
             try:
                 self._blocks.put(rows, timeout=0.1)

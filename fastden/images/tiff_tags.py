@@ -1,4 +1,4 @@
-"""TIFF tags, and EXIF, which is made of them: read, told apart, and put into a file that is written."""
+"""TIFF tags, and EXIF, which consists of them: reading, selecting, and adding them to a written file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 ORIENTATION, EXIF_IFD, GPS_IFD, MAKER_NOTE = 274, 34665, 34853, 37500
 XMP, IPTC, PHOTOSHOP, ICC, EXTRA_SAMPLES, DESCRIPTION, RESOLUTION = 700, 33723, 34377, 34675, 338, 270, (282, 283, 296)
 _SUB_IFDS, _LAYERS = 330, 37724
-#: What a file may hold beside its picture.
+#: Parts that a file may hold beside its picture, by their tags.
 PARTS = {_SUB_IFDS: "the smaller copies of the picture (SubIFD)", _LAYERS: "Photoshop's layers"}
-#: What describes how pixels are stored: the file that is written has its own.
+#: Tags on the storage of pixels: the written file has its own.
 _STORAGE = {
     *(254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 277, 278, 279, 284, 288, 289, 290, 291, 292, 293),
     *(297, 317, 320, 321, 322, 323, 324, 325, 326, 327, 328, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 343),
@@ -100,7 +100,7 @@ def exif_directory(block: bytes) -> dict[int, Any] | None:
 
 
 def descriptive(tags: Tags) -> dict[int, Any]:
-    """Those that do not say how pixels are stored."""
+    """The tags that do not describe the storage of pixels."""
     return {tag: value for tag, value in tags.items() if tag not in _STORAGE and tag not in (_SUB_IFDS, _LAYERS)}
 
 

@@ -1,4 +1,4 @@
-"""Files that appear under their names whole or not at all."""
+"""Writing files that appear under their names whole or not at all."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file, down to the disk."""
+    """Write a new file, and flush it to the disk."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -79,13 +79,13 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file that a library has written down to the disk."""
+    """Flush a file that a library has written to the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or none: beside ``path`` first, then renamed.
+    """Write a whole file or none: a temporary file beside ``path``, which is then renamed.
 
     Raises:
         UserError: the system refuses, with its reason.

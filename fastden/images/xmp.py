@@ -1,4 +1,4 @@
-"""XMP packets: joined, split for JPEG, and without properties of data that is not in the file any more."""
+"""XMP packets: joining, splitting for JPEG, and removing properties of data that the result does not hold."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from xml.parsers.expat import ExpatError
 
 from fastden.images.containers import SEGMENT
 
-#: What the segments of a JPEG begin with: the packet, and its continuation.
+#: First bytes of a JPEG's segments with the packet, and with its continuation.
 MAIN, EXTENSION = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
 
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _NOTE = "http://ns.adobe.com/xmp/note/"
-# Namespaces of which every property describes a second picture, a video or a depth map behind the picture.
+# All properties of these namespaces describe a second picture, a video or a depth map behind the picture.
 _DESCRIBE_OTHERS = (
     "http://ns.adobe.com/hdr-gain-map/1.0/",
     "http://ns.google.com/photos/1.0/container/",
@@ -48,7 +48,7 @@ def joined(main: bytes, extensions: list[bytes]) -> tuple[bytes, bool]:
     if rest is not None and target is not None:
         for description in _descriptions(rest):
             target.appendChild(packet.importNode(description, True))
-    # Nothing may point at missing data.
+    # The packet must not point at missing data.
     _drop(packet, lambda space, name: space == _NOTE and name == "HasExtendedXMP")
     return _text(packet, main), rest is not None
 
@@ -97,7 +97,7 @@ def split(packet: bytes) -> list[bytes] | None:
         description.appendChild(rest.importNode(child, True))
         element.appendChild(description)
         parent.removeChild(child)
-    # Attributes of the copied parents are in both parts: in the continuation they stay away.
+    # Attributes of the copied parents would be in both parts: the continuation drops them.
     for description in _descriptions(rest):
         for attribute in list(description.attributes.values()):
             if not attribute.name.startswith("xmlns") and attribute.name != "rdf:about":
@@ -146,7 +146,7 @@ def freed(packet: bytes, *, upright: bool) -> tuple[bytes, bool]:
 
 
 def _undeclared(packet: bytes) -> bytes:
-    """Without the declarations of names that nothing uses any more, which would still look like the thing."""
+    """Remove unused declarations of namespaces, which would still look like the removed properties."""
     for declaration, prefix, space in re.findall(rb'(\s+xmlns:([\w.-]+)="([^"]*)")', packet):
         if space.startswith(tuple(name.encode() for name in _DESCRIBE_OTHERS)):
             used = re.search(rb"[<\s/]" + re.escape(prefix) + rb":", packet)

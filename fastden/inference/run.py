@@ -51,7 +51,7 @@ class Wishes:
 
     @property
     def fast(self) -> bool:
-        """Whether in 8-bit integers."""
+        """Whether the network computes in 8-bit integers."""
         return self.quality == "fast"
 
     @property
@@ -159,7 +159,7 @@ def run_network(
 
 
 def own_level(level: float | Tensor, values: ValueRange) -> float | Tensor:
-    """A noise level on a picture's own scale; more than 1 is none."""
+    """A noise level on a picture's own scale, at most 1."""
     if values.ordinary:
         return level
     return (level / values.span).clamp(max=1) if isinstance(level, Tensor) else min(level / values.span, 1.0)
@@ -173,7 +173,7 @@ def own_scale(level: float | Tensor | None, values: ValueRange) -> tuple[float |
         values: of the picture.
     """
     own = None if level is None else own_level(level, values)
-    # Of a map the highest level is not asked for: strips know theirs alone.
+    # A map's highest level is not used: strips know only their own.
     known = own if isinstance(own, float) else None
     if isinstance(own, Tensor) and own.dim() < 4 and own.numel():
         known = float(own.max())

@@ -60,8 +60,8 @@ Model = Denoiser | TiledNetwork
 class OwnScale(NamedTuple):
     """A picture's own scale: what the network sees is ``(x - black) / span``, within ``limits`` if there are any.
 
-    What lies beyond the limits is added to the result, but for lone pixels. It goes back to the scale of ``x``; white
-    of integers is 1.
+    Values beyond the limits are added to the result, except for lone pixels. The result is on the scale of ``x``
+    again; white of integers is 1.
     """
 
     black: float
@@ -319,7 +319,7 @@ def _inward(x: Tensor, scale: OwnScale | None) -> tuple[Tensor, Tensor | None]:
         return x, None
     limited = x.clamp(*scale.limits)
     beyond = (x != limited).any(1, keepdim=True).float()
-    # A lone pixel beyond all noise is a hot one, and goes; a highlight has two pixels or more, and stays.
+    # A lone pixel beyond all noise is hot, and loses its excess; a highlight of two pixels or more keeps it.
     several = F.avg_pool2d(beyond, 3, stride=1, padding=1) > 1.5 / 9
     return limited, (x - limited) * several
 

@@ -1,4 +1,4 @@
-"""What a module of this folder says where its package is not installed."""
+"""The error of this folder's modules if their package is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node for ComfyUI: images in, denoised images out. The folder ``examples/comfyui`` is what its loader wants."""
+"""A node for ComfyUI: images in, denoised images out. ComfyUI's loader takes the folder ``examples/comfyui``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FastdenDenoise:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What ComfyUI shows: the image, and the settings with their limits."""
+        """The inputs that ComfyUI shows: the image, and the settings with their limits."""
         names = [CHOICE, *models()]
         sigma = {
             "default": 0.0,

@@ -89,7 +89,7 @@ class DenoiseWidget(Container):
     """The dock widget.
 
     Args:
-        napari_viewer: that shows it; napari gives it by this name.
+        napari_viewer: the viewer that shows it; napari gives it by this name.
     """
 
     def __init__(self, napari_viewer: napari.Viewer) -> None:
@@ -136,7 +136,7 @@ class DenoiseWidget(Container):
         worker.start()
 
     def _report(self, part: float) -> None:
-        """In the worker's thread."""
+        """Report progress; runs in the worker's thread."""
         if self._stop.is_set():
             raise Cancelled
         self._show(round(100 * part))

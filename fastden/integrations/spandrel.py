@@ -32,7 +32,7 @@ class FastdenArch(Architecture):
     """The architecture: how it is recognised and loaded.
 
     Args:
-        sigma: the noise level that networks get which take one, on the scale 0-255; ``"auto"`` estimates it from each
+        sigma: the noise level for networks that take one, on the scale 0-255; ``"auto"`` estimates it from each
             image (:func:`fastden.estimate_noise`).
 
     Raises:
@@ -59,7 +59,7 @@ class FastdenArch(Architecture):
         )
 
     def load(self, state_dict: Any) -> Any:
-        """The network of a state dict, with what spandrel wants to know about it."""
+        """The network of a state dict, with the description that spandrel wants."""
         channels = state_dict["out.weight"].shape[0]
         takes_level = state_dict["conv0.weight"].shape[1] > channels
         return ImageModelDescriptor(

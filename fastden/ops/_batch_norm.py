@@ -1,4 +1,4 @@
-"""Batch normalisation: what operators know of a module, its operators on kernels, and their gradient.
+"""Batch normalisation: the state that operators take from a module, its operators on kernels, and their gradient.
 
 Normalisation and ReLU are a pass of their own; the next convolution does not do them as it loads. A step moves 11.0 GB
 (64 crops of 128x128 in bfloat16, counted by ``benchmarks/training_traffic.py``). The 1x1 ``expand``, which loads each
@@ -44,7 +44,7 @@ class BatchNorm(NamedTuple):
             ValueError: naming the setting that the operators do not have.
         """
         if isinstance(module, nn.SyncBatchNorm) and module.training:
-            # Its statistics are those of all processes, which an operator does not see.
+            # Its statistics are those of all processes; an operator sees only one.
             raise ValueError("bn: SyncBatchNorm in training; accepted: BatchNorm2d, or SyncBatchNorm in evaluation")
         if module.running_mean is None or module.running_var is None:
             raise ValueError("bn: track_running_stats=False; accepted: True")

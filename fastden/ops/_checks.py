@@ -1,4 +1,4 @@
-"""What every operator asks of its tensors, and the errors that say so."""
+"""Checks of the operators' tensors, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions of one or two sources with what is fused behind them: the operators on kernels, and their gradients.
+"""Convolutions of one or two sources with fused BN, residual and ReLU: operators on kernels, and their gradients.
 
 Little is stored for gradients. A convolution with batch statistics stores its raw output alone; the next operator makes
 its input from that again (``_recompute.py``).

@@ -119,7 +119,7 @@ def conv_gradients(
         sources.append((b, weight[:, split:], needed[1]))
     grads: list[Tensor | None] = [None, None]
     grad_weight = None
-    # Both at once, where PyTorch makes both.
+    # If PyTorch makes both, one call makes them at once.
     of_weight = needed[2] and ways.weight == "aten"
     parts: list[Tensor] = []
     for index, (x, part, wanted) in enumerate(sources):
@@ -199,7 +199,7 @@ def _input_gradient(
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Hands gradients on, and refuses to be differentiated."""
+    """Passes gradients through, and refuses to be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, name: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -227,7 +227,7 @@ def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[
                 return once(ctx, *gradients)
             with torch.no_grad():
                 results = backward(ctx, *gradients)
-            # Only what depends on a gradient or an input that wants one can be differentiated again.
+            # A result can be differentiated again only if it depends on a gradient, or on an input that requires one.
             results = tuple(one.detach().requires_grad_() if isinstance(one, Tensor) else one for one in results)
             return _NoSecondDerivative.apply(name, *results)
 

@@ -41,7 +41,7 @@ _recipes = WeakTensorKeyDictionary()
 
 def remember(y: Tensor, recipe: Recipe) -> None:
     """Let an operator that takes ``y``, this very tensor, save the recipe instead of ``y``."""
-    if not (torch.compiler.is_compiling() or y.is_inference()):  # which counts no versions
+    if not (torch.compiler.is_compiling() or y.is_inference()):  # an inference tensor counts no versions
         _recipes[y] = (y._version, recipe)
 
 
@@ -60,7 +60,7 @@ def has_recipe(y: Tensor) -> bool:
 
 
 def save(x: Tensor) -> tuple[Tensor | None, ...]:
-    """What an operator has to save of its input: itself, or its recipe; :data:`SAVED` tensors or None either way."""
+    """Tensors to save for an operator's input: itself, or its recipe; always :data:`SAVED` tensors or None."""
     version, recipe = (None, None) if torch.compiler.is_compiling() else _recipes.get(x, (None, None))
     if recipe is None or version != x._version or _hooked():
         return (x, *(None,) * len(Recipe._fields))

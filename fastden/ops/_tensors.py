@@ -1,4 +1,4 @@
-"""What the operators ask of tensors, and do with them before a kernel runs."""
+"""Questions about tensors, and their changes before a kernel runs."""
 
 from __future__ import annotations
 

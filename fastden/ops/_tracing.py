@@ -1,4 +1,4 @@
-"""What torch.compile is told about functions, without loading it.
+"""Marks on functions for torch.compile, made without loading it.
 
 ``torch.compiler``'s own decorators import Dynamo, which takes about as long to import as PyTorch itself.
 """

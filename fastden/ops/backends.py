@@ -1,4 +1,4 @@
-"""Backends of the operators: which there are, which one is asked for, and why one cannot run.
+"""Backends of the operators: the list, the choice, and the reasons why one cannot run.
 
 An operator runs on the backend that its ``backend`` argument names; else on that of the innermost
 :func:`use_backend`; else on that of the environment variable ``FASTDEN_BACKEND``; else on the one that is chosen
@@ -165,7 +165,7 @@ def _why_not_statistics(backend: Backend) -> list[str]:
 
 @constant_result
 def _make_ready(name: str) -> bool:
-    """Load what registers the operators, where code is traced that will name them; whether that could be done."""
+    """Load the module that registers the operators, for code that is traced; returns whether that worked."""
     # Dynamo calls this function and looks at the next one afterwards: it is not to look into it, but to call it with
     # fake tensors. Said here, because saying it loads Dynamo.
     torch.compiler.allow_in_graph(_check_traced)

@@ -65,7 +65,7 @@ def head(
     if backend != "torch":
         if add_input and image is None and torch.is_autocast_enabled(x.device.type):
             image = x[:, :k]
-        # A clamped value no longer tells on which side of the limit it was; the gradient needs that.
+        # The gradient needs to know on which side of the limit a value was; a clamped value does not tell.
         later = clamp and wants_gradient(*tensors.values(), image)
         run = in_autocast(features, x, weight, image_weight)
         y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)

@@ -146,7 +146,7 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     for part, kernel in zip(_REGIONS, weight, strict=True):
         region = torch.zeros_like(grad)
         region[part] = grad[part]
-        # On the first row or column alone: few rows are enough.
+        # These weights serve the first row or column alone: few rows are enough.
         rows = 1 if part[1] is _FIRST else grad.shape[2]
         columns = 1 if part[2] is _FIRST else grad.shape[3]
         region = channels_last(F.pad(region[:, :, :rows, :columns], (1, 1, 1, 1)))
