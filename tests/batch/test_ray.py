@@ -254,11 +254,30 @@ def test_a_file_appears_whole_behind_a_url(memory: Any, tmp_path: Path, monkeypa
     assert memory.cat("/out/a.png") == b"whole"
 
 
+@pytest.fixture
+def worker(model: str) -> Worker:
+    return Worker({"model": model, "dtype": "float32"}, 1)
+
+
+def copies(photos: Path, count: int) -> list[Path]:
+    """Files of the same picture."""
+    paths = [photos / f"{index}.png" for index in range(count)]
+    for path in paths:
+        shutil.copy(photos / "a.png", path)
+    return paths
+
+
+def side_by_side(worker: Worker, sources: list[Path], output: Path) -> list[Record]:
+    """Give a worker a thread for each file, up to three."""
+    output.mkdir()
+    with ThreadPoolExecutor(3) as threads:
+        return list(threads.map(lambda source: record_of(worker, source, output / source.name), sources))
+
+
 def test_a_worker_reads_while_it_computes(
-    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Called from several threads: files side by side, one thread that computes, within the memory for images."""
-    worker = Worker({"model": model, "dtype": "float32"}, 1)
+    """Called from several threads, it reads files side by side; one thread computes, within the memory for images."""
     stages = worker.denoiser.stages
     read, compute = stages.reading.read, stages.computing.compute
     computing, computers, held = threading.Event(), set(), []
@@ -279,43 +298,57 @@ def test_a_worker_reads_while_it_computes(
 
     monkeypatch.setattr(stages.computing, "compute", slow)
     monkeypatch.setattr(stages.reading, "read", beside)
-    for index in range(5):
-        shutil.copy(photos / "a.png", photos / f"{index}.png")
-    with ThreadPoolExecutor(3) as threads:
-        paths = [(photos / f"{index}.png", tmp_path / f"{index}.png") for index in range(5)]
-        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    sources, output = copies(photos, 5), tmp_path / "out"
+    records = side_by_side(worker, sources, output)
     assert [record.status for record in records] == ["done"] * 5, records
     assert len(computers) == 1
-    assert held[0] >= 2 * stages.reading.look(Job(*paths[0])).size
+    assert held[0] >= 2 * stages.reading.look(Job(sources[0], output / "0.png")).size
     assert worker.denoiser._gate.taken == 0
-    assert len({path.read_bytes() for _, path in paths}) == 1
-    # No image is admitted beside one that fills the memory for images; a failed image gives its memory back.
+    assert len({path.read_bytes() for path in output.iterdir()}) == 1
+
+
+def test_a_worker_within_its_memory(
+    photos: Path, tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No image is admitted beside one that fills the memory for images; a failed image gives its memory back."""
+    computing, held = worker.denoiser.stages.computing, []
+    compute = computing.compute
+
+    def noting(works: list[Any], *rest: Any) -> None:
+        held.append(worker.denoiser._gate.taken)
+        compute(works, *rest)
+
+    monkeypatch.setattr(computing, "compute", noting)
     worker.denoiser._gate.limit = 1
-    held.clear()
+    first, last = copies(photos, 2)
     broken = photos / "broken.png"
     broken.write_bytes((photos / "a.png").read_bytes()[:200])
-    with ThreadPoolExecutor(3) as threads:
-        paths = [(path, tmp_path / f"again-{path.name}") for path in (photos / "1.png", broken, photos / "2.png")]
-        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    records = side_by_side(worker, [first, broken, last], tmp_path / "out")
     assert [record.status for record in records] == ["done", "failed", "done"]
     assert held == [1, 1]
     assert worker.denoiser._gate.taken == 0
-    # The thread that computes also reads and writes streamed images.
-    look, stream, streamers = stages.reading.look, stages.stream, set()
+
+
+def test_a_worker_that_streams(photos: Path, tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that computes also reads and writes streamed images; the results are those from memory."""
+    stages, streamers = worker.denoiser.stages, set()
+    sources = copies(photos, 2)
+    side_by_side(worker, sources, tmp_path / "whole")
+    look, stream = stages.reading.look, stages.stream
 
     def watched(work: Any, *rest: Any) -> Any:
-        streamers.add(threading.current_thread().name)
+        streamers.add(threading.current_thread())
         return stream(work, *rest)
 
     monkeypatch.setattr(stages.reading, "look", lambda job: replace(look(job), streamed=True))
     monkeypatch.setattr(stages, "stream", watched)
-    with ThreadPoolExecutor(2) as threads:
-        paths = [(photos / f"{index}.png", tmp_path / f"streamed-{index}.png") for index in (1, 2)]
-        records = list(threads.map(lambda pair: record_of(worker, *pair), paths))
+    records = side_by_side(worker, sources, tmp_path / "streamed")
     assert [record.status for record in records] == ["done", "done"]
-    assert streamers == computers
-    expected = read_image(tmp_path / "1.png").pixels
-    assert all(np.array_equal(read_image(target).pixels, expected) for _, target in paths)
+    assert all(record.streamed for record in records)
+    assert streamers == {worker.computer.submit(threading.current_thread).result()}
+    for name in ("0.png", "1.png"):
+        pair = (read_image(tmp_path / folder / name).pixels for folder in ("whole", "streamed"))
+        assert np.array_equal(*pair)
     assert worker.denoiser._gate.taken == 0
 
 
