@@ -204,7 +204,7 @@ def range_of(counts: Any, dtype: np.dtype[Any], stated: int = 0) -> ValueRange:
     if white == 1 and black == 0 and int(counts["lit"]) <= few:
         top = _quantile(counts["positive"], few)
         if 0 < top < LEAST_WHITE:
-            white, reason = top, f"values are below {top:.2g}, but for at most 1 of 1000"
+            white, reason = top, f"values are below {top:.2g}, except for at most 1 of 1000"
     return ValueRange(black, white, low, high, reason)
 
 

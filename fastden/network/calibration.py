@@ -23,12 +23,12 @@ SIGMAS = (5.0, 15.0, 25.0, 50.0, 75.0)
 def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
     """Measure the ranges of a network's activations, for ``fuse(model, quality="fast")``.
 
-    ``save_pretrained`` writes them beside the weights. They belong to these weights: after more training, measure anew.
+    ``save_pretrained`` writes them beside the weights. They belong to these weights: measure again after training.
 
     Args:
-        model: a network; it computes on the CPU in float32 here, whatever it is otherwise.
-        images: clean pictures (N, C, H, W) in [0, 1]; 30 varied ones of 256 pixels a side do. Each gets seeded noise of
-            5, 15, 25, 50 or 75 (0-255 scale), white and shared by 2x2 pixels in turn.
+        model: a network; it computes here on the CPU in float32, whatever its device and dtype.
+        images: clean pictures (N, C, H, W) in [0, 1]; 30 varied ones of 256 pixels a side are enough. Each gets seeded
+            noise of 5, 15, 25, 50 or 75 (0-255 scale), white and shared by 2x2 pixels in turn.
 
     Raises:
         ValueError: no images, or of another shape.

@@ -1,4 +1,4 @@
-"""A network's weights with batch normalisation folded; layers that folding does not know are refused."""
+"""A network's weights with batch normalisation folded; layers that cannot be folded are refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _check_module(name: str, module: nn.Module, kind: type[nn.Module], inputs: C
 def _check_hooks(
     name: str, module: nn.Module, plain: Callable[..., Tensor], inputs: Callable[[], Tensor | tuple[Any, ...]]
 ) -> None:
-    """Raise where forward hooks change what ``module`` returns; call it once, if it has any, to see that."""
+    """Raise where forward hooks change the result of ``module``; a module with hooks is called once to find out."""
     if not (module._forward_hooks or module._forward_pre_hooks):
         return
     made = inputs()

@@ -1,4 +1,4 @@
-"""Load a network by what a user gives: a model's name, a device, a dtype, a size of memory."""
+"""Load a network from a user's words: a model's name, a device, a dtype, a size of memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def default_model(sigma: object) -> str:
-    """The bundled model for a ``sigma`` where none is named.
+    """The bundled model for ``sigma``, if the user names none.
 
     ``photo`` where the noise level is estimated: it knows all kinds of noise. ``color`` where it is given: it knows
     white noise best, and one number describes white noise.
@@ -49,7 +49,7 @@ def load_network(
     Args:
         model, device, dtype: as in :func:`denoise`.
         eight_bit: the image has 8 bits, so ``dtype="auto"`` may reduce the precision.
-        fast: in 8-bit integers; ``dtype`` is then that of the head, and of what cannot run so.
+        fast: compute in 8-bit integers; ``dtype`` is then that of the head, and of calls that cannot run so.
     """
     quality: Literal["normal", "fast"] = "fast" if fast else "normal"
     if isinstance(model, FusedDenoiser):
@@ -103,7 +103,16 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool) -> torch.dtype:
-    """The dtype that ``dtype`` means for an image on ``device``."""
+    """The torch dtype to compute in.
+
+    Args:
+        dtype: ``"auto"``, a name or a torch dtype of :data:`DTYPES`.
+        device: of the computation.
+        eight_bit: the image has 8 bits, so ``"auto"`` may take bfloat16.
+
+    Raises:
+        ValueError: another dtype.
+    """
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype == "auto":

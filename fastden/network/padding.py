@@ -1,4 +1,4 @@
-"""The padding in front of the network: reflection, up to the next size that can be halved twice."""
+"""The padding before the network: reflection, up to the next size that can be halved twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def padding_for(size: int) -> tuple[int, int]:
 
 
 def pad_image(x: Tensor) -> Tensor:
-    """Reflect-pad (N, C, H, W) for the network: 3 pixels a side, and up to the next multiple behind conv0."""
+    """Reflect-pad (N, C, H, W) for the network: 3 pixels a side, and up to the next multiple of 4 after conv0."""
     height, width = x.shape[2], x.shape[3]
     if torch.compiler.is_exporting():
         # The choice below would limit the exported graph to the sizes of the example.

@@ -68,7 +68,7 @@ def _(grad: Tensor, a: Tensor, b: Tensor | None, kernel: int, stride: int, paddi
     fits = (grad.shape[0], *grad.shape[2:]) == (a.shape[0], *sizes)
     check(fits, "grad", grad, "the shape of the convolution's result")
     if b is not None:
-        check((b.shape[0], *b.shape[2:]) == (a.shape[0], *a.shape[2:]), "b", b, "as a, but for the channels")
+        check((b.shape[0], *b.shape[2:]) == (a.shape[0], *a.shape[2:]), "b", b, "as a, except for the channels")
     return empty_like(a, (grad.shape[1], a.shape[1] + (0 if b is None else b.shape[1]), kernel, kernel))
 
 

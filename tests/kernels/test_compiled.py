@@ -19,7 +19,7 @@ BEST = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"
 def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
     """Nothing spills, and bulk copies feed the best matrix instruction; where there are none, nothing is compiled.
 
-    float16 compiles to the same but for the products' type, and would take as long again.
+    float16 compiles to the same except for the products' type, and would take as long again.
     """
     script, table = root / "benchmarks" / "compile_kernels.py", tmp_path / "table.json"
     command = [sys.executable, str(script), "--dtypes", "bf16", "--json", str(table)]
