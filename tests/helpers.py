@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastden import ops
 from fastden.network.model import Denoiser
+
+if TYPE_CHECKING:
+    from fastden.batch.denoiser import BatchDenoiser
 
 
 def randomise(model: Denoiser, seed: int = 0) -> Denoiser:
@@ -148,6 +152,13 @@ def copies_in_operators(backend: str, call: Callable[[], object]) -> list[str]:
         if parent is not None and event.name.removeprefix("aten::") in moves:
             copies.append(f"{parent.name}: {event.name}")
     return copies
+
+
+def streaming(batch: BatchDenoiser) -> BatchDenoiser:
+    """The same engine, which from now on streams every image, however small."""
+    look = batch.stages.reading.look
+    batch.stages.reading.look = lambda job: replace(look(job), streamed=True)  # type: ignore[method-assign]
+    return batch
 
 
 def labelled_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import fastden
@@ -18,6 +19,18 @@ class Blend(fastden.FusedDenoiser):
     def forward_padded(self, x: Tensor) -> Tensor:
         image, level = x[:, :3], x[:, 3:, 3:-3, 3:-3]
         return (2 * image[:, :, 3:-3, 3:-3] + image[:, :, :-6, 3:-3] + image[:, :, 6:, :-6]) / 4 + level / 8
+
+
+class Greedy(Blend):
+    """Runs out of memory on tiles above a size, as a device does."""
+
+    #: Pixels of the largest tile that fits, padding included.
+    largest = 100 * 100
+
+    def forward_padded(self, x: Tensor) -> Tensor:
+        if x.shape[2] * x.shape[3] > self.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward_padded(x)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from fastden.batch.writing import Writing
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image, write_image
 from fastden.inference.tiling import least_memory
-from tests.batch.conftest import Blend
-from tests.helpers import random_network
+from tests.batch.conftest import Greedy
+from tests.helpers import random_network, streaming
 from tests.image_files import encoded, pixels
 
 
@@ -169,17 +168,6 @@ def test_memory_is_split(network: Any) -> None:
     with pytest.raises(ValueError, match=f"accepted: at least {2 * least_memory(network)}"):
         split_memory(2 * least_memory(network) - 1, network)
     split_memory(2 * least_memory(network), network)
-
-
-class Greedy(Blend):
-    """Runs out of memory on tiles above a size, as a device does."""
-
-    largest = 100 * 100
-
-    def forward_padded(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[2] * x.shape[3] > self.largest:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return super().forward_padded(x)
 
 
 def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, network: Any) -> None:
@@ -417,7 +405,6 @@ def test_images_of_more_than_8_bits_go_through_their_own_network(
     batch = fastden.BatchDenoiser(network, sigma=20)
     if streamed:
         (folder / "uint16-2.tif").unlink()
-        look = batch.stages.reading.look
-        batch.stages.reading.look = lambda job: replace(look(job), streamed=True)  # type: ignore[method-assign]
+        streaming(batch)
     assert batch.run(folder, tmp_path / "out").failed == []
     assert seen == {"uint8": {True}, "uint16": {False}, "float32": {False}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from fastden.images.codec import ImageFile, read_image, write_image
 from fastden.images.strips import StripReader, StripWriter, read_samples
 from fastden.inference.estimate import noise_of_samples
 from fastden.inference.tiling import least_memory
-from tests.batch.conftest import Blend
-from tests.helpers import random_network
+from tests.batch.conftest import Greedy
+from tests.helpers import random_network, streaming
 from tests.image_files import MAKE, encoded, exif, icc_profile, pixels, save_model
 
 SIZE = (300, 500)
@@ -34,13 +33,6 @@ SIZE = (300, 500)
 def exact() -> fastden.FusedDenoiser:
     """In float64, where tiles equal the whole image to the last bit of the written values."""
     return fastden.fuse(random_network(), torch.float64)
-
-
-def streaming(batch: fastden.BatchDenoiser) -> fastden.BatchDenoiser:
-    """The same, with every image streamed, small as it is."""
-    look = batch.stages.reading.look
-    batch.stages.reading.look = lambda job: replace(look(job), streamed=True)
-    return batch
 
 
 def test_equal_to_the_untiled_image(tmp_path: Path, exact: Any) -> None:
@@ -202,16 +194,10 @@ def test_strips_that_do_not_fit(tmp_path: Path, network: Any) -> None:
     assert "strips of 4000 pixels do not fit" in record.error
 
 
-class Greedy(Blend):
-    """Runs out of memory on tiles above a size, as a device does."""
-
-    def forward_padded(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[2] * x.shape[3] > 130 * 130:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return super().forward_padded(x)
-
-
-def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, network: Any) -> None:
+def test_out_of_device_memory_halves_the_tile_and_is_said_once(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Greedy, "largest", 130 * 130)
     write_image(tmp_path / "a.tif", ImageFile(pixels(*SIZE)))
     notes: list[str] = []
     batch = streaming(fastden.BatchDenoiser(Greedy(fastden.Denoiser().eval()).float(), sigma=20, tile=128))
@@ -233,15 +219,10 @@ def test_extreme_shapes(tmp_path: Path, network: Any, height: int, width: int) -
 
 LIMITED = """
 import resource, sys
-import os
-import subprocess
-import sys
-from dataclasses import replace
 from fastden import BatchDenoiser
+from tests.helpers import streaming
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-batch = BatchDenoiser(sys.argv[1], sigma=0, strength=0)
-look = batch.stages.reading.look
-batch.stages.reading.look = lambda job: replace(look(job), streamed=True)
+batch = streaming(BatchDenoiser(sys.argv[1], sigma=0, strength=0))
 print(*[record.error for record in batch.run(sys.argv[2], sys.argv[3]).failed])
 """
 

@@ -38,7 +38,18 @@ def outputs(folder: Path) -> list[str]:
 
 def process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does."""
+    return _python("-m", "fastden", *map(str, arguments), **options)
+
+
+def in_fresh_python(code: str) -> str:
+    """Run code that succeeds, in a process that has imported nothing; returns its standard output."""
+    done = _python("-c", code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), **options.pop("env", {})}
-    command = [sys.executable, "-m", "fastden", *map(str, arguments)]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)

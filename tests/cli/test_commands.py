@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 
 import fastden
-from tests.cli.run import fails, works
+from tests.cli.run import fails, in_fresh_python, works
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -23,11 +21,7 @@ def test_help_imports_nothing_heavy() -> None:
         "except SystemExit as error: assert not error.code\n"
         "assert not {'torch', 'numpy', 'pyvips', 'skimage', 'huggingface_hub'} & set(sys.modules), 'heavy'\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "denoise" in done.stdout
+    assert "denoise" in in_fresh_python(code)
 
 
 def test_importing_fastden_loads_no_torch_and_lists_its_names() -> None:
@@ -40,10 +34,7 @@ def test_importing_fastden_loads_no_torch_and_lists_its_names() -> None:
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    in_fresh_python(code)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fastden.nothing  # type: ignore[attr-defined]  # noqa: B018
 

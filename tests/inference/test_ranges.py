@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastden.images.ranges import ORDINARY, ValueRange, count_range, find_range,
 from fastden.images.strips import read_samples
 from fastden.inference.run import denoise_batch
 from fastden.network.loading import load_network
+from tests.helpers import streaming
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,6 @@ def succeed(*arguments: str) -> Any:
     done = CliRunner().invoke(app, list(arguments))
     assert done.exit_code == 0, (done.output, done.exception)
     return done
-
-
-def streamed(batch: fastden.BatchDenoiser) -> fastden.BatchDenoiser:
-    """The same, with every image streamed from now on, small as it is."""
-    look = batch.stages.reading.look
-    batch.stages.reading.look = lambda job: replace(look(job), streamed=True)  # type: ignore[method-assign]
-    return batch
 
 
 def rmse(a: Array, b: Array) -> float:
@@ -256,7 +249,7 @@ def test_files_by_strips_and_whole(clean: Array, tmp_path: Path) -> None:
         for sigma in ("auto", 2):
             batch = fastden.BatchDenoiser("photo", sigma=sigma, dtype="float64", tile=64)
             (whole,) = batch.run(source, tmp_path / f"{name}{sigma}.tif").done
-            (strips,) = streamed(batch).run(source, tmp_path / f"{name}{sigma}strips.tif").done
+            (strips,) = streaming(batch).run(source, tmp_path / f"{name}{sigma}strips.tif").done
             a, b = (read_image(record.output).pixels for record in (whole, strips))
             np.testing.assert_array_equal(a, b)
             assert (whole.streamed, strips.streamed) == (False, True)
@@ -281,7 +274,7 @@ def test_a_map_of_noise_levels_is_divided_too(clean: Array, tmp_path: Path) -> N
     assert 15 < levels.mean() < 25  # in counts; the noise has 20
     batch = fastden.BatchDenoiser(sigma_map=tmp_path / "map.png", dtype="float64", tile=48)
     assert not batch.run(tmp_path / "cam.tif", tmp_path / "whole.tif").failed
-    assert not streamed(batch).run(tmp_path / "cam.tif", tmp_path / "strips.tif").failed
+    assert not streaming(batch).run(tmp_path / "cam.tif", tmp_path / "strips.tif").failed
     whole = read_image(tmp_path / "whole.tif").pixels
     np.testing.assert_array_equal(whole, read_image(tmp_path / "strips.tif").pixels)
     assert rmse(whole, clean[:80, :96] * 700) < 0.5 * rmse(counts, clean[:80, :96] * 700)
@@ -315,7 +308,7 @@ def test_pages_have_ranges_of_their_own(clean: Array, tmp_path: Path) -> None:
 def test_a_file_on_another_scale_is_an_error_before_anything_is_written(clean: Array, tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", (clean * 255).astype(np.float32), photometric="rgb")
     batch = fastden.BatchDenoiser(sigma=10)
-    for engine in (batch, streamed(batch)):
+    for engine in (batch, streaming(batch)):
         report = engine.run(tmp_path / "a.tif", tmp_path / "b.tif")
         assert "a.tif: floating image: values from 0 to 255; accepted: the scale [0, 1]" in str(report.failed[0].error)
         assert not (tmp_path / "b.tif").exists()
