@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+#: Up to so many positions (N H W of the result) few operations that copy twice take less time than many that copy once:
+#: of 32 x 32 pixels, folding takes 25 us instead of 49, gathering 17 instead of 43; of 64 x 64 both ways are equal (one
+#: core of a Zen 4 CPU, float32).
+FEW_POSITIONS = 1024
 
 
 def fold(x: Tensor, dtype: torch.dtype, zero_channels: int = 0, outside: Tensor | None = None) -> Tensor:
@@ -19,6 +25,9 @@ def fold(x: Tensor, dtype: torch.dtype, zero_channels: int = 0, outside: Tensor 
     """
     n, c, height, width = x.shape
     h, w = height // 2 + 1, width // 2 + 1
+    if outside is None and n * h * w <= FEW_POSITIONS:
+        padded = F.pad(x.to(dtype), (1, 1, 1, 1, 0, zero_channels))
+        return F.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last)
     folded = torch.empty(n, h, w, c + zero_channels, 2, 2, dtype=dtype, device=x.device)
     for edge in (folded[:, 0], folded[:, -1], folded[:, :, 0], folded[:, :, -1]):
         edge[..., :c, :, :] = 0 if outside is None else outside.to(dtype)[:, None, None]
@@ -46,6 +55,9 @@ def gathered(
     """
     n, a, height, width = skip.shape
     sides = rows[1] - rows[0] + 2, columns[1] - columns[0] + 2
+    whole = (rows, columns) == ((0, height), (0, width))
+    if whole and outside == 0 and n * sides[0] * sides[1] <= FEW_POSITIONS:
+        return F.pad(torch.cat([skip, upsampled], 1), (1, 1, 1, 1))
     tile = channels_last_empty(n, a + upsampled.shape[1], *sides, skip.dtype)
     top, bottom = max(rows[0] - 1, 0), min(rows[1] + 1, height)
     left, right = max(columns[0] - 1, 0), min(columns[1] + 1, width)

@@ -259,8 +259,14 @@ class Int8Network(TiledNetwork):
 
         input_step, input_zero = self.input_step.repeat_interleave(4), self.input_zero.repeat_interleave(4)
         self.stem = [
-            QuantizedConvolution(unshuffled_weight(w, 4, 0), b, input_step, step["res1"], zero=input_zero)
-            for w, b in zip(weights.stem.weight, weights.stem.bias, strict=True)
+            QuantizedConvolution(
+                unshuffled_weight(w, 4, 0),
+                b,
+                input_step,
+                step["res1"].repeat(len(b) // len(step["res1"])),
+                zero=input_zero,
+            )
+            for w, b in onednn.stem_parts(weights.stem)
         ]
         self.res1 = block("res1")
         self.conv2 = QuantizedConvolution(*weights.conv2, step["res1"], step["res2"], stride=2, padding=1)

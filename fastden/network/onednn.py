@@ -272,6 +272,8 @@ class TiledNetwork(ABC):
         skip: Tensor | None = None
         for top, bottom, first, last in tile_regions(height, height, FRONT_ROWS, 1, 1):
             y = self.res1(self._stem(folded[:, :, first : last + 3], first == 0))
+            if bottom - top == height:
+                return y
             if skip is None:
                 skip = channels_last_empty(y.shape[0], y.shape[1], height, width, self.features)
             skip[:, :, top:bottom] = y[:, :, top - first : bottom - first]
@@ -279,13 +281,14 @@ class TiledNetwork(ABC):
         return skip
 
     def _stem(self, folded: Tensor, at_top: bool) -> Tensor:
-        inside, top, left, corner = self.stem
+        inside, left, top = self.stem
         y = inside(folded)
         # Five columns, to get the first one right: see fastden.ops.stem.
         y[:, :, :, :1] = left(folded[..., :5].contiguous(memory_format=torch.channels_last))[..., :1]
         if at_top:
-            y[:, :, :1] = top(folded[:, :, :4])
-            y[:, :, :1, :1] = corner(folded[:, :, :4, :4].contiguous(memory_format=torch.channels_last))
+            row, corner = top(folded[:, :, :4]).chunk(2, 1)
+            y[:, :, :1] = row
+            y[:, :, :1, :1] = corner[..., :1]
         return y
 
     def _add_tail(self, skip: Tensor, upsampled: Tensor, y: Tensor) -> None:
@@ -320,10 +323,7 @@ class OneDnnNetwork(TiledNetwork):
         # colour network gets a channel of zeros. Float32 is faster without.
         inputs = stem.weight.shape[2]
         self.zero_channels = 1 if self.features == torch.bfloat16 and inputs == 3 else 0
-        self.stem = [
-            Convolution(unshuffled_weight(w, 4, self.zero_channels), b)
-            for w, b in zip(stem.weight, stem.bias, strict=True)
-        ]
+        self.stem = [Convolution(unshuffled_weight(w, 4, self.zero_channels), b) for w, b in stem_parts(stem)]
         self.res1 = _bottleneck(weights.res1)
         self.conv2 = Convolution(*weights.conv2, stride=2, padding=1)
         self.res2 = _bottleneck(weights.res2)
@@ -345,6 +345,15 @@ class OneDnnNetwork(TiledNetwork):
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         folded = fold(x, self.features, self.zero_channels)
         return folded, self.image(folded)
+
+
+def stem_parts(weights: StemWeights) -> list[tuple[Tensor, Tensor]]:
+    """Weights and biases inside, in the left column, and in the top row with the corner's as further output channels.
+
+    On a small image each convolution costs more in calling it than in computing.
+    """
+    inside, top, left, corner = zip(weights.weight, weights.bias, strict=True)
+    return [inside, left, (torch.cat([top[0], corner[0]]), torch.cat([top[1], corner[1]]))]
 
 
 def image_convolution(head: HeadWeights, zero_channels: int) -> Convolution:

@@ -1,0 +1,138 @@
+"""Small images on a CPU: the time of one call for single crops and for batches of crops, beside other runtimes.
+
+    python benchmarks/small.py --json benchmarks/results/small.json [--threads 1] [--dtype bfloat16]
+
+Also what it costs a call of 32 x 32 pixels that packed weights are compared with their sources. The results file holds,
+for each processor, an entry for each dtype and number of threads; a run adds its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from fastden import Denoiser, fuse
+from fastden.bench.compare import Settings, ready
+from fastden.bench.images import SIGMA, photograph
+from fastden.bench.machine import describe
+from fastden.bench.network import inference
+from fastden.bench.timing import Call, Stopwatch, interleaved, summary
+from fastden.network.packed import Snapshot
+
+#: Height and width of the crops, and how many of them are in a call.
+CASES = ((64, 1), (64, 8), (64, 32), (128, 1), (128, 8), (256, 1))
+PEERS = ("eager", "channels_last", "compile", "openvino")
+#: Rounds for images of so many pixels and fewer; larger ones get fewer.
+ROUNDS = {1 << 14: 15, 1 << 16: 7, 1 << 18: 4}
+#: Rounds of the call of 32 x 32 pixels: the difference that is looked for is small.
+COMPARISON_ROUNDS = 300
+CPU = torch.device("cpu")
+
+
+def main() -> int:
+    """The exit code: 1 where a contender failed or was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compare", default=",".join(PEERS), help="other runtimes, separated by commas")
+    parser.add_argument(
+        "--cases", nargs="+", default=[f"{side}x{count}" for side, count in CASES], metavar="SIDExCROPS"
+    )
+    arguments = parser.parse_args()
+    cases = [(int(side), int(count)) for side, count in (case.split("x") for case in arguments.cases)]
+    peers = tuple(name for name in arguments.compare.split(",") if name)
+    torch.set_num_threads(arguments.threads)
+    with TemporaryDirectory() as folder:
+        jobs = prepare(cases, getattr(torch, arguments.dtype), peers, Path(folder))
+        entry = measure(jobs, getattr(torch, arguments.dtype))
+    print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
+    if arguments.json is not None:
+        write(arguments.json, entry)
+    rows = [row for job in entry["calls"].values() for row in job.values()]
+    return int(not all(row.get("right", False) for row in rows))
+
+
+Jobs = dict[str, tuple[int, dict[str, dict[str, Any]], dict[str, Call]]]
+
+
+def prepare(cases: list[tuple[int, int]], dtype: torch.dtype, peers: tuple[str, ...], folder: Path) -> Jobs:
+    """Every contender of every case built, warmed up and judged: pixels, findings and calls by name."""
+    model = Denoiser.from_pretrained("color").eval()
+    jobs: Jobs = {}
+    for side, count in cases:
+        place = folder / f"{side}x{count}"
+        place.mkdir(exist_ok=True)
+        job, contenders = inference(model, (side, side), count, dtype, peers, ("torch",), place)
+        rows: dict[str, dict[str, Any]] = {}
+        calls: dict[str, Call] = {}
+        for contender in contenders:
+            row = rows[contender.name] = {}
+            try:
+                calls[contender.name] = ready(contender, job, Settings(CPU, dtype, 1, warm_up=2), row)
+            # The failure of one contender must not lose the results of the others.
+            except Exception as failure:
+                row["failed"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+            print(f"{side} x {side}, {count}: {contender.name}: {row}", file=sys.stderr)
+            row.pop("timing", None), row.pop("peak_mib", None)
+        jobs[f"{side} x {side}, {count}"] = job.pixels, rows, calls
+    return jobs
+
+
+def measure(jobs: Jobs, dtype: torch.dtype) -> dict[str, Any]:
+    """The times of all calls, in milliseconds."""
+    for pixels, rows, calls in jobs.values():
+        rounds = next(count for most, count in ROUNDS.items() if pixels <= most)
+        times = interleaved(calls, Stopwatch(CPU), rounds)
+        for name, values in times.items():
+            rows[name] |= {key: round(value, 3) for key, value in summary(values).items()}
+        own = rows["fastden-torch"].get("median_ms")
+        for row in rows.values():
+            if own and row.get("right") and "median_ms" in row:
+                row["slower_by"] = round(row["median_ms"] / own, 3)
+    return {
+        "machine": describe(CPU),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "calls": {name: rows for name, (_, rows, _) in jobs.items()},
+        "weights_compared": comparison(dtype),
+    }
+
+
+def comparison(dtype: torch.dtype, rounds: int = COMPARISON_ROUNDS) -> dict[str, Any]:
+    """A call of 32 x 32 pixels with the comparison of weights and without, in turn, milliseconds."""
+    fused = fuse(Denoiser.from_pretrained("color"), dtype)
+    x = photograph(32, 32)
+
+    def call(holds: Callable[[Snapshot, Any], bool]) -> None:
+        with torch.inference_mode(), patch.object(Snapshot, "holds", holds):
+            fused(x, SIGMA)
+
+    calls = {"compared": partial(call, Snapshot.holds), "not compared": partial(call, lambda snapshot, tensors: True)}
+    times = interleaved(calls, Stopwatch(CPU), rounds)
+    found: dict[str, Any] = {
+        name: {key: round(value, 3) for key, value in summary(values).items()} for name, values in times.items()
+    }
+    found["ratio"] = round(found["compared"]["median_ms"] / found["not compared"]["median_ms"], 3)
+    return found
+
+
+def write(path: Path, entry: dict[str, Any]) -> None:
+    """Add an entry to a results file, under its processor, dtype and threads."""
+    entries: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    name = f"{entry['dtype']}, {entry['threads']} threads"
+    entries.setdefault(str(entry["machine"].get("cpu")), {})[name] = entry
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
