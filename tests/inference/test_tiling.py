@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastden.inference.tiling import BYTES_PER_PIXEL, Model, automatic_tile, denoise_tiled, plan_tiles
+from fastden.network import onednn
 from fastden.network.fused import fuse
 from fastden.network.model import Denoiser
 from tests.helpers import level, max_error, random_network
@@ -169,8 +170,14 @@ def test_automatic_tile_grows_with_memory() -> None:
     assert all(side % 4 == 0 for side in sides)
     assert sides[0] < sides[1] < sides[2]
     assert sides[-1] <= 2048
-    assert side_for(fuse(Denoiser(), dtype=torch.bfloat16), 64 << 20) > side_for(fused, 64 << 20)
+    # Where oneDNN has no bfloat16, that network runs on the operators, which take more.
+    half = side_for(fuse(Denoiser(), dtype=torch.bfloat16), 64 << 20)
+    assert half > side_for(fused, 64 << 20) if has_onednn("bfloat16") else half < side_for(fused, 64 << 20)
     assert side_for(fuse(Denoiser(), dtype=torch.float64), 64 << 20) < side_for(fused, 64 << 20)
+
+
+def has_onednn(dtype: str) -> bool:
+    return not onednn.why_not(torch.device("cpu"), getattr(torch, dtype))
 
 
 def side_for(model: Model, max_memory: int) -> int:
@@ -269,6 +276,7 @@ def test_the_smallest_accepted_memory_is_what_the_message_says() -> None:
 
 PEAK = """
 import sys, torch
+from fastden.network import onednn
 from fastden.network.fused import fuse
 from fastden.inference.tiling import denoise_tiled
 from fastden.network.model import Denoiser
@@ -306,6 +314,8 @@ def peak(root: Path, side: int, form: str, dtype: str, max_memory: int = 0) -> i
 )
 def test_peak_memory(form: str, dtype: str, root: Path) -> None:
     """The stated bytes a pixel hold, and ``max_memory`` bounds the process whatever the image's size."""
+    if form == "onednn" and not has_onednn(dtype):
+        form = "operators"
     claimed = BYTES_PER_PIXEL[form] * getattr(torch, dtype).itemsize / 4
     assert 0.4 * claimed < peak(root, 512, form, dtype) / 512**2 < 1.1 * claimed
     if form == "onednn":
