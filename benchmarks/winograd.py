@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     direct = Convolution(weight.contiguous(memory_format=torch.channels_last), torch.zeros(o), relu=False)
     forms: dict[str, Callable[[], Tensor]] = {"direct": lambda: direct(x), "eager": lambda: F.conv2d(x, weight)}
     for rows in GROUPS:
-        forms[f"winograd, {rows} rows"] = lambda form=Winograd(weight, rows): form(x)  # type: ignore[misc]
+        forms[f"winograd, {rows} rows"] = partial(Winograd(weight, rows), x)
     found: dict[str, dict[str, float]] = {
         name: {"error": relative_error(call(), exact)} for name, call in forms.items()
     }
@@ -142,11 +143,7 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
 
 
 def onednn_has_winograd() -> bool | None:
-    """Whether oneDNN itself chooses a Winograd convolution for conv3; None where it tells nothing.
-
-    PyTorch asks for the direct algorithm or leaves the choice to oneDNN (``convolution_auto``); which implementation ran
-    stands in oneDNN's log.
-    """
+    """Whether oneDNN runs a Winograd convolution for conv3, as its log says; None where it tells nothing."""
     code = (
         "import torch; x = torch.rand(1, 160, 66, 194).contiguous(memory_format=torch.channels_last);"
         "torch.nn.functional.conv2d(x, torch.rand(256, 160, 3, 3))"

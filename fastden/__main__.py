@@ -1,6 +1,17 @@
-"""``python -m fastden``: the command line, without relying on the installed script."""
+"""``fastden`` and ``python -m fastden``: the command line."""
 
-from fastden.cli.main import app
+import sys
+
+from fastden.cli.early import start_loading
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    start_loading(sys.argv[1:])
+    from fastden.cli.main import app
+
+    app(prog_name="fastden")
+
 
 if __name__ == "__main__":
-    app(prog_name="fastden")
+    main()

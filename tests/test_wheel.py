@@ -88,7 +88,7 @@ def test_nothing_but_the_package_is_in_the_wheel(wheel: Path, names: set[str]) -
 def test_wheel_declares_the_command_and_carries_the_licence(wheel: Path) -> None:
     metadata = f"fastden-{version(wheel)}.dist-info"
     with ZipFile(wheel) as archive:
-        assert "fastden = fastden.cli.main:app" in archive.read(f"{metadata}/entry_points.txt").decode()
+        assert "fastden = fastden.__main__:main" in archive.read(f"{metadata}/entry_points.txt").decode()
         assert "Apache License" in archive.read(f"{metadata}/licenses/LICENSE").decode()
 
 

@@ -65,8 +65,9 @@ class Settings:
             asked = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"
             raise ValueError(f"sigma: {asked}, but this model is blind (it takes no noise level); accepted: 'auto'")
         self.transfer = Transfer(network.device) if network.device.type == "cuda" else None
-        # Images of more than 8 bits may use another network, which takes more memory.
-        self.budget: Budget = split_memory(max_memory, self.network(eight_bit=dtype != "auto"))
+        # Images of more than 8 bits may use another network, which takes more memory. Without a limit it is not loaded.
+        largest = network if max_memory is None else self.network(eight_bit=dtype != "auto")
+        self.budget: Budget = split_memory(max_memory, largest)
         self.weights = {"name": _name(model), "sha256": _weights_digest(model, network)}
 
     def network(self, eight_bit: bool) -> FusedDenoiser:

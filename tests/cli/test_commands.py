@@ -39,6 +39,23 @@ def test_importing_fastden_loads_no_torch_and_lists_its_names() -> None:
         fastden.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_library_loads_before_python_imports_it() -> None:
+    code = (
+        "import sys\n"
+        "from fastden.cli.early import start_loading\n"
+        "assert start_loading(['--help']) is start_loading(['denoise', '--help']) is start_loading([]) is None\n"
+        "thread = start_loading(['denoise', 'a.png'])\n"
+        "thread.join()\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert 'libtorch_cpu' in open('/proc/self/maps').read()\n"
+        "import torch\n"
+        "assert torch.ones(3).sum() == 3\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_usage_errors_have_code_2(photos: Path) -> None:
     fails("denoise", photos, saying="output", code=2)
     fails("denoise", photos, "-o", "x", "--dtype", "int3", saying="int3", code=2)
