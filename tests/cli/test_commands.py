@@ -52,8 +52,7 @@ def test_the_library_loads_before_python_imports_it() -> None:
         "import torch\n"
         "assert torch.ones(3).sum() == 3\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_fresh_python(code)
 
 
 def test_usage_errors_have_code_2(photos: Path) -> None:
