@@ -98,6 +98,9 @@ def evaluate_pairs(
     Returns:
         As :func:`evaluate_folder`; where estimated, ``sigma`` is ``"auto"``, and each image's own estimate stands with
         its scores.
+
+    Raises:
+        UserError: no such folder, no pair in it, a pair of two sizes, an image that is not of 8 bits.
     """
     noisy_files = [file for file in _files(folder) if file.stem.endswith("_real")]
     if not noisy_files:

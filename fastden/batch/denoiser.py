@@ -160,7 +160,7 @@ class BatchDenoiser:
         resume: bool = False,
         listener: Listener | None = None,
     ) -> Report:
-        """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`."""
+        """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`; errors as of it."""
         opened = open_manifest(manifest, jobs, output)
         if resume and opened is None:
             raise UserError("resume: there is no manifest to resume from; accepted: an output folder, or a manifest")

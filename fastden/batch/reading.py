@@ -51,7 +51,11 @@ class Reading:
         return self.look(job)
 
     def look(self, job: Job) -> Picture:
-        """The part of :meth:`open` that looks at the input alone."""
+        """The part of :meth:`open` that looks at the input alone.
+
+        Raises:
+            UserError: an input that cannot be read, or whose result cannot be written.
+        """
         format_name = format_for(job.target)
         try:
             status = os.stat(job.source)

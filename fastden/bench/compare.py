@@ -92,6 +92,16 @@ def errors(results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str,
 
     Tensors that are zero up to rounding, such as the gradient of a bias in front of batch statistics, have no
     relative error and are left out.
+
+    Args:
+        results: of a contender, of any floating dtype.
+        references: float64, as many and of the same shapes.
+
+    Returns:
+        Both errors; infinity where a result holds NaN.
+
+    Raises:
+        ValueError: another number of results, or another shape.
     """
     if len(results) != len(references):
         raise ValueError(f"{len(results)} results; the reference has {len(references)}")

@@ -172,7 +172,11 @@ def parse_sigma(text: str) -> Literal["auto"] | float:
 
 
 def parse_number(text: str, accepted: str) -> float:
-    """A noise level on the 0-255 scale; ``accepted`` is the error message's text on accepted values."""
+    """A noise level on the 0-255 scale.
+
+    Raises:
+        UserError: no number from 0 to 255; its message has ``accepted``.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -183,7 +187,11 @@ def parse_number(text: str, accepted: str) -> float:
 
 
 def parse_tile(text: str) -> Literal["auto"] | int | None:
-    """The side of tiles in pixels, auto, or None."""
+    """The side of tiles in pixels, auto, or None.
+
+    Raises:
+        UserError: another word.
+    """
     if text == "auto":
         return "auto"
     if text == "none":

@@ -132,20 +132,11 @@ def plan_attachment(
     orientation = int(metadata.get("orientation", 1)) or 1
     block = bytes(metadata.get("exif-data", b"")).removeprefix(EXIF)
     packet, _ = xmp.freed(bytes(metadata.get("xmp-data", b"")), upright=orientation == 1)
-    moved = False
     if format_name == "tiff":
         tags, moved = _tags(extras, metadata, block, packet, orientation, missing)
         return Attachment(format_name, tags=tags, note=_note(missing, moved))
-    if not block and extras.tags:
-        moved = tiff_tags.has_maker_note(extras.tags)
-        block, left = tiff_tags.exif_block({**extras.tags, tiff_tags.ORIENTATION: tiff_tags.short(orientation)})
-        missing += tiff_tags.names(left)
-    elif not block:
-        density = (float(metadata.get("xres", 1.0)), float(metadata.get("yres", 1.0)))
-        plain = extras.format == "jpeg" and format_name == "jpeg"  # JFIF states the resolution
-        if orientation > 1 or (density != (1.0, 1.0) and format_name in ("jpeg", "webp") and not plain):
-            block = tiff_tags.resolution_block(*density, orientation)
-    block = tiff_tags.with_orientation(block, orientation)
+    moved = not block and tiff_tags.has_maker_note(extras.tags)
+    block = _exif(extras, metadata, block, format_name, orientation, missing)
     if extras.extra_samples[:1] in ((0,), (1,)) and format_name != "jpeg":
         what = "of unknown meaning" if extras.extra_samples[0] == 0 else "premultiplied alpha"
         missing.append(f"what the TIFF says of its further channel ({what}; it becomes alpha)")
@@ -164,6 +155,26 @@ def plan_attachment(
         moved = moved or (bool(block) and tiff_tags.has_maker_note(tiff_tags.exif_directory(block) or {}))
         block = b""
     return Attachment(format_name, exif=block, note=_note(missing, moved))
+
+
+def _exif(
+    extras: Extras,
+    metadata: Mapping[str, Any],
+    block: bytes,
+    format_name: str,
+    orientation: int,
+    missing: list[str],
+) -> bytes:
+    """An EXIF block: the source's, or one of a TIFF's tags, or one of resolution and orientation where need be."""
+    if not block and extras.tags:
+        block, left = tiff_tags.exif_block({**extras.tags, tiff_tags.ORIENTATION: tiff_tags.short(orientation)})
+        missing += tiff_tags.names(left)
+    elif not block:
+        density = (float(metadata.get("xres", 1.0)), float(metadata.get("yres", 1.0)))
+        plain = extras.format == "jpeg" and format_name == "jpeg"  # JFIF states the resolution
+        if orientation > 1 or (density != (1.0, 1.0) and format_name in ("jpeg", "webp") and not plain):
+            block = tiff_tags.resolution_block(*density, orientation)
+    return tiff_tags.with_orientation(block, orientation)
 
 
 def for_libvips(metadata: Mapping[str, Any], attachment: Attachment, extras: Extras) -> dict[str, Any]:

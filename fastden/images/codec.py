@@ -98,7 +98,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool 
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = False) -> ImageFile:
-    """Decode the bytes of an image file; see :func:`read_image`."""
+    """Decode the bytes of an image file; arguments and errors as of :func:`read_image`."""
     vips = load_vips()
     if not data:
         raise UserError("the file is empty")
@@ -313,7 +313,7 @@ def write_image(
 
 
 def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = False) -> tuple[bytes, list[str]]:
-    """The bytes of a file in ``format_name``, and notes on what was lost; see :func:`write_image`."""
+    """The bytes of a file in ``format_name``, and notes on what was lost; errors as of :func:`write_image`."""
     vips = load_vips()
     if strip_metadata or format_name == "heic":  # HEIC's readers ignore the orientation of EXIF
         image = image.upright()

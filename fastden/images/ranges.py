@@ -186,7 +186,16 @@ class RangeFinder:
 
 
 def range_of(counts: Any, dtype: np.dtype[Any], stated: int = 0) -> ValueRange:
-    """The range that counts (a record of :data:`COUNTS`) say; see :class:`RangeFinder`."""
+    """The range of a picture, from its counts; see :class:`RangeFinder`.
+
+    Args:
+        counts: a record of :data:`COUNTS`.
+        dtype: of the picture.
+        stated: the highest value that the file states; 0 for none.
+
+    Raises:
+        ValueError: values on another scale than [0, 1].
+    """
     low, high, values = float(counts["low"]), float(counts["high"]), int(counts["values"])
     few = FEW_VALUES * values
     if dtype.kind != "f":

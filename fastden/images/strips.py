@@ -92,7 +92,11 @@ class StripReader:
         self._dtype = {"double": np.dtype(np.float64)}.get(image.format, self.header.dtype)
 
     def extras(self) -> tuple[Extras, dict[str, Any]]:
-        """What the file holds beside its pixels, and the header's metadata mended by it."""
+        """What the file holds beside its pixels, and the header's metadata mended by it.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
         try:
             with open(self.path, "rb") as file:
                 return read_extras(file, self.header.format, self.header.metadata)
@@ -100,7 +104,11 @@ class StripReader:
             raise UserError(f"{self.path}: cannot be read: {reason(error)}") from error
 
     def read_into(self, rows: Array) -> None:
-        """Fill ``rows`` (n, W, bands, of the header's dtype) with the next rows of the file."""
+        """Fill ``rows`` (n, W, bands, of the header's dtype) with the next rows of the file.
+
+        Raises:
+            UserError: the file is damaged, or holds NaN or infinity.
+        """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             try:
@@ -142,6 +150,9 @@ def read_samples(
 
     Returns:
         The crops (H, W, C) by which its noise is judged, without alpha, and the range of its values.
+
+    Raises:
+        UserError: as of :func:`fastden.images.codec.read_image`.
     """
     reader = StripReader(path, max_pixels=max_pixels, several=several)
     header = reader.header

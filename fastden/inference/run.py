@@ -182,7 +182,11 @@ def own_scale(level: float | Tensor | None, values: ValueRange) -> tuple[float |
 
 
 def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwork:
-    """``network`` for images of ``channels``, 1 or 3, applied as wished; see :func:`run_network`."""
+    """``network`` for images of ``channels``, 1 or 3, applied as wished; see :func:`run_network`.
+
+    Raises:
+        ValueError: a colour image for a gray network; a strength above 1 for a blind one.
+    """
     if channels == 3 and network.image_channels == 1:
         raise ValueError("image: 3 channels, but the model is for gray images; accepted: 1 channel, or a colour model")
     if not network.noise_level_input and (wishes.strength > 1 or (wishes.chroma is not None and wishes.chroma > 1)):
@@ -220,6 +224,10 @@ def noise_level_of(
 
     Returns:
         The value is a number, or float32: curves (N, 8) where estimated, (N,), (N, 1, H, W) or (1, 1, H, W).
+
+    Raises:
+        ValueError: a level outside [0, 255] or of another shape; any level for a blind network.
+        TypeError: another type of ``sigma``.
     """
     if isinstance(sigma, str) and sigma == "auto":
         if not network.noise_level_input:

@@ -50,6 +50,10 @@ def load_network(
         model, device, dtype: as in :func:`denoise`.
         eight_bit: the image has 8 bits, so ``dtype="auto"`` may reduce the precision.
         fast: compute in 8-bit integers; ``dtype`` is then that of the head, and of calls that cannot run so.
+
+    Raises:
+        ValueError: no such model, device or dtype; settings beside a FusedDenoiser, which has its own.
+        TypeError: another type of ``model``.
     """
     quality: Literal["normal", "fast"] = "fast" if fast else "normal"
     if isinstance(model, FusedDenoiser):

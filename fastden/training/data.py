@@ -33,7 +33,11 @@ def find_photographs(folder: Path) -> list[Path]:
 
 
 def load_rgb(path: Path) -> Image:
-    """(H, W, 3) uint8 pixels of an image file, in sRGB."""
+    """(H, W, 3) uint8 pixels of an image file, in sRGB.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     import pyvips
 
     try:
@@ -47,6 +51,9 @@ def central_crops(folders: list[Path], count: int, side: int = 256) -> list[Tens
     """Crops (1, 3, H, W) from the centres of at most ``count`` photographs, evenly spaced over the folders' files.
 
     Float32 in [0, 1], at most ``side`` pixels high and wide.
+
+    Raises:
+        UserError: a folder without photographs, or a file that cannot be read.
     """
     files = [file for folder in folders for file in find_photographs(folder)]
     crops = []

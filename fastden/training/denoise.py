@@ -102,6 +102,11 @@ class DenoiserTraining(pl.LightningModule):
         return self.global_step >= self.config.steps * (1 - self.config.freeze_bn)
 
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Denoise (N, 3, H, W) in [0, 1] at levels (N,) or (N, 1, H, W) on the same scale, on the chosen backend.
+
+        Raises:
+            UserError: the backend cannot run here.
+        """
         level = noise_level(noisy, sigma if self.config.noise_level_input else None, self.config.noise_level_input)
         padded = pad_image(noisy if level is None else torch.cat([noisy, level], 1))
         padded = padded.contiguous(memory_format=torch.channels_last)

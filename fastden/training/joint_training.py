@@ -101,6 +101,11 @@ class JointTraining(DenoiserTraining):
         self.metrics = nn.ModuleList([_metric(task) for _ in VALIDATION_SIGMAS])
 
     def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The joint loss of a batch, a scalar.
+
+        Raises:
+            UserError: the network's prediction does not fit the labels, or no gradient passes through it.
+        """
         denoised = self(batch["noisy"], batch["level"]).float()
         output = JointOutput(denoised, {TASK: self._predict(denoised)})
         try:

@@ -60,7 +60,11 @@ def read_masks(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def load_mask(path: Path) -> npt.NDArray[np.uint8]:
-    """(H, W) classes of a PNG: its stored values, not the colours of its palette."""
+    """(H, W) uint8 classes of a PNG: its stored values, not the colours of its palette.
+
+    Raises:
+        UserError: the file cannot be read, or has several channels or other than 8 bits.
+    """
     from PIL import Image as PIL
 
     try:

@@ -187,35 +187,29 @@ class _Copy:
         progress: Callable[[int, int], None] | None,
         options: dict[str, Any],
     ) -> None:
-        from fastden.inference.run import denoise_pixels
-
         first, packets = self._first_frame()
         converter = FrameConverter(self.av, first)
-        eight_bit = max(component.bits for component in first.format.components) <= 8
-        network = load(eight_bit)
+        network = load(max(component.bits for component in first.format.components) <= 8)
         outputs = self._add_streams(first)
         encoder = outputs[self.video.index]
-        asked: Any = sigma
-        waiting: deque[tuple[Any, Array]] = deque()
         # Frames of an AVI have the times of packets, which are late by as many as the decoder holds back.
         late = (first.pts or 0) - (self.video.start_time or 0) if self.reader.format.name == "avi" else 0
-        last: int | None = None
+        times = _Times(late)
+        asked: Any = sigma
+        waiting: deque[tuple[Any, Array]] = deque()
 
-        def finish(frame: Any, pixels: Array) -> None:
-            nonlocal last
-            colours = pixels.shape[2] // 3 * 3 or 1
-            done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], asked, network, values=ORDINARY, **options)
-            encoded = converter.frame(np.concatenate([done, pixels[:, :, colours:]], 2), frame, encoder.pix_fmt)
-            if encoded.pts is not None:
-                encoded.pts -= late
-            # After damage a decoder gives no time, or the same time twice.
-            if encoded.pts is None or (last is not None and encoded.pts <= last):
-                encoded.pts = 0 if last is None else last + 1
-            last = encoded.pts
-            self.writer.mux(encoder.encode(encoded))
-            self.result.frames += 1
-            if progress is not None:
-                progress(self.result.frames, self.total)
+        def finish() -> None:
+            """Denoise and write the waiting frames."""
+            nonlocal asked
+            asked = _held(asked, network, waiting)
+            while waiting:
+                frame, pixels = waiting.popleft()
+                encoded = converter.frame(self._denoised(pixels, asked, network, options), frame, encoder.pix_fmt)
+                encoded.pts = times.after(encoded.pts)
+                self.writer.mux(encoder.encode(encoded))
+                self.result.frames += 1
+                if progress is not None:
+                    progress(self.result.frames, self.total)
 
         for item in self._items(packets):
             if isinstance(item, self.av.Packet):
@@ -225,19 +219,22 @@ class _Copy:
                 continue
             self._check_frame(item, first)
             waiting.append((item, converter.pixels(item)))
-            if asked == "auto" and network.noise_level_input and len(waiting) < ESTIMATED:
-                continue
-            asked = _held(asked, network, waiting)
-            while waiting:
-                finish(*waiting.popleft())
-        asked = _held(asked, network, waiting)
-        while waiting:
-            finish(*waiting.popleft())
+            if asked != "auto" or not network.noise_level_input or len(waiting) == ESTIMATED:
+                finish()
+        finish()
         self.writer.mux(encoder.encode(None))
         if self.result.damaged:
             self.note(
                 f"{self.result.damaged} damaged packets or frames in the input, missing or made up by the decoder"
             )
+
+    def _denoised(self, pixels: Array, sigma: Any, network: FusedDenoiser, options: dict[str, Any]) -> Array:
+        """A frame (H, W, C) denoised; its alpha stays."""
+        from fastden.inference.run import denoise_pixels
+
+        colours = pixels.shape[2] // 3 * 3 or 1
+        done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], sigma, network, values=ORDINARY, **options)
+        return np.concatenate([done, pixels[:, :, colours:]], 2)
 
     def _packets(self) -> Iterator[Any]:
         try:
@@ -338,6 +335,27 @@ class _Copy:
         if matrix is not None:
             stream.set_display_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
         return stream
+
+
+class _Times:
+    """Times of the output's frames: those of the input, each after the one before.
+
+    Args:
+        late: by how much the input's times are late, in units of its time base.
+    """
+
+    def __init__(self, late: int) -> None:
+        self.late = late
+        self.last: int | None = None
+
+    def after(self, time: int | None) -> int:
+        """The time of the next frame; ``time`` is the input's, None where it has none."""
+        moved = None if time is None else time - self.late
+        # After damage a decoder gives no time, or the same time twice.
+        if moved is None or (self.last is not None and moved <= self.last):
+            moved = 0 if self.last is None else self.last + 1
+        self.last = moved
+        return moved
 
 
 def _chain(items: list[Any], packets: Iterator[Any]) -> Iterator[Any]:

@@ -39,7 +39,11 @@ class Encoders:
         self.av, self.video, self.writer, self.suffix, self.crf, self.note = av, video, writer, suffix, crf, note
 
     def choose(self, first: Any) -> tuple[Any, str]:
-        """An encoder that takes the input's frames and goes into the output's container, and its pixel format."""
+        """An encoder that takes the input's frames and goes into the output's container, and its pixel format.
+
+        Raises:
+            UserError: there is none.
+        """
         own = self.video.codec_context.codec.canonical_name
         wanted = first.format.name
         usable = []
