@@ -32,9 +32,9 @@ from fastden.network.packed import Snapshot
 CASES = ((64, 1), (64, 8), (64, 32), (128, 1), (128, 8), (256, 1))
 PEERS = ("eager", "channels_last", "compile", "openvino")
 #: Rounds for images of so many pixels and fewer; larger ones get fewer.
-ROUNDS = {1 << 14: 15, 1 << 16: 7, 1 << 18: 4}
+ROUNDS = {1 << 14: 9, 1 << 16: 5, 1 << 18: 3}
 #: Rounds of the call of 32 x 32 pixels: the difference that is looked for is small.
-COMPARISON_ROUNDS = 300
+COMPARISON_ROUNDS = 60
 CPU = torch.device("cpu")
 
 
