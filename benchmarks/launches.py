@@ -178,13 +178,15 @@ def _conv_bn_relu(n: Network) -> Calls:
     described = replace(config_for(64, 64, 1 << 20, n.dtype.itemsize), descriptors=True)
     x, w = n.features, n.tensor
     of, statistics = functools.partial(functools.partial, conv_bn_relu), conv_statistics
-    return {
+    calls: Calls = {
         "conv2": of(x(128), w(128, 128, 3, 3), n.vector(128), stride=2, padding=1),
         "reduce": of(x(256), w(64, 256, 1, 1), n.vector(64)),
         "expand": of(x(64), w(256, 64, 1, 1), n.vector(256), x(256)),
         "conv2 with statistics": functools.partial(statistics, x(128), None, w(128, 128, 3, 3), None, 2, 1, 1e-5),
-        "conv by descriptors": of(x(64), w(64, 64, 3, 3), n.vector(64), padding=1, config=described),
     }
+    if n.dtype.itemsize == 2:
+        calls["conv by descriptors"] = of(x(64), w(64, 64, 3, 3), n.vector(64), padding=1, config=described)
+    return calls
 
 
 def _concat_conv_bn_relu(n: Network) -> Calls:

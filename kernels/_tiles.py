@@ -42,10 +42,10 @@ def config_for(channels: int, outputs: int, pixels: int, itemsize: int, products
         block_k = min(block_k, 32)
     if itemsize > 2 and products == "ieee":
         # Without matrix instructions operands fill registers, too: larger tiles, or fewer warps, spill on sm_80 or
-        # sm_100.
-        return ConvConfig(64, block_n, block_k, warps=8, stages=3)
-    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80.
-    warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 else 4
+        # sm_100, and few channels in steps of 32 on sm_90.
+        return ConvConfig(64, block_n, min(block_k, 16) if channels <= 64 else block_k, warps=8, stages=3)
+    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80. So do sums of TF32's 64 x 64 on sm_100.
+    warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 or (itemsize > 2 and block_n == 64) else 4
     return ConvConfig(block_m, block_n, block_k, warps, stages=3)
 
 
