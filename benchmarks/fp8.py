@@ -2,10 +2,10 @@
 
 conv3 is two thirds of the network's products. Its inputs are rounded to e4m3 with a scale for each channel, found on
 training photographs, its weights with a scale for each output; both scales leave the sum as factors, one before the
-weights are rounded. Products of e4m3 numbers are exact in float32, and so are summed. No kernel does this yet: the file
-says whether one would be accepted (at most 0.02 dB).
+weights are rounded. Products of e4m3 numbers are exact in float32, and are summed in float32; how many bits the sums of
+a GPU keep is not part of this. No kernel does this yet: the file says whether one would be accepted (at most 0.02 dB).
 
-    python benchmarks/fp8.py ../shared/data/eval/kodak24 --calibration ../shared/data/train/photos \
+    python benchmarks/fp8.py ../shared/data/eval/kodak24 --calibration ../shared/data/train/free \
         --json benchmarks/results/fp8.json
 """
 

@@ -1,9 +1,12 @@
 """Count what each kernel asks of a GPU at the network's sizes, from its binary and its tiles, without a GPU.
 
 For each kernel at its place in the network (bfloat16, compute capability 9.0): bytes that a block asks of the level-2
-cache, for each of its output pixels; instructions of its innermost loop of matrix products for each matrix instruction
-in it, and how many of them load from shared memory; registers a thread, shared memory a block, and blocks that a
-multiprocessor of 64 Ki registers and 227 KiB holds at once. A count is no time: what it leaves out, only a GPU shows.
+cache, for each of its output pixels; bytes of its sources that the grid reads from memory, where they are larger than
+that cache; instructions of its innermost loop of matrix products for each matrix instruction in it, and how many of
+them load from shared memory; registers a thread, shared memory a block, and blocks that a multiprocessor of 64 Ki
+registers and 227 KiB holds at once. Then bytes and launches of what pads an image, adds its noise level and casts it:
+PyTorch's operations, and the kernel that does all at once. And what larger tiles of the head spill. A count is no time:
+what it leaves out, only a GPU shows.
 
     python benchmarks/kernel_counts.py                                   # the table
     python benchmarks/kernel_counts.py --json benchmarks/results/kernel_counts.json --note "what was changed"
@@ -14,26 +17,35 @@ The file keeps earlier counts under their notes; counts of the same backends und
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
 
+import torch
 import triton
+from compile_kernels import inspect as inspect_binary
 from launches import Launch, launches
 from rich.console import Console
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training_traffic import Traffic, size
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastden.cuda import build
+from fastden.kernels import head
+from fastden.network.inputs import noise_level
+from fastden.network.padding import pad_image
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Of a multiprocessor of compute capability 9.0: registers, bytes of shared memory, of which a block's first KiB is the
@@ -102,6 +114,20 @@ def row(
     }
 
 
+def read_from_memory(launch: Launch) -> float | None:
+    """Bytes of its sources that a convolution's grid reads from memory for each output pixel; None if not known.
+
+    Blocks of one tile of pixels that run beside each other share what the first has read. Where outputs or phases are a
+    grid axis of their own, behind that of the tiles, all pixels pass the level-2 cache once for each.
+    """
+    c = named_constants(launch)
+    if launch.kernel.fn.__name__ != "conv_kernel":
+        return None
+    outputs, phases = -(-c["O"] // c["BLOCK_N"]), c["PHASES"]
+    passes = outputs * phases if "program_id(1)" in inspect.getsource(launch.kernel.fn) else 1
+    return passes * (c["A"] + c["B"]) * BYTES * c["STRIDE"] ** 2 / phases
+
+
 def disassembly(cubin: Path) -> str:
     command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -110,10 +136,14 @@ def disassembly(cubin: Path) -> str:
 # ---- Triton
 
 
+def named_constants(launch: Launch) -> dict[str, Any]:
+    names = launch.kernel.arg_names
+    return {names[key[0]] if isinstance(key, tuple) else key: value for key, value in launch.constants.items()}
+
+
 def asked_by_triton(launch: Launch) -> tuple[int, float] | None:
     """Output pixels of a program's tile, and the bytes that it loads, from its constants; None if not known."""
-    names = launch.kernel.arg_names
-    c = {names[key[0]] if isinstance(key, tuple) else key: value for key, value in launch.constants.items()}
+    c = named_constants(launch)
     kernel = launch.kernel.fn.__name__
     if kernel == "conv_kernel":
         taps = c["KERNEL"] ** 2
@@ -139,14 +169,16 @@ def asked_by_triton(launch: Launch) -> tuple[int, float] | None:
     return None
 
 
+#: Groups of a tile and warps that are tried for the head's kernel; the first is its default.
+HEAD_TILES = ((64, 8), (128, 8), (128, 16), (256, 16))
 #: Launches at the network's places, by operator.
 PLACES = {
-    "stem": ("4 channels planar",),
+    "stem": ("4 channels planar", "4 channels channels-last"),
     "bottleneck": ("128-32", "256-64"),
     "conv_bn_relu": ("conv2",),
     "upsample": ("up2",),
     "concat_conv_bn_relu": ("conv3",),
-    "head": ("9 taps, input planar",),
+    "head": ("9 taps, input planar", "9 taps, input channels-last"),
 }
 
 
@@ -172,7 +204,56 @@ def count_triton(architecture: int = 90) -> list[dict[str, Any]]:
                 "shared_bytes": compiled.metadata.shared,
                 "threads": 32 * launch.options["num_warps"],
             }
-            rows.append(row(launch.label, "triton", *known, used, innermost(listing)))
+            counted = row(launch.label, "triton", *known, used, innermost(listing))
+            rows.append(counted | {"memory_bytes_a_pixel": read_from_memory(launch)})
+    return rows
+
+
+def count_head_tiles(architecture: int = 90) -> list[dict[str, Any]]:
+    """Registers and spills of the head's kernel in bfloat16, by groups of a tile and warps."""
+    rows = []
+    for groups, warps in HEAD_TILES:
+        default = head.config_for
+        head.config_for = lambda *given: replace(default(*given), block_m=groups, warps=warps)  # noqa: B023
+        try:
+            (launch,) = (
+                one
+                for one in launches("head", "bf16", architecture)
+                if one.label == "head 9 taps, input channels-last bf16"
+            )
+        finally:
+            head.config_for = default
+        found = inspect_binary(launch, architecture)
+        pixels, asked = asked_by_triton(launch) or (1, 0.0)
+        kept = {name: found[name] for name in ("registers", "spilled_bytes", "shared_bytes")}
+        rows.append({"groups": groups, "warps": warps, "l2_bytes_a_pixel": round(asked / pixels, 1), **kept})
+    return rows
+
+
+# ---- The network's input
+
+
+def count_preparation(height: int = 1080, width: int = 1920) -> list[dict[str, Any]]:
+    """Bytes of memory for each pixel of a float32 image, and launches, until the network in bfloat16 can begin."""
+    rows = []
+    pixels = height * width
+    with FakeTensorMode():
+        x = torch.empty(1, 3, height, width)
+        levels: dict[str, Any] = {"number": 0.1, "map": x[:, :1].clone(), "curve": torch.empty(1, 8)}
+        for name, sigma in levels.items():
+            with Traffic() as traffic:
+                level = noise_level(x, sigma, True)
+                assert level is not None
+                padded = pad_image(torch.cat([x, level], 1))
+                y = padded.to(torch.bfloat16)
+            read = {"number": 0, "map": size(x[:, :1]), "curve": 8 * 4}[name]
+            # Read once; written once in the network's dtype, and once as it is for the head to add.
+            fused = size(x) + read + size(y) + size(padded[:, :3])
+            # A number's map has no memory: it is one value, seen at every pixel.
+            moved = sum(traffic.bytes.values()) - (size(level) if name == "number" else 0)
+            for backend, total, launched in (("torch", moved, sum(traffic.calls.values())), ("triton", fused, 1)):
+                counts = {"memory_bytes_a_pixel": round(total / pixels, 1), "launches": launched}
+                rows.append({"place": f"input, level from a {name}", "backend": backend, **counts})
     return rows
 
 
@@ -308,13 +389,24 @@ def main() -> int:
         more = (one["blocks_a_multiprocessor"], one["instructions_a_matrix_instruction"])
         table.add_row(one["place"], one["backend"], *map(str, values), *map(str, more))
     Console(width=120).print(table)
+    preparation = count_preparation()
+    for one in preparation:
+        print(f"{one['place']}, {one['backend']}: {one['memory_bytes_a_pixel']} B a pixel, {one['launches']} launches")
+    head_tiles = count_head_tiles() if "triton" in arguments.backends else []
+    for one in head_tiles:
+        print(f"head, tiles of {one['groups']} groups, {one['warps']} warps: {one['spilled_bytes']} B spilled")
     if arguments.json:
         document: dict[str, Any] = {"command": "python benchmarks/kernel_counts.py", "counts": {}}
         if arguments.json.exists():
             document = json.loads(arguments.json.read_text())
         earlier = document["counts"].get(arguments.note, {"kernels": []})["kernels"]
         rows = [one for one in earlier if one["backend"] not in arguments.backends] + rows
-        document["counts"][arguments.note] = {"triton": triton.__version__, "kernels": rows}
+        document["counts"][arguments.note] = {
+            "triton": triton.__version__,
+            "kernels": rows,
+            "preparation": preparation,
+            "head_tiles": head_tiles,
+        }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 

@@ -23,6 +23,7 @@ from fastden.kernels import _descriptors, batch_norm, bottleneck, head, stem, up
 from fastden.kernels._tiles import config_for
 from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
+from fastden.kernels.network_input import network_input
 
 #: Names that Triton gives to dtypes, and two ways to form products of float32.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -38,7 +39,7 @@ class Launch(NamedTuple):
         label: for tables.
         kernel: the jitted function.
         signature, constants, attributes: as Triton compiles it.
-        options: warps and pipeline stages.
+        options: warps, pipeline stages, and whether products and sums may fuse.
         products: whether it multiplies matrices.
         described: whether its loads are TMA's, which only sm_90 and later have.
     """
@@ -48,7 +49,7 @@ class Launch(NamedTuple):
     signature: dict[str, str]
     constants: dict[Any, Any]
     attributes: dict[Any, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
     products: bool
     described: bool
 
@@ -123,7 +124,7 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
                 short = kernel.removesuffix("_kernel")
                 part = "" if short in (operator, "conv", "descriptor_conv") else f" {short}"
                 label = f"{operator} {name}{part}{suffix} {dtype}"
-                options = {option: one[option] for option in ("num_warps", "num_stages")}
+                options = {option: one[option] for option in ("num_warps", "num_stages", "enable_fp_fusion")}
                 products = any(parameter == "PRECISION" for parameter in one["kernel"].arg_names)
                 launch = Launch(
                     label, one["kernel"], one["signature"], one["constants"], one["configs"][0], options, products,
@@ -177,13 +178,15 @@ def _conv_bn_relu(n: Network) -> Calls:
     described = replace(config_for(64, 64, 1 << 20, n.dtype.itemsize), descriptors=True)
     x, w = n.features, n.tensor
     of, statistics = functools.partial(functools.partial, conv_bn_relu), conv_statistics
-    return {
+    calls: Calls = {
         "conv2": of(x(128), w(128, 128, 3, 3), n.vector(128), stride=2, padding=1),
         "reduce": of(x(256), w(64, 256, 1, 1), n.vector(64)),
         "expand": of(x(64), w(256, 64, 1, 1), n.vector(256), x(256)),
         "conv2 with statistics": functools.partial(statistics, x(128), None, w(128, 128, 3, 3), None, 2, 1, 1e-5),
-        "conv by descriptors": of(x(64), w(64, 64, 3, 3), n.vector(64), padding=1, config=described),
     }
+    if n.dtype.itemsize == 2:
+        calls["conv by descriptors"] = of(x(64), w(64, 64, 3, 3), n.vector(64), padding=1, config=described)
+    return calls
 
 
 def _concat_conv_bn_relu(n: Network) -> Calls:
@@ -226,6 +229,14 @@ def _upsample(n: Network) -> Calls:
         # Gradients of conv2's input and of the stem's.
         "conv2's gradient": of(n.features(128, 0.5), n.tensor(128, 128, 4, 4)),
         "stem's gradient": of(n.features(128), n.tensor(128, 3, 8, 8)),
+    }
+
+
+def _network_input(n: Network) -> Calls:
+    x = n.tensor(n.batch, 3, 2 * n.height - 2, 2 * n.width - 2, dtype=torch.float32)
+    levels = {"no level": None, "a map": x[:, :1], "a curve": n.vector(n.batch, 8)}
+    return {
+        name: functools.partial(network_input, x, level, n.dtype, (3, 3), (3, 3), 2) for name, level in levels.items()
     }
 
 
@@ -298,6 +309,7 @@ CALLS: dict[str, Callable[[Network], Calls]] = {
     "concat_conv_bn_relu": _concat_conv_bn_relu,
     "conv_bn_relu": _conv_bn_relu,
     "head": _head,
+    "network_input": _network_input,
     "stem": _stem,
     "upsample": _upsample,
     "weight_gradient": _weight_gradient,

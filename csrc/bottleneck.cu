@@ -219,16 +219,16 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
             for (int half = 0; half < 2; ++half) {
                 const int row = top + warp_down * kDown + i, column = left + 8 * half + sums_row(lane);
                 if (row >= p.height || column >= p.width) continue;
-                const int64_t place = (static_cast<int64_t>(row) * p.width + column) * p.channels + output;
+                const int64_t offset = (static_cast<int64_t>(row) * p.width + column) * p.channels + output;
                 uint32_t values[4];
-                *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(x + place);
+                *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(x + offset);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const float2 residual = unpack<T>(values[j]);
                     values[j] =
                         rectify<T>(pack<T>(sums[i][j][2 * half] + residual.x, sums[i][j][2 * half + 1] + residual.y));
                 }
-                *reinterpret_cast<uint4*>(y + place) = *reinterpret_cast<const uint4*>(values);
+                *reinterpret_cast<uint4*>(y + offset) = *reinterpret_cast<const uint4*>(values);
             }
         }
     }

@@ -49,20 +49,20 @@ struct Problem {
     bool relu;
 };
 
-struct Place {
+struct Origin {
     int n, y, x, output;
 };
 
-__device__ __forceinline__ Place place_of(const Problem& problem, int pair, int rank) {
+__device__ __forceinline__ Origin origin_of(const Problem& problem, int pair, int rank) {
     const int tile = pair / problem.output_blocks * kCluster + rank;
     const int line = tile / problem.tiles_across;
-    Place place;
+    Origin origin;
     // A last pair may have no second tile: that is one behind the last image, of zeros, of which nothing is stored.
-    place.n = line / problem.tiles_down;
-    place.y = line % problem.tiles_down * kTileRows;
-    place.x = tile % problem.tiles_across * kTileColumns;
-    place.output = pair % problem.output_blocks * kTileOutputs;
-    return place;
+    origin.n = line / problem.tiles_down;
+    origin.y = line % problem.tiles_down * kTileRows;
+    origin.x = tile % problem.tiles_across * kTileColumns;
+    origin.output = pair % problem.output_blocks * kTileOutputs;
+    return origin;
 }
 
 // A ring of stages, as loading and multiplying go round it, each with its own count.
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
         if (warp == 0) {
             constexpr int kShare = kTileOutputs / kCluster;
             for (int pair = cluster; pair < problem.pairs; pair += clusters) {
-                const Place place = place_of(problem, pair, rank);
+                const Origin origin = origin_of(problem, pair, rank);
                 for (int chunk = 0; chunk <= chunks_a; ++chunk) {
                     const bool second = chunk == chunks_a;
                     const int row_bytes = second ? kSecondRow : kFactorRow;
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                             const int rows = kTileRows + problem.kernel - 1;
                             barrier_expect(left.full(), rows * kTileColumns * row_bytes);
                             tensor_load_4d(left.address(), second ? problem.b : problem.a, left.full(),
-                                           second ? 0 : chunk * kStepChannels, place.x + tap_column - problem.padding,
-                                           place.y - problem.padding, place.n);
+                                           second ? 0 : chunk * kStepChannels, origin.x + tap_column - problem.padding,
+                                           origin.y - problem.padding, origin.n);
                         }
                         left.advance();
                         for (int tap_row = 0; tap_row < problem.kernel; ++tap_row) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                                 const int tap = tap_row * problem.kernel + tap_column;
                                 tensor_load_2d(right.address() + rank * kShare * row_bytes,
                                                second ? problem.weight_b : problem.weight_a, right.full(),
-                                               tap * channels + chunk * kStepChannels, place.output + rank * kShare,
+                                               tap * channels + chunk * kStepChannels, origin.output + rank * kShare,
                                                (1u << kCluster) - 1);
                             }
                             right.advance();
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
             done_left.advance();
         };
         for (int pair = cluster; pair < problem.pairs; pair += clusters) {
-            const Place place = place_of(problem, pair, rank);
+            const Origin origin = origin_of(problem, pair, rank);
             bool add = false;
             const auto multiply_chunk = [&](auto parts) {
                 constexpr int kRow = 32 * decltype(parts)::value;  // bytes of its channels
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                     const int output = piece * kStepChannels + part * 8 + sums_column(lane);
                     float2 added = make_float2(0.0f, 0.0f);
                     if (bias != nullptr) {
-                        added = *reinterpret_cast<const float2*>(bias + place.output + output);
+                        added = *reinterpret_cast<const float2*>(bias + origin.output + output);
                     }
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
@@ -230,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                 make_visible_to_tensor_stores();
                 meet_at(1 + group, kGroupThreads);
                 if (member == 0) {
-                    tensor_store_4d(problem.y, base + offset, place.output + piece * kStepChannels, place.x,
-                                    place.y + group * kGroupRows, place.n);
+                    tensor_store_4d(problem.y, base + offset, origin.output + piece * kStepChannels, origin.x,
+                                    origin.y + group * kGroupRows, origin.n);
                     tensor_store_commit();
                 }
             }

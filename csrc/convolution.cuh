@@ -33,7 +33,7 @@ struct ConvolutionTile {
     static constexpr int kRing = kStages * kStageBytes;
     static constexpr int kResult = kRows * kPitch;
     static constexpr int kSharedBytes = kRing > kResult ? kRing : kResult;
-    // Rows of one pass lie a multiple of 8 after those of the one before, at the same places (see part_offset).
+    // Rows of one pass lie a multiple of 8 after those of the one before, at the same positions (see part_offset).
     static_assert(kThreads / 4 % 8 == 0 && kColumns * 4 % kThreads == 0);
     static_assert(kRows * 4 % kThreads == 0 && kBlocksDown * 16 * kWarpsDown == kRows);
     static_assert(kBlocksAcross * 8 * kWarpsAcross == kColumns && kBlocksAcross % 2 == 0);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     // What this thread copies: one part of 16 bytes of several pixels, and of several output channels' weights.
     constexpr int kCopyRows = Tile::kThreads / 4;
     const int part = thread % 4;
-    int corner[Tile::kPasses];       // the pixel under the first tap, as its place in the source
+    int corner[Tile::kPasses];       // the pixel under the first tap, as its index in the source
     uint32_t inside[Tile::kPasses];  // whether it lies in the image, a bit for each tap
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     copy_wait<0>();
     __syncthreads();
 
-    const auto place = [&](int64_t pixel) {  // of an output pixel, in pixels
+    const auto target_pixel = [&](int64_t pixel) {  // of an output pixel, in pixels
         if (!problem.phases) return pixel;
         const int64_t line = pixel / problem.out_width;
         return (2 * line + phase_row) * (2 * problem.out_width) + 2 * (pixel - line * problem.out_width) + phase_column;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
         const int row = index / kParts, output = first_column + index % kParts * 8;
         const int64_t pixel = first_pixel + row;
         if (pixel < problem.pixels && output < p.outputs) {
-            *reinterpret_cast<uint4*>(y + place(pixel) * p.outputs + output) =
+            *reinterpret_cast<uint4*>(y + target_pixel(pixel) * p.outputs + output) =
                 *reinterpret_cast<const uint4*>(result + row * Tile::kPitch + index % kParts * 16);
         }
     }

@@ -101,7 +101,7 @@ struct Head {
     const void* image;         // what is added, of the size of x with at least outputs channels; null for nothing
     int64_t image_strides[4];  // elements
     DType image_dtype;         // of image and y: dtype or float32
-    const void* weight;        // (4 outputs, 4, 4, maps): place 4 k + 2 p + q is output k of phase row p and column q
+    const void* weight;        // (4 outputs, 4, 4, maps): row 4 k + 2 p + q is output k of phase row p and column q
     const void* image_weight;  // (outputs, 7, 7, channels)
     const float* bias;         // (outputs)
     void* y;                   // (batch, outputs, 2 height - 2, 2 width - 2), contiguous

@@ -48,21 +48,21 @@ __device__ __forceinline__ uint32_t half_offset(int row, int part) {
     return row * kMapBytes + ((part ^ ((row >> 2) & 1)) << 4);
 }
 
-// Weights of the input: for each row of a window 16 columns x (8 taps x 4 places).
+// Weights of the input: for each row of a window 16 columns x (8 taps x 4 positions).
 __device__ void load_image_weights(unsigned char* shared, const Head& p, int thread) {
-    constexpr int kPlaces = kChunk / 4;  // of pixels in a window's row
-    static_assert(kThreads % (kColumns * kPlaces) == 0);
+    constexpr int kPixels = kChunk / 4;  // of pixels in a window's row
+    static_assert(kThreads % (kColumns * kPixels) == 0);
     const uint16_t* weight = static_cast<const uint16_t*>(p.image_weight);
     // A thread's column and pixel are the same in every pass.
-    const int pixel = thread % kPlaces, column = thread / kPlaces % kColumns;
+    const int pixel = thread % kPixels, column = thread / kPixels % kColumns;
     const int output = column % 8 % p.outputs, phase_column = column % 8 / p.outputs;
     const int tap_column = pixel - phase_column;
-    for (int row = thread / kPlaces / kColumns; row < kWindow; row += kThreads / (kColumns * kPlaces)) {
+    for (int row = thread / kPixels / kColumns; row < kWindow; row += kThreads / (kColumns * kPixels)) {
         const int tap_row = row - column / 8;
         const bool exists = phase_column < 2 && tap_row >= 0 && tap_row < 7 && tap_column >= 0 && tap_column < 7;
         const int at = row * kColumns * kRowBytes + part_offset(column, pixel / 2) + pixel % 2 * kPixelBytes;
         *reinterpret_cast<uint2*>(shared + at) =
-            tap_places(weight, (output * 7 + tap_row) * 7 + tap_column, p.channels, exists);
+            tap_values(weight, (output * 7 + tap_row) * 7 + tap_column, p.channels, exists);
     }
 }
 
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
     const uint32_t base = shared_address(shared);
 
     const int part = thread % 2;
-    int pixels[kPasses];  // places in the feature map, which are 32 bits wide (elements are 64); -1 outside
+    int pixels[kPasses];  // positions in the feature map, which are 32 bits wide (elements are 64); -1 outside
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
         const int row = (pass * kThreads + thread) / 2;
@@ -209,17 +209,18 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
         float value = result[(output * kLines + down) * kLine + across] + p.bias[output];
         if (p.image != nullptr) {
             // The image has the three pixels on each side that the result lacks.
-            const int64_t place = n * p.image_strides[0] + output * p.image_strides[1] + (y + 3) * p.image_strides[2] +
-                                  (x + 3) * p.image_strides[3];
-            value += wide ? static_cast<const float*>(p.image)[place] : to_float(static_cast<const T*>(p.image)[place]);
+            const int64_t offset = n * p.image_strides[0] + output * p.image_strides[1] + (y + 3) * p.image_strides[2] +
+                                   (x + 3) * p.image_strides[3];
+            value +=
+                wide ? static_cast<const float*>(p.image)[offset] : to_float(static_cast<const T*>(p.image)[offset]);
         }
         // Comparisons, not fminf and fmaxf, which would hide a NaN.
         if (p.clamp) value = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
-        const int64_t place = ((static_cast<int64_t>(n) * p.outputs + output) * out_height + y) * out_width + x;
+        const int64_t offset = ((static_cast<int64_t>(n) * p.outputs + output) * out_height + y) * out_width + x;
         if (wide) {
-            static_cast<float*>(p.y)[place] = value;
+            static_cast<float*>(p.y)[offset] = value;
         } else {
-            static_cast<T*>(p.y)[place] = static_cast<T>(value);
+            static_cast<T*>(p.y)[offset] = static_cast<T>(value);
         }
     }
 }

@@ -6,7 +6,7 @@
 
 namespace fastden {
 
-// Rows of 64 channels, 128 bytes, of which part p of row r lies at place p ^ r % 8, eight rows to a group of 1024
+// Rows of 64 channels, 128 bytes, of which part p of row r lies at position p ^ r % 8, eight rows to a group of 1024
 // aligned bytes; or of 32 channels, 64 bytes, part p of row r at p ^ r / 2 % 4, eight rows to 512 aligned bytes: as
 // tensor loads with a swizzle of a row's width leave a box, and as products of warp groups read either factor, channels
 // innermost.
@@ -39,16 +39,16 @@ inline int uniform_warp() {
 }
 inline void make_visible_to_tensor_stores() {}
 inline void tensor_load_4d(uint32_t target, const CUtensorMap& map, uint32_t barrier, int c, int x, int y, int n) {
-    const int place[] = {c, x, y, n};
-    emulator::tensor_load(target, map, barrier, place, 1u << cluster_rank());
+    const int corner[] = {c, x, y, n};
+    emulator::tensor_load(target, map, barrier, corner, 1u << cluster_rank());
 }
 inline void tensor_load_2d(uint32_t target, const CUtensorMap& map, uint32_t barrier, int c, int row, unsigned ranks) {
-    const int place[] = {c, row};
-    emulator::tensor_load(target, map, barrier, place, ranks);
+    const int corner[] = {c, row};
+    emulator::tensor_load(target, map, barrier, corner, ranks);
 }
 inline void tensor_store_4d(const CUtensorMap& map, uint32_t source, int c, int x, int y, int n) {
-    const int place[] = {c, x, y, n};
-    emulator::tensor_store(map, source, place);
+    const int corner[] = {c, x, y, n};
+    emulator::tensor_store(map, source, corner);
 }
 template <int kPending>
 void tensor_store_wait_read() {

@@ -1,4 +1,4 @@
-// A piece of the image in shared memory, four places a pixel, so that a row of taps is one run of values: the inner
+// A piece of the image in shared memory, four positions a pixel, so that a row of taps is one run of values: the inner
 // dimension of a product runs along it, and a window's row begins at a multiple of 16 bytes where its pixel is even.
 #pragma once
 
@@ -14,7 +14,7 @@ struct ImageView {
     int channels, height, width;
 };
 
-// Rows x columns pixels from (top, left) of image n; zeros outside the image, and in the places that no channel has.
+// Rows x columns pixels from (top, left) of image n; zeros outside the image, and in the positions that no channel has.
 __device__ __forceinline__ void load_patch(unsigned char* patch, const ImageView& view, int n, int top, int left,
                                            int rows, int columns, int thread, int threads) {
     const uint16_t* image = static_cast<const uint16_t*>(view.data) + n * view.strides[0];
@@ -33,9 +33,9 @@ __device__ __forceinline__ void load_patch(unsigned char* patch, const ImageView
     }
 }
 
-// A tap's weights, of up to four channels, as a pixel's places: zeros where no channel or no tap is. `weight` is the
-// first of the tensor, 8-byte aligned, in which the channels of the tap are innermost.
-__device__ __forceinline__ uint2 tap_places(const uint16_t* weight, int64_t tap, int channels, bool exists) {
+// A tap's weights, of up to four channels, as a pixel's four values: zeros where no channel or no tap is. `weight` is
+// the first of the tensor, 8-byte aligned, in which the channels of the tap are innermost.
+__device__ __forceinline__ uint2 tap_values(const uint16_t* weight, int64_t tap, int channels, bool exists) {
     if (!exists) return make_uint2(0, 0);
     if (channels == 4) return reinterpret_cast<const uint2*>(weight)[tap];
     uint16_t values[4] = {};

@@ -1,6 +1,6 @@
 // stem: conv1 o conv0 as one 7x7 convolution of stride 2 on the raw image.
 //
-// A step of the inner dimension is a row of taps: 7 pixels of 4 places, which lie one behind the other in shared
+// A step of the inner dimension is a row of taps: 7 pixels of 4 positions, which lie one behind the other in shared
 // memory, so that windows are read from there as they are, without being unfolded. The output's first row, first column
 // and corner have weights of their own and are tiles of their own. Blocks stay and do tile after tile, with the weights
 // of a region in shared memory.
@@ -29,7 +29,7 @@ struct Region {
 __host__ __device__ constexpr int patch_rows(int log_rows) {
     return 2 * (1 << log_rows) + kTaps - 2;
 }
-// One more than a window's: a step's places are those of eight taps.
+// One more than a window's: a step's positions are those of eight taps.
 __host__ __device__ constexpr int patch_columns(int log_columns) {
     return 2 * (1 << log_columns) + kTaps - 1;
 }
@@ -51,17 +51,17 @@ struct Problem {
     bool relu;
 };
 
-// The weights of a region, as the product's second factor: 32 places for each row of taps, 4 a tap.
+// The weights of a region, as the product's second factor: 32 positions for each row of taps, 4 a tap.
 __device__ void load_weights(unsigned char* shared, const Problem& problem, int region, int thread) {
-    constexpr int kPlaces = kChunk / 4;  // for taps, the eighth empty
+    constexpr int kPositions = kChunk / 4;  // for taps, the eighth empty
     const uint16_t* weight = static_cast<const uint16_t*>(problem.weight);
-    for (int index = thread; index < kTaps * kColumns * kPlaces; index += kThreads) {
-        const int tap = index % kPlaces, column = index / kPlaces % kColumns, row = index / kPlaces / kColumns;
+    for (int index = thread; index < kTaps * kColumns * kPositions; index += kThreads) {
+        const int tap = index % kPositions, column = index / kPositions % kColumns, row = index / kPositions / kColumns;
         const int output = channel_of_column(column);
-        const int place = ((region * problem.outputs + output) * kTaps + row) * kTaps + tap;
+        const int tap_index = ((region * problem.outputs + output) * kTaps + row) * kTaps + tap;
         const bool exists = tap < kTaps && output < problem.outputs;
         const int at = row * kColumns * kRowBytes + part_offset(column, tap / 2) + tap % 2 * kPixelBytes;
-        *reinterpret_cast<uint2*>(shared + at) = tap_places(weight, place, problem.image.channels, exists);
+        *reinterpret_cast<uint2*>(shared + at) = tap_values(weight, tap_index, problem.image.channels, exists);
     }
 }
 
@@ -147,10 +147,10 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
                                             sums[i][first + j][2 * half + 1] + added[j].y);
                         if (problem.relu) values[j] = rectify<T>(values[j]);
                     }
-                    const int64_t place =
+                    const int64_t pixel =
                         (static_cast<int64_t>(n) * problem.out_height + r.first_row + top + down) * problem.out_width +
                         r.first_column + left + across;
-                    *reinterpret_cast<uint4*>(static_cast<T*>(problem.y) + place * problem.outputs + output) =
+                    *reinterpret_cast<uint4*>(static_cast<T*>(problem.y) + pixel * problem.outputs + output) =
                         *reinterpret_cast<const uint4*>(values);
                 }
             }

@@ -1,7 +1,7 @@
 // Matrix products of a warp on tiles in shared memory, and where their values lie.
 //
-// A tile's rows hold 32 channels of 16 bits, 64 bytes in 4 parts of 16. Part p of row r lies at place p ^ (r / 2 % 4):
-// the eight rows that one ldmatrix reads then meet all 32 banks once.
+// A tile's rows hold 32 channels of 16 bits, 64 bytes in 4 parts of 16. Part p of row r lies at position p ^ (r / 2 %
+// 4): the eight rows that one ldmatrix reads then meet all 32 banks once.
 #pragma once
 
 #include "platform.cuh"

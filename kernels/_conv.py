@@ -61,16 +61,26 @@ def _accumulate(
             mask=inside[:, None] & (channel < C)[None, :],
             other=0.0,
         )
-        place = tap
+        weight_tap = tap
         if PHASE:
-            place = -(tap // KERNEL * (4 * KERNEL) + tap % KERNEL * 2)
+            weight_tap = -(tap // KERNEL * (4 * KERNEL) + tap % KERNEL * 2)
         weights = tl.load(
-            w_ptr + (outputs[:, None] * TAPS + place) * TOTAL + OFFSET + channel[None, :],
+            w_ptr + (outputs[:, None] * TAPS + weight_tap) * TOTAL + OFFSET + channel[None, :],
             mask=(outputs < O)[:, None] & (channel < C)[None, :],
             other=0.0,
         )
         acc = dot(source, tl.trans(weights), acc, PRECISION)
     return acc
+
+
+@triton.jit
+def _store_statistics(acc, statistics_ptr, tile, present, mask, outputs, O: tl.constexpr):
+    """Mean and sum of squared deviations of each column of ``acc`` over its first ``present`` rows."""
+    mean = tl.sum(tl.where(mask, acc, 0.0), 0) / present
+    deviation = tl.where(mask, acc - mean[None, :], 0.0)
+    statistics = statistics_ptr + tile.to(tl.int64) * (2 * O) + outputs
+    tl.store(statistics, mean, mask=outputs < O)
+    tl.store(statistics + O, tl.sum(deviation * deviation, 0), mask=outputs < O)
 
 
 # Sizes of images are no part of the compiled kernel: no new image size compiles it again.
@@ -110,9 +120,12 @@ def conv_kernel(
     ``out_height`` and ``out_width`` are those of one phase. Statistics are each tile's mean and sum of squared
     deviations a channel, (tiles, 2, O) in float32: they combine without cancellation, however large the mean.
     """
-    tile = tl.program_id(0)
-    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    phase = tl.program_id(2)
+    # Programs that read the same pixels follow each other: all but the first find them in the level-2 cache.
+    BLOCKS: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    tile = program // (BLOCKS * PHASES)
+    phase = program // BLOCKS % PHASES
+    outputs = program % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     phase_y = phase // 2
     phase_x = phase % 2
     # 64 bits from here on: a 24-megapixel image with 256 channels has more elements than 32 bits count.
@@ -146,11 +159,7 @@ def conv_kernel(
         # Of the values as they are stored: normalisation reads those.
         acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
         present = tl.minimum(count - tile.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean = tl.sum(tl.where(mask, acc, 0.0), 0) / present
-        deviation = tl.where(mask, acc - mean[None, :], 0.0)
-        statistics = statistics_ptr + tile.to(tl.int64) * (2 * O) + outputs
-        tl.store(statistics, mean, mask=outputs < O)
-        tl.store(statistics + O, tl.sum(deviation * deviation, 0), mask=outputs < O)
+        _store_statistics(acc, statistics_ptr, tile, present, mask, outputs, O)
     if PHASES == 4:
         line = (image * out_height + row) * 2 + phase_y
         target = (line * (out_width * 2) + column * 2 + phase_x)[:, None] * O + outputs[None, :]
@@ -165,11 +174,23 @@ def chosen_config(
     """What a launch takes: a search's, or the default. Arguments as :func:`launch_conv`'s; ``pixels`` of a phase."""
     channels, others = a.shape[1], 0 if b is None else b.shape[1]
     outputs, kernel = weight.shape[0], weight.shape[-1]
-    default = config_for(channels, outputs, pixels, a.element_size())
+    default = config_for(channels, outputs, pixels, a.element_size(), precision(a))
     key = f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, phases {phases}, {precision(a)}"
     found = choose("conv", f"{key}, statistics" if statistics else key, pixels, a, default)
     # What was searched with other tensors' addresses need not hold for these.
     return default if found.descriptors and cannot_describe(a, b, weight) else found
+
+
+def output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width of a convolution's result."""
+    height, width = ((size + 2 * padding - weight.shape[-1]) // stride + 1 for size in x.shape[2:])
+    return height, width
+
+
+def _check_described(stride: int, phases: int, statistics: bool) -> None:
+    if stride != 1 or phases != 1 or statistics:
+        given = f"stride {stride}, {phases} phases, {'' if statistics else 'no '}statistics"
+        raise ValueError(f"config: descriptors=True with {given}; accepted: stride 1, 1 phase, no statistics")
 
 
 def launch_conv(
@@ -205,14 +226,9 @@ def launch_conv(
     bias = None if bias is None else bias.contiguous()
     batch, channels, height, width = a.shape
     others = 0 if b is None else b.shape[1]
-    outputs, kernel = weight.shape[0], weight.shape[-1]
-    if phases == 4:
-        kernel //= 2
-        out_height, out_width, scale = height, width, 2
-    else:
-        out_height = (height + 2 * padding - kernel) // stride + 1
-        out_width = (width + 2 * padding - kernel) // stride + 1
-        scale = 1
+    scale = 2 if phases == 4 else 1
+    outputs, kernel = weight.shape[0], weight.shape[-1] // scale
+    out_height, out_width = (height, width) if phases == 4 else output_size(a, weight, stride, padding)
     shape = (batch, outputs, out_height * scale, out_width * scale)
     y = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
     count = batch * out_height * out_width
@@ -222,14 +238,12 @@ def launch_conv(
     if count == 0:
         return y, tile_statistics
     if config.descriptors:
-        if stride != 1 or phases != 1 or statistics:
-            given = f"stride {stride}, {phases} phases, {'' if statistics else 'no '}statistics"
-            raise ValueError(f"config: descriptors=True with {given}; accepted: stride 1, 1 phase, no statistics")
+        _check_described(stride, phases, statistics)
         launch_descriptor_conv(a, b, weight, bias, residual, y, relu=relu, padding=padding, config=config)
         return y, None
-    grid = (tiles, triton.cdiv(outputs, config.block_n), phases)
+    grid = tiles * phases * triton.cdiv(outputs, config.block_n)
     with device_guard(a):
-        conv_kernel[grid](
+        conv_kernel[(grid,)](
             a, a if b is None else b, weight, a if bias is None else bias, a if residual is None else residual,
             y, y if tile_statistics is None else tile_statistics,
             batch, height, width, out_height, out_width,

@@ -98,11 +98,13 @@ def descriptor_conv_kernel(
     BLOCK_M: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
     down = tl.cdiv(out_height, TILE_HEIGHT)
     across = tl.cdiv(out_width, TILE_WIDTH)
-    tile = tl.program_id(0)
+    # Programs that read the same pixels follow each other: all but the first find them in the level-2 cache.
+    BLOCKS: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // BLOCKS
     image = tile // (down * across)
     top = (tile // across) % down * TILE_HEIGHT
     left = tile % across * TILE_WIDTH
-    first = tl.program_id(1) * BLOCK_N
+    first = tl.program_id(0) % BLOCKS * BLOCK_N
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = _accumulate_boxes(
@@ -162,7 +164,7 @@ def launch_descriptor_conv(
         described["b_desc"] = _describe(b, _channels_innermost(b), [*box, constants["BLOCK_B"]])
         described["b_w_desc"] = _describe(weight, weights, [config.block_n, constants["BLOCK_B"]])
     with device_guard(a):
-        descriptor_conv_kernel[(tiles, triton.cdiv(outputs, config.block_n))](
+        descriptor_conv_kernel[(tiles * triton.cdiv(outputs, config.block_n),)](
             **described, bias_ptr=a if bias is None else bias, residual_ptr=a if residual is None else residual,
             y_ptr=y, out_height=out_height, out_width=out_width,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, RELU=relu, PRECISION=precision(a),

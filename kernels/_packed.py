@@ -1,7 +1,7 @@
 """Weights in the order in which a kernel reads them: the order is kept, never the weights.
 
 Reordering by pads, flips and copies takes several small kernels, as long as a small image's convolution. Where each
-place takes its value from depends on the weight's shape alone, so it is found once, and one gather makes a reordered
+position takes its value from depends on the weight's shape alone, so it is found once, and one gather makes a reordered
 weight of the present values. A reordered weight that is kept could become stale: writes through ``weight.data``, by
 collective operations, from other processes or in a replayed CUDA graph are counted nowhere.
 """
@@ -20,7 +20,7 @@ LARGEST = 64
 
 
 class _Order(NamedTuple):
-    """Where each place of a reordered weight's memory takes its value from, and how that memory is looked at."""
+    """Where each position of a reordered weight's memory takes its value from, and how that memory is looked at."""
 
     index: Tensor
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class PackedWeights:
                 self._kept[key] = order
         else:
             self.hits += 1
-        # A zero behind the weight, for the places that take none of its values.
+        # A zero behind the weight, for the positions that take none of its values.
         values = torch.cat([weight.reshape(-1), weight.new_zeros(1)])
         return values.index_select(0, order.index).as_strided(*order[1:])
 

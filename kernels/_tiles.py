@@ -26,7 +26,7 @@ class ConvConfig:
     descriptors: bool = False
 
 
-def config_for(channels: int, outputs: int, pixels: int, itemsize: int) -> ConvConfig:
+def config_for(channels: int, outputs: int, pixels: int, itemsize: int, products: str = "tf32") -> ConvConfig:
     """Default tile of a convolution.
 
     Not measured on a GPU: chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the pipeline's buffers
@@ -37,8 +37,15 @@ def config_for(channels: int, outputs: int, pixels: int, itemsize: int) -> ConvC
     block_k = min(64 if itemsize <= 2 else 32, max(16, triton.next_power_of_2(channels)))
     # Few pixels: smaller tiles keep more multiprocessors busy.
     block_m = 128 if pixels >= ONE_WAVE else 64
-    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80.
-    warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 else 4
+    if block_m == 64 and itemsize <= 2 and channels <= block_k < outputs:
+        # All channels in one step of 64: 8 bytes spill on sm_80 (Triton 3.9).
+        block_k = min(block_k, 32)
+    if itemsize > 2 and products == "ieee":
+        # Without matrix instructions operands fill registers, too: larger tiles, or fewer warps, spill on sm_80 or
+        # sm_100, and few channels in steps of 32 on sm_90.
+        return ConvConfig(64, block_n, min(block_k, 16) if channels <= 64 else block_k, warps=8, stages=3)
+    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80. So do sums of TF32's 64 x 64 on sm_100.
+    warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 or (itemsize > 2 and block_n == 64) else 4
     return ConvConfig(block_m, block_n, block_k, warps, stages=3)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from fastden.kernels._common import device_guard
 from fastden.kernels._layout import channels_last
 
-#: Elements of an element-wise tile. Not measured on a GPU: 16 KiB of bfloat16 a block.
-ELEMENTS = 128 * 64
+#: Bytes that an element-wise tile reads of one tensor. Not measured on a GPU. Twice as many in float32 spill on sm_90
+#: and sm_100 (Triton 3.9), in the gradient behind a residual.
+TILE_BYTES = 16 << 10
 #: Elements of a tile of :func:`statistics`, which holds it whole: twice as many spill on sm_90.
 STATISTICS_ELEMENTS = 64 * 64
 #: Channels of a tile, at most.
@@ -26,7 +27,7 @@ COMBINED_TILES, COMBINED_CHANNELS = 64, 16
 REDUCTION_ELEMENTS = 4096 * 64
 
 
-def tile(channels: int, elements: int = ELEMENTS) -> tuple[int, int]:
+def tile(channels: int, elements: int) -> tuple[int, int]:
     """Rows (pixels) and channels of a tile: all channels, if they are few enough, so that whole rows are read.
 
     Of the network's widths, which are powers of two, no lane is left without a channel.
@@ -194,7 +195,7 @@ def affine(
         return y
     channels = x.shape[1]
     rows = x.numel() // channels
-    block_rows, block = tile(channels)
+    block_rows, block = tile(channels, TILE_BYTES // x.element_size())
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(channels, block))
     with device_guard(x):
         affine_kernel[grid](
@@ -334,7 +335,7 @@ def affine_gradient(
     weight, bias = weight.contiguous(), bias.contiguous()
     channels = raw.shape[1]
     rows = raw.numel() // channels
-    block_rows, block = tile(channels)
+    block_rows, block = tile(channels, TILE_BYTES // raw.element_size())
     program_rows = REDUCTION_ELEMENTS // block
     programs = triton.cdiv(rows, program_rows)
     sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=raw.device)

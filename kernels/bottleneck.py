@@ -170,8 +170,8 @@ def _convolve_scratch(
     for step in range(9 * STEPS):
         tap = step // STEPS
         channel = (step % STEPS) * BLOCK_K + k
-        place = corner + (tap // 3) * MARGIN_WIDTH + tap % 3
-        source = tl.load(middle_ptr + place[:, None] * BLOCK_MID + channel[None, :])
+        position = corner + (tap // 3) * MARGIN_WIDTH + tap % 3
+        source = tl.load(middle_ptr + position[:, None] * BLOCK_MID + channel[None, :])
         weights = tl.load(
             conv_ptr + (outputs[:, None] * 9 + tap) * M + channel[None, :],
             mask=(outputs < M)[:, None] & (channel < M)[None, :],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastden.kernels._conv import chosen_config, launch_conv
+from fastden.kernels._conv import chosen_config, launch_conv, output_size
 from fastden.kernels._layout import channels_last
 from fastden.kernels._tiles import ConvConfig
 from fastden.kernels.batch_norm import combine
@@ -50,7 +50,8 @@ def conv_statistics(
         (N, O, H', W'), channels-last; mean, 1 / sqrt(biased variance + eps) and unbiased variance, (O,) float32.
     """
     a, weight = channels_last(a), channels_last(weight)
-    pixels = a.shape[0] * _size(a.shape[2], weight, stride, padding) * _size(a.shape[3], weight, stride, padding)
+    height, width = output_size(a, weight, stride, padding)
+    pixels = a.shape[0] * height * width
     b = None if b is None else channels_last(b)
     config = chosen_config(a, b, weight, pixels, stride, statistics=True)
     y, statistics = launch_conv(
@@ -83,7 +84,3 @@ def why_not_weight(weight: Tensor, channels: int) -> list[str]:
     if weight.shape[1] != channels:
         reasons.append(f"weight: {weight.shape[1]} input channels; accepted: {channels}, those of the inputs")
     return reasons
-
-
-def _size(size: int, weight: Tensor, stride: int, padding: int) -> int:
-    return int((size + 2 * padding - weight.shape[-1]) // stride + 1)

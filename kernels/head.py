@@ -221,6 +221,18 @@ def _pixels_in_image(top, left, present, down, across, valid, out_height, out_wi
     return (exists[:, None] & wants[None, :]) == wants[None, :]
 
 
+@triton.jit
+def _image_pixels(
+    image_ptr, n, row, column, channel, down, across, stride_n, stride_c, stride_h, stride_w, mask
+):  # fmt: skip
+    """The image's values at ``down`` and ``across`` behind (``row``, ``column``), in float32."""
+    source = n * stride_n + row.to(tl.int64) * stride_h
+    source += column.to(tl.int64) * stride_w
+    inner = channel.to(tl.int64) * stride_c + down.to(tl.int64) * stride_h
+    inner += across.to(tl.int64) * stride_w
+    return tl.load(image_ptr + (source[:, None] + inner[None, :]), mask=mask, other=0.0).to(tl.float32)
+
+
 # Sizes and strides of images are no part of the compiled kernel: no new image size compiles it again.
 @triton.jit(
     do_not_specialize=[
@@ -305,11 +317,10 @@ def head_kernel(
     acc += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
     mask = _pixels_in_image(top, left, present, down, across, valid, out_height, out_width, SIDE)
     if ADD_INPUT:
-        source = n * image_stride_n + (top + BORDER).to(tl.int64) * image_stride_h
-        source += (left + BORDER).to(tl.int64) * image_stride_w
-        inner = channel.to(tl.int64) * image_stride_c + down.to(tl.int64) * image_stride_h
-        inner += across.to(tl.int64) * image_stride_w
-        acc += tl.load(image_ptr + (source[:, None] + inner[None, :]), mask=mask, other=0.0).to(tl.float32)
+        acc += _image_pixels(
+            image_ptr, n, top + BORDER, left + BORDER, channel, down, across,
+            image_stride_n, image_stride_c, image_stride_h, image_stride_w, mask,
+        )  # fmt: skip
     if CLAMP:
         # Comparisons, not maximum and minimum, which would hide a NaN.
         acc = tl.where(acc < 0.0, 0.0, acc)
@@ -387,9 +398,9 @@ def head(
 
 
 def slide(taps: Tensor, count: int) -> Tensor:
-    """``count`` copies of the last dimension's taps, each a place further: (..., t) -> (..., count, count + t - 1)."""
+    """``count`` copies of the last dimension's taps, each shifted by one: (..., t) -> (..., count, count + t - 1)."""
     *lead, size = taps.shape
-    # Rows of count + t elements, read as rows of one less: each falls one place behind the row before.
+    # Rows of count + t elements, read as rows of one less: each is shifted by one against the row before.
     rows = F.pad(taps, (0, count)).unsqueeze(-2).expand(*lead, count, size + count)
     return rows.flatten(-2)[..., : count * (size + count - 1)].unflatten(-1, (count, size + count - 1))
 

@@ -46,7 +46,7 @@ def config_for(outputs: int, itemsize: int) -> StemConfig:
 
 
 def pixel_room(channels: int) -> int:
-    """Places for a pixel's channels in a row of taps: a power of two, so that places split by shifts."""
+    """Positions for a pixel's channels in a row of taps: a power of two, so that positions split by shifts."""
     return int(triton.next_power_of_2(channels))
 
 
@@ -69,6 +69,56 @@ def gather(x_ptr, corner, exists, inner, wants):
     """
     mask = (exists[:, None] & wants[None, :]) != 0
     return tl.load(x_ptr + (corner[:, None] + inner[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _tile_pixels(tile, batch, out_height, out_width, BLOCK_M: tl.constexpr):
+    """A tile's region, and the row, column and image of each of its pixels, and whether it is there.
+
+    Regions are the inside (0), the first row (1), the first column (2) and the corner (3).
+    """
+    images = tl.cast(batch, tl.int64)
+    corner_tiles = tl.cdiv(images, BLOCK_M)
+    column_tiles = corner_tiles + tl.cdiv(images * (out_height - 1), BLOCK_M)
+    row_tiles = column_tiles + tl.cdiv(images * (out_width - 1), BLOCK_M)
+    # Border regions come first: they are the tiles with the most scattered pixels.
+    region = 3 - (tile >= corner_tiles).to(tl.int32) - (tile >= column_tiles) - (tile >= row_tiles)
+    begin = tl.where(
+        region == 3, 0, tl.where(region == 2, corner_tiles, tl.where(region == 1, column_tiles, row_tiles))
+    )
+    first_row = region % 2
+    first_column = region // 2
+    region_height = tl.where(first_row == 1, 1, out_height - 1)
+    region_width = tl.where(first_column == 1, 1, out_width - 1)
+    first = (tile - begin) * BLOCK_M
+    present = first + tl.arange(0, BLOCK_M) < images * region_height * region_width
+    row, column, image = locate(first, tl.arange(0, BLOCK_M), region_height, region_width)
+    # Inside begins at row 1 and column 1.
+    return region, row + (1 - first_row), column + (1 - first_column), image, present
+
+
+@triton.jit
+def _add_tap_rows(
+    acc, x_ptr, w_ptr, start, stride_h, inner, exists, wants, first_row, outputs,
+    OUTPUTS: tl.constexpr, ROW: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc`` plus the products of the seven rows of taps; the first row of the image has no row before it."""
+    k = tl.arange(0, BLOCK_K)
+    for step in range(TAPS):
+        source = gather(
+            x_ptr,
+            start + tl.cast(step, tl.int64) * stride_h,
+            tl.where(step >= first_row, exists, 0),
+            inner,
+            wants,
+        )
+        weights = tl.load(
+            w_ptr + (outputs[:, None] * TAPS + step) * ROW + k[None, :],
+            mask=(outputs < OUTPUTS)[:, None] & (k < ROW)[None, :],
+            other=0.0,
+        )
+        acc = dot(source, tl.trans(weights), acc, PRECISION)
+    return acc
 
 
 # Sizes and strides of images are no part of the compiled kernel: no new image size compiles it again.
@@ -98,40 +148,19 @@ def stem_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one region: inside (0), first row (1), first column (2) or corner (3), each with its weights.
+    """One tile of one region, each of which has its weights.
 
-    Weights are (4, O, 7, ROW): a row of taps has ROOM places for the channels of each tap, and zeros behind.
+    Weights are (4, O, 7, ROW): a row of taps has ROOM positions for the channels of each tap, and zeros behind.
     """
-    tile = tl.program_id(0)
-    images = tl.cast(batch, tl.int64)
-    corner_tiles = tl.cdiv(images, BLOCK_M)
-    column_tiles = corner_tiles + tl.cdiv(images * (out_height - 1), BLOCK_M)
-    row_tiles = column_tiles + tl.cdiv(images * (out_width - 1), BLOCK_M)
-    # Border regions come first: they are the tiles with the most scattered pixels.
-    region = 3 - (tile >= corner_tiles).to(tl.int32) - (tile >= column_tiles) - (tile >= row_tiles)
-    begin = tl.where(
-        region == 3, 0, tl.where(region == 2, corner_tiles, tl.where(region == 1, column_tiles, row_tiles))
-    )
-    first_row = region % 2
-    first_column = region // 2
-    region_height = tl.where(first_row == 1, 1, out_height - 1)
-    region_width = tl.where(first_column == 1, 1, out_width - 1)
-
-    first = (tile - begin) * BLOCK_M
-    present = first + tl.arange(0, BLOCK_M) < images * region_height * region_width
-    row, column, image = locate(first, tl.arange(0, BLOCK_M), region_height, region_width)
-    # Inside begins at row 1 and column 1.
-    row += 1 - first_row
-    column += 1 - first_column
+    region, row, column, image, present = _tile_pixels(tl.program_id(0), batch, out_height, out_width, BLOCK_M)
     target = ((image * out_height + row) * out_width + column) * OUTPUTS
-
     outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     tap = k // ROOM
     channel = k % ROOM
     wants = tl.where((tap < TAPS) & (channel < C), 1 << tap, 0)
     # All seven taps, but on the first column, where tap 0 would read one pixel before the image.
-    exists = tl.where(present, 0b1111111 - first_column, 0)
+    exists = tl.where(present, 0b1111111 - region // 2, 0)
     if DENSE:
         inner = (tap * C + channel).to(tl.int64)
         left = (column * 2 - 1).to(tl.int64) * C
@@ -141,22 +170,10 @@ def stem_kernel(
     start = image * stride_n + (row * 2 - 1).to(tl.int64) * stride_h + left
     w_ptr += region * (OUTPUTS * TAPS * ROW)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(TAPS):
-        source = gather(
-            x_ptr,
-            start + tl.cast(step, tl.int64) * stride_h,
-            tl.where(step >= first_row, exists, 0),
-            inner,
-            wants,
-        )
-        weights = tl.load(
-            w_ptr + (outputs[:, None] * TAPS + step) * ROW + k[None, :],
-            mask=(outputs < OUTPUTS)[:, None] & (k < ROW)[None, :],
-            other=0.0,
-        )
-        acc = dot(source, tl.trans(weights), acc, PRECISION)
-
+    acc = _add_tap_rows(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_ptr, w_ptr, start, stride_h, inner, exists, wants, region % 2,
+        outputs, OUTPUTS, ROW, BLOCK_K, PRECISION,
+    )  # fmt: skip
     acc += tl.load(bias_ptr + region * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[None, :]
     if RELU:
         # Not maximum(acc, 0) alone, which would hide a NaN.
@@ -191,7 +208,7 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: Ste
     )  # fmt: skip
     room = pixel_room(channels)
     block_k = row_block(room)
-    # Where channels fill their places, weights are read as they lie in memory: so fastden.fuse makes it.
+    # Where channels fill their positions, weights are read as they lie in memory: so fastden.fuse makes it.
     if room == channels:
         rows = weight.permute(0, 1, 3, 4, 2).contiguous().flatten(3)
     else:
@@ -209,9 +226,9 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: Ste
 
 
 def tap_rows(weight: Tensor, room: int, block: int) -> Tensor:
-    """Weights as the product reads them: (..., C, rows, columns) -> (..., rows, places), zeros where nothing is.
+    """Weights as the product reads them: (..., C, rows, columns) -> (..., rows, positions), zeros where nothing is.
 
-    A row has ``room`` places for each tap's channels, and as many in all as fill whole blocks.
+    A row has ``room`` positions for each tap's channels, and as many in all as fill whole blocks.
     """
     channels, rows, columns = weight.shape[-3:]
     taps = F.pad(weight.movedim(-3, -1), (0, room - channels)).reshape(*weight.shape[:-3], rows, columns * room)

@@ -53,10 +53,61 @@ def config_for(columns: int, outputs: int, itemsize: int) -> WeightGradientConfi
     block_n = min(largest, max(16, triton.next_power_of_2(columns)))
     # On sm_100 64 pixels of a 64 x 128 tile spill; on sm_90 and sm_100 32 of a 16 x 128 tile do.
     block_k = 32 if itemsize > 2 or (block_m, block_n) == (64, 128) else 64
+    if block_m == 16 and columns % block_n:
+        # Columns of a tile are of several taps: with 128 of them, or 64 and 64 pixels, 8 bytes spill (sm_80 and sm_90).
+        block_n, block_k = min(block_n, 64), 32
     # Eight warps for a narrower tile leave a thread so few registers that some spill on sm_80 and sm_100.
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     # Interpreted, steps beyond the last pixel take as long as others.
     return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
+
+
+@triton.jit
+def _source(
+    x_ptr, origin, y, x, present, column_block, columns, height, width,
+    C: tl.constexpr, KERNEL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(pixels, columns) of a source: what each column's tap and channel reads, from (``y``, ``x``) at ``origin`` on."""
+    tap = columns // C
+    channel = columns % C
+    if C % BLOCK_N == 0:
+        # All columns of the tile are of one tap: a mask and an address for each pixel.
+        tap_row = column_block * BLOCK_N // C // KERNEL
+        tap_column = column_block * BLOCK_N // C % KERNEL
+        inside = (y + tap_row >= 0) & (y + tap_row < height) & (x + tap_column >= 0) & (x + tap_column < width)
+        pixel = origin + (tap_row.to(tl.int64) * width + tap_column)
+        source = tl.load(x_ptr + pixel[:, None] * C + channel[None, :], mask=(present & inside)[:, None], other=0.0)
+    else:
+        down = tap // KERNEL
+        across = tap % KERNEL
+        exists = columns < KERNEL * KERNEL * C
+        tap_y = y[:, None] + down[None, :]
+        tap_x = x[:, None] + across[None, :]
+        inside = (tap_y >= 0) & (tap_y < height) & (tap_x >= 0) & (tap_x < width) & exists[None, :]
+        pixel = origin[:, None] + (down.to(tl.int64) * width + across)[None, :]
+        source = tl.load(x_ptr + pixel * C + channel[None, :], mask=inside & present[:, None], other=0.0)
+    return source
+
+
+@triton.jit
+def _region_of(run, images, out_height, out_width, span):
+    """Of the stem's runs of ``span`` pixels: the run's number in its region, the region's height, width, and origin.
+
+    The origin is 0 on the first row (column), and 1 inside, where the region begins one further.
+    """
+    row_runs = tl.cdiv(images * (out_height - 1) * (out_width - 1), span)
+    column_runs = row_runs + tl.cdiv(images * (out_width - 1), span)
+    corner_runs = column_runs + tl.cdiv(images * (out_height - 1), span)
+    on_first_row = ((run >= row_runs) & (run < column_runs)) | (run >= corner_runs)
+    on_first_column = run >= column_runs
+    begin = tl.where(
+        run >= corner_runs,
+        corner_runs,
+        tl.where(run >= column_runs, column_runs, tl.where(run >= row_runs, row_runs, 0)),
+    )
+    height = tl.where(on_first_row, 1, out_height - 1)
+    width = tl.where(on_first_column, 1, out_width - 1)
+    return run - begin, height, width, 1 - on_first_row.to(tl.int32), 1 - on_first_column.to(tl.int32)
 
 
 @triton.jit
@@ -93,11 +144,6 @@ def _tile(
     """One tile's sum over LOOP * ``loops`` blocks of pixels from ``first`` on, of a source with C channels."""
     outputs = output_block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = columns < KERNEL * KERNEL * C
-    tap = columns // C
-    channel = columns % C
-    down = tap // KERNEL
-    across = tap % KERNEL
     index = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     last = first + loops * (LOOP * BLOCK_K)
@@ -117,25 +163,14 @@ def _tile(
             y = row * STRIDE - PADDING
             x = column * STRIDE - PADDING
             origin = (image * height + y) * width + x
-            if C % BLOCK_N == 0:
-                # All columns of the tile are of one tap: a mask and an address for each pixel.
-                tap_row = column_block * BLOCK_N // C // KERNEL
-                tap_column = column_block * BLOCK_N // C % KERNEL
-                inside = (y + tap_row >= 0) & (y + tap_row < height) & (x + tap_column >= 0) & (x + tap_column < width)
-                pixel = origin + (tap_row.to(tl.int64) * width + tap_column)
-                source = tl.load(
-                    x_ptr + pixel[:, None] * C + channel[None, :], mask=(present & inside)[:, None], other=0.0
-                )
-            else:
-                tap_y = y[:, None] + down[None, :]
-                tap_x = x[:, None] + across[None, :]
-                inside = (tap_y >= 0) & (tap_y < height) & (tap_x >= 0) & (tap_x < width) & exists[None, :]
-                pixel = origin[:, None] + (down.to(tl.int64) * width + across)[None, :]
-                source = tl.load(x_ptr + pixel * C + channel[None, :], mask=inside & present[:, None], other=0.0)
+            source = _source(
+                x_ptr, origin, y, x, present, column_block, columns, height, width, C, KERNEL, BLOCK_N
+            )  # fmt: skip
             acc = dot(tl.trans(grad), source, acc, PRECISION)
         first += LOOP * BLOCK_K
-    offset = outputs.to(tl.int64)[:, None] * (KERNEL * KERNEL * TOTAL) + (tap * TOTAL + OFFSET + channel)[None, :]
-    tl.store(partial_ptr + offset, acc, mask=(outputs < O)[:, None] & exists[None, :])
+    weight_column = columns // C * TOTAL + OFFSET + columns % C
+    offset = outputs.to(tl.int64)[:, None] * (KERNEL * KERNEL * TOTAL) + weight_column[None, :]
+    tl.store(partial_ptr + offset, acc, mask=(outputs < O)[:, None] & (columns < KERNEL * KERNEL * C)[None, :])
 
 
 # Sizes of images are no part of the compiled kernel: no new image size compiles it again.
@@ -183,21 +218,9 @@ def weight_gradient_kernel(
     region_height = out_height
     region_width = out_width
     if REGIONS:
-        row_runs = tl.cdiv(images * (out_height - 1) * (out_width - 1), span)
-        column_runs = row_runs + tl.cdiv(images * (out_width - 1), span)
-        corner_runs = column_runs + tl.cdiv(images * (out_height - 1), span)
-        on_first_row = ((run >= row_runs) & (run < column_runs)) | (run >= corner_runs)
-        on_first_column = run >= column_runs
-        begin = tl.where(
-            run >= corner_runs,
-            corner_runs,
-            tl.where(run >= column_runs, column_runs, tl.where(run >= row_runs, row_runs, 0)),
-        )
-        run -= begin
-        first_row = 1 - on_first_row.to(tl.int32)
-        first_column = 1 - on_first_column.to(tl.int32)
-        region_height = tl.where(on_first_row, 1, out_height - 1)
-        region_width = tl.where(on_first_column, 1, out_width - 1)
+        run, region_height, region_width, first_row, first_column = _region_of(
+            run, images, out_height, out_width, span
+        )  # fmt: skip
     count = images * region_height * region_width
     if column_block < A_BLOCKS:
         _tile(

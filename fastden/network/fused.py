@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from fastden import ops
 from fastden.algebra import HeadWeights, compose_head, compose_stem
 from fastden.network import folding, int8, onednn
-from fastden.network.inputs import Sigma, check_input, noise_level, warn_of_scale
+from fastden.network.inputs import Sigma, check_input, map_or_curve, warn_of_scale
+from fastden.network.level import BRIGHTNESS_RADIUS, level_map
 from fastden.network.model import Denoiser
 from fastden.network.modes import runs_as_written, without_autocast
 from fastden.network.packed import Snapshot
-from fastden.network.padding import pad_image
+from fastden.network.padding import pad_image, padding_for
+from fastden.ops._network_input import can_prepare, network_input
 from fastden.ops.backends import requested
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -176,9 +178,12 @@ class FusedDenoiser(nn.Module):
         """
         height, width = check_input(x, self.image_channels)
         warn_of_scale(x)
-        level = noise_level(x, sigma, self.noise_level_input)
-        padded = pad_image(x if level is None else torch.cat([x, level], 1))
-        y = self.forward_padded(padded)
+        level = map_or_curve(x, sigma, self.noise_level_input)
+        if not self.differentiable and runs_as_written(x) and can_prepare(x, level, self.dtype):
+            y = self._prepared(x, level)
+        else:
+            level = level if level is None or level.dim() == 4 else level_map(level, x).to(x.dtype)
+            y = self.forward_padded(pad_image(x if level is None else torch.cat([x, level], 1)))
         if torch.compiler.is_compiling():
             # The strides of a view would tie an exported graph to sizes that need cropping, or do not.
             y = F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]))
@@ -194,14 +199,23 @@ class FusedDenoiser(nn.Module):
             if network is not None and not (torch.is_grad_enabled() and x.requires_grad):
                 return network(x)
         with without_autocast(x.device):
-            y = x.to(self.dtype)
-            skip = self._bottleneck("res1", ops.stem(y, self.stem_weight, self.stem_bias, backend=backend))
-            low = ops.conv_bn_relu(skip, *self._pair("conv2"), stride=2, padding=1, backend=backend)
-            up = ops.upsample(self._bottleneck("res2", low), *self._pair("up2"), backend=backend)
-            joined = ops.concat_conv_bn_relu(skip, up, *self._pair("conv3"), backend=backend)
-            weights = HeadWeights(self.head_weight, self.head_image_weight, self.head_bias)
-            features = self._bottleneck("res3", joined)
-            return ops.head(features, y, *weights, image=x, composed=True, backend=backend)
+            return self._operators(x.to(self.dtype), x, backend)
+
+    def _prepared(self, x: Tensor, level: Tensor | None) -> Tensor:
+        """The network on an image, padded and with its level in one pass; ``level`` as of :func:`map_or_curve`."""
+        rows, columns = padding_for(x.shape[2]), padding_for(x.shape[3])
+        with without_autocast(x.device):
+            return self._operators(*network_input(x, level, self.dtype, rows, columns, BRIGHTNESS_RADIUS), None)
+
+    def _operators(self, x: Tensor, image: Tensor, backend: str | None) -> Tensor:
+        """The network on its padded input; ``image`` is what it corrects, with a precision of its own."""
+        skip = self._bottleneck("res1", ops.stem(x, self.stem_weight, self.stem_bias, backend=backend))
+        low = ops.conv_bn_relu(skip, *self._pair("conv2"), stride=2, padding=1, backend=backend)
+        up = ops.upsample(self._bottleneck("res2", low), *self._pair("up2"), backend=backend)
+        joined = ops.concat_conv_bn_relu(skip, up, *self._pair("conv3"), backend=backend)
+        weights = HeadWeights(self.head_weight, self.head_image_weight, self.head_bias)
+        features = self._bottleneck("res3", joined)
+        return ops.head(features, x, *weights, image=image, composed=True, backend=backend)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")

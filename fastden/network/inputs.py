@@ -61,6 +61,12 @@ def noise_level(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
 
     A curve (N, 8) or (1, 8) holds levels at eight values of brightness (:mod:`fastden.network.level`).
     """
+    level = map_or_curve(x, sigma, wanted)
+    return level if level is None or level.dim() == 4 else level_map(level, x).to(x.dtype)
+
+
+def map_or_curve(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
+    """As :func:`noise_level`, but a curve stays one: (N, 8) or (1, 8), on the device of ``x``, in its own dtype."""
     if not wanted:
         if sigma is not None:
             raise ValueError(
@@ -86,7 +92,7 @@ def noise_level(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
     level = tensor.to(device=x.device, dtype=x.dtype)
     shape = tuple(level.shape)
     if len(shape) == 2 and shape[1] == KNOTS and shape[0] in (1, n):
-        return level_map(tensor.to(x.device), x).to(x.dtype)
+        return tensor.to(x.device)
     ones = all(size == 1 for size in shape[1:])
     if level.dim() == 0 or (level.dim() <= 4 and ones and shape[0] in (1, n)):
         level = level.reshape(-1, 1, 1, 1)

@@ -31,6 +31,7 @@ from fastden.kernels.bottleneck import BottleneckConfig, bottleneck
 from fastden.kernels.concat_conv_bn_relu import concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
 from fastden.kernels.head import head
+from fastden.kernels.network_input import network_input
 from fastden.kernels.stem import stem
 from fastden.kernels.upsample import upsample
 from fastden.kernels.weight_gradient import stem_weight_gradient, weight_gradient
@@ -61,13 +62,15 @@ for index, (h, w) in enumerate(sizes):
     affine_gradient(x, None, x, vector, vector, vector, vector, True, False)
     h, w = h + 1, w + 1
     image = random(n, 3, 2 * h + 4, 2 * w + 4)
+    network_input(image, vector[:8].expand(n, 8), torch.float32, (3, 3 + index % 4), (3, 5), 2)
+    network_input(image, image[:, :1], torch.float32, (3, 3 + index % 4), (3, 5), 2)
     stem(image, random(4, 16, 3, 7, 7), random(4, 16))
     head(nhwc(n, 16, h, w), image, random(12, 16, 4, 4), random(3, 3, 7, 7), random(3))
     stem_weight_gradient(nhwc(n, 16, h, w), image)
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 #: Kernels that are launched in more than one way above.
-WAYS = {"combine_kernel": 2, "conv_kernel": 5, "weight_gradient_kernel": 2}
+WAYS = {"combine_kernel": 2, "conv_kernel": 5, "network_input_kernel": 2, "weight_gradient_kernel": 2}
 
 
 def test_sizes_are_no_part_of_a_compiled_kernel(root: Path, tmp_path: Path) -> None:

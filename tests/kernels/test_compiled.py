@@ -28,7 +28,7 @@ def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(table.read_text())["kernels"]
     operators = ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "head", "stem", "upsample", "weight_gradient")
-    for operator in ("batch_norm", *operators):
+    for operator in ("batch_norm", "network_input", *operators):
         compiled = {row["architecture"] for row in rows if row["kernel"].startswith(f"{operator} ")}
         assert compiled == set(BEST), operator
     assert not any(row["spilled_bytes"] for row in rows)

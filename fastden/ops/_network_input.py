@@ -1,0 +1,45 @@
+"""The network's input in one pass over an image, on Triton; elsewhere PyTorch's operations make it step by step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastden.ops._tensors import wants_gradient
+from fastden.ops.backends import requested, why_not
+
+Padding = tuple[int, int]
+
+
+def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether :func:`network_input` runs: where the triton backend is asked for, and nobody wants a gradient.
+
+    This is no operator: it makes what PyTorch's operations make, bit for bit on a CPU, so nothing needs to refuse where
+    it cannot run. Code that is compiled has no use for it, because PyTorch's compiler fuses these steps itself.
+
+    Args:
+        x: (N, C, H, W), the image.
+        level: None, a map (N, 1, H, W), or curves (N or 1, knots).
+        dtype: of the network.
+    """
+    if requested() != "triton" or wants_gradient(x, level) or dtype == torch.float64:
+        return False
+    return (level is None or level.device == x.device) and not why_not("network_input", "triton", x=x)
+
+
+def network_input(
+    x: Tensor, level: Tensor | None, dtype: torch.dtype, rows: Padding, columns: Padding, radius: int
+) -> tuple[Tensor, Tensor]:
+    """The padded image with its level in ``dtype``, and the padded image in its own.
+
+    Args:
+        x, level, dtype: as :func:`can_prepare`'s.
+        rows, columns: pixels of padding before and behind.
+        radius: pixels on each side over which brightness is averaged, for curves.
+
+    Returns:
+        (N, C + 1 or C, H', W') in ``dtype``, channels-last, and (N, at least C, H', W') in the dtype of ``x``.
+    """
+    from fastden.kernels.network_input import network_input
+
+    return network_input(x, level, dtype, rows, columns, radius)
