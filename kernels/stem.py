@@ -41,7 +41,7 @@ def config_for(outputs: int, itemsize: int) -> StemConfig:
     Four warps spill on sm_80.
     """
     if itemsize > 2:
-        return StemConfig(64, min(64, max(16, triton.next_power_of_2(outputs))), warps=4, stages=3)
+        return StemConfig(64, min(64, max(16, triton.next_power_of_2(outputs))), warps=8, stages=3)
     return StemConfig(64, min(128, max(16, triton.next_power_of_2(outputs))), warps=8, stages=3)
 
 
