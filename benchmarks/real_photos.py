@@ -99,6 +99,7 @@ def _run_set(folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every:
                 "estimated": round(estimate.sigma, 2),
                 "true": round(float((noisy.astype(float) - clean).std()), 2),
                 "coarseness": round(estimate.coarseness, 3),
+                "uncertainty": round(estimate.uncertainty, 3),
             },
         }
         for name, method in methods.items():

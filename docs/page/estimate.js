@@ -1,4 +1,4 @@
-// The noise of a picture from what the estimator's network says of its cells: fastden/inference/noise.py and
+// The noise of a picture from what the estimator's network says of its cells: fastden/inference/estimate.py and
 // fastden/network/level.py in JavaScript. tests/ui/test_browser_page.py compares the two.
 
 export const KNOTS = 8;
@@ -9,6 +9,8 @@ const [FAR, FITS] = [0.3, 6];
 const LEAST_CELLS = 4;
 const HIGHEST = 75 / 255;
 const [CLEAN, COARSE] = [1.0, 0.65];
+const [COARSE_FACTOR, WHITE_UNTIL, COARSE_FROM, CERTAIN_UNTIL, UNCERTAIN_FROM] = [2.0, 0.55, 0.6, 0.45, 0.85];
+const COARSENESS_SHARE = 0.1;
 const [WHOLE, CROP, CROPS] = [1024, 256, 4];
 
 /** Where an axis of `size` pixels is looked at: [first, last + 1], several times. */
@@ -78,11 +80,12 @@ function fit(cells, weights) {
 /**
  * The estimate from the cells of a picture.
  * @param {{logLevel: number, logVariance: number, coarseness: number, brightness: number, usable: boolean}[]} all
- * @returns {{sigmas: number[], sigma: number, coarseness: number, decided: boolean}} sigmas and sigma on the scale 0-255
+ * @returns {{sigmas: number[], sigma: number, coarseness: number, uncertainty: number, decided: boolean}} sigmas and sigma on
+ *   the scale 0-255
  */
 export function estimate(all) {
   const cells = all.filter((cell) => cell.usable);
-  if (cells.length < LEAST_CELLS) return { sigmas: Array(KNOTS).fill(0), sigma: 0, coarseness: 0.5, decided: false };
+  if (cells.length < LEAST_CELLS) return { sigmas: Array(KNOTS).fill(0), sigma: 0, coarseness: 0.5, uncertainty: 0, decided: false };
   const weights = cells.map((cell) => Math.exp(-cell.logVariance));
   let own = weights.map(() => 1);
   let curve = null;
@@ -96,13 +99,25 @@ export function estimate(all) {
   const levels = Array.from(curve, (value) => Math.exp(value)).map((level) => (level > FLOOR ? Math.min(level, HIGHEST) : 0));
   const sum = (values) => values.reduce((total, value) => total + value, 0);
   const sigma = sum(cells.map((cell) => at(levels, cell.brightness))) / cells.length;
-  const coarseness = sum(cells.map((cell, index) => weights[index] * cell.coarseness)) / sum(weights);
+  const total = sum(weights);
+  let below = 0;
+  const order = [...cells.keys()].sort((a, b) => cells[a].coarseness - cells[b].coarseness);
+  const tenth = order.find((index) => (below += weights[index]) >= COARSENESS_SHARE * total) ?? order[order.length - 1];
   return {
     sigmas: levels.map((level) => 255 * level),
     sigma: 255 * sigma,
-    coarseness: Math.min(Math.exp(coarseness), 1),
+    coarseness: Math.min(Math.exp(cells[tenth].coarseness), 1),
+    uncertainty: Math.exp(sum(cells.map((cell, index) => weights[index] * cell.logVariance)) / (2 * total)),
     decided: true,
   };
+}
+
+/** What the network takes: levels on the scale 0-1, noise that neighbours share on the scale of white noise. */
+export function curveOf({ sigmas, coarseness, uncertainty }) {
+  const ramp = (value, from, to) => Math.min(Math.max((value - from) / (to - from), 0), 1);
+  const coarse = ramp(coarseness, WHITE_UNTIL, COARSE_FROM);
+  const factor = 1 + (COARSE_FACTOR - 1) * coarse * (1 - ramp(uncertainty, CERTAIN_UNTIL, UNCERTAIN_FROM));
+  return sigmas.map((sigma) => Math.min((factor * sigma) / 255, HIGHEST));
 }
 
 /** How noisy a picture is, for a person who knows no sigma. */

@@ -1,6 +1,6 @@
 // The network beside the page: it runs here, so that the page answers meanwhile, and ends when the worker is ended.
 
-import { at, CELL, estimate, windows } from "./estimate.js";
+import { at, CELL, curveOf, estimate, windows } from "./estimate.js";
 
 // Nothing beyond 22 pixels reaches a pixel, and tiles begin at multiples of 4: the result is that of the whole picture.
 const HALO = 24;
@@ -136,7 +136,7 @@ self.onmessage = async ({ data: { picture, sigma, strength } }) => {
     runtime ??= await load();
     const seen = await look(picture);
     self.postMessage({ seen });
-    const curve = (sigma === "auto" ? seen.sigmas : Array(seen.sigmas.length).fill(sigma)).map((level) => level / 255);
+    const curve = sigma === "auto" ? curveOf(seen) : Array(seen.sigmas.length).fill(sigma / 255);
     const start = performance.now();
     const pixels = await denoise(picture, curve, strength);
     const seconds = (performance.now() - start) / 1000;

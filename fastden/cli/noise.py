@@ -18,7 +18,7 @@ def noise(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")],
     map_file: Annotated[
         Path | None,
-        typer.Option("--map", help="Write the levels of one picture as a gray image, for --sigma-map; white is 255."),
+        typer.Option("--map", help="Write the levels that one picture is denoised with as a gray image, for --sigma-map."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each file.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing map.")] = False,
@@ -66,7 +66,7 @@ def _advice(file: Path, kind: str) -> str:
 
 
 def _write_map(file: Path, target: Path, estimate: Any) -> None:
-    """The sigma of each pixel as a gray image, rounded up so that weak noise does not become 0.
+    """The level of each pixel that a network takes, as a gray image, rounded up so that weak noise does not become 0.
 
     It has 8 bits, or 16 where the picture's values take a small part of their type's range.
     """

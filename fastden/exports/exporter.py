@@ -104,7 +104,8 @@ def export(
     Args:
         model: a bundled name (:func:`fastden.models`), a folder, a Hub id, or a network. ``"noise"`` is the
             network of :func:`fastden.estimate_noise`, as ONNX in float32: it judges cells of 8 x 8 pixels, and the
-            program that runs it fits the curve through them, as :func:`fastden.network.level.robust_curve` does.
+            program that runs it fits the curve through them, as :func:`fastden.network.level.robust_curve` does, and
+            multiplies it by :func:`fastden.network.level.white_factor`.
         output: the file.
         format: None takes it from the file's name (``.onnx``, ``.pt2``, ``.dtmodel``). Else
 

@@ -44,7 +44,9 @@ DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 JOINED = 1024
 
 #: The curve of an estimate as one element, so that it broadcasts against an image as a number does.
-CURVE = np.dtype([("sigmas", np.float64, KNOTS), ("black", np.float64), ("white", np.float64)])
+CURVE = np.dtype(
+    [("sigmas", np.float64, KNOTS), *((name, np.float64) for name in ("coarseness", "uncertainty", "black", "white"))]
+)
 #: Bytes of an image of a Dask array up to which its range is looked for.
 LARGEST_KEPT = 1 << 30
 #: A :class:`ValueRange` likewise.
@@ -226,8 +228,7 @@ def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
     if isinstance(sigma, NoiseEstimate):
         noise_level_of(sigma, network, [], (height, width))
         curve = np.zeros((*ones, 1, 1, 1), CURVE)
-        curve["sigmas"][...] = sigma.sigmas
-        curve["black"], curve["white"] = sigma.black, sigma.white
+        curve[...] = _element(sigma)
         return curve
     if isinstance(sigma, list | tuple | torch.Tensor):
         sigma = np.array(sigma)
@@ -377,9 +378,13 @@ def _estimate_block(planes: Array, ranges: Array, pieces: tuple[int, int] | None
         else:
             windows = [crop for rows in np.split(image, pieces[0], 0) for crop in np.split(rows, pieces[1], 1)]
         estimate = noise_of_samples(windows, _value_range(spread[index]))
-        curves["sigmas"][index] = estimate.sigmas
-        curves["black"][index], curves["white"][index] = estimate.black, estimate.white
+        curves[index] = _element(estimate)
     return curves
+
+
+def _element(estimate: NoiseEstimate) -> tuple[Any, ...]:
+    """An estimate as an element of :data:`CURVE`."""
+    return estimate.sigmas, estimate.coarseness, estimate.uncertainty, estimate.black, estimate.white
 
 
 def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Settings) -> Array:
@@ -396,9 +401,9 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
             level = spread[index][..., 0]
             if level.dtype == CURVE:
                 curve = level["sigmas"].reshape(KNOTS)
-                black, white = float(level["black"].item()), float(level["white"].item())
-                mean = float(curve.mean())
-                sigma: Any = NoiseEstimate(tuple(curve.tolist()), mean, 0.5, black=black, white=white)
+                others = ("coarseness", "uncertainty", "black", "white")
+                fields = {name: float(level[name].item()) for name in others}
+                sigma: Any = NoiseEstimate(tuple(curve.tolist()), float(curve.mean()), **fields)
             else:
                 sigma = level if level.size > 1 else float(level.item())
             result[index][..., :3], _ = denoise_pixels(

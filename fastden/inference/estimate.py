@@ -15,7 +15,18 @@ from fastden.images.pixels import Array, check_pixels
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.images.samples import MAX_SIGMA, sample_windows
 from fastden.network.hub import WEIGHTS
-from fastden.network.level import CELL, KNOTS, Cells, NoiseEstimator, levels_of, robust_curve, weights_of
+from fastden.network.level import (
+    CELL,
+    KNOTS,
+    Cells,
+    NoiseEstimator,
+    levels_of,
+    picture_coarseness,
+    picture_uncertainty,
+    robust_curve,
+    weights_of,
+    white_factor,
+)
 
 #: Weights of the estimator, trained together with the model "photo".
 ESTIMATOR = WEIGHTS / "photo" / "noise.safetensors"
@@ -40,6 +51,8 @@ class NoiseEstimate:
         coarseness: share of the noise's deviation that averaging 2 x 2 pixels leaves: 0.5 for white noise, towards 1
             for coarse noise.
         decided: False where the picture gives nothing to judge by (flat, clipped or tiny); the sigmas are 0 then.
+        uncertainty: standard deviation of the logarithm of a cell's level, as the estimator states it: 0.1 where noise is
+            plain to see, 0.6 and more where it may be texture.
         black, white: the picture's own range, where white of its dtype is 1 (:mod:`fastden.images.ranges`). ``sigmas``
             and ``sigma`` are on the dtype's scale all the same, as ``denoise(sigma=)`` takes them.
     """
@@ -48,16 +61,33 @@ class NoiseEstimate:
     sigma: float
     coarseness: float
     decided: bool = True
+    uncertainty: float = 0.0
     black: float = 0.0
     white: float = 1.0
 
     @property
+    def factor(self) -> float:
+        """By what a network's level exceeds the deviation: 1 for white noise, 2 for noise that neighbours share.
+
+        Less than 2 where it is uncertain whether it is noise or texture.
+        """
+        return float(white_factor(torch.tensor(self.coarseness), torch.tensor(self.uncertainty)))
+
+    @property
     def curve(self) -> Tensor:
-        """What a network takes: levels on the scale 0-1 over brightness from 0 to 1, (1, 8)."""
+        """What a network takes: levels on the scale 0-1 over brightness from 0 to 1, (1, 8).
+
+        They are :attr:`factor` times the deviations, and at most 75 / 255.
+        """
         return self.curve_on(0.0, 1.0)
 
     def curve_on(self, black: float, white: float) -> Tensor:
         """:attr:`curve` over brightness from ``black`` to ``white``; the levels stay on the dtype's scale."""
+        highest = MAX_SIGMA / 255 * (self.white - self.black)
+        return (self.factor * self.deviations_on(black, white)).clamp(max=highest)
+
+    def deviations_on(self, black: float, white: float) -> Tensor:
+        """Standard deviations of the noise over brightness from ``black`` to ``white``, (1, 8), on the scale 0-1."""
         sigmas: Any = self.sigmas
         if (black, white) != (self.black, self.white):
             shares = (np.linspace(black, white, KNOTS) - self.black) / (self.white - self.black)
@@ -141,8 +171,10 @@ def median_estimate(estimates: list[NoiseEstimate]) -> NoiseEstimate:
     if not decided:
         return UNDECIDED
     sigmas = np.median([estimate.sigmas for estimate in decided], 0)
-    sigma, coarseness = (float(np.median([getattr(one, name) for one in decided])) for name in ("sigma", "coarseness"))
-    return NoiseEstimate(tuple(sigmas.tolist()), sigma, coarseness)
+    sigma, coarseness, uncertainty = (
+        float(np.median([getattr(one, name) for one in decided])) for name in ("sigma", "coarseness", "uncertainty")
+    )
+    return NoiseEstimate(tuple(sigmas.tolist()), sigma, coarseness, uncertainty=uncertainty)
 
 
 @torch.no_grad()
@@ -167,12 +199,12 @@ def noise_of_samples(crops: list[Array], values: ValueRange = ORDINARY) -> Noise
     levels = levels_of(robust_curve(cells))[0].clamp(max=MAX_SIGMA / 255)
     brightness = cells.brightness[cells.usable].numpy()
     sigma = float(np.interp(brightness * (KNOTS - 1), range(KNOTS), levels.numpy()).mean())
-    coarseness = float((weights * cells.coarseness).sum() / weights.sum())
     span = values.span
     return NoiseEstimate(
         tuple(min(255 * level, MAX_SIGMA) * span for level in levels.tolist()),
         255 * sigma * span,
-        min(float(np.exp(coarseness)), 1.0),
+        float(picture_coarseness(cells, weights)),
+        uncertainty=float(picture_uncertainty(cells, weights)),
         black=values.black,
         white=values.white,
     )

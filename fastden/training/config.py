@@ -47,8 +47,9 @@ class TrainConfig(BaseModel):
     )
     freeze_bn: float = Field(0.25, ge=0, le=1, description="last share of the steps with frozen BN statistics")
     bn_momentum: float = Field(0.02, gt=0, le=1, description="momentum of the running BN statistics")
-    loss: Literal["mse", "l1", "relative-mse"] = Field(
-        "relative-mse", description="relative-mse divides an image's squared error by its noise level"
+    loss: Literal["mse", "l1", "relative-mse", "psnr"] = Field(
+        "relative-mse",
+        description="relative-mse divides an image's squared error by its noise level; psnr takes its logarithm",
     )
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are what is saved")
     blend: float = Field(

@@ -24,6 +24,9 @@ from fastden.training.synthetic_noise import NoisyDataset, gaussian
 
 #: Levels (0-255 scale) of the validation noise, all on the same photographs.
 VALIDATION_SIGMAS = (15, 25, 50)
+#: The loss "psnr": mean squared errors below this one (51 dB) hardly count. Its weight gives gradients of about the size
+#: that the limit on their norm was chosen for.
+LEAST_ERROR, PSNR_WEIGHT = (0.7 / 255) ** 2, 3e-4
 
 
 class DenoiserData(pl.LightningDataModule):
@@ -123,6 +126,10 @@ class DenoiserTraining(pl.LightningModule):
         if self.config.loss == "l1":
             return error.abs().mean()
         squared = error.square().mean((1, 2, 3))
+        if self.config.loss == "psnr":
+            # All pictures weigh the same in dB. Coarse noise of which hardly anything can be removed otherwise has most
+            # of the weight: white noise lost a decibel to it.
+            return PSNR_WEIGHT * (squared + LEAST_ERROR).log().mean()
         if self.config.loss == "relative-mse":
             # The attainable squared error grows about as sigma: divided by it, all levels weigh the same in dB.
             squared = squared * (0.1 / (level.reshape(len(level), -1).mean(1) + 3 / 255))

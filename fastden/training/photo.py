@@ -22,9 +22,13 @@ from fastden.network.level import (
     fit_curve,
     level_map,
     levels_of,
+    picture_coarseness,
+    picture_uncertainty,
     true_cells,
     weights_of,
+    white_factor,
 )
+from fastden.images.samples import MAX_SIGMA
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
@@ -165,20 +169,25 @@ class PhotoTraining(DenoiserTraining):
         draws = torch.rand(3, len(noisy), 1, generator=generator).to(noisy)
         jitter = torch.randn(len(noisy), 1, generator=generator).to(noisy) * config.jitter
         exact = whole.clamp(min=FLOOR).log()[:, None]
-        logs = torch.where(batch["white"][:, None], exact.expand_as(logs), logs + jitter)
+        white = batch["white"][:, None]
+        logs = torch.where(white, exact.expand_as(logs), logs + jitter)
+        coarseness = picture_coarseness(true, uniform)
+        factor = torch.where(white, 1.0, white_factor(coarseness, torch.zeros_like(coarseness))[:, None])
         share = config.estimate if self.global_step >= config.estimate_from else 0.0
         logs = torch.where(draws[0] < share, curve_of(cells), logs)
+        factor = torch.where(draws[0] < share, _factor(cells), factor)
         low, high = (math.log(bound) for bound in config.factor)
         wrong = torch.lerp(draws.new_tensor(low), draws.new_tensor(high), draws[1])
         logs = torch.where(draws[2] < config.misjudged, logs + wrong, logs)
-        return level_map(levels_of(logs), noisy)
+        return level_map((factor * levels_of(logs)).clamp(max=MAX_SIGMA / 255), noisy)
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         clean, noisy = batch["clean"], batch["noisy"]
         with torch.autocast(noisy.device.type, enabled=False):
             true, cells = true_cells(clean, noisy), self.estimator(noisy)
             self.log("val_level_loss", estimator_loss(cells, true), batch_size=len(clean), sync_dist=True)
-            estimated = level_map(levels_of(curve_of(cells)), noisy)
+            estimated = (_factor(cells) * levels_of(curve_of(cells))).clamp(max=MAX_SIGMA / 255)
+            estimated = level_map(estimated, noisy)
         if not self.config.denoiser:
             return
         self._score("photo", noisy, estimated, clean, batch_index)
@@ -197,6 +206,12 @@ class PhotoTraining(DenoiserTraining):
             self.log(kind, (-10 * error.log10()).mean(), batch_size=len(clean), sync_dist=True)
         if batch_index == 0:
             self.log_picture(0 if name == "photo" else int(name), noisy[0], output[0], clean[0])
+
+
+def _factor(cells: Cells) -> Tensor:
+    """The factor of each picture's estimated levels, (N, 1)."""
+    weights = weights_of(cells)
+    return white_factor(picture_coarseness(cells, weights), picture_uncertainty(cells, weights))[:, None]
 
 
 def estimator_loss(cells: Cells, true: Cells) -> Tensor:

@@ -147,8 +147,23 @@ def test_an_estimate_is_a_noise_level() -> None:
     image = noisy(20, (40, 52, 3), np.uint8)
     estimate = estimate_noise(image)
     assert len(estimate.sigmas) == KNOTS
-    np.testing.assert_allclose(estimate.curve[0].numpy() * 255, estimate.sigmas, rtol=1e-6)
+    np.testing.assert_allclose(estimate.curve[0].numpy() * 255, estimate.factor * np.array(estimate.sigmas), rtol=1e-5)
     np.testing.assert_array_equal(fastden.denoise(image, estimate), fastden.denoise(image))
+
+
+@pytest.mark.parametrize(("coarseness", "factor"), [(0.4, 1), (0.55, 1), (0.575, 1.5), (0.6, 2), (0.9, 2), (1.0, 2)])
+def test_a_network_takes_coarse_noise_as_twice_its_level(coarseness: float, factor: float) -> None:
+    sigmas = tuple(np.linspace(5.0, 60.0, KNOTS).tolist())
+    estimate = NoiseEstimate(sigmas, 30.0, coarseness)
+    assert estimate.factor == pytest.approx(factor, abs=1e-5)
+    wanted = np.minimum(factor * np.array(sigmas), 75)
+    np.testing.assert_allclose(255 * estimate.curve[0].numpy(), wanted, rtol=1e-5)
+    np.testing.assert_allclose(255 * estimate.deviations_on(0, 1)[0].numpy(), sigmas, rtol=1e-5)
+    for uncertainty, share in ((0.45, 1.0), (0.65, 0.5), (0.85, 0.0), (2.0, 0.0)):
+        unsure = NoiseEstimate(sigmas, 30.0, coarseness, uncertainty=uncertainty)
+        assert unsure.factor == pytest.approx(1 + share * (factor - 1), abs=1e-5)
+    dark = NoiseEstimate(tuple(sigma / 10 for sigma in sigmas), 3.0, coarseness, black=0.1, white=0.2)
+    np.testing.assert_allclose(2550 * dark.curve_on(0.1, 0.2)[0].numpy(), wanted, rtol=1e-5)
 
 
 def test_median_of_frames() -> None:

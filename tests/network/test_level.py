@@ -131,3 +131,30 @@ def test_a_quarter_of_texture_moves_the_level_by_a_tenth() -> None:
     robust, plain = level.robust_curve(cells).exp() / 0.04, level.curve_of(cells).exp() / 0.04
     assert float(robust.mean()) < 1.15
     assert float(plain.mean()) > 1.4
+
+
+def test_coarseness_is_that_of_the_least_coarse_cells() -> None:
+    """Texture in four fifths of a picture, cells that count for nothing, and coarse noise everywhere."""
+    coarseness = torch.full((2, 10, 10), math.log(0.8))
+    coarseness[0, :2] = math.log(0.5)
+    coarseness[:, 9] = math.log(0.3)
+    nothing = torch.zeros_like(coarseness)
+    usable = torch.ones_like(coarseness, dtype=torch.bool)
+    usable[:, 9] = False
+    log_variance = torch.full_like(coarseness, 2 * math.log(0.7))
+    log_variance[:, 9] = 0.0
+    cells = level.Cells(nothing, log_variance, coarseness, nothing, usable)
+    weights = level.weights_of(cells)
+    torch.testing.assert_close(level.picture_coarseness(cells, weights), torch.tensor([0.5, 0.8]))
+    torch.testing.assert_close(level.picture_uncertainty(cells, weights), torch.tensor([0.7, 0.7]))
+    none = level.picture_coarseness(cells, torch.zeros_like(weights))
+    assert torch.isfinite(none).all()
+
+
+@pytest.mark.parametrize(
+    ("coarseness", "uncertainty", "factor"),
+    [(0.5, 0.1, 1.0), (0.575, 0.1, 1.5), (0.9, 0.1, 2.0), (0.9, 0.65, 1.5), (0.9, 0.9, 1.0), (0.575, 0.65, 1.25)],
+)
+def test_what_levels_are_multiplied_by(coarseness: float, uncertainty: float, factor: float) -> None:
+    found = level.white_factor(torch.tensor([coarseness]), torch.tensor([uncertainty]))
+    assert float(found) == pytest.approx(factor, abs=1e-5)

@@ -61,7 +61,7 @@ class TestConfiguration:
             ("lr=0", r"lr: 0: .*greater than 0"),
             ("lr=.nan", r"lr: nan"),
             ("ema=1", r"ema: 1: .*less than 1"),
-            ("loss=l3", r"loss: 'l3': .*'mse', 'l1' or 'relative-mse'"),
+            ("loss=l3", r"loss: 'l3': .*'mse', 'l1', 'relative-mse' or 'psnr'"),
             ("precision=64", r"precision: 64"),
             ("sigma=[50, 15]", r"sigma: \[50, 15\]: .*0 <= low <= high <= 255"),
             ("sigma=[0, 300]", r"sigma: \[0, 300\]: .*0 <= low <= high <= 255"),

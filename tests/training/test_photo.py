@@ -114,6 +114,20 @@ def test_levels_are_exact_for_white_noise(photographs: Path, tmp_path: Path) -> 
     assert levels[1].shape == (1, 32, 32)
 
 
+def test_noise_that_neighbours_share_is_given_as_twice_its_level(photographs: Path, tmp_path: Path) -> None:
+    clean = torch.full((2, 3, 32, 32), 0.5)
+    small = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    noisy = clean + 0.05 * torch.nn.functional.interpolate(small, (32, 32), mode="bilinear")
+    batch = {"clean": clean, "noisy": noisy, "white": torch.tensor([False, False])}
+    true = true_cells(clean, noisy)
+    whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
+    for estimate in (0.0, 1.0):  # the true level, and that of an estimator which is right
+        settings = configuration(photographs, tmp_path, estimate=estimate, estimate_from=0, misjudged=0.0, jitter=0.0)
+        sure = true._replace(log_variance=torch.full_like(true.log_level, -4.0))
+        levels = PhotoTraining(Denoiser(), settings)._level(batch, true, sure, whole)
+        assert torch.allclose(levels.mean((1, 2, 3)) / whole, torch.full((2,), 2.0), rtol=0.1)
+
+
 def test_some_levels_are_wrong_by_a_factor(photographs: Path, tmp_path: Path) -> None:
     clean = torch.full((16, 3, 32, 32), 0.5)
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))

@@ -39,6 +39,19 @@ def test_recipes(kind: str, gray: bool) -> None:
             assert torch.equal(noisy[0], noisy[1])
 
 
+def test_the_target_keeps_the_tones_of_the_noisy_picture() -> None:
+    """Noise that is clipped at black brightens dark areas: the target is as bright, and without noise."""
+    noise = only("grain", grain_sigma=(40.0, 40.0), grain_blur=(0.3, 0.3), resize=0.0, jpeg=0.0)
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        recipe = noise.plan(random, 126, 200)
+        dark = torch.full((3, recipe.side, recipe.side), 0.02)
+        target, noisy = recipe.make(dark, random)
+        assert float(noisy.mean()) > 0.035, "clipping brightens"
+        assert torch.allclose(target.mean((1, 2)), noisy.mean((1, 2)), rtol=0.03)
+        assert float(target.std()) < 0.15 * float(noisy.std())
+
+
 def test_a_small_picture_is_enlarged_no_further_than_it_reaches() -> None:
     for seed in range(40):
         recipe = only("camera", resize=1.0).plan(np.random.default_rng(seed), 64, 80)

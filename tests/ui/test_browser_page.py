@@ -243,11 +243,13 @@ def test_words_and_windows_are_those_of_python(page: Any, url: str) -> None:
     estimates = [UNDECIDED]
     for low, high, coarseness in ((0.3, 0.9, 0.5), (3, 3, 0.7), (5, 20, 0.5), (40, 10, 0.7), (70, 60, 0.5)):
         levels = np.linspace(low, high, KNOTS)
-        estimates.append(NoiseEstimate(tuple(levels.tolist()), float(levels.mean()), coarseness))
-    seen = [
-        {"sigmas": list(one.sigmas), "sigma": one.sigma, "coarseness": one.coarseness, "decided": one.decided}
-        for one in estimates
-    ]
+        for uncertainty in (0.1, 0.6):
+            estimate = NoiseEstimate(tuple(levels.tolist()), float(levels.mean()), coarseness, uncertainty=uncertainty)
+            estimates.append(estimate)
+    names = ("sigma", "coarseness", "uncertainty", "decided")
+    seen = [{"sigmas": list(one.sigmas), **{name: getattr(one, name) for name in names}} for one in estimates]
+    curves = in_browser(page, url, "argument.map(module.curveOf)", seen)
+    np.testing.assert_allclose(curves, [one.curve[0].numpy() for one in estimates], rtol=1e-5)
     words = in_browser(page, url, "argument.map(module.inWords)", seen)
     assert words == [in_words(one) for one in estimates]
     sizes = [8, 1024, 1025, 3000, 6001]
