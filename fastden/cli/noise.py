@@ -18,7 +18,9 @@ def noise(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")],
     map_file: Annotated[
         Path | None,
-        typer.Option("--map", help="Write the levels that one picture is denoised with as a gray image, for --sigma-map."),
+        typer.Option(
+            "--map", help="Write the levels that one picture is denoised with as a gray image, for --sigma-map."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each file.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing map.")] = False,

@@ -402,7 +402,7 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
             if level.dtype == CURVE:
                 curve = level["sigmas"].reshape(KNOTS)
                 others = ("coarseness", "uncertainty", "black", "white")
-                fields = {name: float(level[name].item()) for name in others}
+                fields: dict[str, Any] = {name: float(level[name].item()) for name in others}
                 sigma: Any = NoiseEstimate(tuple(curve.tolist()), float(curve.mean()), **fields)
             else:
                 sigma = level if level.size > 1 else float(level.item())

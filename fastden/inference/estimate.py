@@ -51,8 +51,8 @@ class NoiseEstimate:
         coarseness: share of the noise's deviation that averaging 2 x 2 pixels leaves: 0.5 for white noise, towards 1
             for coarse noise.
         decided: False where the picture gives nothing to judge by (flat, clipped or tiny); the sigmas are 0 then.
-        uncertainty: standard deviation of the logarithm of a cell's level, as the estimator states it: 0.1 where noise is
-            plain to see, 0.6 and more where it may be texture.
+        uncertainty: standard deviation of the logarithm of a cell's level, as the estimator states it: 0.1 where noise
+            is plain to see, 0.6 and more where it may be texture.
         black, white: the picture's own range, where white of its dtype is 1 (:mod:`fastden.images.ranges`). ``sigmas``
             and ``sigma`` are on the dtype's scale all the same, as ``denoise(sigma=)`` takes them.
     """

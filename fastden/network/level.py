@@ -32,8 +32,8 @@ _FAR, _FITS = 0.3, 6
 #: Noise that neighbours share is given to the network as this multiple of its deviation, from the second coarseness on;
 #: white noise, below the first, as its own deviation.
 COARSE_FACTOR, _WHITE_UNTIL, _COARSE_FROM = 2.0, 0.55, 0.60
-#: Up to the first uncertainty of the log level this holds; from the second on nothing is multiplied. Texture that passes
-#: for noise has uncertainties of 0.6 to 0.8, noise of phones and of dark rooms 0.1 to 0.2.
+#: Up to the first uncertainty of the log level this holds; from the second on nothing is multiplied. Texture that
+#: passes for noise has uncertainties of 0.6 to 0.8, noise of phones and of dark rooms 0.1 to 0.2.
 _CERTAIN_UNTIL, _UNCERTAIN_FROM = 0.45, 0.85
 #: See :func:`picture_coarseness`.
 _COARSENESS_SHARE = 0.1

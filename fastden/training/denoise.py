@@ -24,8 +24,8 @@ from fastden.training.synthetic_noise import NoisyDataset, gaussian
 
 #: Levels (0-255 scale) of the validation noise, all on the same photographs.
 VALIDATION_SIGMAS = (15, 25, 50)
-#: The loss "psnr": mean squared errors below this one (51 dB) hardly count. Its weight gives gradients of about the size
-#: that the limit on their norm was chosen for.
+#: The loss "psnr": mean squared errors below this one (51 dB) hardly count. Its weight gives gradients of about the
+#: size that the limit on their norm was chosen for.
 LEAST_ERROR, PSNR_WEIGHT = (0.7 / 255) ** 2, 3e-4
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from fastden.images.samples import MAX_SIGMA
 from fastden.network.level import (
     FLOOR,
     Cells,
@@ -28,7 +29,6 @@ from fastden.network.level import (
     weights_of,
     white_factor,
 )
-from fastden.images.samples import MAX_SIGMA
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
