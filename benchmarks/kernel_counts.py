@@ -1,17 +1,23 @@
-"""Count what each kernel asks of a GPU at the network's sizes, from its binary and its tiles, without a GPU.
+"""Count the resources that each kernel needs at the network's sizes, from its binary and its tiles, without a GPU.
 
-For each kernel at its place in the network (bfloat16, compute capability 9.0): bytes that a block asks of the level-2
-cache, for each of its output pixels; bytes of its sources that the grid reads from memory, where they are larger than
-that cache; instructions of its innermost loop of matrix products for each matrix instruction in it, and how many of
-them load from shared memory; registers a thread, shared memory a block, and blocks that a multiprocessor of 64 Ki
-registers and 227 KiB holds at once. Then bytes and launches of what pads an image, adds its noise level and casts it:
-PyTorch's operations, and the kernel that does all at once. And what larger tiles of the head spill. A count is no time:
-what it leaves out, only a GPU shows.
+The counts of each kernel in the network are for bfloat16 and compute capability 9.0:
+
+- bytes that a block reads from the level-2 cache, for each of its output pixels;
+- bytes of the kernel's sources that the grid reads from memory, for each output pixel, where the sources are larger
+  than that cache;
+- instructions of the innermost loop of matrix products, for each matrix instruction in the loop, and how many
+  instructions of the loop load from shared memory;
+- registers of a thread, shared memory of a block, and the number of blocks that a multiprocessor of 64 Ki registers and
+  227 KiB holds at once.
+
+The next counts are for the step that pads an image, adds its noise level and casts it: the bytes and launches of
+PyTorch's operations, and those of the kernel that does all this at once. The last counts are the bytes that larger
+tiles of the head spill. A count is not a time. Only a GPU shows what the counts leave out.
 
     python benchmarks/kernel_counts.py                                   # the table
     python benchmarks/kernel_counts.py --json benchmarks/results/kernel_counts.json --note "what was changed"
 
-The file keeps earlier counts under their notes; counts of the same backends under the same note are replaced.
+The file keeps earlier counts under their notes. New counts replace those of the same backends under the same note.
 """
 
 from __future__ import annotations
@@ -48,8 +54,8 @@ from fastden.network.inputs import noise_level
 from fastden.network.padding import pad_image
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Of a multiprocessor of compute capability 9.0: registers, bytes of shared memory, of which a block's first KiB is the
-#: system's, threads and blocks.
+#: Limits of a multiprocessor of compute capability 9.0: registers, bytes of shared memory, bytes of it that the system
+#: takes for each block, threads, and blocks.
 REGISTERS, SHARED, RESERVED, THREADS, BLOCKS = 1 << 16, 228 << 10, 1 << 10, 2048, 32
 MATRIX = re.compile(r"\b(HGMMA|HMMA)\.")
 SHARED_LOADS = re.compile(r"\b(LDSM|LDS)\b")
@@ -58,7 +64,7 @@ BYTES = 2
 
 
 class Loop(NamedTuple):
-    """The innermost loop with most matrix instructions."""
+    """The innermost loop that has the most matrix instructions: counts of its instructions."""
 
     instructions: int
     matrix: int
@@ -66,7 +72,7 @@ class Loop(NamedTuple):
 
 
 def innermost(listing: str) -> Loop | None:
-    """Of a function's disassembly; None where no loop has a matrix instruction."""
+    """The innermost loop in a function's disassembly; None if no loop has a matrix instruction."""
     lines = [(int(place, 16), name + rest) for place, name, rest in INSTRUCTION.findall(listing)]
     found: list[Loop] = []
     ends = []
@@ -91,7 +97,7 @@ def innermost(listing: str) -> Loop | None:
 def resident(registers: int, shared: int, threads: int) -> int:
     """Blocks that a multiprocessor holds at once."""
     warps = -(-threads // 32)
-    # Registers are given to warps in units of 256.
+    # A warp gets registers in units of 256.
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
     return min(by_registers, SHARED // (shared + RESERVED), THREADS // threads, BLOCKS)
 
@@ -99,7 +105,7 @@ def resident(registers: int, shared: int, threads: int) -> int:
 def row(
     place: str, backend: str, pixels: int, asked: float, usage: dict[str, int], loop: Loop | None
 ) -> dict[str, Any]:
-    """A line of the table; ``asked`` are a block's bytes from level 2, its results not among them."""
+    """A line of the table. ``asked`` is the number of bytes that a block reads from level 2, without its results."""
     return {
         "place": place,
         "backend": backend,
@@ -117,8 +123,8 @@ def row(
 def read_from_memory(launch: Launch) -> float | None:
     """Bytes of its sources that a convolution's grid reads from memory for each output pixel; None if not known.
 
-    Blocks of one tile of pixels that run beside each other share what the first has read. Where outputs or phases are a
-    grid axis of their own, behind that of the tiles, all pixels pass the level-2 cache once for each.
+    Blocks of one tile of pixels that run at the same time share what the first block has read. If outputs or phases
+    have a grid axis of their own, behind the axis of the tiles, all pixels pass the level-2 cache once for each.
     """
     c = named_constants(launch)
     if launch.kernel.fn.__name__ != "conv_kernel":
@@ -142,7 +148,7 @@ def named_constants(launch: Launch) -> dict[str, Any]:
 
 
 def asked_by_triton(launch: Launch) -> tuple[int, float] | None:
-    """Output pixels of a program's tile, and the bytes that it loads, from its constants; None if not known."""
+    """Output pixels of a program's tile, and bytes that the program loads, from its constants; None if not known."""
     c = named_constants(launch)
     kernel = launch.kernel.fn.__name__
     if kernel == "conv_kernel":
@@ -164,14 +170,14 @@ def asked_by_triton(launch: Launch) -> tuple[int, float] | None:
         rows = side + 6
         blocks = -(-rows * c["ROOM"] // c["BLOCK_ROW"])
         depth = window**2 * c["M"] + rows * blocks * c["BLOCK_ROW"]
-        # Pixels at half resolution.
+        # A group has GROUP x GROUP pixels at half resolution.
         return c["BLOCK_M"] * c["GROUP"] ** 2, depth * (c["BLOCK_M"] + c["BLOCK_N"]) * BYTES
     return None
 
 
-#: Groups of a tile and warps that are tried for the head's kernel; the first is its default.
+#: (groups of a tile, warps) of the head's kernel that are compiled. The first pair is the default.
 HEAD_TILES = ((64, 8), (128, 8), (128, 16), (256, 16))
-#: Launches at the network's places, by operator.
+#: Labels of the launches that the network uses, by operator.
 PLACES = {
     "stem": ("4 channels planar", "4 channels channels-last"),
     "bottleneck": ("128-32", "256-64"),
@@ -234,7 +240,7 @@ def count_head_tiles(architecture: int = 90) -> list[dict[str, Any]]:
 
 
 def count_preparation(height: int = 1080, width: int = 1920) -> list[dict[str, Any]]:
-    """Bytes of memory for each pixel of a float32 image, and launches, until the network in bfloat16 can begin."""
+    """Count memory bytes for each pixel of a float32 image, and launches, before the network in bfloat16 starts."""
     rows = []
     pixels = height * width
     with FakeTensorMode():
@@ -247,9 +253,9 @@ def count_preparation(height: int = 1080, width: int = 1920) -> list[dict[str, A
                 padded = pad_image(torch.cat([x, level], 1))
                 y = padded.to(torch.bfloat16)
             read = {"number": 0, "map": size(x[:, :1]), "curve": 8 * 4}[name]
-            # Read once; written once in the network's dtype, and once as it is for the head to add.
+            # The image is read once. It is written in the network's dtype, and in its own dtype for the head.
             fused = size(x) + read + size(y) + size(padded[:, :3])
-            # A number's map has no memory: it is one value, seen at every pixel.
+            # The map of a number has no memory of its own: it is one value, expanded to all pixels.
             moved = sum(traffic.bytes.values()) - (size(level) if name == "number" else 0)
             for backend, total, launched in (("torch", moved, sum(traffic.calls.values())), ("triton", fused, 1)):
                 counts = {"memory_bytes_a_pixel": round(total / pixels, 1), "launches": launched}
@@ -261,15 +267,15 @@ def count_preparation(height: int = 1080, width: int = 1920) -> list[dict[str, A
 
 
 class Kernel(NamedTuple):
-    """A CUDA kernel at a place of the network.
+    """A CUDA kernel of a layer of the network.
 
     Attributes:
-        place: of the network.
-        source: of ``csrc``.
-        mangled: expression that its name in the binary matches.
-        shared, threads: C++ expressions of its shared memory and its threads.
-        pixels: C++ expression of a tile's output pixels (at half resolution for the head).
-        asked: C++ expression of the bytes that a tile loads.
+        place: name of the layer.
+        source: name of the file in ``csrc``, without its ending.
+        mangled: regular expression that matches the kernel's name in the binary.
+        shared, threads: C++ expressions for the bytes of shared memory and the number of threads of a block.
+        pixels: C++ expression for the number of a tile's output pixels (at half resolution for the head).
+        asked: C++ expression for the bytes that a tile loads; "" for :func:`conv3_bytes`.
     """
 
     place: str
@@ -312,7 +318,7 @@ CUDA = (
 
 
 def evaluate(expressions: dict[str, str], source: Path, flags: list[str]) -> dict[str, int]:
-    """Values of constant C++ expressions in the scope of a source, as a compiler that runs nothing finds them."""
+    """Values of constant C++ expressions in the scope of a source. A compiler computes them; nothing runs."""
     lines = [f'#include "{source.name}"', "namespace fastden {", 'extern "C" {']
     lines += [f"extern const int count_{name} = {text};" for name, text in expressions.items()]
     lines += ["}", "}"]
@@ -330,10 +336,10 @@ def evaluate(expressions: dict[str, str], source: Path, flags: list[str]) -> dic
 
 
 def conv3_bytes(source: Path) -> str:
-    """C++ expression of what a block of conv3 reads of level 2 for a tile: channels that exist, half of the weights."""
+    """C++ expression for what a block of conv3 reads of level 2 for a tile: existing channels, half of the weights."""
     text = source.read_text()
-    # Earlier, weights of 64 channels were read for the second source's 32. Its pixels' other channels are zeros, which
-    # nobody reads.
+    # Earlier versions read weights of 64 channels for the second source's 32 channels. The other channels of its pixels
+    # are zeros, and are not read.
     halves = 5 if "weight_b" in text else 6
     columns = 3 if "kLargestKernel" in text else 9
     return f"({columns} * 5 * hopper::kLeftBytes + 9 * {halves} * hopper::kRightBytes / hopper::kCluster) / 2"

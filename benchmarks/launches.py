@@ -1,8 +1,8 @@
-"""What Triton would compile for the network: the kernels' own launches, on a driver that launches nothing.
+"""Record what Triton would compile for the network, with a driver that launches nothing.
 
-Every launch function runs at the network's sizes on tensors without memory. Triton, which asks before it compiles, is
-told that this is done; what it would have compiled is what is returned. So the checks see the kernels, constants and
-options of a real launch, and nothing says them twice.
+Every launch function runs at the network's sizes on tensors without memory. Triton calls a hook before it compiles. The
+hook answers that the kernel is compiled already, and records what Triton would have compiled. So the checks use the
+kernels, constants and options of a real launch, and no code repeats them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
 from fastden.kernels.network_input import network_input
 
-#: Names that Triton gives to dtypes, and two ways to form products of float32.
+#: Triton's names of dtypes. Float32 has two: fp32 for IEEE products, tf32 for TF32 products.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-#: Height and width of half-resolution features: a photograph's, and so few that tiles are smaller. Batches and sizes
-#: are no part of a kernel (tests/kernels/test_compilations.py), so one batch stands for all.
+#: Batch, height and width of half-resolution features, by suffix of the label. The first size is a photograph's; the
+#: second is so small that tiles are smaller. Batches and sizes are not constants of a kernel
+#: (tests/kernels/test_compilations.py), so one batch is enough.
 SIZES = {"": (1, 540, 960), ", few pixels": (1, 32, 32)}
 
 
 class Launch(NamedTuple):
-    """A kernel as it is launched.
+    """A launch of a kernel.
 
     Attributes:
-        label: for tables.
+        label: name of the launch in tables.
         kernel: the jitted function.
-        signature, constants, attributes: as Triton compiles it.
+        signature, constants, attributes: arguments of Triton's compilation.
         options: warps, pipeline stages, and whether products and sums may fuse.
-        products: whether it multiplies matrices.
-        described: whether its loads are TMA's, which only sm_90 and later have.
+        products: whether the kernel multiplies matrices.
+        described: whether the kernel loads through TMA, which only sm_90 and later have.
     """
 
     label: str
@@ -55,7 +56,7 @@ class Launch(NamedTuple):
 
 
 class _Driver:
-    """A GPU that is not there. Its number is its architecture: Triton keeps what it knows of a GPU by number."""
+    """A GPU that does not exist. Its index is its architecture, because Triton caches data of a GPU by its index."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -72,7 +73,7 @@ class _Driver:
 
 @contextmanager
 def _recorded(architecture: int, dtype: str) -> Iterator[list[dict[str, Any]]]:
-    """Collect what launches in the ``with`` block would have compiled."""
+    """Record what launches in the ``with`` block would have compiled."""
     found: list[dict[str, Any]] = []
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -101,12 +102,12 @@ def _with_products() -> list[Any]:
 
 
 def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
-    """The kernels of an operator at the network's sizes, each once.
+    """The launches of an operator at the network's sizes; each compilation occurs once.
 
     Args:
         operator: a module of ``fastden.kernels``.
         dtype: a key of :data:`DTYPES`.
-        architecture: such as 90.
+        architecture: compute capability without the point, such as 90.
     """
     result: dict[str, Launch] = {}
     for suffix, size in SIZES.items():
@@ -119,7 +120,7 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
             for one in found:
                 kernel = one["kernel"].fn.__name__
                 if kernel in OTHERS and operator != OTHERS[kernel]:
-                    continue  # of another operator's table
+                    continue  # it is in the table of another operator
                 key = f"{one['key']}"
                 short = kernel.removesuffix("_kernel")
                 part = "" if short in (operator, "conv", "descriptor_conv") else f" {short}"
@@ -134,18 +135,18 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
     return list(result.values())
 
 
-#: Kernels that several operators launch, and whose table has them.
+#: Kernels that several operators launch, with the operator whose table has them.
 OTHERS = {"combine_kernel": "batch_norm", "sum_kernel": "weight_gradient"}
 
 
 class Network:
-    """Tensors of the network's shapes, without memory, or of random numbers on a device.
+    """Tensors with the network's shapes: without memory, or random numbers on a device.
 
     Args:
-        dtype: of all but vectors.
-        batch: images.
-        height, width: of half-resolution features.
-        device: where they are; "meta" for none.
+        dtype: dtype of all tensors but vectors, which are float32.
+        batch: number of images.
+        height, width: size of half-resolution features.
+        device: device of the tensors; "meta" for tensors without memory.
     """
 
     def __init__(self, dtype: torch.dtype, batch: int, height: int, width: int, device: str = "meta") -> None:
@@ -157,7 +158,7 @@ class Network:
         return torch.randn(shape, device=self.device).div_(8).to(dtype or self.dtype)
 
     def features(self, channels: int, scale: float = 1) -> Tensor:
-        """At half resolution, channels-last."""
+        """Features at ``scale`` times half resolution, channels-last."""
         shape = (self.batch, channels, int(self.height * scale), int(self.width * scale))
         return self.tensor(*shape).contiguous(memory_format=torch.channels_last)
 
@@ -166,7 +167,7 @@ class Network:
         return x.contiguous(memory_format=torch.channels_last) if dense else x
 
     def vector(self, *shape: int) -> Tensor:
-        """Biases and statistics."""
+        """A float32 tensor, for biases and statistics."""
         return self.tensor(*shape, dtype=torch.float32)
 
 
@@ -174,7 +175,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def _conv_bn_relu(n: Network) -> Calls:
-    # What a bottleneck's 3x3 convolution is on descriptors.
+    # The configuration of a bottleneck's 3x3 convolution on descriptors.
     described = replace(config_for(64, 64, 1 << 20, n.dtype.itemsize), descriptors=True)
     x, w = n.features, n.tensor
     of, statistics = functools.partial(functools.partial, conv_bn_relu), conv_statistics
@@ -216,7 +217,7 @@ def _bottleneck(n: Network) -> Calls:
     for channels, middle in ((128, 32), (256, 64)):
         calls[f"{channels}-{middle}"] = block(channels, middle)
         chosen = bottleneck.config_for(channels, middle, 1 << 20, n.dtype.itemsize)
-        # Never chosen by itself. With 4 warps its second kernel spilled 32 bytes on sm_100 under Triton 3.9.
+        # This form is never a default. With 4 warps its second kernel spilled 32 bytes on sm_100 under Triton 3.9.
         split = replace(chosen, fused=False, warps=8)
         calls[f"{channels}-{middle} in two"] = functools.partial(block(channels, middle), config=split)
     return calls
@@ -226,7 +227,7 @@ def _upsample(n: Network) -> Calls:
     of = functools.partial(functools.partial, upsample.upsample)
     return {
         "up2": of(n.features(128, 0.5), n.tensor(128, 32, 4, 4), n.vector(32)),
-        # Gradients of conv2's input and of the stem's.
+        # Gradients of conv2's input and of the stem's input.
         "conv2's gradient": of(n.features(128, 0.5), n.tensor(128, 128, 4, 4)),
         "stem's gradient": of(n.features(128), n.tensor(128, 3, 8, 8)),
     }
@@ -302,7 +303,7 @@ def _weight_gradient(n: Network) -> Calls:
     }
 
 
-#: What is launched, by operator.
+#: Functions that return the calls to launch, by operator.
 CALLS: dict[str, Callable[[Network], Calls]] = {
     "batch_norm": _batch_norm,
     "bottleneck": _bottleneck,

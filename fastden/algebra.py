@@ -1,7 +1,7 @@
 """Exact changes of weights: linear chains are composed, batch normalisation is folded, kernels are rearranged.
 
-A rearranged kernel makes a plain convolution of a strided or transposed one; oneDNN runs plain ones faster. Its taps
-are moved, and padded with zeros. Their values stay.
+A rearranged kernel turns a strided or transposed convolution into a plain one; oneDNN runs plain ones faster. Its taps
+are moved, and zeros are added. The values of the taps do not change.
 
 All functions take weights; none takes a module or an activation. All are differentiable: a training step composes the
 factors, runs the shorter network, and the gradient reaches the factors. They compute in the dtype of their arguments.
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Pixels by which the network's padded input is larger than the image, on each side: conv0 (5x5) and out (3x3) have no
-#: padding and take off 2 and 1.
+#: Number of pixels on each side by which the network's padded input is larger than the image. conv0 (5x5) and out (3x3)
+#: have no padding, so they remove 2 and 1 pixels from each side.
 BORDER = 3
 
 
 class StemWeights(NamedTuple):
-    """conv1 o conv0. ``weight`` (4, O, C, 7, 7) and ``bias`` (4, O): inside, first row, first column, corner."""
+    """conv1 o conv0: ``weight`` (4, O, C, 7, 7) and ``bias`` (4, O).
+
+    The four sets are for the inside, the first row, the first column and the corner of the result.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -68,7 +71,7 @@ def fold_batch_norm(
 def compose_stem(conv0_weight: Tensor, conv0_bias: Tensor, conv1_weight: Tensor, conv1_bias: Tensor) -> StemWeights:
     """conv1 (3x3, stride 2, padding 1) o conv0 (5x5, no padding) as one 7x7 convolution of stride 2.
 
-    conv1 pads conv0's output with zeros. The composed kernel would see the image there instead. Only the first row and
+    conv1 pads conv0's output with zeros. The composed kernel would read the image there instead. Only the first row and
     column of the result touch that padding, because sizes are even. They get kernels without those taps.
 
     Args:
@@ -109,8 +112,8 @@ def compose_head(
     """
     from_image, from_up3 = out_weight.split([conv0_weight.shape[0], up3_weight.shape[1]], dim=1)
     image_weight = F.conv_transpose2d(from_image, conv0_weight)
-    # correlated[m, k, d] sums out's tap a with up3's tap a + d - 3 (for d = 0 and 7 there is no such tap, and the sum
-    # is zero): the weight from feature i to pixel 2 i - 4 + d. Splitting d by parity gives the phases.
+    # correlated[m, k, d] sums the products of out's tap a and up3's tap a + d - 3. (For d = 0 and 7 there is no such
+    # tap, and the sum is zero.) It is the weight from feature i to pixel 2 i - 4 + d. The parity of d gives the phase.
     correlated = F.pad(F.conv2d(up3_weight, from_up3, padding=2), (1, 1, 1, 1))
     m, k = correlated.shape[:2]
     phases = correlated.view(m, k, 4, 2, 4, 2).flip(2, 4).permute(1, 3, 5, 0, 2, 4)
@@ -123,8 +126,8 @@ def unshuffled_weight(weight: Tensor, taps: int, zero_channels: int) -> Tensor:
 
     Args:
         weight: (O, C, k, k), k <= 2 ``taps``.
-        taps: side of the result.
-        zero_channels: channels of zeros behind the C.
+        taps: height and width of the resulting kernel.
+        zero_channels: number of zero channels that are added after the C channels.
 
     Returns:
         (O, 4 (C + zero_channels), taps, taps).
@@ -154,7 +157,8 @@ def phase_weights(weight: Tensor) -> list[Tensor]:
         weight: (C, O, 4, 4).
 
     Returns:
-        Four weights (O, C, 2, 2), phases row by row; phase p of an axis is its convolution's output from index p on.
+        Four weights (O, C, 2, 2), one for each phase, row by row. Phase p of an axis is the output of its convolution
+        from index p on.
     """
     # Output pixel 2 q + p reads inputs q - 1 + p and q + p through taps 3 - p and 1 - p.
     taps = weight.transpose(0, 1)
@@ -162,16 +166,17 @@ def phase_weights(weight: Tensor) -> list[Tensor]:
 
 
 def separated_head(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The head's 4x4 convolution as a 1x4 one for each of its rows, and a 4x1 one that adds the rows up.
+    """The head's 4x4 convolution as 1x4 convolutions, one for each of its rows, and a 4x1 one that adds the rows.
 
     Each output phase uses three of the four rows. So this form computes six rows of taps; the plain form computes
-    eight. The shorter sums also err less (float32, relative L2: 5.7e-7 against 1.1e-6). They take 41 ms instead of 46.
+    eight. The shorter sums also have a smaller error (float32, relative L2: 5.7e-7 against 1.1e-6). They take 41 ms
+    instead of 46 ms.
 
     Args:
         weight: (4 K, M, 4, 4).
 
     Returns:
-        (ROWS, M, 1, 4) and (4 K, ROWS, 4, 1) of zeros and ones, ROWS = 12 K rounded up to 16.
+        (ROWS, M, 1, 4) and (4 K, ROWS, 4, 1) of zeros and ones; ROWS is 12 K, rounded up to a multiple of 16.
     """
     outputs, m = weight.shape[:2]
     used = [(o, row) for o in range(outputs) for row in range(4) if (o // 2 % 2, row) not in ((0, 3), (1, 0))]

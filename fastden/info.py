@@ -1,6 +1,6 @@
 """A description of this machine and this installation, for ``fastden info`` and bug reports.
 
-It needs the standard library alone, and it never raises: a broken or missing part becomes a line of the report.
+It needs only the standard library, and it never raises: a broken or missing part becomes a line of the report.
 ``python -m fastden.info`` works even where the command line's own packages are broken.
 """
 
@@ -48,7 +48,7 @@ def collect(*, paths: bool = True) -> dict[str, Any]:
     A part that fails is ``{"error": "..."}``. Each backend has ``available`` and ``why_not``, a list of reasons.
 
     Args:
-        paths: include the path of Python; published results leave it out.
+        paths: include the path of the Python program; published results do not include it.
     """
     sections: dict[str, Callable[[], Any]] = {
         "versions": _versions,
@@ -149,7 +149,7 @@ def _torch_devices() -> list[str]:
 
 
 def _gpu() -> dict[str, Any]:
-    """NVIDIA GPUs and nvcc as the system reports them, whatever PyTorch was built for."""
+    """NVIDIA GPUs and nvcc as the system reports them. It does not matter what PyTorch was built for."""
     nvcc = shutil.which("nvcc")
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         candidate = Path(os.environ.get(variable, ""), "bin", "nvcc")
@@ -180,7 +180,7 @@ def _output(command: list[str]) -> str:
 
 
 def _extension() -> dict[str, Any]:
-    """What the CUDA extension was built with and for."""
+    """The CUDA extension's build and the versions that it needs, or the reasons why it cannot run."""
     from fastden.cuda import extension
 
     reasons = extension.why_not()

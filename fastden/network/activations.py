@@ -1,4 +1,4 @@
-"""Copies of activations for the oneDNN form: the folded input, tiles with their neighbours, phases that are joined."""
+"""Functions that copy activations for the oneDNN form: fold the input, gather tiles with neighbours, join phases."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Up to so many positions (N H W of the result) few operations that copy twice take less time than many that copy once:
-#: of 32 x 32 pixels, folding takes 25 us instead of 49, gathering 17 instead of 43; of 64 x 64 both ways are equal (one
-#: core of a Zen 4 CPU, float32).
+#: Up to this many positions (N H W of the result), few operations that copy twice are faster than many operations that
+#: copy once. For 32 x 32 pixels folding takes 25 us instead of 49 us, and gathering takes 17 us instead of 43 us. For
+#: 64 x 64 pixels both ways are equal (one core of a Zen 4 CPU, float32).
 FEW_POSITIONS = 1024
 
 
 def fold(x: Tensor, dtype: torch.dtype, zero_channels: int = 0, outside: Tensor | None = None) -> Tensor:
-    """``pixel_unshuffle(2)`` of ``x`` with one more pixel around, channels-last.
+    """Pad ``x`` by one pixel on each side, then apply ``pixel_unshuffle(2)``.
 
     The pixel in front aligns the windows of the stem and of the image's own path to pairs of pixels.
 
     Args:
         x: (N, C, H, W), H and W even.
-        dtype: of the result.
-        zero_channels: channels of zeros behind the C.
-        outside: (C,), the values of the pixel around; None for zeros.
+        dtype: dtype of the result.
+        zero_channels: number of zero channels that are added after the C channels.
+        outside: (C,), values of the added pixels; None for zeros.
+
+    Returns:
+        (N, 4 (C + zero_channels), H / 2 + 1, W / 2 + 1), channels-last.
     """
     n, c, height, width = x.shape
     h, w = height // 2 + 1, width // 2 + 1
@@ -42,16 +45,25 @@ def fold(x: Tensor, dtype: torch.dtype, zero_channels: int = 0, outside: Tensor 
 
 
 def channels_last_empty(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    """Memory for (n, c, h, w), channels-last."""
+    """An uninitialised CPU tensor (n, c, h, w), channels-last."""
     return torch.empty(n, h, w, c, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
 
 
 def gathered(
     skip: Tensor, upsampled: Tensor, rows: tuple[int, int], columns: tuple[int, int], outside: int = 0
 ) -> Tensor:
-    """conv3's input for the given output rows and columns: both sources side by side, one pixel more on each side.
+    """Build conv3's input for the given output rows and columns.
 
-    ``outside`` stands for zero in the channels of the second source.
+    The result holds the channels of both sources, and one more pixel on each side.
+
+    Args:
+        skip: (N, A, H, W), the first source.
+        upsampled: (N, B, H, W), the second source.
+        rows, columns: [start, stop) of the outputs.
+        outside: value beyond the image in the channels of the second source, where it stands for zero.
+
+    Returns:
+        (N, A + B, rows + 2, columns + 2), channels-last.
     """
     n, a, height, width = skip.shape
     sides = rows[1] - rows[0] + 2, columns[1] - columns[0] + 2
@@ -64,7 +76,7 @@ def gathered(
     into = tile[:, :, top - rows[0] + 1 : bottom - rows[0] + 1, left - columns[0] + 1 : right - columns[0] + 1]
     into[:, :a] = skip[:, :, top:bottom, left:right]
     into[:, a:] = upsampled[:, :, top:bottom, left:right]
-    # Beyond the image conv3 sees zeros.
+    # conv3 sees zeros beyond the image.
     at_edge = rows[0] == 0, rows[1] == height, columns[0] == 0, columns[1] == width
     edges = tile[:, :, 0], tile[:, :, -1], tile[:, :, :, 0], tile[:, :, :, -1]
     for edge in (edge for edge, reached in zip(edges, at_edge, strict=True) if reached):
@@ -74,20 +86,24 @@ def gathered(
 
 
 def tile_spans(length: int, tile: int) -> list[tuple[int, int]]:
-    """[0, length) in the fewest spans of at most ``tile``, of nearly equal lengths."""
+    """Split [0, length) into the fewest spans [start, stop) of at most ``tile``; their lengths are nearly equal."""
     count = -(-length // tile)
     return [(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
 def tile_regions(outputs: int, inputs: int, tile: int, before: int, behind: int) -> list[tuple[int, int, int, int]]:
-    """Tiles of an axis: the outputs [start, stop) that each makes and the inputs [first, last) that it reads.
+    """Split an axis into tiles. A tile makes the outputs [start, stop) and reads the inputs [first, last).
 
-    All read equally many inputs, at the borders too, so that few shapes occur: weights are packed for each.
+    All tiles read the same number of inputs, also at the borders. So there are few shapes; weights are packed for each
+    shape.
 
     Args:
         outputs, inputs: lengths of the axis.
-        tile: most outputs of a tile.
-        before, behind: inputs that an output needs before and behind its own position, where they exist.
+        tile: largest number of outputs of a tile.
+        before, behind: number of inputs that an output needs before and behind its own position, where they exist.
+
+    Returns:
+        ``(start, stop, first, last)`` of each tile.
     """
     spans = tile_spans(outputs, tile)
     size = min(max(stop - start for start, stop in spans) + before + behind, inputs)
@@ -96,7 +112,7 @@ def tile_regions(outputs: int, inputs: int, tile: int, before: int, behind: int)
 
 
 def join_phases(phases: list[Tensor]) -> Tensor:
-    """Four (N, O, h + 1, w + 1) phases of :func:`phase_weights` -> (N, O, 2 h, 2 w), channels-last."""
+    """Join the four phases of :func:`phase_weights`: (N, O, h + 1, w + 1) each -> (N, O, 2 h, 2 w), channels-last."""
     n, c, height, width = phases[0].shape
     h, w = height - 1, width - 1
     joined = phases[0].new_empty(n, h, 2, w, 2, c)

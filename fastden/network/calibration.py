@@ -1,4 +1,4 @@
-"""Measures the ranges of a network's activations, for its form in 8-bit integers."""
+"""Measure the ranges of a network's activations, for the network in 8-bit integers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastden.network.inputs import check_input
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
 
-#: Noise levels, 0-255 scale, that pictures get in turn.
+#: Noise levels on the 0-255 scale. The pictures get them in turn.
 SIGMAS = (5.0, 15.0, 25.0, 50.0, 75.0)
 
 
@@ -26,12 +26,14 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
     ``save_pretrained`` writes them beside the weights. They belong to these weights: measure again after training.
 
     Args:
-        model: a network; it computes here on the CPU in float32, whatever its device and dtype.
-        images: clean pictures (N, C, H, W) in [0, 1]; 30 varied ones of 256 pixels a side are enough. Each gets seeded
-            noise of 5, 15, 25, 50 or 75 (0-255 scale), white and shared by 2x2 pixels in turn.
+        model: a network of any device and dtype. The measurement runs on the CPU in float32.
+        images: clean pictures (N, C, H, W), floating, in [0, 1]; 30 varied pictures of 256 pixels a side are enough.
+            Each picture gets noise of level 5, 15, 25, 50 or 75 (0-255 scale) with a fixed seed. White noise and noise
+            that 2x2 pixels share take turns.
 
     Raises:
-        ValueError: no images, or of another shape.
+        TypeError: an image is not a floating tensor.
+        ValueError: there are no images, or an image has another shape.
     """
     fused = FusedDenoiser(model)
     weights = {name: buffer.detach().float().cpu() for name, buffer in fused.named_buffers()}
@@ -42,7 +44,7 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
 
 
 def _inputs(model: Denoiser, images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Noisy pictures with their level, padded."""
+    """Yield each picture with noise, its level as a channel where the network takes one, and padding."""
     generator = torch.Generator().manual_seed(0)
     for index, image in enumerate(images):
         check_input(image, model.image_channels)

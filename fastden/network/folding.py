@@ -1,4 +1,4 @@
-"""A network's weights with batch normalisation folded; layers that cannot be folded are refused."""
+"""Fold batch normalisation into a network's weights; refuse layers that cannot be folded."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def _upsample(name: str, layer: nn.Module) -> Pair:
 
 
 def _pair(layer: nn.Conv2d | nn.ConvTranspose2d, outputs: int) -> Pair:
-    # Read after hooks ran: those of torch.nn.utils.weight_norm and its like set the weight.
+    # Read the weight after the hooks ran: hooks such as those of torch.nn.utils.weight_norm set it.
     weight = _exact(layer.weight)
     return weight, weight.new_zeros(outputs) if layer.bias is None else _exact(layer.bias)
 
 
 def _check_module(name: str, module: nn.Module, kind: type[nn.Module], inputs: Callable[[], tuple[Any, ...]]) -> None:
-    """Raise unless ``module`` is a ``kind`` whose call is its class's forward."""
+    """Raise ValueError unless ``module`` is a ``kind`` and a call runs the ``forward`` of that class."""
     if not isinstance(module, kind) or type(module).forward is not kind.forward or has_own_forward(module):
         raise ValueError(_refusal(name, module, f"is not fastden's {kind.__name__}"))
     _check_hooks(name, module, lambda *arguments: kind.forward(module, *arguments), inputs)
@@ -117,7 +117,7 @@ def _check_module(name: str, module: nn.Module, kind: type[nn.Module], inputs: C
 def _check_hooks(
     name: str, module: nn.Module, plain: Callable[..., Tensor], inputs: Callable[[], Tensor | tuple[Any, ...]]
 ) -> None:
-    """Raise where forward hooks change the result of ``module``; a module with hooks is called once to find out."""
+    """Raise ValueError where forward hooks change the result of ``module``. It calls a module with hooks once."""
     if not (module._forward_hooks or module._forward_pre_hooks):
         return
     made = inputs()
@@ -132,7 +132,7 @@ def _check_hooks(
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context; afterwards each part has its own mode again."""
+    """Set ``module`` to evaluation mode inside the context; afterwards each part has its own mode again."""
     modes = {part: part.training for part in module.modules()}
     try:
         for part in modes:
@@ -144,7 +144,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _ramp(like: Tensor | None, *shape: int) -> Tensor:
-    """Values from 0 to 1 in the dtype and on the device of ``like``. No random state changes."""
+    """Evenly spaced values from 0 to 1, in the dtype and on the device of ``like``. No random state changes."""
     assert like is not None
     count = torch.Size(shape).numel()
     return torch.linspace(0, 1, count, dtype=torch.float32).to(like).view(shape)

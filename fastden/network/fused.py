@@ -24,7 +24,7 @@ from fastden.ops.backends import requested
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.inference_mode(mode=False)  # tensors made in inference mode would not count their versions
+@torch.inference_mode(mode=False)  # tensors made in inference mode have no version counter
 def fuse(
     model: Denoiser,
     dtype: torch.dtype | None = None,
@@ -35,27 +35,26 @@ def fuse(
 ) -> FusedDenoiser:
     """The inference form of ``model``: the same function, faster.
 
-    BN (running statistics) is folded, conv1 o conv0 and out o cat(conv0, up3) are composed, all in float64, then cast.
-    The result shares nothing with ``model``.
+    BN with its running statistics is folded. conv1 o conv0 and out o cat(conv0, up3) are composed. Both steps run in
+    float64; then the weights are cast. The result shares no memory with ``model``.
 
     Args:
         model: a :class:`fastden.Denoiser`.
-        dtype: of weights and activations: torch.float64, float32, bfloat16 or float16; None keeps the model's.
-        device: None keeps the model's.
+        dtype: dtype of weights and activations: torch.float64, float32, bfloat16 or float16; None keeps the model's.
+        device: device of the result; None keeps the model's.
         quality: ``"fast"`` computes in 8-bit integers (:mod:`fastden.network.int8`), on CPUs with VNNI, where no
-            gradient is asked for; 1.8 times as fast as bfloat16, 0.02 to 0.03 dB worse
-            (``benchmarks/results/int8.json``).
-            The model must know the ranges of its activations: bundled models do, others after
-            :func:`fastden.calibrate`.
-        differentiable: compute with PyTorch's own operations, whatever backend is asked for, so that derivatives of
-            every order can be taken (score matching, the Jacobian's trace in plug-and-play priors): kernels have first
-            derivatives alone.
+            gradient is needed. It is 1.8 times as fast as bfloat16 and 0.02 to 0.03 dB worse
+            (``benchmarks/results/int8.json``). The model must know the ranges of its activations: bundled models know
+            them, other models know them after :func:`fastden.calibrate`.
+        differentiable: compute with PyTorch's own operations, whatever backend is chosen. Then derivatives of every
+            order exist (for score matching, or for the trace of the Jacobian in plug-and-play priors). Kernels have
+            first derivatives only.
 
     Raises:
-        TypeError: ``model`` is no Denoiser.
-        ValueError: another dtype or quality; ``quality="fast"`` where the device, the CPU or the model cannot; a layer
-            that is replaced, or changed by hooks, in a way that cannot be folded. Hooks that change nothing are
-            accepted, and do not run in the result. To tell the two kinds apart, a layer with hooks is called once.
+        TypeError: ``model`` is not a Denoiser.
+        ValueError: the dtype or quality is not accepted; the device, the CPU or the model cannot run
+            ``quality="fast"``; or a layer was replaced, or is changed by hooks, so that it cannot be folded. Hooks that
+            change nothing are accepted, and do not run in the result. To test this, a layer with hooks is called once.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"model: {type(model).__name__}; accepted: fastden.Denoiser")
@@ -79,7 +78,7 @@ def calibrated_ranges(model: Denoiser) -> int8.Ranges:
     """The ranges of a network's activations.
 
     Raises:
-        ValueError: it has none, or those of other weights.
+        ValueError: the model has no ranges, or its weights changed after the ranges were measured.
     """
     wanted = "accepted: a bundled model, or one behind fastden.calibrate()"
     if model.int8_ranges is None:
@@ -91,9 +90,10 @@ def calibrated_ranges(model: Denoiser) -> int8.Ranges:
 
 
 def _as_kernels_read(name: str, weight: Tensor) -> Tensor:
-    """A copy of the same shape whose memory is in the order in which kernels read it, lest each call copies it.
+    """Copy a weight: the same shape, but its memory in the order in which kernels read it.
 
-    That is: input channels innermost. A copy that is kept in another order beside the weight could become stale.
+    In this order the input channels are innermost. Without it, each call would copy the weight. A second copy in this
+    order beside the weight could become stale.
     """
     if name == "stem":  # (4, O, C, 7, 7)
         return weight.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format).permute(0, 1, 4, 2, 3)
@@ -105,21 +105,21 @@ def _as_kernels_read(name: str, weight: Tensor) -> Tensor:
 class FusedDenoiser(nn.Module):
     """What :func:`fuse` returns: called like :class:`fastden.Denoiser`, for inference only.
 
-    Weights are buffers named as the network's parts. It has no parameters, because a folded weight cannot be trained:
-    the normalisation and the factors that it was made from are gone. An optimiser must find nothing to change, so
-    ``module.parameters()`` is empty: read ``device`` and ``dtype`` instead. Gradients pass through it to ``x``
-    and ``sigma``, and to the buffers where they are made to require them. Biases stay in float32 beside weights in half
-    precision: kernels add them to float32 sums.
+    Weights are buffers with the names of the network's parts. The module has no parameters, because a folded weight
+    cannot be trained: the normalisation and the factors that it was made from are gone. ``module.parameters()`` is
+    empty, so that an optimiser finds nothing to change. Read ``device`` and ``dtype`` instead. Gradients pass through
+    the module to ``x`` and ``sigma``, and to buffers that require gradients. Biases stay in float32 where weights are
+    in half precision: kernels add them to float32 sums.
 
-    On a CPU in float32 and bfloat16, where no gradient is asked for, it runs on oneDNN
-    (:mod:`fastden.network.onednn`) with packed copies of the weights, which follow the buffers however these are
-    written; elsewhere, and under transforms (``torch.func``, ``torch.compile``, tracing), on :mod:`fastden.ops`.
-    It may be called from several threads.
+    On a CPU in float32 and bfloat16, where no gradient is needed, the module runs on oneDNN
+    (:mod:`fastden.network.onednn`) with packed copies of the weights. Every change of the buffers updates these copies.
+    Elsewhere, and under transforms (``torch.func``, ``torch.compile``, tracing), it runs on :mod:`fastden.ops`.
+    Several threads may call it at the same time.
 
     Args:
         model: the network to fuse.
-        ranges: of its activations, for 8-bit integers; None for floating point alone.
-        differentiable: as :func:`fuse`'s.
+        ranges: ranges of its activations, for 8-bit integers; None for floating point only.
+        differentiable: as in :func:`fuse`.
     """
 
     stem_weight: Tensor
@@ -167,11 +167,11 @@ class FusedDenoiser(nn.Module):
         return self.head_weight.device
 
     def forward(self, x: Tensor, sigma: Sigma = None) -> Tensor:
-        """Denoise a batch; arguments, errors and warning as of :meth:`fastden.Denoiser.forward`.
+        """Denoise a batch. Arguments, errors and warning are those of :meth:`fastden.Denoiser.forward`.
 
-        ``x`` may have any floating dtype: activations are computed in this module's dtype, and the network's
-        correction, which is small, is added to ``x`` at the precision of ``x``. The result has that precision too.
-        Autocast changes nothing here, with gradients or without: :func:`fuse` set the precision.
+        ``x`` may have any floating dtype. Activations are computed in this module's dtype. The network's correction,
+        which is small, is added to ``x`` at the precision of ``x``, and the result has that precision too. Autocast
+        changes nothing here, with or without gradients: :func:`fuse` set the precision.
 
         Returns:
             (N, 3, H, W), contiguous, not clipped, in the dtype of ``x``.
@@ -185,13 +185,13 @@ class FusedDenoiser(nn.Module):
             level = level if level is None or level.dim() == 4 else level_map(level, x).to(x.dtype)
             y = self.forward_padded(pad_image(x if level is None else torch.cat([x, level], 1)))
         if torch.compiler.is_compiling():
-            # The strides of a view would tie an exported graph to sizes that need cropping, or do not.
+            # A view's strides would limit an exported graph to sizes that need cropping, or to sizes that do not.
             y = F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]))
             return y.clone(memory_format=torch.contiguous_format)
         return y[:, :, :height, :width].contiguous()
 
     def forward_padded(self, x: Tensor) -> Tensor:
-        """The network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
+        """Run the network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
         backend = "torch" if self.differentiable else None
         wanted = backend or requested()
         if not torch.compiler.is_compiling() and wanted in (None, "torch") and x.shape[0] > 0:
@@ -202,13 +202,13 @@ class FusedDenoiser(nn.Module):
             return self._operators(x.to(self.dtype), x, backend)
 
     def _prepared(self, x: Tensor, level: Tensor | None) -> Tensor:
-        """The network on an image, padded and with its level in one pass; ``level`` as of :func:`map_or_curve`."""
+        """Run the network on an image; one pass pads it and adds ``level``, see :func:`map_or_curve`."""
         rows, columns = padding_for(x.shape[2]), padding_for(x.shape[3])
         with without_autocast(x.device):
             return self._operators(*network_input(x, level, self.dtype, rows, columns, BRIGHTNESS_RADIUS), None)
 
     def _operators(self, x: Tensor, image: Tensor, backend: str | None) -> Tensor:
-        """The network on its padded input; ``image`` is what it corrects, with a precision of its own."""
+        """Run the network on its padded input ``x``; add the correction to ``image``, which has its own dtype."""
         skip = self._bottleneck("res1", ops.stem(x, self.stem_weight, self.stem_bias, backend=backend))
         low = ops.conv_bn_relu(skip, *self._pair("conv2"), stride=2, padding=1, backend=backend)
         up = ops.upsample(self._bottleneck("res2", low), *self._pair("up2"), backend=backend)
@@ -230,11 +230,11 @@ class FusedDenoiser(nn.Module):
 
     @property
     def quality(self) -> str:
-        """``"fast"`` where it may compute in 8-bit integers, else ``"normal"``."""
+        """``"fast"`` where the module may compute in 8-bit integers, else ``"normal"``."""
         return "normal" if self._ranges is None else "fast"
 
     def _onednn_network(self) -> onednn.TiledNetwork | None:
-        """The packed form of the current weights; None where it cannot run, or weights need gradients."""
+        """The packed form of the current weights; None where oneDNN cannot run, or weights need gradients."""
         buffers = self._buffers
         # A parametrisation or a parameter may have replaced a buffer.
         weights: list[Any] = [buffers[name] if name in buffers else getattr(self, name) for name in self._names]
@@ -247,7 +247,7 @@ class FusedDenoiser(nn.Module):
         packed = self._onednn  # read once: another thread may replace it
         if packed is None or not packed[0].holds(weights):
             snapshot = Snapshot(weights)
-            # Packed from the snapshot's copies: what is packed later, for another size, is from the same weights.
+            # Pack the snapshot's copies. So weights that are packed later, for another size, are the same weights.
             copies = dict(zip(self._names, snapshot.copies, strict=True))
             folded = onednn.FoldedWeights.of(copies)
             network: onednn.TiledNetwork = (
@@ -257,7 +257,7 @@ class FusedDenoiser(nn.Module):
         return packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Packed weights are opaque to pickle and deepcopy, and are made again on first use.
+        # pickle and deepcopy cannot read packed weights. The copy makes them again on first use.
         return {**self.__dict__, "_onednn": None}
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Loading and saving weights: bundled names, folders and Hugging Face Hub repositories."""
+"""Load and save weights: bundled names, folders and Hugging Face Hub repositories."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin
 
-# huggingface_hub is imported where the Hub or a model card is wanted: it takes 0.3 s, a fifth of what importing PyTorch
-# takes.
+# huggingface_hub is imported only where the Hub or a model card is needed. Its import takes 0.3 s, a fifth of PyTorch's
+# import.
 
 #: A model's files.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-#: Arguments of the Hub's downloads.
+#: Arguments of ``from_pretrained`` that go to the Hub's download.
 DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -54,12 +54,13 @@ class PretrainedMixin:
             pretrained_model_name_or_path: a name of :func:`fastden.models`, a folder written by ``save_pretrained``,
                 or a Hugging Face Hub repository ``owner/name``.
             map_location: device of the weights.
-            strict: whether names of weights that are missing or unknown are errors.
-            **kwargs: of ``huggingface_hub.hf_hub_download``: ``revision``, ``cache_dir``, ``force_download``,
-                ``local_files_only`` and ``token``; others are arguments of the class, and win over the saved ones.
+            strict: whether missing or unknown names of weights are errors.
+            **kwargs: ``revision``, ``cache_dir``, ``force_download``, ``local_files_only`` and ``token`` go to
+                ``huggingface_hub.hf_hub_download``. All others are arguments of the class; they replace the saved ones.
 
         Raises:
-            ValueError: not a bundled name, a folder with both files, or a repository that can be downloaded.
+            ValueError: the name is not a bundled name, a folder with both files, or a repository that can be
+                downloaded.
         """
         name = str(pretrained_model_name_or_path)
         accepted = (
@@ -80,7 +81,7 @@ class PretrainedMixin:
 
     @classmethod
     def _from_folder(cls, folder: Path, map_location: str, strict: bool, arguments: dict[str, Any]) -> Any:
-        import torch  # here, because listing the models needs none
+        import torch  # imported here: a list of the models does not need it
         from safetensors.torch import load_model
 
         from fastden.network import int8
@@ -96,15 +97,15 @@ class PretrainedMixin:
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write a folder with configuration, weights and model card; ``kwargs`` as of ``PyTorchModelHubMixin``."""
+        """Write a folder with configuration, weights and model card; ``kwargs`` go to ``PyTorchModelHubMixin``."""
         return self._on_hub().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload to the Hugging Face Hub; arguments as of ``huggingface_hub.PyTorchModelHubMixin.push_to_hub``."""
+        """Upload to the Hugging Face Hub; arguments go to ``huggingface_hub.PyTorchModelHubMixin.push_to_hub``."""
         return self._on_hub().push_to_hub(repo_id, **kwargs)
 
     def _on_hub(self) -> PyTorchModelHubMixin:
-        """This network as the Hub's own library saves and uploads it."""
+        """An object that the Hub's own library can save and upload; it stands for this network."""
         from huggingface_hub import PyTorchModelHubMixin
 
         network = self
@@ -130,10 +131,10 @@ class PretrainedMixin:
 
 
 def _downloaded(repository: str, settings: dict[str, Any], accepted: str) -> Path:
-    """The folder with a Hub repository's files.
+    """Download a Hub repository's files, and return their folder.
 
     Raises:
-        ValueError: no such repository, or no way to it.
+        ValueError: the repository does not exist, or cannot be reached.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (

@@ -1,4 +1,4 @@
-"""What a network takes: the image checked, and the noise level as a map of the image's size."""
+"""Check a network's input image, and turn the noise level into a map of the image's size."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from fastden.errors import ScaleWarning
 from fastden.network.level import KNOTS, level_map
 from fastden.network.modes import runs_as_written, transforming
 
-#: The forms in which a noise level may be given; None to a blind network.
+#: Types that a noise level may have; None for a blind network.
 Sigma: TypeAlias = float | Tensor | npt.NDArray[Any] | Sequence[Any] | None
 
 # Tuples: torch.compile cannot follow a union of NumPy's types.
 _ARRAYS = (np.ndarray, np.generic)
 _LISTS = (list, tuple)
 
-#: An image with values above this is taken to be on another scale than [0, 1]. Noise stays below, and so do the images
-#: that plug-and-play methods pass to a denoiser.
+#: An image with values above this is probably on another scale than [0, 1]. Noisy images stay below it, and so do the
+#: images that plug-and-play methods pass to a denoiser.
 LARGEST_VALUE = 16.0
 #: White points of images with 8, 10, 12, 14 and 16 bits.
 WHITES = (255, 1023, 4095, 16383, 65535)
-#: This variable set to 0 turns the check of the scale off.
+#: Environment variable. The value 0 turns off the check of the scale.
 SCALE_ENVIRONMENT = "FASTDEN_SCALE_WARNING"
-#: Images that a process checks on a GPU: each check waits for the device.
+#: Number of images on a GPU that a process checks: each check waits for the GPU.
 LOOKS = 3
 
 
 def check_input(x: Tensor, channels: int) -> tuple[int, int]:
-    """Height and width of a valid network input.
+    """Check a network's input, and return its height and width in pixels.
 
     Raises:
         TypeError: ``x`` is not a floating tensor.
@@ -60,13 +60,18 @@ def noise_level(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
     """``sigma`` as a map (N, 1, H, W) in the dtype and on the device of ``x``; None for a blind network.
 
     A curve (N, 8) or (1, 8) holds levels at eight values of brightness (:mod:`fastden.network.level`).
+
+    Raises:
+        TypeError: ``sigma`` does not hold real numbers.
+        ValueError: ``sigma`` is missing, or given to a blind network; its shape does not fit; or a value is outside
+            [0, 1] (on a GPU the values of a tensor are not checked).
     """
     level = map_or_curve(x, sigma, wanted)
     return level if level is None or level.dim() == 4 else level_map(level, x).to(x.dtype)
 
 
 def map_or_curve(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
-    """As :func:`noise_level`, but a curve stays one: (N, 8) or (1, 8), on the device of ``x``, in its own dtype."""
+    """As :func:`noise_level`, but keep a curve: (N, 8) or (1, 8), in its own dtype, on the device of ``x``."""
     if not wanted:
         if sigma is not None:
             raise ValueError(
@@ -86,7 +91,7 @@ def map_or_curve(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
         return x.new_full((1, 1, 1, 1), number).expand(n, 1, height, width)
     tensor = _as_tensor(sigma)
     if runs_as_written(tensor) and tensor.device.type == "cpu" and tensor.numel():
-        low, high = (float(bound) for bound in tensor.detach().aminmax())  # a GPU would have to wait for it
+        low, high = (float(bound) for bound in tensor.detach().aminmax())  # on a GPU the check would wait
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"sigma: values from {low} to {high}; accepted: 0 to 1, on the scale of x")
     level = tensor.to(device=x.device, dtype=x.dtype)
@@ -131,7 +136,7 @@ def _from_numpy(array: Any, accepted: str) -> Tensor:
 
 
 class _Scale:
-    """What this process has found out about the scale of images."""
+    """State of this process's check of the scale."""
 
     warned = False
     looks = 0
@@ -142,8 +147,8 @@ def warn_of_scale(x: Tensor) -> None:
 
     A picture on the scale 0-255 with a noise level on 0-1 is hardly denoised, and nothing else tells the user. Values
     outside [0, 1] are no error: noise and plug-and-play iterations make them. A filter for
-    :class:`fastden.ScaleWarning` turns the warning off. ``FASTDEN_SCALE_WARNING=0`` in the environment turns the check
-    off too.
+    :class:`fastden.ScaleWarning` turns the warning off. ``FASTDEN_SCALE_WARNING=0`` in the environment turns off the
+    check itself.
     """
     if _Scale.warned or transforming() or not runs_as_written(x) or not x.numel():
         return
@@ -166,5 +171,5 @@ def warn_of_scale(x: Tensor) -> None:
         f" scale: divide x by its white point ({white} for {white.bit_length()} bits). Shown once in a process; to turn"
         f" it off: warnings.filterwarnings('ignore', category=fastden.ScaleWarning), or {SCALE_ENVIRONMENT}=0",
         ScaleWarning,
-        stacklevel=5,  # forward, and two of torch.nn.Module's calls
+        stacklevel=5,  # skips this function, forward, and two calls in torch.nn.Module
     )

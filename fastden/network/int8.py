@@ -1,12 +1,13 @@
 """The fused network in 8-bit integers on a CPU: 1.8 times as fast as bfloat16 where the CPU has VNNI.
 
-Weights have one scale an output channel, activations one a channel. An activation's scale is absorbed by the weights on
-both sides of it, which rectified activations allow, so the convolutions themselves know no scale but that of their
-weights. Rectified activations are unsigned and begin at 0; up2's, which have both signs, are moved by 128, and the
-network's input to where its range begins. Sums are exact integers: tiles agree with the whole image in every bit.
-Only the head's results and the image's own path are floating point, and the image itself is added at its own precision.
+Weights have one scale for each output channel, and activations have one scale for each channel. The weights on both
+sides of an activation absorb its scale; this works because activations are rectified. So the convolutions use only the
+scales of their weights. Codes of rectified activations are unsigned and begin at 0. up2's activations have both signs,
+so 128 is added to their codes. The codes of the network's input begin where its range begins. Sums are exact integers,
+so tiles agree with the whole image in every bit. Only the head's results and the image's own path are floating point.
+The image itself is added at its own precision.
 
-The ranges of activations are measured once, by :func:`calibrate`, and kept beside the weights.
+:func:`calibrate` measures the ranges of activations once. They are stored beside the weights.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ from fastden.network.activations import fold, gathered, join_phases
 from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
 from fastden.network.packed import PackedWeights
 
-#: Beside ``model.safetensors``: the ranges of its activations.
+#: File beside ``model.safetensors`` with the ranges of the network's activations.
 RANGES_FILE = "int8.safetensors"
-#: Values of the image that 8 bits hold; noise goes beyond 0 and 1. A step is 1.5 grey levels: a rounding error of 0.4,
-#: beside noise of more, and only what the features see, not the image that the correction is added to.
+#: Image values that 8 bits hold; noise goes beyond 0 and 1. A step is 1.5 grey levels, so the rounding error is 0.4,
+#: less than the noise. Only the features see this error. The correction is added to the unrounded image.
 IMAGE_RANGE = (-0.25, 1.25)
-#: Codes of 8 bits without sign.
+#: Largest unsigned code of 8 bits.
 CODES = 255
-#: Code of zero where both signs occur.
+#: Code that stands for zero where values have both signs.
 MIDDLE = 128
-#: Activations whose ranges are measured, with their channels; a bottleneck's input and output share a scale.
+#: Activations whose ranges are measured, and their number of channels. A bottleneck's input and output share a scale.
 ACTIVATIONS = {
     "res1": 128, "res1_reduce": 32, "res1_conv": 32,
     "res2": 128, "res2_reduce": 32, "res2_conv": 32,
     "up2": 32,
     "res3": 256, "res3_reduce": 64, "res3_conv": 64,
 }  # fmt: skip
-#: A channel that hardly ever speaks has at least this range, so that nothing is divided by zero.
+#: Smallest range of a channel. A channel may be zero almost everywhere; this range prevents a division by zero.
 LEAST_RANGE = 1e-4
 
 Ranges = dict[str, Tensor]
 
 
 def why_not() -> list[str]:
-    """Reasons why this machine cannot run it; empty where it can."""
+    """Reasons why this machine cannot run the network in 8-bit integers; empty where it can."""
     reasons = list(onednn.missing())
     lacking = [
         f"torch.ops.onednn.{name}"
@@ -68,10 +69,10 @@ def why_not() -> list[str]:
 
 @cache
 def saturates() -> bool:
-    """Whether oneDNN's sums of 8-bit products are wrong here, by trying the largest ones.
+    """Whether oneDNN's sums of 8-bit products are wrong on this CPU. The function tries the largest products.
 
-    Without VNNI (AVX-512 VNNI, AVX-VNNI or AMX) two products are added in 16 bits. The processor's flags do not tell:
-    ``ONEDNN_MAX_CPU_ISA`` may keep oneDNN from using what is there.
+    Without VNNI (AVX-512 VNNI, AVX-VNNI or AMX) two products are added in 16 bits. The processor's flags are not enough
+    to know this: ``ONEDNN_MAX_CPU_ISA`` may stop oneDNN from using units that the CPU has.
     """
     channels = 64
     step = torch.full((channels,), 1.0)
@@ -81,7 +82,7 @@ def saturates() -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What the ranges of a network's activations belong to: a hash of all its weights."""
+    """A SHA-256 hash (hexadecimal) of all weights of a network; stored ranges name the weights that they belong to."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if value.is_floating_point():
@@ -91,7 +92,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_ranges(folder: Path) -> tuple[Ranges, str] | None:
-    """The ranges in a model's folder, and the fingerprint of the weights that they were measured on; None if none."""
+    """Read ranges from a model's folder, and the fingerprint of their weights; None if the folder has no ranges."""
     file = folder / RANGES_FILE
     if not file.is_file():
         return None
@@ -100,12 +101,12 @@ def load_ranges(folder: Path) -> tuple[Ranges, str] | None:
 
 
 def save_ranges(folder: Path, ranges: Ranges, weights: str) -> None:
-    """Write what :func:`load_ranges` reads."""
+    """Write ranges and the fingerprint ``weights`` into ``folder``; :func:`load_ranges` reads them."""
     (folder / RANGES_FILE).write_bytes(save(ranges, {"weights": weights}))
 
 
 class _Observer(OneDnnNetwork):
-    """The float network, which keeps the largest magnitude of every activation channel."""
+    """The network in floating point. It records the largest magnitude of each channel of each activation."""
 
     def __init__(self, weights: FoldedWeights) -> None:
         super().__init__(weights)
@@ -123,7 +124,7 @@ class _Observer(OneDnnNetwork):
         return self._see(name, block.expand.add_to_(x, self._see(f"{name}_conv", block.conv(reduced))))
 
     def observe(self, x: Tensor) -> None:
-        """One padded input (N, C, H, W)."""
+        """Run the network on one padded input (N, C, H, W), and record its magnitudes."""
         folded = fold(x, self.features, self.zero_channels)
         skip = self._block("res1", self._stem(folded, at_top=True))
         low = self._block("res2", self.conv2(skip))
@@ -138,8 +139,8 @@ class _Observer(OneDnnNetwork):
 def observed_ranges(weights: FoldedWeights, inputs: Iterable[Tensor]) -> Ranges:
     """The ranges of all activations over padded inputs (N, C, H, W): (channels,) each, and ``level``, (1,).
 
-    The largest values count, not a quantile: in a trial on training photographs quantiles of 0.9999 and 0.999 lost more
-    at every noise level.
+    A range is the largest value, not a quantile. In a trial on training photographs, quantiles of 0.9999 and 0.999 lost
+    more at every noise level.
     """
     observer = _Observer(weights)
     for x in inputs:
@@ -154,9 +155,10 @@ class QuantizedConvolution:
 
     Args:
         weight, bias: (O, C, k, k) and (O,), floating.
-        step: (C,), of the input.
-        out_step: (O,), of the result, whose zero is code 0 or, without ReLU, :data:`MIDDLE`; None for float32 results.
-        zero: (C,), of the input; None is 0 everywhere, and needed where there is padding.
+        step: (C,), step of the input's codes.
+        out_step: (O,), step of the result's codes; None for float32 results. The result's zero is code 0 with ReLU, and
+            code :data:`MIDDLE` without.
+        zero: (C,), the input's code of zero. None stands for 0 in all channels; padding needs None.
         stride, padding: as in ``torch.nn.functional.conv2d``.
         relu: whether ReLU follows.
     """
@@ -179,7 +181,7 @@ class QuantizedConvolution:
         scale = exact.abs().amax((1, 2, 3)).clamp(min=1e-30) / 127
         codes = (exact / scale[:, None, None, None]).round()
         if zero is not None:
-            # With the rounded weights: what the products of the zero's code add is then taken off exactly.
+            # Use the rounded weights: then this removes exactly what the products with the code of zero add.
             offset = offset - scale * torch.einsum("ocij,c->o", codes, zero.double())
         if out_step is not None and not relu:
             offset = offset + MIDDLE
@@ -206,7 +208,7 @@ class QuantizedConvolution:
         )  # fmt: skip
 
     def add_to_(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y <- relu(y + conv(x))`` in place; codes of ``y`` have the step of the result."""
+        """``y <- relu(y + conv(x))`` in place; the codes of ``y`` have the step of the result."""
         return torch.ops.onednn.qconv2d_pointwise.binary(
             x, 1.0, 0, self._pack(x.shape), self.scale, self.zero_points, y, self.bias, *self.geometry,
             1.0, 0, self.dtype, 1.0, 0, "sum", 1.0, "relu", [], "",
@@ -214,7 +216,7 @@ class QuantizedConvolution:
 
 
 class _QuantizedBottleneck:
-    """Three convolutions with BN folded; ``step`` is that of the input and of the result."""
+    """Three convolutions with BN folded. ``step`` is the step of input and result, ``inner`` the steps between."""
 
     def __init__(self, pairs: tuple[tuple[Tensor, Tensor], ...], step: Tensor, inner: tuple[Tensor, Tensor]) -> None:
         reduce, conv, expand = pairs
@@ -231,7 +233,7 @@ class Int8Network(TiledNetwork):
 
     Args:
         weights: floating, on the CPU.
-        ranges: of :func:`observed_ranges`.
+        ranges: result of :func:`observed_ranges`.
     """
 
     features = torch.uint8
@@ -248,7 +250,7 @@ class Int8Network(TiledNetwork):
         self.input_step = (high - low).clamp(min=LEAST_RANGE) / CODES
         self.input_zero = (-low / self.input_step).round()
         step = {name: ranges[name].clamp(min=LEAST_RANGE) / CODES for name in ACTIVATIONS}
-        # One code less on each side of the middle than there are, so that both ends are held.
+        # MIDDLE - 1 steps on each side of the middle, so that both ends of the range have a code.
         step["up2"] = ranges["up2"].clamp(min=LEAST_RANGE) / (MIDDLE - 1)
         zero = torch.cat([torch.zeros(len(step["res1"])), torch.full((len(step["up2"]),), float(MIDDLE))])
 

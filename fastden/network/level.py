@@ -1,8 +1,8 @@
 """An estimator of a picture's noise level, and the curve that it makes: noise level over brightness.
 
 The noise level is the local standard deviation of the noise. The noise may be white, or shared by neighbours and
-channels. The curve is made once for a whole picture, and gives each pixel a level by the brightness around it. So tiles
-are exact, and people can be told the curve: 12 in the shadows, 6 in the lights.
+channels. The curve is made once for a whole picture. It gives each pixel a level from the brightness around the pixel.
+So tiles are exact, and people can read the curve: 12 in the shadows, 6 in the highlights.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from fastden.network.padding import reflected_index
 
 #: Brightness, 0 to 1, at which a curve holds a level.
 KNOTS = 8
-#: Side of the cells that the estimator judges, pixels.
+#: Side of the cells that the estimator judges, in pixels.
 CELL = 8
 #: Noise below this level counts as none: it is less than the rounding of 8 bits (1 / sqrt(12) steps).
 FLOOR = 0.25 / 255
 #: Pixels on each side over which brightness is averaged.
 BRIGHTNESS_RADIUS = 2
-#: Weights of a curve's second and first differences in the fit: just enough to hold knots that no cell is near.
+#: Weights of a curve's second and first differences in the fit. They are just large enough to fix a knot that has no
+#: cell near it.
 _BEND, _SLOPE = 0.01, 0.002
-#: A cell whose log level differs more than this from the curve counts less: about three times the uncertainty of a cell
-#: of 3 x 64 values. Then the number of fits; more do not move the curve.
+#: A cell whose log level differs from the curve by more than ``_FAR`` counts less; this is about three times the
+#: uncertainty of a cell of 3 x 64 values. ``_FITS`` is the number of fits; more fits do not move the curve.
 _FAR, _FITS = 0.3, 6
-#: Noise that neighbours share is given to the network as this multiple of its deviation, from the second coarseness on;
-#: white noise, below the first, as its own deviation.
+#: White noise has a coarseness below ``_WHITE_UNTIL``: the network gets its standard deviation. For noise that
+#: neighbours share, from ``_COARSE_FROM`` on, the network gets ``COARSE_FACTOR`` times its standard deviation.
 COARSE_FACTOR, _WHITE_UNTIL, _COARSE_FROM = 2.0, 0.55, 0.60
-#: Up to the first uncertainty of the log level this holds; from the second on nothing is multiplied. Texture that
-#: passes for noise has uncertainties of 0.6 to 0.8, noise of phones and of dark rooms 0.1 to 0.2.
+#: Up to the first uncertainty of the log level, the whole factor applies; from the second on, no factor applies.
+#: Texture that looks like noise has uncertainties of 0.6 to 0.8. Noise of phones and of dark rooms has 0.1 to 0.2.
 _CERTAIN_UNTIL, _UNCERTAIN_FROM = 0.45, 0.85
-#: See :func:`picture_coarseness`.
+#: Share of the cells that stay below a picture's coarseness, see :func:`picture_coarseness`.
 _COARSENESS_SHARE = 0.1
-#: Cells whose mean is nearer to black or white than this are clipped and tell nothing.
+#: Cells whose mean is nearer to black or white than this are clipped; they are not used.
 CLIPPED = 1.5 / 255
 
 
@@ -58,10 +59,10 @@ def level_map(curves: Tensor, x: Tensor) -> Tensor:
 
 
 def level_inside(curves: Tensor, x: Tensor) -> Tensor:
-    """:func:`level_map` of a window with :data:`BRIGHTNESS_RADIUS` more pixels on each side, which are cut off."""
+    """:func:`level_map` of a window without its outer :data:`BRIGHTNESS_RADIUS` pixels on each side."""
     side = 2 * BRIGHTNESS_RADIUS + 1
     gray = x.float().mean(1, keepdim=True)
-    # One axis after the other takes a third of the additions.
+    # An average over one axis after the other takes a third of the additions.
     brightness = F.avg_pool2d(F.avg_pool2d(gray, (side, 1), stride=1), (1, side), stride=1)
     return interpolated(curves, brightness)
 
@@ -71,7 +72,7 @@ def interpolated(curves: Tensor, brightness: Tensor) -> Tensor:
     position = brightness.clamp(0, 1) * (KNOTS - 1)
     curves = curves.to(position)
     level = curves[:, :1, None, None].expand_as(position).clone()
-    # A sum of ramps: PyTorch does a look-up pixel by pixel, which is slower.
+    # This is a sum of ramps. A look-up is slower, because PyTorch does it pixel by pixel.
     for knot, slope in enumerate(curves.diff(dim=1).unbind(1)):
         level += slope[:, None, None, None] * (position - knot).clamp(0, 1)
     # Rounding may make a zero slightly negative.
@@ -101,18 +102,22 @@ def fit_curve(log_level: Tensor, brightness: Tensor, weight: Tensor) -> Tensor:
     slopes, bends = identity.diff(dim=0), identity.diff(n=2, dim=0)
     penalty = _BEND * bends.T @ bends + _SLOPE * slopes.T @ slopes + 1e-6 * identity
     matrix = torch.einsum("nmi,nm,nmj->nij", knots, weight, knots) + penalty
-    # The last term of the penalty pulls towards log level 0, so the fit is of differences from the mean.
+    # The last term of the penalty pulls towards log level 0, so the fit uses differences from the mean.
     mean = (weight * log_level).sum(1, keepdim=True)
     side = torch.einsum("nmi,nm,nm->ni", knots, weight, log_level - mean)
     return mean + torch.linalg.solve(matrix, side[..., None])[..., 0]
 
 
 class Cells(NamedTuple):
-    """What is known of each cell of 8 x 8 pixels, (N, h, w) each.
+    """What the estimator knows about each cell of 8 x 8 pixels; each tensor is (N, h, w).
 
-    ``log_level`` and ``log_variance``: logarithm of the level, and of how uncertain it is. ``coarseness``: logarithm of
-    the share of the noise's deviation that outlives averaging 2 x 2 pixels (white: log 0.5). ``brightness``: mean of
-    all channels. ``usable``: neither clipped nor exactly flat.
+    Attributes:
+        log_level: logarithm of the level, which is on the scale 0-1.
+        log_variance: logarithm of the variance of ``log_level``.
+        coarseness: logarithm of the share of the noise's deviation that remains after averaging 2 x 2 pixels (white
+            noise: log 0.5).
+        brightness: mean of all channels.
+        usable: whether the cell is neither clipped nor exactly flat.
     """
 
     log_level: Tensor
@@ -123,7 +128,7 @@ class Cells(NamedTuple):
 
 
 def cell_brightness(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Brightness of the cells of ``x`` (N, C, H, W), and which are usable: (N, h, w) each."""
+    """Brightness of the cells of ``x`` (N, C, H, W), and whether each cell is usable: (N, h, w) each."""
     gray = x.mean(1, keepdim=True)
     mean = F.avg_pool2d(gray, CELL)[:, 0]
     flat = (F.max_pool2d(gray, CELL) == -F.max_pool2d(-gray, CELL))[:, 0]
@@ -133,13 +138,13 @@ def cell_brightness(x: Tensor) -> tuple[Tensor, Tensor]:
 class NoiseEstimator(nn.Module):
     """A small network that judges the noise of each cell of a picture.
 
-    Banks of zero-mean filters at three scales, the logarithm of their energy in each cell (so that it works alike at
-    all levels), and convolutions over neighbouring cells that tell noise from texture: 4,200 multiply-accumulates a
-    pixel, 3 % of the denoiser's, on at most a million pixels of a picture.
+    It has banks of zero-mean filters at three scales. It takes the logarithm of their energy in each cell, so that it
+    works equally well at all levels. Convolutions over neighbouring cells then tell noise from texture. It needs 4,200
+    multiply-accumulates a pixel, 3 % of the denoiser's, on at most a million pixels of a picture.
 
     Args:
-        filters: of each bank.
-        width: channels behind them.
+        filters: number of filters in each bank.
+        width: number of channels of the convolutions over cells.
     """
 
     def __init__(self, filters: int = 24, width: int = 64) -> None:
@@ -159,8 +164,11 @@ class NoiseEstimator(nn.Module):
         """Judge pictures.
 
         Args:
-            x: (N, 3, H, W), float32 in [0, 1] (white noise may exceed it), H and W at least 8; pixels beyond the
+            x: (N, 3, H, W), float32 in [0, 1] (white noise may exceed it), H and W at least 8. Pixels beyond the
                 last whole cell are not used.
+
+        Returns:
+            :class:`Cells`, tensors of (N, H // 8, W // 8).
         """
         height, width = (size // CELL * CELL for size in x.shape[2:])
         x = x[:, :, :height, :width]
@@ -190,7 +198,7 @@ def curve_of(cells: Cells) -> Tensor:
 def robust_curve(cells: Cells) -> Tensor:
     """:func:`curve_of`, in which cells far from the curve count less (Huber, "Robust estimation", 1964).
 
-    Where texture in a quarter of a picture is taken for noise, the level changes by a tenth, not by a half.
+    If texture in a quarter of a picture looks like noise, the level changes by a tenth, not by a half.
     """
     log_level, brightness, weight = cells.log_level.flatten(1), cells.brightness.flatten(1), weights_of(cells)
     own = torch.ones_like(weight)
@@ -202,24 +210,24 @@ def robust_curve(cells: Cells) -> Tensor:
 
 
 def levels_of(log_levels: Tensor) -> Tensor:
-    """Levels of curves in log levels: 0 where they are not above :data:`FLOOR`, at most 1."""
+    """Convert log levels to levels: 0 where a level is not above :data:`FLOOR`, and at most 1."""
     levels = log_levels.exp().clamp(max=1)
     return torch.where(levels > FLOOR, levels, torch.zeros_like(levels))
 
 
 def white_factor(coarseness: Tensor, uncertainty: Tensor) -> Tensor:
-    """By what the level of noise is multiplied before a network takes it.
+    """The factor that multiplies a level of noise before a network takes it.
 
-    A network that learned white noise removes little of noise that neighbours share: it takes it for detail. Given
-    twice the level, it removes it. So white and coarse noise are given on one scale, that of white noise. Where the
-    estimator is unsure whether it sees noise or texture, the level is not raised.
+    A network that learned white noise removes little of the noise that neighbours share, because such noise looks like
+    detail. With twice the level the network removes it. So the levels of white and of coarse noise are on one scale,
+    the scale of white noise. Where the estimator is not sure whether it sees noise or texture, the level is not raised.
 
     Args:
-        coarseness: of the noise, see :func:`picture_coarseness`.
-        uncertainty: of its level, see :func:`picture_uncertainty`; of the same shape.
+        coarseness: coarseness of the noise, see :func:`picture_coarseness`; any shape.
+        uncertainty: uncertainty of its level, see :func:`picture_uncertainty`; the same shape.
 
     Returns:
-        1 to 2, of that shape.
+        Factors from 1 to 2, of the same shape.
     """
     share = (coarseness - _WHITE_UNTIL) / (_COARSE_FROM - _WHITE_UNTIL)
     doubt = (uncertainty - _CERTAIN_UNTIL) / (_UNCERTAIN_FROM - _CERTAIN_UNTIL)
@@ -227,10 +235,15 @@ def white_factor(coarseness: Tensor, uncertainty: Tensor) -> Tensor:
 
 
 def picture_coarseness(cells: Cells, weights: Tensor) -> Tensor:
-    """The coarseness of each picture, (N,): what a tenth of its cells, counted by ``weights`` (N, h w), stay below.
+    """The coarseness of each picture, (N,): the value that a tenth of its cells stay below.
 
-    Texture makes cells look coarser, not finer: white noise of sigma 15 on texture has a mean of 0.63, as noise from a
-    sensor has that was only demosaiced; a tenth of its cells stay below 0.56, of the other's below 0.60.
+    Texture makes cells look coarser, not finer. White noise of sigma 15 on texture has a mean coarseness of 0.63.
+    Sensor noise that was only demosaiced has the same mean. But a tenth of the cells stay below 0.56 for the white
+    noise, and below 0.60 for the sensor noise.
+
+    Args:
+        cells: cells of N pictures.
+        weights: (N, h w), how much each cell counts.
     """
     values, order = cells.coarseness.flatten(1).sort(1)
     below = weights.gather(1, order).cumsum(1)
@@ -239,13 +252,13 @@ def picture_coarseness(cells: Cells, weights: Tensor) -> Tensor:
 
 
 def picture_uncertainty(cells: Cells, weights: Tensor) -> Tensor:
-    """How uncertain each picture's log level is, (N,): the standard deviation of a cell, their geometric mean."""
+    """The uncertainty of each picture's log level, (N,): the geometric mean of its cells' standard deviations."""
     total = weights.sum(1).clamp(min=1e-12)
     return (0.5 * (weights * cells.log_variance.flatten(1)).sum(1) / total).exp()
 
 
 def true_cells(clean: Tensor, noisy: Tensor) -> Cells:
-    """The right estimate of noisy pictures (N, 3, H, W) whose clean form is known."""
+    """The exact cells of noisy pictures (N, 3, H, W), computed from their clean form."""
     height, width = (size // CELL * CELL for size in clean.shape[2:])
     noisy, error = noisy[:, :, :height, :width], (noisy - clean)[:, :, :height, :width]
     around = {"kernel_size": 3, "stride": 1, "padding": 1, "count_include_pad": False}

@@ -1,4 +1,4 @@
-"""Load a network from a user's words: a model's name, a device, a dtype, a size of memory."""
+"""Load a network from a user's settings: a model's name, a device, a dtype, a size of memory."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def load_network(
     Args:
         model, device, dtype: as in :func:`denoise`.
         eight_bit: the image has 8 bits, so ``dtype="auto"`` may reduce the precision.
-        fast: compute in 8-bit integers; ``dtype`` is then that of the head, and of calls that cannot run so.
+        fast: compute in 8-bit integers. Then ``dtype`` is for the head, and for calls that cannot run in integers.
 
     Raises:
-        ValueError: no such model, device or dtype; settings beside a FusedDenoiser, which has its own.
-        TypeError: another type of ``model``.
+        ValueError: the model, device or dtype does not exist; or ``device``, ``dtype`` or ``fast`` is given with a
+            FusedDenoiser, which has its own settings (``fast`` is accepted where its quality is ``"fast"``).
+        TypeError: ``model`` has another type.
     """
     quality: Literal["normal", "fast"] = "fast" if fast else "normal"
     if isinstance(model, FusedDenoiser):
@@ -70,7 +71,7 @@ def load_network(
     target = parse_device(device)
     folder = models().get(str(model), Path(model))
     weights = folder / "model.safetensors"
-    # The file's time is part of the cache key: a folder that was written again holds another model.
+    # The file's time is part of the cache key: a folder that was written again has another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
     return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit and not fast), quality, changed)
 
@@ -83,10 +84,10 @@ def _load_cached(
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A usable device; None is CUDA where there is a device, else the CPU.
+    """A usable device; None means CUDA where PyTorch finds a CUDA device, else the CPU.
 
     Raises:
-        ValueError: another device than cpu, cuda and, where PyTorch has it, mps; CUDA where PyTorch finds none.
+        ValueError: the device is not cpu, cuda or (where PyTorch has it) mps, or PyTorch does not find this device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,11 +112,11 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool
 
     Args:
         dtype: ``"auto"``, a name or a torch dtype of :data:`DTYPES`.
-        device: of the computation.
+        device: device of the computation.
         eight_bit: the image has 8 bits, so ``"auto"`` may take bfloat16.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: the dtype is not one of these.
     """
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
@@ -140,10 +141,10 @@ def check_max_pixels(max_pixels: float) -> None:
 
 
 def parse_memory(value: int | str | None) -> int | None:
-    """Bytes of ``2GiB``, ``500 MB`` (decimal where the i is missing), ``4G`` (binary) or an integer.
+    """Bytes of a size: ``2GiB``, ``500 MB`` (decimal without the i), ``4G`` (binary) or an integer; None stays None.
 
     Raises:
-        ValueError: anything else, or less than 1.
+        ValueError: ``value`` has another form, or is less than 1 byte.
     """
     if value is None:
         return None

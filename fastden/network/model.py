@@ -30,8 +30,8 @@ class Denoiser(nn.Module, PretrainedMixin):
     """Image denoiser: ``model(x, sigma) -> y``, all images RGB, float, in [0, 1].
 
     The network of Liu et al. (section 3.1) as its authors ran it: 1,033,443 parameters with 3 input channels, a
-    receptive field of 39 pixels, 220,544 multiply-accumulates a pixel. Any height and width: the module pads by
-    reflection and crops.
+    receptive field of 39 pixels, 220,544 multiply-accumulates a pixel. It takes any height and width: it pads by
+    reflection, and crops the result.
 
     Args:
         noise_level_input: take the noise level as a fourth input channel (as FFDNet does), so one network serves all
@@ -40,9 +40,8 @@ class Denoiser(nn.Module, PretrainedMixin):
             shipped colour networks take gray images through :func:`fastden.denoise`, which repeats the channel.
         composed: run conv1 o conv0 and out o cat(conv0, up3) as the single convolutions that they equal
             (:mod:`fastden.algebra`), in training and evaluation. The function is the same up to rounding, with 36 %
-            fewer multiply-accumulates. The parameters stay those of the factors. A layer that is not a plain one (it
-            has
-            hooks, an adapter, another normalisation: see :mod:`fastden.nn`) is called as without this option.
+            fewer multiply-accumulates. The parameters stay those of the factors. If a layer is not plain (it has hooks,
+            an adapter or another normalisation, see :mod:`fastden.nn`), it is called as without this option.
     """
 
     def __init__(self, noise_level_input: bool = True, image_channels: int = 3, composed: bool = False) -> None:
@@ -69,19 +68,20 @@ class Denoiser(nn.Module, PretrainedMixin):
 
         Args:
             x: (N, 3, H, W), float, in [0, 1] (noise may exceed it), any H, W >= 1, any memory format.
-            sigma: standard deviation of the noise on the scale of ``x`` (25 of 255 is 25 / 255), 0 to 1: a number; one
-                for each image, (N,), (N, 1) or (N, 1, 1, 1); or a map (N, 1, H, W) or (1, 1, H, W). Python's and
-                NumPy's numbers, lists, arrays and tensors. Needed by a network with ``noise_level_input``, refused by
-                a blind one.
+            sigma: standard deviation of the noise on the scale of ``x`` (25 of 255 is 25 / 255), 0 to 1. It is one
+                number; one number for each image, (N,), (N, 1) or (N, 1, 1, 1); a map (N, 1, H, W) or (1, 1, H, W); or
+                a curve (N, 8) or (1, 8) over brightness (:mod:`fastden.network.level`). Its type is a number, list,
+                array or tensor of Python, NumPy or PyTorch. A network with ``noise_level_input`` needs it; a blind
+                network refuses it.
 
         Returns:
-            (N, 3, H, W), not clipped, in the dtype of ``x`` (under autocast: of autocast's result).
+            (N, 3, H, W), not clipped, in the dtype of ``x`` (under autocast: in the dtype of autocast's result).
 
         Raises:
-            ValueError, TypeError: naming the argument, what it was and what is accepted.
+            ValueError, TypeError: an argument is not accepted. The message names it, and says what is accepted.
 
         Warns:
-            ScaleWarning: once in a process, where values of ``x`` are far above 1, as in a picture on the scale 0-255.
+            ScaleWarning: once in a process, if values of ``x`` are far above 1, as in a picture on the scale 0-255.
         """
         height, width = check_input(x, self.image_channels)
         dtype = self.conv0.weight.dtype if is_plain_conv(self.conv0) else x.dtype
@@ -93,12 +93,12 @@ class Denoiser(nn.Module, PretrainedMixin):
         level = noise_level(x, sigma, self.noise_level_input)
         padded = pad_image(x if level is None else torch.cat([x, level], 1))
         y = self.forward_padded(padded)
-        # A slice would limit an exported graph to sizes that need cropping, or to those that do not: a view has
-        # strides.
+        # A slice is a view. Its strides would limit an exported graph to sizes that need cropping, or to sizes that do
+        # not.
         return F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]))
 
     def forward_padded(self, x: Tensor) -> Tensor:
-        """The network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
+        """Run the network on a padded input: (N, C, H, W) -> (N, 3, H - 6, W - 6), H and W multiples of 4."""
         if self.composed and self._composes():
             return self._forward_composed(x)
         fused = not _has_any_global_hook()
@@ -115,10 +115,10 @@ class Denoiser(nn.Module, PretrainedMixin):
         return x[:, : self.image_channels, BORDER:-BORDER, BORDER:-BORDER] + y
 
     def _composes(self) -> bool:
-        """Whether the layers that the composed form never calls are plain ones, see :mod:`fastden.nn`.
+        """Whether the layers that the composed form never calls are plain, see :mod:`fastden.nn`.
 
-        Hooks on all modules do not count. Profilers and PyTorch's FLOP counter set them, and must measure the form that
-        runs without them.
+        Global hooks on all modules do not count. Profilers and PyTorch's FLOP counter set them, and must measure the
+        form that runs without them.
         """
         conv0, conv1, up3, out = self.conv0, self.conv1, self.up3, self.out
         if not (is_plain_block(conv1, ConvBNReLU) and is_plain_norm(conv1.bn) and conv1.relu):
@@ -142,7 +142,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         return ops.head(features, x, head.weight, head.image_weight, head.bias, composed=True)
 
     def _trunk(self, x: Tensor) -> Tensor:
-        """res1 to res3: (N, 128, h, w) -> (N, 256, h, w), at half resolution."""
+        """Run res1 to res3, at half resolution: (N, 128, h, w) -> (N, 256, h, w)."""
         skip = self.res1(x)
         x = self.res2(self.conv2(skip))
         return self.res3(self.conv3(skip, self.up2(x)))

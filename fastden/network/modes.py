@@ -27,13 +27,13 @@ def runs_as_written(x: Tensor) -> bool:
     """Whether code on ``x`` runs once, now, on plain memory, and nothing records PyTorch's operations.
 
     It is false under :func:`transforming`, under a dispatch mode (``FlopCounterMode``, fake tensors, ``make_fx``) and
-    for tensor subclasses. Code then may use only operations that PyTorch can differentiate, batch and count.
+    for tensor subclasses. Then code may use only operations that PyTorch can differentiate, batch and count.
     """
     return not transforming() and torch._C._len_torch_dispatch_stack() == 0 and type(x) in (Tensor, nn.Parameter)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast is off for ``device``; it may be off already, or unknown (meta)."""
+    """A context in which autocast is off for ``device``. It may be off already, or not exist (meta)."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()

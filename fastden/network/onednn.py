@@ -1,8 +1,8 @@
 """The fused network on a CPU: oneDNN convolutions with post-operations on tiles that stay in cache.
 
 Bias, ReLU and the residual sum run inside the convolutions. Weights are packed once for each tile shape. Activations
-are channels-last. The concatenation in front of conv3 is made tile by tile. All operators are PyTorch's own: there is
-nothing to build.
+are channels-last. The concatenation in front of conv3 is made tile by tile. All operators are PyTorch's own, so nothing
+has to be built.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from fastden.network.activations import channels_last_empty, fold, gathered, joi
 from fastden.network.packed import PackedWeights
 
 #: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
-#: run at 3.1 TFLOP/s on maps up to 192 wide and at 1.1 on the 386 columns of a 768-pixel image (2 cores, conv3); rows
-#: are few enough to bound memory, and cost recomputed edges: 83 ms for 512 x 768 pixels in bf16, 92 with 128 rows, 99
-#: with 64; 404, 412 and 476 ms in float32.
+#: run at 3.1 TFLOP/s on maps up to 192 columns wide, and at 1.1 TFLOP/s on the 386 columns of a 768-pixel image (2
+#: cores, conv3). Fewer rows need less memory, but more edges are computed twice. With 256, 128 and 64 rows, 512 x 768
+#: pixels take 83, 92 and 99 ms in bf16, and 404, 412 and 476 ms in float32.
 TILE_ROWS, TILE_COLUMNS = 256, 192
-#: Features that a tile needs around its own: 1 for res3's 3x3, and 1 before, 2 behind for the head's 4x4 (conv3's own
-#: neighbours are inputs, see :func:`fastden.network.activations.gathered`).
+#: Features that a tile needs before and behind its own. res3's 3x3 convolution needs 1 on each side; the head's 4x4
+#: needs 1 before and 2 behind. conv3's neighbours are inputs, see :func:`fastden.network.activations.gathered`.
 BEFORE, BEHIND = 2, 3
-#: Rows of half-resolution features that stem and res1 make at a time: 10 ms less in 100 than with all rows, 5 less than
-#: with 16 (512 x 768 pixels, bf16).
+#: Rows of half-resolution features that stem and res1 make at a time. This saves 10 ms of 100 against all rows at once,
+#: and 5 ms against 16 rows (512 x 768 pixels, bf16).
 FRONT_ROWS = 64
-#: Images are run together up to this many pixels: small ones fill the cores better so, large ones leave the cache.
+#: Largest number of pixels of images that run together. Small images fill the cores better together; large images
+#: together do not fit into the cache.
 BATCH_PIXELS = 1 << 17
 
 
@@ -90,18 +91,23 @@ def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep freed memory, up to 2 GiB, instead of returning it to the system; whether it agreed.
+    """Ask the C library to keep freed memory, up to 2 GiB, and not to return it to the system.
 
-    Activations are freed and allocated again all the time, and fresh pages cost the system's time to map: with this,
-    512 x 768 pixels take 78 ms instead of 83 in bf16 and 395 instead of 404 in float32. It holds for the whole process,
-    so it is for programs, such as the command line, not for libraries. glibc only.
+    Activations are freed and allocated again all the time, and the system needs time to map new pages. With this
+    setting, 512 x 768 pixels take 78 ms instead of 83 ms in bf16, and 395 ms instead of 404 ms in float32. The setting
+    is for the whole process. So programs, such as the command line, should use it, and libraries should not. It works
+    with glibc only.
+
+    Returns:
+        Whether the C library accepted the setting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
     trim_threshold, mmap_threshold = -1, -3
-    # Older versions take at most 32 MiB here. Setting either ends glibc's own adaptation, so the order matters.
+    # Older versions of glibc accept at most 32 MiB here. Each of the two settings ends glibc's own adaptation of the
+    # thresholds, so the order matters.
     if not (mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)):
         return False
     return bool(mallopt(trim_threshold, 2**31 - 1))
@@ -112,7 +118,7 @@ class Convolution:
 
     Args:
         weight: (O, C, k, k), float32 or bfloat16, on the CPU.
-        bias: (O,), rounded to the weight's dtype, which oneDNN's convolutions of PyTorch take.
+        bias: (O,), rounded to the weight's dtype: PyTorch's oneDNN convolutions take a bias of that dtype.
         stride, padding: as in ``torch.nn.functional.conv2d``.
         relu: whether ReLU follows.
     """
@@ -130,7 +136,7 @@ class Convolution:
         """Weights in the layout that oneDNN wants for this input shape (it may differ between shapes)."""
         packed = self._packed.get(shape)
         if packed is None:
-            # PyTorch's stub for this function lacks the shape, without which the layout is a guess.
+            # PyTorch's type stub for this function lacks the shape. Without the shape the layout is a guess.
             packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
                 self.weight.to_mkldnn(), *self.geometry, shape
             )
@@ -181,7 +187,7 @@ class FoldedWeights:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> FoldedWeights:
-        """From the buffers of a :class:`fastden.network.fused.FusedDenoiser` by their names."""
+        """Select the weights from the buffers of a :class:`fastden.network.fused.FusedDenoiser` by name."""
 
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return tensors[f"{name}_weight"], tensors[f"{name}_bias"]
@@ -214,15 +220,15 @@ class _Head:
 
 
 class TiledNetwork(ABC):
-    """The fused network in tiles that stay in cache: what its forms in other number formats share.
+    """The fused network in tiles that stay in cache; the base class of its forms in different number formats.
 
-    A form sets the parts below, which take and return channels-last tensors, and says what the stem reads.
+    A form sets the parts below and defines what the stem reads. The parts take and return channels-last tensors.
 
     Attributes:
-        channels: of the image.
-        zero_channels: channels of zeros that the folded input gets.
-        features: dtype between the convolutions.
-        outside: what conv3 finds beyond the image in the channels of its second source.
+        channels: number of channels of the image.
+        zero_channels: number of zero channels that are added to the folded input.
+        features: dtype of the activations between the convolutions.
+        outside: value that conv3 reads beyond the image in the channels of its second source.
     """
 
     channels: int
@@ -255,7 +261,7 @@ class TiledNetwork(ABC):
         low = self.res2(self.conv2(skip))
         upsampled = join_phases([phase(low) for phase in self.up2])
         self._add_tail(skip, upsampled, y)
-        # The four phases go to their pixels, and the input is added at its own precision, in one pass.
+        # One pass moves the four phases to their pixels, and adds the image at its own precision.
         image = x[:, : self.channels, BORDER:-BORDER, BORDER:-BORDER]
         result = torch.empty(image.shape, dtype=x.dtype, device=x.device)
         pairs = (y.shape[2], 2), (y.shape[3], 2)
@@ -267,7 +273,7 @@ class TiledNetwork(ABC):
         return result
 
     def _front(self, folded: Tensor) -> Tensor:
-        """stem and res1 in strips of rows, so that res1 finds stem's output in cache: (N, 128, h, w)."""
+        """Run stem and res1 on a few rows at a time, so that res1 finds stem's output in cache: (N, 128, h, w)."""
         height, width = folded.shape[2] - 3, folded.shape[3] - 3
         skip: Tensor | None = None
         for top, bottom, first, last in tile_regions(height, height, FRONT_ROWS, 1, 1):
@@ -283,7 +289,7 @@ class TiledNetwork(ABC):
     def _stem(self, folded: Tensor, at_top: bool) -> Tensor:
         inside, left, top = self.stem
         y = inside(folded)
-        # Five columns, to get the first one right: see fastden.ops.stem.
+        # Five columns are computed, because a result of one column may be wrong: see fastden.ops.stem.
         y[:, :, :, :1] = left(folded[..., :5].contiguous(memory_format=torch.channels_last))[..., :1]
         if at_top:
             row, corner = top(folded[:, :, :4]).chunk(2, 1)
@@ -292,7 +298,7 @@ class TiledNetwork(ABC):
         return y
 
     def _add_tail(self, skip: Tensor, upsampled: Tensor, y: Tensor) -> None:
-        """conv3, res3 and head, tile by tile, added to ``y`` (N, 4 K, h - 1, w - 1)."""
+        """Run conv3, res3 and head tile by tile, and add the result to ``y`` (N, 4 K, h - 1, w - 1)."""
         rows = tile_regions(y.shape[2], skip.shape[2], TILE_ROWS, BEFORE, BEHIND)
         columns = tile_regions(y.shape[3], skip.shape[3], TILE_COLUMNS, BEFORE, BEHIND)
         for top, bottom, first_row, last_row in rows:
@@ -320,7 +326,7 @@ class OneDnnNetwork(TiledNetwork):
         self.features = head.weight.dtype
         self.channels = head.image_weight.shape[0]
         # oneDNN's bf16 kernels run three times slower on 12 input channels than on 16 (stem, 386 columns): a blind
-        # colour network gets a channel of zeros. Float32 is faster without.
+        # colour network gets a channel of zeros. Float32 is faster without it.
         inputs = stem.weight.shape[2]
         self.zero_channels = 1 if self.features == torch.bfloat16 and inputs == 3 else 0
         self.stem = [Convolution(unshuffled_weight(w, 4, self.zero_channels), b) for w, b in stem_parts(stem)]
@@ -348,16 +354,17 @@ class OneDnnNetwork(TiledNetwork):
 
 
 def stem_parts(weights: StemWeights) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases inside, in the left column, and in the top row with the corner's as further output channels.
+    """Weight and bias of the stem's three convolutions: inside, left column, top row.
 
-    On a small image each convolution costs more in calling it than in computing.
+    The last one also has the corner's weights, as more output channels. This saves a call: on a small image a call
+    takes more time than its computation.
     """
     inside, top, left, corner = zip(weights.weight, weights.bias, strict=True)
     return [inside, left, (torch.cat([top[0], corner[0]]), torch.cat([top[1], corner[1]]))]
 
 
 def image_convolution(head: HeadWeights, zero_channels: int) -> Convolution:
-    """The head's path from the image, on the folded input: its 2x2 phases, without bias."""
+    """The head's convolution of the image, without bias. It reads the folded input and gives the 2x2 phases."""
     image = image_phases(head.image_weight)
     return Convolution(unshuffled_weight(image, 5, zero_channels), image.new_zeros(len(image)), relu=False)
 
@@ -370,7 +377,8 @@ def _bottleneck(pairs: tuple[tuple[Tensor, Tensor], ...]) -> FoldedBottleneck:
 def _head(weights: HeadWeights) -> _Head:
     bias = weights.bias.repeat_interleave(4)
     if weights.weight.dtype == torch.bfloat16:
-        # Two convolutions would read and round once more than they save: 8.9 against 8.0 ms for 0.4 megapixels.
+        # Two convolutions read and round once more, which costs more than they save: 8.9 ms against 8.0 ms for 0.4
+        # megapixels.
         return _Head((Convolution(weights.weight, bias, padding=1, relu=False),))
     rows, merge = separated_head(weights.weight)
     first = Convolution(rows, rows.new_zeros(len(rows)), padding=(0, 1), relu=False)

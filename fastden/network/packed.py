@@ -1,4 +1,4 @@
-"""Weights as oneDNN packed them, and a check that finds every change of the weights that they were packed from."""
+"""Weights that oneDNN has packed, and a check that finds every change of the original weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-#: Packed copies kept of each convolution's weights, the oldest leaves first: the bound of what packing costs in memory.
-#: oneDNN chose one layout for all of 60 sizes between 1 and 119 pixels, and two for one of 23 convolutions.
+#: Largest number of packed copies of each convolution's weights; the oldest is removed first. This limits the memory of
+#: packed weights. oneDNN chose one layout for all of 60 sizes between 1 and 119 pixels, and two layouts for one of 23
+#: convolutions.
 PACKED_COPIES = 4
-#: Most input shapes that each convolution remembers with the copy that they use.
+#: Largest number of input shapes for which each convolution remembers the packed copy.
 PACKED_SHAPES = 1024
 
 
 class PackedWeights:
-    """One convolution's weights as oneDNN packed them for input shapes; the same bytes are kept once.
+    """One convolution's weights, packed by oneDNN for different input shapes; equal copies are stored once.
 
-    Several threads may call it: a copy that a call received stays valid when another call adds or drops copies.
+    Several threads may call it: a copy that a call received stays valid when another call adds or removes copies.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class PackedWeights:
         return self._of_shape.get(shape)
 
     def add(self, shape: tuple[int, ...], packed: Tensor) -> Tensor:
-        """Keep ``packed`` for ``shape``; returns the copy to use, which is an older one where an equal one exists."""
+        """Store ``packed`` for ``shape``. Returns the copy to use: an older copy if an equal one exists."""
         with self._lock:
             for copy in self._copies:
                 if _same_packed(copy, packed):
@@ -82,12 +83,12 @@ def _memcmp() -> Callable[[int, int, int], int]:
 
 
 class Snapshot:
-    """Copies of tensors, to see whether these still hold the same bytes.
+    """Copies of tensors, to check whether the tensors still hold the same bytes.
 
-    Comparing all bytes is the only check that finds every change. Writes through ``.data``, a NumPy view, shared memory
-    or a collective operation raise no version, and tensors of inference mode have none. Sums of words would read half
-    as much, but miss writes whose changes cancel, such as two weights that change their signs. What it costs stands in
-    ``benchmarks/results/small.json``.
+    Only a comparison of all bytes finds every change. Writes through ``.data``, a NumPy view, shared memory or a
+    collective operation do not change a tensor's version counter, and tensors of inference mode have no counter. Sums
+    of words would read half as much, but would miss changes that cancel, such as two weights that change their signs.
+    The time of the check is in ``benchmarks/results/small.json``.
 
     Args:
         tensors: dense, on the CPU.
@@ -103,8 +104,8 @@ class Snapshot:
         self._sizes = [copy.nbytes for copy in self.copies]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` equal the copies, shapes, dtypes and devices included."""
-        # Whole lists at a time: 98 us in all with weights in cache; a loop over the tensors takes 104.
+        """Whether ``tensors`` equal the copies, and have the same shapes, dtypes and devices."""
+        # Compare whole lists: this takes 98 us in all with weights in cache. A loop over the tensors takes 104 us.
         if not all(tensor.is_cpu for tensor in tensors) or [tensor.dtype for tensor in tensors] != self._dtypes:
             return False
         if [tensor.shape for tensor in tensors] != self._shapes:
