@@ -1,5 +1,6 @@
-// The operators of fastden.h for PyTorch: the only file that includes its headers. Checks arguments, lays tensors and
-// weights out as the kernels read them, allocates results, and launches on the current stream of the inputs' device.
+// The operators of fastden.h for PyTorch. Only this file includes PyTorch's headers. It checks arguments, brings
+// tensors and weights into the layout that kernels read, allocates results, and launches on the current stream of the
+// inputs' device.
 //
 // With FASTDEN_EMULATED the kernels run on the CPU (tests/emulator), and the operators are those of CPU tensors.
 #include <ATen/core/Tensor.h>
@@ -77,7 +78,7 @@ void check_multiple(const char* name, int64_t value, int64_t of, int64_t most = 
                       of, most < std::numeric_limits<int>::max() ? " up to " + std::to_string(most) : "");
 }
 
-// Of the device and the dtype of what came first.
+// Checks that x has the device and the dtype of `first`.
 void check_like(const char* name, const Tensor& x, const Tensor& first) {
     TORCH_CHECK_VALUE(x.device() == first.device(), name, ": on ", x.device(), "; accepted: ", first.device());
     TORCH_CHECK_TYPE(x.scalar_type() == first.scalar_type(), name, ": dtype ", x.scalar_type(),
@@ -95,7 +96,7 @@ int narrow(const char* name, int64_t value) {
     return static_cast<int>(value);
 }
 
-// x in the order of memory that kernels read, 16-byte aligned: x itself where it is so.
+// x in the memory order that kernels read, 16-byte aligned; x itself if it is so already.
 Tensor dense(const Tensor& x, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
     const Tensor y = x.contiguous(order);
     return reinterpret_cast<std::uintptr_t>(y.const_data_ptr()) % 16 == 0 ? y : y.clone(order);
@@ -105,7 +106,7 @@ Tensor channels_last(const Tensor& x) {
     return dense(x, at::MemoryFormat::ChannelsLast);
 }
 
-// A bias, checked, in float32 and laid out. It may come in float32 or in the dtype of what came first.
+// A bias: checked, converted to float32 and dense. Its dtype may be float32 or that of `first`.
 Tensor biases_of(const char* name, const Tensor& x, at::IntArrayRef accepted, const Tensor& first) {
     TORCH_CHECK_VALUE(x.device() == first.device(), name, ": on ", x.device(), "; accepted: ", first.device());
     TORCH_CHECK_TYPE(x.scalar_type() == first.scalar_type() || x.scalar_type() == at::kFloat, name, ": dtype ",
@@ -114,17 +115,17 @@ Tensor biases_of(const char* name, const Tensor& x, at::IntArrayRef accepted, co
     return dense(x.to(at::kFloat));
 }
 
-// The same of a bias that may be left out; undefined where there is none.
+// The same for an optional bias; undefined if there is none.
 Tensor optional_biases(const char* name, const Optional& x, int64_t size, const Tensor& first) {
     return x.has_value() ? biases_of(name, *x, at::IntArrayRef{size}, first) : Tensor();
 }
 
-// The next multiple of the channels that a step of the kernels takes.
+// Rounds up to a multiple of 8, the channels that one step of the kernels takes.
 int64_t whole(int64_t channels) {
     return (channels + 7) / 8 * 8;
 }
 
-// Zeros behind the channels of a feature map, or behind a vector, up to a size; x itself where it has that.
+// Pads the channels of a feature map, or a vector, with zeros up to `size`; x itself if it has this size already.
 Tensor padded(const Tensor& x, int64_t size) {
     if (!x.defined()) return x;
     const int64_t more = size - x.size(x.dim() == 4 ? 1 : 0);
@@ -149,8 +150,8 @@ void copy_strides(const Tensor& x, int64_t (&strides)[4]) {
     std::copy_n(x.strides().begin(), 4, strides);
 }
 
-// Channels that are not a multiple of 8 are filled up with zeros, at the price of copies: in the network those of the
-// plain form's first and last layer alone.
+// If a number of channels is not a multiple of 8, zeros fill it up. This costs copies. In the network, only the first
+// and the last layer of the plain form need this.
 Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Optional& bias, const Optional& residual,
             bool relu, int64_t stride, int64_t padding) {
     const fastden::DType dtype = half("a", a);
@@ -244,7 +245,7 @@ Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
         wide == outputs && wide_channels == channels
             ? weight
             : at::constant_pad_nd(weight, {0, 0, 0, 0, 0, wide - outputs, 0, wide_channels - channels});
-    // Channels innermost: in the order in which fastden.fuse keeps them, so that nothing is copied.
+    // Channels are innermost. fastden.fuse stores weights in this order, so that nothing is copied.
     const Tensor weights = channels_last(filled.transpose(0, 1));
 
     fastden::Upsampling arguments{};
@@ -373,7 +374,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
         check_rank("image", *image, 4);
         check_shape("image", *image, {batch, std::max(image->size(1), outputs), x.size(2), x.size(3)});
         result = image->scalar_type();
-        // Another dtype is added, and rounded to, in float32, as the sums are.
+        // An image of another dtype is added in float32, like the sums; the result is then rounded to this dtype.
         if (add_input) added = result == features.scalar_type() ? *image : image->to(at::kFloat);
     }
     const bool wide = result != features.scalar_type();
@@ -407,7 +408,7 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
     return y.to(result);
 }
 
-// What this library was built with and for, as fastden/cuda/build.py described it, and what the headers say.
+// How and for what this library was built: the description by fastden/cuda/build.py, and the versions in the headers.
 pybind11::dict build_config() {
     pybind11::dict config = pybind11::module_::import("json").attr("loads")(FASTDEN_BUILD);
     config["torch_headers"] = TORCH_VERSION;
@@ -422,7 +423,7 @@ pybind11::dict build_config() {
 
 }  // namespace
 
-// The schemas are those of torch.ops.fastden (fastden/ops/_library.py), which has the shape functions too.
+// The schemas are those of torch.ops.fastden (fastden/ops/_library.py), which also has the shape functions.
 TORCH_LIBRARY(fastden_cuda, library) {
     const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
     library.def(

@@ -1,9 +1,10 @@
 // bottleneck: relu(x + expand(relu(conv(relu(reduce(x)))))), batch normalisation folded, in one kernel.
 //
-// A block makes 8 x 16 pixels. The reduced map of these pixels and of a margin of one is made first, to shared memory,
-// where the 3x3 convolution reads it at nine shifts; what that makes goes to shared memory too, and through `expand`
-// with x to the result. Global memory sees x (1.4 times, the margin included, and once more as the residual, from the
-// cache) and y. The margin, 192 rows of products for 128 pixels, makes half of `reduce` twice: 12 % of all products.
+// A block makes 8 x 16 pixels. First it computes the reduced map of these pixels and of a margin of one pixel, and
+// stores it in shared memory. The 3x3 convolution reads it there at nine shifts, and stores its own result in shared
+// memory too. `expand` reads this result, adds x, and writes y. Global memory transfers are y and x: x is read 1.4
+// times because of the margin, and once more as the residual, from the cache. The margin makes 192 rows of products for
+// 128 pixels: half of `reduce` is computed twice, which is 12 % of all products.
 #include "fastden.h"
 #include "tile.cuh"
 
@@ -18,8 +19,8 @@ constexpr int kMarginRows = divide_up(kMarginPixels, 64) * 64;  // whole blocks 
 constexpr int kWarpsDown = 4, kWarpsAcross = 2;
 constexpr int kThreads = kWarp * kWarpsDown * kWarpsAcross;
 constexpr int kStages = 3;
-constexpr int kUnits = 3;           // of a tap and kChunk channels, of a step of `conv`
-constexpr int kExpandColumns = 64;  // output channels of a step of `expand`
+constexpr int kUnits = 3;           // in a step of `conv`; a unit is one tap with kChunk channels
+constexpr int kExpandColumns = 64;  // output channels in a step of `expand`
 
 template <int kMiddle>
 struct Layout {
@@ -37,7 +38,8 @@ struct Problem {
     int tiles_down, tiles_across;
 };
 
-// relu(sums + bias) of a lane to the chunks of a map of kRows pixels in shared memory; zeros where not `inside(row)`.
+// Stores a lane's relu(sums + bias) in the chunks of a map of kRows pixels in shared memory; zeros if not
+// `inside(row)`.
 template <typename T, int kRows, int kBlocksDown, int kBlocksAcross, typename Inside>
 __device__ __forceinline__ void store_map(const float (&sums)[kBlocksDown][kBlocksAcross][4], unsigned char* map,
                                           int first_row, int first_column, const float* bias, int lane, Inside inside) {
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
     unsigned char* shared = shared_memory();
     const uint32_t base = shared_address(shared);
 
-    // Places of pixels in the image, which are 32 bits wide (elements are 64); -1 outside.
+    // Indices of pixels in the image, which have 32 bits (indices of elements have 64); -1 outside.
     const auto margin_pixel = [&](int row) {
         const int y = top - 1 + row / kMarginColumns, x = left - 1 + row % kMarginColumns;
         const bool inside = row < kMarginPixels && y >= 0 && y < p.height && x >= 0 && x < p.width;
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
     const int part = thread % 4;
     constexpr int kCopyRows = kThreads / 4, kPasses = kMarginRows / kCopyRows;
     static_assert(kCopyRows == kExpandColumns && kCopyRows >= kMiddle);
-    // Outside the image nothing is read, but an address is there even so: that of the image's first pixel.
+    // Outside the image nothing is read, but an address must exist: it is that of the image's first pixel.
     const T* source[kPasses];
     bool inside[kPasses];
 #pragma unroll
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
         source[pass] = x + (inside[pass] ? static_cast<int64_t>(pixel) * p.channels : 0) + part * 8;
     }
 
-    // The three convolutions' steps follow each other in one pipeline.
+    // The steps of the three convolutions form one pipeline.
     const int reduce_steps = p.channels / kChunk;
     constexpr int kConvSteps = 9 * L::kChunks / kUnits;
     const int expand_begin = reduce_steps + kConvSteps;
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
                            reduce + thread / 4 * p.channels + copied * kChunk + part * 8, true);
             }
         } else if (copied < expand_begin) {
-            // A row of `conv` is 9 taps of kMiddle channels: its chunks follow each other.
+            // A row of `conv` is 9 taps of kMiddle channels, so its chunks are contiguous.
             const int unit = (copied - reduce_steps) * kUnits;
             if (thread / 4 < kMiddle) {
                 const T* row = conv + thread / 4 * (9 * kMiddle) + unit * kChunk + part * 8;
@@ -137,14 +139,14 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
         }
         ++copied;
         stage_copied = stage_copied + 1 == kStages ? 0 : stage_copied + 1;
-        copy_commit();  // an empty group too: groups are what is counted
+        copy_commit();  // also if the group is empty, because copy_wait counts groups
     };
 
     int stage_used = 0;
     const auto next_stage = [&] {
         copy_wait<kStages - 2>();
-        // Everyone's part of this step is there, everyone is done with the stage that is overwritten next, and what
-        // was stored to shared memory is seen by all.
+        // After this barrier, all threads' parts of this step are in shared memory, no thread still reads the stage
+        // that is overwritten next, and all threads see what others stored to shared memory.
         __syncthreads();
         copy_step();
         const uint32_t stage = ring + stage_used * L::kStageBytes;
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
             const uint32_t stage = next_stage();
             multiply_step<T>(sums, stage + left, stage + kMarginRows * kRowBytes + right);
         }
-        // Outside the image the reduced map is 0, not relu(bias): the convolution pads it.
+        // Outside the image, the reduced map is 0, not relu(bias): the convolution pads it.
         store_map<T, kMarginRows>(sums, shared + L::kReduced, warp_down * (16 * kDown), warp_across * (8 * kAcross),
                                   p.reduce_bias, lane, [&](int row) { return margin_pixel(row) >= 0; });
     }
@@ -194,9 +196,9 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
     const uint32_t expand_right = right_offset(warp_across * 32, lane);
     for (int first = 0; first < p.channels; first += kExpandColumns) {
         const uint32_t stage = next_stage();
-        // The first of eight, see channel_of_column.
+        // The first of eight channels; see channel_of_column.
         const int output = first + warp_across * 32 + 8 * (lane & 3);
-        if (output >= p.channels) continue;  // 32 channels, and so a warp, at a time
+        if (output >= p.channels) continue;  // the same for a whole warp: channels come in blocks of 32
         float sums[kDown][4][4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {

@@ -1,13 +1,14 @@
 // concat_conv_bn_relu: relu(conv2d(cat(a, b), weight) + bias), batch normalisation folded, nothing concatenated.
 //
-// On compute capability 9.0 a block of three warp groups stays on its multiprocessor and does tile after tile of 8 x 16
-// pixels and 256 output channels. One thread of the first group loads: for each column of taps and 64 channels a box of
-// a or b, as high as the tile and two rows more, which the three taps of the column read at shifts of a row, and for
-// each of these taps a box of the weights. What lies outside the image comes as the padding's zeros. The other two
-// groups multiply, 64 pixels each, and store their results by boxes too. Two blocks of a cluster do neighbouring tiles
-// with the same weights, of which each loads half for both. Boxes of b are as wide as b where that is 32 channels. For
-// conv3 a block so reads 57 KiB a tap from the level-2 cache (17 of inputs, 40 of weights): 88 with a box of 64
-// channels for each tap, 112 with weights loaded by every block for itself.
+// On compute capability 9.0, a block of three warp groups is persistent. It does one tile after the other, each of 8 x
+// 16 pixels and 256 output channels. One thread of the first group loads. For each column of taps and 64 channels, it
+// loads one box of a or b. This box is two rows higher than the tile, and the three taps of the column read it at
+// shifts of one row. For each of these taps, it also loads one box of the weights. Elements outside the image arrive as
+// zeros, which are the padding. The other two groups multiply, 64 pixels each, and also store their results as boxes.
+// The two blocks of a cluster do neighbouring tiles with the same weights: each loads half of the weights for both. If
+// b has 32 channels, its boxes are 32 channels wide. So for conv3, a block reads 57 KiB per tap from the level-2 cache
+// (17 of inputs, 40 of weights). It would be 88 KiB with a box of 64 channels for each tap, and 112 KiB if every block
+// loaded all its weights.
 #include "convolution.cuh"
 #include "hopper.cuh"
 
@@ -24,17 +25,17 @@ constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kLargestKernel = 3;
 constexpr int kCluster = 2;
 constexpr int kFactorRow = 2 * kStepChannels;       // bytes
-constexpr int kBoxRow = kTileColumns * kFactorRow;  // 2 KiB, or 1 of 32 channels: whole groups of swizzled rows, so
-                                                    // that a tap may begin at any
+constexpr int kBoxRow = kTileColumns * kFactorRow;  // 2 KiB, or 1 for 32 channels: whole groups of swizzled rows, so
+                                                    // that a tap may begin at each of them
 constexpr int kLeftBytes = (kTileRows + kLargestKernel - 1) * kBoxRow;  // 20 KiB
 constexpr int kRightBytes = kTileOutputs * kFactorRow;                  // 32 KiB
 constexpr int kLeftStages = 3, kRightStages = 4;
 constexpr int kPiece = kGroupRows * kBoxRow;  // 8 KiB: a group's pixels, 64 channels
-constexpr int kPieces = 2;                    // of a group's result in shared memory
+constexpr int kPieces = 2;                    // pieces of a group's result in shared memory
 constexpr int kRight = kLeftStages * kLeftBytes;
 constexpr int kStore = kRight + kRightStages * kRightBytes;
 constexpr int kBarriers = kStore + kConsumers * kPieces * kPiece;
-// With what aligning the beginning may cost.
+// The last 1024 bytes are for the alignment of the beginning.
 constexpr int kSharedBytes = kBarriers + 2 * (kLeftStages + kRightStages) * 8 + 1024;
 static_assert(kBoxRow % 1024 == 0 && kSharedBytes <= 227 * 1024);
 
@@ -43,7 +44,7 @@ struct Problem {
     const float* bias;
     int tiles_down, tiles_across;
     int output_blocks;
-    int pairs;  // of tiles, all output channels counted
+    int pairs;  // pairs of tiles, for all blocks of output channels
     int kernel, padding;
     int channels_a, channels_b;
     bool relu;
@@ -57,7 +58,8 @@ __device__ __forceinline__ Origin origin_of(const Problem& problem, int pair, in
     const int tile = pair / problem.output_blocks * kCluster + rank;
     const int line = tile / problem.tiles_across;
     Origin origin;
-    // A last pair may have no second tile: that is one behind the last image, of zeros, of which nothing is stored.
+    // The last pair may have no second tile. Then the second tile lies after the last image: it reads zeros and stores
+    // nothing.
     origin.n = line / problem.tiles_down;
     origin.y = line % problem.tiles_down * kTileRows;
     origin.x = tile % problem.tiles_across * kTileColumns;
@@ -65,7 +67,7 @@ __device__ __forceinline__ Origin origin_of(const Problem& problem, int pair, in
     return origin;
 }
 
-// A ring of stages, as loading and multiplying go round it, each with its own count.
+// A ring of stages. The loading side and the multiplying side each have their own position in it.
 template <int kStages, int kBytes>
 struct Ring {
     uint32_t base, barriers;
@@ -75,7 +77,7 @@ struct Ring {
     __device__ uint32_t address() const { return base + stage * kBytes; }
     __device__ uint32_t full() const { return barriers + 8 * stage; }
     __device__ uint32_t empty() const { return barriers + 8 * (kStages + stage); }
-    // `readers`: arrivals that make a stage empty.
+    // `readers`: number of arrivals that make a stage empty.
     __device__ void initialise(int readers) const {
         for (int index = 0; index < kStages; ++index) {
             barrier_init(barriers + 8 * index, 1);  // full: the thread that loads
@@ -90,25 +92,25 @@ struct Ring {
     }
 };
 
-// kParts: of 16 channels in a step of b.
+// kParts: number of parts of 16 channels in a step of b.
 template <typename T, int kParts>
 __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_constant__ Problem problem) {
-// Other architectures have none of these instructions, and launch another kernel.
+// Other architectures do not have these instructions, and launch another kernel.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const uint32_t unaligned = shared_address(shared_memory());
     const uint32_t base = (unaligned + 1023) / 1024 * 1024;
     unsigned char* const shared = shared_memory() + (base - unaligned);
     Ring<kLeftStages, kLeftBytes> left{base, base + kBarriers};
     Ring<kRightStages, kRightBytes> right{base + kRight, base + kBarriers + 2 * kLeftStages * 8};
-    constexpr int kSecondRow = 32 * kParts;  // bytes of b's channels, and of its weights
+    constexpr int kSecondRow = 32 * kParts;  // bytes of a row of b's channels, and of its weights
     const int thread = threadIdx.x, rank = cluster_rank();
     const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
     const int chunks_a = problem.channels_a / kStepChannels;
     const int channels = problem.channels_a + problem.channels_b;
 
     if (thread == 0) {
-        // Every warp that multiplies: of this block, and, as half of the weights go to each block, of the whole
-        // cluster.
+        // Every multiplying warp arrives at the barriers of its own block. For the weights, it also arrives at those of
+        // the other block, because each block loads half of the weights for both.
         constexpr int kWarps = kConsumers * kGroupThreads / kWarp;
         left.initialise(kWarps);
         right.initialise(kCluster * kWarps);
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
     const int warp = uniform_warp();
     if (warp < kGroupThreads / kWarp) {
         registers_give<40>();
-        // All threads of the warp go along, so that addresses are known to be the same for all.
+        // All threads of the warp run this code, so that the compiler knows that they have the same addresses.
         if (warp == 0) {
             constexpr int kShare = kTileOutputs / kCluster;
             for (int pair = cluster; pair < problem.pairs; pair += clusters) {
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
         const int group = warp / (kGroupThreads / kWarp) - 1, lane = thread % kWarp, member = thread % kGroupThreads;
         const float* bias = problem.bias;
         float sums[kTileOutputs / 2];
-        auto done_left = left;  // the stages that are given back next
+        auto done_left = left;  // the stages that become empty next
         auto done_right = right;
         const auto give_back = [&](bool box) {
             if (lane < kCluster) barrier_arrive(done_right.empty(), lane);
@@ -184,14 +186,14 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                         group_fence(sums);
 #pragma unroll
                         for (int part = 0; part < decltype(parts)::value; ++part) {
-                            // 16 channels are 32 bytes, in a descriptor's units of 16.
+                            // 16 channels are 32 bytes, or 2 of a descriptor's units of 16 bytes.
                             group_multiply_add<T>(sums, pixels + 2 * part, weights + 2 * part, add);
                             add = true;
                         }
                         group_commit();
                         right.advance();
-                        // One step's products stay under way while the next one's are begun. Those before a box's first
-                        // step are the last of the box before.
+                        // The products of one step are still running when the next step starts. Before the first step
+                        // of a box, these are the last products of the previous box.
                         group_wait<1>(sums);
                         if (!first) give_back(tap_row == 0);
                     }
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
             group_wait<0>(sums);
             give_back(true);
 
-            // 64 channels at a time by way of shared memory, in the layout of a box.
+            // 64 channels at a time go through shared memory, in the layout of a box.
             const int row = member / kWarp * 16 + sums_row(lane);
 #pragma unroll
             for (int piece = 0; piece < kTileOutputs / kStepChannels; ++piece) {
@@ -238,10 +240,10 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
         }
         if (member == 0) tensor_store_wait_read<0>();
     }
-    // A block's memory has to be there until the other one has loaded into it and arrived at its barriers.
+    // The memory of a block must exist until the other block has loaded into it and arrived at its barriers.
     meet_cluster();
 #else
-    __trap();  // an error at once: a result that nothing wrote would look like one
+    __trap();  // raises an error at once: otherwise an unwritten result would look valid
 #endif
 }
 
@@ -259,7 +261,7 @@ Status launch_tiles(const Convolution& arguments, cudaStream_t stream) {
         const uint32_t box[] = {static_cast<uint32_t>(wide), kTileColumns, static_cast<uint32_t>(rows), 1};
         return encode_tensor_map(map, arguments.dtype == DType::kBFloat16, 4, base, sizes, strides, box);
     };
-    // The driver's functions need a context, which a thread has only once the runtime has worked in it.
+    // The driver's functions need a context. A thread has one only after it has used the runtime.
     Status status = make_context_current();
     if (!status) return status;
     const int rows = kTileRows + arguments.kernel - 1;
@@ -298,8 +300,8 @@ Status launch_tiles(const Convolution& arguments, cudaStream_t stream) {
     problem.channels_a = arguments.channels_a;
     problem.channels_b = arguments.channels_b;
     problem.relu = arguments.relu;
-    // Not half the multiprocessors: the two blocks of a cluster share a group of them, some of which have an odd
-    // number.
+    // The number of clusters can be less than half the multiprocessors: both blocks of a cluster run in the same group
+    // of multiprocessors, and some groups have an odd number of them.
     int most = 0;
     const cudaError_t error = active_clusters(&most, concat_kernel<T, kParts>, kThreads, kSharedBytes, kCluster);
     if (error != cudaSuccess) return error;
@@ -324,7 +326,7 @@ inline bool fits(const Convolution& arguments) {
 }  // namespace hopper
 
 Status concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream) {
-// Set by the build where 9.0a is among the architectures.
+// The build defines this if 9.0a is one of the architectures.
 #ifdef FASTDEN_HOPPER
     int major = 0;
     const cudaError_t error = device_attribute(&major, cudaDevAttrComputeCapabilityMajor);

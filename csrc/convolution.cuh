@@ -1,8 +1,9 @@
 // Convolution as an implicit matrix product for sm_80 and later: cp.async and mma.sync.
 //
-// Rows of the product are output pixels, columns output channels; the inner dimension runs over taps and, within a tap,
-// over the channels of both sources, kChunk at a time. A block makes kRows pixels of kColumns channels. A transposed
-// convolution of kernel 4 and stride 2 is four such products, one for each parity of the output's row and column.
+// Rows of the product are output pixels, and columns are output channels. The inner dimension runs over taps and,
+// within a tap, over the channels of both sources, kChunk at a time. A block makes kRows pixels of kColumns channels. A
+// transposed convolution of kernel 4 and stride 2 is four such products, one for each parity of the output's row and
+// column.
 #pragma once
 
 #include "fastden.h"
@@ -10,30 +11,31 @@
 
 namespace fastden {
 
-constexpr int kLargestKernel = 5;  // a bit for each tap fits into 32
+constexpr int kLargestKernel = 5;  // one bit for each tap fits into 32 bits
 
 struct ConvolutionProblem {
     Convolution arguments;
     int out_height, out_width;  // of one phase
     int64_t pixels;             // of one phase, in all images
     int column_blocks;
-    bool phases;  // four, of a transposed convolution
+    bool phases;  // whether this is the four phases of a transposed convolution
 };
 
 template <typename T, int kRows, int kColumns, int kWarpsDown, int kWarpsAcross, int kStages>
 struct ConvolutionTile {
     static constexpr int kThreads = kWarp * kWarpsDown * kWarpsAcross;
-    static constexpr int kBlocksDown = kRows / kWarpsDown / 16;        // of 16 rows, a warp
-    static constexpr int kBlocksAcross = kColumns / kWarpsAcross / 8;  // of 8 columns, a warp
+    static constexpr int kBlocksDown = kRows / kWarpsDown / 16;        // blocks of 16 rows per warp
+    static constexpr int kBlocksAcross = kColumns / kWarpsAcross / 8;  // blocks of 8 columns per warp
     static constexpr int kPasses = kRows * 4 / kThreads;  // a thread's parts of 16 bytes of the left factor
     static constexpr int kWeightPasses = divide_up(kColumns * 4, kThreads);
     static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
     static constexpr int kPitch =
-        2 * kColumns + 16;  // bytes between the result's rows: off the banks of the one before
+        2 * kColumns + 16;  // bytes between rows of the result; neighbouring rows use different banks
     static constexpr int kRing = kStages * kStageBytes;
     static constexpr int kResult = kRows * kPitch;
     static constexpr int kSharedBytes = kRing > kResult ? kRing : kResult;
-    // Rows of one pass lie a multiple of 8 after those of the one before, at the same positions (see part_offset).
+    // The rows of a pass come a multiple of 8 after those of the previous pass, so positions are equal (see
+    // part_offset).
     static_assert(kThreads / 4 % 8 == 0 && kColumns * 4 % kThreads == 0);
     static_assert(kRows * 4 % kThreads == 0 && kBlocksDown * 16 * kWarpsDown == kRows);
     static_assert(kBlocksAcross * 8 * kWarpsAcross == kColumns && kBlocksAcross % 2 == 0);
@@ -45,17 +47,18 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     using Tile = ConvolutionTile<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>;
     const Convolution& p = problem.arguments;
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-    // Blocks that make other channels of the same pixels follow each other, and find the pixels in the cache.
+    // Blocks that make different channels of the same pixels have consecutive numbers, and find the pixels in the
+    // cache.
     const int64_t first_pixel = static_cast<int64_t>(blockIdx.x / problem.column_blocks) * kRows;
     const int first_column = blockIdx.x % problem.column_blocks * kColumns;
     const int phase = blockIdx.z, phase_row = phase >> 1, phase_column = phase & 1;
     const int channels = p.channels_a + p.channels_b;
     const int taps = p.kernel * p.kernel;
-    // What this thread copies: one part of 16 bytes of several pixels, and of several output channels' weights.
+    // This thread copies one part of 16 bytes for several pixels, and for the weights of several output channels.
     constexpr int kCopyRows = Tile::kThreads / 4;
     const int part = thread % 4;
-    int corner[Tile::kPasses];       // the pixel under the first tap, as its index in the source
-    uint32_t inside[Tile::kPasses];  // whether it lies in the image, a bit for each tap
+    int corner[Tile::kPasses];       // index in the source of the pixel under the first tap
+    uint32_t inside[Tile::kPasses];  // whether each tap lies in the image, one bit per tap
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
         const int64_t pixel = first_pixel + pass * kCopyRows + thread / 4;
@@ -75,12 +78,12 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     const char* weight[Tile::kWeightPasses];
 #pragma unroll
     for (int pass = 0; pass < Tile::kWeightPasses; ++pass) {
-        // An output's weights; of a phase its first tap, which is the last of its parity in the kernel of 4 x 4.
+        // The weights of an output. In a phase, the first tap is the last tap of its parity in the 4 x 4 kernel.
         const int64_t output = first_column + pass * kCopyRows + thread / 4;
         const int64_t first = problem.phases ? (4 * output + 3 - phase_row) * 4 + 3 - phase_column : output * taps;
         weight[pass] = static_cast<const char*>(p.weight) + (first * channels + part * 8) * 2;
     }
-    // From one source to the next.
+    // Starts to read a source.
     const auto begin_source = [&](const void* data, int source_channels) {
 #pragma unroll
         for (int pass = 0; pass < Tile::kPasses; ++pass) {
@@ -89,14 +92,14 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
         }
     };
     begin_source(p.a, p.channels_a);
-    const int missing = p.outputs - first_column - thread / 4;  // output channels of the first pass and later ones
+    const int missing = p.outputs - first_column - thread / 4;  // output channels left from the first pass on
 
     const uint32_t ring = shared_address(shared_memory());
     const uint32_t copy_offset = part_offset(thread / 4, part);
     const int steps = taps * (divide_up(p.channels_a, kChunk) + divide_up(p.channels_b, kChunk));
-    // Of the step that is copied next. Offsets are bytes.
+    // State of the step that is copied next. Offsets are bytes.
     int source_channels = p.channels_a, of_source = 0, tap_row = 0, tap_column = 0, channel = 0;
-    int tap = 0, first_in_weight = 0;  // of the tap's channels, elements
+    int tap = 0, first_in_weight = 0;  // offset of the tap in the weights, in elements
     int64_t tap_offset = 0;
     int stage_copied = 0, to_copy = steps;
 
@@ -130,13 +133,13 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
                     }
                 }
                 tap = tap_row * p.kernel + tap_column;
-                // A phase's taps are every other one of the kernel, backwards.
+                // The taps of a phase are every second tap of the kernel, in reverse order.
                 first_in_weight = (problem.phases ? -(8 * tap_row + 2 * tap_column) : tap) * channels + of_source;
                 tap_offset = (static_cast<int64_t>(tap_row) * p.width + tap_column) * source_channels * 2;
             }
         }
         stage_copied = stage_copied + 1 == kStages ? 0 : stage_copied + 1;
-        copy_commit();  // an empty group too: groups are what is counted
+        copy_commit();  // also if the group is empty, because copy_wait counts groups
     };
 
     float sums[Tile::kBlocksDown][Tile::kBlocksAcross][4];
@@ -149,7 +152,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     int stage = 0;
     for (int step = 0; step < steps; ++step) {
         copy_wait<kStages - 2>();
-        // Everyone's part of this step is there, and everyone is done with the stage that is overwritten next.
+        // After this barrier, each thread's part of this step is there, and no thread reads the stage overwritten next.
         __syncthreads();
         copy_step();
         multiply_step<T>(sums, left + stage * Tile::kStageBytes, right + stage * Tile::kStageBytes);
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     copy_wait<0>();
     __syncthreads();
 
-    const auto target_pixel = [&](int64_t pixel) {  // of an output pixel, in pixels
+    const auto target_pixel = [&](int64_t pixel) {  // index of an output pixel in y
         if (!problem.phases) return pixel;
         const int64_t line = pixel / problem.out_width;
         return (2 * line + phase_row) * (2 * problem.out_width) + 2 * (pixel - line * problem.out_width) + phase_column;
@@ -220,7 +223,7 @@ Status launch_convolution(ConvolutionProblem problem, cudaStream_t stream) {
                   Tile::kSharedBytes, 1, stream, problem);
 }
 
-// Few output channels take narrower tiles, so that no products are made for channels that are not there.
+// Few output channels use narrower tiles, so that no products are computed for channels that do not exist.
 template <typename T>
 Status launch_convolution_for(const ConvolutionProblem& problem, cudaStream_t stream) {
     if (problem.arguments.outputs <= 32) return launch_convolution<T, 128, 32, 4, 1, 4>(problem, stream);
@@ -237,7 +240,7 @@ inline Status run_convolution(const Convolution& arguments, cudaStream_t stream,
     problem.out_width = phases ? arguments.width : (arguments.width + 2 * padding - kernel) / stride + 1;
     problem.pixels = static_cast<int64_t>(arguments.batch) * problem.out_height * problem.out_width;
     if (kernel > kLargestKernel) return {cudaErrorInvalidValue, "kernel: accepted up to 5"};
-    // Places of pixels are 32 bits wide in the kernel, which spares registers; those of elements are 64.
+    // In the kernel, indices of pixels have 32 bits, which saves registers. Indices of elements have 64.
     const int64_t rows = static_cast<int64_t>(arguments.batch) * (arguments.height + kernel) + kernel;
     if (rows * (arguments.width + kernel) > INT32_MAX) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
     switch (arguments.dtype) {

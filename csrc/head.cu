@@ -1,10 +1,11 @@
 // head: out o cat(conv0, up3) plus the image, from the last feature map and the padded input.
 //
-// Rows of the product are positions of the feature map, columns what a position makes: 2 x 2 pixels by channel, 8 for
-// each row of pixels. A warp makes 8 lines of 16 positions. A line of features that it has read from shared memory, at
-// one of four shifts, it multiplies for every line of positions that needs it, with the weights of that shift in
-// registers: three reads of shared memory for ten products. The 7x7 convolution of the input is one more step, whose
-// windows are read as they lie (see patch.cuh). The result goes out by way of shared memory, line by line.
+// Rows of the product are positions of the feature map. Columns are the values that a position makes: 2 x 2 pixels in
+// each channel, 8 columns for each row of pixels. A warp makes 8 lines of 16 positions. It reads a line of features
+// from shared memory at one of four shifts, and multiplies it for every line of positions that needs it. The weights of
+// this shift are in registers. So three reads of shared memory serve ten products. The 7x7 convolution of the input is
+// one more step; it reads its windows without unfolding them (see patch.cuh). The result goes through shared memory,
+// line by line.
 #include "fastden.h"
 #include "patch.cuh"
 
@@ -18,15 +19,15 @@ constexpr int kTileRows = kWarpRows * kWarpsDown;  // positions
 constexpr int kTileColumns = 16 * kWarpsAcross;
 constexpr int kTaps = 4;  // down and across
 constexpr int kColumns = 16;
-constexpr int kMaps = 16;  // of a step
+constexpr int kMaps = 16;  // maps in a step
 constexpr int kMapBytes = 2 * kMaps;
 constexpr int kMarginRows = kTileRows + kTaps - 1, kMarginColumns = kTileColumns + kTaps - 1;
 constexpr int kMarginPixels = kMarginRows * kMarginColumns;
-constexpr int kWindow = 8;  // of a position in the input
+constexpr int kWindow = 8;  // side of a position's window in the input
 constexpr int kPatchRows = 2 * kTileRows + kWindow - 2, kPatchColumns = 2 * kTileColumns + kWindow - 2;
 constexpr int kPatchBytes = kPatchRows * kPatchColumns * kPixelBytes;
 constexpr int kFeatureBytes = kMarginPixels * kMapBytes;
-// A stage holds features and weights of a step, or a patch of the input and its weights: of the same sizes.
+// A stage holds the features and weights of a step, or a patch of the input and its weights. Both have the same sizes.
 constexpr int kLeftBytes = divide_up(kFeatureBytes > kPatchBytes ? kFeatureBytes : kPatchBytes, 128) * 128;
 constexpr int kRightBytes = kTaps * kTaps * kColumns * kMapBytes;
 static_assert(kRightBytes == kWindow * kColumns * kRowBytes);
@@ -43,14 +44,15 @@ struct Problem {
     int tiles_down, tiles_across;
 };
 
-// Rows of 32 bytes: part p of row r lies at p ^ (r / 4 % 2), so that eight rows in a run meet all banks once.
+// For rows of 32 bytes: part p of row r lies at position p ^ (r / 4 % 2), so that eight consecutive rows use each bank
+// once.
 __device__ __forceinline__ uint32_t half_offset(int row, int part) {
     return row * kMapBytes + ((part ^ ((row >> 2) & 1)) << 4);
 }
 
-// Weights of the input: for each row of a window 16 columns x (8 taps x 4 positions).
+// Weights of the input: 16 columns x (8 taps x 4 positions) for each row of a window.
 __device__ void load_image_weights(unsigned char* shared, const Head& p, int thread) {
-    constexpr int kPixels = kChunk / 4;  // of pixels in a window's row
+    constexpr int kPixels = kChunk / 4;  // pixels in a row of a window
     static_assert(kThreads % (kColumns * kPixels) == 0);
     const uint16_t* weight = static_cast<const uint16_t*>(p.image_weight);
     // A thread's column and pixel are the same in every pass.
@@ -66,7 +68,7 @@ __device__ void load_image_weights(unsigned char* shared, const Head& p, int thr
     }
 }
 
-// kComposed: phase row 0 has no weight on the last row of its taps, phase row 1 none on the first.
+// kComposed: phase row 0 has no weight on the last row of its taps, and phase row 1 has none on the first.
 template <typename T, bool kComposed>
 __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ Problem problem) {
     const Head& p = problem.arguments;
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
     const uint32_t base = shared_address(shared);
 
     const int part = thread % 2;
-    int pixels[kPasses];  // positions in the feature map, which are 32 bits wide (elements are 64); -1 outside
+    int pixels[kPasses];  // indices of positions in the feature map, 32 bits (elements: 64 bits); -1 outside
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
         const int row = (pass * kThreads + thread) / 2;
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
         const bool inside = row < kMarginPixels && y >= 0 && y < p.height && x >= 0 && x < p.width;
         pixels[pass] = inside ? y * p.width + x : -1;
     }
-    // What this thread copies of the weights: a part of 16 bytes of one column, of every fourth tap.
+    // This thread copies these weights: a part of 16 bytes of one column, for every fourth tap.
     static_assert(kThreads / 2 % kColumns == 0);
     const int column = thread / 2 % kColumns;
     const bool has_weights = column % 8 < 2 * p.outputs;
@@ -114,11 +116,11 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
                            has_weights);
             }
         }
-        copy_commit();  // an empty group too: groups are what is counted
+        copy_commit();  // also if the group is empty, because copy_wait counts groups
     };
     for (int ahead = 0; ahead < kStages - 1; ++ahead) copy_step(ahead);
 
-    // The last stage, which is free until then, serves the input.
+    // The last stage is free until then, and holds the input.
     unsigned char* patch = shared + (kStages - 1) * kStageBytes;
     load_patch(patch, problem.x, n, 2 * top, 2 * left, kPatchRows, kPatchColumns, thread, kThreads);
     load_image_weights(patch + kLeftBytes, p, thread);
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
 
     for (int step = 0; step < steps; ++step) {
         copy_wait<kStages - 2>();
-        // Everyone's part of this step is there, and everyone is done with the stage that is overwritten next.
+        // After this barrier, each thread's part of this step is there, and no thread reads the stage overwritten next.
         __syncthreads();
         copy_step(step + kStages - 1);
         const uint32_t stage = base + step % kStages * kStageBytes;
@@ -208,13 +210,13 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
         if (y >= out_height || x >= out_width) continue;
         float value = result[(output * kLines + down) * kLine + across] + p.bias[output];
         if (p.image != nullptr) {
-            // The image has the three pixels on each side that the result lacks.
+            // The image has three more pixels than the result on each side.
             const int64_t offset = n * p.image_strides[0] + output * p.image_strides[1] + (y + 3) * p.image_strides[2] +
                                    (x + 3) * p.image_strides[3];
             value +=
                 wide ? static_cast<const float*>(p.image)[offset] : to_float(static_cast<const T*>(p.image)[offset]);
         }
-        // Comparisons, not fminf and fmaxf, which would hide a NaN.
+        // These are comparisons, because fminf and fmaxf would hide a NaN.
         if (p.clamp) value = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
         const int64_t offset = ((static_cast<int64_t>(n) * p.outputs + output) * out_height + y) * out_width + x;
         if (wide) {

@@ -6,10 +6,10 @@
 
 namespace fastden {
 
-// Rows of 64 channels, 128 bytes, of which part p of row r lies at position p ^ r % 8, eight rows to a group of 1024
-// aligned bytes; or of 32 channels, 64 bytes, part p of row r at p ^ r / 2 % 4, eight rows to 512 aligned bytes: as
-// tensor loads with a swizzle of a row's width leave a box, and as products of warp groups read either factor, channels
-// innermost.
+// The layout of a box in shared memory, with channels innermost. A row has 64 channels (128 bytes): part p of row r
+// lies at position p ^ r % 8, and eight rows are a group of 1024 aligned bytes. Or a row has 32 channels (64 bytes):
+// part p of row r lies at p ^ r / 2 % 4, and eight rows are 512 aligned bytes. Tensor loads whose swizzle has the width
+// of a row write this layout, and products of warp groups read both factors in it.
 template <int kRow>
 __device__ __forceinline__ uint64_t factor_descriptor(uint32_t address) {
     static_assert(kRow == 64 || kRow == 128);
@@ -82,7 +82,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// To every thread of the cluster and to tensor loads, once they have met.
+// Makes initialised barriers visible to every thread of the cluster and to tensor loads, after meet_cluster.
 __device__ __forceinline__ void barrier_init_done() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -92,8 +92,9 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the barrier with the same address in the cluster's block `rank`. Of the block's scope by default: with .cluster,
-// ptxas 13.0 puts a fence of the whole GPU before it, which only what this thread has written would need.
+// Arrives at the barrier with the same address in block `rank` of the cluster. The scope is the default, the block:
+// with .cluster, ptxas 13.0 adds a fence of the whole GPU before it. Only data that this thread has written would need
+// it.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
@@ -103,7 +104,7 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int rank) {
         : "memory");
 }
 
-// Until the phase of this parity is over.
+// Waits until the phase of this parity is over.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -120,7 +121,8 @@ __device__ __forceinline__ int cluster_rank() {
     return static_cast<int>(rank);
 }
 
-// In exactly one of the warp's threads, all of which have come; the compiler knows that what follows is done by one.
+// True in exactly one thread of the warp; all threads must call it. The compiler knows that one thread runs what
+// follows.
 __device__ __forceinline__ bool elected() {
     uint32_t chosen;
     asm volatile(
@@ -136,20 +138,20 @@ __device__ __forceinline__ int uniform_warp() {
     return __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);
 }
 
-// Every thread of the cluster; the warp's own come together first, as the aligned form asks.
+// Waits for every thread of the cluster. The threads of a warp meet first, because the aligned form requires it.
 __device__ __forceinline__ void meet_cluster() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// `count` threads of the block at the numbered barrier, 1 to 15.
+// Waits for `count` threads of the block at the barrier with this number, 1 to 15.
 __device__ __forceinline__ void meet_at(int barrier, int count) {
     __syncwarp();
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// A box whose first element has the given coordinates, channels first; zeros where it leaves the tensor. Its bytes
-// count at the barrier.
+// Loads a box. Its first element has the given coordinates, channels first. Elements outside the tensor are zeros. The
+// barrier counts the bytes of the box.
 __device__ __forceinline__ void tensor_load_4d(uint32_t target, const CUtensorMap& map, uint32_t barrier, int c, int x,
                                                int y, int n) {
     asm volatile(
@@ -159,7 +161,7 @@ __device__ __forceinline__ void tensor_load_4d(uint32_t target, const CUtensorMa
         : "memory");
 }
 
-// The same to every block of the cluster whose bit is set in `ranks`, at the same addresses.
+// Loads a box into every block of the cluster whose bit is set in `ranks`, at the same addresses.
 __device__ __forceinline__ void tensor_load_2d(uint32_t target, const CUtensorMap& map, uint32_t barrier, int c,
                                                int row, unsigned ranks) {
     asm volatile(
@@ -179,26 +181,26 @@ __device__ __forceinline__ void tensor_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until all but the last kPending groups of this thread's stores have read shared memory.
+// Waits until all groups of this thread's stores, except the last kPending, have read shared memory.
 template <int kPending>
 __device__ __forceinline__ void tensor_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// What this thread has written to shared memory.
+// Makes this thread's writes to shared memory visible to tensor stores.
 __device__ __forceinline__ void make_visible_to_tensor_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// To the compiler products are over once they are issued: without this it could move or copy the sums' registers while
-// they are under way.
+// For the compiler, products are finished when they are issued. Without this function, it could move or copy the sums'
+// registers while the products are still running.
 template <int kSums>
 __device__ __forceinline__ void keep_in_place(float (&sums)[kSums]) {
 #pragma unroll
     for (int index = 0; index < kSums; ++index) asm volatile("" : "+f"(sums[index])::"memory");
 }
 
-// Before products into `sums`, which were written since the last.
+// Call this before products into `sums`, if other code has written `sums` since the last products.
 template <int kSums>
 __device__ __forceinline__ void group_fence(float (&sums)[kSums]) {
     keep_in_place(sums);
@@ -208,14 +210,14 @@ __device__ __forceinline__ void group_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most the last kPending groups of this warp group's products, all into `sums`, are under way.
+// Waits until at most the last kPending groups of this warp group's products, all into `sums`, are still running.
 template <int kPending, int kSums>
 __device__ __forceinline__ void group_wait(float (&sums)[kSums]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
     keep_in_place(sums);
 }
 
-// Registers of a thread of this warp group, of those that the block has.
+// Set the number of registers for each thread of this warp group; the block shares its registers among its warp groups.
 template <int kRegisters>
 __device__ __forceinline__ void registers_give() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -225,7 +227,7 @@ __device__ __forceinline__ void registers_take() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// sums (64 x 256 over the four warps) = a (64 x 16) b (16 x 256), or plus that; factors in shared memory.
+// sums (64 x 256 over the four warps) = a (64 x 16) b (16 x 256), or += if `add`; both factors are in shared memory.
 template <typename T>
 __device__ __forceinline__ void group_multiply_add(float (&sums)[128], uint64_t a, uint64_t b, bool add);
 
@@ -269,11 +271,11 @@ FASTDEN_GROUP_MULTIPLY_ADD(__half, "f16")
 inline cudaError_t make_context_current() {
     int device = 0;
     const cudaError_t error = cudaGetDevice(&device);
-    // cudaGetDevice makes none; cudaSetDevice does, from CUDA 12 on, which has the driver's function below too.
+    // cudaGetDevice makes no context. cudaSetDevice makes one from CUDA 12 on; the function below also needs CUDA 12.
     return taken(error != cudaSuccess ? error : cudaSetDevice(device));
 }
 
-// A function of the driver, found once; null where it has none.
+// A function of the driver; null if the driver does not have it.
 template <typename Function>
 Function driver_function(const char* name) {
     void* function = nullptr;
@@ -287,8 +289,8 @@ Function driver_function(const char* name) {
     return usable ? reinterpret_cast<Function>(function) : nullptr;
 }
 
-// Of a tensor of 16-bit elements with gaps nowhere but as `strides` (bytes, from the second dimension on) say; a box's
-// rows are 32 or 64 elements.
+// Describes a tensor of 16-bit elements. Only `strides` (bytes, from the second dimension on) may leave gaps. Rows of a
+// box have 32 or 64 elements.
 inline Status encode_tensor_map(CUtensorMap* map, bool bfloat16, int rank, const void* base, const uint64_t* sizes,
                                 const uint64_t* strides, const uint32_t* box) {
     static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");

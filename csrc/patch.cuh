@@ -1,5 +1,6 @@
-// A piece of the image in shared memory, four positions a pixel, so that a row of taps is one run of values: the inner
-// dimension of a product runs along it, and a window's row begins at a multiple of 16 bytes where its pixel is even.
+// A patch of the image in shared memory, with four positions for each pixel. So a row of taps is contiguous, and the
+// inner dimension of a product runs along it. A row of a window begins at a multiple of 16 bytes if its first pixel is
+// even.
 #pragma once
 
 #include "tile.cuh"
@@ -14,7 +15,8 @@ struct ImageView {
     int channels, height, width;
 };
 
-// Rows x columns pixels from (top, left) of image n; zeros outside the image, and in the positions that no channel has.
+// Loads rows x columns pixels from (top, left) of image n. Outside the image, and in positions without a channel, it
+// stores zeros.
 __device__ __forceinline__ void load_patch(unsigned char* patch, const ImageView& view, int n, int top, int left,
                                            int rows, int columns, int thread, int threads) {
     const uint16_t* image = static_cast<const uint16_t*>(view.data) + n * view.strides[0];
@@ -33,8 +35,8 @@ __device__ __forceinline__ void load_patch(unsigned char* patch, const ImageView
     }
 }
 
-// A tap's weights, of up to four channels, as a pixel's four values: zeros where no channel or no tap is. `weight` is
-// the first of the tensor, 8-byte aligned, in which the channels of the tap are innermost.
+// The weights of a tap, for up to four channels, as the four values of a pixel; zeros if there is no channel or no tap.
+// `weight` points to the first element of the tensor. It is 8-byte aligned, and the channels of a tap are innermost.
 __device__ __forceinline__ uint2 tap_values(const uint16_t* weight, int64_t tap, int channels, bool exists) {
     if (!exists) return make_uint2(0, 0);
     if (channels == 4) return reinterpret_cast<const uint2*>(weight)[tap];

@@ -20,30 +20,31 @@
 
 namespace fastden {
 
-// Of the multiprocessor's shared memory, as instructions take it.
+// The address in the multiprocessor's shared memory, as instructions take it.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Sixteen bytes from global to shared memory, in the background; zeros where not valid. Both 16-byte aligned.
+// Copies sixteen bytes from global to shared memory, asynchronously; zeros if not valid. Both are 16-byte aligned.
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool valid) {
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
 }
 
-// What this thread has begun to copy since the last group is a group.
+// Makes one group of all copies that this thread has started since the last group.
 __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until at most the last kPending groups of this thread are under way. Other threads see it behind a barrier.
+// Waits until at most the last kPending groups of this thread are still running. Other threads see the data after a
+// barrier.
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit values: lane i gives the address of row i % 8 of matrix i / 8, and gets of each matrix
-// the two values from column 2 (lane % 4) on of row lane / 4.
+// Loads four 8x8 matrices of 16-bit values. Lane i passes the address of row i % 8 of matrix i / 8. From each matrix, a
+// lane gets two values of row lane / 4, from column 2 (lane % 4) on.
 __device__ __forceinline__ void load_matrices(uint32_t (&values)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
@@ -51,7 +52,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&values)[4], uint32_t ad
                  : "memory");
 }
 
-// sums (16x8) += a (16x16) b (16x8), float32 sums of 16-bit values, spread over the warp as mma.m16n8k16 has it.
+// sums (16x8) += a (16x16) b (16x8): float32 sums of 16-bit values, distributed over the warp as in mma.m16n8k16.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -81,13 +82,14 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     return dynamic_shared_memory;
 }
 
-// A result of the runtime, which keeps an error until someone asks: taken away here, lest others take it for theirs.
+// Returns an error of the runtime and clears it. The runtime stores its last error: otherwise the next caller would
+// take it for its own.
 inline cudaError_t taken(cudaError_t error) {
     if (error != cudaSuccess) cudaGetLastError();
     return error;
 }
 
-// How a kernel is to be launched; it points to the attribute.
+// The launch configuration of a kernel; it points to `attribute`.
 inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared_bytes, int cluster, cudaStream_t stream,
                                         cudaLaunchAttribute* attribute) {
     cudaLaunchConfig_t config = {};
@@ -103,7 +105,7 @@ inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared_bytes
     return config;
 }
 
-// Lets a kernel have dynamic shared memory beyond 48 KiB.
+// Allows a kernel more than 48 KiB of dynamic shared memory.
 template <typename... Parameters>
 cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int shared_bytes) {
     return taken(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -121,7 +123,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
     return taken(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
-// How many clusters of a kernel the current device runs at once.
+// The number of clusters of a kernel that the current device runs at once.
 template <typename... Parameters>
 cudaError_t active_clusters(int* count, void (*kernel)(Parameters...), int threads, int shared_bytes, int cluster) {
     const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
@@ -131,7 +133,7 @@ cudaError_t active_clusters(int* count, void (*kernel)(Parameters...), int threa
     return taken(cudaOccupancyMaxActiveClusters(count, kernel, &config));
 }
 
-// Of the current device.
+// An attribute of the current device.
 inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
     int device = 0;
     const cudaError_t error = cudaGetDevice(&device);
@@ -144,7 +146,7 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
 
 namespace fastden {
 
-// Two values as they lie in memory, rounded to nearest.
+// Packs two values as in memory, rounded to nearest.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);
 
@@ -177,14 +179,14 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
     return make_float2(to_float(values[0]), to_float(values[1]));
 }
 
-// The larger of each half of a pair and 0; a NaN stays one.
+// The maximum of each half of a pair and 0; a NaN stays a NaN.
 template <typename T>
 __device__ __forceinline__ uint32_t rectify(uint32_t pair) {
 #ifdef FASTDEN_EMULATED
     const float2 values = unpack<T>(pair);
     return pack<T>(values.x < 0.0f ? 0.0f : values.x, values.y < 0.0f ? 0.0f : values.y);
 #else
-    // One instruction for two values, where float32 takes two for each.
+    // This is one instruction for two values; float32 needs two instructions for each value.
     if constexpr (std::is_same_v<T, __half>) {
         const __half2 values = __hmax2_nan(*reinterpret_cast<const __half2*>(&pair), __float2half2_rn(0.0f));
         return *reinterpret_cast<const uint32_t*>(&values);
@@ -196,7 +198,7 @@ __device__ __forceinline__ uint32_t rectify(uint32_t pair) {
 #endif
 }
 
-// A number that the compiler knows, as an argument.
+// A compile-time number that can be passed as an argument.
 template <int kValue>
 struct Constant {
     static constexpr int value = kValue;

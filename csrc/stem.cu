@@ -1,9 +1,9 @@
 // stem: conv1 o conv0 as one 7x7 convolution of stride 2 on the raw image.
 //
-// A step of the inner dimension is a row of taps: 7 pixels of 4 positions, which lie one behind the other in shared
-// memory, so that windows are read from there as they are, without being unfolded. The output's first row, first column
-// and corner have weights of their own and are tiles of their own. Blocks stay and do tile after tile, with the weights
-// of a region in shared memory.
+// A step of the inner dimension is a row of taps: 7 pixels of 4 positions. These are contiguous in shared memory, so
+// the kernel reads windows without unfolding them. The output's first row, first column and corner have their own
+// weights and their own tiles. Blocks are persistent: they do one tile after the other, with the weights of a region in
+// shared memory.
 #include "fastden.h"
 #include "patch.cuh"
 
@@ -21,22 +21,22 @@ constexpr int kRegions = 4;  // inside, first row, first column, corner
 // A tile is 2^log_rows x 2^log_columns output pixels.
 struct Region {
     int log_rows, log_columns;
-    int rows, columns;  // of the output that belong to it, from (first_row, first_column) on
+    int rows, columns;  // size of the region in the output, which begins at (first_row, first_column)
     int first_row, first_column;
-    int tiles_down, tiles_across, tiles;  // the last in all images
+    int tiles_down, tiles_across, tiles;  // `tiles` counts all images
 };
 
 __host__ __device__ constexpr int patch_rows(int log_rows) {
     return 2 * (1 << log_rows) + kTaps - 2;
 }
-// One more than a window's: a step's positions are those of eight taps.
+// One column more than the windows need, because a step takes the positions of eight taps.
 __host__ __device__ constexpr int patch_columns(int log_columns) {
     return 2 * (1 << log_columns) + kTaps - 1;
 }
 __host__ __device__ constexpr int patch_bytes(int log_rows, int log_columns) {
     return patch_rows(log_rows) * patch_columns(log_columns) * kPixelBytes;
 }
-constexpr int kPatchBytes = patch_bytes(7, 0);  // of the first column, the largest
+constexpr int kPatchBytes = patch_bytes(7, 0);  // patch of the first column, which is the largest
 static_assert(kPatchBytes >= patch_bytes(0, 7) && kPatchBytes >= patch_bytes(3, 4));
 constexpr int kSharedBytes = kWeightBytes + kPatchBytes;
 
@@ -51,9 +51,9 @@ struct Problem {
     bool relu;
 };
 
-// The weights of a region, as the product's second factor: 32 positions for each row of taps, 4 a tap.
+// Loads the weights of a region as the product's second factor: 32 positions for each row of taps, 4 for each tap.
 __device__ void load_weights(unsigned char* shared, const Problem& problem, int region, int thread) {
-    constexpr int kPositions = kChunk / 4;  // for taps, the eighth empty
+    constexpr int kPositions = kChunk / 4;  // taps in a row; the eighth is empty
     const uint16_t* weight = static_cast<const uint16_t*>(problem.weight);
     for (int index = thread; index < kTaps * kColumns * kPositions; index += kThreads) {
         const int tap = index % kPositions, column = index / kPositions % kColumns, row = index / kPositions / kColumns;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
         const int line = index / r.tiles_across, n = line / r.tiles_down;
         const int top = line % r.tiles_down << r.log_rows, left = index % r.tiles_across << r.log_columns;
         const int columns = patch_columns(r.log_columns);
-        __syncthreads();  // everyone is done with the tile before
+        __syncthreads();  // all threads have finished the previous tile
         if (region != loaded) load_weights(weights, problem, region, thread);
         loaded = region;
         load_patch(patch, problem.image, n, 2 * (r.first_row + top) - 1, 2 * (r.first_column + left) - 1,
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
             const int row = warp_row + 16 * i + (lane & 15);
-            // Rows that the tile does not have read one that it has.
+            // A row that the tile does not have reads one that exists.
             const int down = (row >> r.log_columns) & ((1 << r.log_rows) - 1);
             const int across = row & ((1 << r.log_columns) - 1);
             window[i] = patch_address + (2 * down * columns + 2 * across) * kPixelBytes + (lane >> 4) * 16;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
         const uint32_t right = weights_address + right_offset(warp_column, lane);
         float sums[kDown][kAcross][4];
         clear(sums);
-#pragma unroll 1  // or registers spill on sm_80
+#pragma unroll 1  // otherwise registers spill on sm_80
         for (int step = 0; step < kTaps; ++step) {
 #pragma unroll
             for (int part = 0; part < 4; part += 2) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
 #pragma unroll
                 for (int i = 0; i < kDown; ++i) {
                     load_matrices(a[i], window[i] + step * columns * kPixelBytes + part * 16);
-                    // The eighth tap: its weights are 0, but a NaN of the image would come through.
+                    // The weights of the eighth tap are 0, but a NaN in the image would still reach the sum.
                     if (part == 2 && (lane & 2)) a[i][2] = a[i][3] = 0;
                 }
 #pragma unroll

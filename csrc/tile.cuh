@@ -1,7 +1,7 @@
-// Matrix products of a warp on tiles in shared memory, and where their values lie.
+// Matrix products of a warp on tiles in shared memory, and the positions of their values.
 //
-// A tile's rows hold 32 channels of 16 bits, 64 bytes in 4 parts of 16. Part p of row r lies at position p ^ (r / 2 %
-// 4): the eight rows that one ldmatrix reads then meet all 32 banks once.
+// A row of a tile holds 32 channels of 16 bits: 64 bytes in 4 parts of 16. Part p of row r lies at position p ^ (r / 2
+// % 4). So the eight rows that one ldmatrix reads use each of the 32 banks once.
 #pragma once
 
 #include "platform.cuh"
@@ -9,27 +9,29 @@
 namespace fastden {
 
 constexpr int kWarp = 32;
-constexpr int kChunk = 32;  // channels of a step of the inner dimension
+constexpr int kChunk = 32;  // channels in a step of the inner dimension
 constexpr int kRowBytes = 2 * kChunk;
 
 __device__ __forceinline__ uint32_t part_offset(int row, int part) {
     return row * kRowBytes + ((part ^ ((row >> 1) & 3)) << 4);
 }
 
-// Where a lane's matrix row begins for load_matrices, of the first 16x16 block from `row` on, relative to the tile: the
-// left half's rows, then the right half's, as multiply_add wants its first factor. The block two parts further is at
-// ^ 32, the one 16 rows below at + 16 kRowBytes: with one sum a step, addresses stay out of the way of products.
+// The offset in the tile of a lane's matrix row for load_matrices, for the 16x16 block that begins at `row`. The rows
+// of the left half come first, then those of the right half: multiply_add needs its first factor in this order. The
+// block two parts further is at ^ 32, and the block 16 rows below is at + 16 kRowBytes, so a step needs only one
+// addition for its addresses.
 __device__ __forceinline__ uint32_t left_offset(int row, int lane) {
     return part_offset(row + (lane & 15), lane >> 4);
 }
 
-// The same for the second factor, stored as columns x channels: 16 columns give two of its 16x8 blocks.
+// The same for the second factor, which is stored as columns x channels: 16 columns are two of its 16x8 blocks.
 __device__ __forceinline__ uint32_t right_offset(int column, int lane) {
     return part_offset(column + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
 
-// sums += rows (16 kRows of them) x columns (8 kColumns), over one step of the inner dimension; `left` and `right` are
-// the tiles' addresses with left_offset of each block of 16 rows and right_offset of the first column.
+// sums += rows (16 kRows of them) x columns (8 kColumns), over one step of the inner dimension. `left` has an address
+// for each block of 16 rows: that of the tile plus left_offset. `right` is that of the tile plus right_offset of the
+// first column.
 template <typename T, int kRows, int kColumns>
 __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kColumns][4], const uint32_t (&left)[kRows],
                                               uint32_t right) {
@@ -51,7 +53,7 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kColumns][4],
     }
 }
 
-// The same for rows that follow each other.
+// The same for consecutive rows.
 template <typename T, int kRows, int kColumns>
 __device__ __forceinline__ void multiply_step(float (&sums)[kRows][kColumns][4], uint32_t left, uint32_t right) {
     uint32_t blocks[kRows];
@@ -72,14 +74,15 @@ __device__ __forceinline__ void clear(float (&sums)[kRows][kColumns][4]) {
     }
 }
 
-// Where columns carry output channels in this order, a lane's values of four 16x8 blocks of sums side by side belong to
-// eight channels that follow each other, from 8 (lane % 4) on: 16 bytes to load or store at once. Of 32 channels, the
-// one of column `column`.
+// The output channel of column `column`, for groups of 32 channels. In this order, a lane's values in four neighbouring
+// 16x8 blocks of sums belong to eight consecutive channels, from 8 (lane % 4) on. A lane loads or stores these 16 bytes
+// at once.
 __device__ __forceinline__ int channel_of_column(int column) {
     return (column & ~31) + ((column & 6) << 2) + ((column >> 2) & 6) + (column & 1);
 }
 
-// Row and column of a lane's first value in a 16x8 block of sums; the second lies beside it, two more 8 rows below.
+// Row and column of a lane's first value in a 16x8 block of sums. The second lies right of it; two more lie 8 rows
+// below.
 __device__ __forceinline__ int sums_row(int lane) {
     return lane >> 2;
 }

@@ -15,9 +15,9 @@ Status upsample(const Upsampling& arguments, cudaStream_t stream) {
     phases.width = arguments.width;
     phases.channels_a = arguments.channels;
     phases.outputs = arguments.outputs;
-    phases.kernel = 2;  // of a phase; the weights lie as in the whole kernel
+    phases.kernel = 2;  // of a phase; weights have the layout of the whole kernel
     phases.stride = 1;
-    phases.padding = 1;  // of the first phase; each other's window begins one pixel later in its direction
+    phases.padding = 1;  // of phase 0; an odd row or column begins its window one pixel later
     return run_convolution(phases, stream, true);
 }
 

@@ -1,4 +1,4 @@
-"""What every kernel's launch needs: the device guard, the precision of products, and a product that interprets."""
+"""What every kernel's launch needs: the device guard, the precision of products, and a product for the interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` with float32 sums."""
     if INTERPRETED:
-        # The interpreter (Triton 3.6 to 3.9) multiplies bfloat16 numbers' bits as integers.
+        # The interpreter (Triton 3.6 to 3.9) multiplies the bits of bfloat16 numbers as integers.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -25,7 +25,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def locate(first, index, height, width):
     """Row and column (32 bits) and image (64 bits) of pixels ``first + index`` of a batch of ``height`` x ``width``.
 
-    ``first`` is 64 bits wide: dividing it once, and small numbers for each pixel, spares 64-bit divisions by pixel.
+    ``first`` is 64 bits wide. It is divided once; each pixel then needs 32-bit divisions only.
     """
     line = first // width
     offset = (first % width).to(tl.int32) + index
@@ -35,7 +35,7 @@ def locate(first, index, height, width):
 
 
 def precision(x: Tensor) -> str:
-    """How products of float32 are formed: TF32 where torch allows convolutions to use it."""
+    """How products of float32 are computed: in TF32 if torch allows it for convolutions."""
     if x.dtype != torch.float32 or not x.is_cuda:
         return "ieee"
     try:
@@ -46,5 +46,5 @@ def precision(x: Tensor) -> str:
 
 
 def device_guard(x: Tensor) -> torch.cuda.device:
-    """Kernels launch on the current device: make it that of ``x``. Does nothing for the CPU, where they interpret."""
+    """Make the device of ``x`` the current one, on which kernels launch. On the CPU (interpreter) this does nothing."""
     return torch.cuda.device(x.device if x.is_cuda else -1)

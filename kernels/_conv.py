@@ -1,9 +1,9 @@
 """Convolution as an implicit matrix product, shared by the operators: forward, inference and training.
 
-Rows of the product are output pixels, columns output channels, and the inner dimension runs over taps and input
-channels. Tensors are channels-last (NHWC in memory); weights are (O, kernel rows, kernel columns, C), which is what a
-channels-last convolution weight is in memory. Sums are float32. A transposed convolution of stride 2 is four such
-products, one for each parity of the output pixel ("phases"), which read the taps of its kernel where they lie.
+Rows of the product are output pixels, and columns are output channels. The inner dimension runs over taps and input
+channels. Tensors are channels-last (NHWC in memory). Weights are (O, kernel rows, kernel columns, C): a channels-last
+convolution weight has this order in memory. Sums are float32. A transposed convolution of stride 2 is four such
+products, one for each parity of the output pixel ("phases"). They read the taps from its kernel without a copy.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def _accumulate(
     """``acc`` plus the taps of one source with C of the TOTAL input channels, from channel OFFSET of the weights on.
 
     ``origin`` is the pixel under the first tap, counted over the batch; ``top`` and ``left`` are its row and column.
-    The taps of a PHASE are every other one of a kernel twice as large, backwards: ``w_ptr`` points to the first.
+    The taps of a PHASE are every second tap, in reverse order, of a kernel twice as large. ``w_ptr`` points to the
+    first of them.
     """
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     TAPS: tl.constexpr = KERNEL * KERNEL * (4 if PHASE else 1)
@@ -83,7 +84,7 @@ def _store_statistics(acc, statistics_ptr, tile, present, mask, outputs, O: tl.c
     tl.store(statistics + O, tl.sum(deviation * deviation, 0), mask=outputs < O)
 
 
-# Sizes of images are no part of the compiled kernel: no new image size compiles it again.
+# Image sizes are not compiled in: a new image size does not compile the kernel again.
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
 def conv_kernel(
     a_ptr,
@@ -115,12 +116,13 @@ def conv_kernel(
     BLOCK_B: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of ``relu(conv(cat(a, b)) + bias + residual)``; with statistics, those of what is stored.
+    """One tile of ``relu(conv(cat(a, b)) + bias + residual)``; with STATISTICS, also the tile's statistics.
 
-    ``out_height`` and ``out_width`` are those of one phase. Statistics are each tile's mean and sum of squared
-    deviations a channel, (tiles, 2, O) in float32: they combine without cancellation, however large the mean.
+    ``out_height`` and ``out_width`` are the size of one phase. Statistics are the mean and the sum of squared
+    deviations of each channel in each tile, (tiles, 2, O) in float32. They combine without cancellation, even if the
+    mean is large.
     """
-    # Programs that read the same pixels follow each other: all but the first find them in the level-2 cache.
+    # Programs that read the same pixels have consecutive numbers: all but the first find them in the level-2 cache.
     BLOCKS: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     tile = program // (BLOCKS * PHASES)
@@ -128,7 +130,7 @@ def conv_kernel(
     outputs = program % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     phase_y = phase // 2
     phase_x = phase % 2
-    # 64 bits from here on: a 24-megapixel image with 256 channels has more elements than 32 bits count.
+    # 64 bits from here on: a 24-megapixel image with 256 channels has more elements than 32 bits can count.
     pixels = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     count = batch.to(tl.int64) * out_height * out_width
     rows = pixels < count
@@ -156,7 +158,7 @@ def conv_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + outputs, mask=outputs < O, other=0.0).to(tl.float32)[None, :]
     if STATISTICS:
-        # Of the values as they are stored: normalisation reads those.
+        # The statistics are those of the stored (rounded) values, because normalisation reads these.
         acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
         present = tl.minimum(count - tile.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
         _store_statistics(acc, statistics_ptr, tile, present, mask, outputs, O)
@@ -171,13 +173,13 @@ def conv_kernel(
 def chosen_config(
     a: Tensor, b: Tensor | None, weight: Tensor, pixels: int, stride: int = 1, phases: int = 1, statistics: bool = False
 ) -> ConvConfig:
-    """What a launch takes: a search's, or the default. Arguments as :func:`launch_conv`'s; ``pixels`` of a phase."""
+    """A launch's configuration: tuned or default. Arguments as in :func:`launch_conv`; ``pixels`` counts one phase."""
     channels, others = a.shape[1], 0 if b is None else b.shape[1]
     outputs, kernel = weight.shape[0], weight.shape[-1]
     default = config_for(channels, outputs, pixels, a.element_size(), precision(a))
     key = f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, phases {phases}, {precision(a)}"
     found = choose("conv", f"{key}, statistics" if statistics else key, pixels, a, default)
-    # What was searched with other tensors' addresses need not hold for these.
+    # The search may have used tensors with other addresses: descriptors may not work for these tensors.
     return default if found.descriptors and cannot_describe(a, b, weight) else found
 
 
@@ -214,8 +216,8 @@ def launch_conv(
         b: (N, B, H, W) or None.
         weight: (O, A + B, k, k), channels-last; for four phases (O, A, 2 k, 2 k), too.
         bias: (O,) or None.
-        residual: of the output's shape, or None.
-        relu, stride, padding: of the convolution; a phase's padding is 1 less its parity.
+        residual: a tensor of the output's shape, or None.
+        relu, stride, padding: of the convolution; the padding of a phase is 1 minus its parity.
         phases: 1, or 4 for a transposed convolution of kernel 2 k, stride 2, padding k - 1; k is even.
         statistics: also return each tile's statistics.
         config: None for the default.

@@ -1,13 +1,13 @@
-"""The convolution of stride 1 again, fed by tensor descriptors: what TMA copies, on sm_90 and later.
+"""A second form of the convolution of stride 1: TMA copies its inputs through tensor descriptors (sm_90 and later).
 
-A tile is a rectangle of output pixels. What a tap reads of a source is then a box of its (N, H, W, C), shifted by the
-tap, which one instruction of one thread copies to shared memory; nothing holds an address for each pixel, and what lies
-outside the source arrives as zeros, which is the padding. Everything else is as in ``_conv.py``.
+A tile is a rectangle of output pixels. For each tap, the tile reads one box of the source (N, H, W, C), shifted by the
+tap. One instruction of one thread copies the box to shared memory, so no register holds an address for each pixel.
+Elements outside the source arrive as zeros: this is the padding. Everything else is as in ``_conv.py``.
 
-Descriptors are made on the host and travel as arguments of the kernel: those made by the kernel itself would need an
+The host makes the descriptors and passes them to the kernel as arguments. If the kernel made them, it would need an
 allocator in a variable that belongs to the caller (``triton.set_allocator``).
 
-Not measured on a GPU, so nothing chooses this form but ``ConvConfig(descriptors=True)``.
+This form is not measured on a GPU, so only ``ConvConfig(descriptors=True)`` selects it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastden.kernels._common import INTERPRETED, device_guard, dot, precision
 from fastden.kernels._tiles import ConvConfig, finish, second_block
 
-#: TMA is there from this compute capability on.
+#: TMA exists from this compute capability on.
 CAPABILITY = (9, 0)
-#: Bytes: a descriptor's address and all its strides but the innermost, 1, are multiples of it.
+#: Bytes. The address of a descriptor and all its strides, except the innermost (which is 1), are multiples of this.
 ALIGNMENT = 16
 
 
@@ -48,11 +48,11 @@ def _accumulate_boxes(
 ):
     """``acc`` plus the taps of one source with C of the TOTAL input channels, from channel OFFSET of the weights on.
 
-    ``acc`` is (outputs, pixels): Triton 3.6 hands a reshaped box to sm_90's matrix instruction as it lies in shared
-    memory where it is the second operand, but through registers where it is the first.
+    ``acc`` is (outputs, pixels), so that the box is the second operand. As the second operand, Triton 3.6 passes a
+    reshaped box to sm_90's matrix instruction directly from shared memory. As the first, it goes through registers.
 
-    Where C is no multiple of BLOCK_K, weights of other channels or taps are read beside this source's last ones. They
-    meet the zeros of channels that the source does not have.
+    If C is not a multiple of BLOCK_K, the last step also reads weights of other channels or taps. They are multiplied
+    by the zeros of channels that the source does not have.
     """
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     for step in range(KERNEL * KERNEL * STEPS):
@@ -92,13 +92,13 @@ def descriptor_conv_kernel(
 ):
     """One TILE_HEIGHT x TILE_WIDTH tile of ``relu(conv(cat(a, b)) + bias + residual)``.
 
-    Boxes of ``a_desc`` and ``b_desc`` are (1, TILE_HEIGHT, TILE_WIDTH, BLOCK_K or BLOCK_B), those of the weights, once
-    for each source, (BLOCK_N, BLOCK_K or BLOCK_B) of (O, KERNEL * KERNEL * (A + B)).
+    Boxes of ``a_desc`` and ``b_desc`` are (1, TILE_HEIGHT, TILE_WIDTH, BLOCK_K or BLOCK_B). The weights,
+    (O, KERNEL * KERNEL * (A + B)), have one descriptor for each source, with boxes (BLOCK_N, BLOCK_K or BLOCK_B).
     """
     BLOCK_M: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
     down = tl.cdiv(out_height, TILE_HEIGHT)
     across = tl.cdiv(out_width, TILE_WIDTH)
-    # Programs that read the same pixels follow each other: all but the first find them in the level-2 cache.
+    # Programs that read the same pixels have consecutive numbers: all but the first find them in the level-2 cache.
     BLOCKS: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
     image = tile // (down * across)
@@ -124,7 +124,7 @@ def descriptor_conv_kernel(
     pixel = tl.arange(0, BLOCK_M)
     y = top + pixel // TILE_WIDTH
     x = left + pixel % TILE_WIDTH
-    # 64 bits: a 24-megapixel image with 256 channels has more elements than 32 bits count.
+    # 64 bits: a 24-megapixel image with 256 channels has more elements than 32 bits can count.
     target = ((image.to(tl.int64) * out_height + y) * out_width + x)[:, None] * O + outputs[None, :]
     mask = ((y < out_height) & (x < out_width))[:, None] & (outputs < O)[None, :]
     finish(acc, residual_ptr, y_ptr, target, mask, HAS_RESIDUAL, RELU)
@@ -142,7 +142,7 @@ def launch_descriptor_conv(
     padding: int,
     config: ConvConfig,
 ) -> None:
-    """Run :func:`descriptor_conv_kernel` into ``y``; other arguments as of :func:`fastden.kernels._conv.launch_conv`.
+    """Write :func:`descriptor_conv_kernel`'s result to ``y``; the rest as in :func:`fastden.kernels._conv.launch_conv`.
 
     Raises:
         ValueError: the tensors cannot be described.
@@ -173,7 +173,7 @@ def launch_descriptor_conv(
 
 
 def why_not(a: Tensor, b: Tensor | None, weight: Tensor) -> list[str]:
-    """Why descriptors cannot describe these channels-last tensors; empty where they can."""
+    """Why descriptors cannot describe these channels-last tensors; empty if they can."""
     reasons = []
     if a.is_cuda and torch.cuda.get_device_capability(a.device) < CAPABILITY:
         reasons.append(f"device: compute capability {_version(torch.cuda.get_device_capability(a.device))}")
@@ -193,8 +193,8 @@ def why_not(a: Tensor, b: Tensor | None, weight: Tensor) -> list[str]:
 def constants_of(
     channels: int, others: int, outputs: int, kernel: int, padding: int, config: ConvConfig
 ) -> dict[str, Any]:
-    """Compile-time arguments of the kernel but for its epilogue's and its products': descriptors of no source, too."""
-    # As near to square as powers of two allow, wider than high: the fewest pixels are read by two tiles.
+    """Compile-time arguments, except those of epilogue and products. Without source ``b`` its descriptors are None."""
+    # As near to square as powers of two allow, and wider than high: then the tiles read the fewest pixels twice.
     height = 1 << (config.block_m.bit_length() - 1) // 2
     absent = {} if others else {"b_desc": None, "b_w_desc": None}
     return absent | {

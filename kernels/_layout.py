@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """``x`` (4-D), channels innermost in memory, without a copy where it is so already."""
+    """``x`` (4-D) with channels innermost in memory; no copy if it has this layout already."""
     return x.contiguous(memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
-"""Weights in the order in which a kernel reads them: the order is kept, never the weights.
+"""Weights in the order in which a kernel reads them: the order is cached, the weights never are.
 
-Reordering by pads, flips and copies takes several small kernels, as long as a small image's convolution. Where each
-position takes its value from depends on the weight's shape alone, so it is found once, and one gather makes a reordered
-weight of the present values. A reordered weight that is kept could become stale: writes through ``weight.data``, by
-collective operations, from other processes or in a replayed CUDA graph are counted nowhere.
+Reordering with pads, flips and copies launches several small kernels. They take as long as the convolution of a small
+image. The source of each position depends only on the shape of the weight. So it is computed once, and one gather then
+makes the reordered weight from the current values. A cached weight could become stale: no version counter sees writes
+through ``weight.data``, by collective operations, from other processes or in a replayed CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Orders kept; a network has four for each of its weights' shapes.
+#: Largest number of cached orders; a network has four for each shape of its weights.
 LARGEST = 64
 
 
 class _Order(NamedTuple):
-    """Where each position of a reordered weight's memory takes its value from, and how that memory is looked at."""
+    """The source of each position in the memory of a reordered weight, and the layout of that memory."""
 
     index: Tensor
     shape: tuple[int, ...]
@@ -29,10 +29,10 @@ class _Order(NamedTuple):
 
 
 class PackedWeights:
-    """Reorders weights by functions that move values and put zeros between them, and do nothing else.
+    """Reorders weights with functions that only move values and put zeros between them.
 
     Attributes:
-        hits: calls that found their order.
+        hits: number of calls that found their order in the cache.
     """
 
     def __init__(self) -> None:
@@ -44,14 +44,14 @@ class PackedWeights:
         return len(self._kept)
 
     def get(self, pack: Callable[..., Tensor], weight: Tensor, *options: Any) -> Tensor:
-        """``pack(weight, *options)``, made of the present values of ``weight``."""
+        """``pack(weight, *options)``, made from the current values of ``weight``."""
         if not indexable(weight):
             return pack(weight, *options)
         key = (pack, options, weight.shape, weight.device)
         order = self._kept.get(key)
         if order is None:
             if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-                return pack(weight, *options)  # an order's copy to the device cannot be captured
+                return pack(weight, *options)  # a graph cannot capture the copy of an order
             order = _order(pack, weight, options)
             with self._lock:
                 if len(self._kept) >= LARGEST:
@@ -59,25 +59,25 @@ class PackedWeights:
                 self._kept[key] = order
         else:
             self.hits += 1
-        # A zero behind the weight, for the positions that take none of its values.
+        # A zero after the weight, for the positions that take none of its values.
         values = torch.cat([weight.reshape(-1), weight.new_zeros(1)])
         return values.index_select(0, order.index).as_strided(*order[1:])
 
 
 def _order(pack: Callable[..., Tensor], weight: Tensor, options: tuple[Any, ...]) -> _Order:
-    """The order that ``pack`` makes, seen on a weight whose values are their own positions, counted from 1."""
+    """The order that ``pack`` makes, read from a weight whose values are their own positions, counted from 1."""
     count = weight.numel()
     positions = pack(torch.arange(1, count + 1).view(weight.shape), *options)
     memory = positions.as_strided((positions.untyped_storage().nbytes() // positions.itemsize,), (1,), 0)
     memory = torch.where(memory == 0, count, memory - 1)
-    # Made on the CPU and copied at once, so that every stream of the device may read it.
+    # The order is made on the CPU and copied synchronously, so that every stream of the device can read it.
     return _Order(
         memory.to(torch.int32).to(weight.device), tuple(positions.shape), positions.stride(), positions.storage_offset()
     )
 
 
 def indexable(weight: Tensor) -> bool:
-    """Whether a gather may stand for the function: on plain tensors that nobody traces."""
+    """Whether a gather may replace the function: only on plain tensors that are not traced."""
     return (
         type(weight) in (Tensor, torch.nn.Parameter)
         and weight.numel() < 2**31 - 1
@@ -85,5 +85,5 @@ def indexable(weight: Tensor) -> bool:
     )
 
 
-#: Of all kernels.
+#: The weights of all kernels.
 PACKED = PackedWeights()

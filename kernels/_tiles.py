@@ -1,4 +1,4 @@
-"""Tiles of a convolution: their sizes, and what every form of its kernel does with one that is finished."""
+"""Tiles of a convolution: their sizes, and how every form of the kernel stores a finished tile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ONE_WAVE = 128 * 132
 class ConvConfig:
     """Sizes of a tile and how it is run: output pixels, output channels, inner dimension, warps, pipeline stages.
 
-    With ``descriptors`` the form of ``_descriptors.py`` runs, for stride 1 and without statistics, from sm_90 on.
+    With ``descriptors`` the kernel of ``_descriptors.py`` runs: stride 1, no statistics, sm_90 and later.
     """
 
     block_m: int
@@ -29,8 +29,8 @@ class ConvConfig:
 def config_for(channels: int, outputs: int, pixels: int, itemsize: int, products: str = "tf32") -> ConvConfig:
     """Default tile of a convolution.
 
-    Not measured on a GPU: chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the pipeline's buffers
-    take at most 96 KiB of shared memory, which fits two blocks on sm_90 and one on sm_80.
+    Not measured on a GPU. The tiles are chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the buffers
+    of the pipeline take at most 96 KiB of shared memory: two blocks fit on sm_90, and one on sm_80.
     """
     # Sums and products of float32 have no matrix instruction, and spill at 128 x 128.
     block_n = min(128 if itemsize <= 2 else 64, max(16, triton.next_power_of_2(outputs)))
@@ -44,13 +44,14 @@ def config_for(channels: int, outputs: int, pixels: int, itemsize: int, products
         # Without matrix instructions operands fill registers, too: larger tiles, or fewer warps, spill on sm_80 or
         # sm_100, and few channels in steps of 32 on sm_90.
         return ConvConfig(64, block_n, min(block_k, 16) if channels <= 64 else block_k, warps=8, stages=3)
-    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80. So do sums of TF32's 64 x 64 on sm_100.
+    # Addresses are 64-bit: 128 x 64 of them in four warps spill on sm_80. The sums of a TF32 tile of 64 x 64 spill on
+    # sm_100.
     warps = 8 if block_m * max(block_n, block_k) >= 128 * 64 or (itemsize > 2 and block_n == 64) else 4
     return ConvConfig(block_m, block_n, block_k, warps, stages=3)
 
 
 def second_block(others: int, config: ConvConfig) -> int:
-    """Inner dimension of a step over the second source's channels: no wider than these, 32 of conv3's 160."""
+    """Inner dimension of a step over the second source: not wider than its channels, which are 32 of conv3's 160."""
     return min(config.block_k, max(16, int(triton.next_power_of_2(others))))
 
 
@@ -60,6 +61,6 @@ def finish(acc, residual_ptr, y_ptr, target, mask, HAS_RESIDUAL: tl.constexpr, R
     if HAS_RESIDUAL:
         acc += tl.load(residual_ptr + target, mask=mask, other=0.0).to(tl.float32)
     if RELU:
-        # Not maximum(acc, 0) alone, which would hide a NaN.
+        # maximum(acc, 0) alone would hide a NaN.
         acc = tl.where(acc < 0.0, 0.0, acc)
     tl.store(y_ptr + target, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,8 +1,8 @@
-"""Configurations that a search found on this GPU (``benchmarks/tune.py``), in place of the defaults.
+"""Configurations that a search found on this GPU (``benchmarks/tune.py``); they replace the defaults.
 
-They lie in one file for each compute capability, version of Triton and text of the kernels, so that none outlives what
-it was measured with: ``fastden/tuned`` in the user's cache folder, or the file that FASTDEN_TUNED names. Nothing is
-searched when a kernel is called. Without a file defaults are taken.
+There is one file for each compute capability, version of Triton and text of the kernels. So a configuration is never
+used with other kernels than those it was measured with. The file is in ``fastden/tuned`` in the user's cache folder, or
+FASTDEN_TUNED names it. A call of a kernel never starts a search. Without a file, kernels use the defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 ENVIRONMENT = "FASTDEN_TUNED"
-#: Of the file's layout.
+#: Version of the file format.
 FORMAT = 1
 
 Config = TypeVar("Config")
@@ -32,12 +32,12 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Request:
-    """What a launch asks a configuration for.
+    """A launch that needs a configuration.
 
     Args:
-        kernel: its name.
-        key: all that is compiled in, and the dtype.
-        pixels: of the output, of all images.
+        kernel: name of the kernel.
+        key: all values that are compiled in, and the dtype.
+        pixels: number of output pixels in all images.
     """
 
     kernel: str
@@ -46,11 +46,11 @@ class Request:
 
 
 class Trial:
-    """Configurations tried by a search, and what was asked for.
+    """Configurations that a search tries, and the requests that launches made.
 
     Attributes:
-        configs: taken in place of all others, by request.
-        asked: requests with their defaults, in the order of the first.
+        configs: the configuration of each request; it replaces all others.
+        asked: each request with its default, in the order of its first launch.
     """
 
     def __init__(self, configs: Mapping[Request, Any] | None = None) -> None:
@@ -63,7 +63,7 @@ _trial: ContextVar[Trial | None] = ContextVar("fastden_trial", default=None)
 
 @contextmanager
 def trial(configs: Mapping[Request, Any] | None = None) -> Iterator[Trial]:
-    """Launches of this thread in the ``with`` block take ``configs``, and defaults for what is not in them."""
+    """In the ``with`` block, launches of this thread use ``configs``, or the default if the request is not there."""
     current = Trial(configs)
     token = _trial.set(current)
     try:
@@ -73,17 +73,17 @@ def trial(configs: Mapping[Request, Any] | None = None) -> Iterator[Trial]:
 
 
 def choose(kernel: str, key: str, pixels: int, x: Tensor, default: Config) -> Config:
-    """The configuration of a launch: that of a search with the nearest number of pixels, or ``default``.
+    """The configuration of a launch: the tuned one with the nearest number of pixels, or ``default``.
 
     Args:
-        kernel: its name.
-        key: all that is compiled in but for the configuration.
-        pixels: of the output, of all images.
+        kernel: name of the kernel.
+        key: all values that are compiled in, except the configuration.
+        pixels: number of output pixels in all images.
         x: an input, for the device and the dtype.
-        default: what is taken where nobody searched.
+        default: the configuration if the file has none for this kernel and key.
 
     Raises:
-        ValueError: the file's configurations are not of the default's kind.
+        ValueError: the configurations in the file are not of the default's type.
     """
     name = f"{key} {str(x.dtype).removeprefix('torch.')}"
     current = _trial.get()
@@ -113,13 +113,13 @@ def path(capability: str) -> Path:
 
 @cache
 def digest() -> str:
-    """Of the text of all kernels and launch functions."""
+    """The digest of the text of all kernels and launch functions."""
     text = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     return sha256(text).hexdigest()[:12]
 
 
 def capability(device: int | None) -> str:
-    """Of a CUDA device; "interpreted" where there is none."""
+    """The compute capability of a CUDA device; "interpreted" if there is no device."""
     if device is None:
         return "interpreted"
     major, minor = torch.cuda.get_device_capability(device)
@@ -127,12 +127,12 @@ def capability(device: int | None) -> str:
 
 
 def write(file: Path, found: Mapping[Request, tuple[Any, Mapping[str, float]]], **about: Any) -> None:
-    """Write configurations, each with its times, as :func:`choose` reads them; the file appears whole.
+    """Write configurations and their times in the format that :func:`choose` reads, in one atomic step.
 
     Args:
-        file: what :func:`path` names.
-        found: a configuration and its times, by request.
-        about: more to be said in the file: the machine, for instance.
+        file: the path that :func:`path` returns.
+        found: a configuration and its times, for each request.
+        about: more entries for the file, for example the machine.
     """
     entries: dict[str, list[dict[str, Any]]] = {}
     for request, (config, times) in found.items():

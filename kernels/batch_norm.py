@@ -1,7 +1,7 @@
 """Batch normalisation in training: statistics, the affine map with ReLU, and its gradient.
 
-The statistics of most convolutions come out of their own epilogue (``_conv.py``); :func:`statistics` reads a tensor for
-the others.
+Most convolutions compute their statistics in their own epilogue (``_conv.py``). For the others, :func:`statistics`
+reads a tensor.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from torch import Tensor
 from fastden.kernels._common import device_guard
 from fastden.kernels._layout import channels_last
 
-#: Bytes that an element-wise tile reads of one tensor. Not measured on a GPU. Twice as many in float32 spill on sm_90
-#: and sm_100 (Triton 3.9), in the gradient behind a residual.
+#: Bytes that an element-wise tile reads from one tensor. Not measured on a GPU. Twice as many in float32 spill on sm_90
+#: and sm_100 (Triton 3.9), in the gradient of a result with a residual.
 TILE_BYTES = 16 << 10
-#: Elements of a tile of :func:`statistics`, which holds it whole: twice as many spill on sm_90.
+#: Elements of a tile of :func:`statistics`. A program holds the whole tile: twice as many spill on sm_90.
 STATISTICS_ELEMENTS = 64 * 64
-#: Channels of a tile, at most.
+#: Largest number of channels of a tile.
 LARGEST_BLOCK = 256
-#: Tiles and channels that a program of :func:`combine` holds at once: few channels, so that there are several programs.
+#: Tiles and channels that a program of :func:`combine` holds at once. The channels are few, to get several programs.
 COMBINED_TILES, COMBINED_CHANNELS = 64, 16
-#: Elements that one program of a reduction sums, at most.
+#: Largest number of elements that one program of a reduction sums.
 REDUCTION_ELEMENTS = 4096 * 64
 
 
 def tile(channels: int, elements: int) -> tuple[int, int]:
-    """Rows (pixels) and channels of a tile: all channels, if they are few enough, so that whole rows are read.
+    """Rows (pixels) and channels of a tile: all channels if they are few enough, so that programs read whole rows.
 
-    Of the network's widths, which are powers of two, no lane is left without a channel.
+    The widths of the network are powers of two, so every GPU thread of a tile has a channel.
     """
     block = min(LARGEST_BLOCK, max(16, int(triton.next_power_of_2(channels))))
     return elements // block, block
 
 
-# Numbers of tiles and rows are no part of the compiled kernel.
+# The numbers of tiles and rows are not compiled in.
 @triton.jit(do_not_specialize=["tiles", "rows"])
 def combine_kernel(
     statistics_ptr,
@@ -57,11 +57,11 @@ def combine_kernel(
     index = tl.arange(0, BLOCK_TILES)
     total = tl.cast(rows, tl.int64)
     count = total.to(tl.float32)
-    # Means are averaged as differences to the first, which are small where the mean is large against the deviation.
+    # Averages the differences to the first mean. They are small even if the mean is large against the deviation.
     first = tl.load(statistics_ptr + channel, mask=exists, other=0.0)
     difference = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     start = tl.cast(0, tl.int64)
-    # Not tl.range, whose bounds Triton 3.6 cannot interpret with numpy 2.4.
+    # No tl.range: with numpy 2.4, the interpreter of Triton 3.6 cannot handle its bounds.
     while start < tiles:
         tile = start + index
         mask = (tile < tiles)[:, None] & exists[None, :]
@@ -87,12 +87,12 @@ def combine_kernel(
 
 
 def combine(statistics: Tensor, count: int, block: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What normalisation needs of all rows, from each tile's mean and sum of squared deviations (Chan et al. 1979).
+    """Statistics of all rows, from the mean and the sum of squared deviations of each tile (Chan et al. 1979).
 
     Args:
         statistics: (tiles, 2, C), float32.
-        count: rows altogether, at least 2.
-        block: rows of every tile but the last.
+        count: number of all rows, at least 2.
+        block: rows of every tile except the last.
         eps: the normalisation's epsilon.
 
     Returns:
@@ -157,7 +157,10 @@ def affine_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """``relu((x - mean) * rstd * weight + bias + residual)`` of (rows, C); the mean goes first, lest it cancel."""
+    """``relu((x - mean) * rstd * weight + bias + residual)`` of (rows, C).
+
+    It subtracts the mean first, to avoid cancellation.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
@@ -223,7 +226,7 @@ def gradient_sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Each program's sums, over its rows, of the gradient behind the ReLU and of that times the normalised input."""
+    """Each program sums two values over its rows: the gradient ``g`` of the ReLU's input, and ``g * normalised``."""
     program = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
@@ -244,7 +247,7 @@ def gradient_sums_kernel(
             else:
                 y = centred * scale[None, :] + bias[None, :]
             grad = tl.where(y > 0.0, grad, 0.0)
-        # Rows beyond the last have a gradient of 0.
+        # Rows after the last have a gradient of 0.
         total += tl.sum(grad, 0)
         product += tl.sum(grad * centred * rstd[None, :], 0)
     target = sums_ptr + program * (2 * C) + channel
@@ -273,10 +276,11 @@ def gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """``weight * rstd * (g - mean(g) - normalised * mean(g * normalised))``; g, behind the ReLU, is the residual's.
+    """``weight * rstd * (g - mean(g) - normalised * mean(g * normalised))``; g is also the residual's gradient.
 
-    The means are the gradients of BN's bias and weight over the number of rows. Without the result, which is
-    ``(raw - mean) * weight * rstd + bias`` where there is no residual, its sign is found again.
+    ``g`` is the gradient of the ReLU's input. The two means are the gradients of BN's bias and weight, divided by the
+    number of rows. If the result is not stored, its sign is computed again: without a residual, the result is
+    ``relu((raw - mean) * weight * rstd + bias)``.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -317,16 +321,16 @@ def affine_gradient(
     """Gradients of ``relu(batch_norm(raw) + residual)`` with batch statistics.
 
     Args:
-        grad: of the result, (N, C, H, W).
-        y: the result; None, where there was no residual: the ReLU's side is found again from ``raw``.
+        grad: gradient of the result, (N, C, H, W).
+        y: the result; may be None if there was no residual. Then its sign is computed again from ``raw``.
         raw: the convolution's output.
         mean, rstd: (C,), float32: batch mean, and 1 / sqrt(variance + eps).
-        weight, bias: (C,), BN's.
+        weight, bias: (C,), of BN.
         relu: whether there was a ReLU.
         residual: whether the residual's gradient is wanted.
 
     Returns:
-        Gradients of ``raw``, of the residual (or None), of BN's weight and bias, these two (C,) float32.
+        Gradients of ``raw``, the residual (or None), and BN's weight and bias. The last two are (C,) float32.
     """
     if y is None and residual:
         raise ValueError("y: None with a residual; accepted: the result")

@@ -1,9 +1,9 @@
 """bottleneck on Triton, at inference: ``relu(x + expand(relu(conv(relu(reduce(x))))))``, BN folded into biases.
 
-Triton cannot read registers or shared memory at shifted positions, which the 3x3 convolution of a map that a program
-has just made would need. Four ways around that, by what a pixel takes of a (C, M) bottleneck in 16-bit storage, for
-(128, 32) and (256, 64): products are multiply-accumulates; DRAM is the bytes that have to pass there; L2 those of
-activations that programs read and write (weights add about 400 and 800):
+Triton cannot read registers or shared memory at shifted positions. A program that makes a map and then applies the 3x3
+convolution to it would need this. The table compares four solutions for (C, M) bottlenecks of (128, 32) and (256, 64)
+in 16-bit storage. All numbers are per pixel. Products are multiply-accumulates. DRAM is the bytes that must pass
+through DRAM. L2 is the bytes of activations that programs read and write (weights add about 400 and 800):
 
 ==================================  ===========================================  =========  ==========
 way                                 products                                     DRAM       L2
@@ -14,14 +14,14 @@ one kernel, the map in scratch      1.5 C M + 9 M M + M C = 19500, 77800        
 ``tl.gather`` of a map's rows       1.5 C M + 9 M M + M C = 19500, 77800         512, 1024  900, 1700
 ==================================  ===========================================  =========  ==========
 
-``fused`` is the third: a program owns a tile of output pixels, reduces the tile and its one-pixel margin, stores that
-to a scratch of its own, waits for its own threads, and reads it back at the nine shifts. Programs are persistent, so
-that the scratch (3 and 6 MiB for all of an H100's programs) is written again and again and stays in L2. The factor 1.5
-is the margin and the partly filled last block of its pixels. The second way, the same steps as two kernels, is there
-to be compared with. The first multiplies 2.9 times as much and reads x nine times. The last writes the map to shared
-memory and reads it there, one element at a time, for each tap.
+``fused`` is the third way. A program owns a tile of output pixels. It reduces the tile and its one-pixel margin, stores
+the result in its own scratch, waits for its own threads, and reads the scratch at the nine shifts. Programs are
+persistent, so they write the same scratch again and again, and it stays in L2 (3 and 6 MiB for all programs of an
+H100). The factor 1.5 comes from the margin and from the last block of its pixels, which is partly filled. The second
+way does the same steps in two kernels; it exists for comparison. The first way multiplies 2.9 times as much and reads x
+nine times. The last way writes the map to shared memory and reads it there, one element at a time, for each tap.
 
-None of this was measured on a GPU: bytes and products are counted, and tiles chosen so that registers do not spill.
+Nothing here was measured on a GPU: bytes and products are counted, and tiles are chosen so that registers do not spill.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastden.kernels._layout import channels_last
 from fastden.kernels._tiles import ONE_WAVE
 from fastden.kernels._tuned import choose
 
-#: The sums of the 3x3 convolution of a pixel are all held by one program.
+#: One program holds all sums of the 3x3 convolution of a pixel.
 LARGEST_MIDDLE = 128
 
 
@@ -49,11 +49,11 @@ class BottleneckConfig:
     """How the bottleneck is run.
 
     Args:
-        block_m: output pixels a program holds at once, a power of two from 16 on. A fused tile is as near to square as
-            powers of two allow, wider than high.
-        warps, stages: a program's warps, and its loads' pipeline stages.
-        fused: one kernel; else the middle map goes through memory between two.
-        programs: of the fused kernel, for each multiprocessor.
+        block_m: output pixels that a program holds at once, a power of two, at least 16. A fused tile is as near to
+            square as powers of two allow, and wider than high.
+        warps, stages: warps of a program, and pipeline stages of its loads.
+        fused: True for one kernel; False for two, which pass the middle map through memory.
+        programs: programs of the fused kernel for each multiprocessor.
     """
 
     block_m: int
@@ -72,20 +72,20 @@ class BottleneckConfig:
 def config_for(channels: int, middle: int, pixels: int, itemsize: int, products: str = "tf32") -> BottleneckConfig:
     """Default configuration for C = ``channels``, M = ``middle`` and N * H * W = ``pixels``; not measured on a GPU."""
     if itemsize > 2 and products == "ieee":
-        # Without matrix instructions operands fill registers, too.
+        # Without matrix instructions, operands also fill registers.
         return BottleneckConfig(block_m=64, warps=8, stages=2, fused=True)
     # Few pixels: smaller tiles keep more multiprocessors busy. Other types and sizes: twice the bytes or sums a pixel.
     if pixels < ONE_WAVE or itemsize > 2 or middle > 64:
         return BottleneckConfig(block_m=64, warps=4, stages=2, fused=True)
     if middle <= 32:
         return BottleneckConfig(block_m=128, warps=4, stages=3, fused=True)
-    # A larger tile for larger weights, which every tile reads again; registers leave room for one program.
+    # Every tile reads all weights again, so large weights need a larger tile. Registers suffice for one program.
     return BottleneckConfig(block_m=256, warps=8, stages=3, fused=True, programs=1)
 
 
 @triton.jit
 def _relu(values):
-    # Not maximum(values, 0), which would hide a NaN.
+    # maximum(values, 0) would hide a NaN.
     return tl.where(values < 0.0, 0.0, values)
 
 
@@ -110,16 +110,16 @@ def _reduce(
     BLOCK_MID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``relu(reduce(x) + bias)`` of the tile with its margin, whose first pixel is (top, left), to the scratch.
+    """Store ``relu(reduce(x) + bias)`` of the tile and its margin in the scratch; the first pixel is (top, left).
 
-    Outside the image it is 0, not ``relu(bias)``: the convolution pads the reduced map. So it is in the channels from
-    M to BLOCK_MID, so that reading needs no mask.
+    Outside the image the value is 0, not ``relu(bias)``: the convolution pads the reduced map. The channels from M to
+    BLOCK_MID are also 0, so that reads need no mask.
     """
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     k = tl.arange(0, BLOCK_K)
     middles = tl.arange(0, BLOCK_MID)
     acc = tl.zeros((BLOCK_R, BLOCK_MID), tl.float32)
-    # One loop over blocks of pixels and of channels, so that the pipeline of loads does not run dry between them.
+    # One loop over blocks of pixels and of channels keeps the pipeline of loads full between blocks.
     for step in range(CHUNKS * STEPS):
         position = (step // STEPS) * BLOCK_R + tl.arange(0, BLOCK_R)
         channel = (step % STEPS) * BLOCK_K + k
@@ -200,12 +200,12 @@ def _expand(
     BLOCK_MID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``relu(x + expand(relu(acc + conv_bias)) + bias)`` at ``pixels``, a block of channels at a time."""
+    """Store ``relu(x + expand(relu(acc + conv_bias)) + bias)`` at ``pixels``, one block of channels at a time."""
     middles = tl.arange(0, BLOCK_MID)
     if HAS_CONV_BIAS:
         acc += tl.load(conv_bias_ptr + middles, mask=middles < M, other=0.0).to(tl.float32)[None, :]
     middle = _relu(acc).to(x_ptr.dtype.element_ty)
-    # Not all channels at once: their sums would not fit into registers.
+    # The sums of all channels would not fit into registers.
     for first in range(0, C, BLOCK_N):
         outputs = first + tl.arange(0, BLOCK_N)
         weights = tl.load(
@@ -222,7 +222,7 @@ def _expand(
         tl.store(y_ptr + target, _relu(values).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-# Sizes of images are no part of the compiled kernel: no new image size compiles it again.
+# Image sizes are not compiled in: a new image size does not compile the kernel again.
 @triton.jit(do_not_specialize=["batch", "height", "width"])
 def bottleneck_kernel(
     x_ptr,
@@ -251,9 +251,10 @@ def bottleneck_kernel(
     BLOCK_MID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The fused bottleneck: each program does every so many-th tile of TILE_HEIGHT x TILE_WIDTH pixels.
+    """The fused bottleneck on tiles of TILE_HEIGHT x TILE_WIDTH pixels.
 
-    ``middle_ptr`` is scratch: (programs, CHUNKS * BLOCK_R, BLOCK_MID).
+    Program p of P makes the tiles p, p + P, p + 2 P and so on. ``middle_ptr`` is the scratch of all programs:
+    (programs, CHUNKS * BLOCK_R, BLOCK_MID).
     """
     BLOCK_M: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
     MARGIN_WIDTH: tl.constexpr = TILE_WIDTH + 2
@@ -263,19 +264,19 @@ def bottleneck_kernel(
     across = tl.cdiv(width, TILE_WIDTH)
     pixel = tl.arange(0, BLOCK_M)
     tile = program
-    # Not tl.range, whose bounds Triton 3.6 cannot interpret with numpy 2.4.
+    # No tl.range: with numpy 2.4, the interpreter of Triton 3.6 cannot handle its bounds.
     while tile < batch * down * across:
-        # 64 bits: a 24-megapixel image with 256 channels has more elements than 32 bits count.
+        # 64 bits: a 24-megapixel image with 256 channels has more elements than 32 bits can count.
         image = (tile // (down * across)).to(tl.int64)
         top = (tile // across) % down * TILE_HEIGHT
         left = tile % across * TILE_WIDTH
-        # Every thread has read the previous tile's scratch before it is written over ...
+        # Wait until every thread has read the scratch of the previous tile, before a thread overwrites it.
         tl.debug_barrier()
         _reduce(
             x_ptr, reduce_ptr, reduce_bias_ptr, middle_ptr, image, top - 1, left - 1, height, width,
             C, M, HAS_REDUCE_BIAS, MARGIN_WIDTH, CHUNKS, BLOCK_R, BLOCK_K, BLOCK_MID, PRECISION,
         )  # fmt: skip
-        # ... and has written this one's before it is read.
+        # Wait until every thread has written the scratch of this tile, before a thread reads it.
         tl.debug_barrier()
         acc = tl.zeros((BLOCK_M, BLOCK_MID), tl.float32)
         acc = _convolve_scratch(
@@ -314,7 +315,7 @@ def conv_expand_kernel(
     BLOCK_MID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The second of two kernels: ``relu(x + expand(relu(conv(middle))))``, BLOCK_M pixels a program."""
+    """The second of two kernels: ``relu(x + expand(relu(conv(middle))))``, BLOCK_M pixels per program."""
     outputs = tl.arange(0, BLOCK_MID)
     pixels = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row, column, image = locate(tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M), height, width)
@@ -346,7 +347,7 @@ def bottleneck(
         reduce: (M, C, 1, 1).
         conv: (M, M, 3, 3), padding 1.
         expand: (C, M, 1, 1).
-        biases: of the three convolutions, (M,), (M,) and (C,), each or None.
+        biases: of the three convolutions: (M,), (M,) and (C,); each may be None.
         config: None for the default.
 
     Returns:
@@ -391,7 +392,7 @@ def bottleneck(
 
 
 def why_not(x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, **_: Tensor) -> list[str]:
-    """Why the kernel cannot do these shapes; empty where it can."""
+    """Why the kernel does not support these shapes; empty if it does."""
     channels, middle = expand.shape[0], reduce.shape[0]
     expected = {
         "x": (x, (*x.shape[:1], channels, *x.shape[2:])),
@@ -412,7 +413,7 @@ def why_not(x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, **_: Tensor
 
 
 def _constants(channels: int, middle: int, itemsize: int, products: str, config: BottleneckConfig) -> dict[str, Any]:
-    """Compile-time arguments of the kernel that ``config`` asks for, but for which biases there are."""
+    """Compile-time arguments of the kernel that ``config`` selects, except those that say which biases exist."""
     block_c = max(16, triton.next_power_of_2(channels))
     shared = {
         "C": channels,
@@ -425,12 +426,12 @@ def _constants(channels: int, middle: int, itemsize: int, products: str, config:
     if not config.fused:
         return {**shared, "BLOCK_M": config.block_m}
     height, width = config.tile
-    # At least the rows of sm_90's matrix instruction.
+    # At least as many as the rows of sm_90's matrix instruction.
     block_r = min(128, max(64, config.block_m // 2))
     chunks = triton.cdiv((height + 2) * (width + 2), block_r)
     return {**shared, "TILE_HEIGHT": height, "TILE_WIDTH": width, "CHUNKS": chunks, "BLOCK_R": block_r}
 
 
 def _multiprocessors(x: Tensor) -> int:
-    # Interpreted programs run one after another: two show that they keep apart.
+    # The interpreter runs programs one after another: two are enough to test that they do not share scratch.
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -9,8 +9,8 @@ from fastden.kernels._layout import channels_last
 from fastden.kernels._tiles import ConvConfig
 from fastden.kernels.conv_bn_relu import why_not_weight
 
-#: Tiles with descriptors for conv3, to be measured on a GPU of sm_90 or later. The second reads each box of input once
-#: for all outputs, the third each box of weights once for twice the pixels.
+#: Tiles with descriptors for conv3. They still have to be measured on a GPU of sm_90 or later. The second reads each
+#: box of the input once for all outputs. The third reads each box of weights once for twice as many pixels.
 DESCRIBED = (
     ConvConfig(128, 128, 64, warps=8, stages=3, descriptors=True),
     ConvConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
@@ -37,7 +37,7 @@ def concat_conv_bn_relu(
 
 
 def why_not(a: Tensor, b: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
-    """Why the kernel cannot do these shapes; empty where it can."""
+    """Why the kernel does not support these shapes; empty if it does."""
     reasons = why_not_weight(weight, a.shape[1] + b.shape[1])
     if (a.shape[0], *a.shape[2:]) != (b.shape[0], *b.shape[2:]):
         accepted = f"({a.shape[0]}, B, {a.shape[2]}, {a.shape[3]})"

@@ -44,7 +44,7 @@ def conv_bn_relu(
 def conv_statistics(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Convolution of ``cat([a, b], 1)``, and what normalisation needs of each output channel, for training.
+    """Convolution of ``cat([a, b], 1)``, and the statistics of each output channel, for training.
 
     Returns:
         (N, O, H', W'), channels-last; mean, 1 / sqrt(biased variance + eps) and unbiased variance, (O,) float32.
@@ -71,12 +71,12 @@ def conv_statistics(
 
 
 def why_not(x: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
-    """Why the kernel cannot do these shapes; empty where it can."""
+    """Why the kernel does not support these shapes; empty if it does."""
     return why_not_weight(weight, x.shape[1])
 
 
 def why_not_weight(weight: Tensor, channels: int) -> list[str]:
-    """Why the kernel cannot do this weight on so many input channels; empty where it can."""
+    """Why the kernel does not support this weight with this number of input channels; empty if it does."""
     kernel = weight.shape[-1]
     reasons = []
     if kernel > LARGEST_KERNEL or weight.shape[-2] != kernel:

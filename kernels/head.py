@@ -1,8 +1,8 @@
-"""head on Triton: the last feature map and the padded input to the image, as one implicit matrix product.
+"""head on Triton: one implicit matrix product makes the image from the last feature map and the padded input.
 
-A row of the product is a group of SIDE x SIDE pixels of the image, SIDE = 2 GROUP, which share most of the features
-that they read. A column is one of these pixels, in one channel. The inner dimension runs over the group's window of
-features, then over its window of the input.
+A row of the product is a group of SIDE x SIDE pixels of the image, with SIDE = 2 GROUP. The pixels of a group share
+most of the features that they read. A column is one of these pixels, in one channel. The inner dimension runs over the
+group's window of features, and then over its window of the input.
 
 Along one axis, group ``a`` of GROUP = 2 makes four pixels. Weights of any kind have four taps, 0 to 3, in each phase::
 
@@ -21,8 +21,8 @@ then read fewer features::
     phase 1            1-----2-----3                makes pixel 4a + 1
     phase 0            0-----1-----2                makes pixel 4a + 2
 
-Pixels beyond the image, such as -1, are computed and not stored. Pixel ``p`` also reads the input's pixels ``p`` to
-``p + 6``, whose middle is the pixel itself: the input has BORDER pixels more than the image on each side.
+Pixels outside the image, such as -1, are computed but not stored. Pixel ``p`` also reads the pixels ``p`` to ``p + 6``
+of the input. The middle one is the pixel itself, because the input has BORDER more pixels than the image on each side.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fastden.kernels._packed import PACKED
 from fastden.kernels._tuned import choose
 from fastden.kernels.stem import SMALLEST, gather, is_dense, pixel_room, tap_rows
 
-#: Pixels by which the input is larger than the image, on each side.
+#: The input is larger than the image by this number of pixels, on each side.
 BORDER = 3
 
 
@@ -60,18 +60,19 @@ class HeadConfig:
 def config_for(features: int, channels: int, itemsize: int) -> HeadConfig:
     """Default tile, not measured on a GPU.
 
-    With groups of 2x2 a tile reads 25 features for 4 pixels instead of 16 for each, at 48 of 64 columns' worth of
-    products: the few columns of one pixel would make reading, not arithmetic, the limit.
+    A group of 2x2 positions of the feature map reads 25 features for 4 positions, instead of 16 for each. It uses 48 of
+    64 columns of the product. A single position would have few columns: then reading, not arithmetic, would be the
+    limit.
     """
     group = 2
     block_n = min(64, max(16, triton.next_power_of_2(4 * channels * group**2)))
     block_k = min(64 if itemsize <= 2 else 32, max(16, triton.next_power_of_2(features)))
-    # Eight warps for 64 groups: with 128, Triton 3.9 (not 3.6) holds the addresses of 16 groups a thread, and spills.
+    # Eight warps for 64 groups. With 128, each thread has addresses of 16 groups and spills in Triton 3.9 (not 3.6).
     return HeadConfig(64, block_n, block_k, group, warps=8 if itemsize <= 2 else 4, stages=3)
 
 
 def row_block(columns: int, room: int) -> int:
-    """Inner dimension of a step over the input. More than 32 would spill registers: each element has its address."""
+    """Inner dimension of a step over the input. More than 32 spills, because each element has its own address."""
     return min(32, max(16, triton.next_power_of_2(columns * room)))
 
 
@@ -98,15 +99,15 @@ def _add_features(
 ):
     """``acc`` plus the products of each group's WINDOW x WINDOW features, from (``top``, ``left``) of image ``n`` on.
 
-    Features beyond the image are zero. Weights are (4 K, 4, 4, M); each column of the product, which is pixel
-    (``pixel_down``, ``pixel_across``) of a group in one ``channel``, has those of its phase where the window has its
-    taps, and zeros elsewhere.
+    Features outside the image are zero. Weights are (4 K, 4, 4, M). A column of the product is pixel (``pixel_down``,
+    ``pixel_across``) of a group, in one ``channel``. It has the weights of its phase at those positions of the window
+    that are its taps, and zeros at the others.
     """
     STEPS: tl.constexpr = (M + BLOCK_K - 1) // BLOCK_K
     phase_y = (pixel_down + SKIPPED) % 2
     phase_x = (pixel_across + SKIPPED) % 2
     weights_of_phase = w_ptr + (channel * 4 + phase_y * 2 + phase_x) * (16 * M)
-    # The tap at the window's first row and column, or before it: one more with each row and column of the window.
+    # The tap that the window's first row and column have; it may be negative. Each row and column adds one.
     first_y = SKIPPED - (pixel_down + SKIPPED) // 2
     first_x = SKIPPED - (pixel_across + SKIPPED) // 2
     corner = ((n * height + top) * width + left) * M
@@ -124,7 +125,7 @@ def _add_features(
         )
         tap_y = first_y + down
         tap_x = first_x + across
-        # Of composed weights phase 0 has no last tap, phase 1 no first one.
+        # In composed weights, phase 0 has no last tap, and phase 1 has no first tap.
         exists = valid & (tap_y >= phase_y * SKIPPED) & (tap_y < 4 - (1 - phase_y) * SKIPPED)
         exists = exists & (tap_x >= phase_x * SKIPPED) & (tap_x < 4 - (1 - phase_x) * SKIPPED)
         weights = tl.load(
@@ -167,8 +168,8 @@ def _add_input_window(
 ):
     """``acc`` plus the products of each group's PATCH x PATCH pixels of the input, from (``top``, ``left``) on.
 
-    A row of the window has ROOM positions for the channels of each of its pixels. Weights are (K, TAPS, TAPS, C), or,
-    with PACKED_ROWS, what :func:`image_weights` makes of them: (columns, PATCH, positions), with zeros to whole blocks
+    A row of the window has ROOM positions for the channels of each pixel. Weights are (K, TAPS, TAPS, C). With
+    PACKED_ROWS they are the result of :func:`image_weights`: (columns, PATCH, positions), with zeros up to a multiple
     of BLOCK_ROW.
     """
     BLOCKS: tl.constexpr = (PATCH * ROOM + BLOCK_ROW - 1) // BLOCK_ROW
@@ -177,7 +178,7 @@ def _add_input_window(
         corner += left.to(tl.int64) * C
     else:
         corner += left.to(tl.int64) * stride_w
-    # Columns of the window that lie in the input, as bits: from -left on, up to in_width - left.
+    # Columns of the window that lie in the input, as bits: from -left up to in_width - left.
     exists = (1 << tl.minimum(in_width - left, PATCH)) - (1 << tl.maximum(-left, 0))
     for step in range(PATCH * BLOCKS):
         down = step // BLOCKS
@@ -212,8 +213,8 @@ def _add_input_window(
 
 @triton.jit
 def _pixels_in_image(top, left, present, down, across, valid, out_height, out_width, SIDE: tl.constexpr):
-    """(BLOCK_M, BLOCK_N): whether a group's pixel lies in the image, and the column of the product is ``valid``."""
-    # A group's rows and columns that lie in the image as bits, SIDE of each; one more bit that no group has.
+    """(BLOCK_M, BLOCK_N): whether a group's pixel lies in the image and the product's column is ``valid``."""
+    # A group's rows and columns that lie in the image, as bits: SIDE bits each, and one bit that is never set.
     rows = (1 << tl.minimum(out_height - top, SIDE)) - (1 << tl.maximum(-top, 0))
     columns = (1 << tl.minimum(out_width - left, SIDE)) - (1 << tl.maximum(-left, 0))
     exists = tl.where(present, rows | (columns << SIDE), 0)
@@ -225,7 +226,7 @@ def _pixels_in_image(top, left, present, down, across, valid, out_height, out_wi
 def _image_pixels(
     image_ptr, n, row, column, channel, down, across, stride_n, stride_c, stride_h, stride_w, mask
 ):  # fmt: skip
-    """The image's values at ``down`` and ``across`` behind (``row``, ``column``), in float32."""
+    """The image's values ``down`` rows and ``across`` columns after (``row``, ``column``), in float32."""
     source = n * stride_n + row.to(tl.int64) * stride_h
     source += column.to(tl.int64) * stride_w
     inner = channel.to(tl.int64) * stride_c + down.to(tl.int64) * stride_h
@@ -233,7 +234,7 @@ def _image_pixels(
     return tl.load(image_ptr + (source[:, None] + inner[None, :]), mask=mask, other=0.0).to(tl.float32)
 
 
-# Sizes and strides of images are no part of the compiled kernel: no new image size compiles it again.
+# Sizes and strides of images are not compiled in: a new image size does not compile the kernel again.
 @triton.jit(
     do_not_specialize=[
         *("batch", "height", "width", "stride_n", "stride_c", "stride_h", "stride_w"),
@@ -276,7 +277,7 @@ def head_kernel(
     BLOCK_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of the image: BLOCK_M groups, and BLOCK_N of the COLUMNS of each, which are (channel, across, down).
+    """One tile of the image: BLOCK_M groups, and BLOCK_N of their COLUMNS, in the order (channel, across, down).
 
     ``height`` and ``width`` are those of the features.
     """
@@ -287,13 +288,14 @@ def head_kernel(
     groups_down = tl.cdiv(out_height + SKIPPED, SIDE)
     groups_across = tl.cdiv(out_width + SKIPPED, SIDE)
 
-    # 64 bits from here on: a 24-megapixel image with 256 channels has more elements than 32 bits count.
+    # 64 bits from here on: a 24-megapixel image with 256 channels has more elements than 32 bits can count.
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     index = tl.arange(0, BLOCK_M)
     present = first + index < tl.cast(batch, tl.int64) * groups_down * groups_across
     a, b, n = locate(first, index, groups_down, groups_across)
-    # With the group's rows innermost, the threads of a warp run along groups, and have one each. They would run along a
-    # group's columns, were those innermost, and keep the addresses of 16 groups in registers through both loops.
+    # The rows of a group are innermost, so that the threads of a warp run along groups, and each has one group. If the
+    # columns were innermost, threads would run along the columns of a group. Each would then keep the addresses of 16
+    # groups in registers through both loops.
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = columns < COLUMNS
     channel = columns // (SIDE * SIDE)
@@ -305,7 +307,7 @@ def head_kernel(
         acc, features_ptr, w_ptr, n, a * GROUP - 1, b * GROUP - 1, present, valid, channel, down, across,
         height, width, M, GROUP + 3 - SKIPPED, SKIPPED, BLOCK_K, PRECISION,
     )  # fmt: skip
-    # In the image, a group's first pixel has the row and column that its window has in the input, which is larger.
+    # The row and column of a group's first pixel in the image are those of its window in the larger input.
     top = a * SIDE - SKIPPED
     left = b * SIDE - SKIPPED
     acc = _add_input_window(
@@ -322,7 +324,7 @@ def head_kernel(
             image_stride_n, image_stride_c, image_stride_h, image_stride_w, mask,
         )  # fmt: skip
     if CLAMP:
-        # Comparisons, not maximum and minimum, which would hide a NaN.
+        # These are comparisons, because maximum and minimum would hide a NaN.
         acc = tl.where(acc < 0.0, 0.0, acc)
         acc = tl.where(acc > 1.0, 1.0, acc)
     target = (n * (K * out_height) + top) * out_width + left
@@ -343,20 +345,20 @@ def head(
     composed: bool = False,
     config: HeadConfig | None = None,
 ) -> Tensor:
-    """Denoised image; arguments as :func:`fastden.ops.head` and below. A NaN shows in the pixels of its group too.
+    """Denoised image; arguments as in :func:`fastden.ops.head` and below. A NaN spreads to the pixels of its group.
 
     Args:
         features: (N, M, h, w).
-        x: (N, C, 2 h + 4, 2 w + 4), the network's input, read as it lies in memory.
+        x: (N, C, 2 h + 4, 2 w + 4), the network's input, of any strides.
         weight: (4 K, M, 4, 4).
         image_weight: (K, C, 7, 7).
         bias: (K,).
         add_input: whether the image is added.
         clamp: whether the result is limited to [0, 1].
-        image: what is added, of the size of ``x``, K channels at least, with a dtype of its own; None for ``x``.
-        out_dtype: of the result; None for that of ``features``. Sums are float32.
-        composed: promises what :func:`fastden.algebra.compose_head` makes: phase 0 has no weight on the last row
-            (column) of its taps, phase 1 none on the first. These are not read then: 9 taps instead of 16.
+        image: the image to add, of the size of ``x``, with at least K channels and any dtype; None for ``x``.
+        out_dtype: dtype of the result; None for that of ``features``. Sums are float32.
+        composed: promises a ``weight`` from :func:`fastden.algebra.compose_head`: phase 0 has zeros on the last row
+            (column) of its taps, and phase 1 on the first. The kernel does not read these: 9 taps instead of 16.
         config: None for the default.
 
     Returns:
@@ -377,7 +379,7 @@ def head(
     image = x if image is None else image
     room = pixel_room(of_image)
     block_row = row_block(side + 2 * BORDER, room)
-    # Where channels fill their positions, weights are read as they lie in memory: so fastden.fuse makes it.
+    # If the channels fill their positions, the kernel reads the weights without a copy; fastden.fuse arranges this.
     packed = room != of_image
     if packed:
         image_weight = PACKED.get(image_weights, image_weight, config.group, room, block_row)
@@ -400,7 +402,7 @@ def head(
 def slide(taps: Tensor, count: int) -> Tensor:
     """``count`` copies of the last dimension's taps, each shifted by one: (..., t) -> (..., count, count + t - 1)."""
     *lead, size = taps.shape
-    # Rows of count + t elements, read as rows of one less: each is shifted by one against the row before.
+    # Rows of count + t elements are read as rows of count + t - 1, so each row is shifted by one against the last.
     rows = F.pad(taps, (0, count)).unsqueeze(-2).expand(*lead, count, size + count)
     return rows.flatten(-2)[..., : count * (size + count - 1)].unflatten(-1, (count, size + count - 1))
 
@@ -412,13 +414,13 @@ def slide_both(taps: Tensor, count: int) -> Tensor:
 
 
 def image_weights(weight: Tensor, group: int, room: int, block: int) -> Tensor:
-    """From a group's window of the input to its pixels: (K, C, 7, 7) -> (K (2 group)^2, rows, positions)."""
+    """Weights from a group's window of the input to its pixels: (K, C, 7, 7) -> (K (2 group)^2, rows, positions)."""
     windows = slide_both(weight, 2 * group).permute(0, 4, 2, 1, 3, 5).flatten(0, 2)
     return tap_rows(windows, room, block)
 
 
 def why_not(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor, **_: Tensor) -> list[str]:
-    """Why the kernel cannot do these shapes; empty where it can."""
+    """Why the kernel does not support these shapes; empty if it does."""
     if x.dim() != 4 or any(size % 2 or size < SMALLEST for size in x.shape[2:]):
         return [f"x: {tuple(x.shape)}; accepted: (N, C, H, W), H and W even and at least {SMALLEST}"]
     batch, channels, height, width = x.shape

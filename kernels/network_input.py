@@ -1,7 +1,7 @@
 """The network's input in one pass over an image: padded by reflection, with its noise level as a channel, and cast.
 
-A level that is a curve over brightness is looked up in the same pass: PyTorch's operations would read and write about
-as many maps of the image's size as the curve has knots, three times over.
+If the level is a curve over brightness, the same pass looks it up. PyTorch's operations would read and write about
+three maps of the image's size for each knot of the curve.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from torch import Tensor
 
 from fastden.kernels._common import device_guard, locate
 
-#: Pixels of a program. Not measured on a GPU.
+#: Pixels per program. Not measured on a GPU.
 BLOCK = 256
 
 
 @triton.jit
 def _reflected(position, size):
-    """The pixel of an axis of ``size`` that a position shows, where the axis is mirrored at its end pixels."""
+    """The index of the pixel at a position on an axis of ``size`` pixels, which is mirrored at its end pixels."""
     period = tl.maximum(2 * (size - 1), 1)
     # The remainder of a negative number is negative.
     index = (position % period + period) % period
-    # An axis of one pixel has the period 1: 0 and 1, and the minimum is 0.
+    # For an axis of one pixel the period is 1: the two candidates are 0 and 1, and the minimum is 0.
     return tl.minimum(index, period - index)
 
 
 @triton.jit
 def _limited(value):
-    """``value`` limited to [0, 1]. By comparisons, not by minimum and maximum, which would hide a NaN."""
+    """``value`` limited to [0, 1]. It uses comparisons, because minimum and maximum would hide a NaN."""
     value = tl.where(value < 0.0, 0.0, value)
     return tl.where(value > 1.0, 1.0, value)
 
 
 @triton.jit
 def _gray(x_ptr, pixel, stride_c, present, C: tl.constexpr):
-    """Mean of a pixel's channels, rounded to the dtype of the image as PyTorch's mean is."""
+    """Mean of a pixel's channels, rounded to the dtype of the image, as PyTorch rounds it."""
     total = tl.load(x_ptr + pixel, mask=present, other=0.0).to(tl.float32)
     for channel in tl.static_range(1, C):
         total += tl.load(x_ptr + pixel + channel * tl.cast(stride_c, tl.int64), mask=present, other=0.0).to(tl.float32)
@@ -48,7 +48,7 @@ def _brightness(
     x_ptr, image, row, column, present, height, width, stride_c, stride_h, stride_w, C: tl.constexpr,
     RADIUS: tl.constexpr,
 ):  # fmt: skip
-    """Mean of the gray values of a square around each pixel: of its columns first, in the order of PyTorch's sums."""
+    """Mean of the gray values in a square around each pixel. It sums columns first, in the order of PyTorch."""
     SIDE: tl.constexpr = 2 * RADIUS + 1
     side = tl.full(row.shape, SIDE, tl.float32)
     total = tl.zeros(row.shape, tl.float32)
@@ -64,7 +64,7 @@ def _brightness(
 
 @triton.jit
 def _on_curve(curve_ptr, brightness, present, KNOTS: tl.constexpr):
-    """The curve at each pixel's ``brightness``: a sum of ramps between knots that are evenly spaced."""
+    """The value of the curve at each pixel's ``brightness``: a sum of ramps between evenly spaced knots."""
     position = _limited(brightness) * (KNOTS - 1)
     before = tl.load(curve_ptr, mask=present, other=0.0).to(tl.float32)
     level = before
@@ -75,7 +75,7 @@ def _on_curve(curve_ptr, brightness, present, KNOTS: tl.constexpr):
     return tl.where(level < 0.0, 0.0, level)
 
 
-# Sizes, strides and the padding are no part of the compiled kernel: no new image size compiles it again.
+# Sizes, strides and the padding are not compiled in: a new image size does not compile the kernel again.
 @triton.jit(
     do_not_specialize=[
         *("batch", "height", "width", "out_height", "out_width", "top", "left"),
@@ -88,7 +88,7 @@ def network_input_kernel(
     C: tl.constexpr, ROOM: tl.constexpr, HAS_LEVEL: tl.constexpr, KNOTS: tl.constexpr, RADIUS: tl.constexpr,
     HAS_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK pixels of the padded image. Without KNOTS the level is a map of the image's size, of any strides."""
+    """BLOCK pixels of the padded image. Without KNOTS, the level is a map of the image's size with any strides."""
     CHANNELS: tl.constexpr = C + HAS_LEVEL
     # 64 bits: a tensor may have more than 2^31 elements.
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -117,7 +117,7 @@ def network_input_kernel(
         else:
             offset = n * level_stride_n + row.to(tl.int64) * level_stride_h + column.to(tl.int64) * level_stride_w
             level = tl.load(level_ptr + offset, mask=present, other=0.0).to(tl.float32)
-        # The level has the precision of the image before it has that of the network.
+        # The level is rounded to the image's dtype first, and then to the network's.
         level = level.to(x_ptr.dtype.element_ty).to(tl.float32)
         value = tl.where((channel == C)[None, :], level[:, None], value)
     target = pixels[:, None] * CHANNELS + channel[None, :]
@@ -136,15 +136,15 @@ def network_input(
 
     Args:
         x: (N, C, H, W), of any strides.
-        level: None; a map (N, 1, H, W) of any strides; or curves (N or 1, knots), levels at values of brightness evenly
-            spaced from 0 to 1.
-        dtype: of the network.
-        rows, columns: pixels of padding before and behind; negative ones are left out instead.
-        radius: pixels on each side over which brightness is averaged, for curves.
+        level: None; a map (N, 1, H, W) of any strides; or curves (N or 1, knots): levels at values of brightness that
+            are evenly spaced from 0 to 1.
+        dtype: dtype of the network.
+        rows, columns: pixels of padding before and after; a negative number removes pixels.
+        radius: for curves: brightness is averaged over this number of pixels on each side.
 
     Returns:
-        (N, C + 1 or C, H', W') in ``dtype``, channels-last, and (N, at least C, H', W') in the dtype of ``x``, which is
-        the first where that has its dtype.
+        (N, C + 1 or C, H', W') in ``dtype``, channels-last, and (N, at least C, H', W') in the dtype of ``x``. If both
+        dtypes are equal, both are the same tensor.
     """
     batch, channels, height, width = x.shape
     has_level = level is not None
@@ -162,7 +162,7 @@ def network_input(
         strides = (level.stride(0), level.stride(2), level.stride(3))
     if count:
         with device_guard(x):
-            # Products are rounded before they are added, as PyTorch's are, so that the level has the same bits.
+            # Products are rounded before they are added, as in PyTorch, so that the level has the same bits.
             network_input_kernel[(triton.cdiv(count, BLOCK),)](
                 x, x if level is None else level, y, image, batch, height, width, shape[2], shape[3],
                 rows[0], columns[0], *x.stride(), *strides,
@@ -173,5 +173,5 @@ def network_input(
 
 
 def why_not(x: Tensor, **_: Tensor) -> list[str]:
-    """Why the kernel cannot do these shapes; empty where it can."""
+    """Why the kernel does not support these shapes; empty if it does."""
     return [] if x.dim() == 4 else [f"x: shape {tuple(x.shape)}; accepted: (N, C, H, W)"]

@@ -1,8 +1,8 @@
-"""stem on Triton: the 7x7 convolution of stride 2 as an implicit matrix product whose inner dimension is a row of taps.
+"""stem on Triton: the 7x7 convolution of stride 2 as an implicit matrix product, one row of taps per step.
 
-Three or four channels alone would leave a matrix instruction mostly idle: one step of the product takes a row of seven
-taps with all their channels. The first row, the first column and the corner, which have weights of their own, are tiles
-of their own, so that no tile computes anything twice.
+Three or four channels alone would use only a small part of a matrix instruction. So one step of the product takes a row
+of seven taps with all their channels. The first row, the first column and the corner have their own weights. They have
+their own tiles too, so that no tile computes anything twice.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class StemConfig:
 def config_for(outputs: int, itemsize: int) -> StemConfig:
     """Default tile, not measured on a GPU.
 
-    All output channels in one tile, so that the image is gathered once. Eight warps for 64 pixels take 64 registers a
-    thread on sm_90, which leaves room for four blocks on a multiprocessor: one gathers while others multiply or store.
-    Four warps spill on sm_80.
+    One tile has all output channels, so that the image is gathered once. Eight warps for 64 pixels take 64 registers
+    per thread on sm_90. Four blocks then fit on a multiprocessor: one gathers while others multiply or store. Four
+    warps spill on sm_80.
     """
     if itemsize > 2:
         return StemConfig(64, min(64, max(16, triton.next_power_of_2(outputs))), warps=8, stages=3)
@@ -46,26 +46,26 @@ def config_for(outputs: int, itemsize: int) -> StemConfig:
 
 
 def pixel_room(channels: int) -> int:
-    """Positions for a pixel's channels in a row of taps: a power of two, so that positions split by shifts."""
+    """Positions for a pixel's channels in a row of taps: a power of two, so that shifts can split an index."""
     return int(triton.next_power_of_2(channels))
 
 
 def row_block(room: int) -> int:
-    """Inner dimension of a step: a row of taps."""
+    """Inner dimension of a step, which takes a row of taps."""
     return max(16, int(triton.next_power_of_2(TAPS.value * room)))
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a pixel's channels, and a row's pixels, follow each other in memory."""
+    """Whether the channels of a pixel, and the pixels of a row, are contiguous in memory."""
     return x.stride(1) == 1 and x.stride(3) == x.shape[1]
 
 
 @triton.jit
 def gather(x_ptr, corner, exists, inner, wants):
-    """(BLOCK_M, BLOCK_K) elements of an image: those ``inner`` elements behind the ``corner`` of each row's window.
+    """(BLOCK_M, BLOCK_K) elements of an image, each ``inner`` elements after the ``corner`` of its row's window.
 
-    Bit t of ``exists`` says whether a window's column t may be read, ``wants`` has the bit of each element's column, or
-    none for an element that is always zero; others are zero too.
+    Bit t of ``exists`` says whether column t of a window may be read. ``wants`` has the bit of each element's column,
+    or no bit for an element that is always zero. An element whose column may not be read is zero too.
     """
     mask = (exists[:, None] & wants[None, :]) != 0
     return tl.load(x_ptr + (corner[:, None] + inner[None, :]), mask=mask, other=0.0)
@@ -73,7 +73,7 @@ def gather(x_ptr, corner, exists, inner, wants):
 
 @triton.jit
 def _tile_pixels(tile, batch, out_height, out_width, BLOCK_M: tl.constexpr):
-    """A tile's region, and the row, column and image of each of its pixels, and whether it is there.
+    """The region of a tile; and, for each of its pixels, the row, the column, the image, and whether it exists.
 
     Regions are the inside (0), the first row (1), the first column (2) and the corner (3).
     """
@@ -81,7 +81,7 @@ def _tile_pixels(tile, batch, out_height, out_width, BLOCK_M: tl.constexpr):
     corner_tiles = tl.cdiv(images, BLOCK_M)
     column_tiles = corner_tiles + tl.cdiv(images * (out_height - 1), BLOCK_M)
     row_tiles = column_tiles + tl.cdiv(images * (out_width - 1), BLOCK_M)
-    # Border regions come first: they are the tiles with the most scattered pixels.
+    # Border regions come first, because the pixels of their tiles are the most scattered.
     region = 3 - (tile >= corner_tiles).to(tl.int32) - (tile >= column_tiles) - (tile >= row_tiles)
     begin = tl.where(
         region == 3, 0, tl.where(region == 2, corner_tiles, tl.where(region == 1, column_tiles, row_tiles))
@@ -93,7 +93,7 @@ def _tile_pixels(tile, batch, out_height, out_width, BLOCK_M: tl.constexpr):
     first = (tile - begin) * BLOCK_M
     present = first + tl.arange(0, BLOCK_M) < images * region_height * region_width
     row, column, image = locate(first, tl.arange(0, BLOCK_M), region_height, region_width)
-    # Inside begins at row 1 and column 1.
+    # The inside region begins at row 1 and column 1.
     return region, row + (1 - first_row), column + (1 - first_column), image, present
 
 
@@ -121,7 +121,7 @@ def _add_tap_rows(
     return acc
 
 
-# Sizes and strides of images are no part of the compiled kernel: no new image size compiles it again.
+# Sizes and strides of images are not compiled in: a new image size does not compile the kernel again.
 @triton.jit(
     do_not_specialize=["batch", "out_height", "out_width", "stride_n", "stride_c", "stride_h", "stride_w"],
 )
@@ -148,9 +148,9 @@ def stem_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one region, each of which has its weights.
+    """One tile of one region. Each region has its own weights.
 
-    Weights are (4, O, 7, ROW): a row of taps has ROOM positions for the channels of each tap, and zeros behind.
+    Weights are (4, O, 7, ROW): a row of taps has ROOM positions for the channels of each tap, and then zeros.
     """
     region, row, column, image, present = _tile_pixels(tl.program_id(0), batch, out_height, out_width, BLOCK_M)
     target = ((image * out_height + row) * out_width + column) * OUTPUTS
@@ -159,7 +159,7 @@ def stem_kernel(
     tap = k // ROOM
     channel = k % ROOM
     wants = tl.where((tap < TAPS) & (channel < C), 1 << tap, 0)
-    # All seven taps, but on the first column, where tap 0 would read one pixel before the image.
+    # All seven taps, except on the first column: tap 0 would read one pixel before the image.
     exists = tl.where(present, 0b1111111 - region // 2, 0)
     if DENSE:
         inner = (tap * C + channel).to(tl.int64)
@@ -176,19 +176,19 @@ def stem_kernel(
     )  # fmt: skip
     acc += tl.load(bias_ptr + region * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[None, :]
     if RELU:
-        # Not maximum(acc, 0) alone, which would hide a NaN.
+        # maximum(acc, 0) alone would hide a NaN.
         acc = tl.where(acc < 0.0, 0.0, acc)
     mask = present[:, None] & (outputs < OUTPUTS)[None, :]
     tl.store(y_ptr + target[:, None] + outputs[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: StemConfig | None = None) -> Tensor:
-    """First feature map, BN folded; arguments as :func:`fastden.ops.stem`. ``x`` is read as it lies in memory.
+    """First feature map, BN folded; arguments as in :func:`fastden.ops.stem`. ``x`` may have any strides.
 
     Args:
         x: (N, C, H, W); H and W even, at least 8.
         weight: (4, O, C, 7, 7): inside, first row, first column, corner.
-        bias: (4, O), likewise.
+        bias: (4, O), in the same order.
         relu: whether the ReLU is applied.
         config: None for the default.
 
@@ -208,7 +208,7 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: Ste
     )  # fmt: skip
     room = pixel_room(channels)
     block_k = row_block(room)
-    # Where channels fill their positions, weights are read as they lie in memory: so fastden.fuse makes it.
+    # If the channels fill their positions, the kernel reads the weights without a copy; fastden.fuse arranges this.
     if room == channels:
         rows = weight.permute(0, 1, 3, 4, 2).contiguous().flatten(3)
     else:
@@ -226,9 +226,9 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True, config: Ste
 
 
 def tap_rows(weight: Tensor, room: int, block: int) -> Tensor:
-    """Weights as the product reads them: (..., C, rows, columns) -> (..., rows, positions), zeros where nothing is.
+    """Weights in the product's order: (..., C, rows, columns) -> (..., rows, positions); unused positions are zero.
 
-    A row has ``room`` positions for each tap's channels, and as many in all as fill whole blocks.
+    A row has ``room`` positions for the channels of each tap. The length of a row is a multiple of the block.
     """
     channels, rows, columns = weight.shape[-3:]
     taps = F.pad(weight.movedim(-3, -1), (0, room - channels)).reshape(*weight.shape[:-3], rows, columns * room)
@@ -236,7 +236,7 @@ def tap_rows(weight: Tensor, room: int, block: int) -> Tensor:
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, **_: Tensor) -> list[str]:
-    """Why the kernel cannot do these shapes; empty where it can."""
+    """Why the kernel does not support these shapes; empty if it does."""
     reasons = []
     if x.dim() != 4 or any(size % 2 or size < SMALLEST for size in x.shape[2:]):
         reasons.append(f"x: {tuple(x.shape)}; accepted: (N, C, H, W), H and W even and at least {SMALLEST}")

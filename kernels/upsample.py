@@ -15,8 +15,9 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Conv
     Returns:
         (N, O, 2 H, 2 W), channels-last.
     """
-    # Output row 2 i + p reads input rows from i - t / 2 + p on, for a kernel of 2 t: for one of 4 i - 1 + p and i + p,
-    # through its rows 3 - p and 1 - p. Its memory is in this order where fastden.fuse made it, and nothing is copied.
+    # With a kernel of 2 t, output row 2 i + p reads input rows from i - t / 2 + p on. With a kernel of 4, these are the
+    # rows i - 1 + p and i + p, with kernel rows 3 - p and 1 - p. Weights that fastden.fuse made have this order in
+    # memory already, and are not copied.
     weight = channels_last(weight.transpose(0, 1))
     padding = weight.shape[-1] // 4
     return launch_conv(
@@ -25,7 +26,7 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Conv
 
 
 def why_not(x: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
-    """Why the kernel cannot do these shapes; empty where it can."""
+    """Why the kernel does not support these shapes; empty if it does."""
     if tuple(weight.shape[2:]) != (4, 4):
         return [f"weight: kernel {tuple(weight.shape[2:])}; accepted: (4, 4)"]
     if weight.shape[0] != x.shape[1]:

@@ -1,12 +1,12 @@
 """Gradient of a convolution's weight on Triton: a product over all output pixels, split between programs.
 
-The result is a matrix: its rows are output channels, its columns the weight of one output in the order of memory (tap,
-then input channel). The inner dimension runs over the output's pixels, of which there are far more than rows or
-columns: each program sums a run of them for one tile, and a second kernel adds up the runs, one after the other.
-Nothing is added in an order that depends on time, so results repeat bit by bit.
+The result is a matrix. Its rows are output channels. Its columns are the weights of one output, in the order of memory
+(tap, then input channel). The inner dimension runs over the output's pixels. There are far more of them than rows or
+columns, so each program sums a run of pixels for one tile. A second kernel then adds the runs, one after the other. The
+order of additions never depends on time, so results repeat bit by bit.
 
-Two sources whose channels are concatenated are read where they are, by programs of their own in the same launch. The
-stem's four sets of weights are four sets of output pixels, which runs do not mix.
+Two sources, concatenated along the channels, are never copied: each has its own programs in the same launch. The stem's
+four sets of weights belong to four sets of output pixels. A run has pixels of one set only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastden.kernels._common import INTERPRETED, device_guard, dot, locate, prec
 from fastden.kernels._layout import channels_last
 from fastden.kernels._tuned import choose
 
-#: Elements that a program of the second kernel adds up.
+#: Elements that a program of the second kernel sums.
 BLOCK_SUM = 256
 #: Programs of the first kernel for each multiprocessor; not measured on a GPU.
 PROGRAMS = 2
@@ -33,8 +33,8 @@ STEM_KERNEL, STEM_STRIDE = 7, 2
 class WeightGradientConfig:
     """Sizes of a tile and how it is run: output channels, columns, pixels of a step, steps of a loop, warps, stages.
 
-    A run is some loops of ``loop`` steps. The pipeline of loads fills and drains once a loop: Triton pipelines only
-    loops whose end it can count, and an image's size may not be compiled in.
+    A run is several loops of ``loop`` steps. The pipeline of loads fills and drains once per loop: Triton pipelines
+    only loops whose end it knows, and the size of an image must not be compiled in.
     """
 
     block_m: int
@@ -51,14 +51,14 @@ def config_for(columns: int, outputs: int, itemsize: int) -> WeightGradientConfi
     largest = 128 if itemsize <= 2 else 64
     block_m = min(largest, max(16, triton.next_power_of_2(outputs)))
     block_n = min(largest, max(16, triton.next_power_of_2(columns)))
-    # On sm_100 64 pixels of a 64 x 128 tile spill; on sm_90 and sm_100 32 of a 16 x 128 tile do.
+    # 64 pixels of a 64 x 128 tile spill on sm_100. 32 pixels of a 16 x 128 tile spill on sm_90 and sm_100.
     block_k = 32 if itemsize > 2 or (block_m, block_n) == (64, 128) else 64
     if block_m == 16 and columns % block_n:
-        # Columns of a tile are of several taps: with 128 of them, or 64 and 64 pixels, 8 bytes spill (sm_80 and sm_90).
+        # A tile's columns are of several taps: 128 columns, or 64 and 64 pixels, spill 8 bytes (sm_80 and sm_90).
         block_n, block_k = min(block_n, 64), 32
-    # Eight warps for a narrower tile leave a thread so few registers that some spill on sm_80 and sm_100.
+    # With eight warps for a narrower tile, a thread has few registers, and some spill on sm_80 and sm_100.
     warps = 8 if block_m * block_n >= 128 * 128 else 4
-    # Interpreted, steps beyond the last pixel take as long as others.
+    # In the interpreter, steps after the last pixel take as long as the others.
     return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
 
 
@@ -67,11 +67,14 @@ def _source(
     x_ptr, origin, y, x, present, column_block, columns, height, width,
     C: tl.constexpr, KERNEL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(pixels, columns) of a source: what each column's tap and channel reads, from (``y``, ``x``) at ``origin`` on."""
+    """(pixels, columns) of a source: the element of each column's tap and channel.
+
+    Taps count from (``y``, ``x``), which is pixel ``origin`` of the batch.
+    """
     tap = columns // C
     channel = columns % C
     if C % BLOCK_N == 0:
-        # All columns of the tile are of one tap: a mask and an address for each pixel.
+        # All columns of the tile have the same tap, so each pixel needs one mask and one address.
         tap_row = column_block * BLOCK_N // C // KERNEL
         tap_column = column_block * BLOCK_N // C % KERNEL
         inside = (y + tap_row >= 0) & (y + tap_row < height) & (x + tap_column >= 0) & (x + tap_column < width)
@@ -91,9 +94,9 @@ def _source(
 
 @triton.jit
 def _region_of(run, images, out_height, out_width, span):
-    """Of the stem's runs of ``span`` pixels: the run's number in its region, the region's height, width, and origin.
+    """One of the stem's runs of ``span`` pixels: its number in its region, and the region's height, width and origin.
 
-    The origin is 0 on the first row (column), and 1 inside, where the region begins one further.
+    The origin is 0 on the first row (column). It is 1 inside, because that region begins one pixel later.
     """
     row_runs = tl.cdiv(images * (out_height - 1) * (out_width - 1), span)
     column_runs = row_runs + tl.cdiv(images * (out_width - 1), span)
@@ -173,7 +176,7 @@ def _tile(
     tl.store(partial_ptr + offset, acc, mask=(outputs < O)[:, None] & (columns < KERNEL * KERNEL * C)[None, :])
 
 
-# Sizes of images are no part of the compiled kernel: no new image size compiles it again.
+# Image sizes are not compiled in: a new image size does not compile the kernel again.
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "loops"])
 def weight_gradient_kernel(
     grad_ptr,
@@ -201,12 +204,11 @@ def weight_gradient_kernel(
 ):
     """A run of pixels for one tile. Runs are (runs, O, KERNEL, KERNEL, A + B), float32.
 
-    With REGIONS the runs are first those inside, then of the first row, the first column and the corner, as the stem's
-    weights are.
+    With REGIONS, the runs have the order of the stem's weights: inside, first row, first column, corner.
     """
     OUTPUT_BLOCKS: tl.constexpr = (O + BLOCK_M - 1) // BLOCK_M
     A_BLOCKS: tl.constexpr = (KERNEL * KERNEL * A + BLOCK_N - 1) // BLOCK_N
-    # Programs of the same pixels follow each other, and find them in the cache.
+    # Programs that read the same pixels have consecutive numbers, and find them in the cache.
     output_block = tl.program_id(0) % OUTPUT_BLOCKS
     column_block = tl.program_id(0) // OUTPUT_BLOCKS
     run = tl.program_id(1).to(tl.int64)
@@ -238,7 +240,7 @@ def weight_gradient_kernel(
 
 @triton.jit(do_not_specialize=["begin", "end", "size"])
 def sum_kernel(partial_ptr, y_ptr, begin, end, size, BLOCK: tl.constexpr):
-    """``y`` (size) is the sum of rows ``begin`` to ``end`` of (rows, size), one after the other."""
+    """``y`` (size) is the sum of rows ``begin`` to ``end`` of (rows, size), added one after the other."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -261,7 +263,7 @@ def weight_gradient(
     """Gradient of the weight of ``conv2d(cat([a, b], 1), weight)``.
 
     Args:
-        grad: of the result, (N, O, H', W').
+        grad: gradient of the result, (N, O, H', W').
         a: (N, A, H, W).
         b: (N, B, H, W) or None.
         kernel, stride, padding: of the convolution.
@@ -278,7 +280,7 @@ def stem_weight_gradient(grad: Tensor, x: Tensor, config: WeightGradientConfig |
     """Gradient of the stem's four sets of weights.
 
     Args:
-        grad: of the result, (N, O, (H - 4) / 2, (W - 4) / 2).
+        grad: gradient of the result, (N, O, (H - 4) / 2, (W - 4) / 2).
         x: (N, C, H, W).
         config: None for the default.
 
@@ -302,7 +304,7 @@ def _launch(
     regions: bool,
     config: WeightGradientConfig | None,
 ) -> tuple[Tensor, list[int]]:
-    """The runs' sums, (runs, O, kernel, kernel, A + B), and how many runs there are of each region."""
+    """The sums of the runs, (runs, O, kernel, kernel, A + B), and the number of runs of each region."""
     grad, a = channels_last(grad), channels_last(a)
     b = None if b is None else channels_last(b)
     batch, channels, height, width = a.shape
@@ -333,8 +335,8 @@ def _launch(
 
 
 def _loops(pixels: int, blocks: int, in_loop: int, x: Tensor) -> int:
-    """Loops of a run, each of ``in_loop`` pixels: so many that the runs keep the GPU busy, and no more."""
-    # Interpreted programs run one after another: a few show that runs are added up.
+    """Loops of a run, each of ``in_loop`` pixels. There are as few runs as keep the GPU busy."""
+    # The interpreter runs programs one after another: a few are enough to test that runs are added.
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
     runs = max(1, triton.cdiv(PROGRAMS * multiprocessors, blocks))
     return max(1, int(triton.cdiv(triton.cdiv(pixels, in_loop), runs)))

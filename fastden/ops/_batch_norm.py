@@ -1,9 +1,10 @@
 """Batch normalisation: the state that operators take from a module, its operators on kernels, and their gradient.
 
-Normalisation and ReLU are a pass of their own; the next convolution does not do them as it loads. A step moves 11.0 GB
-(64 crops of 128x128 in bfloat16, counted by ``benchmarks/training_traffic.py``). The 1x1 ``expand``, which loads each
-value once a tile, would save 1.0 % of that. All readers in the forward pass would save 6.3 %, but a 3x3 convolution
-would normalise each value nine times, once a tap, and would have to keep its padding at zero.
+Normalisation and ReLU are a separate pass: the next convolution does not apply them when it loads its input. A training
+step moves 11.0 GB (64 crops of 128x128 in bfloat16, counted by ``benchmarks/training_traffic.py``). If the 1x1
+``expand``, which loads each value once per tile, applied them, this would save 1.0 % of that. If all readers in the
+forward pass did, this would save 6.3 %. But a 3x3 convolution would normalise each value nine times, once per tap, and
+would have to keep its padding at zero.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fastden.ops._recompute import Recipe
 class BatchNorm(NamedTuple):
     """The state of a ``torch.nn.BatchNorm2d`` that an operator needs.
 
-    ``training`` selects batch statistics (and updates the running ones in place, as PyTorch does); otherwise the
-    running statistics normalise. All tensors have shape (channels,).
+    If ``training`` is true, operators normalise with the statistics of the batch, and update the running statistics in
+    place, as PyTorch does. Otherwise they use the running statistics. All tensors have shape (channels,).
     """
 
     weight: Tensor
@@ -38,13 +39,13 @@ class BatchNorm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.BatchNorm2d) -> BatchNorm:
-        """The state of ``module``; a training module counts its batch here, as ``module.forward`` would.
+        """The state of ``module``. If it is training, this counts the batch, as ``module.forward`` does.
 
         Raises:
-            ValueError: naming the setting that the operators do not have.
+            ValueError: names the setting that the operators do not support.
         """
         if isinstance(module, nn.SyncBatchNorm) and module.training:
-            # Its statistics are those of all processes; an operator sees only one.
+            # Its statistics are those of all processes, but an operator sees only one process.
             raise ValueError("bn: SyncBatchNorm in training; accepted: BatchNorm2d, or SyncBatchNorm in evaluation")
         if module.running_mean is None or module.running_var is None:
             raise ValueError("bn: track_running_stats=False; accepted: True")
@@ -66,23 +67,23 @@ class BatchNorm(NamedTuple):
 
 
 def batch_statistics(*bns: BatchNorm | None) -> bool:
-    """Whether any of these normalises with the statistics of the batch."""
+    """Whether at least one of these normalises with the statistics of the batch."""
     return any(bn is not None and bn.training for bn in bns)
 
 
 def finish(y: Tensor, bn: BatchNorm | None, residual: Tensor | None, relu: bool) -> Tensor:
-    """BN, residual add and ReLU behind a convolution: the epilogue that every fused operator shares."""
+    """BN, residual add and ReLU after a convolution: the epilogue of every fused operator."""
     if bn is not None:
         y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps)
     if residual is not None:
-        # Under autocast another dtype than the result's, which is the convolution's.
+        # Under autocast, the residual's dtype may differ from the result's, which is that of the convolution.
         y = y.add_(residual.to(y.dtype))
     # In place: no backward before this point needs y, and a training step has twelve such tensors.
     return torch.relu_(y) if relu else y
 
 
 def check_values(values: int, name: str = "bn") -> None:
-    """Raise ValueError where a channel has too few values in the batch for statistics."""
+    """Raise ValueError if a channel has too few values in the batch for statistics."""
     if values <= 1:
         raise ValueError(f"{name}: {values} values a channel in the batch; accepted for batch statistics: 2 or more")
 
@@ -91,7 +92,7 @@ def check_values(values: int, name: str = "bn") -> None:
 def update_running_statistics(bn: BatchNorm, mean: Tensor, unbiased: Tensor) -> None:
     """Move the running statistics towards the batch's ``mean`` and ``unbiased`` variance, as PyTorch does."""
     running = [bn.running_mean, bn.running_var]
-    # Both at once take one launch on a GPU.
+    # One call for both statistics takes one launch on a GPU.
     torch._foreach_lerp_(running, [value.to(bn.running_mean.dtype) for value in (mean, unbiased)], bn.momentum)
 
 
@@ -157,9 +158,9 @@ def _(grad: Tensor, raw: Tensor, mean: Tensor, residual: bool, **_: Any) -> tupl
 
 
 class BatchNormReLU(torch.autograd.Function):
-    """``relu(batch_norm(raw))`` with the statistics of the batch, for an operator whose kernel does not make them.
+    """``relu(batch_norm(raw))`` with the statistics of the batch, for an operator whose kernel does not compute them.
 
-    Returns the result, and the batch's mean and unbiased variance, (C,) float32, which carry no gradient.
+    Returns the result, and the batch's mean and unbiased variance. These two are (C,) float32 and have no gradient.
     """
 
     @staticmethod

@@ -9,12 +9,12 @@ from fastden.ops._batch_norm import BatchNorm
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Raise unless all are floating tensors of one device and, outside autocast, one dtype: those of the first.
+    """Raise unless all are floating tensors on the device of the first and, outside autocast, with its dtype.
 
-    Biases may be float32 whatever the others are.
+    Biases may always be float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
+        TypeError, ValueError: names the argument, its value and the accepted values.
     """
     reference: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
@@ -36,10 +36,10 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 
 def check_shape(name: str, tensor: Tensor | None, *accepted: int | str) -> None:
-    """Raise unless ``tensor`` has the shape ``accepted``: numbers, and letters for any size, the same for the same.
+    """Raise unless ``tensor`` has the shape ``accepted``. A letter accepts any size; equal letters mean equal sizes.
 
     Raises:
-        ValueError: naming the argument, its shape and what is accepted.
+        ValueError: names the argument, its shape and the accepted shape.
     """
     if tensor is None:
         return
@@ -56,7 +56,7 @@ def check_batch_norm(name: str, bn: BatchNorm | None, channels: int) -> None:
     """Raise unless ``bn`` is a :class:`fastden.ops.BatchNorm` over ``channels``.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
+        TypeError, ValueError: names the argument, its value and the accepted values.
     """
     if bn is None:
         return
@@ -75,12 +75,12 @@ def check_convolution(
     stride: int,
     padding: int,
 ) -> None:
-    """Raise unless these go together as ``relu(bn(conv2d(cat(sources), weight, bias)) + residual)``.
+    """Raise unless the arguments fit ``relu(bn(conv2d(cat(sources), weight, bias)) + residual)``.
 
-    Traced code is not checked here: the operators' shape functions refuse what does not fit.
+    Traced code is not checked here: the shape functions of the operators refuse shapes that do not fit.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
+        TypeError, ValueError: names the argument, its value and the accepted values.
     """
     if torch.compiler.is_compiling():
         return

@@ -1,7 +1,7 @@
 """Convolutions of one or two sources with fused BN, residual and ReLU: operators on kernels, and their gradients.
 
-Little is stored for gradients. A convolution with batch statistics stores its raw output alone; the next operator makes
-its input from that again (``_recompute.py``).
+Operators store little for gradients. A convolution with batch statistics stores only its raw output. The next operator
+makes its input from it again (``_recompute.py``).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _(
 def _empty_result(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int
 ) -> Tensor:
-    """A convolution's result; refuses what the kernel would read beyond."""
+    """The empty result of a convolution. Refuses shapes with which the kernel would read outside a tensor."""
     check(a.dim() == 4, "a", a, "4 dimensions")
     channels = a.shape[1]
     if b is not None:
@@ -131,7 +131,7 @@ class Conv(torch.autograd.Function):
 class ConvBatchNorm(torch.autograd.Function):
     """``relu(batch_norm(conv2d(cat([a, b], 1), weight, bias)) + residual)`` with the statistics of the batch.
 
-    Returns the result, and the batch's mean and unbiased variance, (O,) float32, which carry no gradient.
+    Returns the result, and the batch's mean and unbiased variance. These two are (O,) float32 and have no gradient.
     """
 
     @staticmethod
@@ -151,7 +151,7 @@ class ConvBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         raw, mean, rstd, unbiased = torch.ops.fastden.conv_statistics(a, b, weight, bias, stride, padding, eps)
         y = torch.ops.fastden.affine(raw, mean, rstd, bn_weight, bn_bias, residual, relu)
-        # Without a residual, raw tells the ReLU's side, and the gradient's kernels read a tensor less.
+        # Without a residual, raw gives the sign of the ReLU's input, so the gradient's kernels read one tensor less.
         result = None if residual is None else y
         ctx.save_for_backward(*_recompute.save(a), b, weight, bn_weight, bn_bias, raw, result, mean, rstd)
         ctx.settings = stride, padding, ways("triton")
@@ -165,7 +165,7 @@ class ConvBatchNorm(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("convolution with batch normalisation")
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: activation checkpointing hands each tensor out a single time
+        saved = ctx.saved_tensors  # read once: activation checkpointing returns each tensor only once
         b, weight, bn_weight, bn_bias, raw, y, mean, rstd = saved[_recompute.SAVED :]
         needed = ctx.needs_input_grad
         grad_raw, grad_residual, grad_bn_weight, grad_bn_bias = torch.ops.fastden.affine_gradient(
@@ -173,7 +173,7 @@ class ConvBatchNorm(torch.autograd.Function):
         )
         a = _recompute.restore(saved[: _recompute.SAVED])
         sources = conv_gradients(needed[:3], grad_raw, a, b, weight, *ctx.settings)
-        # Batch statistics remove a constant in front of them.
+        # The normalisation removes a constant that was added before it.
         bias = torch.zeros(len(mean), dtype=ctx.bias_dtype, device=mean.device) if needed[3] else None
         return (
             *sources,

@@ -1,12 +1,12 @@
 """Gradients of convolutions, on Triton's kernels or on PyTorch's ``aten::convolution_backward``.
 
-On kernels the gradient of an input is a convolution of the result's gradient with rearranged weights, which the forward
-kernels make: of stride 1 with the weight reversed and transposed; of stride 2 the four phases of a transposed
-convolution. The gradient of a weight is a kernel of its own (``kernels/weight_gradient.py``).
+On kernels, the gradient of an input is a convolution of the result's gradient with rearranged weights, and the forward
+kernels compute it. For stride 1, the weight is reversed and transposed. For stride 2, the four phases of a transposed
+convolution compute it. The gradient of a weight has its own kernel (``kernels/weight_gradient.py``).
 
 The backend ``triton`` uses kernels. The backend ``cuda`` has no kernels for gradients and uses PyTorch's. The
 environment variable ``FASTDEN_BACKWARD`` overrides this: ``aten`` or ``kernels`` for all gradients, ``input=aten`` or
-``weight=aten`` (separated by commas) for those of inputs or weights. No GPU has shown yet which is faster.
+``weight=aten`` (separated by commas) for those of inputs or weights. It is not measured yet which is faster on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAYS = ("aten", "kernels")
 
 
 class Ways(NamedTuple):
-    """What makes the gradients of inputs and of weights: ``aten`` or ``kernels``."""
+    """How the gradients of inputs and of weights are computed: ``aten`` or ``kernels``."""
 
     input: str
     weight: str
@@ -38,7 +38,7 @@ class Ways(NamedTuple):
 
 @constant_result
 def ways(backend: str) -> Ways:
-    """How gradients are made behind a forward pass on ``backend``.
+    """How gradients are computed after a forward pass on ``backend``.
 
     Raises:
         ValueError: FASTDEN_BACKWARD is malformed.
@@ -101,17 +101,17 @@ def conv_gradients(
     """Gradients of ``conv2d(cat([a, b], 1), weight)``; the sources stay apart.
 
     Args:
-        needed: whether those of a, b and the weight are wanted.
-        grad: of the result, channels-last.
+        needed: whether the gradients of a, b and the weight are needed.
+        grad: gradient of the result, channels-last.
         a: (N, A, H, W).
         b: (N, B, H, W) or None.
         weight: (O, A + B, k, k).
         stride, padding: of the convolution.
-        ways: what makes them.
-        added: to the gradient of ``a``, of its shape, or None.
+        ways: how the gradients are computed.
+        added: a tensor of the shape of ``a`` that is added to its gradient, or None.
 
     Returns:
-        Gradients of a, b and the weight, each None where it is not needed.
+        Gradients of a, b and the weight; None for those that are not needed.
     """
     split = a.shape[1]
     sources = [(a, weight if b is None else weight[:, :split], needed[0])]
@@ -119,7 +119,7 @@ def conv_gradients(
         sources.append((b, weight[:, split:], needed[1]))
     grads: list[Tensor | None] = [None, None]
     grad_weight = None
-    # If PyTorch makes both, one call makes them at once.
+    # If PyTorch computes both, one call computes them at once.
     of_weight = needed[2] and ways.weight == "aten"
     parts: list[Tensor] = []
     for index, (x, part, wanted) in enumerate(sources):
@@ -151,7 +151,7 @@ def upsample_gradients(
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1, aten
         )
-    # A transposed convolution is the gradient of a convolution's input; so its own gradient is that convolution.
+    # A transposed convolution is the gradient of a convolution's input. So its own gradient is that convolution.
     if needed[0] and not aten[0]:
         grad_x = torch.ops.fastden.conv(grad, None, weight, None, None, False, 2, 1)
     if needed[1] and not aten[1]:
@@ -170,15 +170,15 @@ def _aten(
 def _input_gradient(
     grad: Tensor, weight: Tensor, shape: tuple[int, ...], stride: int, padding: int, added: Tensor | None
 ) -> Tensor:
-    """Gradient of a convolution's input of ``shape``, plus ``added``, on the forward kernels."""
+    """Gradient of a convolution's input, which has ``shape``, plus ``added``; computed by the forward kernels."""
     kernel = weight.shape[-1]
     height, width = shape[2:]
-    # A transposed convolution of stride 2 and kernel 2 t with padding t - 1, t even: the weight with zeros around.
+    # For stride 2: a transposed convolution of kernel 2 t with padding t - 1 and t even. Zeros surround the weight.
     taps = 2 if kernel <= 4 else 4
     before = taps - 1 - padding
     if stride == 2 and before >= 0 and kernel + before <= 2 * taps:
         after = 2 * taps - kernel - before
-        # Rows and columns that no window reaches to, behind the last.
+        # Rows and columns after the last window, which no window reaches.
         more = [max(0, (size - 2 * made + 1) // 2) for size, made in zip((height, width), grad.shape[2:], strict=True)]
         if any(more):
             grad = F.pad(grad, (0, more[1], 0, more[0]))
@@ -186,20 +186,20 @@ def _input_gradient(
         result = torch.ops.fastden.upsample(channels_last(grad), filled, None)[:, :, :height, :width]
         return channels_last(result if added is None else result + added)
     if stride > 1:
-        # Zeros between the gradient's pixels, and behind them for rows and columns that no window reaches to.
+        # Zeros go between the gradient's pixels, and after them for rows and columns that no window reaches.
         spread = grad.new_zeros((*grad.shape[:2], height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1))
         spread[:, :, ::stride, ::stride] = grad
         grad = spread
     margin = kernel - 1 - padding
     if margin < 0:
-        # The gradient of the padding is cut off.
+        # This cuts off the gradient of the padding.
         grad = grad[:, :, -margin : grad.shape[2] + margin, -margin : grad.shape[3] + margin]
     turned = weight.flip(2, 3).transpose(0, 1)
     return torch.ops.fastden.conv(channels_last(grad), None, turned, None, added, False, 1, max(margin, 0))
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes gradients through, and refuses to be differentiated."""
+    """Passes gradients through; its backward pass raises."""
 
     @staticmethod
     def forward(ctx: Any, name: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -216,7 +216,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator of an operator's ``backward``, which makes no graph: a second derivative raises, with what to do."""
+    """Decorator of an operator's ``backward``. A second derivative raises an error that says what to do."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         once = once_differentiable(backward)

@@ -1,9 +1,9 @@
-"""Registering the dispatcher's operators: ``torch.ops.fastden`` over Triton's kernels, ``torch.ops.fastden_cuda``.
+"""Registers the dispatcher's operators: ``torch.ops.fastden`` on Triton's kernels, and ``torch.ops.fastden_cuda``.
 
-An operator takes tensors and numbers alone, knows its result's shape without running (so that ``torch.compile`` and
-``torch.export`` trace it), and has no gradient of its own: an autograd function beside it gives that. Its schema is
-that of the function which runs it on Triton. Those of CUDA are registered, with the same schemas, when
-:mod:`fastden.cuda.extension` loads the library (``csrc/bindings.cpp``).
+An operator takes only tensors and numbers. It knows the shape of its result without running, so that ``torch.compile``
+and ``torch.export`` can trace it. It has no gradient of its own: an autograd function in the same file gives that. Its
+schema comes from the function that runs it on Triton. The CUDA operators have the same schemas. They are registered
+when :mod:`fastden.cuda.extension` loads the library (``csrc/bindings.cpp``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastden.cuda import extension
 LIBRARY = torch.library.Library("fastden", "DEF")
 #: The operators of each backend that has kernels.
 OPERATORS = {"triton": torch.ops.fastden, "cuda": torch.ops.fastden_cuda}
-#: Where Triton's implementations run: on a CPU it interprets.
+#: The devices of Triton's implementations; on the CPU, Triton interprets them.
 KEYS = ("CUDA", "CPU")
 
 _shapes: dict[str, Callable[..., Any]] = {}
@@ -30,8 +30,8 @@ class Operator:
     """An operator of ``torch.ops.fastden``.
 
     Args:
-        function: runs it on Triton; its type hints are the operator's.
-        name: of the operator; None for that of the function.
+        function: runs the operator on Triton; its type hints give the operator's schema.
+        name: name of the operator; None for that of the function.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
@@ -42,9 +42,9 @@ class Operator:
             LIBRARY.impl(self.name, function, key)
 
     def shape(self, function: Callable[..., Any]) -> None:
-        """Register ``function``, which makes an empty result, and refuses with ``torch._check`` what does not fit.
+        """Register ``function``, which makes an empty result; with ``torch._check`` it refuses shapes that do not fit.
 
-        It names the arguments that it looks at, and takes the others as ``**_``.
+        It names the arguments that it uses, and takes the others as ``**_``.
         """
 
         def empty(*args: Any, **kwargs: Any) -> Any:
@@ -71,5 +71,5 @@ def empty_like(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = No
 
 
 def check(fits: bool, name: str, tensor: Tensor, accepted: str) -> None:
-    """Refuse a tensor whose shape does not fit, where shapes may be symbols; for shape functions."""
+    """Refuse a tensor whose shape does not fit; for shape functions, where sizes may be symbols."""
     torch._check(fits, lambda: f"{name}: shape {tuple(tensor.shape)}; accepted: {accepted}")

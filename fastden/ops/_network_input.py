@@ -1,4 +1,4 @@
-"""The network's input in one pass over an image, on Triton; elsewhere PyTorch's operations make it step by step."""
+"""The network's input in one pass over an image, on Triton. Elsewhere PyTorch's operations make it in several steps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ Padding = tuple[int, int]
 
 
 def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether :func:`network_input` runs: where the triton backend is asked for, and nobody wants a gradient.
+    """Whether :func:`network_input` can run: the triton backend is requested, and no gradient is needed.
 
-    This is no operator: it makes what PyTorch's operations make, bit for bit on a CPU, so nothing needs to refuse where
-    it cannot run. Code that is compiled has no use for it, because PyTorch's compiler fuses these steps itself.
+    :func:`network_input` is not an operator. On a CPU its result has the same bits as that of PyTorch's operations, so
+    callers can use those instead if it cannot run. Compiled code does not need it, because PyTorch's compiler fuses
+    these steps itself.
 
     Args:
         x: (N, C, H, W), the image.
         level: None, a map (N, 1, H, W), or curves (N or 1, knots).
-        dtype: of the network.
+        dtype: dtype of the network.
     """
     if requested() != "triton" or wants_gradient(x, level) or dtype == torch.float64:
         return False
@@ -33,9 +34,9 @@ def network_input(
     """The padded image with its level in ``dtype``, and the padded image in its own.
 
     Args:
-        x, level, dtype: as :func:`can_prepare`'s.
-        rows, columns: pixels of padding before and behind.
-        radius: pixels on each side over which brightness is averaged, for curves.
+        x, level, dtype: as in :func:`can_prepare`.
+        rows, columns: pixels of padding before and after.
+        radius: for curves: brightness is averaged over this number of pixels on each side.
 
     Returns:
         (N, C + 1 or C, H', W') in ``dtype``, channels-last, and (N, at least C, H', W') in the dtype of ``x``.

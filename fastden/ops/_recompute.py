@@ -1,11 +1,11 @@
 """Inputs that the backward pass makes again instead of storing them.
 
-``relu(batch_norm(raw))`` is made from ``raw`` in one pass over memory, and the gradient of the normalisation keeps
-``raw`` anyway. So the operator that takes this result as its input saves its recipe, the tensors that it is made from,
-in its place. From the normalisation to that operator the recipe travels beside the result, in a table by identity: a
-tensor that was written to since, copied, or stored and loaded has none, and is saved itself. So it is, too, where
-saved tensors go through hooks (activation checkpointing, ``save_on_cpu``): they decide themselves what is stored, and
-need as many tensors each time, whatever became of the result in between.
+``relu(batch_norm(raw))`` is made from ``raw`` in one pass over memory, and the gradient of the normalisation stores
+``raw`` anyway. So an operator that takes this result as its input does not save the result. It saves its recipe: the
+tensors from which the result is made. A table keeps the recipe of each result, by the identity of the tensor. A tensor
+that was changed in place, copied, or stored and loaded has no valid recipe, so the operator saves the tensor itself.
+The operator also saves the tensor itself if saved tensors go through hooks (activation checkpointing,
+``save_on_cpu``). Such hooks decide what is stored, and need the same number of tensors every time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Recipe(NamedTuple):
-    """How ``relu(batch_norm(raw))`` is made again; (C,) each but ``raw``, (N, C, H, W)."""
+    """How ``relu(batch_norm(raw))`` is made again. ``raw`` is (N, C, H, W); the others are (C,)."""
 
     raw: Tensor
     mean: Tensor
@@ -28,27 +28,27 @@ class Recipe(NamedTuple):
     bn_bias: Tensor
 
     def make(self) -> Tensor:
-        """The result again: (N, C, H, W), channels-last."""
+        """Make the result again: (N, C, H, W), channels-last."""
         return torch.ops.fastden.affine(*self, None, True)
 
 
-#: Tensors that :func:`save` returns.
+#: Number of tensors that :func:`save` returns.
 SAVED = 1 + len(Recipe._fields)
 
-# A result's version, and its recipe.
+# The version of each result when it was made, and its recipe.
 _recipes = WeakTensorKeyDictionary()
 
 
 def remember(y: Tensor, recipe: Recipe) -> None:
-    """Let an operator that takes ``y``, this very tensor, save the recipe instead of ``y``."""
-    if not (torch.compiler.is_compiling() or y.is_inference()):  # an inference tensor counts no versions
+    """Let an operator that takes exactly this tensor ``y`` save the recipe instead of ``y``."""
+    if not (torch.compiler.is_compiling() or y.is_inference()):  # an inference tensor has no version counter
         _recipes[y] = (y._version, recipe)
 
 
 def forget(y: Tensor) -> None:
-    """Drop the recipe of a result that no gradient is asked of: it would keep ``raw`` alive for nothing.
+    """Drop the recipe of a result that needs no gradient: the recipe would keep ``raw`` in memory for nothing.
 
-    Inside ``forward`` gradients are always off, and parameters always want them: only behind it is that known.
+    Call this after ``forward``. Inside ``forward`` gradients are always off, so it is not yet known if ``y`` needs one.
     """
     if not torch.compiler.is_compiling() and not y.requires_grad:
         _recipes.pop(y, None)
@@ -60,7 +60,7 @@ def has_recipe(y: Tensor) -> bool:
 
 
 def save(x: Tensor) -> tuple[Tensor | None, ...]:
-    """Tensors to save for an operator's input: itself, or its recipe; always :data:`SAVED` tensors or None."""
+    """Tensors to save for an operator's input: the input or its recipe. Always :data:`SAVED` entries, some None."""
     version, recipe = (None, None) if torch.compiler.is_compiling() else _recipes.get(x, (None, None))
     if recipe is None or version != x._version or _hooked():
         return (x, *(None,) * len(Recipe._fields))
@@ -68,11 +68,11 @@ def save(x: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def restore(saved: Sequence[Tensor | None]) -> Tensor:
-    """The input that :func:`save` was given."""
+    """The input that was passed to :func:`save`."""
     x, *recipe = saved
     return Recipe(*recipe).make() if x is None else x  # type: ignore[arg-type]
 
 
 def _hooked() -> bool:
-    """Whether saved tensors go through hooks here."""
+    """Whether saved tensors now go through hooks."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

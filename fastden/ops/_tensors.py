@@ -1,4 +1,4 @@
-"""Questions about tensors, and their changes before a kernel runs."""
+"""Checks and conversions of tensors before a kernel runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with these."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device, as PyTorch's convolutions take them."""
+    """The tensors in autocast's dtype if autocast is on for their device, as for PyTorch's convolutions."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -25,5 +25,5 @@ def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def like(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    """A bias in the dtype of ``x``, in which PyTorch's own convolutions want it; kernels take it in float32, too."""
+    """A bias in the dtype of ``x``. PyTorch's convolutions need this dtype; kernels also take float32."""
     return None if bias is None else bias.to(x.dtype)

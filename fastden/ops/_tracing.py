@@ -1,4 +1,4 @@
-"""Marks on functions for torch.compile, made without loading it.
+"""Marks functions for torch.compile without importing it.
 
 ``torch.compiler``'s own decorators import Dynamo, which takes about as long to import as PyTorch itself.
 """
@@ -12,9 +12,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_result(function: F) -> F:
-    """Mark a function whose result is a constant of traced code: ``torch.compiler.assume_constant_result``.
+    """Mark a function whose result is a constant in traced code, like ``torch.compiler.assume_constant_result``.
 
-    That decorator sets this attribute and nothing else; a test compares them.
+    That decorator only sets this attribute; a test compares the two.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,9 +1,9 @@
 """Backends of the operators: the list, the choice, and the reasons why one cannot run.
 
-An operator runs on the backend that its ``backend`` argument names; else on that of the innermost
-:func:`use_backend`; else on that of the environment variable ``FASTDEN_BACKEND``; else on the one that is chosen
-automatically. What was asked for and cannot run raises, with every backend's reasons; nothing falls back silently.
-The automatic choice takes a kernel only where committed results of a GPU show it right and faster
+The backend of an operator is the one that its ``backend`` argument names. Without the argument, it is that of the
+innermost :func:`use_backend`; else that of the environment variable ``FASTDEN_BACKEND``; else the automatic choice. If
+a requested backend cannot run, the operator raises an error with every backend's reasons. It never uses another backend
+silently. The automatic choice uses a kernel only if committed results from a GPU show that it is correct and faster
 (:mod:`fastden.ops.proven`).
 """
 
@@ -29,10 +29,10 @@ class Backend:
     """A way to run operators.
 
     Args:
-        name: what users call it.
+        name: the name that users pass.
         summary: one line for ``fastden info``.
-        dtypes: of its operators' inputs; None for any.
-        batch_statistics: whether its operators normalise with the statistics of the batch.
+        dtypes: accepted dtypes of the operators' inputs; None for any.
+        batch_statistics: whether its operators can normalise with the statistics of the batch.
     """
 
     name: str
@@ -49,24 +49,24 @@ BACKENDS = (
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
 ENVIRONMENT = "FASTDEN_BACKEND"
-#: Where Triton's kernels live, one module an operator.
+#: The package of Triton's kernels, with one module for each operator.
 KERNELS = "fastden.kernels"
 
 _scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for cannot run: with the inputs and every backend's reasons."""
+    """A requested backend cannot run; the message has the inputs and every backend's reasons."""
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run operators on backend ``name`` inside the ``with`` block, in this thread or task alone.
+    """Run operators on backend ``name`` inside the ``with`` block, only in this thread or task.
 
     A function compiled by ``torch.compile`` keeps the backend that it was traced with.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: there is no such backend.
     """
     token = _scoped.set(_known(name, "backend"))
     try:
@@ -77,7 +77,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @constant_result
 def requested() -> str | None:
-    """The backend that the context or the environment asks for; None where the choice is automatic."""
+    """The backend that the context or the environment requests; None if the choice is automatic."""
     scoped = _scoped.get()
     if scoped is not None:
         return scoped
@@ -89,15 +89,15 @@ def choose(operator: str, backend: str | None, *, batch_statistics: bool = False
     """Name of the backend that ``operator`` runs on.
 
     Args:
-        operator: its name.
-        backend: what the caller asks for, or None.
-        batch_statistics: whether it has to normalise with the statistics of the batch.
+        operator: name of the operator.
+        backend: the backend that the caller requests, or None.
+        batch_statistics: whether the operator must normalise with the statistics of the batch.
         **tensors: the inputs, by the names of the operator's arguments.
 
     Raises:
-        ValueError: no such backend.
-        BackendError: the backend that was asked for cannot run. Under ``torch.compile`` PyTorch's own error, a
-            RuntimeError too, quotes it at the first call.
+        ValueError: there is no such backend.
+        BackendError: the requested backend cannot run. Under ``torch.compile``, PyTorch raises its own RuntimeError at
+            the first call, which quotes this error.
     """
     name = requested() if backend is None else _known(backend, "backend")
     if name is None:
@@ -113,10 +113,10 @@ def choose(operator: str, backend: str | None, *, batch_statistics: bool = False
 
 
 def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **tensors: Tensor | None) -> list[str]:
-    """Why ``operator`` cannot run on ``backend`` with these inputs; empty where it can. Arguments as :func:`choose`.
+    """Why ``operator`` cannot run on ``backend`` with these inputs; empty if it can. Arguments as in :func:`choose`.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: there is no such backend.
     """
     entry = _entry(_known(backend, "backend"))
     if entry.dtypes is None:
@@ -129,7 +129,7 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
     devices = {tensor.device.type for tensor in given.values()}
     if devices != {"cuda"} and not (_runs_on_cpu(entry) and devices == {"cpu"}):
         reasons.append(f"device {', '.join(sorted(devices))}; accepted: cuda")
-    # Biases may be float32 whatever the others are: kernels add them to float32 sums.
+    # Biases may always be float32: kernels add them to float32 sums.
     wide = {name for name, tensor in given.items() if name.endswith("bias") and tensor.dtype == torch.float32}
     dtypes = {_as_run(tensor) for name, tensor in given.items() if name not in wide}
     if not dtypes <= set(entry.dtypes):
@@ -144,7 +144,7 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
 
 
 def unavailable(backend: Backend) -> list[str]:
-    """Why ``backend`` cannot run anything here; empty where it can."""
+    """Why ``backend`` cannot run any operator here; empty if it can."""
     if backend.name == "cuda":
         from fastden.cuda import extension
 
@@ -165,15 +165,15 @@ def _why_not_statistics(backend: Backend) -> list[str]:
 
 @constant_result
 def _make_ready(name: str) -> bool:
-    """Load the module that registers the operators, for code that is traced; returns whether that worked."""
-    # Dynamo calls this function and looks at the next one afterwards: it is not to look into it, but to call it with
-    # fake tensors. Said here, because saying it loads Dynamo.
+    """Load the module that registers the operators, for traced code; returns whether that worked."""
+    # Dynamo calls this function before it traces _check_traced. Dynamo must not trace into _check_traced, but call it
+    # with fake tensors. The mark is set here and not on import, because it loads Dynamo.
     torch.compiler.allow_in_graph(_check_traced)
     return not unavailable(_entry(name))
 
 
 def _runs_on_cpu(backend: Backend) -> bool:
-    """Whether its kernels run on the CPU here, interpreted or emulated, for tests."""
+    """Whether the kernels of this backend run on the CPU here, interpreted or emulated, for tests."""
     if backend.name == "cuda":
         from fastden.cuda import extension
 
@@ -187,7 +187,7 @@ def _entry(name: str) -> Backend:
 
 @cache
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on the CPU, because ``TRITON_INTERPRET=1`` is set."""
+    """Whether Triton interprets its kernels on the CPU, because ``TRITON_INTERPRET=1`` is set."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -206,20 +206,20 @@ def _known(name: str, what: str) -> str:
 
 
 def _check(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
-    """Raise BackendError, which says why, where ``operator`` cannot run on ``name``."""
+    """Raise BackendError with the reasons if ``operator`` cannot run on ``name``."""
     if why_not(operator, name, batch_statistics=batch_statistics, **tensors):
         raise BackendError(_refusal(operator, name, batch_statistics, tensors))
 
 
 def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
-    """:func:`_check` with the sizes of the first call: a question about a symbolic one would limit it to the answer."""
+    """:func:`_check` with the sizes of the first call: a comparison of a symbolic size would restrict that size."""
     seen: dict[str, Tensor | None] = {}
     for key, tensor in tensors.items():
         seen[key] = tensor
         if tensor is not None and any(isinstance(size, torch.SymInt) for size in tensor.shape):
             sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
             if None in sizes:
-                return  # known only when it runs
+                return  # the size is known only at run time
             seen[key] = tensor.new_empty(sizes)
     _check(operator, name, batch_statistics, **seen)
 
@@ -252,7 +252,7 @@ def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str
 
 
 def _as_run(tensor: Tensor) -> torch.dtype:
-    """The dtype that an operator computes in: autocast's, where that is on."""
+    """The dtype that an operator computes in: autocast's dtype if autocast is on."""
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype

@@ -36,18 +36,18 @@ def bottleneck(
         reduce: (M, C, 1, 1).
         conv: (M, M, 3, 3), padding 1.
         expand: (C, M, 1, 1).
-        biases: of the three convolutions; they appear where BN is folded.
-        bns: batch normalisation of the three convolutions; None where folded.
+        biases: of the three convolutions; they exist if BN is folded.
+        bns: batch normalisation of the three convolutions; None if it is folded.
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
-            One kernel does all three at inference. Training uses the kernels of :func:`conv_bn_relu`; with batch
-            statistics it stores only the outputs of the two narrow convolutions.
+            At inference, one kernel computes all three convolutions. Training uses the kernels of
+            :func:`conv_bn_relu`. With batch statistics it stores only the outputs of the two narrow convolutions.
 
     Returns:
         (N, C, H, W).
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
-        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
+        TypeError, ValueError: names the argument, its value and the accepted values.
+        RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     names = ("reduce_bias", "conv_bias", "expand_bias")
     tensors = {"x": x, "reduce": reduce, "conv": conv, "expand": expand, **dict(zip(names, biases, strict=True))}
@@ -118,11 +118,11 @@ def _(
 class BottleneckBatchNorm(torch.autograd.Function):
     """``relu(x + bn(expand(relu(bn(conv(relu(bn(reduce(x)))))))))`` with the statistics of the batch.
 
-    It stores x, the result, and the raw outputs of ``reduce`` and ``conv``, which have a quarter of the channels each.
-    So the network stores 36 % of what eager training of the plain network stores (``tests/kernels/test_training.py``).
-    The
-    backward pass makes the rest again: two affine maps, and ``expand``, a quarter of the block's forward products. For
-    the three blocks that is 1.3 % of the products of a training step.
+    It stores x, the result, and the raw outputs of ``reduce`` and ``conv``. Each of these two has a quarter of the
+    channels. So the network stores 36 % of what eager training of the plain network stores
+    (``tests/kernels/test_training.py``). The backward pass computes the rest again: two affine maps, and ``expand``,
+    which is a quarter of the block's forward products. For the three blocks, this is 1.3 % of the products of a
+    training step.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("bottleneck")
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: activation checkpointing hands each tensor out a single time
+        saved = ctx.saved_tensors  # read once: activation checkpointing returns each tensor only once
         y, reduce, conv, expand, *rest = saved[_recompute.SAVED :]
         w1, b1, w2, b2, w3, b3 = rest[:6]
         raw1, mean1, rstd1, raw2, mean2, rstd2, mean3, rstd3 = rest[6:]
@@ -195,7 +195,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
 def _with_batch_statistics(
     x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, bns: tuple[BatchNorm | None, ...]
 ) -> Tensor:
-    """:class:`BottleneckBatchNorm`, which also moves the running statistics; ``bns`` are three in training mode."""
+    """:class:`BottleneckBatchNorm`, which also moves the running statistics; all three ``bns`` are in training mode."""
     used = [bn for bn in bns if bn is not None]
     check_values(x.shape[0] * x.shape[2] * x.shape[3], "bns[0]")
     affine = [part for bn in used for part in (bn.weight, bn.bias)]

@@ -31,7 +31,7 @@ def concat_conv_bn_relu(
         b: (N, B, H, W), same dtype as ``a``.
         weight: (O, A + B, k, k).
         bias: (O,) or None; float32 or the dtype of ``a``.
-        bn: batch normalisation over O channels; None where it is folded.
+        bn: batch normalisation over O channels; None if it is folded.
         relu: whether the ReLU is applied.
         padding: as in ``torch.nn.functional.conv2d``.
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
@@ -40,8 +40,8 @@ def concat_conv_bn_relu(
         (N, O, H', W').
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
-        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
+        TypeError, ValueError: names the argument, its value and the accepted values.
+        RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     check_convolution({"a": a, "b": b}, weight, bias, bn, None, 1, padding)
     tensors = {"a": a, "b": b, "weight": weight, "bias": bias}

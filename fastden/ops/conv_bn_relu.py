@@ -30,19 +30,19 @@ def conv_bn_relu(
         x: (N, C, H, W), any floating dtype.
         weight: (O, C, k, k), same dtype as ``x``.
         bias: (O,) or None; float32 or the dtype of ``x``.
-        bn: batch normalisation over O channels; None where it is folded into ``weight`` and ``bias``.
+        bn: batch normalisation over O channels; None if it is folded into ``weight`` and ``bias``.
         residual: tensor of the output's shape, added before the ReLU.
         relu: whether the ReLU is applied.
         stride, padding: as in ``torch.nn.functional.conv2d``.
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
-        (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1, in the dtype of ``x``; under autocast in that of
-        autocast, which ``residual`` is rounded to.
+        (N, O, H', W') with H' = (H + 2 * padding - k) // stride + 1, in the dtype of ``x``. Under autocast the result
+        has autocast's dtype, and ``residual`` is rounded to it.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
-        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
+        TypeError, ValueError: names the argument, its value and the accepted values.
+        RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     check_convolution({"x": x}, weight, bias, bn, residual, stride, padding)
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}

@@ -1,4 +1,4 @@
-"""head: out o cat(conv0, up3) + input, from half-resolution features straight to the image."""
+"""head: out o cat(conv0, up3) + input, directly from half-resolution features to the image."""
 
 from __future__ import annotations
 
@@ -37,23 +37,24 @@ def head(
         features: (N, M, h, w), the last feature map, h = (H - 4) / 2, w = (W - 4) / 2.
         x: (N, C, H, W), the padded network input; its first K channels are the image.
         weight: (4 K, M, 4, 4), output phases in the order of ``pixel_shuffle``.
-        image_weight: (K, C, 7, 7), without the identity: the input is added apart, at its own precision.
+        image_weight: (K, C, 7, 7), without the identity: the input is added separately, at its own precision.
         bias: (K,); float32 or the dtype of ``features``.
-        add_input: False leaves the input out.
-        image: what is added instead of ``x``, (N, at least K, H, W), with a floating dtype of its own, which is then
-            the result's: a half-precision network corrects a float32 image without rounding it.
+        add_input: False does not add the input.
+        image: the image to add instead of ``x``, (N, at least K, H, W). It may have any floating dtype, and the result
+            has the same: so a half-precision network corrects a float32 image without rounding it.
         clamp: limit the result to [0, 1].
-        composed: promises that ``weight`` is what :func:`fastden.algebra.compose_head` makes: phase 0 has nothing on
-            the last row (column) of its taps, phase 1 nothing on the first. A kernel then leaves these out.
+        composed: promises that ``weight`` comes from :func:`fastden.algebra.compose_head`: phase 0 has zeros on the
+            last row (column) of its taps, and phase 1 on the first. A kernel then skips these taps.
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
     Returns:
-        (N, K, H - 6, W - 6), in the dtype of ``image`` where that is given. Else in that of ``features``; under
-        autocast in that of what is added, ``x``, which is not rounded, or, where nothing is, of autocast.
+        (N, K, H - 6, W - 6). With ``image``, it has the dtype of ``image``; else that of ``features``. Under autocast
+        without ``image``, it has the dtype of ``x``, which is added without rounding, or, if nothing is added,
+        autocast's dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
-        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
+        TypeError, ValueError: names the argument, its value and the accepted values.
+        RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     tensors = {"features": features, "x": x, "weight": weight, "image_weight": image_weight, "bias": bias}
     if not torch.compiler.is_compiling():
@@ -65,7 +66,7 @@ def head(
     if backend != "torch":
         if add_input and image is None and torch.is_autocast_enabled(x.device.type):
             image = x[:, :k]
-        # The gradient needs to know on which side of the limit a value was; a clamped value does not tell.
+        # The gradient needs to know if a value was outside the limits; a clamped value does not show this.
         later = clamp and wants_gradient(*tensors.values(), image)
         run = in_autocast(features, x, weight, image_weight)
         y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)
@@ -153,7 +154,7 @@ def _(
 
 
 class Head(torch.autograd.Function):
-    """out o cat(conv0, up3), with the image added or without."""
+    """out o cat(conv0, up3), with or without adding the image."""
 
     @staticmethod
     def forward(
@@ -198,14 +199,14 @@ class Head(torch.autograd.Function):
 def _feature_gradients(
     needed: tuple[bool, bool], grad: Tensor, features: Tensor, weight: Tensor, composed: bool, ways: Ways
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the features and of their weight; taps that are always zero in a composed weight get none."""
+    """Gradients of the features and of their weight. Taps that are always zero in a composed weight get no gradient."""
     wanted = (needed[0], False, needed[1])
     if not composed or "aten" in ways:
         phases = channels_last(F.pixel_unshuffle(grad, 2))
         grad_features, _none, grad_weight = conv_gradients(wanted, phases, features, None, weight, 1, 1, ways)
         return grad_features, grad_weight
-    # Pixels 2 i - 1 (phase 1 of i - 1) and 2 i (phase 0 of i) both read the features i - 1, i and i + 1. In these
-    # groups they are a 3x3 convolution: 9 taps instead of 16.
+    # Pixels 2 i - 1 (phase 1 of i - 1) and 2 i (phase 0 of i) both read the features i - 1, i and i + 1. Grouped like
+    # this, all pixels are the result of a 3x3 convolution: 9 taps instead of 16.
     pixels = channels_last(F.pixel_unshuffle(F.pad(grad, (1, 1, 1, 1)), 2))
     taps = weight.unflatten(0, (-1, 2, 2))  # K, p, q, M, 4, 4
     rows = torch.stack([taps[:, 1, ..., 1:, :], taps[:, 0, ..., :3, :]], 1)

@@ -26,16 +26,16 @@ def stem(
     relu: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """First feature map at half resolution, straight from the padded image.
+    """First feature map at half resolution, directly from the padded image.
 
-    conv1 pads conv0's *output* with zeros, so on the first row and column of the result the taps that would read that
-    padding do not exist: four weight sets, see :func:`fastden.algebra.compose_stem`.
+    conv1 pads the *output* of conv0 with zeros. So on the first row and column of the result, the taps that would read
+    this padding do not exist. There are four weight sets; see :func:`fastden.algebra.compose_stem`.
 
     Args:
         x: (N, C, H, W), the padded network input; H and W even, at least 8.
         weight: (4, O, C, 7, 7): inside, first row, first column, corner.
-        bias: (4, O), likewise; float32 or the dtype of ``x``.
-        bn: batch normalisation over O channels; None where it is folded.
+        bias: (4, O), in the same order; float32 or the dtype of ``x``.
+        bn: batch normalisation over O channels; None if it is folded.
         relu: whether the ReLU is applied.
         backend: see :mod:`fastden.ops.backends`; None leaves it to the context, the environment or fastden.
 
@@ -43,8 +43,8 @@ def stem(
         (N, O, (H - 4) / 2, (W - 4) / 2).
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
-        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
+        TypeError, ValueError: names the argument, its value and the accepted values.
+        RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     if not torch.compiler.is_compiling():
         check_tensors(x=x, weight=weight, bias=bias)
@@ -61,7 +61,7 @@ def stem(
     bias = bias.to(x.dtype)
     x = F.pad(x, (1, 0, 1, 0))
     y = F.conv2d(x, weight[0], bias[0], stride=2)
-    # Written into the convolution's own output: conv2d's backward does not need it, so no copy is made.
+    # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.
     y[:, :, :1] = F.conv2d(x[:, :, :7], weight[1], bias[1], stride=2)
     # Nine columns, to get the first one right: oneDNN 3.12's bf16 convolution reads uninitialised memory when this
     # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
@@ -99,7 +99,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
 
 
 class Stem(torch.autograd.Function):
-    """conv1 o conv0, with a ReLU or without; x is given the gradient only where it wants one."""
+    """conv1 o conv0, with or without a ReLU. x gets a gradient only if it needs one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, backend: str) -> Tensor:
@@ -131,22 +131,22 @@ class Stem(torch.autograd.Function):
 
 
 _FIRST, _REST = slice(None, 1), slice(1, None)
-#: Where in the result each of the four sets of weights is used.
+#: The part of the result that each of the four sets of weights makes.
 _REGIONS = tuple((..., rows, columns) for columns in (_REST, _FIRST) for rows in (_REST, _FIRST))
 
 
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the image: of each region of the result, a transposed convolution with the region's weights.
+    """Gradient of the image: for each region of the result, a transposed convolution with the region's weights.
 
-    Output pixel i reads rows from 2 i - 1 on: rows 2 (i + 1) - 3 + t, which is a transposed convolution of kernel 8
-    with a padding of 3 where the result has a row more in front. Behind it has one more, too: the last window ends
-    before the image does.
+    Output pixel i reads rows from 2 i - 1 on: rows 2 (i + 1) - 3 + t. This is a transposed convolution of kernel 8 with
+    a padding of 3, if the result gets one more row at the front. It also gets one more row at the end, because the last
+    window ends before the image does.
     """
     total: Tensor | None = None
     for part, kernel in zip(_REGIONS, weight, strict=True):
         region = torch.zeros_like(grad)
         region[part] = grad[part]
-        # These weights serve the first row or column alone: few rows are enough.
+        # If these weights belong to the first row or column, few rows or columns of the gradient are enough.
         rows = 1 if part[1] is _FIRST else grad.shape[2]
         columns = 1 if part[2] is _FIRST else grad.shape[3]
         region = channels_last(F.pad(region[:, :, :rows, :columns], (1, 1, 1, 1)))
@@ -154,7 +154,7 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
         if total is None:
             total = made
         else:
-            # Windows of the first row end on row 5, the last of three pairs.
+            # The windows of the first row end on row 5. This is the last row of the third pair.
             total[:, :, : made.shape[2], : made.shape[3]] += made
     assert total is not None
     return total
@@ -163,7 +163,7 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def _aten_gradients(
     of_input: bool, of_weight: bool, grad: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the image and the weights by PyTorch's own convolutions, region by region."""
+    """Gradients of the image and the weights, computed by PyTorch's convolutions for each region."""
     padded = F.pad(x, (1, 0, 1, 0))
     grad_padded = torch.zeros_like(padded) if of_input else None
     weights = []

@@ -29,8 +29,8 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: 
         (N, O, 2 H, 2 W).
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
-        RuntimeError: the backend that was asked for cannot run, with every backend's reasons.
+        TypeError, ValueError: names the argument, its value and the accepted values.
+        RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     if not torch.compiler.is_compiling():
         check_tensors(x=x, weight=weight, bias=bias)
@@ -56,7 +56,7 @@ _OPERATOR = Operator(_operator, "upsample")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check(x.dim() == 4, "x", x, "4 dimensions")
     n, channels, height, width = x.shape
-    # Gradients use the kernel of 8.
+    # Gradients also use a kernel of 8.
     sizes = weight.dim() == 4 and tuple(weight.shape[2:]) in ((4, 4), (8, 8))
     check(sizes and weight.shape[0] == channels, "weight", weight, f"({channels}, O, 4, 4)")
     outputs = weight.shape[1]
