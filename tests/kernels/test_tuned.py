@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastden.kernels import _conv, _tuned
+from fastden.kernels._common import precision
 from fastden.kernels._tiles import ConvConfig, config_for
 from fastden.kernels.concat_conv_bn_relu import concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
@@ -124,9 +125,9 @@ def test_launches_read_the_nearest_size(device: str, file: Path, monkeypatch: py
     # Another launch uses its default.
     taken.clear()
     conv_bn_relu(x, weight, padding=1, stride=2)
-    assert taken == [config_for(16, 16, 60, 4)]
+    assert taken == [config_for(16, 16, 60, 4, precision(x))]
     assert json.loads(file.read_text())["gpu"] == "none"
-    assert taken != [default] or default == config_for(16, 16, 60, 4)
+    assert taken != [default] or default == config_for(16, 16, 60, 4, precision(x))
 
 
 def test_a_file_of_other_kernels_is_refused(device: str, file: Path) -> None:
