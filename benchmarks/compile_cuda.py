@@ -103,10 +103,10 @@ def compile_one(
     nvcc = [str(toolkit / "bin" / "nvcc"), *flags, f"-arch=sm_{number}"]
     binary = [*nvcc, "-cubin", "-Xptxas", "-v", "-o", f"{target}.cubin", str(source)]
     done = subprocess.run(binary, capture_output=True, text=True, check=False)
-    place = f"{source.stem}, sm_{number}"
+    unit = f"{source.stem}, sm_{number}"
     if done.returncode:
-        return [], [f"{place}: does not compile\n{done.stderr}"]
-    failures = [f"{place}: {note}" for note in dict.fromkeys(LOSS.findall(done.stderr))]
+        return [], [f"{unit}: does not compile\n{done.stderr}"]
+    failures = [f"{unit}: {note}" for note in dict.fromkeys(LOSS.findall(done.stderr))]
     program = disassembler(toolkit)
     if program is not None:
         listing = subprocess.run([*program, f"{target}.cubin"], capture_output=True, text=True, check=True).stdout
@@ -129,9 +129,9 @@ def compile_one(
             }
         )
         if used["spilled_bytes"]:
-            failures.append(f"{place}, {label}: spills {used['spilled_bytes']} bytes")
+            failures.append(f"{unit}, {label}: spills {used['spilled_bytes']} bytes")
     if (source.stem, architecture) == HOPPER and wanted not in {row["matrix_instruction"] for row in rows}:
-        failures.append(f"{place}: no {wanted}")
+        failures.append(f"{unit}: no {wanted}")
     return rows, failures
 
 

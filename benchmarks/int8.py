@@ -173,10 +173,10 @@ def _quality(
                 if rivals and sigma == SIGMA:
                     size = tuple(clean.shape[2:])
                     if size not in quantized:
-                        place = Path(scratch) / "x".join(map(str, size))
-                        place.mkdir()
-                        path = forms.export_onnx(model, clean, place / "plain.onnx")
-                        quantized[size] = _openvino(_quantized(path, _cut(calibration, size), place), bf16=False)
+                        directory = Path(scratch) / "x".join(map(str, size))
+                        directory.mkdir()
+                        path = forms.export_onnx(model, clean, directory / "plain.onnx")
+                        quantized[size] = _openvino(_quantized(path, _cut(calibration, size), directory), bf16=False)
                     results["openvino int8"] = quantized[size](noisy)
                 for name, result in results.items():
                     error = (result.clamp(0, 1).mul(255).round().div(255) - clean).square().mean()

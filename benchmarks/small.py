@@ -70,9 +70,9 @@ def prepare(cases: list[tuple[int, int]], dtype: torch.dtype, peers: tuple[str, 
     model = Denoiser.from_pretrained("color").eval()
     jobs: Jobs = {}
     for side, count in cases:
-        place = folder / f"{side}x{count}"
-        place.mkdir(exist_ok=True)
-        job, contenders = inference(model, (side, side), count, dtype, peers, ("torch",), place)
+        directory = folder / f"{side}x{count}"
+        directory.mkdir(exist_ok=True)
+        job, contenders = inference(model, (side, side), count, dtype, peers, ("torch",), directory)
         rows: dict[str, dict[str, Any]] = {}
         calls: dict[str, Call] = {}
         for contender in contenders:

@@ -59,8 +59,8 @@ def neighbours(config: Any) -> Iterator[Any]:
         value = getattr(config, field.name)
         if value not in steps:
             continue
-        place = steps.index(value)
-        for other in (place + 1, place - 1):
+        position = steps.index(value)
+        for other in (position + 1, position - 1):
             if 0 <= other < len(steps):
                 yield replace(config, **{field.name: steps[other]})
 

@@ -356,17 +356,19 @@ def build(wanted: Plan, folder: Path) -> Path:
     if wanted.toolkit:
         variables["CUDA_HOME"] = str(wanted.toolkit)
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['_build_here'](sys.argv[2])"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
-        request = json.dumps({**asdict(wanted), "description": wanted.description({}), "place": place}, default=str)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as directory:
+        request = json.dumps(
+            {**asdict(wanted), "description": wanted.description({}), "directory": directory}, default=str
+        )
         command = [sys.executable, "-c", code, str(Path(__file__).resolve()), request]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=variables,
-            cwd=place, check=False,
+            cwd=directory, check=False,
         )  # fmt: skip
-        library = Path(place) / f"{NAME}.so"
-        if done.returncode or not (Path(place) / DESCRIPTION).is_file():
+        library = Path(directory) / f"{NAME}.so"
+        if done.returncode or not (Path(directory) / DESCRIPTION).is_file():
             raise BuildError(f"building the CUDA extension failed (exit code {done.returncode})", done.stdout)
-        for path in (Path(place) / DESCRIPTION, library):  # the library last: it needs its description
+        for path in (Path(directory) / DESCRIPTION, library):  # the library last: it needs its description
             os.replace(path, folder / path.name)
     return folder / library.name
 
@@ -383,10 +385,10 @@ def _build_here(request: str) -> None:
         extra_cflags=[*asked["cxx_flags"], shlex.quote(f'-DFASTDEN_BUILD="{described}"')],
         extra_cuda_cflags=asked["nvcc_flags"],
         extra_include_paths=asked["include"],
-        build_directory=asked["place"],
+        build_directory=asked["directory"],
         with_cuda=not asked["emulated"],
     )
-    (Path(asked["place"]) / DESCRIPTION).write_text(json.dumps(module.build_config(), indent=1) + "\n")
+    (Path(asked["directory"]) / DESCRIPTION).write_text(json.dumps(module.build_config(), indent=1) + "\n")
 
 
 def _path() -> str:

@@ -131,13 +131,13 @@ class Session:
             for index, upload in enumerate(uploads):
                 path = Path(upload)
                 suffix = path.suffix if path.suffix.lower() in SUFFIXES else ""
-                place = self.folder / f"{self._round}-{index}"
-                place.mkdir()
+                directory = self.folder / f"{self._round}-{index}"
+                directory.mkdir()
                 # Uploads of the same bytes share a path: a visitor's own copy outlives the other's.
-                source = place / f"in{suffix}"
+                source = directory / f"in{suffix}"
                 shutil.copyfile(path, source) if not _linked(path, source) else None
                 path.unlink(missing_ok=True)
-                picture = Picture(path.name, source, place / f"out{suffix}")
+                picture = Picture(path.name, source, directory / f"out{suffix}")
                 self.pictures.append(picture)
                 self._look(picture)
 
@@ -228,12 +228,12 @@ class Session:
         done = [picture for picture in self.pictures if picture.done]
         if not done:
             return None
-        place = Path(tempfile.mkdtemp(prefix="save-", dir=self.folder))
+        directory = Path(tempfile.mkdtemp(prefix="save-", dir=self.folder))
         if len(self.pictures) == 1:
-            path = place / done[0].result_name
+            path = directory / done[0].result_name
             shutil.copyfile(done[0].target, path) if not _linked(done[0].target, path) else None
             return path
-        path = place / "denoised.zip"
+        path = directory / "denoised.zip"
         with ZipFile(path, "w", ZIP_STORED) as archive:  # pictures are compressed already
             for name, picture in zip(_unique([picture.result_name for picture in done]), done, strict=True):
                 archive.write(picture.target, name)
@@ -241,8 +241,8 @@ class Session:
 
     def _empty(self) -> None:
         self.pictures = []
-        for place in self.folder.iterdir():
-            shutil.rmtree(place, ignore_errors=True)
+        for directory in self.folder.iterdir():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _linked(source: Path, target: Path) -> bool:
