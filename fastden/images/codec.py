@@ -219,7 +219,7 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
 
 def _check_pages(pages: int, format_name: str, several: bool) -> None:
     if format_name != "tiff":
-        raise UserError(f"{pages} pages, in a file that is no TIFF; accepted: one page")
+        raise UserError(f"an animation of {pages} frames ({format_name}); accepted: one picture, or a video")
     if not several:
         raise UserError(f"{pages} pages; accepted: one page here, several with BatchDenoiser and the command")
 

@@ -300,7 +300,7 @@ def test_unusable_pixels_are_refused(array: Any, message: str) -> None:
 def test_bad_files_are_one_line_errors(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(bad_files()[name])
-    expected = {"empty.png": "is empty", "text.png": "known format", "animated.gif": "2 pages"}
+    expected = {"empty.png": "is empty", "text.png": "known format", "animated.gif": "animation of 2 frames"}
     with pytest.raises(UserError, match=expected.get(name, "corrupt or truncated")) as caught:
         read_image(path)
     assert str(caught.value).startswith(f"{path}: ")
