@@ -28,13 +28,21 @@ import torch
 from fastden.errors import UserError
 from fastden.images.pixels import Array, check_plain, full_scale
 from fastden.images.ranges import BLOCK, COUNTS, ORDINARY, ValueRange, count_range, joined, range_of
-from fastden.images.samples import crop_windows, sample_windows
-from fastden.inference.estimate import NoiseEstimate, noise_of_samples
+from fastden.inference.array_noise import (
+    CURVE,
+    RANGE,
+    as_ranges,
+    element,
+    estimate_block,
+    estimates,
+    noise_estimate,
+    value_range_of,
+)
+from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Quality, Wishes, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import models
-from fastden.network.level import KNOTS
 from fastden.network.loading import default_model, load_network, parse_memory
 from fastden.network.padding import ALIGNMENT
 
@@ -43,15 +51,8 @@ DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 #: the work at 1024, a third at 256.
 JOINED = 1024
 
-#: The curve of an estimate as one element, so that it broadcasts against an image as a number does.
-CURVE = np.dtype(
-    [("sigmas", np.float64, KNOTS), *((name, np.float64) for name in ("coarseness", "uncertainty", "black", "white"))]
-)
 #: Bytes of an image of a Dask array up to which its range is looked for.
 LARGEST_KEPT = 1 << 30
-#: A :class:`ValueRange` likewise.
-RANGE = np.dtype([(name, np.float64) for name in ("black", "white", "low", "high")])
-
 # One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
 # concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
 _COMPUTING = threading.Lock()
@@ -132,8 +133,8 @@ def denoise_array(
         if fixed is None:
             ranges = _range_block(_count_block(planes, planes.shape[-3:]), dtype=planes.dtype)
         else:
-            ranges = _as_ranges([fixed]).reshape((1,) * planes.ndim)
-        given = _estimate_block(planes, ranges) if levels is None else levels
+            ranges = as_ranges([fixed]).reshape((1,) * planes.ndim)
+        given = estimate_block(planes, ranges) if levels is None else levels
         done = _denoise_block(planes, given, ranges, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
     da = _package("dask.array")
@@ -228,7 +229,7 @@ def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
     if isinstance(sigma, NoiseEstimate):
         noise_level_of(sigma, network, [], (height, width))
         curve = np.zeros((*ones, 1, 1, 1), CURVE)
-        curve[...] = _element(sigma)
+        curve[...] = element(sigma)
         return curve
     if isinstance(sigma, list | tuple | torch.Tensor):
         sigma = np.array(sigma)
@@ -254,7 +255,7 @@ def _overlapped(da: Any, planes: Any, levels: Array | None, ranges: Any, setting
     planes = planes.rechunk({**chunks, at_c: -1})
     # An axis of one chunk has no neighbours, and may be shorter than the halo.
     depth = {axis: HALO if len(sizes) > 1 else 0 for axis, sizes in chunks.items()}
-    noise = _estimates(da, planes, ranges) if levels is None else da.from_array(levels, chunks=-1)
+    noise = estimates(da, planes, ranges) if levels is None else da.from_array(levels, chunks=-1)
     noise_depth = {axis: halo if noise.shape[axis] > 1 else 0 for axis, halo in depth.items()}
     return da.map_overlap(
         _denoise_block,
@@ -306,7 +307,7 @@ def _ranges(da: Any, array: Any, planes: Any, axis: int | None, fixed: ValueRang
             )
             fixed = ORDINARY
     if fixed is not None:
-        return da.from_array(_as_ranges([fixed]).reshape((1,) * planes.ndim), chunks=-1)
+        return da.from_array(as_ranges([fixed]).reshape((1,) * planes.ndim), chunks=-1)
     again = array if not isinstance(array, np.ndarray) and not _is("zarr", array) else _lazy(da, array, again=True)
     source = _planes(again, axis)[..., :3]
     source = source.rechunk({axis: snapped(source.chunks[axis], BLOCK) for axis in (at_y, at_x)} | {at_y + 2: -1})
@@ -340,51 +341,7 @@ def _range_block(counts: Array, *, dtype: np.dtype[Any]) -> Array:
         found = [range_of(joined(counts[index]), dtype.newbyteorder("=")) for index in np.ndindex(lead)]
     except ValueError as error:
         raise ValueError(f"image: {error}") from error
-    return _as_ranges(found).reshape(*lead, 1, 1, 1)
-
-
-def _as_ranges(found: Sequence[ValueRange]) -> Array:
-    return np.array([(one.black, one.white, one.low, one.high) for one in found], RANGE)
-
-
-def _value_range(ranges: Array) -> ValueRange:
-    """The range of an image, (1, 1, 1) of :data:`RANGE`."""
-    black, white, low, high = (float(value) for value in ranges.reshape(-1)[0])
-    return ValueRange(black, white, low, high)
-
-
-def _estimates(da: Any, planes: Any, ranges: Any) -> Any:
-    """The estimated curve of each image, lazily: (..., 1, 1, 1) of :data:`CURVE` for (..., Y, X, C)."""
-    pieces: list[int] = []
-    for axis in (planes.ndim - 3, planes.ndim - 2):
-        before = (slice(None),) * axis
-        crops = [(*before, part) for part in crop_windows(planes.shape[axis])]
-        pieces.append(len(crops))
-        planes = da.concatenate([planes[crop] for crop in crops], axis)
-    planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
-    chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
-    meta = np.empty((0,) * planes.ndim, CURVE)
-    return da.map_blocks(_estimate_block, planes, ranges, chunks=chunks, dtype=CURVE, meta=meta, pieces=tuple(pieces))
-
-
-def _estimate_block(planes: Array, ranges: Array, pieces: tuple[int, int] | None = None) -> Array:
-    """Curves of images (..., Y, X, C), or of their crops side by side: ``pieces`` along Y and along X."""
-    curves = np.zeros((*planes.shape[:-3], 1, 1, 1), CURVE)
-    spread = np.broadcast_to(ranges, curves.shape)
-    for index in np.ndindex(planes.shape[:-3]):
-        image = planes[index][..., :3]
-        if pieces is None:
-            windows = [image[rows, columns] for rows, columns in sample_windows(*image.shape[:2])]
-        else:
-            windows = [crop for rows in np.split(image, pieces[0], 0) for crop in np.split(rows, pieces[1], 1)]
-        estimate = noise_of_samples(windows, _value_range(spread[index]))
-        curves[index] = _element(estimate)
-    return curves
-
-
-def _element(estimate: NoiseEstimate) -> tuple[Any, ...]:
-    """An estimate as an element of :data:`CURVE`."""
-    return estimate.sigmas, estimate.coarseness, estimate.uncertainty, estimate.black, estimate.white
+    return as_ranges(found).reshape(*lead, 1, 1, 1)
 
 
 def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Settings) -> Array:
@@ -400,10 +357,7 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
         for index in np.ndindex(planes.shape[:-3]):
             level = spread[index][..., 0]
             if level.dtype == CURVE:
-                curve = level["sigmas"].reshape(KNOTS)
-                others = ("coarseness", "uncertainty", "black", "white")
-                fields: dict[str, Any] = {name: float(level[name].item()) for name in others}
-                sigma: Any = NoiseEstimate(tuple(curve.tolist()), float(curve.mean()), **fields)
+                sigma: Any = noise_estimate(level)
             else:
                 sigma = level if level.size > 1 else float(level.item())
             result[index][..., :3], _ = denoise_pixels(
@@ -412,7 +366,7 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
                 network,
                 max_memory=settings.max_memory,
                 wishes=settings.wishes,
-                values=_value_range(own[index]),
+                values=value_range_of(own[index]),
             )
             result[index][..., 3:] = planes[index][..., 3:]
     return result

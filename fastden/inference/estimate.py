@@ -111,7 +111,8 @@ class NoiseEstimate:
         """Rounded, for JSON."""
         digits = 2 if self.white - self.black >= 1 else 6
         sigmas = [round(sigma, digits) for sigma in self.sigmas]
-        return {"sigmas": sigmas, "coarseness": round(self.coarseness, 3), "kind": self.kind}
+        others = {name: round(getattr(self, name), 3) for name in ("coarseness", "uncertainty")}
+        return {"sigmas": sigmas, **others, "kind": self.kind}
 
     def describe(self) -> str:
         """One line for a person."""

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from fastden import ops
 from fastden.algebra import HeadWeights, compose_head, compose_stem
 from fastden.network import folding, int8, onednn
-from fastden.network.inputs import Sigma, check_input, map_or_curve, warn_of_scale
-from fastden.network.level import BRIGHTNESS_RADIUS, level_map
+from fastden.network.inputs import Sigma, as_map, check_input, map_or_curve, warn_of_scale
+from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
 from fastden.network.modes import runs_as_written, without_autocast
 from fastden.network.packed import Snapshot
@@ -182,7 +182,7 @@ class FusedDenoiser(nn.Module):
         if not self.differentiable and runs_as_written(x) and can_prepare(x, level, self.dtype):
             y = self._prepared(x, level)
         else:
-            level = level if level is None or level.dim() == 4 else level_map(level, x).to(x.dtype)
+            level = as_map(level, x)
             y = self.forward_padded(pad_image(x if level is None else torch.cat([x, level], 1)))
         if torch.compiler.is_compiling():
             # A view's strides would limit an exported graph to sizes that need cropping, or to sizes that do not.

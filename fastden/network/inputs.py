@@ -66,7 +66,11 @@ def noise_level(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
         ValueError: ``sigma`` is missing, or given to a blind network; its shape does not fit; or a value is outside
             [0, 1] (on a GPU the values of a tensor are not checked).
     """
-    level = map_or_curve(x, sigma, wanted)
+    return as_map(map_or_curve(x, sigma, wanted), x)
+
+
+def as_map(level: Tensor | None, x: Tensor) -> Tensor | None:
+    """What :func:`map_or_curve` returned, as a map (N, 1, H, W) in the dtype of ``x``; None stays None."""
     return level if level is None or level.dim() == 4 else level_map(level, x).to(x.dtype)
 
 

@@ -128,8 +128,8 @@ class Recipe:
             target, noisy = target.mean(0, keepdim=True).expand_as(target), noisy.mean(0, keepdim=True).expand_as(noisy)
         pair = self._resized(torch.stack([target, noisy]), random).clamp(0, 1)
         target, noisy = self._filed(pair[0], pair[1], random)
-        # The target keeps the noisy picture's tones. Clipping and the tone curve move the means of dark, noisy areas;
-        # a network that was taught to move them back changed whole areas of real pictures by more than their noise.
+        # The target keeps the noisy picture's tones. Clipping and the tone curve move the means of dark, noisy areas. A
+        # network that was taught to move them back moved tones of real pictures that were right.
         return target + blur((noisy - target)[None], TONE_RADIUS)[0], noisy
 
     def _white(self, clean: Tensor, random: np.random.Generator, gray: bool) -> Tensor:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import fastden
 from fastden.errors import UserError
 from fastden.images.ranges import ORDINARY
-from fastden.inference import arrays
+from fastden.inference import array_noise, arrays
 from fastden.inference.arrays import denoise_array, snapped
 from tests.helpers import random_network
 from tests.image_files import pixels
@@ -154,8 +154,8 @@ def test_estimated_sigma(shape: tuple[int, int], model: str) -> None:
     """It is that of the whole image, whatever the chunks, even if the estimate takes crops."""
     image = pixels(*shape, 4, np.uint8)
     image[: shape[0] // 3] //= 2
-    ordinary = da.from_array(arrays._as_ranges([ORDINARY]).reshape(1, 1, 1, 1))
-    lazy = arrays._estimates(da, da.from_array(image[None], (1, 100, 25, 4)), ordinary)
+    ordinary = da.from_array(array_noise.as_ranges([ORDINARY]).reshape(1, 1, 1, 1))
+    lazy = array_noise.estimates(da, da.from_array(image[None], (1, 100, 25, 4)), ordinary)
     np.testing.assert_allclose(computed(lazy)["sigmas"].reshape(-1), fastden.estimate_noise(image).sigmas, rtol=1e-6)
     if shape == (40, 60):
         lazy = denoise_array(da.from_array(image, (24, 24, 4)), model=model, dtype="float64")
