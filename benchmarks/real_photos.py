@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--strengths", action="store_true", help="also other strengths")
     parser.add_argument("--best", action="store_true", help="also quality='best'")
     parser.add_argument("--nlm", action="store_true", help="also OpenCV's non-local means")
-    parser.add_argument("--bm3d", action="store_true", help="also CBM3D, which is slow")
+    parser.add_argument("--bm3d", action="store_true", help="also CBM3D, which is slow: choose --sigmas and --crop")
+    parser.add_argument("--sigmas", nargs="*", type=float, default=BM3D_SIGMAS, help="of CBM3D and --color")
+    parser.add_argument("--crop", type=int, help="compare only the middle of the pictures, this many pixels square")
     parser.add_argument("--color", action="store_true", help="also the white-noise model at its best sigma a set")
     parser.add_argument("--every", type=int, default=1, help="only every n-th of the pictures")
     arguments = parser.parse_args()
@@ -67,23 +69,25 @@ def main() -> None:
         )
     if arguments.color:
         white = load_network("color", "cpu", arguments.dtype)
-        for sigma in BM3D_SIGMAS:
-            methods[f"color {sigma}"] = lambda image, _, sigma=sigma: fastden.denoise(image, sigma, model=white)
+        for sigma in arguments.sigmas:
+            methods[f"color {sigma:g}"] = lambda image, _, sigma=sigma: fastden.denoise(image, sigma, model=white)
     if arguments.nlm:
         methods |= {f"nlm {strength}": lambda image, _, h=strength: _nlm(image, h) for strength in NLM_STRENGTHS}
     if arguments.bm3d:
-        methods |= {f"bm3d {sigma}": lambda image, _, sigma=sigma: _bm3d(image, sigma) for sigma in BM3D_SIGMAS}
+        methods |= {f"bm3d {sigma:g}": lambda image, _, sigma=sigma: _bm3d(image, sigma) for sigma in arguments.sigmas}
     document: dict[str, Any] = {"command": "benchmarks/real_photos.py", "model": arguments.model, "sets": {}}
-    document["dtype"], document["machine"] = arguments.dtype, describe(torch.device("cpu"))
+    document |= {"dtype": arguments.dtype, "crop": arguments.crop, "machine": describe(torch.device("cpu"))}
     for name in names:
-        result = _run_set(arguments.data / name, methods, arguments.every)
+        result = _run_set(arguments.data / name, methods, arguments.every, arguments.crop)
         document["sets"][name] = result
         print(_line(name, result), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _run_set(folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every: int) -> dict[str, Any]:
+def _run_set(
+    folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every: int, crop: int | None
+) -> dict[str, Any]:
     noisy_files = sorted(folder.glob("*_real.*"))[:: EVERY.get(folder.name, 1)][::every]
     rows, columns = CROPS.get(folder.name, (slice(None), slice(None)))
     pictures: dict[str, Any] = {}
@@ -91,6 +95,8 @@ def _run_set(folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every:
         (reference,) = folder.glob(file.stem.removesuffix("_real") + "_mean.*")
         whole, clean = read_image(file).pixels, read_image(reference).pixels[rows, columns]
         noisy = whole[rows, columns]
+        if crop:
+            noisy, clean = _middle(noisy, crop), _middle(clean, crop)
         # The noise is judged on the whole picture, as the command does.
         estimate = fastden.estimate_noise(whole)
         row: dict[str, Any] = {
@@ -129,6 +135,11 @@ def _mean(pictures: dict[str, Any], name: str, key: str) -> float:
 
 def _scores(clean: Any, image: Any) -> dict[str, float]:
     return {"psnr": round(psnr(clean, image), 4), "ssim": round(ssim(clean, image), 5)}
+
+
+def _middle(image: Any, side: int) -> Any:
+    top, left = (max(size - side, 0) // 2 for size in image.shape[:2])
+    return image[top : top + side, left : left + side]
 
 
 def _nlm(image: Any, strength: float) -> Any:

@@ -13,6 +13,7 @@ comment says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,10 @@ RGB_TO_XYZ = np.array(
 RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
+#: Deviation of the Gaussian that cuts off the finest band of frequency, pixels.
+FINEST_BAND = 0.7
+
+
 @dataclass(frozen=True)
 class CameraRanges:
     """Ranges of a shot's parameters; a pair is a uniform distribution between its numbers.
@@ -55,6 +60,10 @@ class CameraRanges:
         bits: resolution of the analog-digital converter, whole numbers.
         tone: share of the smoothstep tone curve in the mixture with none (Brooks et al.: always 1).
         luma_filter, chroma_filter: probabilities of the camera's own denoising of luma and chroma.
+        bands: probability that the camera shrinks bands of frequency instead, fine ones most (:func:`shrink_bands`). This
+            leaves coarse noise: 0.47 of its deviation, the median, outlives an average over 8 x 8 pixels, where of noise
+            without such denoising 0.28 does and of white noise 0.125. Cameras with interchangeable lenses leave 0.4 to
+            0.6 of it in their JPEGs.
         sharpen: probability of sharpening by an unsharp mask.
     """
 
@@ -67,6 +76,7 @@ class CameraRanges:
     tone: tuple[float, float] = (0.0, 1.0)
     luma_filter: float = 0.4
     chroma_filter: float = 0.6
+    bands: float = 0.45
     sharpen: float = 0.5
 
 
@@ -117,13 +127,17 @@ class CameraNoise:
         return pair[0], pair[1]
 
     def _own_denoising(self, pair: Tensor, random: np.random.Generator) -> Tensor:
-        """Guided filters of luma and chroma (He et al., ECCV 2010): flat areas are averaged, edges stay.
+        """Guided filters of luma and chroma (He et al., ECCV 2010), or shrunk bands: flat areas are averaged, edges
+        stay.
 
         Target and noisy picture are filtered alike, so that the target asks for no detail that the camera erased.
         """
         ranges = self.ranges
         noise = float((pair[1] - pair[0]).std())
         ycc = _mix(pair, pair.new_tensor(RGB_TO_YCBCR))
+        to_rgb = torch.linalg.inv(pair.new_tensor(RGB_TO_YCBCR))
+        if random.random() < ranges.bands:
+            return _mix(self._shrunk(ycc, random), to_rgb)
         luma, chroma = ycc[:, :1], ycc[:, 1:]
         if random.random() < ranges.luma_filter:
             smooth = guided_filter(luma, luma, int(random.integers(1, 4)), (random.uniform(0.5, 2.0) * noise) ** 2)
@@ -131,7 +145,20 @@ class CameraNoise:
         if random.random() < ranges.chroma_filter:
             smooth = guided_filter(luma, chroma, int(random.integers(1, 7)), (random.uniform(1.0, 4.0) * noise) ** 2)
             chroma = torch.lerp(chroma, smooth, random.uniform(0.3, 1.0))
-        return _mix(torch.cat([luma, chroma], 1), torch.linalg.inv(pair.new_tensor(RGB_TO_YCBCR)))
+        return _mix(torch.cat([luma, chroma], 1), to_rgb)
+
+    def _shrunk(self, ycc: Tensor, random: np.random.Generator) -> Tensor:
+        """Luma and chroma with their bands shrunk; chroma more, because the eye misses less there."""
+        first = random.uniform(1.5, 4.0)
+        second = first * random.uniform(0.3, 1.0)
+        luma = (first, second, second * random.uniform(0.0, 0.6))
+        more = random.uniform(1.0, 2.5)
+        chroma = tuple(more * max(strength, first * random.uniform(0.3, 1.0)) for strength in luma)
+        parts = []
+        for part, strengths in ((ycc[:, :1], luma), (ycc[:, 1:], chroma)):
+            smooth = shrink_bands(part, part[1:] - part[:1], strengths)
+            parts.append(torch.lerp(part, smooth, random.uniform(0.7, 1.0)))
+        return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)
@@ -245,6 +272,28 @@ def guided_filter(guide: Tensor, x: Tensor, radius: int, epsilon: float) -> Tens
     variance = box(guide * guide, radius) - mean_guide**2
     slope = (box(guide * x, radius) - mean_guide * mean_x) / (variance.clamp(min=0) + epsilon + 1e-8)
     return box(slope, radius) * guide + box(mean_x - slope * mean_guide, radius)
+
+
+def shrink_bands(x: Tensor, noise: Tensor, strengths: Sequence[float]) -> Tensor:
+    """Soft thresholds on bands of frequency, as denoising in a wavelet basis has them (Donoho, 1995).
+
+    Fine noise goes, coarse noise and what exceeds a threshold stays. Bands are differences of Gaussian blurs whose
+    deviations double from :data:`FINEST_BAND` pixels on.
+
+    Args:
+        x: (N, C, H, W).
+        noise: its noise, (1, C, H, W): a camera knows how noisy it is.
+        strengths: thresholds of the bands, the finest first, as multiples of the noise's deviation in the band.
+    """
+    result = torch.zeros_like(x)
+    for band, strength in enumerate(strengths):
+        both = torch.cat([x, noise])
+        smooth = blur(both, FINEST_BAND * 2**band)
+        detail = both - smooth
+        threshold = strength * float(detail[len(x) :].std())
+        result += detail[: len(x)] - detail[: len(x)].clamp(-threshold, threshold)
+        x, noise = smooth[: len(x)], smooth[len(x) :]
+    return result + x
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:

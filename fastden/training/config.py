@@ -121,6 +121,9 @@ class PhotoConfig(TrainConfig):
         (0.3, 0.42, 0.22, 0.06), description="shares of white noise, camera noise, grain and clean pictures"
     )
     clean_quality: tuple[int, int] = Field((50, 98), description="JPEG quality of clean pictures")
+    twice: float = Field(0.15, ge=0, le=1, description="share of JPEGs that are saved as a JPEG twice")
+    sigma_power: float = Field(1.0, gt=0, description="white noise: 2 draws more of the weak, 1 all alike")
+    reduce: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are reduced before the noise")
     jitter: float = Field(0.1, ge=0, le=1, description="standard deviation of the true log level's error, where given")
     misjudged: float = Field(0.3, ge=0, le=1, description="share of crops whose level is wrong by a factor")
     factor: tuple[float, float] = Field((0.6, 2.0), description="that factor, log-uniform")

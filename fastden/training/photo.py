@@ -72,9 +72,9 @@ class PhotoDataset(Dataset[dict[str, Tensor]]):
         chosen = min(int(np.searchsorted(self.cumulative, random.random())), len(self.images) - 1)
         image = self.images[chosen]
         recipe = self.noise.plan(random, self.crop, min(image.shape[:2]))
-        top = random.integers(image.shape[0] - recipe.side + 1)
-        left = random.integers(image.shape[1] - recipe.side + 1)
-        piece = np.rot90(image[top : top + recipe.side, left : left + recipe.side], int(random.integers(4)))
+        top = random.integers(image.shape[0] - recipe.taken + 1)
+        left = random.integers(image.shape[1] - recipe.taken + 1)
+        piece = np.rot90(image[top : top + recipe.taken, left : left + recipe.taken], int(random.integers(4)))
         piece = piece[:, ::-1] if random.random() < 0.5 else piece
         clean = torch.from_numpy(np.ascontiguousarray(piece.transpose(2, 0, 1))).float().div_(255)
         gray = bool(random.random() < self.gray)
@@ -91,7 +91,17 @@ class PhotoData(DenoiserData):
         """The noise model of the settings."""
         config = self.config
         white, camera, grain, clean = config.kinds
-        ranges = PhotoRanges(white, camera, grain, clean, sigma=config.sigma, clean_quality=config.clean_quality)
+        ranges = PhotoRanges(
+            white,
+            camera,
+            grain,
+            clean,
+            sigma=config.sigma,
+            sigma_power=config.sigma_power,
+            clean_quality=config.clean_quality,
+            twice=config.twice,
+            reduce=config.reduce,
+        )
         return PhotoNoise(ranges)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:

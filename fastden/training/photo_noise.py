@@ -33,9 +33,12 @@ class PhotoRanges:
 
     Args:
         white, camera, grain, clean: shares of the kinds; they add up to 1.
-        sigma: of white noise, 0-255 scale, as the white-noise models here were trained.
+        sigma: of white noise, 0-255 scale, as the white-noise models here were trained. It grows with a uniform number
+            to the power ``sigma_power``: 2 draws more weak noise.
         grain_sigma: of grain, 0-255 scale, log-uniform: from invisible to the noise of a phone at night.
         grain_blur: its correlation length as the deviation of a Gaussian blur, pixels, log-uniform.
+        reduce: probability that a clean picture is reduced before it gets noise, by up to ``smallest``, log-uniform. A
+            reduced picture has more texture, which an estimator must tell from noise.
         resize: probability that a picture is resized behind the noise.
         scale: by what factor, log-uniform: enlarged or reduced up to twice.
         jpeg: probability of JPEG compression, ``twice`` that of a second one.
@@ -49,8 +52,11 @@ class PhotoRanges:
     grain: float = 0.22
     clean: float = 0.06
     sigma: tuple[float, float] = (0.0, MAX_SIGMA)
+    sigma_power: float = 1.0
     grain_sigma: tuple[float, float] = (1.0, 60.0)
     grain_blur: tuple[float, float] = (0.3, 3.0)
+    reduce: float = 0.0
+    smallest: float = 0.4
     resize: float = 0.5
     scale: tuple[float, float] = (0.5, 2.0)
     jpeg: float = 0.75
@@ -82,8 +88,12 @@ class PhotoNoise:
             scale = math.exp(random.uniform(math.log(ranges.scale[0]), math.log(ranges.scale[1])))
         margin = 0 if kind == "white" else MARGIN
         scale = max(scale, (crop + 2 * margin) / largest)
-        side = crop if kind == "white" else math.ceil((crop + 2 * margin) / scale)
-        return Recipe(self, kind, scale, crop, min(side, largest))
+        side = min(crop if kind == "white" else math.ceil((crop + 2 * margin) / scale), largest)
+        taken = side
+        # No number is drawn where nothing is reduced: the recipes of earlier runs stay as they were.
+        if ranges.reduce and random.random() < ranges.reduce:
+            taken = min(round(side / _log_uniform(random, (ranges.smallest, 1.0))), largest)
+        return Recipe(self, kind, scale, crop, side, taken)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,8 @@ class Recipe:
         kind: white, camera, grain or clean.
         scale: of the resizing behind the noise.
         crop: side of the result, pixels.
-        side: side of the crop that :meth:`make` takes, pixels.
+        side: side of the crop that gets the noise, pixels.
+        taken: side of the crop that :meth:`make` takes, pixels; it is reduced to ``side``.
     """
 
     noise: PhotoNoise
@@ -103,12 +114,13 @@ class Recipe:
     scale: float
     crop: int
     side: int
+    taken: int
 
     def make(self, clean: Tensor, random: np.random.Generator, gray: bool = False) -> tuple[Tensor, Tensor]:
         """The target and the noisy picture.
 
         Args:
-            clean: (3, side, side), float32 in [0, 1].
+            clean: (3, taken, taken), float32 in [0, 1].
             random: source of all randomness.
             gray: the picture has equal channels; its noise has too.
 
@@ -116,6 +128,9 @@ class Recipe:
             (3, crop, crop) each: the target in [0, 1], the noisy one in [0, 1] but for white noise, which is not
             clipped.
         """
+        if self.taken != self.side:
+            sides = (self.side, self.side)
+            clean = F.interpolate(clean[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 1)
         if self.kind == "white":
             return clean, self._white(clean, random, gray)
         if self.kind == "camera":
@@ -133,7 +148,8 @@ class Recipe:
         return target + blur((noisy - target)[None], TONE_RADIUS)[0], noisy
 
     def _white(self, clean: Tensor, random: np.random.Generator, gray: bool) -> Tensor:
-        sigma = random.uniform(*self.noise.ranges.sigma) / 255
+        low, high = self.noise.ranges.sigma
+        sigma = (low + (high - low) * random.random() ** self.noise.ranges.sigma_power) / 255
         generator = torch.Generator().manual_seed(int(random.integers(2**63)))
         noise = torch.randn((1 if gray else 3, *clean.shape[1:]), generator=generator).to(clean)
         return clean + sigma * noise

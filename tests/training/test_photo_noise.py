@@ -27,8 +27,8 @@ def test_recipes(kind: str, gray: bool) -> None:
         random = np.random.default_rng(seed)
         recipe = only(kind).plan(random, 46, 120)
         assert recipe.kind == kind
-        assert recipe.side <= 120
-        clean = picture(recipe.side)
+        assert recipe.taken <= 120
+        clean = picture(recipe.taken)
         clean = clean.mean(0, keepdim=True).expand(3, -1, -1) if gray else clean
         target, noisy = recipe.make(clean, random, gray)
         assert target.shape == noisy.shape == (3, 46, 46)
@@ -45,7 +45,7 @@ def test_the_target_keeps_the_tones_of_the_noisy_picture() -> None:
     for seed in range(4):
         random = np.random.default_rng(seed)
         recipe = noise.plan(random, 126, 200)
-        dark = torch.full((3, recipe.side, recipe.side), 0.02)
+        dark = torch.full((3, recipe.taken, recipe.taken), 0.02)
         target, noisy = recipe.make(dark, random)
         assert float(noisy.mean()) > 0.035, "clipping brightens"
         assert torch.allclose(target.mean((1, 2)), noisy.mean((1, 2)), rtol=0.03)
@@ -55,7 +55,7 @@ def test_the_target_keeps_the_tones_of_the_noisy_picture() -> None:
 def test_a_small_picture_is_enlarged_no_further_than_it_reaches() -> None:
     for seed in range(40):
         recipe = only("camera", resize=1.0).plan(np.random.default_rng(seed), 64, 80)
-        assert recipe.side <= 80
+        assert recipe.taken <= 80
 
 
 def test_recipes_are_seeded() -> None:
@@ -63,7 +63,7 @@ def test_recipes_are_seeded() -> None:
     for _ in range(2):
         random = np.random.default_rng(7)
         recipe = PhotoNoise().plan(random, 46, 200)
-        results.append(recipe.make(picture(recipe.side), random)[1])
+        results.append(recipe.make(picture(recipe.taken), random)[1])
     assert torch.equal(*results)
 
 
@@ -84,7 +84,7 @@ def test_grain_has_its_level_and_is_coarse() -> None:
     for seed in range(12):
         random = np.random.default_rng(seed)
         recipe = noise.plan(random, 120, 400)
-        target, noisy = recipe.make(torch.full((3, recipe.side, recipe.side), 0.5), random)
+        target, noisy = recipe.make(torch.full((3, recipe.taken, recipe.taken), 0.5), random)
         error = noisy - target
         levels.append(float(error.std()) * 255)
         left, right = error[:, :, :-1].flatten(), error[:, :, 1:].flatten()
@@ -99,7 +99,7 @@ def test_clean_pictures_keep_what_jpeg_leaves() -> None:
         random = np.random.default_rng(seed)
         recipe = only("clean", jpeg=1.0, quality=(95, 98), twice=1.0, resize=0.0).plan(random, 64, 200)
         # The picture is gray: a halved chroma changes saturated colours more.
-        target, noisy = recipe.make(picture(recipe.side).mean(0, keepdim=True).expand(3, -1, -1), random)
+        target, noisy = recipe.make(picture(recipe.taken).mean(0, keepdim=True).expand(3, -1, -1), random)
         # Two compressions on different grids, put back in place: small errors, no shift.
         assert float((noisy - target).abs().mean()) * 255 < 3
 
