@@ -60,10 +60,9 @@ class CameraRanges:
         bits: resolution of the analog-digital converter, whole numbers.
         tone: share of the smoothstep tone curve in the mixture with none (Brooks et al.: always 1).
         luma_filter, chroma_filter: probabilities of the camera's own denoising of luma and chroma.
-        bands: probability that the camera shrinks bands of frequency instead, fine ones most (:func:`shrink_bands`). This
-            leaves coarse noise: 0.47 of its deviation, the median, outlives an average over 8 x 8 pixels, where of noise
-            without such denoising 0.28 does and of white noise 0.125. Cameras with interchangeable lenses leave 0.4 to
-            0.6 of it in their JPEGs.
+        bands: probability that the camera shrinks bands of frequency instead, fine ones most (:func:`shrink_bands`).
+            This leaves coarse noise: 0.47 of its deviation, the median, outlives an average over 8 x 8 pixels. Without
+            it 0.28 does, of white noise 0.125. JPEGs of single-lens reflex cameras have 0.4 to 0.6.
         sharpen: probability of sharpening by an unsharp mask.
     """
 
@@ -127,8 +126,7 @@ class CameraNoise:
         return pair[0], pair[1]
 
     def _own_denoising(self, pair: Tensor, random: np.random.Generator) -> Tensor:
-        """Guided filters of luma and chroma (He et al., ECCV 2010), or shrunk bands: flat areas are averaged, edges
-        stay.
+        """Guided filters of luma and chroma (He et al., ECCV 2010), or shrunk bands. Edges stay.
 
         Target and noisy picture are filtered alike, so that the target asks for no detail that the camera erased.
         """

@@ -101,7 +101,7 @@ def test_neighbours_share_noise_behind_demosaicing() -> None:
 def test_a_shot_is_seeded_and_its_target_is_near_the_picture() -> None:
     clean = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     clean = 0.3 + 0.4 * torch.nn.functional.interpolate(clean[None], (96, 96), mode="bilinear")[0]
-    model = CameraNoise(CameraRanges(luma_filter=0, chroma_filter=0, sharpen=0))
+    model = CameraNoise(CameraRanges(luma_filter=0, chroma_filter=0, bands=0, sharpen=0))
     for seed in range(8):
         target, noisy = model(clean, np.random.default_rng(seed))
         again = model(clean, np.random.default_rng(seed))
@@ -115,7 +115,9 @@ def test_a_shot_is_seeded_and_its_target_is_near_the_picture() -> None:
 
 
 def test_noise_grows_with_brightness_in_the_sensor() -> None:
-    model = CameraNoise(CameraRanges(shot=(0.02, 0.02), tone=(0, 0), luma_filter=0, chroma_filter=0, sharpen=0))
+    model = CameraNoise(
+        CameraRanges(shot=(0.02, 0.02), tone=(0, 0), luma_filter=0, chroma_filter=0, bands=0, sharpen=0)
+    )
     deviations = []
     for value in (0.1, 0.5):
         target, noisy = model(constant(value), np.random.default_rng(3))
@@ -123,3 +125,28 @@ def test_noise_grows_with_brightness_in_the_sensor() -> None:
         deviations.append(float((noisy - target)[:, 8:-8, 8:-8].std()) / slope)
     # Compared in linear light: sRGB's curve is steeper in the shadows and hides it.
     assert deviations[1] > 1.5 * deviations[0]
+
+
+def test_shrunk_bands_leave_coarse_noise() -> None:
+    """Of white noise an average over 8 x 8 pixels leaves 1/8; where fine bands are shrunk it leaves more of less."""
+    noise = 0.05 * torch.randn(1, 1, 160, 160, generator=torch.Generator().manual_seed(0))
+    flat = torch.full_like(noise, 0.5)
+    left = camera.shrink_bands(flat + noise, noise, (3.0, 2.0, 0.0)) - flat
+
+    def coarse(values: torch.Tensor) -> float:
+        return float(torch.nn.functional.avg_pool2d(values, 8).std() / values.std())
+
+    assert float(left.std()) < 0.4 * float(noise.std())
+    assert coarse(noise) == pytest.approx(0.125, rel=0.15)
+    assert coarse(left) > 0.3
+
+
+def test_shrunk_bands_keep_edges_and_means() -> None:
+    step = torch.zeros(1, 1, 64, 64)
+    step[..., 32:] = 1.0
+    noise = 0.01 * torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    kept = camera.shrink_bands(step, noise, (3.0, 2.0, 1.0))
+    # No band of the step loses more than its threshold, the deviation of less than 0.01 times 3, 2 and 1.
+    assert float((kept - step).abs().max()) < 0.06
+    torch.testing.assert_close(camera.shrink_bands(step, noise, (0.0, 0.0, 0.0)), step, atol=1e-6, rtol=0)
+    assert float(kept.mean()) == pytest.approx(0.5, abs=1e-3)

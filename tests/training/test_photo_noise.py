@@ -110,3 +110,30 @@ def test_jpeg_quality_and_subsampling() -> None:
     assert errors == sorted(errors)
     colors = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert (compress(colors, 95, 0) - colors).abs().mean() < (compress(colors, 95, 2) - colors).abs().mean()
+
+
+def test_reduced_pictures_have_more_texture() -> None:
+    plain, reduced = only("clean", resize=0.0, jpeg=0.0), only("clean", resize=0.0, jpeg=0.0, reduce=1.0)
+    for seed in range(6):
+        recipe = reduced.plan(np.random.default_rng(seed), 64, 400)
+        assert recipe.side < recipe.taken <= round(80 / 0.4)
+        steps = []
+        for one in (plain.plan(np.random.default_rng(seed), 64, 400), recipe):
+            target, noisy = one.make(picture(400)[:, : one.taken, : one.taken], np.random.default_rng(9))
+            assert noisy.shape == (3, 64, 64)
+            steps.append(float(target.diff(dim=2).abs().mean()))
+        assert steps[1] > steps[0]
+
+
+def test_a_power_draws_more_weak_noise() -> None:
+    def sigmas(power: float) -> list[float]:
+        noise = only("white", sigma=(0.0, 60.0), sigma_power=power)
+        flat = torch.full((3, 40, 40), 0.5)
+        return [
+            float(noise.plan(r, 40, 40).make(flat, r)[1].std()) * 255 for r in map(np.random.default_rng, range(60))
+        ]
+
+    alike, weak = sigmas(1.0), sigmas(2.0)
+    # The means of a uniform number and of its square are 1/2 and 1/3.
+    assert np.mean(alike) == pytest.approx(30, abs=8)
+    assert np.mean(weak) == pytest.approx(20, abs=8)
