@@ -231,6 +231,9 @@ def evaluate(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Give the network the level estimated from the noisy picture.")
     ] = False,
+    dists: Annotated[
+        bool, typer.Option("--dists", help="Also DISTS, how different people find two pictures: needs piq.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; the image's index is added.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
@@ -251,24 +254,35 @@ def evaluate(
     if json_file is not None:  # before the long computation
         check_target(json_file, overwrite=True)
     network = check_model({"model": model, "device": device, "dtype": dtype.value}, eight_bit=False)
+    measures = {"dists": evaluation.dists()} if dists else {}
     sets: dict[str, Any] = {}
-    table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM")
+    more = [f"{before}{name.upper()}" for name in measures for before in ("noisy ", "")]
+    table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM", *more)
     console = Console(stderr=True)
     with console.status("evaluating") as status:
         for folder in folders:
             started = _shower(status, folder)
             with naming(str(folder), FAILURES):
                 if real:
-                    results = evaluation.evaluate_pairs(folder, network, sigmas or None, started=started)
+                    results = evaluation.evaluate_pairs(
+                        folder, network, sigmas or None, measures=measures, started=started
+                    )
                 else:
                     wanted = sigmas or [15.0, 25.0, 50.0]
                     results = evaluation.evaluate_folder(
-                        folder, network, wanted, gray=gray, estimate=estimate, seed=seed, started=started
+                        folder,
+                        network,
+                        wanted,
+                        gray=gray,
+                        estimate=estimate,
+                        seed=seed,
+                        measures=measures,
+                        started=started,
                     )
             name = folder.resolve().name
             sets[name if name not in sets else str(folder)] = results
             for row in results:
-                table.add_row(name, *_cells(row))
+                table.add_row(name, *_cells(row, list(measures)))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
         settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
@@ -276,11 +290,12 @@ def evaluate(
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], measures: list[str]) -> list[str]:
     """A row of the table that ``eval`` prints, without the set's name."""
     sigma = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
     decibels = [f"{row[key]:.2f}" for key in ("psnr_noisy", "psnr")]
-    similarities = [f"{row[key]:.4f}" for key in ("ssim_noisy", "ssim")]
+    names = ["ssim", *measures]
+    similarities = [f"{row[key]:.4f}" for name in names for key in (f"{name}_noisy", name)]
     return [str(len(row["images"])), sigma, *decibels, *similarities]
 
 

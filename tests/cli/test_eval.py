@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 
 import fastden
 from fastden.images.codec import ImageFile, read_image, write_image
@@ -141,6 +145,34 @@ def test_equal_and_tiny_images_give_valid_json(tmp_path: Path, model: str) -> No
 
     (row,) = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)["sets"]["tiny"]
     assert (row["psnr_noisy"], row["ssim"]) == (None, None)
+
+
+def test_eval_with_dists(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for piq, whose weights take a download: the mean absolute difference of values in [0, 1]."""
+
+    class Distance:
+        def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            assert x.shape == y.shape
+            assert x.shape[:2] == (1, 3)
+            assert 0 <= float(x.min()) <= float(x.max()) <= 1
+            return (x - y).abs().mean()
+
+    def unreachable() -> Distance:
+        raise URLError("no network")
+
+    monkeypatch.setitem(sys.modules, "piq", None)  # type: ignore[arg-type]
+    fails("eval", photos, "--dists", "--model", model, saying=r"dists: the package piq is missing; .*perceptual")
+    monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(DISTS=unreachable))  # type: ignore[arg-type]
+    fails("eval", photos, "--dists", "--model", model, saying="dists: its weights cannot be had .*no network")
+    monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(DISTS=Distance))  # type: ignore[arg-type]
+    results = tmp_path / "results.json"
+    text = works("eval", photos, "--dists", "--sigma", "0", "20", "--model", model, "--json", results)
+    assert "DISTS" in text
+    clean, noisy = json.loads(results.read_text())["sets"]["photos"]
+    assert clean["dists_noisy"] == 0
+    # The mean absolute value of a normal number is 0.8 deviations.
+    assert noisy["dists_noisy"] == pytest.approx(0.8 * 20 / 255, rel=0.2)
+    assert noisy["dists"] != noisy["dists_noisy"]
 
 
 @pytest.mark.shared
