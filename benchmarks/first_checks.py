@@ -1,4 +1,4 @@
-"""Checks of conv3 on a GPU, first those that show a wrong descriptor, swizzle, barrier or wait soonest.
+"""Checks of conv3 and res3 on a GPU, first those that show a wrong descriptor, swizzle, barrier or wait soonest.
 
     python benchmarks/first_checks.py one-pixel --backend cuda
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,40 +26,80 @@ from fastden import ops
 #: Channels of conv3's two sources and of its result.
 A, B, OUTPUTS = 128, 32, 256
 KERNEL = 3
+#: Channels of res3, and of its reduced maps.
+CHANNELS, MIDDLE = 256, 64
 
 
-def features(device: str, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Both sources, channels-last bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (1, A, height, width), (1, B, height, width)
-    a, b = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes)
-    return a.contiguous(memory_format=torch.channels_last), b.contiguous(memory_format=torch.channels_last)
+class Inputs(NamedTuple):
+    """An operator's features (channels-last bfloat16), weights (bfloat16) and biases (float32)."""
+
+    operator: str
+    features: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+
+    def run(self, backend: str) -> Tensor:
+        if self.operator == "concat_conv_bn_relu":
+            return ops.concat_conv_bn_relu(*self.features, *self.weights, *self.biases, backend=backend)
+        (x,), (reduce, conv, expand), (first, second, third) = self.features, self.weights, self.biases
+        return ops.bottleneck(x, reduce, conv, expand, biases=(first, second, third), backend=backend)
+
+    def float(self) -> Inputs:
+        return self._replace(
+            features=tuple(x.float() for x in self.features), weights=tuple(x.float() for x in self.weights)
+        )
 
 
-def random_weights(device: str) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(OUTPUTS, A + B, KERNEL, KERNEL, generator=generator) / (KERNEL**2 * (A + B)) ** 0.5
-    bias = torch.randn(OUTPUTS, generator=generator)
-    return weight.to(device, torch.bfloat16), bias.to(device)
+def random(device: str, seed: int, *shape: int) -> Tensor:
+    """Normal numbers, channels-last."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def weights_and_bias(device: str, seed: int, *shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) / (shape[1] * shape[2] * shape[3]) ** 0.5
+    return weight.to(device, torch.bfloat16), torch.randn(shape[0], generator=generator).to(device)
+
+
+def conv3(device: str, height: int, width: int) -> Inputs:
+    weight, bias = weights_and_bias(device, 2, OUTPUTS, A + B, KERNEL, KERNEL)
+    sources = random(device, 0, 1, A, height, width), random(device, 1, 1, B, height, width)
+    return Inputs("concat_conv_bn_relu", sources, (weight,), (bias,))
+
+
+def res3(device: str, height: int, width: int) -> Inputs:
+    shapes = (MIDDLE, CHANNELS, 1, 1), (MIDDLE, MIDDLE, KERNEL, KERNEL), (CHANNELS, MIDDLE, 1, 1)
+    weights, biases = zip(*(weights_and_bias(device, 1 + i, *s) for i, s in enumerate(shapes)), strict=True)
+    return Inputs("bottleneck", (random(device, 0, 1, CHANNELS, height, width),), weights, biases)
+
+
+def both(device: str, height: int, width: int) -> Iterable[Inputs]:
+    yield conv3(device, height, width)
+    yield res3(device, height, width)
 
 
 def is_near(device: str, backend: str, height: int, width: int) -> None:
-    """The kernel errs at most twice as much as PyTorch's own convolution, relative to float32's."""
-    a, b = features(device, height, width)
-    weight, bias = random_weights(device)
-    result = ops.concat_conv_bn_relu(a, b, weight, bias, backend=backend)
-    expected = ops.concat_conv_bn_relu(a.float(), b.float(), weight.float(), bias, backend="torch")
-    eager = ops.concat_conv_bn_relu(a, b, weight, bias, backend="torch")
-    error, allowed = ((y.float() - expected).abs().max().item() for y in (result, eager))
-    unit = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
-    if not error <= 2 * allowed + unit:  # nor where it is NaN
-        wrong = ((result.float() - expected).abs() > 2 * allowed + unit).any(1)[0].nonzero()
-        raise SystemExit(f"{height}x{width}: errs by {error}, eager by {allowed}; first at {wrong[:4].tolist()}")
+    """The kernels err at most twice as much as PyTorch's own convolutions, relative to float32's."""
+    for inputs in both(device, height, width):
+        result, eager = inputs.run(backend), inputs.run("torch")
+        expected = inputs.float().run("torch")
+        error, allowed = ((y.float() - expected).abs().max().item() for y in (result, eager))
+        unit = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
+        if not error <= 2 * allowed + unit:  # nor where it is NaN
+            wrong = (~((result.float() - expected).abs() <= 2 * allowed + unit)).any(1)[0].nonzero()
+            message = f"{inputs.operator}, {height}x{width}: errs by {error}, eager by {allowed}"
+            raise SystemExit(f"{message}; first at {wrong[:4].tolist()}")
 
 
 def one_hot(device: str, backend: str) -> None:
+    one_hot_conv3(device, backend)
+    one_hot_res3(device, backend)
+
+
+def one_hot_conv3(device: str, backend: str) -> None:
     """Every tap of every channel, 256 at a time: copies of the sources, bit for bit."""
-    a, b = features(device, 8, 16)
+    a, b = conv3(device, 8, 16).features
     padded = F.pad(torch.cat([a, b], 1), (1, 1, 1, 1))
     taps = [(channel, y, x) for y in range(KERNEL) for x in range(KERNEL) for channel in range(A + B)]
     for first in range(0, len(taps), OUTPUTS):
@@ -73,13 +114,38 @@ def one_hot(device: str, backend: str) -> None:
             raise SystemExit(f"{len(wrong)} of {OUTPUTS} (channel, row, column) of weights: first {wrong[:4]}")
 
 
+def one_hot_res3(device: str, backend: str) -> None:
+    """Every tap with every channel: x plus a copy of another channel at another pixel, both rectified, bit for bit."""
+    (x,) = res3(device, 8, 16).features
+    for case in range(KERNEL**2 * CHANNELS // MIDDLE):
+        tap, part = case % KERNEL**2, case // KERNEL**2
+        # Which channel of x, of the reduced map and of the convolved map an output takes. Odd steps reach all of them.
+        reduced = [(part + CHANNELS // MIDDLE * m) % CHANNELS for m in range(MIDDLE)]
+        convolved = [(tap + 3 * m) % MIDDLE for m in range(MIDDLE)]
+        expanded = [(part + 7 * m) % MIDDLE for m in range(CHANNELS)]
+        reduce, expand = torch.zeros(MIDDLE, CHANNELS, 1, 1), torch.zeros(CHANNELS, MIDDLE, 1, 1)
+        conv = torch.zeros(MIDDLE, MIDDLE, KERNEL, KERNEL)
+        for m in range(MIDDLE):
+            reduce[m, reduced[m]] = conv[m, convolved[m], tap // KERNEL, tap % KERNEL] = 1
+        for output in range(CHANNELS):
+            expand[output, expanded[output]] = 1
+        weights = (reduce.to(x), conv.to(x), expand.to(x))
+        result = Inputs("bottleneck", (x,), weights, (None, None, None)).run(backend)
+        padded = F.pad(x.relu(), (1, 1, 1, 1))[0, :, tap // KERNEL :, tap % KERNEL :][:, :8, :16]
+        chosen = [reduced[convolved[m]] for m in expanded]
+        expected = (x[0].float() + padded[chosen].float()).relu().to(x)
+        wrong = [o for o, (one, two) in enumerate(zip(result[0], expected, strict=True)) if not torch.equal(one, two)]
+        if wrong:
+            names = f"tap {tap}, channel {chosen[wrong[0]]} in output {wrong[0]}"
+            raise SystemExit(f"bottleneck: {len(wrong)} of {CHANNELS} outputs: first {names}")
+
+
 def repeats(device: str, backend: str) -> None:
-    a, b = features(device, 133, 265)
-    weight, bias = random_weights(device)
-    first = ops.concat_conv_bn_relu(a, b, weight, bias, backend=backend)
-    for count in range(1, 100):
-        if not torch.equal(ops.concat_conv_bn_relu(a, b, weight, bias, backend=backend), first):
-            raise SystemExit(f"call {count} gave other bits than the first")
+    for inputs in both(device, 133, 265):
+        first = inputs.run(backend)
+        for count in range(1, 100):
+            if not torch.equal(inputs.run(backend), first):
+                raise SystemExit(f"{inputs.operator}: call {count} gave other bits than the first")
 
 
 def thread(device: str, backend: str) -> None:
@@ -88,17 +154,16 @@ def thread(device: str, backend: str) -> None:
 
 
 def graph(device: str, backend: str) -> None:
-    a, b = features(device, 33, 65)
-    weight, bias = random_weights(device)
-    expected = ops.concat_conv_bn_relu(a, b, weight, bias, backend=backend)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        y = ops.concat_conv_bn_relu(a, b, weight, bias, backend=backend)
-    y.fill_(float("nan"))
-    captured.replay()
-    torch.cuda.synchronize()
-    if not torch.equal(y, expected):
-        raise SystemExit("the replayed graph gave other bits")
+    for inputs in both(device, 33, 65):
+        expected = inputs.run(backend)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            y = inputs.run(backend)
+        y.fill_(float("nan"))
+        captured.replay()
+        torch.cuda.synchronize()
+        if not torch.equal(y, expected):
+            raise SystemExit(f"{inputs.operator}: the replayed graph gave other bits")
 
 
 CHECKS: dict[str, Callable[[str, str], None]] = {
@@ -113,7 +178,7 @@ CHECKS: dict[str, Callable[[str, str], None]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check conv3 on a GPU, one thing at a time.")
+    parser = argparse.ArgumentParser(description="Check conv3 and res3 on a GPU, one thing at a time.")
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--backend", nargs="+", choices=("triton", "cuda"), default=["triton"])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

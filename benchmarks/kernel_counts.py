@@ -11,8 +11,9 @@ The counts of each kernel in the network are for bfloat16 and compute capability
   227 KiB holds at once.
 
 The next counts are for the step that pads an image, adds its noise level and casts it: the bytes and launches of
-PyTorch's operations, and those of the kernel that does all this at once. The last counts are the bytes that larger
-tiles of the head spill. A count is not a time. Only a GPU shows what the counts leave out.
+PyTorch's operations, and those of the kernel that does all this at once. Then come the bytes that larger tiles of the
+head spill, and the least cycles of the forms that res3 could have, alone or with conv3. A count is not a time. Only a
+GPU shows what the counts leave out.
 
     python benchmarks/kernel_counts.py                                   # the table
     python benchmarks/kernel_counts.py --json benchmarks/results/kernel_counts.json --note "what was changed"
@@ -263,6 +264,70 @@ def count_preparation(height: int = 1080, width: int = 1920) -> list[dict[str, A
     return rows
 
 
+# ---- Forms of conv3 and res3
+
+
+def count_res3_forms(channels: int = 256, middle: int = 64, tile: tuple[int, int] = (8, 16)) -> list[dict[str, Any]]:
+    """Count, for a tile, the work of res3 in the forms that it could have, next to what each adds to conv3.
+
+    Cycles are what a multiprocessor of an H100 needs at least, if one resource were all that it waits for. Memory moves
+    3.35 TB/s for 132 multiprocessors at 1.755 GHz; shared memory 128 bytes a cycle; wgmma makes 2048 products a cycle.
+    mma.sync is counted at the same rate, which it does not reach on this GPU.
+
+    Args:
+        channels, middle: of the bottleneck.
+        tile: rows and columns of output pixels.
+    """
+    pixels, margin = tile[0] * tile[1], (tile[0] + 2) * (tile[1] + 2)
+    rows = -(-margin // 64) * 64
+    reduce, convolve, expand = channels * middle, 9 * middle * middle, middle * channels
+    weights = (reduce + convolve + expand) * BYTES
+    # Parts of 16 channels in the inner dimension of each product, all blocks of 64 outputs of `expand` together.
+    parts = (channels // 16, 9 * middle // 16, middle // 16 * channels // 64)
+    # mma.sync: 8 warps, 4 down and 2 across, load both factors; copies come in and both maps are stored.
+    warps = [8 * 32 * (height // 4 + width // 2) for height, width in ((rows, middle), (pixels, middle), (pixels, 64))]
+    mma = sum(part * loaded for part, loaded in zip(parts, warps, strict=True))
+    mma += rows * channels * BYTES + weights + (rows + pixels) * middle * BYTES
+    # wgmma: each 64 x 64 x 16 products read 2 KiB of weights, and 2 KiB of pixels, except where these are in registers;
+    # `conv` loads its pixels into registers.
+    unit, blocks, tiles = 64 * 16 * BYTES, rows // 64, pixels // 64
+    wgmma = 2 * unit * blocks * parts[0] + 2 * unit * tiles * parts[1] + unit * tiles * parts[2]
+    wgmma += margin * (channels + middle) * BYTES
+    rest = wgmma - 2 * unit * blocks * parts[0] - margin * channels * BYTES
+    products = rows * reduce + pixels * (convolve + expand)
+    conv3 = 9 * 160 * channels
+    whole = 2 * channels * BYTES
+    forms: dict[str, tuple[float, float, float, float, float, float]] = {
+        # Bytes of memory a pixel; bytes from level 2, of shared memory, and products a tile; products and bytes of
+        # memory a pixel that conv3 has more.
+        "mma.sync": (whole, (margin + pixels) * channels * BYTES + weights, mma, products, 0, 0),
+        "wgmma": (whole, (margin + pixels) * channels * BYTES, wgmma, products, 0, 0),
+        "wgmma, its first convolution in conv3": (
+            whole + middle * BYTES, (margin * middle + pixels * channels) * BYTES, rest + margin * middle * BYTES,
+            products - rows * reduce, pixels * reduce, middle * BYTES,
+        ),
+        # conv3 on the margin too; its result is neither written nor read.
+        "in one kernel with conv3": (
+            channels * BYTES, 0, wgmma - margin * channels * BYTES, products, (rows - pixels) * conv3,
+            -channels * BYTES,
+        ),
+    }  # fmt: skip
+    moved = 3.35e12 / 132 / 1.755e9
+    return [
+        {
+            "form": form,
+            "memory_bytes_a_pixel": memory,
+            "l2_bytes_a_pixel": round(level2 / pixels, 1),
+            "memory_cycles": round(memory * pixels / moved),
+            "shared_memory_cycles": round(shared / 128),
+            "tensor_cycles": round(multiplied / 2048),
+            "tensor_cycles_more_in_conv3": round(more / 2048),
+            "memory_bytes_a_pixel_more_in_conv3": written,
+        }
+        for form, (memory, level2, shared, multiplied, more, written) in forms.items()
+    ]
+
+
 # ---- CUDA C++
 
 
@@ -289,11 +354,27 @@ class Kernel(NamedTuple):
 
 _TILE = "ConvolutionTile<__nv_bfloat16, {0}>"
 _CONV = "{taps} * {depth} * ({rows} + {columns}) * 2"
+#: A tile with its margin, the tile once more as the residual, and the weights.
+_BLOCK = "((kMarginPixels + kPixels) * {channels} + (2 * {channels} + 9 * {middle}) * {middle}) * 2"
 CUDA = (
     Kernel(
         "stem", "stem", r"stem_kernelI13__nv_bfloat16", "kSharedBytes", "kThreads", "kRows",
         # Weights stay in shared memory from tile to tile.
         "patch_rows(3) * patch_columns(4) * 8",
+    ),
+    Kernel(
+        "res1", "bottleneck", r"GLOBAL__N__\w*bottleneck_kernelI13__nv_bfloat16Li32E", "Layout<32>::kSharedBytes",
+        "kThreads", "kPixels", _BLOCK.format(channels=128, middle=32),
+    ),
+    Kernel(
+        "res3 on mma.sync", "bottleneck", r"GLOBAL__N__\w*bottleneck_kernelI13__nv_bfloat16Li64E",
+        "Layout<64>::kSharedBytes", "kThreads", "kPixels", _BLOCK.format(channels=256, middle=64),
+    ),
+    Kernel(
+        "res3 on wgmma", "bottleneck", r"hopper_bottleneck\w*bottleneck_kernelI13__nv_bfloat16E",
+        "hopper_bottleneck::kSharedBytes", "hopper_bottleneck::kThreads", "kPixels",
+        # Weights stay in shared memory from tile to tile.
+        "(kMarginPixels + kPixels) * 256 * 2",
     ),
     Kernel(
         "conv2", "conv_bn_relu", r"convolution_kernelI13__nv_bfloat16Li128ELi128E",
@@ -401,6 +482,9 @@ def main() -> int:
     head_tiles = count_head_tiles() if "triton" in arguments.backends else []
     for one in head_tiles:
         print(f"head, tiles of {one['groups']} groups, {one['warps']} warps: {one['spilled_bytes']} B spilled")
+    res3_forms = count_res3_forms()
+    for one in res3_forms:
+        print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in one.items()))
     if arguments.json:
         document: dict[str, Any] = {"command": "python benchmarks/kernel_counts.py", "counts": {}}
         if arguments.json.exists():
@@ -412,6 +496,7 @@ def main() -> int:
             "kernels": rows,
             "preparation": preparation,
             "head_tiles": head_tiles,
+            "res3_forms": res3_forms,
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0

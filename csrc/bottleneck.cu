@@ -5,6 +5,9 @@
 // memory too. `expand` reads this result, adds x, and writes y. Global memory transfers are y and x: x is read 1.4
 // times because of the margin, and once more as the residual, from the cache. The margin makes 192 rows of products for
 // 128 pixels: half of `reduce` is computed twice, which is 12 % of all products.
+//
+// For 64 reduced channels, compute capability 9.0 has another kernel (bottleneck_hopper.cuh).
+#include "bottleneck_hopper.cuh"
 #include "fastden.h"
 #include "tile.cuh"
 
@@ -263,6 +266,18 @@ Status bottleneck(const Bottleneck& arguments, cudaStream_t stream) {
     const int64_t pixels = static_cast<int64_t>(arguments.height) * arguments.width;
     if (blocks > INT32_MAX || pixels > INT32_MAX) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
     if (arguments.channels % kChunk != 0) return {cudaErrorInvalidValue, "channels: accepted multiples of 32"};
+// The build defines this if 9.0a is one of the architectures.
+#ifdef FASTDEN_HOPPER
+    static_assert(kTileRows == hopper_bottleneck::kTileRows && kTileColumns == hopper_bottleneck::kTileColumns);
+    int major = 0;
+    const cudaError_t error = device_attribute(&major, cudaDevAttrComputeCapabilityMajor);
+    if (error != cudaSuccess) return error;
+    if (major == 9 && hopper_bottleneck::fits(arguments)) {
+        return arguments.dtype == DType::kFloat16
+                   ? hopper_bottleneck::launch_for<__half>(arguments, blocks, stream)
+                   : hopper_bottleneck::launch_for<__nv_bfloat16>(arguments, blocks, stream);
+    }
+#endif
     switch (arguments.dtype) {
         case DType::kFloat16:
             return launch_for<__half>(problem, static_cast<int>(blocks), stream);

@@ -67,31 +67,6 @@ __device__ __forceinline__ Origin origin_of(const Problem& problem, int pair, in
     return origin;
 }
 
-// A ring of stages. The loading side and the multiplying side each have their own position in it.
-template <int kStages, int kBytes>
-struct Ring {
-    uint32_t base, barriers;
-    int stage = 0;
-    uint32_t parity = 0;
-
-    __device__ uint32_t address() const { return base + stage * kBytes; }
-    __device__ uint32_t full() const { return barriers + 8 * stage; }
-    __device__ uint32_t empty() const { return barriers + 8 * (kStages + stage); }
-    // `readers`: number of arrivals that make a stage empty.
-    __device__ void initialise(int readers) const {
-        for (int index = 0; index < kStages; ++index) {
-            barrier_init(barriers + 8 * index, 1);  // full: the thread that loads
-            barrier_init(barriers + 8 * (kStages + index), readers);
-        }
-    }
-    __device__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // kParts: number of parts of 16 channels in a step of b.
 template <typename T, int kParts>
 __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_constant__ Problem problem) {
@@ -229,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                         *reinterpret_cast<uint32_t*>(shared + at) = problem.relu ? rectify<T>(pair) : pair;
                     }
                 }
-                make_visible_to_tensor_stores();
+                make_writes_visible();
                 meet_at(1 + group, kGroupThreads);
                 if (member == 0) {
                     tensor_store_4d(problem.y, base + offset, origin.output + piece * kStepChannels, origin.x,

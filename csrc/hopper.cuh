@@ -37,7 +37,7 @@ inline bool elected() {
 inline int uniform_warp() {
     return threadIdx.x / 32;
 }
-inline void make_visible_to_tensor_stores() {}
+inline void make_writes_visible() {}
 inline void tensor_load_4d(uint32_t target, const CUtensorMap& map, uint32_t barrier, int c, int x, int y, int n) {
     const int corner[] = {c, x, y, n};
     emulator::tensor_load(target, map, barrier, corner, 1u << cluster_rank());
@@ -56,9 +56,15 @@ void tensor_store_wait_read() {
 }
 template <int kSums>
 void group_fence(float (&)[kSums]) {}
+template <int kValues, typename Value>
+void keep_in_place(Value (&)[kValues]) {}
+template <typename T, int kSums>
+void group_multiply_add(float (&sums)[kSums], uint64_t a, uint64_t b, bool add) {
+    emulator::group_multiply_add(sums, 2 * kSums, a, b, add, emulator::widen<T>);
+}
 template <typename T>
-void group_multiply_add(float (&sums)[128], uint64_t a, uint64_t b, bool add) {
-    emulator::group_multiply_add(sums, 256, a, b, add, emulator::widen<T>);
+void group_multiply_add(float (&sums)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+    emulator::group_multiply_add(sums, 64, a, b, add, emulator::widen<T>);
 }
 template <int kPending, int kSums>
 void group_wait(float (&)[kSums]) {
@@ -187,17 +193,22 @@ __device__ __forceinline__ void tensor_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Makes this thread's writes to shared memory visible to tensor stores.
-__device__ __forceinline__ void make_visible_to_tensor_stores() {
+// Makes this thread's writes to shared memory visible to tensor stores and to products of warp groups.
+__device__ __forceinline__ void make_writes_visible() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// For the compiler, products are finished when they are issued. Without this function, it could move or copy the sums'
-// registers while the products are still running.
+// For the compiler, products are finished when they are issued. Without these functions, it could move or copy the
+// registers of sums, or those of a factor, while the products are still running.
 template <int kSums>
 __device__ __forceinline__ void keep_in_place(float (&sums)[kSums]) {
 #pragma unroll
     for (int index = 0; index < kSums; ++index) asm volatile("" : "+f"(sums[index])::"memory");
+}
+template <int kValues>
+__device__ __forceinline__ void keep_in_place(uint32_t (&values)[kValues]) {
+#pragma unroll
+    for (int index = 0; index < kValues; ++index) asm volatile("" : "+r"(values[index])::"memory");
 }
 
 // Call this before products into `sums`, if other code has written `sums` since the last products.
@@ -210,7 +221,8 @@ __device__ __forceinline__ void group_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until at most the last kPending groups of this warp group's products, all into `sums`, are still running.
+// Waits until at most the last kPending groups of this warp group's products are still running. `sums` are those of the
+// groups that it waits for.
 template <int kPending, int kSums>
 __device__ __forceinline__ void group_wait(float (&sums)[kSums]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -230,6 +242,14 @@ __device__ __forceinline__ void registers_take() {
 // sums (64 x 256 over the four warps) = a (64 x 16) b (16 x 256), or += if `add`; both factors are in shared memory.
 template <typename T>
 __device__ __forceinline__ void group_multiply_add(float (&sums)[128], uint64_t a, uint64_t b, bool add);
+
+// The same for 64 columns: sums (64 x 64) = a (64 x 16) b (16 x 64).
+template <typename T>
+__device__ __forceinline__ void group_multiply_add(float (&sums)[32], uint64_t a, uint64_t b, bool add);
+
+// The same with a in registers: each warp has 16 rows, as load_matrices and multiply_add have them.
+template <typename T>
+__device__ __forceinline__ void group_multiply_add(float (&sums)[32], const uint32_t (&a)[4], uint64_t b, bool add);
 
 // The operands of a thread's 128 sums, and their names in the instruction.
 #define FASTDEN_SUMS_OF_4(i) "+f"(sums[i]), "+f"(sums[(i) + 1]), "+f"(sums[(i) + 2]), "+f"(sums[(i) + 3])
@@ -258,12 +278,42 @@ __device__ __forceinline__ void group_multiply_add(float (&sums)[128], uint64_t 
             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                           \
     }
 
+#define FASTDEN_32_SUMS FASTDEN_SUMS_OF_16(0), FASTDEN_SUMS_OF_16(16)
+#define FASTDEN_32_SUM_NAMES                                                 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTDEN_GROUP_MULTIPLY_ADD_64(TYPE, NAME)                                                                   \
+    template <>                                                                                                     \
+    __device__ __forceinline__ void group_multiply_add<TYPE>(float (&sums)[32], uint64_t a, uint64_t b, bool add) { \
+        asm volatile(                                                                                               \
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                        \
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" FASTDEN_32_SUM_NAMES                   \
+            "}, %32, %33, add, 1, 1, 0, 0;\n}\n"                                                                    \
+            : FASTDEN_32_SUMS                                                                                       \
+            : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                          \
+    }                                                                                                               \
+    template <>                                                                                                     \
+    __device__ __forceinline__ void group_multiply_add<TYPE>(float (&sums)[32], const uint32_t (&a)[4], uint64_t b, \
+                                                             bool add) {                                            \
+        asm volatile(                                                                                               \
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                        \
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" FASTDEN_32_SUM_NAMES                   \
+            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"                                                      \
+            : FASTDEN_32_SUMS                                                                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                      \
+    }
+
 FASTDEN_GROUP_MULTIPLY_ADD(__nv_bfloat16, "bf16")
 FASTDEN_GROUP_MULTIPLY_ADD(__half, "f16")
+FASTDEN_GROUP_MULTIPLY_ADD_64(__nv_bfloat16, "bf16")
+FASTDEN_GROUP_MULTIPLY_ADD_64(__half, "f16")
 
 #undef FASTDEN_GROUP_MULTIPLY_ADD
+#undef FASTDEN_GROUP_MULTIPLY_ADD_64
 #undef FASTDEN_SUM_NAMES
+#undef FASTDEN_32_SUM_NAMES
 #undef FASTDEN_SUMS
+#undef FASTDEN_32_SUMS
 #undef FASTDEN_SUMS_OF_16
 #undef FASTDEN_SUMS_OF_4
 
@@ -309,5 +359,30 @@ inline Status encode_tensor_map(CUtensorMap* map, bool bfloat16, int rank, const
 }
 
 #endif
+
+// A ring of stages. The loading side and the multiplying side each have their own position in it.
+template <int kStages, int kBytes>
+struct Ring {
+    uint32_t base, barriers;
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ uint32_t address() const { return base + stage * kBytes; }
+    __device__ uint32_t full() const { return barriers + 8 * stage; }
+    __device__ uint32_t empty() const { return barriers + 8 * (kStages + stage); }
+    // `readers`: number of arrivals that make a stage empty.
+    __device__ void initialise(int readers) const {
+        for (int index = 0; index < kStages; ++index) {
+            barrier_init(barriers + 8 * index, 1);  // full: the thread that loads
+            barrier_init(barriers + 8 * (kStages + index), readers);
+        }
+    }
+    __device__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
 
 }  // namespace fastden

@@ -22,8 +22,8 @@ SMALLEST_CAPABILITY = (8, 0)
 LARGEST_KERNEL = 5
 #: Positions of pixels are 32 bits wide.
 PIXELS = 2**31
-#: The operator that has a kernel of its own for Hopper, and the compute capability whose instruction it needs.
-HOPPER = ("concat_conv_bn_relu", (9, 0))
+#: The operators that have kernels of their own for Hopper, and the compute capability whose instruction these need.
+HOPPER = (("bottleneck", "concat_conv_bn_relu"), (9, 0))
 
 
 def why_not(operator: str, **tensors: Tensor) -> list[str]:
@@ -42,7 +42,7 @@ def _why_not_device(operator: str, device: torch.device) -> list[str]:
     advice = f"run `fastden build` with TORCH_CUDA_ARCH_LIST={name_of(capability)}"
     if not covers(built, capability):
         return [f"{reason}; built for {', '.join(built)}: {advice}"]
-    if (operator, capability) == HOPPER and not has_wgmma(built):
+    if operator in HOPPER[0] and capability == HOPPER[1] and not has_wgmma(built):
         return [f"{reason}; built without wgmma, for {', '.join(built)}: {advice}"]
     return []
 

@@ -57,3 +57,19 @@ def test_bytes_of_a_tile(counts: Any, root: Path) -> None:
     flags.append(f"-I{root / 'tests' / 'emulator'}")
     found = counts.evaluate({"bytes": counts.conv3_bytes(source), "none": "0"}, source, flags)
     assert found == {"bytes": 3 * 5 * 20480 // 2 + 9 * 5 * 16384 // 2, "none": 0}
+
+
+def test_forms_of_res3(counts: Any) -> None:
+    """By hand: 192 rows for a tile of 128 pixels and its margin of 52, three convolutions 256 -> 64 -> 64 -> 256."""
+    forms = {row["form"]: row for row in counts.count_res3_forms()}
+    weights = (256 * 64 + 9 * 64 * 64 + 64 * 256) * 2
+    assert forms["mma.sync"]["l2_bytes_a_pixel"] == (308 * 512 + weights) / 128
+    assert forms["wgmma"]["l2_bytes_a_pixel"] == 308 * 512 / 128
+    # Eight warps of 48 x 32 sums for 16 steps, of 32 x 32 for 36, and four times of 32 x 32 for 4; then what comes in.
+    loaded = 8 * 32 * (16 * 80 + 36 * 64 + 4 * 4 * 64)
+    assert forms["mma.sync"]["shared_memory_cycles"] == (loaded + 192 * 512 + weights + 320 * 128) // 128
+    # Products of 64 x 64 x 16: 48 with both factors in shared memory, 72 after loads of one, 32 from registers.
+    assert forms["wgmma"]["shared_memory_cycles"] == ((48 + 72) * 4096 + 32 * 2048 + 180 * 640) // 128
+    assert forms["wgmma"]["tensor_cycles"] == (48 + 72 + 32) * 32
+    more = forms["in one kernel with conv3"]["tensor_cycles_more_in_conv3"]
+    assert more == 64 * 9 * 160 * 256 // 2048

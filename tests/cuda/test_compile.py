@@ -59,8 +59,9 @@ def test_kernels_of_hopper(root: Path, tmp_path: Path) -> None:
     assert {row["source"] for row in rows} == {path.name for path in (root / "csrc").glob("*.cu")}
     assert {row["architecture"] for row in rows} == {"sm_90a"}
     assert all(row["spilled_bytes"] == 0 for row in rows)
-    found = {row["matrix_instruction"] for row in rows if row["source"] == "concat_conv_bn_relu.cu"}
-    assert found & {"HGMMA", "wgmma.mma_async"}
+    for source in ("bottleneck.cu", "concat_conv_bn_relu.cu"):
+        found = {row["matrix_instruction"] for row in rows if row["source"] == source}
+        assert found & {"HGMMA", "wgmma.mma_async"}, source
 
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
@@ -78,14 +79,20 @@ def test_an_ignored_register_count_fails(command: ModuleType, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
-def test_hoppers_kernel_traps_where_it_has_no_code(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "kernel", "count"),
+    [("concat_conv_bn_relu.cu", "concat_kernel", 4), ("bottleneck.cu", "hopper_bottleneck", 2)],
+)
+def test_hoppers_kernels_trap_where_they_have_no_code(
+    root: Path, tmp_path: Path, source: str, kernel: str, count: int
+) -> None:
     """Code for 9.0 may lie beside that for 9.0a. Launched by mistake, it must trap instead of doing nothing."""
     toolkit = build.find_toolkit()
-    source, target = root / "csrc" / "concat_conv_bn_relu.cu", tmp_path / "kernel.ptx"
+    target = tmp_path / "kernel.ptx"
     options = ("-std=c++17", "--expt-relaxed-constexpr", "-DFASTDEN_HOPPER", "-arch=sm_90", "-ptx")
-    subprocess.run([f"{toolkit}/bin/nvcc", *options, "-o", target, source], check=True)
-    bodies = [part for part in target.read_text().split(".entry ")[1:] if "concat_kernel" in part.splitlines()[0]]
-    assert len(bodies) == 4
+    subprocess.run([f"{toolkit}/bin/nvcc", *options, "-o", target, root / "csrc" / source], check=True)
+    bodies = [part for part in target.read_text().split(".entry ")[1:] if kernel in part.splitlines()[0]]
+    assert len(bodies) == count
     assert all("trap;" in body for body in bodies)
 
 

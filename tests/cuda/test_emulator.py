@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,34 +16,68 @@ from torch.nn import functional as F
 
 from fastden.cuda import build
 
-#: The kernel's function for ctypes, which knows no exceptions.
+#: The kernels' functions for ctypes, which knows no exceptions, and the number of the statement that they leave out.
 PLAIN = """
-#include <cstdio>
 #include <exception>
 #include "fastden.h"
 
-extern "C" int run(const fastden::Convolution* arguments) {
+int left_out = 0;
+
+extern "C" void leave_out(int statement) { left_out = statement; }
+
+template <typename Operation, typename Arguments>
+int tried(Operation operation, const Arguments& arguments) {
     try {
-        const auto operation = arguments->b ? fastden::concat_conv_bn_relu : fastden::conv_bn_relu;
-        return operation(*arguments, nullptr).error;
+        return operation(arguments, nullptr).error;
     } catch (const std::exception& error) {
         return -1;
     }
 }
+
+extern "C" int run(const fastden::Convolution* arguments) {
+    return tried(arguments->b ? fastden::concat_conv_bn_relu : fastden::conv_bn_relu, *arguments);
+}
+
+extern "C" int run_bottleneck(const fastden::Bottleneck* arguments) {
+    return tried(fastden::bottleneck, *arguments);
+}
 """
+SOURCES = ("bottleneck.cu", "concat_conv_bn_relu.cu", "conv_bn_relu.cu")
 #: Waits for the other ring of stages bound how far loads of pixels run ahead of a 3x3 convolution, but not of a 1x1.
-POINTWISE = "pixels over those in use"
-#: File, the text that is taken out, and whether the convolution has two sources (Hopper's kernel).
+POINTWISE = "hopper's convolution: pixels over those in use"
+#: The file, and the text whose first statement is left out; any white space stands for a blank. A product is a meeting
+#: of the emulated warp group, which a GPU does not promise: a missing barrier between two tiles' maps does not show.
 BROKEN = {
-    "copies that nobody waits for": ("convolution.cuh", "copy_wait<kStages - 2>();", False),
-    "a stage overwritten while read": ("convolution.cuh", "__syncthreads();\n        copy_step();", False),
-    "results stored before they are there": ("convolution.cuh", "__syncthreads();\n    T* y", False),
-    "pixels that nobody waits for": ("concat_conv_bn_relu.cu", "barrier_wait(left.full(), left.parity);", True),
-    "weights that nobody waits for": ("concat_conv_bn_relu.cu", "barrier_wait(right.full(), right.parity);", True),
-    POINTWISE: ("concat_conv_bn_relu.cu", "barrier_wait(left.empty(), left.parity ^ 1);", True),
-    "weights over those in use": ("concat_conv_bn_relu.cu", "barrier_wait(right.empty(), right.parity ^ 1);", True),
-    "products that nobody waits for": ("concat_conv_bn_relu.cu", "group_wait<0>(sums);", True),
-    "stores that nobody waits for": ("concat_conv_bn_relu.cu", "if (member == 0) tensor_store_wait_read<0>();", True),
+    "convolution: copies that nobody waits for": ("convolution.cuh", "copy_wait<kStages - 2>();"),
+    "convolution: a stage overwritten while read": ("convolution.cuh", "__syncthreads(); copy_step();"),
+    "convolution: results stored before they are there": ("convolution.cuh", "__syncthreads(); T* y"),
+    **{
+        f"hopper's convolution: {name}": ("concat_conv_bn_relu.cu", text)
+        for name, text in {
+            "pixels that nobody waits for": "barrier_wait(left.full(), left.parity);",
+            "weights that nobody waits for": "barrier_wait(right.full(), right.parity);",
+            "pixels over those in use": "barrier_wait(left.empty(), left.parity ^ 1);",
+            "weights over those in use": "barrier_wait(right.empty(), right.parity ^ 1);",
+            "products that nobody waits for": "group_wait<0>(sums);",
+            "stores that nobody waits for": "if (member == 0) tensor_store_wait_read<0>();",
+        }.items()
+    },
+    **{
+        f"hopper's bottleneck: {name}": ("bottleneck_hopper.cuh", text)
+        for name, text in {
+            "weights that nobody waits for": "copy_wait<0>();",
+            "pixels that nobody waits for": "barrier_wait(ring.full(), ring.parity);",
+            "pixels over those in use": "barrier_wait(ring.empty(), ring.parity ^ 1);",
+            "a stage given back in use": "group_wait<1>(sums[0]);",
+            "pixels of the other group": "barrier_wait(turn, turn_parity);",
+            "products that nobody waits for": "group_wait<0>(sums[block]); give_back();",
+            "a map that is not there yet": "meet_at(1 + group, kGroupThreads); }",
+            "a factor over one in use": "group_wait<kTileBlocks - 1>(sums[block]); keep_left",
+            "a result that nobody waits for": "group_wait<0>(sums[block]); keep_left",
+            "a sum that nobody waits for": "group_wait<kTileBlocks - 1>(sums[block]); }",
+            "the last sum that nobody waits for": "group_wait<0>(sums[block]); }",
+        }.items()
+    },
 }
 
 
@@ -56,27 +92,38 @@ class Convolution(ctypes.Structure):
     ]
 
 
+class Bottleneck(ctypes.Structure):
+    """``fastden::Bottleneck``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "reduce", "conv", "expand")),
+        *((name, ctypes.c_void_p) for name in ("reduce_bias", "conv_bias", "expand_bias", "y")),
+        *((name, ctypes.c_int) for name in ("dtype", "batch", "height", "width", "channels", "middle")),
+    ]
+
+
 @pytest.fixture(scope="module")
-def compiler(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """g++, with the compiled emulator among its inputs."""
+def library(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels and the emulator; ``leave_out(n)`` makes kernels leave out statement n of ``BROKEN``, from 1."""
     toolkit = build.find_toolkit()
     if toolkit is None or shutil.which("g++") is None:
         pytest.skip("the emulator needs g++ and the CUDA toolkit's headers")
+    csrc = shutil.copytree(root / "csrc", tmp_path_factory.mktemp("emulator") / "csrc")
+    for number, (name, text) in enumerate(BROKEN.values(), 1):
+        source = (csrc / name).read_text()
+        pattern = r"\s+".join(map(re.escape, text.split()))
+        parts = re.split(f"(?={pattern})", source)
+        assert len(parts) == 2, (name, text)
+        (csrc / name).write_text(f"if (left_out != {number}) ".join(parts))
+    for name in dict.fromkeys(name for name, _ in BROKEN.values()):
+        (csrc / name).write_text(f"extern int left_out;\n{(csrc / name).read_text()}")
+    (csrc / "plain.cpp").write_text(PLAIN)
     emulator = root / "tests" / "emulator"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER"]
-    command += [f"-I{emulator}", f"-I{toolkit / 'include'}"]
-    objects = tmp_path_factory.mktemp("emulator")
-    subprocess.run([*command, "-c", *map(str, emulator.glob("*.cpp"))], cwd=objects, check=True)
-    return [*command, "-shared", *map(str, objects.glob("*.o"))]
-
-
-def build_from(compiler: list[str], csrc: Path) -> ctypes.CDLL:
-    plain = csrc / "plain.cpp"
-    plain.write_text(PLAIN)
-    sources = [str(plain), str(csrc / "conv_bn_relu.cu"), str(csrc / "concat_conv_bn_relu.cu")]
-    library = csrc / "library.so"
-    subprocess.run([*compiler, f"-I{csrc}", "-x", "c++", *sources, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER"]
+    command += [f"-I{csrc}", f"-I{emulator}", f"-I{toolkit / 'include'}", "-x", "c++"]
+    sources = [*emulator.glob("*.cpp"), csrc / "plain.cpp", *(csrc / name for name in SOURCES)]
+    subprocess.run([*command, *map(str, sources), "-o", str(csrc / "library.so")], check=True)
+    return ctypes.CDLL(str(csrc / "library.so"))
 
 
 def is_right(library: ctypes.CDLL, two_sources: bool, kernel: int = 3) -> bool:
@@ -101,29 +148,64 @@ def is_right(library: ctypes.CDLL, two_sources: bool, kernel: int = 3) -> bool:
     return bool((y.double() - expected).norm() <= 0.01 * expected.norm())  # false where a NaN is
 
 
-@pytest.mark.parametrize("two_sources", [False, True], ids=["portable", "hopper"])
-def test_right_kernels_pass_whatever_the_order_of_threads(
-    root: Path, compiler: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_sources: bool
-) -> None:
-    csrc = shutil.copytree(root / "csrc", tmp_path / "csrc")
-    library = build_from(compiler, csrc)
-    for seed in range(6):
-        monkeypatch.setenv("FASTDEN_EMULATOR_SEED", str(seed))
-        assert is_right(library, two_sources, kernel=3 - seed % 2 * 2), f"seed {seed}"
+def bottleneck_is_right(library: ctypes.CDLL) -> bool:
+    """Whether a small bottleneck of 64 reduced channels is right."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, fan_in: int = 1) -> Tensor:
+        x = torch.randn(shape, generator=generator) / fan_in**0.5
+        return x.bfloat16().contiguous(memory_format=torch.channels_last)
+
+    x = draw(2, 128, 9, 20)
+    weights = draw(64, 128, 1, 1, fan_in=128), draw(64, 64, 3, 3, fan_in=576), draw(128, 64, 1, 1, fan_in=64)
+    reduce, conv, expand = (weight.double() for weight in weights)
+    reduced = F.conv2d(x.double(), reduce).relu().bfloat16().double()
+    convolved = F.conv2d(reduced, conv, padding=1).relu().bfloat16().double()
+    expected = (x.double() + F.conv2d(convolved, expand)).relu()
+    y = torch.full_like(x, float("nan"))
+    pointers = [tensor.data_ptr() for tensor in (x, *weights)]
+    arguments = Bottleneck(*pointers, None, None, None, y.data_ptr(), 1, 2, 9, 20, 128, 64)
+    if library.run_bottleneck(ctypes.byref(arguments)):
+        return False
+    return bool((y.double() - expected).norm() <= 0.01 * expected.norm())  # false where a NaN is
 
 
-@pytest.mark.parametrize(("file", "removed", "two_sources"), BROKEN.values(), ids=BROKEN)
-def test_what_is_missing_shows(
-    root: Path, compiler: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, removed: str,
-    two_sources: bool,
-) -> None:  # fmt: skip
-    csrc = shutil.copytree(root / "csrc", tmp_path / "csrc")
-    source = (csrc / file).read_text()
-    assert source.count(removed) == 1
-    (csrc / file).write_text(source.replace(removed, removed.partition(";")[2]))
-    library = build_from(compiler, csrc)
+def outcomes(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, check: Callable[[ctypes.CDLL], bool], statement: int = 0
+) -> list[bool]:
+    """Whether results are right without a statement (0: with all), for several orders of threads and copies."""
+    library.leave_out(statement)
     found = []
     for seed in range(6):
         monkeypatch.setenv("FASTDEN_EMULATOR_SEED", str(seed))
-        found.append(is_right(library, two_sources, 1 if removed == BROKEN[POINTWISE][1] else 3))
-    assert not all(found)
+        found.append(check(library))
+    return found
+
+
+@pytest.mark.parametrize("two_sources", [False, True], ids=["portable", "hopper"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_right_kernels_pass_whatever_the_order_of_threads(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, two_sources: bool, kernel: int
+) -> None:
+    assert all(outcomes(library, monkeypatch, lambda library: is_right(library, two_sources, kernel)))
+
+
+@pytest.mark.parametrize("multiprocessors", ["1", "2"])
+def test_right_bottlenecks_pass_whatever_the_order_of_threads(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, multiprocessors: str
+) -> None:
+    monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", multiprocessors)
+    assert all(outcomes(library, monkeypatch, bottleneck_is_right))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_missing_shows(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def check(library: ctypes.CDLL) -> bool:
+        if "bottleneck" in name:
+            return bottleneck_is_right(library)
+        return is_right(library, "hopper" in name, 1 if name == POINTWISE else 3)
+
+    if "bottleneck" in name:
+        monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", "1")  # all of its eight tiles for one block
+    statement = list(BROKEN).index(name) + 1
+    assert not all(outcomes(library, monkeypatch, check, statement))

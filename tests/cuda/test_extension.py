@@ -185,8 +185,9 @@ class TestGpus:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(extension, "load", lambda: {"architectures": built})
-        found = limits._why_not_device("concat_conv_bn_relu", torch.device("cuda"))
-        assert found == ([] if reason is None else [reason])
+        for operator in ("bottleneck", "concat_conv_bn_relu"):
+            found = limits._why_not_device(operator, torch.device("cuda"))
+            assert found == ([] if reason is None else [reason])
         if reason is not None and "wgmma" in reason:
             assert limits._why_not_device("conv_bn_relu", torch.device("cuda")) == []
 

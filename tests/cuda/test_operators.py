@@ -77,36 +77,60 @@ def test_concat_conv_bn_relu_of_the_network(device: str, size: tuple[int, int], 
     assert_as_exact_as_eager(ops.concat_conv_bn_relu, tensors)
 
 
+@pytest.fixture
+def emulated_hopper(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An emulated GPU of compute capability 9.0 with as many multiprocessors as the test's parameter says."""
+    if device == "cpu":
+        monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", str(request.param))
+        monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(133, 265)])
-def test_more_tiles_than_blocks(device: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """conv3 with 289 tiles: an emulated GPU of 7 multiprocessors does them in 3 clusters, a GPU in at most 72.
+@pytest.mark.parametrize("emulated_hopper", [7], indirect=True)
+@pytest.mark.usefixtures("emulated_hopper")
+def test_more_tiles_than_blocks(device: str, size: tuple[int, int]) -> None:
+    """289 tiles: an emulated GPU does them in 3 clusters of conv3 and 7 blocks of res3, a GPU in at most 144 blocks.
 
     Each block goes round its ring of stages many times, and through its barriers' phases.
     """
-    if device == "cpu":
-        monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", "7")
-        monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
     tensors = compare.concatenation(device, torch.bfloat16, 1, 128, 32, 256, size)
     assert_as_exact_as_eager(ops.concat_conv_bn_relu, tensors)
+    assert_as_exact_as_eager(compare.bottleneck, compare.block(device, torch.bfloat16, 1, 256, 64, size))
 
 
-def test_several_tiles_a_block(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("emulated_hopper", [5], indirect=True)
+@pytest.mark.usefixtures("emulated_hopper")
+def test_several_tiles_a_block(device: str) -> None:
     """The same with 18 tiles of narrow channels for two clusters, quick enough for every run and for a sanitizer."""
-    if device == "cpu":
-        monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", "5")
-        monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
     tensors = compare.concatenation(device, torch.bfloat16, 2, 64, 32, 256, (18, 37))
     assert_as_exact_as_eager(ops.concat_conv_bn_relu, tensors)
 
 
-def test_first_in_its_thread(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hopper's kernel asks the driver, which wants a context, and a fresh thread has none."""
-    monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
-    tensors = compare.concatenation(device, torch.float16, 1, 64, 32, 256, (3, 5))
+@pytest.mark.parametrize("channels", [64, 192])  # two and six steps, in a ring of three stages
+@pytest.mark.parametrize("emulated_hopper", [1, 2, 5], indirect=True)
+@pytest.mark.usefixtures("emulated_hopper")
+def test_several_tiles_a_block_of_the_bottleneck(device: str, channels: int) -> None:
+    """12 tiles for one, two and five blocks, so that the two groups of a block do as many as or one more or less."""
+    tensors = compare.block(device, torch.bfloat16, 2, channels, 64, (9, 37))
+    assert_as_exact_as_eager(compare.bottleneck, tensors)
+
+
+@pytest.mark.parametrize("emulated_hopper", [2], indirect=True)
+@pytest.mark.parametrize("name", ["concat_conv_bn_relu", "bottleneck"])
+@pytest.mark.usefixtures("emulated_hopper")
+def test_first_in_its_thread(device: str, name: str) -> None:
+    """Hopper's kernels ask the driver, which wants a context, and a fresh thread has none."""
+    function, tensors = {
+        "concat_conv_bn_relu": (
+            ops.concat_conv_bn_relu,
+            compare.concatenation(device, torch.float16, 1, 64, 32, 256, (3, 5)),
+        ),
+        "bottleneck": (compare.bottleneck, compare.block(device, torch.float16, 1, 64, 64, (3, 5))),
+    }[name]
     with ThreadPoolExecutor(1) as pool:
-        y = pool.submit(ops.concat_conv_bn_relu, **tensors, backend="cuda").result()  # type: ignore[arg-type]
-    assert torch.equal(y, ops.concat_conv_bn_relu(**tensors, backend="cuda"))  # type: ignore[arg-type]
+        y = pool.submit(function, **tensors, backend="cuda").result()  # type: ignore[arg-type]
+    assert torch.equal(y, function(**tensors, backend="cuda"))  # type: ignore[arg-type]
 
 
 @settings(max_examples=8)
@@ -135,6 +159,29 @@ def test_bottleneck(
     if not biases:
         tensors |= dict.fromkeys(("reduce_bias", "conv_bias", "expand_bias"))
     assert_as_exact_as_eager(compare.bottleneck, tensors)
+
+
+@pytest.mark.parametrize(("size", "batch", "biases"), [((1, 1), 1, True), ((11, 17), 1, False), ((5, 18), 2, True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("capability")
+def test_bottleneck_of_the_network(
+    device: str, size: tuple[int, int], batch: int, biases: bool, dtype: torch.dtype
+) -> None:
+    """res3's channels, for which compute capability 9.0 has a kernel of its own."""
+    tensors = compare.block(device, dtype, batch, 256, 64, size)
+    if not biases:
+        tensors |= dict.fromkeys(("reduce_bias", "conv_bias", "expand_bias"))
+    assert_as_exact_as_eager(compare.bottleneck, tensors)
+
+
+@pytest.mark.parametrize("channels", [96, 320])
+def test_bottleneck_that_hopper_leaves_to_the_other_kernel(
+    device: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels that are no multiple of 64, or more than its shared memory holds weights of."""
+    if device == "cpu":
+        monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
+    assert_as_exact_as_eager(compare.bottleneck, compare.block(device, torch.float16, 1, channels, 64, (3, 5)))
 
 
 @settings(max_examples=8)

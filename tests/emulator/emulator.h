@@ -81,6 +81,8 @@ void tensor_store_commit();
 void tensor_store_wait(int pending);
 
 void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, float (*to_float)(uint16_t));
+// The first factor in registers, which must keep their values until the product is waited for.
+void group_multiply_add(float* sums, int columns, const uint32_t* a, uint64_t b, bool add, float (*to_float)(uint16_t));
 void group_commit();
 void group_wait(int pending);
 

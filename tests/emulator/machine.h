@@ -41,6 +41,7 @@ struct Copy {
 
 struct Product {
     float* sums[kGroup];
+    const uint32_t* left[kGroup];  // the first factor's registers; null where the factor is in shared memory
     int columns;
     uint64_t a, b;
     bool add;

@@ -21,8 +21,16 @@ void execute(Block& block, const Product& product) {
         return product.to_float(bits);
     };
     std::vector<float> a(64 * 16), b(product.columns * 16);
-    for (int row = 0; row < 64; ++row) {
+    for (int row = 0; row < 64 && product.left[0] == nullptr; ++row) {
         for (int k = 0; k < 16; ++k) a[row * 16 + k] = value(product.a, row, k);
+    }
+    for (int thread = 0; thread < kGroup && product.left[0] != nullptr; ++thread) {
+        for (int index = 0; index < 8; ++index) {
+            const int row = thread / kWarp * 16 + thread % kWarp / 4 + index / 2 % 2 * 8;
+            const int k = thread % 4 * 2 + index / 4 * 8 + index % 2;
+            const uint32_t pair = product.left[thread][index / 2];
+            a[row * 16 + k] = product.to_float(static_cast<uint16_t>(pair >> 16 * (index % 2)));
+        }
     }
     for (int column = 0; column < product.columns; ++column) {
         for (int k = 0; k < 16; ++k) b[column * 16 + k] = value(product.b, column, k);
@@ -43,6 +51,21 @@ void multiply_groups(Block& block, WarpGroup& all, int pending) {
     for (; static_cast<int>(all.committed.size()) > pending; all.committed.pop_front()) {
         for (const Product& product : all.committed.front()) execute(block, product);
     }
+}
+
+void begin_product(float* sums, const uint32_t* left, int columns, uint64_t a, uint64_t b, bool add,
+                   float (*to_float)(uint16_t)) {
+    WarpGroup& all = group();
+    all.product.sums[self().position.thread.x % kGroup] = sums;
+    all.product.left[self().position.thread.x % kGroup] = left;
+    meet(all.meeting, kGroup, [&] {
+        all.product.columns = columns;
+        all.product.a = a;
+        all.product.b = b;
+        all.product.add = add;
+        all.product.to_float = to_float;
+        all.open.push_back(all.product);
+    });
 }
 
 }  // namespace
@@ -103,16 +126,12 @@ void multiply_add(float* sums, const uint32_t* a, uint32_t b0, uint32_t b1, floa
 }
 
 void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, float (*to_float)(uint16_t)) {
-    WarpGroup& all = group();
-    all.product.sums[self().position.thread.x % kGroup] = sums;
-    meet(all.meeting, kGroup, [&] {
-        all.product.columns = columns;
-        all.product.a = a;
-        all.product.b = b;
-        all.product.add = add;
-        all.product.to_float = to_float;
-        all.open.push_back(all.product);
-    });
+    begin_product(sums, nullptr, columns, a, b, add, to_float);
+}
+
+void group_multiply_add(float* sums, int columns, const uint32_t* a, uint64_t b, bool add,
+                        float (*to_float)(uint16_t)) {
+    begin_product(sums, a, columns, 0, b, add, to_float);
 }
 
 void group_commit() {
