@@ -1,9 +1,10 @@
-"""Denoise two noisy photographs with the fastden command and show what it did.
+"""Denoise three noisy photographs with the fastden command and show what it did.
 
-Takes a photograph that scikit-image ships and makes it noisy twice: as a camera would at a high ISO number
-(:mod:`fastden.training.camera`: noise in the sensor, demosaicing, tone curve, JPEG; it is made, not shot), and by white
-Gaussian noise of a known level. The command gets no parameter for the first, and the level for the second. Writes the
-noisy and the denoised files, and ``camera.png`` and ``white.png``, which compare them.
+The first is a real one, as it came (``examples/photographs/``). The others are a photograph that scikit-image ships,
+made noisy twice: as a camera would at a high ISO number (:mod:`fastden.training.camera`: noise in the sensor,
+demosaicing, tone curve, JPEG), and by white Gaussian noise of a known level. The command gets no parameter for the
+first two, and the level for the third. Writes the noisy and the denoised files, and ``real.png``, ``camera.png`` and
+``white.png``, which compare them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ Pixels = npt.NDArray[np.uint8]
 
 #: Photographs inside the scikit-image package (no download), each with the left and top of the detail to enlarge.
 PHOTOGRAPHS = {"chelsea": (112, 80), "coffee": (250, 220), "astronaut": (170, 60), "rocket": (250, 300)}
+#: A scan of an old print; nobody has it without noise.
+REAL, REAL_CORNER = Path(__file__).resolve().parent / "photographs" / "tesla.jpg", (86, 48)
 ZOOM = 4
 MARGIN, HEADER = 12, 40
 #: Shot noise of the camera: that of a phone in a dim room.
@@ -120,6 +123,10 @@ def main() -> None:
     corner = PHOTOGRAPHS[arguments.photograph]
     model = [] if arguments.model is None else ["--model", arguments.model]
 
+    noisy = np.asarray(Image.open(REAL).convert("RGB"))
+    print(f"A real photograph: {fastden.estimate_noise(noisy).describe()}")
+    show(folder / "real.png", REAL, None, noisy, [], model, REAL_CORNER)
+
     shot = folder / "camera-noisy.jpg"
     target = shoot(photograph, shot, arguments.seed)
     noisy = np.asarray(Image.open(shot))
@@ -136,23 +143,26 @@ def main() -> None:
 def show(
     sheet: Path,
     noisy_file: Path,
-    clean: Pixels,
+    clean: Pixels | None,
     noisy: Pixels,
     options: list[str],
     model: list[str],
     corner: tuple[int, int],
 ) -> None:
-    """Denoise a file by the command, compare it with the truth in figures and on a sheet, and time the call."""
+    """Denoise a file by the command, show the result on a sheet, compare it with the truth if known, time the call."""
     denoised_file = sheet.with_name(f"{sheet.stem}-denoised.png")
     command_seconds = run_command(noisy_file, denoised_file, [*options, *model])
     arguments: dict[str, Any] = {"sigma": float(options[1])} if options else {}
     seconds = time_denoising(noisy, arguments | ({"model": model[1]} if model else {}))
-    denoised = np.asarray(Image.open(denoised_file))
-    before, after = peak_signal_noise_ratio(clean, noisy), peak_signal_noise_ratio(clean, denoised)
-    pictures = {f"noisy, {before:.1f} dB": noisy, f"denoised, {after:.1f} dB": denoised, "without noise": clean}
+    denoised = np.asarray(Image.open(denoised_file).convert("RGB"))
+    if clean is None:
+        pictures = {"noisy": noisy, "denoised": denoised}
+    else:
+        before, after = peak_signal_noise_ratio(clean, noisy), peak_signal_noise_ratio(clean, denoised)
+        pictures = {f"noisy, {before:.1f} dB": noisy, f"denoised, {after:.1f} dB": denoised, "without noise": clean}
+        print(f"PSNR      {before:.2f} dB noisy, {after:.2f} dB denoised")
     compare(pictures, corner).save(sheet, optimize=True)
-    height, width = clean.shape[:2]
-    print(f"PSNR      {before:.2f} dB noisy, {after:.2f} dB denoised")
+    height, width = noisy.shape[:2]
     print(f"command   {command_seconds:.2f} s, with the start of Python and loading")
     print(f"denoising {seconds:.3f} s, {height * width / 1e6 / seconds:.2f} megapixels a second (from Python, warm)")
     print(f"pictures  {noisy_file}, {denoised_file}, {sheet}", flush=True)
