@@ -1,14 +1,13 @@
 """Count the resources that each kernel needs at the network's sizes, from its binary and its tiles, without a GPU.
 
-The counts of each kernel in the network are for bfloat16 and compute capability 9.0:
+The counts of each kernel in the network are for bfloat16 and compute capability 9.0, or the one in its name:
 
 - bytes that a block reads from the level-2 cache, for each of its output pixels;
 - bytes of the kernel's sources that the grid reads from memory, for each output pixel, where the sources are larger
   than that cache;
 - instructions of the innermost loop of matrix products, for each matrix instruction in the loop, and how many
   instructions of the loop load from shared memory;
-- registers of a thread, shared memory of a block, and the number of blocks that a multiprocessor of 64 Ki registers and
-  227 KiB holds at once.
+- registers of a thread, shared memory of a block, and the number of blocks that a multiprocessor holds at once.
 
 The next counts are for the step that pads an image, adds its noise level and casts it: the bytes and launches of
 PyTorch's operations, and those of the kernel that does all this at once. Then come the bytes that larger tiles of the
@@ -55,9 +54,20 @@ from fastden.network.inputs import noise_level
 from fastden.network.padding import pad_image
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Limits of a multiprocessor of compute capability 9.0: registers, bytes of shared memory, bytes of it that the system
-#: takes for each block, threads, and blocks.
-REGISTERS, SHARED, RESERVED, THREADS, BLOCKS = 1 << 16, 228 << 10, 1 << 10, 2048, 32
+#: Of a multiprocessor: registers, and bytes of shared memory that the system takes for each block.
+REGISTERS, RESERVED = 1 << 16, 1 << 10
+
+
+class Limits(NamedTuple):
+    """Of a multiprocessor: bytes of shared memory, threads, blocks."""
+
+    shared: int
+    threads: int
+    blocks: int
+
+
+#: By architecture.
+LIMITS = {"9.0a": Limits(228 << 10, 2048, 32), "8.6": Limits(100 << 10, 1536, 16)}
 MATRIX = re.compile(r"\b(HGMMA|HMMA)\.")
 SHARED_LOADS = re.compile(r"\b(LDSM|LDS)\b")
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.MULTILINE)
@@ -95,16 +105,23 @@ def innermost(listing: str) -> Loop | None:
     return max(found, key=lambda loop: loop.matrix, default=None)
 
 
-def resident(registers: int, shared: int, threads: int) -> int:
+def resident(registers: int, shared: int, threads: int, architecture: str = "9.0a") -> int:
     """Blocks that a multiprocessor holds at once."""
+    most = LIMITS[architecture]
     warps = -(-threads // 32)
     # A warp gets registers in units of 256.
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
-    return min(by_registers, SHARED // (shared + RESERVED), THREADS // threads, BLOCKS)
+    return min(by_registers, most.shared // (shared + RESERVED), most.threads // threads, most.blocks)
 
 
 def row(
-    place: str, backend: str, pixels: int, asked: float, usage: dict[str, int], loop: Loop | None
+    place: str,
+    backend: str,
+    pixels: int,
+    asked: float,
+    usage: dict[str, int],
+    loop: Loop | None,
+    architecture: str = "9.0a",
 ) -> dict[str, Any]:
     """A line of the table. ``asked`` is the number of bytes that a block reads from level 2, without its results."""
     return {
@@ -113,7 +130,7 @@ def row(
         "l2_bytes_a_pixel": round(asked / pixels, 1),
         "tile_pixels": pixels,
         **usage,
-        "blocks_a_multiprocessor": resident(usage["registers"], usage["shared_bytes"], usage["threads"]),
+        "blocks_a_multiprocessor": resident(usage["registers"], usage["shared_bytes"], usage["threads"], architecture),
         "loop_instructions": None if loop is None else loop.instructions,
         "loop_matrix_instructions": None if loop is None else loop.matrix,
         "instructions_a_matrix_instruction": None if loop is None else round(loop.instructions / loop.matrix, 2),
@@ -341,6 +358,7 @@ class Kernel(NamedTuple):
         shared, threads: C++ expressions for the bytes of shared memory and the number of threads of a block.
         pixels: C++ expression for the number of a tile's output pixels (at half resolution for the head).
         asked: C++ expression for the bytes that a tile loads; "" for :func:`conv3_bytes`.
+        architecture: that the kernel is compiled for.
     """
 
     place: str
@@ -350,10 +368,20 @@ class Kernel(NamedTuple):
     threads: str
     pixels: str
     asked: str
+    architecture: str = "9.0a"
 
 
-_TILE = "ConvolutionTile<__nv_bfloat16, {0}>"
-_CONV = "{taps} * {depth} * ({rows} + {columns}) * 2"
+def convolution(
+    place: str, source: str, tile: tuple[int, ...], taps: int, depth: int, architecture: str = "9.0a"
+) -> Kernel:
+    """The kernel of ``convolution.cuh``. A tile is rows, columns, warps down and across, and stages."""
+    name = f"ConvolutionTile<__nv_bfloat16, {', '.join(map(str, tile))}>"
+    mangled = "convolution_kernelI13__nv_bfloat16" + "".join(f"Li{number}E" for number in tile)
+    asked = f"{taps} * {depth} * ({tile[0]} + {tile[1]}) * 2"
+    shared, threads = f"{name}::kSharedBytes", f"{name}::kThreads"
+    return Kernel(place, source, mangled, shared, threads, str(tile[0]), asked, architecture)
+
+
 #: A tile with its margin, the tile once more as the residual, and the weights.
 _BLOCK = "((kMarginPixels + kPixels) * {channels} + (2 * {channels} + 9 * {middle}) * {middle}) * 2"
 CUDA = (
@@ -376,16 +404,13 @@ CUDA = (
         # Weights stay in shared memory from tile to tile.
         "(kMarginPixels + kPixels) * 256 * 2",
     ),
-    Kernel(
-        "conv2", "conv_bn_relu", r"convolution_kernelI13__nv_bfloat16Li128ELi128E",
-        _TILE.format("128, 128, 2, 4, 4") + "::kSharedBytes", _TILE.format("128, 128, 2, 4, 4") + "::kThreads", "128",
-        _CONV.format(taps=9, depth=128, rows=128, columns=128),
-    ),
-    Kernel(
-        "up2", "upsample", r"convolution_kernelI13__nv_bfloat16Li128ELi32E",
-        _TILE.format("128, 32, 4, 1, 4") + "::kSharedBytes", _TILE.format("128, 32, 4, 1, 4") + "::kThreads", "128",
-        _CONV.format(taps=4, depth=128, rows=128, columns=32),
-    ),
+    convolution("conv2", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128),
+    convolution("up2", "upsample", (128, 32, 4, 1, 4), 4, 128),
+    # Of a multiprocessor with 100 KiB of shared memory.
+    convolution("conv3 on 8.6, four stages", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 160, "8.6"),
+    convolution("conv3 on 8.6, three stages", "conv_bn_relu", (128, 128, 2, 4, 3), 9, 160, "8.6"),
+    convolution("up2 on 8.6, four stages", "upsample", (128, 32, 4, 1, 4), 4, 128, "8.6"),
+    convolution("up2 on 8.6, three stages", "upsample", (128, 32, 4, 1, 3), 4, 128, "8.6"),
     Kernel(
         "conv3", "concat_conv_bn_relu", r"concat_kernelI13__nv_bfloat16Li2E", "hopper::kSharedBytes",
         "hopper::kThreads", "hopper::kTileRows * hopper::kTileColumns", "",
@@ -426,28 +451,35 @@ def conv3_bytes(source: Path) -> str:
     return f"({columns} * 5 * hopper::kLeftBytes + 9 * {halves} * hopper::kRightBytes / hopper::kCluster) / 2"
 
 
+def compiled(csrc: Path, source: str, architecture: str, toolkit: Path) -> tuple[str, str]:
+    """Disassembly and resources of the kernels of a source."""
+    flags = [flag for flag in build.plan(csrc, ["9.0a"], toolkit=toolkit).nvcc_flags if not flag.startswith("-gencode")]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        target = [f"-arch=sm_{architecture.replace('.', '')}", "-cubin", "-o", str(cubin), str(csrc / f"{source}.cu")]
+        subprocess.run([str(toolkit / "bin" / "nvcc"), *flags, *target], check=True, capture_output=True)
+        usage = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        return disassembly(cubin), subprocess.run(usage, capture_output=True, text=True, check=True).stdout
+
+
 def count_cuda(csrc: Path) -> list[dict[str, Any]]:
     toolkit = build.find_toolkit()
     if toolkit is None:
         print("nvcc is not found: no counts of the CUDA kernels", file=sys.stderr)
         return []
-    plan = build.plan(csrc, ["9.0a"], toolkit=toolkit)
-    flags = [flag for flag in plan.nvcc_flags if not flag.startswith("-gencode")]
     emulated = ["-std=c++17", "-DFASTDEN_EMULATED", "-DFASTDEN_HOPPER", f"-I{ROOT / 'tests' / 'emulator'}"]
     emulated += [f"-I{toolkit / 'include'}"]
+    binaries: dict[tuple[str, str], tuple[str, str]] = {}
     rows = []
     for kernel in CUDA:
         source = csrc / f"{kernel.source}.cu"
         asked = kernel.asked or conv3_bytes(source)
         names = {"shared": kernel.shared, "threads": kernel.threads, "pixels": kernel.pixels, "asked": asked}
         values = evaluate(names, source, ["-x", "c++", *emulated])
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            command = [str(toolkit / "bin" / "nvcc"), *flags, "-arch=sm_90a", "-cubin", "-o", str(cubin), str(source)]
-            subprocess.run(command, check=True, capture_output=True)
-            listing = disassembly(cubin)
-            usage = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-            resources = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
+        key = kernel.source, kernel.architecture
+        if key not in binaries:
+            binaries[key] = compiled(csrc, *key, toolkit)
+        listing, resources = binaries[key]
         parts = re.split(r"Function : ([\w$.]+)", listing)
         (body,) = (text for name, text in zip(parts[1::2], parts[2::2], strict=True) if re.search(kernel.mangled, name))
         registers = re.search(rf"Function \S*{kernel.mangled}\S*:\s*REG:(\d+)", resources)
@@ -457,7 +489,8 @@ def count_cuda(csrc: Path) -> list[dict[str, Any]]:
             "shared_bytes": values["shared"],
             "threads": values["threads"],
         }
-        rows.append(row(kernel.place, "cuda", values["pixels"], values["asked"], used, innermost(body)))
+        found = row(kernel.place, "cuda", values["pixels"], values["asked"], used, innermost(body), kernel.architecture)
+        rows.append(found)
     return rows
 
 

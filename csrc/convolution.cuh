@@ -223,12 +223,30 @@ Status launch_convolution(ConvolutionProblem problem, cudaStream_t stream) {
                   Tile::kSharedBytes, 1, stream, problem);
 }
 
-// Few output channels use narrower tiles, so that no products are computed for channels that do not exist.
+constexpr int kStages = 4, kFewStages = 3;
+constexpr int kReservedBytes = 1024;  // of shared memory, for each block
+
+// Launches tiles of the most stages with which kBlocks blocks fit into the shared memory of a multiprocessor. Where it
+// has 100 KiB, as on compute capability 8.6 and 8.9, these are three: otherwise, one block of 128 x 128 would be alone.
+template <typename T, int kRows, int kColumns, int kWarpsDown, int kWarpsAcross, int kBlocks>
+Status launch_stages(const ConvolutionProblem& problem, cudaStream_t stream) {
+    using Tile = ConvolutionTile<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>;
+    int shared_bytes = 0;
+    const cudaError_t error = device_attribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    if (error != cudaSuccess) return error;
+    if (kBlocks * (Tile::kSharedBytes + kReservedBytes) > shared_bytes) {
+        return launch_convolution<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kFewStages>(problem, stream);
+    }
+    return launch_convolution<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>(problem, stream);
+}
+
+// Few output channels use narrower tiles, so that no products are computed for channels that do not exist. Registers
+// bound the number of 128 x 128 blocks to two. Two blocks of 128 x 64 fit everywhere.
 template <typename T>
 Status launch_convolution_for(const ConvolutionProblem& problem, cudaStream_t stream) {
-    if (problem.arguments.outputs <= 32) return launch_convolution<T, 128, 32, 4, 1, 4>(problem, stream);
-    if (problem.arguments.outputs <= 64) return launch_convolution<T, 128, 64, 4, 2, 4>(problem, stream);
-    return launch_convolution<T, 128, 128, 2, 4, 4>(problem, stream);
+    if (problem.arguments.outputs <= 32) return launch_stages<T, 128, 32, 4, 1, 3>(problem, stream);
+    if (problem.arguments.outputs <= 64) return launch_convolution<T, 128, 64, 4, 2, kStages>(problem, stream);
+    return launch_stages<T, 128, 128, 2, 4, 2>(problem, stream);
 }
 
 inline Status run_convolution(const Convolution& arguments, cudaStream_t stream, bool phases) {

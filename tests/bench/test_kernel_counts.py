@@ -43,6 +43,8 @@ def test_blocks_that_fit(counts: Any) -> None:
     assert counts.resident(64, 40 << 10, 256) == 4  # registers
     assert counts.resident(32, 100 << 10, 128) == 2  # shared memory
     assert counts.resident(16, 0, 32) == 32  # blocks
+    assert counts.resident(128, 48 << 10, 256, "8.6") == 2  # 100 KiB
+    assert counts.resident(128, 64 << 10, 256, "8.6") == 1
 
 
 def test_bytes_of_a_tile(counts: Any, root: Path) -> None:

@@ -20,10 +20,13 @@ from fastden.cuda import build
 PLAIN = """
 #include <exception>
 #include "fastden.h"
+#include "machine.h"
 
 int left_out = 0;
 
 extern "C" void leave_out(int statement) { left_out = statement; }
+
+extern "C" int shared_bytes_launched() { return fastden::emulator::machine.shared_bytes; }
 
 template <typename Operation, typename Arguments>
 int tried(Operation operation, const Arguments& arguments) {
@@ -126,15 +129,18 @@ def library(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL
     return ctypes.CDLL(str(csrc / "library.so"))
 
 
-def is_right(library: ctypes.CDLL, two_sources: bool, kernel: int = 3) -> bool:
-    """Whether a small convolution is right; with two sources its tiles and steps fill the kernel's ring twice."""
+def is_right(library: ctypes.CDLL, two_sources: bool, kernel: int = 3, outputs: int = 32) -> bool:
+    """Whether a small convolution is right; with two sources its tiles and steps fill the kernel's ring twice.
+
+    With two sources it has 256 outputs.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).bfloat16().contiguous(memory_format=torch.channels_last)
 
     a, b = draw(2, 64, 9, 20), draw(2, 32, 9, 20) if two_sources else None
-    weight = draw(256 if two_sources else 32, 96 if two_sources else 64, kernel, kernel)
+    weight = draw(256 if two_sources else outputs, 96 if two_sources else 64, kernel, kernel)
     whole = a if b is None else torch.cat([a, b], 1)
     expected = F.conv2d(whole.double(), weight.double(), padding=kernel // 2).relu()
     y = torch.full_like(expected, float("nan"), dtype=a.dtype, memory_format=torch.channels_last)
@@ -188,6 +194,26 @@ def test_right_kernels_pass_whatever_the_order_of_threads(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, two_sources: bool, kernel: int
 ) -> None:
     assert all(outcomes(library, monkeypatch, lambda library: is_right(library, two_sources, kernel)))
+
+
+@pytest.mark.parametrize(
+    ("kibibytes", "outputs", "expected"),
+    [
+        ("164", 128, 4 * 256 * 64),
+        ("100", 128, 3 * 256 * 64),
+        ("164", 32, 4 * 160 * 64),
+        ("100", 32, 3 * 160 * 64),
+        ("100", 64, 4 * 192 * 64),
+    ],
+)
+def test_fewer_stages_where_a_multiprocessor_has_little_shared_memory(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kibibytes: str, outputs: int, expected: int
+) -> None:
+    """So that two blocks of 128 outputs, or three of 32, fit in. A stage has 32 channels of pixels and of outputs."""
+    monkeypatch.setenv("FASTDEN_EMULATED_SHARED_KIB", kibibytes)
+    library.leave_out(0)
+    assert is_right(library, False, outputs=outputs)
+    assert library.shared_bytes_launched() == expected
 
 
 @pytest.mark.parametrize("multiprocessors", ["1", "2"])

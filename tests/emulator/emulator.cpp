@@ -181,12 +181,16 @@ namespace fastden {
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
     const char* major = std::getenv("FASTDEN_EMULATED_MAJOR");
     const char* multiprocessors = std::getenv("FASTDEN_EMULATED_MULTIPROCESSORS");
+    const char* shared = std::getenv("FASTDEN_EMULATED_SHARED_KIB");
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount:
             *value = multiprocessors != nullptr ? std::atoi(multiprocessors) : 2;
             return cudaSuccess;
         case cudaDevAttrComputeCapabilityMajor:
             *value = major != nullptr ? std::atoi(major) : 9;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = (shared != nullptr ? std::atoi(shared) : 228) << 10;
             return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = 227 << 10;

@@ -148,7 +148,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
 }
 
 // Two multiprocessors of compute capability 9.0, so that persistent kernels have several tiles to do; the environment
-// variables FASTDEN_EMULATED_MAJOR and FASTDEN_EMULATED_MULTIPROCESSORS say otherwise.
+// variables FASTDEN_EMULATED_MAJOR and FASTDEN_EMULATED_MULTIPROCESSORS say otherwise, and FASTDEN_EMULATED_SHARED_KIB
+// how much shared memory each has.
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute);
 
 // Blocks of a cluster share a group of multiprocessors: here each group has one more than whole clusters fill.
