@@ -178,11 +178,10 @@ def separated_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (ROWS, M, 1, 4) and (4 K, ROWS, 4, 1) of zeros and ones; ROWS is 12 K, rounded up to a multiple of 16.
     """
-    outputs, m = weight.shape[:2]
+    outputs = len(weight)
     used = [(o, row) for o in range(outputs) for row in range(4) if (o // 2 % 2, row) not in ((0, 3), (1, 0))]
-    rows = weight.new_zeros(-(-len(used) // 16) * 16, m, 1, 4)
+    of, at = torch.tensor(used, device=weight.device).T
+    rows = F.pad(weight[of, :, at], (0, 0, 0, 0, 0, -len(used) % 16))[:, :, None]
     merge = weight.new_zeros(outputs, len(rows), 4, 1)
-    for index, (o, row) in enumerate(used):
-        rows[index, :, 0] = weight[o, :, row]
-        merge[o, index, row, 0] = 1
+    merge[of, torch.arange(len(used), device=weight.device), at] = 1
     return rows, merge

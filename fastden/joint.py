@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastden.network.modes import transforming
 from fastden.ops.backends import NAMES, use_backend
+from fastden.ops.modes import transforming
 
 #: Name of the only task where it was not given by a mapping.
 TASK = "task"

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.algebra import BORDER
-from fastden.network import onednn
 from fastden.network.inputs import noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, padding_for, reflected_index
+from fastden.ops.onednn import why_not
 
 #: Pixels that a tile reads around its own: the smallest multiple of 4 beyond the network's reach.
 HALO = 24
@@ -227,7 +227,7 @@ def bytes_per_pixel(model: Model) -> float:
         form = "plain"
     else:
         dtype = model.dtype
-        form = "operators" if onednn.why_not(model.device, dtype) else "onednn"
+        form = "operators" if why_not(model.device, dtype) else "onednn"
     return BYTES_PER_PIXEL[form] * dtype.itemsize / 4
 
 

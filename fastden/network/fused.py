@@ -15,11 +15,12 @@ from fastden.network import folding, int8, onednn
 from fastden.network.inputs import Sigma, as_map, check_input, map_or_curve, warn_of_scale
 from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
-from fastden.network.modes import runs_as_written, without_autocast
 from fastden.network.packed import Snapshot
 from fastden.network.padding import pad_image, padding_for
 from fastden.ops._network_input import can_prepare, network_input
 from fastden.ops.backends import requested
+from fastden.ops.modes import runs_as_written, without_autocast
+from fastden.ops.onednn import why_not
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -242,7 +243,7 @@ class FusedDenoiser(nn.Module):
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return None
-        if onednn.why_not(self.device, self.dtype):
+        if why_not(self.device, self.dtype):
             return None
         packed = self._onednn  # read once: another thread may replace it
         if packed is None or not packed[0].holds(weights):

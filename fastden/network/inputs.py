@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastden.errors import ScaleWarning
 from fastden.network.level import KNOTS, level_map
-from fastden.network.modes import runs_as_written, transforming
+from fastden.ops.modes import runs_as_written, transforming
 
 #: Types that a noise level may have; None for a blind network.
 Sigma: TypeAlias = float | Tensor | npt.NDArray[Any] | Sequence[Any] | None

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from fastden.algebra import phase_weights, unshuffled_weight
 from fastden.network import onednn
-from fastden.network.activations import fold, gathered, join_phases
 from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
 from fastden.network.packed import PackedWeights
+from fastden.ops.activations import fold, gathered, join_phases
+from fastden.ops.onednn import missing
 
 #: File beside ``model.safetensors`` with the ranges of the network's activations.
 RANGES_FILE = "int8.safetensors"
@@ -52,7 +53,7 @@ Ranges = dict[str, Tensor]
 
 def why_not() -> list[str]:
     """Reasons why this machine cannot run the network in 8-bit integers; empty where it can."""
-    reasons = list(onednn.missing())
+    reasons = list(missing())
     lacking = [
         f"torch.ops.onednn.{name}"
         for name in ("qconv_prepack", "qconv2d_pointwise")

@@ -11,7 +11,6 @@ from fastden import ops
 from fastden.algebra import BORDER, compose_head, compose_stem
 from fastden.network.hub import PretrainedMixin
 from fastden.network.inputs import Sigma, check_input, noise_level, warn_of_scale
-from fastden.network.modes import without_autocast
 from fastden.network.padding import pad_image
 from fastden.nn import (
     Bottleneck,
@@ -24,6 +23,7 @@ from fastden.nn import (
     is_plain_norm,
     is_plain_upsample,
 )
+from fastden.ops.modes import without_autocast
 
 
 class Denoiser(nn.Module, PretrainedMixin):

@@ -8,11 +8,9 @@ has to be built.
 from __future__ import annotations
 
 import ctypes
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,8 +24,9 @@ from fastden.algebra import (
     separated_head,
     unshuffled_weight,
 )
-from fastden.network.activations import channels_last_empty, fold, gathered, join_phases, tile_regions
 from fastden.network.packed import PackedWeights
+from fastden.ops.activations import channels_last_empty, fold, gathered, join_phases, tile_regions
+from fastden.ops.onednn import has_bf16, missing
 
 #: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
 #: run at 3.1 TFLOP/s on maps up to 192 columns wide, and at 1.1 TFLOP/s on the 386 columns of a 768-pixel image (2
@@ -35,7 +34,7 @@ from fastden.network.packed import PackedWeights
 #: pixels take 83, 92 and 99 ms in bf16, and 404, 412 and 476 ms in float32.
 TILE_ROWS, TILE_COLUMNS = 256, 192
 #: Features that a tile needs before and behind its own. res3's 3x3 convolution needs 1 on each side; the head's 4x4
-#: needs 1 before and 2 behind. conv3's neighbours are inputs, see :func:`fastden.network.activations.gathered`.
+#: needs 1 before and 2 behind. conv3's neighbours are inputs, see :func:`fastden.ops.activations.gathered`.
 BEFORE, BEHIND = 2, 3
 #: Rows of half-resolution features that stem and res1 make at a time. This saves 10 ms of 100 against all rows at once,
 #: and 5 ms against 16 rows (512 x 768 pixels, bf16).
@@ -51,43 +50,11 @@ def native_bf16() -> bool:
     Without such units oneDNN computes bfloat16 through float32. With AVX-512 BF16 the network takes half of float32's
     time (``benchmarks/results/bf16.json``), with AMX a fifth (``benchmarks/results/cpu.json``).
     """
-    return not missing() and _has_bf16_units() and _onednn_bf16()
+    return not missing() and _has_bf16_units() and has_bf16()
 
 
 def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def _onednn_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@cache
-def missing() -> tuple[str, ...]:
-    """What this PyTorch or machine lacks for oneDNN's fused convolutions."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return (f"processor: {platform.machine()}; accepted: x86-64",)
-    if not torch.backends.mkldnn.is_available():
-        return ("this PyTorch has no oneDNN",)
-    wanted = (
-        "_convolution_pointwise", "_convolution_pointwise_", "_is_mkldnn_bf16_supported", "_nbytes", "data_ptr",
-    )  # fmt: skip
-    lacking = [f"torch.ops.mkldnn.{name}" for name in wanted if not hasattr(torch.ops.mkldnn, name)]
-    return (f"this PyTorch lacks {', '.join(lacking)}",) if lacking else ()
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Reasons why the oneDNN form cannot run; empty where it can."""
-    if device.type != "cpu":
-        return [f"device: {device}; accepted: cpu"]
-    reasons = list(missing())
-    if dtype not in (torch.float32, torch.bfloat16):
-        reasons.append(f"dtype: {dtype}; accepted: torch.float32, torch.bfloat16")
-    elif dtype == torch.bfloat16 and not reasons and not _onednn_bf16():
-        reasons.append("dtype: torch.bfloat16, but oneDNN has no bfloat16 on this CPU (AVX-512 at least)")
-    if not torch.backends.mkldnn.enabled:
-        reasons.append("torch.backends.mkldnn.enabled is False")
-    return reasons
 
 
 def keep_freed_memory() -> bool:

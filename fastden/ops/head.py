@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.algebra import BORDER
+from fastden.algebra import BORDER, image_phases, separated_head, unshuffled_weight
 from fastden.kernels._layout import channels_last
+from fastden.ops import onednn
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check
 from fastden.ops._tensors import in_autocast, like, wants_gradient
+from fastden.ops.activations import fold
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
+
+#: Up to this many positions of the features, the rearranged weights take longer than they save.
+FEW_POSITIONS = 2048
 
 
 def head(
@@ -71,17 +76,50 @@ def head(
         run = in_autocast(features, x, weight, image_weight)
         y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)
         return y.clamp(0, 1) if later else y
+    few = features.shape[2] * features.shape[3] <= FEW_POSITIONS
+    if composed and not few and onednn.serves(*tensors.values()):
+        y = F.pixel_shuffle(_phases(*tensors.values()), 2)
+    else:
+        y = _plain(*tensors.values())
+    if add_input:
+        source = x if image is None else image
+        y = (y if image is None else y.to(image.dtype)) + source[:, :k, BORDER:-BORDER, BORDER:-BORDER]
+    return y.clamp(0, 1) if clamp else y
+
+
+def _plain(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor) -> Tensor:
+    """The result without the added image and the limits."""
     phases = F.conv2d(features, weight, None, padding=1)
     if torch.compiler.is_exporting():
         # The layout of the shuffled image depends on its width, which may be symbolic here.
         phases = phases.clone(memory_format=torch.contiguous_format)
     # PyTorch 2.13's pixel_shuffle has no gradient for an empty batch.
-    y = F.pixel_shuffle(phases, 2) if x.shape[0] else phases.reshape(0, k, x.shape[2] - 6, x.shape[3] - 6)
-    y = y + F.conv2d(x, image_weight, like(bias, x))
-    if add_input:
-        source = x if image is None else image
-        y = (y if image is None else y.to(image.dtype)) + source[:, :k, BORDER:-BORDER, BORDER:-BORDER]
-    return y.clamp(0, 1) if clamp else y
+    if x.shape[0]:
+        y = F.pixel_shuffle(phases, 2)
+    else:
+        y = phases.reshape(0, len(image_weight), x.shape[2] - 6, x.shape[3] - 6)
+    return y + F.conv2d(x, image_weight, like(bias, x))
+
+
+def _phases(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor) -> Tensor:
+    """What :func:`_plain` returns, before ``pixel_shuffle``, on oneDNN; ``weight`` is a composed one.
+
+    The image's convolution reads pairs of pixels: 12 or 16 channels fill oneDNN's vectors, 3 or 4 do not. The
+    convolution of the features adds its sums to the image's.
+    """
+    channels = x.shape[1]
+    # See fastden.network.onednn: bf16 kernels are three times slower on 12 channels than on 16.
+    zeros = 1 if x.dtype == torch.bfloat16 and channels == 3 else 0
+    paired = unshuffled_weight(image_phases(image_weight), 5, zeros)
+    y = onednn.convolution(fold(x, x.dtype, zeros), paired, None)
+    bias = bias.repeat_interleave(4)
+    if x.dtype == torch.bfloat16:
+        # Rows that are rounded to bfloat16 before they are added would err more than PyTorch's own convolution.
+        return onednn.add_convolution_(y, features, weight, bias, padding=1)
+    rows, merge = separated_head(weight)
+    return onednn.add_convolution_(
+        y, onednn.convolution(features, rows, None, padding=(0, 1)), merge, bias, padding=(1, 0)
+    )
 
 
 def _check(tensors: dict[str, Tensor], image: Tensor | None) -> None:

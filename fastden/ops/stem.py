@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.kernels._layout import channels_last
+from fastden.ops import onednn
 from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
@@ -59,15 +61,17 @@ def stem(
             return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)
     bias = bias.to(x.dtype)
+    fused = bn is None and relu and onednn.serves(x, weight, bias)
+    convolution = partial(onednn.convolution, relu=True) if fused else F.conv2d
     x = F.pad(x, (1, 0, 1, 0))
-    y = F.conv2d(x, weight[0], bias[0], stride=2)
+    y = convolution(x, weight[0], bias[0], stride=2)
     # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.
-    y[:, :, :1] = F.conv2d(x[:, :, :7], weight[1], bias[1], stride=2)
+    y[:, :, :1] = convolution(x[:, :, :7], weight[1], bias[1], stride=2)
     # Nine columns, to get the first one right: oneDNN 3.12's bf16 convolution reads uninitialised memory when this
     # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
-    y[:, :, :, :1] = F.conv2d(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
-    y[:, :, :1, :1] = F.conv2d(x[:, :, :7, :7], weight[3], bias[3], stride=2)
-    return finish(y, bn, None, relu)
+    y[:, :, :, :1] = convolution(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
+    y[:, :, :1, :1] = convolution(x[:, :, :7, :7], weight[3], bias[3], stride=2)
+    return y if fused else finish(y, bn, None, relu)
 
 
 def check_input_size(x: Tensor) -> None:

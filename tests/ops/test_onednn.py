@@ -1,0 +1,164 @@
+"""oneDNN's post-operations in the operators: where they run, and that they err no more than PyTorch's operations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastden import ops
+from fastden.algebra import compose_head, separated_head
+from fastden.ops import onednn
+from tests.helpers import max_error
+from tests.rounding import assert_as_exact, slack
+
+CPU = torch.device("cpu")
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if not onednn.why_not(CPU, dtype)]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="no oneDNN")
+Operator = Callable[..., Tensor]
+
+
+def arguments(operator: str, size: tuple[int, int], batch: int, channels: int) -> tuple[Operator, list[Tensor]]:
+    """A folded operator, called with its tensors, and the tensors; float64."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    h, w = size
+    x = random(batch, channels, h, w)
+    if operator == "conv_bn_relu":
+        return lambda x, w, b: ops.conv_bn_relu(x, w, b, padding=1), [x, random(5, channels, 3, 3), random(5)]
+    if operator == "residual":
+        weights = [random(5, channels, 3, 3), random(5), random(batch, 5, h, w)]
+        return lambda x, w, b, r: ops.conv_bn_relu(x, w, b, residual=r, relu=h % 2 == 0, padding=1), [x, *weights]
+    if operator == "concat_conv_bn_relu":
+        weights = [random(7, channels + 3, 3, 3), random(7)]
+        return ops.concat_conv_bn_relu, [x, random(batch, 3, h, w), *weights]
+    if operator == "bottleneck":
+        weights = [random(4, channels, 1, 1), random(4, 4, 3, 3), random(channels, 4, 1, 1)]
+
+        def run(x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, *biases: Tensor) -> Tensor:
+            return ops.bottleneck(x, reduce, conv, expand, biases=biases)  # type: ignore[arg-type]
+
+        return run, [x, *weights, random(4), random(4), random(channels)]
+    if operator == "stem":
+        return ops.stem, [random(batch, 3, 2 * h + 6, 2 * w + 6), random(4, 5, 3, 7, 7), random(4, 5)]
+    image = random(batch, 3, 2 * h + 6, 2 * w + 6)
+    factors = [(8, 3, 5, 5), (8,), (channels, 8, 4, 4), (8,), (3, 16, 3, 3), (3,)]
+    weights = list(compose_head(*(random(*shape) for shape in factors)))
+    return lambda *tensors: ops.head(*tensors, composed=True), [random(batch, channels, h + 1, w + 1), image, *weights]
+
+
+OPERATORS = ["conv_bn_relu", "residual", "concat_conv_bn_relu", "bottleneck", "stem", "head"]
+
+
+@contextmanager
+def fused() -> Iterator[list[bool]]:
+    """Whether operators used post-operations, call by call; the size from which the head does is 0."""
+    answers: list[bool] = []
+    serves = onednn.serves
+
+    def recorded(*tensors: Tensor | None) -> bool:
+        answers.append(serves(*tensors))
+        return answers[-1]
+
+    # fastden.ops.head is the function.
+    with patch.object(sys.modules["fastden.ops.head"], "FEW_POSITIONS", 0), patch.object(onednn, "serves", recorded):
+        yield answers
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@settings(max_examples=15)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([1, 4, 32]),
+    dtype=st.sampled_from(DTYPES or [torch.float32]),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+@example(size=(40, 30), batch=1, channels=32, dtype=torch.float32, layout=torch.channels_last)
+@example(size=(40, 30), batch=1, channels=32, dtype=DTYPES[-1] if DTYPES else None, layout=torch.channels_last)
+def test_as_exact_as_eager(
+    operator: str,
+    size: tuple[int, int],
+    batch: int,
+    channels: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> None:
+    run, tensors = arguments(operator, size, batch, channels)
+    cast = [(t.contiguous(memory_format=layout) if t.dim() == 4 else t).to(dtype) for t in tensors]
+    before = [t.clone() for t in cast]
+    wide = [t.double() for t in cast]
+    exact = run(*wide)
+    with fused() as answers:
+        found = run(*cast)
+    with patch.object(onednn, "serves", lambda *tensors: False):
+        eager = run(*cast)
+    assert answers
+    assert all(answers)
+    assert_as_exact(found, eager, exact, slack(run, *wide, exact=exact, dtype=dtype), borders=False)
+    assert found.shape == eager.shape
+    assert all(torch.equal(t, old) for t, old in zip(cast, before, strict=True))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_only_where_nothing_watches(operator: str) -> None:
+    """Gradients, transforms, recordings and autocast meet PyTorch's own operations."""
+    run, tensors = arguments(operator, (6, 5), 2, 4)
+    cast = [t.float() for t in tensors]
+    with fused() as answers:
+        expected = run(*cast)
+        assert all(answers)
+        answers.clear()
+        run(*(t.clone().requires_grad_() for t in cast)).sum().backward()
+        torch.func.jvp(lambda x: run(x, *cast[1:]), (cast[0],), (cast[0],))
+        mapped = torch.vmap(lambda x: run(x, *cast[1:]))(cast[0][None])
+        meta = run(*(t.to("meta") for t in cast))
+        with torch.autocast("cpu", torch.bfloat16):
+            run(*cast)
+        run(*tensors)
+        # It counts the arguments of the function, also those that have defaults.
+        traced = make_fx(lambda *tensors: run(*tensors))(*cast)  # noqa: PLW0108
+        compiled = torch.compile(run, fullgraph=True, backend="eager")(*cast)
+        with torch.backends.mkldnn.flags(enabled=False):
+            run(*cast)
+        assert not any(answers)
+    assert meta.shape == expected.shape
+    for other in (mapped[0], traced(*cast), compiled):
+        assert max_error(other, expected) < 1e-5
+    # A module's parameters are no reason against it where no gradient is recorded.
+    with fused() as answers, torch.no_grad():
+        run(*(torch.nn.Parameter(t) for t in cast))
+        assert answers
+        assert all(answers)
+
+
+def test_an_empty_batch_and_batch_norm() -> None:
+    x, weight = torch.rand(0, 3, 5, 5), torch.rand(4, 3, 3, 3)
+    bn = ops.BatchNorm.of(torch.nn.BatchNorm2d(4).eval())
+    with fused() as answers, torch.no_grad():
+        assert ops.conv_bn_relu(x, weight).shape == (0, 4, 3, 3)
+        ops.conv_bn_relu(torch.rand(1, 3, 5, 5), weight, bn=bn)
+        assert not any(answers)
+
+
+def test_separated_head_skips_taps_of_composed_weights_alone() -> None:
+    """Without the promise ``composed`` every tap counts."""
+    _, tensors = arguments("head", (9, 8), 1, 4)
+    features, image, weight, image_weight, bias = (t.float() for t in tensors)
+    weight = torch.rand_like(weight)
+    exact = ops.head(*(t.double() for t in (features, image, weight, image_weight, bias)))
+    with fused():
+        assert max_error(ops.head(features, image, weight, image_weight, bias), exact) < 1e-4
+    rows, merge = separated_head(weight)
+    assert rows.shape == (48, 4, 1, 4)
+    assert merge.shape == (12, 48, 4, 1)
