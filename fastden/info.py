@@ -228,7 +228,7 @@ def _why_not_onednn(dtype: str) -> list[str]:
     def ask() -> list[str]:
         import torch
 
-        from fastden.ops.onednn import why_not
+        from fastden.ops.post_operations import why_not
 
         return why_not(torch.device("cpu"), getattr(torch, dtype))
 

@@ -44,14 +44,16 @@ def test_triton_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_onednn_form_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"float32": [], "bfloat16": ["no bfloat16 on this CPU"]}
-    monkeypatch.setattr("fastden.ops.onednn.why_not", lambda device, dtype: reasons[str(dtype).removeprefix("torch.")])
+    monkeypatch.setattr(
+        "fastden.ops.post_operations.why_not", lambda device, dtype: reasons[str(dtype).removeprefix("torch.")]
+    )
     report = info.collect()
     assert report["backends"]["onednn float32"] == {"available": True, "why_not": []}
     assert report["backends"]["onednn bfloat16"] == {"available": False, "why_not": reasons["bfloat16"]}
     assert "onednn bfloat16  no: no bfloat16 on this CPU\n" in info.as_text(report)
-    monkeypatch.setitem(sys.modules, "fastden.ops.onednn", None)
+    monkeypatch.setitem(sys.modules, "fastden.ops.post_operations", None)
     (reason,) = info.collect()["backends"]["onednn float32"]["why_not"]
-    assert "fastden.ops.onednn" in reason
+    assert "fastden.ops.post_operations" in reason
 
 
 def test_backends_of_other_machines() -> None:

@@ -20,7 +20,7 @@ from fastden.network.inputs import noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, padding_for, reflected_index
-from fastden.ops.onednn import why_not
+from fastden.ops.post_operations import why_not
 
 #: Pixels that a tile reads around its own: the smallest multiple of 4 beyond the network's reach.
 HALO = 24

@@ -20,7 +20,7 @@ from fastden.network.padding import pad_image, padding_for
 from fastden.ops._network_input import can_prepare, network_input
 from fastden.ops.backends import requested
 from fastden.ops.modes import runs_as_written, without_autocast
-from fastden.ops.onednn import why_not
+from fastden.ops.post_operations import why_not
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

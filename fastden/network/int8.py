@@ -27,7 +27,7 @@ from fastden.network import onednn
 from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
 from fastden.network.packed import PackedWeights
 from fastden.ops.activations import fold, gathered, join_phases
-from fastden.ops.onednn import missing
+from fastden.ops.post_operations import missing
 
 #: File beside ``model.safetensors`` with the ranges of the network's activations.
 RANGES_FILE = "int8.safetensors"

@@ -26,7 +26,7 @@ from fastden.algebra import (
 )
 from fastden.network.packed import PackedWeights
 from fastden.ops.activations import channels_last_empty, fold, gathered, join_phases, tile_regions
-from fastden.ops.onednn import has_bf16, missing
+from fastden.ops.post_operations import has_bf16, missing
 
 #: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
 #: run at 3.1 TFLOP/s on maps up to 192 columns wide, and at 1.1 TFLOP/s on the 386 columns of a 768-pixel image (2

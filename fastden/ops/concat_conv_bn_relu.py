@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.ops import onednn
+from fastden.ops import post_operations
 from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish
 from fastden.ops._checks import check_convolution
 from fastden.ops._convolution import convolve
@@ -51,6 +51,6 @@ def concat_conv_bn_relu(
         a, b, weight = in_autocast(a, b, weight)
         return convolve(a, b, weight, bias, bn, None, relu, 1, padding, backend)
     x = torch.cat([a, b], 1)
-    if bn is None and relu and onednn.serves(a, b, weight, bias):
-        return onednn.convolution(x, weight, bias, padding=padding, relu=True)
+    if bn is None and relu and post_operations.serves(a, b, weight, bias):
+        return post_operations.convolution(x, weight, bias, padding=padding, relu=True)
     return finish(F.conv2d(x, weight, like(bias, a), 1, padding), bn, None, relu)

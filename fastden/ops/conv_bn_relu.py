@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.ops import onednn
+from fastden.ops import post_operations
 from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish
 from fastden.ops._checks import check_convolution
 from fastden.ops._convolution import convolve
@@ -51,6 +51,8 @@ def conv_bn_relu(
     if backend != "torch":
         x, weight, residual = in_autocast(x, weight, residual)
         return convolve(x, None, weight, bias, bn, residual, relu, stride, padding, backend)
-    if bn is None and (relu or residual is not None) and onednn.serves(x, weight, bias, residual):
-        return onednn.convolution(x, weight, bias, stride=stride, padding=padding, relu=relu, residual=residual)
+    if bn is None and (relu or residual is not None) and post_operations.serves(x, weight, bias, residual):
+        return post_operations.convolution(
+            x, weight, bias, stride=stride, padding=padding, relu=relu, residual=residual
+        )
     return finish(F.conv2d(x, weight, like(bias, x), stride, padding), bn, residual, relu)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastden.algebra import BORDER, image_phases, separated_head, unshuffled_weight
 from fastden.kernels._layout import channels_last
-from fastden.ops import onednn
+from fastden.ops import post_operations
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check
@@ -77,7 +77,7 @@ def head(
         y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)
         return y.clamp(0, 1) if later else y
     few = features.shape[2] * features.shape[3] <= FEW_POSITIONS
-    if composed and not few and onednn.serves(*tensors.values()):
+    if composed and not few and post_operations.serves(*tensors.values()):
         y = F.pixel_shuffle(_phases(*tensors.values()), 2)
     else:
         y = _plain(*tensors.values())
@@ -111,14 +111,14 @@ def _phases(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, b
     # See fastden.network.onednn: bf16 kernels are three times slower on 12 channels than on 16.
     zeros = 1 if x.dtype == torch.bfloat16 and channels == 3 else 0
     paired = unshuffled_weight(image_phases(image_weight), 5, zeros)
-    y = onednn.convolution(fold(x, x.dtype, zeros), paired, None)
+    y = post_operations.convolution(fold(x, x.dtype, zeros), paired, None)
     bias = bias.repeat_interleave(4)
     if x.dtype == torch.bfloat16:
         # Rows that are rounded to bfloat16 before they are added would err more than PyTorch's own convolution.
-        return onednn.add_convolution_(y, features, weight, bias, padding=1)
+        return post_operations.add_convolution_(y, features, weight, bias, padding=1)
     rows, merge = separated_head(weight)
-    return onednn.add_convolution_(
-        y, onednn.convolution(features, rows, None, padding=(0, 1)), merge, bias, padding=(1, 0)
+    return post_operations.add_convolution_(
+        y, post_operations.convolution(features, rows, None, padding=(0, 1)), merge, bias, padding=(1, 0)
     )
 
 

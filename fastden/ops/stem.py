@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.kernels._layout import channels_last
-from fastden.ops import onednn
+from fastden.ops import post_operations
 from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
@@ -61,8 +61,8 @@ def stem(
             return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)
     bias = bias.to(x.dtype)
-    fused = bn is None and relu and onednn.serves(x, weight, bias)
-    convolution = partial(onednn.convolution, relu=True) if fused else F.conv2d
+    fused = bn is None and relu and post_operations.serves(x, weight, bias)
+    convolution = partial(post_operations.convolution, relu=True) if fused else F.conv2d
     x = F.pad(x, (1, 0, 1, 0))
     y = convolution(x, weight[0], bias[0], stride=2)
     # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.

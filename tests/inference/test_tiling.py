@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastden.inference.tiling import BYTES_PER_PIXEL, Model, automatic_tile, denoise_tiled, plan_tiles
-from fastden.network import onednn
 from fastden.network.fused import fuse
 from fastden.network.model import Denoiser
+from fastden.ops.post_operations import why_not
 from tests.helpers import level, max_error, random_network
 
 
@@ -177,7 +177,7 @@ def test_automatic_tile_grows_with_memory() -> None:
 
 
 def has_onednn(dtype: str) -> bool:
-    return not onednn.why_not(torch.device("cpu"), getattr(torch, dtype))
+    return not why_not(torch.device("cpu"), getattr(torch, dtype))
 
 
 def side_for(model: Model, max_memory: int) -> int:

@@ -19,6 +19,7 @@ from fastden.network import onednn
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
 from fastden.ops.backends import use_backend
+from fastden.ops.post_operations import why_not
 from tests.helpers import (
     border_rms,
     image_without_kinks,
@@ -29,8 +30,8 @@ from tests.helpers import (
     relative_l2,
 )
 
-ONEDNN = not onednn.why_not(torch.device("cpu"), torch.float32)
-ONEDNN_BF16 = not onednn.why_not(torch.device("cpu"), torch.bfloat16)
+ONEDNN = not why_not(torch.device("cpu"), torch.float32)
+ONEDNN_BF16 = not why_not(torch.device("cpu"), torch.bfloat16)
 
 
 @contextlib.contextmanager
@@ -326,12 +327,10 @@ def test_wrong_input() -> None:
 
 
 def test_reasons_against_onednn() -> None:
-    assert onednn.why_not(torch.device("cuda"), torch.float32)[0].startswith("device: cuda; accepted: cpu")
-    assert onednn.why_not(torch.device("cpu"), torch.float64)[0].startswith(
-        "dtype: torch.float64; accepted: torch.float32"
-    )
+    assert why_not(torch.device("cuda"), torch.float32)[0].startswith("device: cuda; accepted: cpu")
+    assert why_not(torch.device("cpu"), torch.float64)[0].startswith("dtype: torch.float64; accepted: torch.float32")
     with torch.backends.mkldnn.flags(enabled=False):
-        assert "torch.backends.mkldnn.enabled is False" in onednn.why_not(torch.device("cpu"), torch.float32)
+        assert "torch.backends.mkldnn.enabled is False" in why_not(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("amx", [False, True])

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from fastden.network import onednn, packed
+from fastden.network import packed
 from fastden.network.fused import fuse
 from fastden.network.model import Denoiser
 from fastden.network.packed import PackedWeights
+from fastden.ops.post_operations import why_not
 from tests.helpers import max_error, random_network
 
-ONEDNN = not onednn.why_not(torch.device("cpu"), torch.float32)
+ONEDNN = not why_not(torch.device("cpu"), torch.float32)
 X = torch.rand(2, 3, 7, 9, generator=torch.Generator().manual_seed(3))
 
 

@@ -15,6 +15,10 @@ from torch import Tensor
 from fastden.ops._tensors import like, wants_gradient
 from fastden.ops.modes import runs_as_written
 
+#: PyTorch convolves a single image of at most so many values itself. Its sums err less there:
+#: relative L2 1.7e-7 against 5.6e-7 for conv2 of 14 x 18 pixels.
+FEW_VALUES = 20480
+
 
 @cache
 def missing() -> tuple[str, ...]:
@@ -50,10 +54,14 @@ def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def serves(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether an operator on these tensors may use this module: it runs once, now, without gradients and autocast."""
+    """Whether an operator on these tensors may use this module: it runs once, now, without gradients and autocast.
+
+    ``x`` is what is convolved, or its first source. A single small image is left to PyTorch.
+    """
     given = [x, *(tensor for tensor in others if tensor is not None)]
     return (
         x.is_cpu
+        and (x.shape[0] > 1 or x.numel() > FEW_VALUES)
         and x.numel() > 0
         and all(map(runs_as_written, given))
         and not wants_gradient(*given)
