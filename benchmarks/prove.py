@@ -72,9 +72,9 @@ def prove(documents: dict[str, dict[str, Any]]) -> tuple[dict[Key, str], list[st
     entries: dict[Key, str] = {}
     notes = []
     for (capability, dtype), at_height in sorted(by_height.items()):
-        lacking = [str(height) for height in HEIGHTS if height not in at_height]
+        lacking = [str(height) for height in HEIGHTS if height not in at_height or not at_height[height][1]["complete"]]
         if lacking:
-            notes.append(f"{capability} {dtype}: no results of height {', '.join(lacking)}")
+            notes.append(f"{capability} {dtype}: no complete results of height {', '.join(lacking)}")
             continue
         major, minor = map(int, capability.split("."))
         operators = {result["name"].split()[0] for _, document in at_height.values() for result in document["results"]}

@@ -25,7 +25,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def locate(first, index, height, width):
     """Row and column (32 bits) and image (64 bits) of pixels ``first + index`` of a batch of ``height`` x ``width``.
 
-    ``first`` is 64 bits wide. It is divided once; each pixel then needs 32-bit divisions only.
+    ``first`` is 64 bits wide. Only it is divided in 64 bits, by the width and then by the height, once for all pixels.
+    Each pixel then needs 32-bit divisions only, by the same two numbers.
     """
     line = first // width
     offset = (first % width).to(tl.int32) + index

@@ -60,9 +60,9 @@ class HeadConfig:
 def config_for(features: int, channels: int, itemsize: int) -> HeadConfig:
     """Default tile, not measured on a GPU.
 
-    A group of 2x2 positions of the feature map reads 25 features for 4 positions, instead of 16 for each. It uses 48 of
-    64 columns of the product. A single position would have few columns: then reading, not arithmetic, would be the
-    limit.
+    A group of 2x2 positions of the feature map reads 16 features for 4 positions with composed weights (25 with any
+    weights). A single position would read 9 (16). With three channels the group uses 48 of 64 columns of the product. A
+    single position would use 12 of 16: then reading, not arithmetic, would be the limit.
     """
     group = 2
     block_n = min(64, max(16, triton.next_power_of_2(4 * channels * group**2)))

@@ -144,14 +144,20 @@ def network_input(
 
     Returns:
         (N, C + 1 or C, H', W') in ``dtype``, channels-last, and (N, at least C, H', W') in the dtype of ``x``. If both
-        dtypes are equal, both are the same tensor.
+        dtypes are equal, both are the same tensor. Else, without padding, the second is a view of ``x``.
     """
     batch, channels, height, width = x.shape
     has_level = level is not None
     knots = level.shape[1] if level is not None and level.dim() == 2 else 0
     shape = (batch, channels + has_level, height + sum(rows), width + sum(columns))
     y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-    image = y if dtype == x.dtype else torch.empty((batch, channels, *shape[2:]), dtype=x.dtype, device=x.device)
+    has_image = dtype != x.dtype and max(*rows, *columns) > 0
+    if dtype == x.dtype:
+        image = y
+    elif has_image:
+        image = torch.empty((batch, channels, *shape[2:]), dtype=x.dtype, device=x.device)
+    else:  # nothing is added at a side, so the image is a part of x
+        image = x.narrow(2, -rows[0], shape[2]).narrow(3, -columns[0], shape[3])
     count = batch * shape[2] * shape[3]
     if level is None:
         strides = (0, 0, 0)
@@ -167,7 +173,7 @@ def network_input(
                 x, x if level is None else level, y, image, batch, height, width, shape[2], shape[3],
                 rows[0], columns[0], *x.stride(), *strides,
                 C=channels, ROOM=triton.next_power_of_2(channels + has_level), HAS_LEVEL=has_level, KNOTS=knots,
-                RADIUS=radius, HAS_IMAGE=image is not y, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+                RADIUS=radius, HAS_IMAGE=has_image, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return y, image
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -80,37 +80,28 @@ class _Run:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def finish(
-        self, measure: Callable[[Mapping[str, float]], Sequence[Mapping[str, Any]]], floors: bool = True
+        self, measure: Callable[[Mapping[str, float]], Iterable[Mapping[str, Any]]], floors: bool = True
     ) -> None:
-        """Measure, print, write, and exit with the code."""
+        """Measure, print, write, and exit with the code. The file is written after each result."""
         from fastden.bench import machine, plots, tables
 
         device, dtype = self.settings.device, self.settings.dtype
+        results: list[Mapping[str, Any]] = []
         with machine.steady_settings(device):
             before = self.sensors.state() if self.sensors else None
             limits = machine.ceilings(device, dtype) if floors else {}
-            results = measure(limits)
+            facts = self._facts(limits)
+            for result in measure(limits):
+                results.append(result)
+                if self.json is not None:
+                    sensors = {"before": before, "after": None}
+                    tables.write(self.json, {**facts, "sensors": sensors, "complete": False, "results": results})
             after = self.sensors.state() if self.sensors else None
         code = tables.exit_code(results)
         document = {
-            "command": f"fastden bench {self.command}",
-            "name": self.command,
-            "machine": machine.describe(device),
-            "settings": {
-                "model": self.model_name,
-                "size": list(self.size),
-                "batch": self.batch,
-                "dtype": str(dtype).removeprefix("torch."),
-                "rounds": self.settings.rounds,
-                "repeats": self.settings.repeats,
-                "peers": self.peers,
-                "backends": self.backends,
-                "tf32": False,
-                **self.extra,
-            },
-            "ceilings": limits,
+            **facts,
             "sensors": {"before": before, "after": after},
-            "left_out": self.left_out,
+            "complete": True,
             "all_right": code == 0,
             "results": results,
         }
@@ -120,6 +111,30 @@ class _Run:
         if self.plots is not None:
             plots.draw(document, self.plots)
         raise typer.Exit(code)
+
+    def _facts(self, limits: Mapping[str, float]) -> dict[str, Any]:
+        """What the file says beside the results."""
+        from fastden.bench import machine
+
+        return {
+            "command": f"fastden bench {self.command}",
+            "name": self.command,
+            "machine": machine.describe(self.settings.device),
+            "settings": {
+                "model": self.model_name,
+                "size": list(self.size),
+                "batch": self.batch,
+                "dtype": str(self.settings.dtype).removeprefix("torch."),
+                "rounds": self.settings.rounds,
+                "repeats": self.settings.repeats,
+                "peers": self.peers,
+                "backends": self.backends,
+                "tf32": False,
+                **self.extra,
+            },
+            "ceilings": limits,
+            "left_out": self.left_out,
+        }
 
 
 @dataclass(frozen=True)
@@ -248,6 +263,9 @@ def ops(
     size: Size = None,
     batch: Batch = None,
     rounds: Rounds = None,
+    energy: Annotated[
+        float, typer.Option("--energy", min=0, help="On a GPU, seconds for each contender's energy; 0 leaves it out.")
+    ] = 1.0,
 ) -> None:
     """Measure each operator at the shapes that the network gives it, beside the layers that it stands for."""
     import torch
@@ -256,20 +274,18 @@ def ops(
     from fastden.bench.compare import compare as run_all
 
     options = _Options(model, compare, backends, device, dtype, size, batch, rounds, json, plots)
-    run = _prepare("ops", options, training=backward, graphs=True, energy_seconds=1.0)
-    names = operators.choose(only)
-    cases = operators.cases(run.model, run.size, run.batch, names)
+    run = _prepare("ops", options, training=backward, graphs=True, energy_seconds=energy)
+    names = operators.choose(only, backward)
     run.extra = {"operators": names, "backward": backward}
+    jobs = operators.jobs(
+        run.model, run.size, run.batch, names, run.settings.dtype, run.peers, run.backends, training=backward
+    )
 
-    def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
-        results = []
-        for case in cases:
-            rest = (run.size, run.settings.dtype, run.peers, run.backends)
-            job, contenders = operators.backward(case, *rest) if backward else operators.forward(case, run.model, *rest)
-            results.append(run_all(job, contenders, run.settings, limits, sensors=run.sensors))
+    def measure(limits: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+        for job, contenders in jobs:
+            yield run_all(job, contenders, run.settings, limits, sensors=run.sensors)
             # The next operator is another program: not a recompilation of this one, which would count against a limit.
             torch.compiler.reset()
-        return results
 
     run.finish(measure)
 

@@ -69,7 +69,7 @@ class Settings:
         device, dtype: of all contenders.
         rounds, repeats: of the timing, see :func:`fastden.bench.timing.interleaved`.
         graphs: on a GPU, time replays of CUDA graphs.
-        energy_seconds: on a GPU, how long each contender runs for its energy.
+        energy_seconds: on a GPU, how long each contender runs for its energy; 0 leaves the energy out.
         warm_up: calls before anything counts: compilers and cuDNN choose what to run in the first ones.
     """
 
@@ -188,7 +188,7 @@ def compare(
         if contender.name in calls:
             row |= summary(times[contender.name]) | {"raw_ms": times[contender.name]}
             row |= _rates(job, contender.flops, row["median_ms"], limits)
-            if sensors is not None and row["right"]:
+            if sensors is not None and settings.energy_seconds > 0 and row["right"]:
                 load = sensors.under_load(calls[contender.name], row["median_ms"], settings.energy_seconds)
                 used = load["joules_a_call"]
                 row["sensors"] = load

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastden import ops
 from fastden.algebra import BORDER, compose_head, compose_stem
-from fastden.bench import forms
+from fastden.bench import forms, preparation
 from fastden.bench.compare import Contender, Job, bounds, tensors
 from fastden.bench.counts import PARTS, TRAINING, UNITS
 from fastden.bench.timing import Call
@@ -107,17 +107,47 @@ class Case:
     inputs: tuple[Tensor, ...]
 
 
-def choose(text: str | None) -> list[str]:
-    """The operators that ``--only`` names, or all.
+def choose(text: str | None, training: bool = False) -> list[str]:
+    """The operators that ``--only`` names, or all; at inference also the step before the network.
 
     Raises:
         UserError: an unknown name.
     """
-    names = list(OPERATORS) if text is None else [part.strip() for part in text.split(",")]
+    accepted = list(OPERATORS) if training else [*OPERATORS, preparation.NAME]
+    names = accepted if text is None else [part.strip() for part in text.split(",")]
     for name in names:
-        if name not in OPERATORS:
-            raise UserError(f"only: {name!r}; accepted: {', '.join(OPERATORS)}")
+        if name not in accepted:
+            raise UserError(f"only: {name!r}; accepted: {', '.join(accepted)}")
     return names
+
+
+def jobs(
+    model: Denoiser,
+    size: tuple[int, int],
+    batch: int,
+    names: Sequence[str],
+    dtype: torch.dtype,
+    peers: Sequence[str],
+    backends: Sequence[str],
+    training: bool = False,
+) -> Iterator[tuple[Job, list[Contender]]]:
+    """What ``names`` of :func:`choose` are measured by; each job is made when its turn comes.
+
+    Args:
+        model: float32, in evaluation mode.
+        size, batch: of the images.
+        dtype: of weights and activations.
+        peers: of :data:`fastden.bench.forms.PLAIN`.
+        backends: fastden's own.
+        training: forward and backward with batch statistics.
+    """
+    for case in cases(model, size, batch, [name for name in names if name in OPERATORS]):
+        if training:
+            yield backward(case, size, dtype, peers, backends)
+        else:
+            yield forward(case, model, size, dtype, peers, backends)
+    if preparation.NAME in names:
+        yield preparation.job(size, batch, model.conv0.weight.device, dtype, peers, backends)
 
 
 def cases(model: Denoiser, size: tuple[int, int], batch: int, operators: Sequence[str]) -> Iterator[Case]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.algebra import BORDER
-from fastden.network.inputs import noise_level
+from fastden.network.fused import FusedDenoiser
+from fastden.network.inputs import map_or_curve, noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, padding_for, reflected_index
@@ -286,28 +287,36 @@ def _run(
     if isinstance(sigma, Tensor) and sigma.dim() == 4:
         _check_map(sigma, image)
         level = _cut(sigma, rows, columns, first_row, height)
+    margin = 0
     if isinstance(sigma, Tensor) and sigma.dim() == 2 and model.noise_level_input:
         # The curve needs the brightness of the pixels around, so that the level is the same in every tile.
-        wide_rows, wide_columns = _grown(rows), _grown(columns)
-        wide = _to_float(_cut(image, wide_rows, wide_columns, first_row, height).to(device))
-        wide, excess = _inward(wide, scale)
-        level = level_inside(sigma.to(device), wide)
-        inside = slice(BRIGHTNESS_RADIUS, -BRIGHTNESS_RADIUS)
-        x, excess = wide[:, :, inside, inside], None if excess is None else excess[:, :, inside, inside]
-    else:
-        x, excess = _inward(_to_float(_cut(image, rows, columns, first_row, height).to(device)), scale)
-    if isinstance(model, Denoiser):
-        x = x.to(model.conv0.weight.dtype)
-    levels = noise_level(x, level, model.noise_level_input)
-    y = model.forward_padded(x if levels is None else torch.cat([x, levels], 1))
+        margin, level = BRIGHTNESS_RADIUS, sigma.to(device)
+    window = _cut(image, _grown(rows, margin), _grown(columns, margin), first_row, height)
+    x, excess = _inward(_to_float(window.to(device)), scale)
+    y = _forward(model, x, level, margin)
     y = y[:, :, top : top + part.bottom - part.top, left : left + part.right - part.left]
     if scale is not None:
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         if excess is not None:
-            above, before = part.top - rows[0], part.left - columns[0]
+            above, before = margin + part.top - rows[0], margin + part.left - columns[0]
             y = y + excess[:, :, above : above + y.shape[2], before : before + y.shape[3]]
         y = y * scale.span + scale.black
     return _from_float(y, image.dtype)
+
+
+def _forward(model: Model, x: Tensor, level: float | Tensor | None, margin: int) -> Tensor:
+    """Run a network on a window; ``margin`` pixels on each side only give a curve the brightness around the others."""
+    if isinstance(model, FusedDenoiser) and model.prepares(x, None):
+        inside = (-margin, -margin)
+        return model.forward_prepared(x, map_or_curve(x, level, model.noise_level_input), inside, inside)
+    if margin:
+        assert isinstance(level, Tensor)
+        level = level_inside(level, x)
+        x = x[:, :, margin:-margin, margin:-margin]
+    if isinstance(model, Denoiser):
+        x = x.to(model.conv0.weight.dtype)
+    levels = noise_level(x, level, model.noise_level_input)
+    return model.forward_padded(x if levels is None else torch.cat([x, levels], 1))
 
 
 def _inward(x: Tensor, scale: OwnScale | None) -> tuple[Tensor, Tensor | None]:
@@ -324,8 +333,8 @@ def _inward(x: Tensor, scale: OwnScale | None) -> tuple[Tensor, Tensor | None]:
     return limited, (x - limited) * several
 
 
-def _grown(span: tuple[int, int]) -> tuple[int, int]:
-    return span[0] - BRIGHTNESS_RADIUS, span[1] + BRIGHTNESS_RADIUS
+def _grown(span: tuple[int, int], margin: int = BRIGHTNESS_RADIUS) -> tuple[int, int]:
+    return span[0] - margin, span[1] + margin
 
 
 def _check_map(sigma: Tensor, image: Tensor) -> None:

@@ -180,8 +180,8 @@ class FusedDenoiser(nn.Module):
         height, width = check_input(x, self.image_channels)
         warn_of_scale(x)
         level = map_or_curve(x, sigma, self.noise_level_input)
-        if not self.differentiable and runs_as_written(x) and can_prepare(x, level, self.dtype):
-            y = self._prepared(x, level)
+        if self.prepares(x, level):
+            y = self.forward_prepared(x, level, padding_for(height), padding_for(width))
         else:
             level = as_map(level, x)
             y = self.forward_padded(pad_image(x if level is None else torch.cat([x, level], 1)))
@@ -202,9 +202,24 @@ class FusedDenoiser(nn.Module):
         with without_autocast(x.device):
             return self._operators(x.to(self.dtype), x, backend)
 
-    def _prepared(self, x: Tensor, level: Tensor | None) -> Tensor:
-        """Run the network on an image; one pass pads it and adds ``level``, see :func:`map_or_curve`."""
-        rows, columns = padding_for(x.shape[2]), padding_for(x.shape[3])
+    def prepares(self, x: Tensor, level: Tensor | None) -> bool:
+        """Whether :meth:`forward_prepared` can run: a kernel makes the network's input in one pass."""
+        return not self.differentiable and runs_as_written(x) and can_prepare(x, level, self.dtype)
+
+    def forward_prepared(
+        self, x: Tensor, level: Tensor | None, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Tensor:
+        """Run the network on an image that is not padded yet; one pass over it pads it, adds its level and casts it.
+
+        Args:
+            x: (N, C, H, W), any floating dtype.
+            level: a map (N, 1, H, W), curves (N or 1, 8) over the brightness of ``x``, or None.
+            rows, columns: pixels that are added before and after, by reflection, to multiples of 4. Negative numbers
+                remove pixels: these only give a curve the brightness around the others.
+
+        Returns:
+            As :meth:`forward_padded`, in the dtype of ``x``.
+        """
         with without_autocast(x.device):
             return self._operators(*network_input(x, level, self.dtype, rows, columns, BRIGHTNESS_RADIUS), None)
 

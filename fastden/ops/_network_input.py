@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from fastden.ops._tensors import wants_gradient
-from fastden.ops.backends import requested, why_not
+from fastden.ops.backends import proven_backends, requested, why_not
 
 Padding = tuple[int, int]
 
 
 def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether :func:`network_input` can run: the triton backend is requested, and no gradient is needed.
+    """Whether :func:`network_input` can run: the triton backend is requested or proven, and no gradient is needed.
 
     :func:`network_input` is not an operator. On a CPU its result has the same bits as that of PyTorch's operations, so
     callers can use those instead if it cannot run. Compiled code does not need it, because PyTorch's compiler fuses
@@ -23,7 +23,9 @@ def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
         level: None, a map (N, 1, H, W), or curves (N or 1, knots).
         dtype: dtype of the network.
     """
-    if requested() != "triton" or wants_gradient(x, level) or dtype == torch.float64:
+    asked = requested()
+    wanted = asked == "triton" if asked else "triton" in proven_backends("network_input", x.device, dtype)
+    if not wanted or wants_gradient(x, level) or dtype == torch.float64:
         return False
     return (level is None or level.device == x.device) and not why_not("network_input", "triton", x=x)
 
@@ -35,7 +37,7 @@ def network_input(
 
     Args:
         x, level, dtype: as in :func:`can_prepare`.
-        rows, columns: pixels of padding before and after.
+        rows, columns: pixels of padding before and after; negative numbers remove pixels.
         radius: for curves: brightness is averaged over this number of pixels on each side.
 
     Returns:

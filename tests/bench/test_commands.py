@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastden.bench import files, forms, large, machine, network, operators
+from fastden.bench import files, forms, large, machine, network, operators, preparation
 from fastden.cli.main import app
 from tests.cli.run import fails, works
 
@@ -37,6 +37,7 @@ def document(path: Path, command: str, contenders: set[str]) -> dict[str, Any]:
     assert set(found["settings"]) >= {"model", "size", "batch", "dtype", "rounds", "repeats", "peers", "backends"}
     assert found["sensors"] == {"before": None, "after": None}
     assert found["all_right"] is True
+    assert found["complete"] is True
     for result in found["results"]:
         assert set(result["contenders"]) == contenders
         assert set(result["bounds"]) <= {"relative_l2", "maximum"}
@@ -100,8 +101,26 @@ def test_ops(tmp_path: Path) -> None:
     works("bench", "ops", *TINY, "--size", 14, 18, "--compare", "eager", "--json", target)
     found = document(target, "ops", {"fastden-torch", "eager"})
     names = [result["name"] for result in found["results"]]
-    assert len(names) == len(set(names)) == sum(map(len, operators.OPERATORS.values()))
+    assert names[-1] == preparation.NAME
+    assert len(names) == len(set(names)) == 1 + sum(map(len, operators.OPERATORS.values()))
     assert all(any(name.split()[0] == operator for name in names) for operator in operators.OPERATORS)
+
+
+def test_what_is_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is stopped leaves the results that it has."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "job", stopped)
+    target = tmp_path / "a.json"
+    options = ("--only", "upsample, network_input", "--size", 14, 18, "--compare", "eager", "--json", target)
+    done = CliRunner().invoke(app, ["bench", "ops", *TINY, *map(str, options)])
+    assert done.exit_code != 0
+    found = json.loads(target.read_text())
+    assert found["complete"] is False
+    assert [result["name"] for result in found["results"]] == ["upsample"]
+    assert found["results"][0]["contenders"]["eager"]["median_ms"] > 0
 
 
 def test_ops_backward(tmp_path: Path) -> None:
@@ -183,6 +202,7 @@ def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["ops", "--compare", "openvino"], r"compare: 'openvino'; accepted here: eager"),
         (["model", "--compare", "onnxruntime", "--dtype", "bfloat16"], r"compare: 'onnxruntime'; accepted here: eager"),
         (["ops", "--only", "conv"], r"only: 'conv'; accepted: stem, bottleneck, conv_bn_relu"),
+        (["ops", "--only", "network_input", "--backward"], r"only: 'network_input'; accepted: stem, .*, head"),
         (["model", "--backends", "cuda9"], r"backends: 'cuda9'; accepted: torch, triton"),
         (["ops", "--backends", "triton"], r"backends: triton cannot run: .*device cpu; accepted: cuda"),
         (["model", "--model", "colour"], r"model: .*colour"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -10,10 +12,13 @@ from torch import Tensor
 
 import fastden
 from fastden import ops
+from fastden.inference.tiling import OwnScale, denoise_tiled
 from fastden.kernels.network_input import network_input
+from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import Sigma, map_or_curve, noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, KNOTS
 from fastden.network.padding import pad_image, padding_for
+from fastden.ops import _network_input, backends
 from tests.helpers import max_error, random_network
 from tests.kernels.images import DTYPES, image_in
 
@@ -95,6 +100,58 @@ def test_of_a_window_the_margin_is_left_out(device: str) -> None:
     level = noise_level(x, curve, True)
     assert level is not None
     torch.testing.assert_close(y, torch.cat([x, level], 1)[:, :, 4:-3, 2:-5])
+    half, image = network_input(x, curve, torch.float16, (-4, -3), (-2, -5), BRIGHTNESS_RADIUS)
+    torch.testing.assert_close(half, y.half())
+    # The image needs no padding, so nothing is copied.
+    assert torch.equal(image, x[:, :, 4:-3, 2:-5])
+    assert image.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["none", "number", "map", "curve", "curve on an own scale"])
+def test_tiles_use_it(device: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Each tile's input is what PyTorch's operations make of it, and these are not called."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def operators(self: FusedDenoiser, x: Tensor, image: Tensor, backend: str | None) -> Tensor:
+        seen.append((x, image[:, :3]))
+        return image[:, :3, 3:-3, 3:-3]
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("an operation of PyTorch makes the level")
+
+    monkeypatch.setattr(FusedDenoiser, "_operators", operators)
+    monkeypatch.setattr(FusedDenoiser, "_onednn_network", lambda self: None)
+    fused = fastden.fuse(random_network(noise_level_input=kind != "none").to(device), torch.float16)
+    image = torch.randint(0, 256, (1, 3, 41, 38), dtype=torch.uint8)
+    sigma = level_of(kind.removesuffix(" on an own scale"), image.float())
+    scale = OwnScale(0.1, 0.5, (-0.1, 1.2)) if kind.endswith("scale") else None
+    with ops.use_backend("torch"):
+        expected = denoise_tiled(fused, image, sigma, tile=16, scale=scale)
+    with ops.use_backend("triton"), monkeypatch.context() as patched:
+        patched.setattr("fastden.inference.tiling.level_inside", never)
+        patched.setattr("fastden.inference.tiling.noise_level", never)
+        result = denoise_tiled(fused, image, sigma, tile=16, scale=scale)
+    assert torch.equal(result, expected)
+    assert len(seen) == 2 * 9
+    for (x, own), (y, other) in zip(seen[:9], seen[9:], strict=True):
+        torch.testing.assert_close(y, x, **tolerance(own, torch.float16))
+        assert torch.equal(other, own)
+
+
+def test_automatic_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        device = torch.device("cuda")
+
+    image: Any = OnGpu()
+    monkeypatch.setattr(backends, "PROVEN", {("triton", "network_input", (9, 0), "bfloat16"): "a.json"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_network_input, "why_not", lambda operator, backend, **tensors: [])
+    monkeypatch.setattr(_network_input, "wants_gradient", lambda *tensors: False)
+    assert _network_input.can_prepare(image, None, torch.bfloat16)
+    assert not _network_input.can_prepare(image, None, torch.float16)
+    assert not _network_input.can_prepare(torch.rand(1, 3, 8, 8), None, torch.bfloat16)
+    with ops.use_backend("torch"):
+        assert not _network_input.can_prepare(image, None, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
