@@ -1,9 +1,9 @@
 """Rewrite the table that the automatic choice reads, from the results of a run of ``gpu_check.sh``.
 
-A kernel is proven for the GPU's compute capability and a dtype where every check of results passed, the sanitizers
-found nothing, and at every place of the operator in the network, at four sizes, it is right and faster than each rival
-that is right: its third quartile below the rival's first. What the table says of other capabilities and dtypes stays.
-The results have to lie in the repository, for they are committed with the table.
+A kernel is proven for the GPU's compute capability and a dtype where every check of its backend's results passed, the
+sanitizers found nothing there, and at every place of the operator in the network, at four sizes, it is right and faster
+than each rival that is right: its third quartile below the rival's first. What the table says of other capabilities and
+dtypes stays. The results have to lie in the repository, for they are committed with the table.
 
     benchmarks/gpu_check.sh benchmarks/results/gpu/h100
     python benchmarks/prove.py benchmarks/results/gpu/h100            # says what is proven and what not, and why
@@ -24,22 +24,26 @@ from fastden.ops.proven import PROVEN
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "fastden" / "ops" / "proven.py"
-#: Steps of gpu_check.sh without which nothing is proven.
-CHECKS = (
-    *(f"first-{name}" for name in ("one-pixel", "one-hot", "tiles", "large", "repeats", "thread", "graph")),
-    "gpu-tests",
-    *(f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
-)
+FIRST_CHECKS = ("one-pixel", "one-hot", "tiles", "large", "repeats", "thread", "graph")
+#: Steps of gpu_check.sh without which no kernel of a backend is proven.
+CHECKS = {
+    backend: (
+        *(f"first-{backend}-{name}" for name in FIRST_CHECKS),
+        f"tests-{backend}",
+        *(f"sanitizer-{backend}-{tool}" for tool in ("memcheck", "racecheck", "synccheck")),
+    )
+    for backend in NAMES[1:]
+}
 #: Heights of the images whose results are needed.
 HEIGHTS = (256, 512, 1080, 2160)
 Key = tuple[str, str, tuple[int, int], str]
 
 
-def unproven(status: dict[str, str]) -> list[str]:
-    """Checks of gpu_check.sh that did not pass, from its ``status.json``."""
+def unproven(status: dict[str, str], backend: str) -> list[str]:
+    """Checks of a backend that gpu_check.sh did not see pass, from its ``status.json``."""
     searched = ["tiles: searched (tuned.json), which users do not have; accepted: the defaults"]
-    failed = [f"{name}: {status.get(name, 'did not run')}" for name in CHECKS if status.get(name) != "passed"]
-    return failed + searched * (status.get("tiles") == "searched")
+    failed = [f"{name}: {status.get(name, 'did not run')}" for name in CHECKS[backend] if status.get(name) != "passed"]
+    return failed + searched * (backend == "triton" and status.get("tiles") == "searched")
 
 
 def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
@@ -58,12 +62,16 @@ def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
     return [f"not faster than {', '.join(slower)}"] if slower else []
 
 
-def prove(documents: dict[str, dict[str, Any]]) -> tuple[dict[Key, str], list[str]]:
+def prove(
+    documents: dict[str, dict[str, Any]], backends: Iterable[str] = NAMES[1:]
+) -> tuple[dict[Key, str], list[str]]:
     """Entries for the table, each with its file of results, and why others are left out.
 
     Args:
         documents: what ``fastden bench ops`` wrote, by file.
+        backends: whose checks passed.
     """
+    backends = tuple(backends)
     by_height: dict[tuple[str, str], dict[int, tuple[str, dict[str, Any]]]] = {}
     for name, document in documents.items():
         settings = document["settings"]
@@ -79,7 +87,7 @@ def prove(documents: dict[str, dict[str, Any]]) -> tuple[dict[Key, str], list[st
         major, minor = map(int, capability.split("."))
         operators = {result["name"].split()[0] for _, document in at_height.values() for result in document["results"]}
         for operator in sorted(operators):
-            for backend in NAMES[1:]:
+            for backend in backends:
                 reasons = [
                     f"{result['name']} at {height}: {reason}"
                     for height, (_, document) in sorted(at_height.items())
@@ -115,12 +123,15 @@ def main() -> int:
     folder = arguments.results.resolve()
     if not folder.is_relative_to(ROOT):
         parser.error(f"{folder} lies outside {ROOT}; the results are committed with the table")
-    lacking = unproven(json.loads((folder / "status.json").read_text()))
-    if lacking:
-        print("nothing is proven:\n  " + "\n  ".join(lacking), file=sys.stderr)
+    status = json.loads((folder / "status.json").read_text())
+    lacking = {backend: unproven(status, backend) for backend in CHECKS}
+    for backend, checks in lacking.items():
+        if checks:
+            print(f"nothing of {backend} is proven:\n  " + "\n  ".join(checks), file=sys.stderr)
+    if all(lacking.values()):
         return 1
     files = {file.relative_to(ROOT).as_posix(): json.loads(file.read_text()) for file in folder.glob("ops-[0-9]*.json")}
-    entries, notes = prove(files)
+    entries, notes = prove(files, [backend for backend, checks in lacking.items() if not checks])
     print("\n".join(f"proven: {key}" for key in sorted(entries)) or "nothing is proven")
     print("\n".join(f"left out: {note}" for note in notes))
     if arguments.write:

@@ -368,6 +368,10 @@ def train(
         list[str] | None, typer.Option("--set", help="key=value, overrides the file; several may follow.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop behind the first epoch that ends after this time; --resume goes on."),
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="As Lightning's: auto, cpu, gpu, ...")] = "auto",
     devices: Annotated[str, typer.Option(help="As Lightning's: auto, a count, a list.")] = "auto",
 ) -> None:
@@ -381,7 +385,7 @@ def train(
         raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
     settings = load_config(config, changes or [])
     with naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
-        folder = run(settings, resume=resume, accelerator=accelerator, devices=devices)
+        folder = run(settings, resume=resume, minutes=minutes, accelerator=accelerator, devices=devices)
     say(f"model written to {folder}")
 
 

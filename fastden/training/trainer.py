@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -22,7 +23,25 @@ from fastden.training.photo import PhotoData, PhotoTraining, save_estimator
 from fastden.training.tasks import load_task
 
 
-def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto", devices: str | int = "auto") -> Path:
+class _TimeLimit(pl.Callback):
+    """Ends a run behind the first epoch that ends after ``minutes``: what it leaves resumes as the whole run would."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # All processes must stop at the same epoch, and their clocks differ.
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(time.monotonic() >= self.end, all=False)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    minutes: float | None = None,
+    accelerator: str = "auto",
+    devices: str | int = "auto",
+) -> Path:
     """Train a denoiser, alone or jointly, and save it.
 
     Writes ``checkpoints/last.ckpt`` after every epoch, ``log/metrics.csv`` (a resumed run keeps the earlier part as
@@ -34,6 +53,8 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
     Args:
         config: all settings.
         resume: go on from the last checkpoint in ``config.output``, with the same settings; only ``steps`` may change.
+        minutes: stop behind the first epoch that ends after this time; the model is saved, and the run can be resumed.
+            None for no limit.
         accelerator, devices: as Lightning's. Under ``torchrun`` its processes count, and ``devices`` is not used.
 
     Returns:
@@ -53,6 +74,8 @@ def train(config: TrainConfig, *, resume: bool = False, accelerator: str = "auto
     pl.seed_everything(config.seed, verbose=False)
     ema = EMAWeightAveraging(decay=config.ema)
     trainer = _trainer(config, ema, last, accelerator, devices)
+    if minutes is not None:
+        trainer.callbacks.insert(0, _TimeLimit(minutes))  # type: ignore[attr-defined]
     if config.batch % trainer.world_size:
         raise UserError(f"batch: {config.batch}; accepted for {trainer.world_size} processes: a multiple of them")
     model = _model(config)

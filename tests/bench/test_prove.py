@@ -76,11 +76,20 @@ def test_all_sizes_are_needed(command: ModuleType) -> None:
 
 
 def test_every_check_is_needed(command: ModuleType) -> None:
-    status = dict.fromkeys(command.CHECKS, "passed")
-    assert command.unproven(status | {"tiles": "default"}) == []
-    assert "users do not have" in command.unproven(status | {"tiles": "searched"})[0]
-    del status["first-graph"]
-    assert command.unproven(status | {"gpu-tests": "failed"}) == ["first-graph: did not run", "gpu-tests: failed"]
+    """Those of one backend say nothing about the other; searched tiles are Triton's."""
+    status = {name: "passed" for checks in command.CHECKS.values() for name in checks}
+    assert command.unproven(status | {"tiles": "default"}, "triton") == []
+    assert "users do not have" in command.unproven(status | {"tiles": "searched"}, "triton")[0]
+    assert command.unproven(status | {"tiles": "searched"}, "cuda") == []
+    del status["first-cuda-graph"]
+    status["tests-cuda"] = "timed out"
+    assert command.unproven(status, "cuda") == ["first-cuda-graph: did not run", "tests-cuda: timed out"]
+    assert command.unproven(status, "triton") == []
+    found = documents(command, right=False)
+    for document in found.values():
+        document["results"][0]["contenders"]["fastden-cuda"] = row(0.5, own=True)
+    assert set(command.prove(found)[0]) == {("cuda", "upsample", (9, 0), "bfloat16")}
+    assert command.prove(found, ["triton"])[0] == {}
 
 
 def test_the_table_keeps_what_other_gpus_proved(

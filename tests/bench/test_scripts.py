@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastden import ops
+from fastden.training.config import load_config
 from tests.cli.run import fails
 from tests.scripts import load
 
@@ -40,66 +42,110 @@ def test_suites_run(root: Path) -> None:
     assert f"{2 * (2 * 11 + 2)} passed" in done.stdout, done.stdout + done.stderr
 
 
+def stand_ins(folder: Path, log: Path, failing: str = "never") -> dict[str, str]:
+    """An environment in which Python and a GPU's tools only note what they are asked; what is ``failing`` fails."""
+    folder.mkdir()
+    python = f'#!/bin/sh\necho "$@" >>{log}\ncase "$*" in *"{failing}"*) echo broken; exit 3 ;; esac\n'
+    (folder / "python").write_text(python)
+    for name in ("nvidia-smi", "compute-sanitizer", "ncu"):
+        (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{log}\n')
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return {**os.environ, "PYTHON": str(folder / "python"), "PATH": path, "TORCH_CUDA_ARCH_LIST": "8.0"}
+
+
+def gpu_check(root: Path, environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", root / "benchmarks" / "gpu_check.sh", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its commands would run")
 def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -> None:
     prove = load(root / "benchmarks" / "prove.py")
-    python, log = tmp_path / "python", tmp_path / "log"
-    # The bench of training fails; all else succeeds.
-    python.write_text(f'#!/bin/sh\necho "$@" >>{log}\ncase "$*" in *"bench train"*) echo broken; exit 3 ;; esac\n')
-    for name in ("nvidia-smi", "compute-sanitizer", "ncu"):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{log}\n')
-    for path in (python, *(tmp_path / name for name in ("nvidia-smi", "compute-sanitizer", "ncu"))):
-        path.chmod(0o755)
-    out = tmp_path / "results"
-    environment = {**os.environ, "PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = root / "benchmarks" / "gpu_check.sh"
-    done = subprocess.run(["bash", script, out], capture_output=True, text=True, env=environment, check=False)
+    log, out, archive = tmp_path / "log", tmp_path / "results", tmp_path / "results.tar.gz"
+    environment = stand_ins(tmp_path / "bin", log, failing="bench train") | {"ARCHIVE": str(archive)}
+    done = gpu_check(root, environment, out)
     assert done.returncode == 1
-    assert done.stdout.endswith("failed: train\nfailed: train-aten\n"), done.stdout + done.stderr
+    assert done.stdout.endswith("failed: train (failed)\nfailed: train-aten (failed)\n"), done.stdout + done.stderr
     status = json.loads((out / "status.json").read_text())
     assert status.pop("train") == status.pop("train-aten") == "failed"
     assert status.pop("tiles") == "default"
     assert set(status.values()) == {"passed"}
-    assert set(prove.CHECKS) < set(status)
+    assert {name for checks in prove.CHECKS.values() for name in checks} < set(status)
     assert (out / "train.log").read_text() == "broken\n"
+    with tarfile.open(archive) as kept:
+        assert "results/status.json" in kept.getnames()
     asked = log.read_text().splitlines()
-    assert any(line.startswith("-m pytest tests/kernels tests/ops tests/cuda") for line in asked)
+    tests = [line for line in asked if line.startswith("-m pytest")]
+    assert sorted(file for line in tests for file in line.split() if file.startswith("tests/")) == [
+        "tests/cuda/test_network.py",
+        "tests/cuda/test_operators.py",
+        "tests/kernels",
+    ]
+    for file in {word for line in asked for word in line.split() if word.startswith(("tests/", "benchmarks/"))}:
+        assert (root / file).exists(), file
     assert any(line.startswith("ncu --csv --clock-control none --metrics sm__pipe_tensor") for line in asked)
-    firsts = [line.split()[1] for line in asked if line.startswith("benchmarks/first_checks.py")]
-    assert firsts == ["one-pixel", "one-hot", "tiles", "large", "repeats", "thread", "graph"]
+    firsts = [tuple(line.split()[1:]) for line in asked if line.startswith("benchmarks/first_checks.py")]
+    names = ("one-pixel", "one-hot", "tiles", "large", "repeats", "thread", "graph")
+    assert firsts == [(name, "--backend", backend) for backend in ("triton", "cuda") for name in names]
     assert "-m fastden build" in asked
-    assert {tool for line in asked for tool in line.split() if tool.endswith("check")} == {
-        "memcheck",
-        "racecheck",
-        "synccheck",
-    }
+    tools = [word for line in asked for word in line.split() if word in ("memcheck", "racecheck", "synccheck")]
+    assert sorted(tools) == ["memcheck"] * 2 + ["racecheck"] * 2 + ["synccheck"] * 2
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
-    assert [bench[1] for bench in benches] == ["ops"] * 6 + ["model", "model", "train", "train", "model"]
+    assert [bench[1] for bench in benches] == ["model"] * 2 + ["ops"] * 4 + ["train"] * 2 + ["ops"] * 2 + ["model"]
     heights = {bench[bench.index("--size") + 1] for bench in benches if bench[1] == "ops" and "--backward" not in bench}
     assert heights == set(map(str, prove.HEIGHTS))
     own = [bench[bench.index("--backends") + 1] for bench in benches]
-    training = ["torch,triton"] * 2
-    assert own == ["torch,triton,cuda"] * 4 + training + ["torch,triton,cuda"] * 2 + training + ["torch,triton,cuda"]
+    assert own == ["torch,triton,cuda"] * 6 + ["torch,triton"] * 4 + ["torch,triton,cuda"]
     for bench in benches:
         # The command knows every option: it fails only because it finds no GPU.
         fails(*bench, saying="finds no CUDA device")
 
 
+@pytest.mark.parametrize("name", ["color", "photo"])
+def test_gpu_check_trains(root: Path, tmp_path: Path, name: str) -> None:
+    """The rest of a run goes on where it was, and its settings are those of a configuration."""
+    log, out = tmp_path / "log", tmp_path / "results"
+    environment = stand_ins(tmp_path / "bin", log) | {"DATA": "photographs", "BUDGET": "120"}
+    for resumed in (False, True):
+        assert gpu_check(root, environment, out, name).returncode == 0
+        asked = log.read_text().splitlines()[-1].split()
+        assert asked[:4] == ["-m", "fastden", "train", f"benchmarks/training/{name}-gpu.yaml"]
+        assert ("--resume" in asked) == resumed
+        assert 0 < float(asked[asked.index("--minutes") + 1]) <= 1
+        first = asked.index("--set") + 1
+        changes = " ".join(asked[first : asked.index("--minutes")]).replace(" workers=", "\nworkers=")
+        config = load_config(root / asked[3], changes.replace(" data=", "\ndata=").splitlines())
+        assert config.output == out / f"{name}-gpu"
+        assert {folder.parent for folder in config.data} == {Path("photographs")}
+        (out / f"{name}-gpu" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / f"{name}-gpu" / "checkpoints" / "last.ckpt").touch()
+
+
 def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "python").write_text("#!/bin/sh\n")
-    (tmp_path / "python").chmod(0o755)
-    (tmp_path / "nvidia-smi").symlink_to("/bin/true")
-    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = root / "benchmarks" / "gpu_check.sh"
-    done = subprocess.run(
-        ["bash", script, tmp_path / "out"],
-        capture_output=True, text=True, env={**environment, "BUDGET": "1"}, check=False,
-    )  # fmt: skip
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log") | {"BUDGET": "1"}
+    done = gpu_check(root, environment, tmp_path / "out")
     assert done.returncode == 1
-    assert "failed: build (no time left)\nfailed: first-one-pixel (no time left)" in done.stdout
+    assert "failed: build (no time left)\nfailed: first-triton-one-pixel (no time left)" in done.stdout
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status.pop("tiles") == "default"
     assert set(status.values()) == {"no time left"}
+    done = gpu_check(root, environment, tmp_path / "out", "check")
+    assert done.returncode == 2
+    assert "part: check; accepted: first, quick, tests" in done.stderr
+
+
+@pytest.mark.slow
+def test_gpu_check_stops_what_hangs(root: Path, tmp_path: Path) -> None:
+    """At the same time as others that go on."""
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log") | {"BUDGET": "30"}
+    hanging = (tmp_path / "bin" / "python").read_text() + 'case "$*" in *"fastden build"*) sleep 90 ;; esac\n'
+    (tmp_path / "bin" / "python").write_text(hanging)
+    done = gpu_check(root, environment, tmp_path / "out", "first")
+    assert "failed: build (timed out)" in done.stdout
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["first-triton-one-pixel"] == "passed"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

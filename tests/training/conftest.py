@@ -86,7 +86,7 @@ def quiet() -> Iterator[None]:
 def run(photographs: Path) -> Run:
     """A training of four steps in two epochs, on the CPU; returns the folder of the model."""
 
-    def start(output: Path, resume: bool = False, **changes: Any) -> Path:
+    def start(output: Path, resume: bool = False, minutes: float | None = None, **changes: Any) -> Path:
         settings: dict[str, Any] = {
             "data": [photographs],
             "output": output,
@@ -103,6 +103,7 @@ def run(photographs: Path) -> Run:
         kind = TrainConfig if "objective" not in changes else JointConfig
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return train(kind.model_validate({**settings, **changes}), resume=resume, accelerator="cpu", devices="1")
+            own = kind.model_validate({**settings, **changes})
+            return train(own, resume=resume, minutes=minutes, accelerator="cpu", devices="1")
 
     return start

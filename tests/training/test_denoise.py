@@ -178,6 +178,16 @@ class TestRun:
         parts = [path.read_text().splitlines()[1:] for path in sorted((tmp_path / "log").glob("*.csv"))]
         assert sorted(line.split(",")[0] for part in parts for line in part) == ["0", "1"]
 
+    def test_a_run_may_stop_in_time(self, finished: Path, run: Run, tmp_path: Path) -> None:
+        """It stops behind an epoch, leaves a model, and what is resumed equals the uninterrupted run."""
+        run(tmp_path, minutes=0)
+        assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 2
+        expected = weights(finished / "model")
+        stopped = weights(tmp_path / "model")
+        assert not all(torch.equal(stopped[name], value) for name, value in expected.items())
+        resumed = weights(run(tmp_path, resume=True, minutes=9))
+        assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
     def test_resuming_a_finished_run_changes_nothing(self, finished: Path, run: Run) -> None:
         expected = weights(finished / "model")
         again = weights(run(finished, resume=True))
