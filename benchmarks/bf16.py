@@ -8,7 +8,6 @@ The results file holds an entry for each processor; running it on another machin
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from fastden import Denoiser, fuse
-from fastden.bench.machine import describe
+from fastden.bench.machine import describe, report
 from fastden.network import onednn
 
 
@@ -49,11 +48,7 @@ def main() -> None:
         "speed_up": round(medians["float32"] / medians["bfloat16"], 3),
         "largest_difference": round(float((results["float32"] - results["bfloat16"]).abs().max()), 5),
     }
-    print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
-    if arguments.json is not None:
-        entries = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        entries[str(entry["machine"].get("cpu"))] = entry
-        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+    report(entry, arguments.json)
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         tasks = product(sources, architectures)
         results = list(pool.map(lambda task: compile_one(*task, toolkit, flags, Path(folder)), tasks))
-    rows = [row for found, _ in results for row in found]
-    failures = [failure for _, found in results for failure in found]
+    rows = [row for these, _ in results for row in these]
+    failures = [failure for _, these in results for failure in these]
     table = Table("source", "kernel", "architecture", "registers", "spilled B", "static shared B", "matrix instruction")
     for row in rows:
         table.add_row(*(str(value or ("" if value is None else 0)) for value in row.values()))

@@ -49,8 +49,8 @@ class _Suite:
 
     def parameters(self, suite: str, training: bool) -> list[tuple[str, str]]:
         """Pairs of a part of the network, or the suite itself, and a contender."""
-        found, _ = forms.choose_backends(None, self.device, self.dtype, training)
-        own = ["fastden"] if suite == "batch" else [forms.own_name(name) for name in found]
+        backends, _ = forms.choose_backends(None, self.device, self.dtype, training)
+        own = ["fastden"] if suite == "batch" else [forms.own_name(name) for name in backends]
         parts = operators.OPERATORS.get(suite, (suite,))
         return [(part, name) for part in parts for name in (*own, *self.peers)]
 
@@ -81,10 +81,10 @@ class _Suite:
 
 @pytest.fixture(scope="session")
 def suite(request: pytest.FixtureRequest) -> Iterator[_Suite]:
-    found = _Suite(request.config)
-    with machine.steady_settings(found.device):
-        yield found
-    found.folder.cleanup()
+    current = _Suite(request.config)
+    with machine.steady_settings(current.device):
+        yield current
+    current.folder.cleanup()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

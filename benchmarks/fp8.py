@@ -64,8 +64,8 @@ class Watched:
     def __call__(self, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
         if self.scales is not None:
             return conv3_in_fp8(a, b, weight, bias, self.scales)
-        found = torch.cat([a.abs().amax((0, 2, 3)), b.abs().amax((0, 2, 3))])
-        self.largest = found if self.largest is None else torch.maximum(self.largest, found)
+        largest = torch.cat([a.abs().amax((0, 2, 3)), b.abs().amax((0, 2, 3))])
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         return self.original(a, b, weight, bias, **options)
 
 

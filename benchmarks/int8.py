@@ -11,7 +11,6 @@ file holds an entry for each processor; a run on another machine adds its own.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from fastden import Denoiser, FusedDenoiser, calibrate, fuse
 from fastden.bench import forms
-from fastden.bench.machine import describe
+from fastden.bench.machine import describe, report
 from fastden.network import int8, onednn
 from fastden.training.data import central_crops, find_photographs, load_rgb
 
@@ -63,11 +62,7 @@ def main() -> None:
         entry["kodak24" if "kodak" in arguments.quality.name else arguments.quality.name] = _quality(
             model, arguments.quality, arguments.every, pictures, not arguments.no_openvino
         )
-    print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
-    if arguments.json is not None:
-        entries = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        entries[str(entry["machine"].get("cpu"))] = entry
-        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+    report(entry, arguments.json)
 
 
 def _own(model: Denoiser) -> dict[str, FusedDenoiser]:

@@ -84,21 +84,21 @@ class Loop(NamedTuple):
 
 def innermost(listing: str) -> Loop | None:
     """The innermost loop in a function's disassembly; None if no loop has a matrix instruction."""
-    lines = [(int(place, 16), name + rest) for place, name, rest in INSTRUCTION.findall(listing)]
+    lines = [(int(address, 16), name + rest) for address, name, rest in INSTRUCTION.findall(listing)]
     found: list[Loop] = []
     ends = []
-    for place, text in lines:
+    for address, text in lines:
         target = re.match(r"BRA(?:\.\w+)*\s.*?0x([0-9a-f]+)", text)
-        if target is not None and int(target[1], 16) < place:
-            ends.append((int(target[1], 16), place))
+        if target is not None and int(target[1], 16) < address:
+            ends.append((int(target[1], 16), address))
     for first, last in ends:
         if any((first, last) != other and first <= other[0] and other[1] <= last for other in ends):
-            body = [text for place, text in lines if first <= place <= last]
+            body = [text for address, text in lines if first <= address <= last]
             inner = [(a, b) for a, b in ends if first <= a and b <= last and (a, b) != (first, last)]
-            if any(MATRIX.search(text) for place, text in lines for a, b in inner if a <= place <= b):
+            if any(MATRIX.search(text) for address, text in lines for a, b in inner if a <= address <= b):
                 continue  # not innermost
         else:
-            body = [text for place, text in lines if first <= place <= last]
+            body = [text for address, text in lines if first <= address <= last]
         matrix = sum(bool(MATRIX.search(text)) for text in body)
         if matrix:
             found.append(Loop(len(body), matrix, sum(bool(SHARED_LOADS.search(text)) for text in body)))
@@ -115,7 +115,7 @@ def resident(registers: int, shared: int, threads: int, architecture: str = "9.0
 
 
 def row(
-    place: str,
+    layer: str,
     backend: str,
     pixels: int,
     asked: float,
@@ -125,7 +125,7 @@ def row(
 ) -> dict[str, Any]:
     """A line of the table. ``asked`` is the number of bytes that a block reads from level 2, without its results."""
     return {
-        "place": place,
+        "layer": layer,
         "backend": backend,
         "l2_bytes_a_pixel": round(asked / pixels, 1),
         "tile_pixels": pixels,
@@ -277,7 +277,7 @@ def count_preparation(height: int = 1080, width: int = 1920) -> list[dict[str, A
             moved = sum(traffic.bytes.values()) - (size(level) if name == "number" else 0)
             for backend, total, launched in (("torch", moved, sum(traffic.calls.values())), ("triton", fused, 1)):
                 counts = {"memory_bytes_a_pixel": round(total / pixels, 1), "launches": launched}
-                rows.append({"place": f"input, level from a {name}", "backend": backend, **counts})
+                rows.append({"layer": f"input, level from a {name}", "backend": backend, **counts})
     return rows
 
 
@@ -352,7 +352,7 @@ class Kernel(NamedTuple):
     """A CUDA kernel of a layer of the network.
 
     Attributes:
-        place: name of the layer.
+        layer: name of the layer.
         source: name of the file in ``csrc``, without its ending.
         mangled: regular expression that matches the kernel's name in the binary.
         shared, threads: C++ expressions for the bytes of shared memory and the number of threads of a block.
@@ -361,7 +361,7 @@ class Kernel(NamedTuple):
         architecture: that the kernel is compiled for.
     """
 
-    place: str
+    layer: str
     source: str
     mangled: str
     shared: str
@@ -372,14 +372,14 @@ class Kernel(NamedTuple):
 
 
 def convolution(
-    place: str, source: str, tile: tuple[int, ...], taps: int, depth: int, architecture: str = "9.0a"
+    layer: str, source: str, tile: tuple[int, ...], taps: int, depth: int, architecture: str = "9.0a"
 ) -> Kernel:
     """The kernel of ``convolution.cuh``. A tile is rows, columns, warps down and across, and stages."""
     name = f"ConvolutionTile<__nv_bfloat16, {', '.join(map(str, tile))}>"
     mangled = "convolution_kernelI13__nv_bfloat16" + "".join(f"Li{number}E" for number in tile)
     asked = f"{taps} * {depth} * ({tile[0]} + {tile[1]}) * 2"
     shared, threads = f"{name}::kSharedBytes", f"{name}::kThreads"
-    return Kernel(place, source, mangled, shared, threads, str(tile[0]), asked, architecture)
+    return Kernel(layer, source, mangled, shared, threads, str(tile[0]), asked, architecture)
 
 
 #: A tile with its margin, the tile once more as the residual, and the weights.
@@ -489,8 +489,10 @@ def count_cuda(csrc: Path) -> list[dict[str, Any]]:
             "shared_bytes": values["shared"],
             "threads": values["threads"],
         }
-        found = row(kernel.place, "cuda", values["pixels"], values["asked"], used, innermost(body), kernel.architecture)
-        rows.append(found)
+        counts = row(
+            kernel.layer, "cuda", values["pixels"], values["asked"], used, innermost(body), kernel.architecture
+        )
+        rows.append(counts)
     return rows
 
 
@@ -503,15 +505,15 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = count_triton() if "triton" in arguments.backends else []
     rows += count_cuda(arguments.csrc) if "cuda" in arguments.backends else []
-    table = Table(*("place", "backend", "L2 B a pixel", "registers", "shared KiB", "blocks", "instructions a product"))
+    table = Table(*("layer", "backend", "L2 B a pixel", "registers", "shared KiB", "blocks", "instructions a product"))
     for one in rows:
         values = (one["l2_bytes_a_pixel"], one["registers"], f"{one['shared_bytes'] / 1024:.0f}")
         more = (one["blocks_a_multiprocessor"], one["instructions_a_matrix_instruction"])
-        table.add_row(one["place"], one["backend"], *map(str, values), *map(str, more))
+        table.add_row(one["layer"], one["backend"], *map(str, values), *map(str, more))
     Console(width=120).print(table)
     preparation = count_preparation()
     for one in preparation:
-        print(f"{one['place']}, {one['backend']}: {one['memory_bytes_a_pixel']} B a pixel, {one['launches']} launches")
+        print(f"{one['layer']}, {one['backend']}: {one['memory_bytes_a_pixel']} B a pixel, {one['launches']} launches")
     head_tiles = count_head_tiles() if "triton" in arguments.backends else []
     for one in head_tiles:
         print(f"head, tiles of {one['groups']} groups, {one['warps']} warps: {one['spilled_bytes']} B spilled")

@@ -74,10 +74,10 @@ class _Driver:
 @contextmanager
 def _recorded(architecture: int, dtype: str) -> Iterator[list[dict[str, Any]]]:
     """Record what launches in the ``with`` block would have compiled."""
-    found: list[dict[str, Any]] = []
+    recorded: list[dict[str, Any]] = []
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found.append({"kernel": fn.jit_function, **compile})
+        recorded.append({"kernel": fn.jit_function, **compile})
         return True
 
     patched = {module: module.precision for module in _with_products()}
@@ -88,7 +88,7 @@ def _recorded(architecture: int, dtype: str) -> Iterator[list[dict[str, Any]]]:
         module.precision = lambda x: "tf32" if dtype == "tf32" else "ieee"
     _descriptors.why_not = lambda a, b, weight: []
     try:
-        yield found
+        yield recorded
     finally:
         triton.knobs.runtime.jit_cache_hook = None
         for module, precision in patched.items():
@@ -115,9 +115,9 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
             described = "descriptors" in name
             if described and architecture < 90:
                 continue
-            with _recorded(architecture, dtype) as found:
+            with _recorded(architecture, dtype) as recorded:
                 call()
-            for one in found:
+            for one in recorded:
                 kernel = one["kernel"].fn.__name__
                 if kernel in OTHERS and operator != OTHERS[kernel]:
                     continue  # it is in the table of another operator

@@ -9,7 +9,6 @@ for each processor, an entry for each dtype and number of threads; a run adds it
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from fastden import Denoiser, fuse
 from fastden.bench.compare import Settings, ready
 from fastden.bench.images import SIGMA, photograph
-from fastden.bench.machine import describe
+from fastden.bench.machine import describe, report
 from fastden.bench.network import inference
 from fastden.bench.timing import Call, Stopwatch, interleaved, summary
 from fastden.network.packed import Snapshot
@@ -55,9 +54,7 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         jobs = prepare(cases, getattr(torch, arguments.dtype), peers, Path(folder))
         entry = measure(jobs, getattr(torch, arguments.dtype))
-    print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
-    if arguments.json is not None:
-        write(arguments.json, entry)
+    report(entry, arguments.json, f"{entry['dtype']}, {entry['threads']} threads")
     rows = [row for job in entry["calls"].values() for row in job.values()]
     return int(not all(row.get("right", False) for row in rows))
 
@@ -119,19 +116,11 @@ def comparison(dtype: torch.dtype, rounds: int = COMPARISON_ROUNDS) -> dict[str,
 
     calls = {"compared": partial(call, Snapshot.holds), "not compared": partial(call, lambda snapshot, tensors: True)}
     times = interleaved(calls, Stopwatch(CPU), rounds)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         name: {key: round(value, 3) for key, value in summary(values).items()} for name, values in times.items()
     }
-    found["ratio"] = round(found["compared"]["median_ms"] / found["not compared"]["median_ms"], 3)
-    return found
-
-
-def write(path: Path, entry: dict[str, Any]) -> None:
-    """Add an entry to a results file, under its processor, dtype and threads."""
-    entries: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    name = f"{entry['dtype']}, {entry['threads']} threads"
-    entries.setdefault(str(entry["machine"].get("cpu")), {})[name] = entry
-    path.write_text(json.dumps(entries, indent=1) + "\n")
+    results["ratio"] = round(results["compared"]["median_ms"] / results["not compared"]["median_ms"], 3)
+    return results
 
 
 if __name__ == "__main__":

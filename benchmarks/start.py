@@ -9,7 +9,6 @@ running it on another machine adds that one's.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from fastden.bench.images import photograph
-from fastden.bench.machine import describe
+from fastden.bench.machine import describe, report
 
 #: Height and width of the picture.
 SIZE = (300, 451)
@@ -51,11 +50,7 @@ def main() -> None:
     entry["beyond import torch"] = {
         name: round(value - entry["seconds"]["import torch"], 3) for name, value in entry["seconds"].items()
     }
-    print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
-    if arguments.json is not None:
-        entries = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        entries[str(entry["machine"].get("cpu"))] = entry
-        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+    report(entry, arguments.json)
 
 
 def _commands(folder: Path) -> dict[str, list[str]]:

@@ -65,10 +65,10 @@ def neighbours(config: Any) -> Iterator[Any]:
                 yield replace(config, **{field.name: steps[other]})
 
 
-def is_right(found: Any, expected: Any) -> bool:
+def is_right(results: Any, expected: Any) -> bool:
     """Whether a call's results differ from those of the default by no more than the dtype's rounding."""
-    found, expected = ((one,) if isinstance(one, torch.Tensor) else one for one in (found, expected))
-    for one, other in zip(found, expected, strict=True):
+    results, expected = ((one,) if isinstance(one, torch.Tensor) else one for one in (results, expected))
+    for one, other in zip(results, expected, strict=True):
         error = (one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30)
         if not error <= 4 * torch.finfo(one.dtype).eps:  # nor where it is NaN
             return False

@@ -10,7 +10,6 @@ entry for each processor.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.bench.machine import describe
+from fastden.bench.machine import describe, report
 from fastden.bench.timing import interleaved, summary
 from fastden.network.onednn import Convolution
 
@@ -123,7 +122,7 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     forms: dict[str, Callable[[], Tensor]] = {"direct": lambda: direct(x), "eager": lambda: F.conv2d(x, weight)}
     for rows in GROUPS:
         forms[f"winograd, {rows} rows"] = partial(Winograd(weight, rows), x)
-    found: dict[str, dict[str, float]] = {
+    results: dict[str, dict[str, float]] = {
         name: {"error": relative_error(call(), exact)} for name, call in forms.items()
     }
     bound = {f"products alone, {rows} rows": products_only(weight, rows, height, width) for rows in GROUPS}
@@ -136,10 +135,10 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     times = interleaved({**forms, **bound}, milliseconds, rounds)
     least = statistics.median(times["direct"])
     for name, values in times.items():
-        row = found.setdefault(name, {})
+        row = results.setdefault(name, {})
         row |= {key: round(value, 3) for key, value in summary(values).items()}
         row["times_as_fast_as_direct"] = round(least / row["median_ms"], 3)
-    return found
+    return results
 
 
 def onednn_has_winograd() -> bool | None:
@@ -167,11 +166,7 @@ def main() -> None:
         "onednn_chooses_winograd": onednn_has_winograd(),
         "cases": cases,
     }
-    print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
-    if arguments.json is not None:
-        entries = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        entries[str(entry["machine"].get("cpu"))] = entry
-        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+    report(entry, arguments.json)
 
 
 if __name__ == "__main__":

@@ -245,9 +245,9 @@ class JointLoss(nn.Module):
             raise ValueError(f"clean: shape {tuple(clean.shape)}; accepted: denoised's {tuple(output.denoised.shape)}")
         targets = target if isinstance(target, Mapping) else {TASK: target}
         names = list(self.task_losses)
-        for what, found in (("output", output.predictions), ("target", targets)):
-            if set(found) != set(names):
-                raise ValueError(f"{what}: tasks {', '.join(map(str, found))}; accepted: {', '.join(names)}")
+        for what, by_task in (("output", output.predictions), ("target", targets)):
+            if set(by_task) != set(names):
+                raise ValueError(f"{what}: tasks {', '.join(map(str, by_task))}; accepted: {', '.join(names)}")
         tasks = {name: self._scalar(name, output.predictions[name], targets[name]) for name in names}
         denoise = self.denoise_loss(output.denoised, clean)
         total = denoise
@@ -258,8 +258,8 @@ class JointLoss(nn.Module):
     def _scalar(self, name: str, prediction: Any, target: Any) -> Tensor:
         loss = self.task_losses[name](prediction, target)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"task_loss of {name}: returned {found}; accepted: a scalar tensor (take its mean)")
+            returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"task_loss of {name}: returned {returned}; accepted: a scalar tensor (take its mean)")
         return loss
 
 

@@ -178,9 +178,9 @@ def chosen_config(
     outputs, kernel = weight.shape[0], weight.shape[-1]
     default = config_for(channels, outputs, pixels, a.element_size(), precision(a))
     key = f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, phases {phases}, {precision(a)}"
-    found = choose("conv", f"{key}, statistics" if statistics else key, pixels, a, default)
+    config = choose("conv", f"{key}, statistics" if statistics else key, pixels, a, default)
     # The search may have used tensors with other addresses: descriptors may not work for these tensors.
-    return default if found.descriptors and cannot_describe(a, b, weight) else found
+    return default if config.descriptors and cannot_describe(a, b, weight) else config
 
 
 def output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
@@ -191,8 +191,8 @@ def output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[i
 
 def _check_described(stride: int, phases: int, statistics: bool) -> None:
     if stride != 1 or phases != 1 or statistics:
-        given = f"stride {stride}, {phases} phases, {'' if statistics else 'no '}statistics"
-        raise ValueError(f"config: descriptors=True with {given}; accepted: stride 1, 1 phase, no statistics")
+        launch = f"stride {stride}, {phases} phases, {'' if statistics else 'no '}statistics"
+        raise ValueError(f"config: descriptors=True with {launch}; accepted: stride 1, 1 phase, no statistics")
 
 
 def launch_conv(

@@ -126,16 +126,16 @@ def capability(device: int | None) -> str:
     return f"{major}.{minor}"
 
 
-def write(file: Path, found: Mapping[Request, tuple[Any, Mapping[str, float]]], **about: Any) -> None:
+def write(file: Path, results: Mapping[Request, tuple[Any, Mapping[str, float]]], **about: Any) -> None:
     """Write configurations and their times in the format that :func:`choose` reads, in one atomic step.
 
     Args:
         file: the path that :func:`path` returns.
-        found: a configuration and its times, for each request.
+        results: a configuration and its times, for each request.
         about: more entries for the file, for example the machine.
     """
     entries: dict[str, list[dict[str, Any]]] = {}
-    for request, (config, times) in found.items():
+    for request, (config, times) in results.items():
         row = {"pixels": request.pixels, "config": asdict(config), **times}
         entries.setdefault(f"{request.kernel} {request.key}", []).append(row)
     document = {"format": FORMAT, "triton": triton.__version__, "kernels": digest(), **about, "entries": entries}

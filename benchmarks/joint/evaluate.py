@@ -138,10 +138,10 @@ def table(document: dict[str, Any], experiment: str, few: bool) -> str:
             chosen = [run["few"] for run in runs] if few else [run for run in runs if first in run]
             if not chosen:
                 break
-            found = summarise([{k: v for k, v in run.items() if isinstance(v, float)} for run in chosen])
-            spread = f" ± {found[first]['std']:.1f}" if len(chosen) > 1 else ""
-            quality = f"{found['psnr']['mean']:.2f} / {found['ssim']['mean']:.3f}"
-            cells.append(f"**{found[first]['mean']:.1f}**{spread} / {found[second]['mean']:.1f}<br>{quality}")
+            summary = summarise([{k: v for k, v in run.items() if isinstance(v, float)} for run in chosen])
+            spread = f" ± {summary[first]['std']:.1f}" if len(chosen) > 1 else ""
+            quality = f"{summary['psnr']['mean']:.2f} / {summary['ssim']['mean']:.3f}"
+            cells.append(f"**{summary[first]['mean']:.1f}**{spread} / {summary[second]['mean']:.1f}<br>{quality}")
         else:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -78,11 +78,11 @@ def figure_classify(
 ) -> Image.Image:
     chosen = classified(images, predict, methods, sigma, rows)
     sheet, draw = canvas([*methods, "ground truth"], len(chosen), SIDE + LINE)
-    for row, (index, found) in enumerate(chosen):
+    for row, (index, predictions) in enumerate(chosen):
         clean, label = images[index]
         noisy = add_noise(clean, sigma, 0, index)
         top = LINE + row * (SIDE + LINE)
-        for column, (denoise, (best, sure)) in enumerate(zip(methods.values(), found, strict=True)):
+        for column, (denoise, (best, sure)) in enumerate(zip(methods.values(), predictions, strict=True)):
             sheet.paste(Image.fromarray(denoise(noisy, sigma / 255)), (column * SIDE, top))
             caption = f"{names[best][:24]} {100 * sure:.0f} %"
             draw.text((column * SIDE + 3, top + SIDE + 2), caption, GOOD if best == int(label) else BAD, font())

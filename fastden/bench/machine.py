@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import time
@@ -67,6 +68,26 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def report(entry: dict[str, Any], file: Path | None, name: str | None = None) -> None:
+    """Print what was measured and, with a file, store it there beside the entries of other processors.
+
+    Args:
+        entry: what was measured; its ``"machine"`` is what :func:`describe` gives, and is stored, not printed.
+        file: JSON, an object whose keys are processors; made if there is none.
+        name: of the entry, where a processor has several. An entry of the same processor and name is replaced.
+    """
+    print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
+    if file is None:
+        return
+    entries: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    processor = str(entry["machine"].get("cpu"))
+    if name is None:
+        entries[processor] = entry
+    else:
+        entries.setdefault(processor, {})[name] = entry
+    file.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 @contextmanager

@@ -181,8 +181,8 @@ def parse_architectures(text: str, say: Callable[[str], None] = lambda text: Non
         else:
             found.append(part)
     if not found:
-        given = f"{text!r}; accepted: compute capabilities from 8.0 on" if dropped else "empty; accepted: some"
-        raise BuildError(f"TORCH_CUDA_ARCH_LIST: {given}, such as 8.6;9.0a")
+        text_problem = f"{text!r}; accepted: compute capabilities from 8.0 on" if dropped else "empty; accepted: some"
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST: {text_problem}, such as 8.6;9.0a")
     if dropped:
         say(f"TORCH_CUDA_ARCH_LIST: {', '.join(dropped)} left out; there are kernels from 8.0 on")
     return tuple(dict.fromkeys(found))
@@ -318,17 +318,18 @@ def missing(toolkit: Path | None) -> list[str]:
     """
     reasons = [] if toolkit else ["nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda)"]
     try:
-        found = environment()["cuda"]
+        torch_cuda = environment()["cuda"]
     # A broken native library can raise anything on import.
     except Exception as error:
         return [*reasons, f"PyTorch cannot be imported ({type(error).__name__}: {error})"]
-    if found == "none":
+    if torch_cuda == "none":
         reasons.append("this PyTorch is not a CUDA build")
     elif toolkit:
         release = re.search(r"release (\d+)\.(\d+)", ask_nvcc(toolkit, "--version"))
-        if release and release[1] != found.split(".")[0]:
+        if release and release[1] != torch_cuda.split(".")[0]:
             reasons.append(
-                f"nvcc is of CUDA {release[1]}.{release[2]}, PyTorch of CUDA {found}; accepted: the same major version"
+                f"nvcc is of CUDA {release[1]}.{release[2]}, PyTorch of CUDA {torch_cuda}; "
+                "accepted: the same major version"
             )
     if shutil.which("ninja", path=_path()) is None:
         reasons.append("ninja is not found (pip install ninja)")
@@ -398,13 +399,13 @@ def _path() -> str:
 
 def digest(folders: Iterable[Path]) -> str:
     """16 hexadecimal digits that tell the sources in folders apart."""
-    found = hashlib.sha256()
+    digits = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.suffix in SUFFIXES:
-                found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-                found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+                digits.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+                digits.update(path.read_bytes())
+    return digits.hexdigest()[:16]
 
 
 def _commit(csrc: Path) -> str:

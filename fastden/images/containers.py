@@ -126,8 +126,8 @@ def riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def with_riff_chunk(data: bytes, name: bytes, content: bytes) -> bytes:
     """A WebP whose chunk of that name, which is there, has another content."""
-    for found, start, size in riff_chunks(data):
-        if found == name:
+    for chunk_name, start, size in riff_chunks(data):
+        if chunk_name == name:
             chunk = struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
             data = data[: start - 8] + chunk + data[start + size + size % 2 :]
             return data[:4] + struct.pack("<I", len(data) - 8) + data[8:]

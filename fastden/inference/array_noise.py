@@ -21,9 +21,9 @@ CURVE = np.dtype([("sigmas", np.float64, KNOTS), *((name, np.float64) for name i
 RANGE = np.dtype([(name, np.float64) for name in ("black", "white", "low", "high")])
 
 
-def as_ranges(found: Sequence[ValueRange]) -> Array:
+def as_ranges(ranges: Sequence[ValueRange]) -> Array:
     """Ranges as elements of :data:`RANGE`, (N,)."""
-    return np.array([(one.black, one.white, one.low, one.high) for one in found], RANGE)
+    return np.array([(one.black, one.white, one.low, one.high) for one in ranges], RANGE)
 
 
 def value_range_of(ranges: Array) -> ValueRange:

@@ -134,8 +134,8 @@ def denoise_array(
             ranges = _range_block(_count_block(planes, planes.shape[-3:]), dtype=planes.dtype)
         else:
             ranges = as_ranges([fixed]).reshape((1,) * planes.ndim)
-        given = estimate_block(planes, ranges) if levels is None else levels
-        done = _denoise_block(planes, given, ranges, settings=settings)
+        used = estimate_block(planes, ranges) if levels is None else levels
+        done = _denoise_block(planes, used, ranges, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
     da = _package("dask.array")
     planes = _planes(_lazy(da, array), axis)

@@ -66,8 +66,8 @@ def denoise_layer(
         def part(done: int, total: int, index: int = index) -> None:
             progress((index + done / max(total, 1)) / len(planes))
 
-        given = ((plane - low) / (high - low)).astype(np.float32) if scaled else plane
-        clean = denoise(given, sigma, strength=strength, tile=tile, progress=part)
+        image = ((plane - low) / (high - low)).astype(np.float32) if scaled else plane
+        clean = denoise(image, sigma, strength=strength, tile=tile, progress=part)
         if scaled:
             clean = np.clip(clean.astype(np.float64), 0, 1) * (high - low) + low
             clean = np.rint(clean) if values.dtype.kind in "iu" else clean

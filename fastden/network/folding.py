@@ -123,10 +123,10 @@ def _check_hooks(
     made = inputs()
     arguments = made if isinstance(made, tuple) else (made,)
     with _evaluating(module):
-        found, expected = module(*arguments), plain(*arguments)
+        result, expected = module(*arguments), plain(*arguments)
     tolerance = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-    same = isinstance(found, Tensor) and found.shape == expected.shape
-    if not same or not torch.allclose(found, expected, rtol=0.0, atol=tolerance):
+    same = isinstance(result, Tensor) and result.shape == expected.shape
+    if not same or not torch.allclose(result, expected, rtol=0.0, atol=tolerance):
         raise ValueError(_refusal(name, module, "has hooks that change its result"))
 
 

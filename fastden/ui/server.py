@@ -138,13 +138,13 @@ async def _whole_body(receive: Any) -> tuple[bytes, Any]:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    given = False
+    delivered = False
 
     async def again() -> Any:
-        nonlocal given
-        if given:
+        nonlocal delivered
+        if delivered:
             return await receive()
-        given = True
+        delivered = True
         return {"type": "http.request", "body": body, "more_body": more}
 
     return body, again

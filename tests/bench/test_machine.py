@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,29 @@ def test_description() -> None:
     # A CUDA build's package version ends before the plus.
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert set(found) >= {"cpu", "cores", "native_bf16", "platform", "python", "commit", "date"}
+
+
+def test_a_report_keeps_the_entries_of_other_processors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    first, second = ({"machine": {"cpu": cpu}, "seconds": seconds} for cpu, seconds in (("A", 1.0), ("B", 2.0)))
+    machine.report(first, file)
+    machine.report(second, file)
+    machine.report(first | {"seconds": 3.0}, file)
+    assert {cpu: entry["seconds"] for cpu, entry in json.loads(file.read_text()).items()} == {"A": 3.0, "B": 2.0}
+    assert "machine" not in capsys.readouterr().out
+
+
+def test_a_report_keeps_other_entries_of_the_processor(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    for name, seconds in (("float32", 1.0), ("bfloat16", 2.0), ("float32", 3.0)):
+        machine.report({"machine": {"cpu": "A"}, "seconds": seconds}, file, name)
+    entries = json.loads(file.read_text())["A"]
+    assert {name: entry["seconds"] for name, entry in entries.items()} == {"float32": 3.0, "bfloat16": 2.0}
+
+
+def test_a_report_without_a_file_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    machine.report({"machine": {"cpu": "A"}, "seconds": 1.0}, None)
+    assert json.loads(capsys.readouterr().out) == {"seconds": 1.0}
 
 
 def test_commit_is_none_where_git_fails(monkeypatch: pytest.MonkeyPatch) -> None:
