@@ -72,8 +72,8 @@ class BottleneckConfig:
 def config_for(channels: int, middle: int, pixels: int, itemsize: int, products: str = "tf32") -> BottleneckConfig:
     """Default configuration for C = ``channels``, M = ``middle`` and N * H * W = ``pixels``; not measured on a GPU."""
     if itemsize > 2 and products == "ieee":
-        # Without matrix instructions, operands also fill registers.
-        return BottleneckConfig(block_m=64, warps=8, stages=2, fused=True)
+        # Without matrix instructions, operands also fill registers: 64 pixels of (256, 64) spill 8 bytes on sm_80.
+        return BottleneckConfig(block_m=64 if middle <= 32 else 32, warps=8, stages=2, fused=True)
     # Few pixels: smaller tiles keep more multiprocessors busy. Other types and sizes: twice the bytes or sums a pixel.
     if pixels < ONE_WAVE or itemsize > 2 or middle > 64:
         return BottleneckConfig(block_m=64, warps=4, stages=2, fused=True)

@@ -45,20 +45,41 @@ class WeightGradientConfig:
     stages: int
 
 
-def config_for(columns: int, outputs: int, itemsize: int) -> WeightGradientConfig:
-    """Default tile for the widest source's ``columns``; not measured on a GPU, chosen so that nothing spills."""
-    # Sums and products of float32 have no matrix instruction, and spill at 128 x 128.
-    largest = 128 if itemsize <= 2 else 64
+def config_for(columns: int, outputs: int, itemsize: int, products: str = "tf32") -> WeightGradientConfig:
+    """Default tile for the widest source's ``columns``; not measured on a GPU, chosen so that nothing spills.
+
+    Args:
+        columns, outputs: of the gradient's matrix.
+        itemsize: bytes of an element.
+        products: of float32, "ieee" or "tf32".
+    """
+    if itemsize > 2:
+        return _of_float32(columns, outputs, products)
+    largest = 128
     block_m = min(largest, max(16, triton.next_power_of_2(outputs)))
     block_n = min(largest, max(16, triton.next_power_of_2(columns)))
     # 64 pixels of a 64 x 128 tile spill on sm_100. 32 pixels of a 16 x 128 tile spill on sm_90 and sm_100.
-    block_k = 32 if itemsize > 2 or (block_m, block_n) == (64, 128) else 64
+    block_k = 32 if (block_m, block_n) == (64, 128) else 64
     if block_m == 16 and columns % block_n:
         # A tile's columns are of several taps: 128 columns, or 64 and 64 pixels, spill 8 bytes (sm_80 and sm_90).
         block_n, block_k = min(block_n, 64), 32
     # With eight warps for a narrower tile, a thread has few registers, and some spill on sm_80 and sm_100.
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     # In the interpreter, steps after the last pixel take as long as the others.
+    return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
+
+
+def _of_float32(columns: int, outputs: int, products: str) -> WeightGradientConfig:
+    """:func:`config_for` in float32, whose tiles are at most 64 x 64."""
+    block_m = min(64, max(16, triton.next_power_of_2(outputs)))
+    block_n = min(64, max(16, triton.next_power_of_2(columns)))
+    # With 32 pixels, 16 x 64 spills 8 to 16 bytes.
+    block_k = 16 if products == "ieee" or block_m == 16 else 32
+    # With four warps, 64 x 64 spills up to 1008 bytes without matrix instructions, and 8 to 16 in TF32 for up2 (512
+    # columns) on sm_100. With eight, TF32 spills for conv3 (1440 and 288) and for the stem (196); without
+    # matrix instructions 8 to 16 bytes are left for conv2 and up2 on sm_100 in Triton 3.6 (not 3.9).
+    few = columns <= 1024 and columns % block_n == 0
+    warps = 8 if block_m * block_n >= 64 * 64 and (products == "ieee" or few) else 4
     return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
 
 
@@ -313,7 +334,8 @@ def _launch(
     config = config or choose(
         "weight_gradient",
         f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, regions {regions}, {precision(a)}",
-        batch * out_height * out_width, a, config_for(kernel**2 * channels, outputs, a.element_size()),
+        batch * out_height * out_width, a,
+        config_for(kernel**2 * channels, outputs, a.element_size(), precision(a)),
     )  # fmt: skip
     blocks = triton.cdiv(kernel**2 * channels, config.block_n) + triton.cdiv(kernel**2 * others, config.block_n)
     blocks *= triton.cdiv(outputs, config.block_m)

@@ -37,6 +37,9 @@ def assert_as_exact_as_eager(
     for name, value in exact.items():
         assert kernel[name].dtype == dtype
         assert kernel[name].shape == value.shape
+        if not value.any():  # every output reads the padding alone
+            assert not kernel[name].any(), name
+            continue
         rounding = torch.finfo(dtype).eps
         assert relative_l2(kernel[name], value) <= 2 * relative_l2(eager[name].to(dtype), value) + rounding, name
 
@@ -61,6 +64,7 @@ def random(device: str, *shape: int) -> Tensor:
 @example((9, 8), 1, 3, 4, 3, 2, 0, torch.float16)
 @example((5, 5), 1, 3, 4, 1, 1, 1, torch.float32)
 @example((9, 7), 1, 3, 4, 3, 3, 1, torch.float32)
+@example((1, 1), 1, 1, 1, 1, 2, 1, torch.float32)
 def test_convolution(
     device: str, size: tuple[int, int], batch: int, channels: int, outputs: int, kernel: int, stride: int, padding: int,
     dtype: torch.dtype,
