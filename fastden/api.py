@@ -111,7 +111,9 @@ def denoise(
     pil = sys.modules.get("PIL.Image")
     if pil is not None and isinstance(image, pil.Image):
         return _denoise_pil(image, sigma, options)
-    raise TypeError(f"image: {type(image).__name__}; accepted: a path, a PIL image, a NumPy array or a torch tensor")
+    lazy = " (fastden.denoise_array takes Dask and Zarr arrays)" if hasattr(image, "chunks") else ""
+    accepted = f"a path, a PIL image, a NumPy array or a torch tensor{lazy}"
+    raise TypeError(f"image: {type(image).__name__}; accepted: {accepted}")
 
 
 class _Options:
@@ -129,6 +131,8 @@ class _Options:
         max_pixels: int,
     ) -> None:
         check_max_pixels(max_pixels)
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress: {type(progress).__name__}; accepted: None, or a function of two numbers")
         self.model, self.device, self.dtype = model, device, dtype
         self.tile, self.max_memory = tile, parse_memory(max_memory)
         self.wishes, self.progress, self.max_pixels = wishes, progress, max_pixels
@@ -230,6 +234,9 @@ def _denoise_pil(image: Any, sigma: Any, options: _Options) -> Any:
 def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
     if type(tensor).__name__ == "MaskedTensor":
         raise TypeError("image: a masked tensor; accepted: a plain tensor, or a NumPy masked array")
+    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else "meta, without values" if tensor.is_meta else str(tensor.layout)
+        raise TypeError(f"image: a tensor of another kind ({kind}); accepted: a dense tensor")
     if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.uint16):
         raise TypeError(f"image: dtype {tensor.dtype}; accepted: torch.uint8, torch.uint16, or floating in [0, 1]")
     if tensor.dim() not in (3, 4) or tensor.shape[-3] not in (1, 3):

@@ -142,6 +142,8 @@ class BatchDenoiser:
             UserError: nothing to do, two inputs with one output, no place for the outputs.
             Interrupted: Ctrl-C.
         """
+        if output == "":  # it would be this folder
+            raise UserError("output: ''; accepted: a file or a folder")
         names = [inputs] if isinstance(inputs, str | Path) else list(inputs)
         made = made_before(manifest, Path(output)) if resume else None
         left_out: list[Path] = []

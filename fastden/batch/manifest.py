@@ -200,7 +200,10 @@ def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path
     if manifest != "auto":
         path = Path(manifest)
         if path.parent != output:  # the folder may have to be made
-            check_target(path, overwrite=True)
+            try:
+                check_target(path, overwrite=True)
+            except UserError as error:
+                raise UserError(f"manifest: {error}") from error
         return Manifest(path)
     is_file = len(jobs) == 1 and jobs[0].target == output
     return None if is_file else Manifest(output / NAME, eager=False)

@@ -52,6 +52,10 @@ def plan(
         UserError: an input that does not exist or holds no image; two inputs with one output; an output that is another
             one's input, or cannot be.
     """
+    if "" in inputs:
+        raise UserError("input: ''; accepted: files, folders and glob patterns")
+    if "-" in inputs and not Path("-").exists():
+        raise UserError("input: -; accepted: files, folders and glob patterns (standard input is not read)")
     single = len(inputs) == 1 and _is_file(inputs[0])
     if single and not output.is_dir() and output.suffix:
         format_for(output, format_name)
@@ -63,6 +67,8 @@ def plan(
                     f"input: {name} is a link that leads nowhere; accepted: files, folders and glob patterns"
                 )
             raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
+    if single and output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file without an image's suffix; accepted: an image file, or a folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file; accepted for more than one input: a folder")
     if not single and output.suffix.lower() in SUFFIXES and not output.exists():

@@ -131,6 +131,10 @@ class Reading:
             if not values.ordinary:
                 page = f"page {number}: " if len(ranges) > 1 else ""
                 picture.notes.append(f"{page}{values.describe(dtype)}")
+        low, high = min(values.low for values in ranges), max(values.high for values in ranges)
+        if dtype.kind == "f" and picture.format_name != "tiff" and not 0 <= low <= high <= 1:
+            held = f"{picture.format_name} holds 0 to 1 and cuts off the rest (tiff keeps it)"
+            picture.notes.append(f"values go from {low:.3g} to {high:.3g}: {held}")
 
     def _set_level(self, picture: Picture, level: Level) -> None:
         picture.level, picture.sigma, picture.noise = level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fastden.batch.manifest import Record
     from fastden.batch.report import Report
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 #: Exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
 
@@ -32,6 +34,8 @@ def say(text: str, *, error: bool = False, console: Console | None = None) -> No
     console = console or Console(stderr=error)
     # A file's name may hold characters that the terminal's encoding lacks.
     encoding = getattr(console.file, "encoding", None) or "utf-8"
+    # Or that end the line, or command the terminal.
+    text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
 

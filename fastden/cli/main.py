@@ -26,6 +26,7 @@ from fastden.cli.options import (
     Quality,
     Request,
     check_model,
+    check_output_name,
     is_number_list,
     naming,
     parse_number,
@@ -148,6 +149,7 @@ def denoise(
     from fastden.network.onednn import keep_freed_memory
 
     asked = parse_sigma(sigma)
+    check_output_name(output_name)
     if model is None:
         model = default_model(asked if sigma_map is None else 0.0)
     if not 0 < max_megapixels < math.inf:

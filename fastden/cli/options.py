@@ -166,6 +166,14 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
+def check_output_name(name: str) -> None:
+    """Raise UserError for an empty name, which would be this folder, and for that of standard output."""
+    if not name:
+        raise UserError("output: ''; accepted: a file or a folder (this one is .)")
+    if name == "-":
+        raise UserError("output: -; accepted: a file or a folder (standard output is not written)")
+
+
 def parse_sigma(text: str) -> Literal["auto"] | float:
     """A noise level, or auto."""
     return "auto" if text == "auto" else parse_number(text, "auto, or a number from 0 to 255")

@@ -6,6 +6,7 @@ One note tells what the result cannot hold.
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -32,7 +33,7 @@ _SRGB_COLOURS = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 # Transfer functions and primaries (ITU-T H.273) that a screen shows as sRGB without being told.
 _USUAL_TRANSFERS, _USUAL_PRIMARIES = (1, 2, 6, 13, 14, 15), (1, 2, 5, 6, 7)
 _PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
-_TRANSFERS = {8: "linear", 16: "PQ", 18: "HLG"}
+_TRANSFERS = {8: "linear", 13: "sRGB", 16: "PQ", 18: "HLG"}
 
 
 def check_colour(extras: Extras, format_name: str, *, has_profile: bool) -> None:
@@ -47,11 +48,12 @@ def check_colour(extras: Extras, format_name: str, *, has_profile: bool) -> None
         return
     colour = extras.colour()
     if b"cICP" in colour and len(colour[b"cICP"]) == 4:
-        primaries, transfer = colour[b"cICP"][:2]
-        if transfer in _USUAL_TRANSFERS and primaries in _USUAL_PRIMARIES:
+        primaries, transfer, _, full = colour[b"cICP"]
+        if full and transfer in _USUAL_TRANSFERS and primaries in _USUAL_PRIMARIES:
             return
         named = (_PRIMARIES.get(primaries, f"primaries {primaries}"), _TRANSFERS.get(transfer, f"transfer {transfer}"))
-        what = f"colours are {' and '.join(named)} (cICP, nclx)"
+        narrow = "" if full else ", in the narrow range of video"
+        what = f"colours are {' and '.join(named)}{narrow} (cICP, nclx)"
     elif b"sRGB" in colour or _is_srgb(colour):
         return
     else:
@@ -124,10 +126,20 @@ def plan_attachment(
     """
     check_colour(extras, format_name, has_profile="icc-profile-data" in metadata)
     missing = list(extras.parts)
+    known = "xres" in metadata
     if strip_metadata:
         chunks = tuple(extras.colour().items()) if format_name == "png" else ()
         tags = _samples(extras) if format_name == "tiff" else {}
-        return Attachment(format_name, chunks=chunks, tags=tags, note=_note(missing))
+        if format_name == "tiff" and not known:
+            tags |= tiff_tags.unknown_resolution()
+        segments: tuple[tuple[int, bytes], ...] = ()
+        if format_name == "jpeg" and known:
+            segments = ((APP0, _jfif(metadata)),)
+        # libvips writes a resolution in any case.
+        without = () if known or format_name != "png" else (b"pHYs",)
+        return Attachment(
+            format_name, segments=segments, chunks=chunks, tags=tags, without=without, note=_note(missing)
+        )
     missing += extras.left
     orientation = int(metadata.get("orientation", 1)) or 1
     block = bytes(metadata.get("exif-data", b"")).removeprefix(EXIF)
@@ -145,7 +157,8 @@ def plan_attachment(
         return Attachment(format_name, segments=segments, note=_note(missing, moved))
     missing += _not_in_png(extras, metadata)
     if format_name == "png":
-        chunks, without = _chunks(extras, block, packet, kind)
+        chunks = _chunks(extras, block, packet, kind)
+        without = () if known and extras.format != "png" else (b"pHYs",)
         return Attachment(format_name, chunks=chunks, without=without, note=_note(missing, moved))
     if any(name in PNG_TEXT for name, _ in extras.chunks):
         missing.append("PNG text")
@@ -170,10 +183,10 @@ def _exif(
         block, left = tiff_tags.exif_block({**extras.tags, tiff_tags.ORIENTATION: tiff_tags.short(orientation)})
         missing += tiff_tags.names(left)
     elif not block:
-        density = (float(metadata.get("xres", 1.0)), float(metadata.get("yres", 1.0)))
+        density = (float(metadata["xres"]), float(metadata["yres"])) if "xres" in metadata else None
         plain = extras.format == "jpeg" and format_name == "jpeg"  # JFIF states the resolution
-        if orientation > 1 or (density != (1.0, 1.0) and format_name in ("jpeg", "webp") and not plain):
-            block = tiff_tags.resolution_block(*density, orientation)
+        if orientation > 1 or (density is not None and format_name in ("jpeg", "webp") and not plain):
+            block = tiff_tags.resolution_block(density, orientation)
     return tiff_tags.with_orientation(block, orientation)
 
 
@@ -186,13 +199,24 @@ def for_libvips(metadata: Mapping[str, Any], attachment: Attachment, extras: Ext
         upright = int(fields.get("orientation", 1)) in (0, 1)
         fields["xmp-data"], _ = xmp.freed(bytes(fields["xmp-data"]), upright=upright)
     if "exif-data" not in fields and extras.tags:
-        block, _ = tiff_tags.exif_block(extras.tags)
+        # libvips takes a resolution without a unit for one per millimetre.
+        tags = {tag: value for tag, value in extras.tags.items() if "xres" in fields or tag not in tiff_tags.RESOLUTION}
+        block, _ = tiff_tags.exif_block(tags)
         if block:
             fields["exif-data"] = EXIF + block
+    if attachment.format == "avif" and "xres" not in fields and has_exif(fields, attachment):
+        fields["xres"], fields["yres"] = tiff_tags.UNKNOWN  # libvips writes a resolution into EXIF
     if attachment.format == "heic" and "exif-data" in fields:
         block = bytes(fields["exif-data"]).removeprefix(EXIF)
         fields["exif-data"] = EXIF + tiff_tags.with_orientation(block, 1)
     return fields
+
+
+def has_exif(fields: Mapping[str, Any], attachment: Attachment) -> bool:
+    """Whether libvips has to write EXIF into a WebP or AVIF: of the fields, or for the attachment to replace."""
+    if attachment.format == "webp":
+        return bool(attachment.exif)
+    return "exif-data" in fields or "xres" in fields or int(fields.get("orientation", 1)) > 1
 
 
 def _note(missing: list[str], moved: bool = False) -> str:
@@ -276,19 +300,20 @@ def _not_in_png(extras: Extras, metadata: Mapping[str, Any]) -> list[str]:
     return missing
 
 
-def _chunks(
-    extras: Extras, block: bytes, packet: bytes, kind: bytes
-) -> tuple[tuple[tuple[bytes, bytes], ...], tuple[bytes, ...]]:
+def _chunks(extras: Extras, block: bytes, packet: bytes, kind: bytes) -> tuple[tuple[bytes, bytes], ...]:
     chunks = [pair for pair in extras.chunks if pair[0] not in PNG_SAME_KIND or extras.kind == kind]
     if block:
         chunks.append((b"eXIf", block))
     if packet:
         chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet))
     chunks += [(b"tEXt", b"Comment\0" + data) for marker, data in extras.segments if marker == COMMENT]
-    # libvips writes 72 dots an inch where the resolution is unknown.
-    unknown = extras.tags.get(296, {}).get("data") == [1]
-    without = (b"pHYs",) if extras.format == "png" or unknown else ()
-    return tuple(chunks), without
+    return tuple(chunks)
+
+
+def _jfif(metadata: Mapping[str, Any]) -> bytes:
+    """JFIF's segment with a resolution, in dots an inch."""
+    dots = (min(max(round(float(metadata[name]) * 25.4), 1), 65535) for name in ("xres", "yres"))
+    return b"JFIF\0\1\1\1" + struct.pack(">HH", *dots) + b"\0\0"
 
 
 def _samples(extras: Extras) -> dict[int, Any]:
@@ -312,6 +337,8 @@ def _tags(
         if found is None:
             missing.append("EXIF, which cannot be read")
         else:
+            if tiff_tags.has_thumbnail(block):
+                missing.append("the thumbnail in EXIF")
             # The resolution is libvips' field.
             own = tiff_tags.descriptive(found)
             tags |= {tag: value for tag, value in own.items() if tag not in tiff_tags.RESOLUTION}
@@ -338,6 +365,8 @@ def _tags(
     if any(marker not in (APP0, APP1, APP2, APP13, COMMENT) for marker, _ in extras.segments):
         missing.append("the JPEG's application segments")
     tags |= _samples(extras)
+    if "xres" not in metadata and not any(tag in tags for tag in tiff_tags.RESOLUTION):
+        tags |= tiff_tags.unknown_resolution()
     if set(tags) == {tiff_tags.ORIENTATION} and orientation == 1:
         return {}, False
     return tags, tiff_tags.has_maker_note(tags)

@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastden.errors import UserError
-from fastden.images.attachments import for_libvips, plan_attachment, png_kind
+from fastden.images.attachments import for_libvips, has_exif, plan_attachment, png_kind
 from fastden.images.containers import riff_chunks
 from fastden.images.encoding import check_alpha, check_pages, described, plan_encoding, plan_saving
 from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, encode_heic, open_file
 from fastden.images.image_file import Header, ImageFile
-from fastden.images.kinds import OTHER_SUFFIXES, check_supported, full_pages, stated_white
+from fastden.images.kinds import OTHER_SUFFIXES, check_supported, fail_on, full_pages, stated_white
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite, to_dtype
 from fastden.images.whole_files import check_target, reason, write_bytes
@@ -91,6 +91,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool 
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from error
+    except ValueError as error:  # a null character in the name
+        raise UserError(f"{str(path)!r}: cannot be read: {error}") from error
     try:
         return decode_image(data, max_pixels=max_pixels, several=several)
     except UserError as error:
@@ -109,8 +111,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
         extras, metadata = read_extras(file, header.format, header.metadata)
         return _assembled(opened.decode(), replace(header, metadata=metadata), extras)
     with vips_errors(file):
-        options = {"access": "sequential", "fail_on": "error"}
         check_supported(file)
+        options = {"access": "sequential", "fail_on": fail_on(file)}
         image, header = open_image(vips.Image.new_from_buffer(data, "", **options), file, max_pixels, several)
         if header.pages > 1:
             try:
@@ -332,7 +334,13 @@ def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = F
     if format_name == "heic":
         return encode_heic(planes, metadata, strip_metadata=strip_metadata), notes
     saver, options = plan_saving(
-        format_name, dtype, planes.nbytes, image.bits, image.lossless, strip_metadata=strip_metadata
+        format_name,
+        dtype,
+        planes.nbytes,
+        image.bits,
+        image.lossless,
+        exif=has_exif(metadata, attachment),
+        strip_metadata=strip_metadata,
     )
     if image.pages > 1:
         options["page_height"] = height // image.pages

@@ -54,10 +54,13 @@ def jpeg_segments(file: BinaryIO) -> list[tuple[int, bytes]]:
             found.append((marker, payload))
 
 
-def behind_jpeg(file: BinaryIO) -> tuple[int, bytes]:
+def behind_jpeg(file: BinaryIO) -> tuple[int, bytes] | None:
     """How many bytes follow the picture, and the first of them; the file is behind :func:`jpeg_segments`.
 
     In coded pixels every 0xFF is followed by 0 or a restart marker, so that the first end marker is the picture's.
+
+    Returns:
+        None where there is no end marker.
     """
     last = b""
     while block := file.read(1 << 20):
@@ -68,7 +71,7 @@ def behind_jpeg(file: BinaryIO) -> tuple[int, bytes]:
             file.seek(start)
             return size, file.read(4096)
         last = block[-1:]
-    return 0, b""
+    return None
 
 
 def with_jpeg_segments(source: BinaryIO, target: BinaryIO, segments: Iterable[tuple[int, bytes]]) -> None:

@@ -77,7 +77,7 @@ def described(image: Any, metadata: Mapping[str, Any], *, strip_metadata: bool) 
 
 
 def plan_saving(
-    format_name: str, dtype: np.dtype[Any], nbytes: int, bits: int, lossless: bool, *, strip_metadata: bool
+    format_name: str, dtype: np.dtype[Any], nbytes: int, bits: int, lossless: bool, *, exif: bool, strip_metadata: bool
 ) -> tuple[str, dict[str, Any]]:
     """The operation of libvips that writes a file, and its options.
 
@@ -85,9 +85,13 @@ def plan_saving(
         format_name, strip_metadata: as in :func:`encode_image`.
         dtype, nbytes: of the values to write.
         bits, lossless: as in :class:`Header`.
+        exif: whether there is EXIF for it: libvips makes some up in any case.
     """
     # The rest is attached to the file that libvips has written, except where that needs an encoder.
-    keep = "all" if format_name in ("webp", "avif") and not strip_metadata else "icc"
+    keep: int | str = "icc"
+    if format_name in ("webp", "avif") and not strip_metadata:
+        flags = load_vips().ForeignKeep
+        keep = flags.ALL if exif else flags.ALL & ~flags.EXIF
     if format_name == "jpeg":
         return "jpegsave", {"Q": 95, "subsample_mode": "off", "optimize_coding": True, "keep": keep}
     if format_name == "png":

@@ -7,6 +7,7 @@ XMP above 64 kB in JPEG, and colours without an ICC profile. So this module keep
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
@@ -74,15 +75,35 @@ def read_extras(file: BinaryIO, format_name: str, metadata: Mapping[str, Any]) -
     """
     readers = {"jpeg": _of_jpeg, "png": _of_png, "tiff": _of_tiff, "avif": _of_heif, "heic": _of_heif}
     found = dict(metadata)
-    if format_name not in readers:
-        return Extras(format_name), found
-    extras = readers[format_name](file, found)
+    extras = readers[format_name](file, found) if format_name in readers else Extras()
+    # libvips gives 1 pixel per millimetre, or 72 dots an inch, where a file states none, and reads no WebP's or AVIF's.
+    density = _resolution(extras, found)
+    found.pop("xres", None), found.pop("yres", None)
+    if density is not None:
+        found["xres"], found["yres"] = density
     return replace(extras, format=format_name), found
+
+
+def _resolution(extras: Extras, metadata: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Horizontal and vertical pixels per millimetre that a file states; None where it states none."""
+    for marker, payload in extras.segments:
+        if marker == APP0:  # JFIF
+            unit, across, down = payload[7], *struct.unpack(">HH", payload[8:12])
+            if unit in (1, 2) and across and down:
+                return (across / 25.4, down / 25.4) if unit == 1 else (across / 10, down / 10)
+    for name, data in extras.chunks:
+        if name == b"pHYs" and len(data) == 9:
+            across, down, unit = struct.unpack(">IIB", data)
+            if unit == 1 and across and down:
+                return across / 1000, down / 1000
+    block = bytes(metadata.get("exif-data", b"")).removeprefix(EXIF)
+    tags = extras.tags or (tiff_tags.exif_directory(block) if block else None)
+    return tiff_tags.resolution(tags) if tags else None
 
 
 def _of_jpeg(file: BinaryIO, metadata: dict[str, Any]) -> Extras:
     segments = jpeg_segments(file)
-    size, behind = behind_jpeg(file)
+    size, behind = behind_jpeg(file) or (0, b"")
     kept: list[tuple[int, bytes]] = []
     parts, left, packets, extensions, gain_map = [], [], [], [], b"hdrgm" in behind
     for marker, payload in segments:
@@ -149,16 +170,17 @@ def _of_tiff(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
         return Extras(left=("tags that cannot be read",))
     kept = tiff_tags.descriptive(tags)
     description = kept.get(tiff_tags.DESCRIPTION, {}).get("data", "")
-    planar = tags.get(284, {}).get("data") == [2]
+    # Planes one after the other, a palette, CMYK.
+    rearranged = tags.get(284, {}).get("data") == [2] or tags.get(262, {}).get("data") in ([3], [5])
     # tifffile's description states the source's arrangement of values, which the result does not have.
-    if planar and isinstance(description, str) and description.startswith('{"shape"'):
+    if rearranged and isinstance(description, str) and description.startswith('{"shape"'):
         del kept[tiff_tags.DESCRIPTION]
     parts = [text for tag, text in tiff_tags.PARTS.items() if tag in tags]
     samples = tuple(int(value) for value in tags.get(tiff_tags.EXTRA_SAMPLES, {}).get("data", ()))
     return Extras(tags=kept, extra_samples=samples, parts=tuple(parts))
 
 
-def _of_heif(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
+def _of_heif(file: BinaryIO, metadata: dict[str, Any]) -> Extras:
     chunks, parts = [], []
     for name, size in boxes(file):
         if name == b"mpvd":
@@ -169,7 +191,9 @@ def _of_heif(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
         at = content.find(b"colrnclx")
         if at >= 0 and len(content) >= at + 15:
             primaries, transfer = (int.from_bytes(content[at + 8 + i : at + 10 + i], "big") for i in (0, 2))
-            if max(primaries, transfer) < 256:
+            # An ICC profile goes before these numbers; in PNG it would come after them. 2 means not specified.
+            specified = (primaries, transfer) != (2, 2) and "icc-profile-data" not in metadata
+            if specified and max(primaries, transfer) < 256:
                 chunks.append((b"cICP", bytes([primaries, transfer, 0, 1])))
         if b"tmap" in content or b"hdrgainmap" in content:
             parts.append("the HDR gain map")

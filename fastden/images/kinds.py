@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastden.errors import UserError
-from fastden.images.containers import PNG_SIGNATURE, png_chunks
+from fastden.images.containers import PNG_SIGNATURE, behind_jpeg, boxes, jpeg_segments, png_chunks
 
 #: File name suffixes of images that are not read here, by kind; those of a folder are counted.
 OTHER_SUFFIXES = {
@@ -70,6 +71,10 @@ _INSTEAD = {
 _BY_EXTRA = ("HEIC", "JPEG XL", "camera raw")
 _CFA, _LINEAR_RAW = 32803, 34892
 _REDUCED, _MASK = 1, 4
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PHOTOMETRIC, _TILE_WIDTH, _DEPTH = 262, 322, 32997
+#: Bytes at the end of a JPEG in which its end marker is looked for first.
+_TAIL = 1 << 16
 
 
 def kind_of_suffix(suffix: str) -> str | None:
@@ -101,8 +106,9 @@ def not_supported(kind: str, detail: str = "") -> UserError:
 def check_supported(file: BinaryIO) -> None:
     """Raise UserError for a file of which a reader would show something else than its picture.
 
-    These are animations of PNG, of which it would be the first frame, and raw files of cameras that look like TIFFs, of
-    which it would be a thumbnail.
+    These are animations of PNG and AVIF, of which it would be the first frame; raw files of cameras that look like
+    TIFFs, of which it would be a thumbnail; volumes in a TIFF, of which it would be the first slice; and JPEGs without
+    an end, of which libjpeg makes up the missing part where zeros stand in its place.
     """
     file.seek(0)
     head = file.read(512)
@@ -113,18 +119,67 @@ def check_supported(file: BinaryIO) -> None:
                 raise UserError(f"an animation (APNG) of {frames} frames; accepted: one picture, or a video")
             if name == b"IDAT":
                 break
-    elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    elif head.startswith(b"\xff\xd8\xff"):
+        _check_end(file)
+    elif head[4:8] == b"ftyp" and kind_of_bytes(head) is None:
+        if any(name == b"moov" for name, _ in boxes(file)):
+            raise UserError("an animation (AVIF); accepted: one picture, or a video")
+    elif head[:4] in _TIFF:
         kind = kind_of_bytes(head)
         if kind is not None or is_raw_tiff(file):
             raise not_supported("camera raw", "this TIFF holds what a sensor saw, and a thumbnail")
+        slices = _number(_first_directory(file), _DEPTH, 1)
+        if slices > 1:
+            raise UserError(f"a volume of {slices} slices in one TIFF page; accepted: a page for each slice")
+
+
+def _check_end(file: BinaryIO) -> None:
+    """Raise UserError for a JPEG without an end marker."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _TAIL, 0))
+    if b"\xff\xd9" in file.read():
+        return
+    jpeg_segments(file)
+    if behind_jpeg(file) is None:
+        raise UserError("corrupt or truncated (a JPEG without an end marker)")
+
+
+def fail_on(file: BinaryIO) -> str:
+    """At what libvips has to fail, as its option of that name: at warnings in TIFFs of tiles, else at errors.
+
+    libvips 8.18 counts a tile that cannot be decoded as a warning, and makes it black.
+    """
+    return "warning" if _number(_first_directory(file), _TILE_WIDTH, 0) else "error"
 
 
 def _directories(file: BinaryIO) -> Any:
     """The directories of a TIFF in tifffile's form."""
     import tifffile
 
+    # tifffile logs a line for each oddity, to standard error by default.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     file.seek(0)
     return tifffile.TiffFile(file, name="image").pages
+
+
+def _first_directory(file: BinaryIO) -> Any:
+    """The first directory of a TIFF in tifffile's form; None for other files, and where it cannot be read."""
+    file.seek(0)
+    if file.read(4) not in _TIFF:
+        return None
+    try:
+        return _directories(file).first
+    except Exception:  # tifffile raises many kinds of errors for damaged files, which libvips reports
+        return None
+
+
+def _number(page: Any, tag: int, default: int) -> int:
+    """The whole number in a tag of a directory; ``default`` where there is none."""
+    found = None if page is None else page.tags.get(tag)
+    try:
+        return default if found is None else int(found.value)
+    except (TypeError, ValueError):
+        return default
 
 
 def is_raw_tiff(file: BinaryIO) -> bool:
@@ -135,13 +190,12 @@ def is_raw_tiff(file: BinaryIO) -> bool:
             return True
         below = [first, *(first.pages or ())]
         return any(_photometric(page) in (_CFA, _LINEAR_RAW) for page in below)
-    except Exception:  # tifffile raises many kinds of errors for damaged files, which libvips reports
+    except Exception:  # as above
         return False
 
 
 def _photometric(page: Any) -> int:
-    tag = page.tags.get(262)
-    return int(tag.value) if tag is not None else -1
+    return _number(page, _PHOTOMETRIC, -1)
 
 
 def full_pages(file: BinaryIO) -> int | None:
@@ -189,14 +243,8 @@ def _loaded(page: Any) -> Any:
 
 def _other_space(file: BinaryIO) -> str:
     """The name of a TIFF's colour space that is not read here; empty for others and other files."""
-    file.seek(0)
-    if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return ""
-    try:
-        names = {8: "CIELab", 9: "ICCLab", 10: "ITULab", 32844: "LogL", 32845: "LogLuv"}
-        return names.get(_photometric(_directories(file).first), "")
-    except Exception:  # as above
-        return ""
+    names = {8: "CIELab", 9: "ICCLab", 10: "ITULab", 32844: "LogL", 32845: "LogLuv"}
+    return names.get(_photometric(_first_directory(file)), "")
 
 
 def why_not_read(file: BinaryIO, detail: str) -> UserError | None:

@@ -50,5 +50,5 @@ def vips_errors(file: BinaryIO | None = None) -> Iterator[None]:
         if told is not None:
             raise told from error
         if "known format" in text:
-            raise UserError("not an image in a known format") from error
+            raise UserError("not an image in a known format; accepted: JPEG, PNG, TIFF, WebP, AVIF") from error
         raise UserError(f"corrupt or truncated ({text})") from error

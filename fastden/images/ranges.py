@@ -159,6 +159,8 @@ class RangeFinder:
         low, high = float(rows.min()), float(rows.max())
         if not (np.isfinite(low) and np.isfinite(high)):  # a NaN anywhere is the minimum
             raise ValueError("NaN or infinity among the values; accepted: finite values on the scale [0, 1]")
+        if max(-low, high) > float(np.finfo(np.float32).max):  # of float64: beyond what is counted and computed in
+            raise ValueError(f"values from {low:g} to {high:g}; accepted: the scale [0, 1] (divide by the maximum)")
         white = full_scale(self.dtype)
         counts["low"] = min(float(counts["low"]), low / white)
         counts["high"] = max(float(counts["high"]), high / white)

@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastden.errors import UserError
-from fastden.images.attachments import for_libvips, plan_attachment, png_kind
+from fastden.images.attachments import for_libvips, has_exif, plan_attachment, png_kind
 from fastden.images.codec import MAX_PIXELS, header_of, open_image
 from fastden.images.encoding import described, plan_saving
 from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, open_file
 from fastden.images.image_file import Header
-from fastden.images.kinds import check_supported
+from fastden.images.kinds import check_supported, fail_on
 from fastden.images.libvips import detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite
 from fastden.images.ranges import RangeFinder, ValueRange
@@ -81,7 +81,7 @@ class StripReader:
         data = head + file.read() if whole else b""
         with vips_errors(file):
             check_supported(file)
-            options = {"access": "sequential", "fail_on": "error"}
+            options = {"access": "sequential", "fail_on": fail_on(file)}
             if whole:
                 image = vips.Image.new_from_buffer(data, "", **options)
             else:
@@ -217,7 +217,13 @@ class StripWriter:
         self.note = self._attachment.note
         self._metadata, self._strip_metadata = for_libvips(metadata, self._attachment, extras), strip_metadata
         self._saver, self._options = plan_saving(
-            format_name, dtype, height * width * bands * dtype.itemsize, bits, lossless, strip_metadata=strip_metadata
+            format_name,
+            dtype,
+            height * width * bands * dtype.itemsize,
+            bits,
+            lossless,
+            exif=has_exif(self._metadata, self._attachment),
+            strip_metadata=strip_metadata,
         )
         if format_name == "tiff":
             self._options |= {"tile": True, "tile_width": TIFF_TILE, "tile_height": TIFF_TILE}

@@ -18,7 +18,7 @@ PARTS = {_SUB_IFDS: "the smaller copies of the picture (SubIFD)", _LAYERS: "Phot
 _STORAGE = {
     *(254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 277, 278, 279, 284, 288, 289, 290, 291, 292, 293),
     *(297, 317, 320, 321, 322, 323, 324, 325, 326, 327, 328, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 343),
-    *(344, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 32997, 34677, 34925, 50674),
+    *(344, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 32997, 32998, 34677, 34925, 50674),
 }
 #: Tags of the first directory that an EXIF block holds too.
 _OF_EXIF = {
@@ -28,6 +28,9 @@ _OF_EXIF = {
 # Larger directories are damaged, or hold layers of the old picture.
 _LIMIT = 1 << 26
 _READS = 200_000
+
+#: EXIF's 72 dots an inch for a resolution that is not known, in pixels per millimetre.
+UNKNOWN = (72 / 25.4, 72 / 25.4)
 
 Tags = Mapping[int, Any]
 
@@ -97,6 +100,11 @@ def _whole(tags: Tags) -> dict[int, Any]:
 def exif_directory(block: bytes) -> dict[int, Any] | None:
     """Tags of the first directory of an EXIF block, which begins with a TIFF header."""
     return first_directory(io.BytesIO(block))
+
+
+def has_thumbnail(block: bytes) -> bool:
+    """Whether an EXIF block that can be read holds a second directory: a thumbnail's."""
+    return len(_tifftools().read_tiff(_Limited(io.BytesIO(block)))["ifds"]) > 1
 
 
 def descriptive(tags: Tags) -> dict[int, Any]:
@@ -177,9 +185,36 @@ def raw(data: bytes, datatype: int = 1) -> dict[str, Any]:
     return {"datatype": datatype, "data": list(data) if datatype == 1 else data}
 
 
-def resolution_block(horizontal: float, vertical: float, orientation: int) -> bytes:
+def resolution(tags: Tags) -> tuple[float, float] | None:
+    """Horizontal and vertical pixels per millimetre that the tags state; None where they state none."""
+    unit = _value(tags, 296, 2)  # inches where there is no such tag
+    across, down = _value(tags, 282), _value(tags, 283)
+    millimetres = {2: 25.4, 3: 10.0}.get(int(unit))
+    if millimetres is None or across <= 0 or down <= 0:
+        return None
+    return across / millimetres, down / millimetres
+
+
+def _value(tags: Tags, tag: int, default: float = 0.0) -> float:
+    """The first number of a tag, a fraction's value; ``default`` where there is none."""
+    found = tags.get(tag, {})
+    data = found.get("data")
+    if not isinstance(data, list) or not data or not isinstance(data[0], int | float):
+        return default
+    if found.get("datatype") in (5, 10):
+        return data[0] / data[1] if len(data) > 1 and data[1] else default
+    return float(data[0])
+
+
+def unknown_resolution() -> dict[int, Any]:
+    """The tags of a picture whose resolution is not known: TIFF asks for numbers, without a unit."""
+    return {282: {"datatype": 5, "data": [1, 1]}, 283: {"datatype": 5, "data": [1, 1]}, 296: short(1)}
+
+
+def resolution_block(density: tuple[float, float] | None, orientation: int) -> bytes:
     """An EXIF block that holds pixels per millimetre and an orientation alone."""
-    pairs = [[round(value * 25.4 * 1000), 1000] for value in (horizontal, vertical)]
+    # EXIF asks for a resolution, and for 72 dots an inch where it is not known.
+    pairs = [[round(value * 25.4 * 1000), 1000] for value in density or UNKNOWN]
     tags = {282: {"datatype": 5, "data": pairs[0]}, 283: {"datatype": 5, "data": pairs[1]}, 296: short(2)}
     block, _ = exif_block({ORIENTATION: short(orientation), **tags})
     return block

@@ -19,6 +19,8 @@ from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import check_strength
 
+#: What the argument ``sigma`` takes, for messages.
+_SIGMAS = "'auto', a NoiseEstimate, a number from 0 to 255, or a map (H, W)"
 Progress = Callable[[int, int], None]
 Quality = Literal["fast", "normal", "best"]
 #: Luma of BT.601.
@@ -239,7 +241,7 @@ def noise_level_of(
     if isinstance(sigma, NoiseEstimate):
         curves = [sigma.curve_on(own.black, own.white) for own in values or [ORDINARY]]
         return Level(torch.cat(curves).expand(max(len(images), 1), -1), sigma.sigma, sigma)
-    if isinstance(sigma, Real):
+    if isinstance(sigma, Real) and not isinstance(sigma, bool):
         value = float(sigma)
         if not 0 <= value <= 255:  # refuses NaN too
             raise ValueError(f"sigma: {value:g}; accepted: 'auto', or 0 to 255 (the scale of 8-bit values)")
@@ -247,9 +249,10 @@ def noise_level_of(
     if isinstance(sigma, np.ndarray):
         check_plain(sigma, "sigma")
     if not isinstance(sigma, np.ndarray | Tensor):
-        raise TypeError(
-            f"sigma: {_shown(sigma)}; accepted: 'auto', a NoiseEstimate, a number from 0 to 255, or a map (H, W)"
-        )
+        raise TypeError(f"sigma: {_shown(sigma)}; accepted: {_SIGMAS}")
+    real = sigma.dtype.kind in "fiu" if isinstance(sigma, np.ndarray) else not sigma.is_complex()
+    if not real or sigma.dtype == torch.bool:
+        raise TypeError(f"sigma: an array of dtype {sigma.dtype}; accepted: {_SIGMAS}")
     host = sigma.detach().cpu() if isinstance(sigma, Tensor) else torch.from_numpy(np.array(sigma, np.float32))
     level = host.float()
     n = len(images)

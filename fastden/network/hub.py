@@ -73,7 +73,7 @@ class PretrainedMixin:
             missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
             if missing:
                 raise ValueError(f"model: {name!r} holds no {' and no '.join(missing)}; {accepted}")
-        elif name.count("/") == 1:
+        elif name.count("/") == 1 and name[0].isalnum():
             folder = _downloaded(name, download, accepted)
         else:
             raise ValueError(f"model: {name!r}; {accepted}")

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from fastden.cli.main import app
 from fastden.images.codec import read_image
 from tests.cli.run import fails, outputs, works
 from tests.image_files import bad_files, encoded, pixels, save_model
@@ -102,6 +104,12 @@ def test_two_inputs_with_one_output(photos: Path, tmp_path: Path, model: str) ->
         (["photos/a.png", "-o", "out.png", "--format", "jpeg"], "suffix says png, format says jpeg"),
         (["photos", "-o", "out.png"], "names a file; accepted for more than one input: a folder"),
         (["photos", "-o", "photos/a.png"], "is a file; accepted for more than one input: a folder"),
+        (["-", "-o", "out.png"], "input: -; accepted: .*standard input is not read"),
+        (["", "-o", "out.png"], "input: ''; accepted: files"),
+        (["photos/a.png", "-o", "-"], "output: -; accepted: .*standard output is not written"),
+        (["photos", "-o", "", "--overwrite"], "output: ''; accepted: a file or a folder"),
+        (["photos/a.png", "-o", "/dev/null"], "output: /dev/null is a file without an image's suffix; accepted: an im"),
+        (["photos", "-o", "out", "--manifest", "/dev/null"], "manifest: /dev/null: exists and is not a regular file"),
         (["photos/a.png", "-o", "photos/a.png/out"], "output: cannot make the folder|does not exist"),
         (["photos/a.png", "-o", "out.png", "--sigma", "-1"], "sigma: '-1'; accepted: auto, or a number from 0 to 255"),
         (["photos/a.png", "-o", "out.png", "--sigma", "nan"], "sigma: 'nan'"),
@@ -224,6 +232,25 @@ def test_a_full_disk_leaves_nothing(photos: Path, tmp_path: Path, model: str, mo
     error = fails("denoise", photos, "-o", output, "--model", model, saying="2 of 2 files failed")
     assert error.count(os.strerror(errno.ENOSPC)) == 2
     assert not output.exists()
+
+
+def test_a_name_cannot_command_the_terminal(photos: Path, tmp_path: Path, model: str) -> None:
+    name = "red\x1b[31m\nline.png"
+    (photos / name).write_bytes((photos / "a.png").read_bytes())
+    text = works("denoise", photos / name, "-o", tmp_path / "out", "--model", model)
+    assert f"{photos}/red\\x1b[31m\\x0aline.png -> " in text
+    assert "\x1b[31m" not in text
+
+
+def test_highlights_that_a_format_cuts_off_are_noted(tmp_path: Path, model: str) -> None:
+    import tifffile
+
+    source = tmp_path / "hdr.tif"
+    tifffile.imwrite(source, pixels(dtype=np.float32) * 4, photometric="rgb")
+    for suffix, noted in ((".tif", False), (".png", True), (".jpg", True)):
+        done = CliRunner().invoke(app, ["denoise", str(source), "-o", f"{tmp_path}/out{suffix}", "--model", model])
+        assert done.exit_code == 0
+        assert ("holds 0 to 1 and cuts off the rest (tiff keeps it)" in done.stderr) is noted
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -19,6 +19,7 @@ from PIL import Image
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
 from fastden.images.pixels import to_dtype
+from fastden.images.strips import StripReader
 from tests.image_files import (
     DATE,
     EXIF_IFD,
@@ -312,6 +313,32 @@ def test_a_file_cut_anywhere_is_an_error(cut: float, format_name: str) -> None:
     data = encoded(pixels(), format_name)
     with pytest.raises(UserError):
         decode_image(data[: int(cut * len(data))])
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped"])
+def test_a_tile_that_cannot_be_decoded_is_an_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "tiles.tif"
+    tags = [(65000, 7, 4, b"abcd", True)]  # libtiff warns of it
+    tifffile.imwrite(path, pixels(64, 64), photometric="rgb", tile=(16, 16), compression="zlib", extratags=tags)
+    assert np.array_equal(read_image(path).pixels, pixels(64, 64))
+    data = bytearray(path.read_bytes())
+    data[4000:] = data[4000:6000] if kind == "cut" else b"\xff" * 10 + data[4010:]
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="corrupt or truncated"):
+        read_image(path)
+    with pytest.raises(UserError, match="corrupt or truncated"):
+        StripReader(path).read(64)
+
+
+def test_a_jpeg_with_zeros_for_its_end_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.jpg"
+    data = encoded(pixels(96, 96), "JPEG")
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    for read in (read_image, StripReader):
+        with pytest.raises(UserError, match="without an end marker"):
+            read(path)
+    path.write_bytes(data + bytes(1 << 17))  # behind the end they do no harm
+    assert np.array_equal(read_image(path).pixels, decode_image(data).pixels)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fastden.images.containers import SEGMENT, jpeg_segments, png_chunks
 from fastden.images.extras import read_extras
 from fastden.images.pixels import Array
 from fastden.images.strips import StripReader, StripWriter
+from tests.image_files import icc_profile
 
 MAKE, ARTIST, EXIF, GPS, MAKER_NOTE, ORIENTATION = 271, 315, 0x8769, 0x8825, 0x927C, 274
 RDF = 'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"'
@@ -122,6 +123,79 @@ def test_nclx_of_avif_becomes_cicp_or_is_refused() -> None:
             check_colour(extras, format_name, has_profile=False)
     check_colour(extras, "png", has_profile=False)
     check_colour(extras, "avif", has_profile=True)
+
+
+def test_a_profile_goes_before_nclx_and_unspecified_colours_say_nothing() -> None:
+    box = b"\0\0\0\x13colrnclx" + struct.pack(">HHHB", 9, 16, 9, 128)
+    plain = b"\0\0\0\x13colrnclx" + struct.pack(">HHHB", 2, 2, 6, 128)
+    for content, metadata, expected in (
+        (box, {}, {b"cICP": bytes([9, 16, 0, 1])}),
+        (box, {"icc-profile-data": icc_profile()}, {}),
+        (plain, {}, {}),
+    ):
+        file = io.BytesIO(struct.pack(">I4s", 8 + len(content), b"meta") + content)
+        assert read_extras(file, "avif", metadata)[0].colour() == expected
+
+
+def test_the_narrow_range_of_video_goes_to_png_alone() -> None:
+    source = png_with((b"cICP", bytes([1, 13, 0, 0])))
+    assert chunks_of(again(source, "png")[0])[b"cICP"] == bytes([1, 13, 0, 0])
+    with pytest.raises(UserError, match=r"narrow range of video .*accepted: png"):
+        again(source, "tiff")
+
+
+def stated_density(data: bytes, format_name: str) -> tuple[int, int] | None:
+    """Dots an inch, by Pillow and tifffile."""
+    if format_name == "tiff":
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            tags = file.pages[0].tags  # type: ignore[union-attr]
+            factor = {1: 0.0, 2: 1.0, 3: 2.54}[int(tags[296].value)]
+            values = [tags[tag].value[0] / tags[tag].value[1] * factor for tag in (282, 283)]
+    else:
+        image = Image.open(io.BytesIO(data))
+        block = image.getexif()
+        found = (block[282], block[283]) if 282 in block else image.info.get("dpi", (0, 0))
+        values = [float(value) for value in found]
+    return (round(values[0]), round(values[1])) if all(values) else None
+
+
+@pytest.mark.parametrize("source", ["jpeg", "png", "tiff", "webp", "avif"])
+def test_a_resolution_stays_what_it_is_and_none_stays_none(source: str) -> None:
+    block = Image.Exif()
+    block[282], block[283], block[296] = 300.0, 150.0, 2
+    image = Image.fromarray(pixels())
+    for stated in (True, False):
+        buffer = io.BytesIO()
+        how: dict[str, Any] = {"dpi": (300, 150)} if source in ("jpeg", "png", "tiff") else {"exif": block}
+        image.save(buffer, source, **(how if stated else {}))
+        for format_name in ("jpeg", "png", "tiff", "webp", "avif"):
+            for strip_metadata in (False, True):
+                if strip_metadata and format_name in ("webp", "avif"):  # they state it in EXIF
+                    continue
+                data, notes = again(buffer.getvalue(), format_name, strip_metadata=strip_metadata)
+                assert stated_density(data, format_name) == ((300, 150) if stated else None), (source, format_name)
+                assert notes == []
+
+
+def test_the_description_of_another_arrangement_goes() -> None:
+    buffer = io.BytesIO()
+    colours = np.zeros((3, 256), np.uint16) + np.arange(256, dtype=np.uint16) * 257
+    colours[0] = colours[0, ::-1]
+    tifffile.imwrite(buffer, pixels()[:, :, 0], photometric="palette", colormap=colours)
+    with tifffile.TiffFile(io.BytesIO(again(buffer.getvalue(), "tiff")[0])) as file:
+        assert file.pages[0].shape == (24, 20, 3)
+        assert 270 not in file.pages[0].tags  # type: ignore[union-attr]
+
+
+def test_a_thumbnail_that_tiff_does_not_get_is_named() -> None:
+    thumbnail = encode_image(ImageFile(pixels(8, 8)), "jpeg")[0]
+    first = struct.pack("<4sIHHHIII", b"II*\0", 8, 1, 271, 2, 4, int.from_bytes(b"Cam\0", "little"), 26)
+    second = struct.pack("<HHHIIHHIII", 2, 513, 4, 1, 56, 514, 4, 1, len(thumbnail), 0)
+    data = encode_image(ImageFile(pixels()), "jpeg")[0]
+    payload = b"Exif\0\0" + first + second + thumbnail
+    source = data[:2] + struct.pack(">HH", 0xFFE1, len(payload) + 2) + payload + data[2:]
+    assert again(source, "jpeg")[1] == []
+    assert again(source, "tiff")[1] == ["not kept: the thumbnail in EXIF"]
 
 
 def test_text_of_png_and_comment_of_jpeg_stay() -> None:
@@ -295,6 +369,25 @@ def test_iptc_travels_between_jpeg_and_tiff() -> None:
     assert notes == []
     assert Image.open(io.BytesIO(back)).info["photoshop"][0x0404] == iptc
     assert again(source, "png")[1] == ["not kept: IPTC"]
+
+
+def test_a_volume_in_one_tiff_page_is_refused() -> None:
+    buffer = io.BytesIO()
+    volume = np.zeros((4, 32, 48), np.uint8)
+    tifffile.imwrite(buffer, volume, volumetric=True, tile=(2, 16, 16), photometric="minisblack")
+    with pytest.raises(UserError, match="a volume of 4 slices in one TIFF page; accepted: a page for each slice"):
+        decode_image(buffer.getvalue())
+
+
+def test_an_animated_avif_is_refused() -> None:
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(pixels()), Image.fromarray(pixels()[::-1])]
+    frames[0].save(buffer, "AVIF", save_all=True, append_images=frames[1:])
+    for brand in (b"avis", b"avif"):
+        data = bytearray(buffer.getvalue())
+        data[8:12] = brand
+        with pytest.raises(UserError, match=r"an animation \(AVIF\); accepted: one picture, or a video"):
+            decode_image(bytes(data))
 
 
 def test_an_animated_png_is_refused(tmp_path: Path) -> None:
