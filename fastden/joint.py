@@ -12,11 +12,13 @@ into the denoiser, which learns to keep what the task needs.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from numbers import Real
+from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -205,6 +207,8 @@ class JointLoss(nn.Module):
         denoise_loss: ``(denoised, clean) -> scalar tensor``; None is the mean squared error, in at least float32.
 
     Losses that are modules are registered: their parameters are in ``parameters()``, their states in ``state_dict()``.
+    So are the modules and parameters that a function holds: in a closure, a ``functools.partial``, a bound method, or
+    the attributes of a callable object.
 
     Raises:
         ValueError: a negative or non-finite weight, an unknown loss, or names that differ.
@@ -360,22 +364,45 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
 
 
 class _Function(nn.Module):
-    """A function as a module. Modules inside the function (bound methods, ``functools.partial``) are registered."""
+    """A function as a module. Modules and parameters that the function holds are registered.
+
+    They are found in bound methods, in the arguments of ``functools.partial``, in the variables that a closure
+    captured, and in the attributes of a callable object.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
-        # Modules inside functools.partial and bound methods.
-        while isinstance(function, partial):
-            function = function.func
-        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-        self.owner = owner if isinstance(owner, nn.Module) else None
+        held = list(_held(function))
+        modules = [value for value in held if isinstance(value, nn.Module)]
+        self.owner = modules[0] if modules else None
+        if modules[1:]:
+            self.others = nn.ModuleList(modules[1:])
+        parameters = [value for value in held if isinstance(value, nn.Parameter)]
+        if parameters:
+            self.own = nn.ParameterList(parameters)
 
     def forward(self, *arguments: Any) -> Any:
         return self.function(*arguments)
 
     def extra_repr(self) -> str:
         return str(getattr(self.function, "__qualname__", self.function))
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """The values that a function carries with it."""
+    if isinstance(function, nn.Module):
+        yield function
+    elif isinstance(function, partial):
+        yield from _held(function.func)
+        yield from function.args
+        yield from function.keywords.values()
+    elif isinstance(function, MethodType):
+        yield from _held(function.__self__)
+    elif isinstance(function, FunctionType):
+        yield from inspect.getclosurevars(function).nonlocals.values()
+    else:
+        yield from getattr(function, "__dict__", {}).values()
 
 
 def _as_module(function: Callable[..., Any]) -> nn.Module:

@@ -10,7 +10,8 @@ A block hands its layers' tensors to a fused operator where each layer is what t
 the block calls its layers one by one, as a plain sequence would: with hooks on a layer (also those of ``weight_norm``,
 ``spectral_norm``, pruning and FSDP2) or on all modules, with a layer of another class (adapters such as LoRA,
 quantisation, ``SyncBatchNorm``), with another ``padding_mode``, dilation or grouping, with a normalisation that
-averages cumulatively (``momentum=None``, which ``update_bn`` sets) or has no running statistics, and under
+averages cumulatively (``momentum=None``, which ``update_bn`` sets) or has no running statistics, with a module in the
+place of the flag ``relu`` (another activation), and under
 ``torch.fx.symbolic_trace``. Parametrisations (``torch.nn.utils.parametrize``) need no call: reading the tensor applies
 them.
 """
@@ -88,12 +89,15 @@ def is_plain_norm(layer: nn.Module, *, hooks: bool = False) -> bool:
     if type(layer).forward is not _NORM_FORWARD or has_own_forward(layer):
         return False
     tensors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    if layer.training and not layer.track_running_stats:  # then PyTorch leaves the running statistics as they are
+        return False
     return layer.momentum is not None and all(tensor is not None for tensor in tensors)
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether this very object has methods of its own, as hooks of some libraries set them."""
-    return "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__
+    """Whether this very object has methods of its own, as hooks of some libraries set them, or its class a call."""
+    own = "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__
+    return own or type(layer).__call__ is not nn.Module.__call__
 
 
 def _is_square(kernel: tuple[int, ...], stride: tuple[int, ...], padding: Any) -> bool:
@@ -167,6 +171,8 @@ def normalise(bn: nn.Module, x: Tensor) -> Tensor:
 class _ConvBNReLU(nn.Module):
     """A convolution, BN and perhaps ReLU; parameters as of :class:`ConvBNReLU`."""
 
+    relu: bool | nn.Module
+
     def __init__(
         self,
         in_channels: int,
@@ -190,12 +196,15 @@ class _ConvBNReLU(nn.Module):
             and not _has_any_global_hook()
             and is_plain_conv(self.conv)
             and is_plain_norm(self.bn)
+            and isinstance(self.relu, bool)
         )
 
     def _call_layers(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = normalise(self.bn, self.conv(x))
         if residual is not None:
             y = _plus(y, residual)
+        if isinstance(self.relu, nn.Module):
+            return self.relu(y)
         # Out of place: the result of a layer with backward hooks may not be written to.
         return torch.relu(y) if self.relu else y
 

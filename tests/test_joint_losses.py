@@ -103,6 +103,28 @@ class TestModules:
         assert loss.double().task_losses["a"].weight.dtype == torch.float64
         assert not loss.eval().task_losses["b"].training
 
+    def test_what_a_function_holds_is_registered(self) -> None:
+        class Held:
+            def __init__(self) -> None:
+                self.scale = nn.Parameter(torch.ones(1))
+                self.layer = nn.Linear(2, 2)
+
+            def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+                return (self.layer(prediction) * self.scale - target).mean()
+
+        layer = nn.Linear(2, 2)
+
+        def with_module(prediction: Tensor, target: Tensor, module: nn.Module) -> Tensor:
+            return (module(prediction) - target).mean()
+
+        assert len(list(JointLoss(1.0, Held()).parameters())) == 3
+        for function in (lambda p, t: (layer(p) - t).mean(), partial(with_module, module=layer)):
+            loss = JointLoss(1.0, function)
+            assert set(map(id, loss.parameters())) == set(map(id, layer.parameters()))
+            assert loss.double().task_losses["task"](torch.ones(1, 2).double(), 0).dtype == torch.float64
+            layer.float()
+        assert not list(JointLoss(1.0, F.l1_loss).children())[1].state_dict()
+
     @pytest.mark.parametrize("hide", [lambda module: module.forward, partial, lambda m: partial(partial(m.forward))])
     def test_modules_behind_functions_are_registered(self, hide: Any) -> None:
         loss = JointLoss(0.1, hide(self.Learned()), denoise_loss=hide(nn.L1Loss()))

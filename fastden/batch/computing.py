@@ -162,7 +162,7 @@ def levels(pictures: list[Picture]) -> float | Tensor | None:
     values = [picture.level for picture in pictures]
     if isinstance(values[0], Tensor):  # curves
         return torch.cat([value for value in values if isinstance(value, Tensor)])
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _is_map(level: float | Tensor | None) -> bool:

@@ -123,7 +123,9 @@ def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> No
 
 def _rate(network: FusedDenoiser) -> float:
     """Megapixels a second."""
-    image = torch.rand(SAMPLE, SAMPLE, network.image_channels, generator=torch.Generator().manual_seed(0)).numpy()
+    image = torch.rand(
+        SAMPLE, SAMPLE, network.image_channels, generator=torch.Generator().manual_seed(0), device="cpu"
+    ).numpy()
     level = noise_level_of(25 if network.noise_level_input else "auto", network, [image], (SAMPLE, SAMPLE))
     seconds = 0.0
     for _ in range(2):  # the first call packs weights

@@ -90,7 +90,7 @@ class Transfer:
             ended.record(present)
             self._down.wait_stream(present)
             with torch.cuda.stream(self._down):
-                host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+                host = torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True)
                 host.copy_(result, non_blocking=True)
             result.record_stream(self._down)
             fetched = torch.cuda.Event()

@@ -71,7 +71,7 @@ class NoiseEstimate:
 
         Less than 2 where it is uncertain whether it is noise or texture.
         """
-        return float(white_factor(torch.tensor(self.coarseness), torch.tensor(self.uncertainty)))
+        return float(white_factor(*torch.tensor([self.coarseness, self.uncertainty], device="cpu")))
 
     @property
     def curve(self) -> Tensor:
@@ -92,7 +92,7 @@ class NoiseEstimate:
         if (black, white) != (self.black, self.white):
             shares = (np.linspace(black, white, KNOTS) - self.black) / (self.white - self.black)
             sigmas = [self.at(float(share)) for share in shares]
-        return torch.tensor([sigmas], dtype=torch.float32) / 255
+        return torch.tensor([sigmas], dtype=torch.float32, device="cpu") / 255
 
     def at(self, brightness: float) -> float:
         """Sigma, on the scale 0-255, at a brightness from 0 (:attr:`black`) to 1 (:attr:`white`)."""

@@ -50,7 +50,7 @@ def _inputs(model: Denoiser, images: Iterable[Tensor]) -> Iterator[Tensor]:
         check_input(image, model.image_channels)
         clean = image.detach().float().cpu()
         level = SIGMAS[index // 2 % len(SIGMAS)] / 255
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator, device="cpu")
         if index % 2:
             noise = F.interpolate(noise, scale_factor=2.0)[:, :, : clean.shape[2], : clean.shape[3]]
         noisy = clean + level * noise

@@ -43,7 +43,7 @@ def weights(model: Denoiser) -> dict[str, Pair]:
     for name, kind, stride in (("conv1", ConvBNReLU, 2), ("conv2", ConvBNReLU, 2), ("conv3", ConcatConvBNReLU, 1)):
         block = getattr(model, name)
         _check_module(name, block, kind, partial(_features, model, name))
-        if not block.relu:
+        if block.relu is not True:
             raise ValueError(_refusal(name, block, "has no ReLU"))
         pairs[name] = _fold(f"{name}.bn", block.bn, *_conv(f"{name}.conv", block.conv, 3, stride, 1))
     for name in ("res1", "res2", "res3"):
@@ -147,7 +147,7 @@ def _ramp(like: Tensor | None, *shape: int) -> Tensor:
     """Evenly spaced values from 0 to 1, in the dtype and on the device of ``like``. No random state changes."""
     assert like is not None
     count = torch.Size(shape).numel()
-    return torch.linspace(0, 1, count, dtype=torch.float32).to(like).view(shape)
+    return torch.linspace(0, 1, count, dtype=torch.float32, device="cpu").to(like).view(shape)
 
 
 def _image(model: Denoiser) -> tuple[Any, ...]:

@@ -157,6 +157,11 @@ class FusedDenoiser(nn.Module):
                 setattr(self, name, exact.to(device=cast.device, dtype=torch.float32))
         return self
 
+    def to(self, *args: Any, **kwargs: Any) -> FusedDenoiser:
+        """As ``torch.nn.Module.to``. ``memory_format`` changes nothing: weights keep the order that kernels need."""
+        kwargs.pop("memory_format", None)
+        return super().to(*args, **kwargs) if args or kwargs else self
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and activations."""
@@ -198,7 +203,8 @@ class FusedDenoiser(nn.Module):
         if not torch.compiler.is_compiling() and wanted in (None, "torch") and x.shape[0] > 0:
             network = self._onednn_network() if runs_as_written(x) else None
             if network is not None and not (torch.is_grad_enabled() and x.requires_grad):
-                return network(x)
+                with without_autocast(x.device):
+                    return network(x)
         with without_autocast(x.device):
             return self._operators(x.to(self.dtype), x, backend)
 
@@ -262,6 +268,8 @@ class FusedDenoiser(nn.Module):
             return None
         packed = self._onednn  # read once: another thread may replace it
         if packed is None or not packed[0].holds(weights):
+            if not {weight.dtype for weight in weights} <= {self.dtype, torch.float32}:
+                return None  # the operators' error names the weight
             snapshot = Snapshot(weights)
             # Pack the snapshot's copies. So weights that are packed later, for another size, are the same weights.
             copies = dict(zip(self._names, snapshot.copies, strict=True))

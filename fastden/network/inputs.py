@@ -122,7 +122,7 @@ def _as_tensor(sigma: Any) -> Tensor:
         try:
             # Tensors in a list are stacked, which keeps their gradients.
             stacked = len(sigma) > 0 and all(isinstance(value, Tensor) for value in sigma)
-            sigma = torch.stack(list(sigma)) if stacked else torch.as_tensor(sigma)
+            sigma = torch.stack(list(sigma)) if stacked else torch.as_tensor(sigma, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"sigma: {type(sigma).__name__} holds values that are not numbers; {accepted}") from error
     if not isinstance(sigma, Tensor):
@@ -134,7 +134,7 @@ def _as_tensor(sigma: Any) -> Tensor:
 
 def _from_numpy(array: Any, accepted: str) -> Tensor:
     try:
-        return torch.as_tensor(array)
+        return torch.as_tensor(array, device="cpu")
     except TypeError as error:
         raise TypeError(f"sigma: an array of dtype {array.dtype}; {accepted}") from error
 

@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import safe_open
@@ -28,6 +29,12 @@ from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
 from fastden.network.packed import PackedWeights
 from fastden.ops.activations import fold, gathered, join_phases
 from fastden.ops.post_operations import missing
+
+
+class _Float(TypedDict):
+    dtype: torch.dtype
+    device: str
+
 
 #: File beside ``model.safetensors`` with the ranges of the network's activations.
 RANGES_FILE = "int8.safetensors"
@@ -47,6 +54,8 @@ ACTIVATIONS = {
 }  # fmt: skip
 #: Smallest range of a channel. A channel may be zero almost everywhere; this range prevents a division by zero.
 LEAST_RANGE = 1e-4
+#: Users may have set another default dtype or device.
+FLOAT: _Float = {"dtype": torch.float32, "device": "cpu"}
 
 Ranges = dict[str, Tensor]
 
@@ -76,9 +85,11 @@ def saturates() -> bool:
     to know this: ``ONEDNN_MAX_CPU_ISA`` may stop oneDNN from using units that the CPU has.
     """
     channels = 64
-    step = torch.full((channels,), 1.0)
-    layer = QuantizedConvolution(torch.full((16, channels, 1, 1), 127.0), torch.zeros(16), step, None, relu=False)
-    codes = torch.full((1, channels, 2, 2), CODES, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    step = torch.full((channels,), 1.0, **FLOAT)
+    weight, bias = torch.full((16, channels, 1, 1), 127.0, **FLOAT), torch.zeros(16, **FLOAT)
+    layer = QuantizedConvolution(weight, bias, step, None, relu=False)
+    codes = torch.full((1, channels, 2, 2), CODES, dtype=torch.uint8, device="cpu")
+    codes = codes.contiguous(memory_format=torch.channels_last)
     return bool((layer(codes) != channels * 127.0 * CODES).any())
 
 
@@ -129,7 +140,7 @@ class _Observer(OneDnnNetwork):
         folded = fold(x, self.features, self.zero_channels)
         skip = self._block("res1", self._stem(folded, at_top=True))
         low = self._block("res2", self.conv2(skip))
-        upsampled = self._see("up2", join_phases([phase(low) for phase in self.up2]))
+        upsampled = self._see("up2", join_phases(self.up2(low)))
         spans = (0, skip.shape[2]), (0, skip.shape[3])
         self._block("res3", self.conv3(gathered(skip, upsampled, *spans)))
         if x.shape[1] > self.channels:
@@ -146,7 +157,7 @@ def observed_ranges(weights: FoldedWeights, inputs: Iterable[Tensor]) -> Ranges:
     observer = _Observer(weights)
     for x in inputs:
         observer.observe(x)
-    return {**observer.ranges, "level": torch.tensor([observer.level])}
+    return {**observer.ranges, "level": torch.tensor([observer.level], **FLOAT)}
 
 
 class QuantizedConvolution:
@@ -188,7 +199,7 @@ class QuantizedConvolution:
             offset = offset + MIDDLE
         self.weight = codes.to(torch.int8)
         self.scale, self.bias = scale.float(), offset.float()
-        self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        self.zero_points = torch.zeros(len(scale), dtype=torch.int32, device="cpu")
         self.geometry = [stride] * 2, [padding] * 2, [1, 1], 1
         self.dtype = torch.uint8 if out_step is not None else torch.float32
         self.activation = "relu" if relu else "none"
@@ -247,13 +258,13 @@ class Int8Network(TiledNetwork):
         lows, highs = ([bound] * self.channels for bound in IMAGE_RANGE)
         if colours > self.channels:
             lows, highs = [*lows, 0.0], [*highs, float(ranges["level"])]
-        low, high = torch.tensor(lows), torch.tensor(highs)
+        low, high = torch.tensor(lows, **FLOAT), torch.tensor(highs, **FLOAT)
         self.input_step = (high - low).clamp(min=LEAST_RANGE) / CODES
         self.input_zero = (-low / self.input_step).round()
         step = {name: ranges[name].clamp(min=LEAST_RANGE) / CODES for name in ACTIVATIONS}
         # MIDDLE - 1 steps on each side of the middle, so that both ends of the range have a code.
         step["up2"] = ranges["up2"].clamp(min=LEAST_RANGE) / (MIDDLE - 1)
-        zero = torch.cat([torch.zeros(len(step["res1"])), torch.full((len(step["up2"]),), float(MIDDLE))])
+        zero = torch.cat([torch.zeros_like(step["res1"]), torch.full_like(step["up2"], MIDDLE)])
 
         def block(name: str) -> _QuantizedBottleneck:
             return _QuantizedBottleneck(
@@ -261,7 +272,7 @@ class Int8Network(TiledNetwork):
             )
 
         input_step, input_zero = self.input_step.repeat_interleave(4), self.input_zero.repeat_interleave(4)
-        self.stem = [
+        self.stem, self._left, self._top = (
             QuantizedConvolution(
                 unshuffled_weight(w, 4, 0),
                 b,
@@ -270,14 +281,13 @@ class Int8Network(TiledNetwork):
                 zero=input_zero,
             )
             for w, b in onednn.stem_parts(weights.stem)
-        ]
+        )
         self.res1 = block("res1")
         self.conv2 = QuantizedConvolution(*weights.conv2, step["res1"], step["res2"], stride=2, padding=1)
         self.res2 = block("res2")
-        self.up2 = [
-            QuantizedConvolution(w, weights.up2[1], step["res2"], step["up2"], padding=1, relu=False)
-            for w in phase_weights(weights.up2[0])
-        ]
+        phases = torch.cat(phase_weights(weights.up2[0]))
+        up2_step = step["up2"].repeat(4)
+        self.up2 = QuantizedConvolution(phases, weights.up2[1].repeat(4), step["res2"], up2_step, padding=1, relu=False)
         both = torch.cat([step["res1"], step["up2"]])
         self.conv3 = QuantizedConvolution(*weights.conv3, both, step["res3"], zero=zero)
         self.res3 = block("res3")
@@ -287,6 +297,15 @@ class Int8Network(TiledNetwork):
         self.zero_channels = 1 if self.image_dtype == torch.bfloat16 and colours == 3 else 0
         image_weight = head.image_weight.to(self.image_dtype)
         self.image = onednn.image_convolution(head._replace(image_weight=image_weight), self.zero_channels)
+
+    def left(self, folded: Tensor) -> Tensor:
+        """The left column of the first features."""
+        # Five columns are computed, because a result of one column may be wrong: see fastden.ops.stem.
+        return self._left(folded[..., :5].contiguous(memory_format=torch.channels_last))[..., :1]
+
+    def top(self, folded: Tensor) -> Tensor:
+        """The top row of the first features, and the corner."""
+        return self._top(folded[:, :, :4])
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         image = self.image(fold(x, self.image_dtype, self.zero_channels)).float()

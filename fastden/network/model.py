@@ -41,7 +41,9 @@ class Denoiser(nn.Module, PretrainedMixin):
         composed: run conv1 o conv0 and out o cat(conv0, up3) as the single convolutions that they equal
             (:mod:`fastden.algebra`), in training and evaluation. The function is the same up to rounding, with 36 %
             fewer multiply-accumulates. The parameters stay those of the factors. If a layer is not plain (it has hooks,
-            an adapter or another normalisation, see :mod:`fastden.nn`), it is called as without this option.
+            an adapter or another normalisation, see :mod:`fastden.nn`), it is called as without this option. Hooks on
+            all modules at once (``torch.nn.modules.module.register_module_forward_hook``) do not reach conv0, conv1,
+            up3 and out: these layers are not called, and profilers should see what is computed.
     """
 
     def __init__(self, noise_level_input: bool = True, image_channels: int = 3, composed: bool = False) -> None:
@@ -121,7 +123,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         form that runs without them.
         """
         conv0, conv1, up3, out = self.conv0, self.conv1, self.up3, self.out
-        if not (is_plain_block(conv1, ConvBNReLU) and is_plain_norm(conv1.bn) and conv1.relu):
+        if not (is_plain_block(conv1, ConvBNReLU) and is_plain_norm(conv1.bn) and conv1.relu is True):
             return False
         convs = ((conv0, 5, 1, 0), (conv1.conv, 3, 2, 1), (out, 3, 1, 0))
         plain = all(is_plain_conv(conv) and has_geometry(conv, *geometry) for conv, *geometry in convs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +123,37 @@ class Convolution:
         )
 
 
+class EdgeConvolution:
+    """The stem's convolution for one edge of the image, with ReLU, as a matrix product.
+
+    For 32 x 32 pixels a product takes 22 us, and oneDNN's convolution 59 us, most of it to set it up. Sums, weights and
+    bias are float32, also where the network is bfloat16.
+
+    Args:
+        weight: (O, C, 4, 4).
+        bias: (O,).
+        columns: whether the edge is the left column; else it is the top row.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, columns: bool) -> None:
+        self.weight = weight.float().permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+        self.bias = bias.float()
+        self.columns = columns
+
+    def __call__(self, folded: Tensor) -> Tensor:
+        """(N, C, h + 3, w + 3) -> (N, O, h, 1) or (N, O, 1, w), float32."""
+        pixels = folded.permute(0, 2, 3, 1)
+        # The windows along the edge, then their rows, columns and channels.
+        if self.columns:
+            windows = pixels[:, :, :4].unfold(1, 4, 1).permute(0, 1, 4, 2, 3)
+        else:
+            windows = pixels[:, :4].unfold(2, 4, 1).permute(0, 2, 1, 4, 3)
+        n, length = windows.shape[:2]
+        y = torch.addmm(self.bias, windows.reshape(n * length, -1).float(), self.weight).relu_()
+        y = y.view(n, length, -1).transpose(1, 2)
+        return y[..., None] if self.columns else y[:, :, None]
+
+
 @dataclass(frozen=True)
 class FoldedBottleneck:
     """Three convolutions with BN folded."""
@@ -195,6 +226,10 @@ class TiledNetwork(ABC):
         channels: number of channels of the image.
         zero_channels: number of zero channels that are added to the folded input.
         features: dtype of the activations between the convolutions.
+        stem: makes the first features from the folded input (N, C, h + 3, w + 3): (N, O, h, w).
+        left, top: make the left column (N, O, h, 1) and the top row (N, 2 O, 1, w) of the first features from the same
+            input. The second half of the row's channels holds the corner.
+        up2: makes the four phases of the upsampled features, as channels.
         outside: value that conv3 reads beyond the image in the channels of its second source.
     """
 
@@ -202,11 +237,13 @@ class TiledNetwork(ABC):
     zero_channels: int = 0
     features: torch.dtype
     outside: int = 0
-    stem: Sequence[Callable[[Tensor], Tensor]]
+    stem: Callable[[Tensor], Tensor]
+    left: Callable[[Tensor], Tensor]
+    top: Callable[[Tensor], Tensor]
     res1: Callable[[Tensor], Tensor]
     conv2: Callable[[Tensor], Tensor]
     res2: Callable[[Tensor], Tensor]
-    up2: Sequence[Callable[[Tensor], Tensor]]
+    up2: Callable[[Tensor], Tensor]
     conv3: Callable[[Tensor], Tensor]
     res3: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]
@@ -226,7 +263,7 @@ class TiledNetwork(ABC):
         folded, y = self._inputs(x)
         skip = self._front(folded)
         low = self.res2(self.conv2(skip))
-        upsampled = join_phases([phase(low) for phase in self.up2])
+        upsampled = join_phases(self.up2(low))
         self._add_tail(skip, upsampled, y)
         # One pass moves the four phases to their pixels, and adds the image at its own precision.
         image = x[:, : self.channels, BORDER:-BORDER, BORDER:-BORDER]
@@ -254,12 +291,10 @@ class TiledNetwork(ABC):
         return skip
 
     def _stem(self, folded: Tensor, at_top: bool) -> Tensor:
-        inside, left, top = self.stem
-        y = inside(folded)
-        # Five columns are computed, because a result of one column may be wrong: see fastden.ops.stem.
-        y[:, :, :, :1] = left(folded[..., :5].contiguous(memory_format=torch.channels_last))[..., :1]
+        y = self.stem(folded)
+        y[:, :, :, :1] = self.left(folded)
         if at_top:
-            row, corner = top(folded[:, :, :4]).chunk(2, 1)
+            row, corner = self.top(folded).chunk(2, 1)
             y[:, :, :1] = row
             y[:, :, :1, :1] = corner[..., :1]
         return y
@@ -279,11 +314,11 @@ class TiledNetwork(ABC):
 class OneDnnNetwork(TiledNetwork):
     """The fused network, on float32 or bfloat16 CPU tensors, without gradients."""
 
-    stem: list[Convolution]
+    stem: Convolution
     res1: FoldedBottleneck
     conv2: Convolution
     res2: FoldedBottleneck
-    up2: list[Convolution]
+    up2: Convolution
     conv3: Convolution
     res3: FoldedBottleneck
     head: _Head
@@ -296,11 +331,16 @@ class OneDnnNetwork(TiledNetwork):
         # colour network gets a channel of zeros. Float32 is faster without it.
         inputs = stem.weight.shape[2]
         self.zero_channels = 1 if self.features == torch.bfloat16 and inputs == 3 else 0
-        self.stem = [Convolution(unshuffled_weight(w, 4, self.zero_channels), b) for w, b in stem_parts(stem)]
+        inside, left, top = ((unshuffled_weight(w, 4, self.zero_channels), b) for w, b in stem_parts(stem))
+        self.stem = Convolution(*inside)
+        self.left, self.top = EdgeConvolution(*left, columns=True), EdgeConvolution(*top, columns=False)
         self.res1 = _bottleneck(weights.res1)
         self.conv2 = Convolution(*weights.conv2, stride=2, padding=1)
         self.res2 = _bottleneck(weights.res2)
-        self.up2 = [Convolution(w, weights.up2[1], padding=1, relu=False) for w in phase_weights(weights.up2[0])]
+        # One convolution for all phases: for 32 x 32 pixels 157 us instead of 239 in float32, 122 instead of 210 in
+        # bfloat16; for 512 x 768 17.9 ms instead of 20.9, and 8.8 instead of 9.2 (2 cores of a Zen 4 CPU).
+        phases = torch.cat(phase_weights(weights.up2[0]))
+        self.up2 = Convolution(phases, weights.up2[1].repeat(4), padding=1, relu=False)
         self.conv3 = Convolution(*weights.conv3)
         self.res3 = _bottleneck(weights.res3)
         self.head = _head(head)
@@ -312,7 +352,7 @@ class OneDnnNetwork(TiledNetwork):
         blocks = (
             part for block in (self.res1, self.res2, self.res3) for part in (block.reduce, block.conv, block.expand)
         )
-        others = (*self.stem, self.conv2, *self.up2, self.conv3, *self.head.parts, self.image)
+        others = (self.stem, self.conv2, self.up2, self.conv3, *self.head.parts, self.image)
         return sum(convolution._packed.nbytes for convolution in (*blocks, *others))
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:

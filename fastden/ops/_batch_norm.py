@@ -20,6 +20,7 @@ from fastden.ops import _recompute
 from fastden.ops._gradients import first_derivative_only
 from fastden.ops._library import Operator, check, empty_like
 from fastden.ops._recompute import Recipe
+from fastden.ops._tensors import may_overwrite
 
 
 class BatchNorm(NamedTuple):
@@ -77,9 +78,12 @@ def finish(y: Tensor, bn: BatchNorm | None, residual: Tensor | None, relu: bool)
         y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps)
     if residual is not None:
         # Under autocast, the residual's dtype may differ from the result's, which is that of the convolution.
-        y = y.add_(residual.to(y.dtype))
+        residual = residual.to(y.dtype)
+        y = y.add_(residual) if may_overwrite() else y + residual
+    if not relu:
+        return y
     # In place: no backward before this point needs y, and a training step has twelve such tensors.
-    return torch.relu_(y) if relu else y
+    return torch.relu_(y) if may_overwrite() else torch.relu(y)
 
 
 def check_values(values: int, name: str = "bn") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -21,6 +22,17 @@ def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor for tensor in tensors
+    )
+
+
+def may_overwrite() -> bool:
+    """Whether an operator may write into its own intermediate results.
+
+    Not under the transforms of ``torch.func``: only one of the two tensors may be batched, or carry a tangent.
+    """
+    # The compiler handles transforms itself, and cannot trace the other questions.
+    return torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 

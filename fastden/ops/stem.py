@@ -15,7 +15,7 @@ from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
-from fastden.ops._tensors import in_autocast
+from fastden.ops._tensors import in_autocast, may_overwrite
 from fastden.ops.backends import choose
 
 
@@ -65,12 +65,19 @@ def stem(
     convolution = partial(post_operations.convolution, relu=True) if fused else F.conv2d
     x = F.pad(x, (1, 0, 1, 0))
     y = convolution(x, weight[0], bias[0], stride=2)
-    # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.
-    y[:, :, :1] = convolution(x[:, :, :7], weight[1], bias[1], stride=2)
+    row = convolution(x[:, :, :7], weight[1], bias[1], stride=2)
     # Nine columns, to get the first one right: oneDNN 3.12's bf16 convolution reads uninitialised memory when this
     # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
-    y[:, :, :, :1] = convolution(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
-    y[:, :, :1, :1] = convolution(x[:, :, :7, :7], weight[3], bias[3], stride=2)
+    column = convolution(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
+    corner = convolution(x[:, :, :7, :7], weight[3], bias[3], stride=2)
+    if may_overwrite():
+        # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.
+        y[:, :, :1] = row
+        y[:, :, :, :1] = column
+        y[:, :, :1, :1] = corner
+    else:
+        below = torch.cat([column, y[..., 1:]], 3)[:, :, 1:]
+        y = torch.cat([torch.cat([corner, row[..., 1:]], 3), below], 2)
     return y if fused else finish(y, bn, None, relu)
 
 

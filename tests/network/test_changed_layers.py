@@ -106,12 +106,22 @@ def hooked(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
+def own_call(layer: nn.Conv2d) -> nn.Conv2d:
+    class Called(nn.Conv2d):
+        def __call__(self, *inputs: Tensor) -> Tensor:
+            return 0.9 * super().__call__(*inputs)
+
+    layer.__class__ = Called
+    return layer
+
+
 CHANGES: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
     "wrapper": Lora,
     "subclass": subclass,
     "sequence": lambda layer: nn.Sequential(layer, nn.Dropout(0.0), nn.Hardtanh(-0.5, 0.5)),
     "own forward": bound_forward,
     "own _conv_forward": bound_conv_forward,
+    "own __call__": own_call,
     "hook": hooked,
     "circular": circular,
 }
@@ -272,12 +282,20 @@ def test_quantisation_aware_training_observes() -> None:
         fuse(model)
 
 
+def unused_statistics(channels: int) -> nn.Module:
+    """Running statistics exist, but training does not move them."""
+    norm = nn.BatchNorm2d(channels)
+    norm.track_running_stats = False
+    return norm
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda channels: nn.GroupNorm(4, channels),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
     "identity": lambda channels: nn.Identity(),
     "without statistics": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
     "without weights": lambda channels: nn.BatchNorm2d(channels, affine=False),
+    "unused statistics": unused_statistics,
     "cumulative": lambda channels: nn.BatchNorm2d(channels, momentum=None),
 }
 
@@ -293,13 +311,25 @@ def test_other_normalisations(norm: str, training: bool) -> None:
     assert max_error(model(X, 0.1), by_layers(plain, X)) < 1e-4
     for (name, one), other in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=name)
-    if norm in ("cumulative", "without weights"):
+    if norm in ("cumulative", "without weights", "unused statistics"):
         model.eval()
         with torch.no_grad():
             assert max_error(fuse(model)(X, 0.1), model(X, 0.1)) < 1e-4
     else:
         with pytest.raises(ValueError, match=r"conv1\.bn: \w+ (is no BatchNorm2d|has no running statistics)"):
             fuse(model)
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_another_activation(composed: bool) -> None:
+    model, activation = random_network(composed=composed), nn.PReLU(init=0.9)
+    plain = model(X, 0.1)
+    model.conv1.relu = model.conv3.relu = activation
+    assert max_error(model(X, 0.1), plain) > 1e-3
+    block, (a, b) = model.conv3, (torch.rand(1, 128, 4, 5), torch.rand(1, 32, 4, 5))
+    assert max_error(block(a, b), activation(block.bn(block.conv(torch.cat([a, b], 1))))) < 1e-6
+    with pytest.raises(ValueError, match=r"conv1: ConvBNReLU has no ReLU"):
+        fuse(model)
 
 
 @pytest.mark.parametrize("composed", [False, True])

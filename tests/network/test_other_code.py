@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch.export import Dim, export
 from torch.func import jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastden import ops
+from fastden.network import int8
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
 from tests.helpers import max_error, random_network
@@ -75,6 +78,66 @@ def test_vmap(models: tuple[Denoiser, Denoiser]) -> None:
         assert max_error(vmap(lambda x, n=network: n(x[None], 0.1)[0])(X), network(X, 0.1)) < 1e-5
         levels = vmap(lambda s, n=network: n(X[:1], s)[0])(sigmas)
         assert max_error(levels[1], network(X[:1], 0.2)[0]) < 1e-5
+
+
+def test_vmap_over_one_argument_of_an_operator() -> None:
+    """Operators do not write into an intermediate result that has no batch or tangent yet."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, residual = (
+        torch.rand(*size, generator=generator) for size in ((1, 3, 5, 5), (4, 3, 1, 1), (1, 4, 5, 5))
+    )
+
+    def added(residual: Tensor) -> Tensor:
+        return ops.conv_bn_relu(x, weight, residual=residual)
+
+    both = vmap(added)(torch.stack([residual, 2 * residual]))
+    assert max_error(both[1], added(2 * residual)) < 1e-6
+    image, inside = torch.rand(1, 3, 12, 14, generator=generator), torch.rand(1, 8, 3, 7, 7, generator=generator)
+    bias, edges = torch.rand(4, 8, generator=generator), torch.rand(2, 3, 8, 3, 7, 7, generator=generator)
+
+    def first(edges: Tensor) -> Tensor:
+        return ops.stem(image, torch.cat([inside, edges]), bias)
+
+    assert max_error(vmap(first)(edges)[1], first(edges[1])) < 1e-6
+    tangent = jvp(first, (edges[0],), (edges[1],))[1]
+    assert max_error(tangent, first(edges[0] + edges[1]) - first(edges[0])) < 1e-4
+
+
+def test_other_default_device_and_dtype(models: tuple[Denoiser, Denoiser]) -> None:
+    """Nothing that a call or the packing of weights makes goes to the default device, or takes the default dtype."""
+    bundled = Denoiser.from_pretrained("color")
+    made: list[nn.Module] = [*networks(models), fuse(models[0], torch.bfloat16)]
+    if not int8.why_not():
+        made.append(fuse(bundled, quality="fast"))
+    for network in made:
+        expected = copy.deepcopy(network)(X, 0.1)
+        for sigma in (0.1, [0.1, 0.1], np.array([0.1, 0.1]), np.float32(0.1)):
+            fresh = copy.deepcopy(network)
+            with torch.device("meta"):
+                assert max_error(fresh(X, sigma), expected) < 1e-5
+            torch.set_default_dtype(torch.float64)
+            try:
+                assert max_error(copy.deepcopy(network)(X, sigma), expected) < 1e-5
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+
+def test_memory_format_of_modules(models: tuple[Denoiser, Denoiser]) -> None:
+    expected = models[0](X, 0.1)
+    for network in networks(models):
+        moved = network.to(memory_format=torch.channels_last)
+        assert moved is network
+        assert max_error(moved(X.to(memory_format=torch.channels_last), 0.1), expected) < 1e-5
+    fused = fuse(models[0]).to(torch.float64, memory_format=torch.channels_last)
+    assert fused.dtype == torch.float64
+
+
+def test_weights_of_mixed_dtypes_are_named(models: tuple[Denoiser, Denoiser]) -> None:
+    fused = fuse(models[0])
+    fused(X, 0.1)
+    fused.conv3_weight = fused.conv3_weight.double()
+    with pytest.raises(TypeError, match=r"weight: dtype torch\.float64; accepted: torch\.float32"):
+        fused(X, 0.1)
 
 
 def test_operations_are_counted(models: tuple[Denoiser, Denoiser]) -> None:
