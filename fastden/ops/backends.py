@@ -255,8 +255,10 @@ def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str
 
 def _as_run(tensor: Tensor) -> torch.dtype:
     """The dtype that an operator computes in: autocast's dtype if autocast is on."""
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
-        return torch.get_autocast_dtype(tensor.device.type)
+    kind = tensor.device.type
+    # Some devices have no autocast (meta).
+    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return tensor.dtype
 
 
