@@ -19,9 +19,6 @@ from fastden.ops.activations import fold
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
 
-#: Up to this many positions of the features, the rearranged weights take longer than they save.
-FEW_POSITIONS = 2048
-
 
 def head(
     features: Tensor,
@@ -76,8 +73,7 @@ def head(
         run = in_autocast(features, x, weight, image_weight)
         y = Head.apply(*run, bias, image, add_input, clamp and not later, composed, backend)
         return y.clamp(0, 1) if later else y
-    few = features.shape[2] * features.shape[3] <= FEW_POSITIONS
-    if composed and not few and post_operations.serves(*tensors.values()):
+    if composed and post_operations.serves(*tensors.values()):
         y = F.pixel_shuffle(_phases(*tensors.values()), 2)
     else:
         y = _plain(*tensors.values())

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -26,13 +23,13 @@ pytestmark = pytest.mark.skipif(not DTYPES, reason="no oneDNN")
 Operator = Callable[..., Tensor]
 
 
-def arguments(operator: str, size: tuple[int, int], batch: int, channels: int) -> tuple[Operator, list[Tensor]]:
+def arguments(operator: str, size: tuple[int, int], batch: int) -> tuple[Operator, list[Tensor]]:
     """A folded operator, called with its tensors, and the tensors; float64."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
 
-    h, w = size
+    (h, w), channels = size, 32
     x = random(batch, channels, h, w)
     if operator == "conv_bn_relu":
         return lambda x, w, b: ops.conv_bn_relu(x, w, b, padding=1), [x, random(5, channels, 3, 3), random(5)]
@@ -43,14 +40,14 @@ def arguments(operator: str, size: tuple[int, int], batch: int, channels: int) -
         weights = [random(7, channels + 3, 3, 3), random(7)]
         return ops.concat_conv_bn_relu, [x, random(batch, 3, h, w), *weights]
     if operator == "bottleneck":
-        weights = [random(4, channels, 1, 1), random(4, 4, 3, 3), random(channels, 4, 1, 1)]
+        weights = [random(channels, channels, 1, 1), random(channels, channels, 3, 3), random(channels, channels, 1, 1)]
 
         def run(x: Tensor, reduce: Tensor, conv: Tensor, expand: Tensor, *biases: Tensor) -> Tensor:
             return ops.bottleneck(x, reduce, conv, expand, biases=biases)  # type: ignore[arg-type]
 
-        return run, [x, *weights, random(4), random(4), random(channels)]
+        return run, [x, *weights, *(random(channels) for _ in range(3))]
     if operator == "stem":
-        return ops.stem, [random(batch, 3, 2 * h + 6, 2 * w + 6), random(4, 5, 3, 7, 7), random(4, 5)]
+        return ops.stem, [random(batch, 3, 4 * h + 6, 4 * w + 6), random(4, 5, 3, 7, 7), random(4, 5)]
     image = random(batch, 3, 2 * h + 6, 2 * w + 6)
     factors = [(8, 3, 5, 5), (8,), (channels, 8, 4, 4), (8,), (3, 16, 3, 3), (3,)]
     weights = list(compose_head(*(random(*shape) for shape in factors)))
@@ -62,7 +59,7 @@ OPERATORS = ["conv_bn_relu", "residual", "concat_conv_bn_relu", "bottleneck", "s
 
 @contextmanager
 def fused() -> Iterator[list[bool]]:
-    """Whether operators used post-operations, call by call; the size from which the head does is 0."""
+    """Whether operators used post-operations, call by call; small images do so too here."""
     answers: list[bool] = []
     serves = post_operations.serves
 
@@ -70,34 +67,18 @@ def fused() -> Iterator[list[bool]]:
         answers.append(serves(*tensors))
         return answers[-1]
 
-    # fastden.ops.head is the function.
-    with (
-        patch.object(sys.modules["fastden.ops.head"], "FEW_POSITIONS", 0),
-        patch.object(post_operations, "serves", recorded),
-    ):
+    with patch.object(post_operations, "FEW_VALUES", 20480), patch.object(post_operations, "serves", recorded):
         yield answers
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@settings(max_examples=15)
-@given(
-    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    batch=st.integers(2, 3),
-    channels=st.sampled_from([1, 4, 32]),
-    dtype=st.sampled_from(DTYPES or [torch.float32]),
-    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
-)
-@example(size=(90, 80), batch=1, channels=32, dtype=torch.float32, layout=torch.channels_last)
-@example(size=(90, 80), batch=1, channels=32, dtype=DTYPES[-1] if DTYPES else None, layout=torch.channels_last)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("size", "batch"), [((29, 26), 1), ((27, 31), 2)])
 def test_as_exact_as_eager(
-    operator: str,
-    size: tuple[int, int],
-    batch: int,
-    channels: int,
-    dtype: torch.dtype,
-    layout: torch.memory_format,
+    operator: str, size: tuple[int, int], batch: int, layout: torch.memory_format, dtype: torch.dtype
 ) -> None:
-    run, tensors = arguments(operator, size, batch, channels)
+    run, tensors = arguments(operator, size, batch)
     cast = [(t.contiguous(memory_format=layout) if t.dim() == 4 else t).to(dtype) for t in tensors]
     before = [t.clone() for t in cast]
     wide = [t.double() for t in cast]
@@ -116,7 +97,7 @@ def test_as_exact_as_eager(
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_only_where_nothing_watches(operator: str) -> None:
     """Gradients, transforms, recordings and autocast meet PyTorch's own operations."""
-    run, tensors = arguments(operator, (6, 5), 2, 4)
+    run, tensors = arguments(operator, (29, 26), 1)
     cast = [t.float() for t in tensors]
     with fused() as answers:
         expected = run(*cast)
@@ -150,19 +131,19 @@ def test_a_single_small_image_an_empty_batch_and_batch_norm() -> None:
     bn = ops.BatchNorm.of(torch.nn.BatchNorm2d(4).eval())
     with fused() as answers, torch.no_grad():
         assert ops.conv_bn_relu(x, weight).shape == (0, 4, 3, 3)
-        ops.conv_bn_relu(torch.rand(2, 3, 5, 5), weight, bn=bn)
+        ops.conv_bn_relu(torch.rand(1, 3, 90, 90), weight, bn=bn)
         ops.conv_bn_relu(torch.rand(1, 3, 5, 5), weight)
         assert not any(answers)
 
 
 def test_separated_head_skips_taps_of_composed_weights_alone() -> None:
     """Without the promise ``composed`` every tap counts."""
-    _, tensors = arguments("head", (9, 8), 1, 4)
+    _, tensors = arguments("head", (29, 26), 1)
     features, image, weight, image_weight, bias = (t.float() for t in tensors)
     weight = torch.rand_like(weight)
     exact = ops.head(*(t.double() for t in (features, image, weight, image_weight, bias)))
     with fused():
         assert max_error(ops.head(features, image, weight, image_weight, bias), exact) < 1e-4
     rows, merge = separated_head(weight)
-    assert rows.shape == (48, 4, 1, 4)
+    assert rows.shape == (48, 32, 1, 4)
     assert merge.shape == (12, 48, 4, 1)
