@@ -34,8 +34,8 @@ _FAR, _FITS = 0.3, 6
 #: neighbours share, from ``_COARSE_FROM`` on, the network gets ``COARSE_FACTOR`` times its standard deviation.
 COARSE_FACTOR, _WHITE_UNTIL, _COARSE_FROM = 2.0, 0.55, 0.60
 #: Up to the first uncertainty of the log level, the whole factor applies; from the second on, no factor applies.
-#: Texture that looks like noise has uncertainties of 0.6 to 0.8 (``benchmarks/results/noise-estimates.json``), real
-#: noise of phones and dark rooms 0.07 to 0.23 (``real-photos.json``).
+#: Texture that looks like noise has uncertainties of 0.5 to 0.8 (``benchmarks/results/noise-estimates.json``), real
+#: noise of phones and dark rooms 0.07 to 0.19 (``real-photos.json``).
 _CERTAIN_UNTIL, _UNCERTAIN_FROM = 0.45, 0.85
 #: Share of the cells that stay below a picture's coarseness, see :func:`picture_coarseness`.
 _COARSENESS_SHARE = 0.1
@@ -239,7 +239,7 @@ def picture_coarseness(cells: Cells, weights: Tensor) -> Tensor:
     """The coarseness of each picture, (N,): the value that a tenth of its cells stay below.
 
     Texture makes cells look coarser, not finer. So this value tells white noise on texture from sensor noise better
-    than a mean does: it is at most 0.58 for white noise of sigma 15 on Kodak's pictures, and 0.59 to 0.60 on average
+    than a mean does: it is at most 0.57 for white noise of sigma 15 on Kodak's pictures, and 0.60 to 0.61 on average
     for pictures of phones and dark rooms. White noise of sigma 5 looks coarse too, 0.56 to 0.61
     (``benchmarks/results/noise-estimates.json`` and ``real-photos.json``).
 
