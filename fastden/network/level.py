@@ -32,6 +32,7 @@ _BEND, _SLOPE = 0.01, 0.002
 _FAR, _FITS = 0.3, 6
 #: White noise has a coarseness below ``_WHITE_UNTIL``: the network gets its standard deviation. For noise that
 #: neighbours share, from ``_COARSE_FROM`` on, the network gets ``COARSE_FACTOR`` times its standard deviation.
+#: On noise that the training makes, 2 is the best factor of seven (``benchmarks/results/level-factor.json``).
 COARSE_FACTOR, _WHITE_UNTIL, _COARSE_FROM = 2.0, 0.55, 0.60
 #: Up to the first uncertainty of the log level, the whole factor applies; from the second on, no factor applies.
 #: Texture that looks like noise has uncertainties of 0.5 to 0.8 (``benchmarks/results/noise-estimates.json``), real

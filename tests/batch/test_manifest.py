@@ -59,7 +59,8 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
     assert wide["model"] == {"name": "Blend", "sha256": batch.settings.weights["sha256"]}
     assert len(wide["model"]["sha256"]) == 64
     assert by_name["bad.png"]["status"] == "failed"
-    assert by_name["bad.png"]["error"] == f"{photos / 'bad.png'}: not an image in a known format"
+    formats = "JPEG, PNG, TIFF, WebP, AVIF"
+    assert by_name["bad.png"]["error"] == f"{photos / 'bad.png'}: not an image in a known format; accepted: {formats}"
     assert [record["status"] for record in records if record["output"] == "0.png"] == ["writing", "done"]
 
 
