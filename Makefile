@@ -1,5 +1,5 @@
 # make demo    denoise a real photograph: sets everything up on the first call
-# make test    run the tests                 make lint    style, types, layers
+# make test    run the tests                 make lint    style, types, layers, workflows
 # make bench   CPU speed beside other runtimes    make format    apply the style
 # make test-isa  the numerical tests as older CPUs would run them
 # make docs    the pages of docs/, as site/       make dist    source distribution and wheel
@@ -38,6 +38,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CUDA_SOURCES))
 
 format: $(VENV)/.dev
