@@ -17,8 +17,9 @@
 #   color      trains benchmarks/training/color-gpu.yaml, or goes on with it, as far as the time allows  9 minutes
 #   photo      the same of photo-gpu.yaml                                                                9 minutes
 #
-# These times are guesses: no GPU has run this. Without a PART: first quick tests operators network. BUDGET=seconds limits
-# the call (default 570). With a quarter of an hour of a GPU, in calls of at most ten minutes:
+# These times are guesses. On an H200 first took 70 seconds, quick two minutes; "train" and "ops-backward" ran into their
+# limits of 90 seconds. Without a PART: first quick tests operators network. BUDGET=seconds limits the call (default 570).
+# With a quarter of an hour of a GPU, in calls of at most ten minutes:
 #
 #     BUDGET=560 benchmarks/gpu_check.sh FOLDER first quick tests
 #     BUDGET=270 benchmarks/gpu_check.sh FOLDER operators network

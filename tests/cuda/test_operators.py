@@ -278,7 +278,9 @@ def test_nan_is_not_hidden(device: str, name: str) -> None:
     first = next(iter(tensors.values()))
     assert first is not None
     first[0, 0, 1, 1] = float("nan")
-    expected = compare.eager(function, tensors, **options).isnan()
+    # In float32 on the CPU: cuDNN's ReLU in float16 makes zeros of the NaN (seen on an H200 with PyTorch 2.11).
+    on_cpu = {key: None if x is None else x.float().cpu() for key, x in tensors.items()}
+    expected = compare.eager(function, on_cpu, **options).isnan().to(device)
     assert expected.any()
     assert function(**tensors, **options, backend="cuda").isnan()[expected].all()
 
