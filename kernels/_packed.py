@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Largest number of cached orders; a network has four for each shape of its weights.
+#: Largest number of cached orders, apart from those that captured graphs read; a network has four for each shape of its
+#: weights.
 LARGEST = 64
 
 
@@ -39,6 +40,8 @@ class PackedWeights:
         self.hits = 0
         self._lock = Lock()
         self._kept: dict[tuple[Any, ...], _Order] = {}
+        # Orders that captured CUDA graphs read: a graph does not hold the tensors whose addresses it has.
+        self._captured: dict[tuple[Any, ...], _Order] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -48,17 +51,21 @@ class PackedWeights:
         if not indexable(weight):
             return pack(weight, *options)
         key = (pack, options, weight.shape, weight.device)
+        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         order = self._kept.get(key)
         if order is None:
-            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            if capturing:
                 return pack(weight, *options)  # a graph cannot capture the copy of an order
             order = _order(pack, weight, options)
             with self._lock:
                 if len(self._kept) >= LARGEST:
-                    self._kept = {}
+                    self._kept = dict(self._captured)
                 self._kept[key] = order
         else:
             self.hits += 1
+            if capturing:
+                with self._lock:
+                    order = self._captured.setdefault(key, order)
         # A zero after the weight, for the positions that take none of its values.
         values = torch.cat([weight.reshape(-1), weight.new_zeros(1)])
         return values.index_select(0, order.index).as_strided(*order[1:])

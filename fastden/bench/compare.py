@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastden.bench.machine import Sensors
-from fastden.bench.timing import Call, Stopwatch, captured, interleaved, peak_mib, summary
+from fastden.bench.timing import Call, Replay, Stopwatch, interleaved, peak_mib, summary
 
 #: Accepted error of a result, as a multiple of the error of eager PyTorch in the same dtype, against float64.
 TOLERANCE = 2.0
@@ -223,7 +223,7 @@ def ready(
     row["peak_mib"] = peak_mib(call, settings.device) if contender.graphs else None
     row["timing"] = "host clock" if settings.device.type == "cpu" else "CUDA events"
     if settings.device.type == "cuda" and settings.graphs and contender.graphs:
-        call = captured(call)
+        call = Replay(call)
         row["timing"] = "CUDA graph"
     row["errors"] = errors(fetch(call()), job.reference)
     row["right"] = all(error <= job.bounds[kind] for kind, error in row["errors"].items() if kind in job.bounds)

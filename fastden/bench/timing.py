@@ -78,23 +78,33 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median_ms": middle, "q1_ms": low, "q3_ms": high, "iqr_ms": high - low}
 
 
-def captured(call: Call) -> Call:
-    """``call`` as the replay of a CUDA graph: the device's time without the host's."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+class Replay:
+    """A call as the replay of a CUDA graph: the device's time without the host's.
 
-    def replay() -> Any:
-        graph.replay()
-        return result
+    A graph holds the addresses that it reads, not the tensors, and only what it allocates itself lies in its own memory
+    pool. So this object holds the call, and with it the inputs and weights. Otherwise PyTorch returns their memory to
+    the driver when the next graph is captured, and a replay may end in an illegal memory access, as it did on an H200
+    with single operators at 512 x 768 pixels and more.
 
-    return replay
+    Args:
+        call: must hold all tensors that it reads and does not make itself.
+    """
+
+    def __init__(self, call: Call) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = call()
+        self._call = call
+
+    def __call__(self) -> Any:
+        self._graph.replay()
+        return self._result
 
 
 def peak_mib(call: Call, device: torch.device) -> float | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from fastden.bench.timing import Stopwatch, interleaved, peak_mib, summary
+from fastden.bench.timing import Replay, Stopwatch, interleaved, peak_mib, summary
 
 
 def test_rounds_are_interleaved_and_begin_with_the_next_contender() -> None:
@@ -54,3 +59,37 @@ def test_peak_memory_is_what_the_call_adds() -> None:
         pytest.skip("this system does not reset the peak")
     assert 60 <= found <= 90
     assert kept.all()
+
+
+def added_to(value: float, device: str, size: int = 3) -> tuple[Callable[[], torch.Tensor], weakref.ref[torch.Tensor]]:
+    """A call that adds 1 to a tensor which it alone holds, and that tensor."""
+    source = torch.full((size,), value, device=device)
+    return partial(torch.add, source, 1), weakref.ref(source)
+
+
+def test_a_replay_holds_what_its_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    call, source = added_to(1.0, "cpu")
+    replay = Replay(call)
+    del call
+    gc.collect()
+    assert source() is not None
+    assert torch.equal(replay(), torch.full((3,), 2.0))
+    del replay
+    gc.collect()
+    assert source() is None
+
+
+@pytest.mark.gpu
+def test_replays_read_their_inputs_after_the_next_capture() -> None:
+    """A capture returns the memory that nothing holds to the driver; what comes next may take its place."""
+    size = 16 << 20  # 64 MiB, an allocation of its own
+    first = Replay(added_to(1.0, "cuda", size)[0])
+    second = Replay(added_to(2.0, "cuda", size)[0])
+    other = torch.full((size,), 7.0, device="cuda")
+    assert (first() == 2).all()
+    assert (second() == 3).all()
+    assert (other == 7).all()

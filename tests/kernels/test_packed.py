@@ -5,7 +5,9 @@ Those of a fused network that takes the noise level are read where they lie: not
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -156,6 +158,34 @@ def test_no_order_is_made_while_a_graph_is_captured(
     weight = torch.rand(3, 4, device=device).as_subclass(OnGpu)
     assert torch.equal(packed.get(reversed_rows, weight), weight.flip(0))
     assert len(packed) == 0
+
+
+def test_orders_that_captured_graphs_read_stay(
+    packed: PackedWeights, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    capturing = False
+    monkeypatch.setattr(_packed, "Tensor", OnGpu)
+    monkeypatch.setattr(_packed, "LARGEST", 3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    weights = [torch.rand(rows, 2, device=device).as_subclass(OnGpu) for rows in range(1, 9)]
+    for weight in weights[:2]:
+        packed.get(reversed_rows, weight)
+    read, other = (weakref.ref(order.index) for order in packed._kept.values())
+    capturing = True
+    packed.get(reversed_rows, weights[0])
+    capturing = False
+    for weight in weights[2:]:
+        packed.get(reversed_rows, weight)
+        assert len(packed) <= 3
+    gc.collect()
+    assert read() is not None
+    assert other() is None
+    before = packed.hits
+    packed.get(reversed_rows, weights[0])
+    assert packed.hits == before + 1
 
 
 @pytest.mark.gpu
