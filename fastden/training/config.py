@@ -59,6 +59,9 @@ class TrainConfig(BaseModel):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("bf16-mixed", description="Lightning's precision")
     composed: bool = Field(True, description="train through the composed weights (exact, fewer operations)")
     compile: bool = Field(False, description="compile the network with torch.compile")
+    cuda_graphs: bool = Field(
+        False, description="on a GPU, replay the network's two passes as CUDA graphs; not together with compile"
+    )
     backend: Literal["auto", "torch", "triton", "cuda"] = Field(
         "auto", description="kernels of the forward pass and its gradients; cuda has none for batch statistics"
     )
@@ -87,6 +90,12 @@ class TrainConfig(BaseModel):
         return jpeg if jpeg is None else _check_range(jpeg, 1, 100)
 
     @model_validator(mode="after")
+    def _check_graphs(self) -> TrainConfig:
+        if self.cuda_graphs and self.compile:
+            raise ValueError("cuda_graphs: true with compile: true; accepted: one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _check_blend(self) -> TrainConfig:
         if self.blend < 1 and not self.init:
             raise ValueError(f"blend: {self.blend} without init; accepted: 1, or a model to start from")
@@ -112,7 +121,9 @@ class PhotoConfig(TrainConfig):
     )
     estimate: float = Field(0.4, ge=0, le=1, description="share of crops whose level comes from the estimator")
     estimate_from: int = Field(1000, ge=0, description="first step at which it does")
-    estimator_lr: float = Field(1e-3, gt=0, description="peak learning rate of the estimator")
+    estimator_lr: float = Field(
+        1e-3, ge=0, description="peak learning rate of the estimator; 0 leaves it as it is and saves its gradients"
+    )
     denoiser: bool = Field(
         True, description="train the denoiser too; false: the estimator alone, in a fraction of the time"
     )
@@ -124,11 +135,29 @@ class PhotoConfig(TrainConfig):
     twice: float = Field(0.15, ge=0, le=1, description="share of JPEGs that are saved as a JPEG twice")
     sigma_power: float = Field(1.0, gt=0, description="white noise: 2 draws more of the weak, 1 all alike")
     reduce: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are reduced before the noise")
+    replay: int = Field(
+        1,
+        ge=1,
+        description="steps for each batch of new noise; all draw from the last replay_batches, turned and mirrored",
+    )
+    replay_batches: int = Field(256, ge=1, description="batches to draw from; 64 crops of 126 pixels are 12 MB")
     jitter: float = Field(0.1, ge=0, le=1, description="standard deviation of the true log level's error, where given")
     misjudged: float = Field(0.3, ge=0, le=1, description="share of crops whose level is wrong by a factor")
     factor: tuple[float, float] = Field((0.6, 2.0), description="that factor, log-uniform")
     crop: int = Field(126, ge=32, description="side of a training crop, pixels; 2 under a multiple of 4 wastes nothing")
     batch: int = Field(8, ge=1, description="crops a step, over all devices")
+
+    @model_validator(mode="after")
+    def _check_replay(self) -> PhotoConfig:
+        if self.epoch_steps % self.replay:
+            raise ValueError(f"replay: {self.replay}; accepted: a divisor of epoch_steps, {self.epoch_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_estimator(self) -> PhotoConfig:
+        if self.estimator_lr == 0 and not (self.denoiser and self.estimator):
+            raise ValueError("estimator_lr: 0; accepted: above 0, or a denoiser that learns beside a given estimator")
+        return self
 
     @field_validator("kinds")
     @classmethod

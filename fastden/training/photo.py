@@ -35,6 +35,7 @@ from fastden.training.config import PhotoConfig
 from fastden.training.data import Image, to_gray
 from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
+from fastden.training.replay import Past, Replay
 
 #: Weight of the estimator's loss. It shares no parameter with the denoiser; small enough, it leaves the limit on the
 #: gradient's norm to the denoiser (Adam's steps do not depend on it).
@@ -87,6 +88,10 @@ class PhotoData(DenoiserData):
 
     config: PhotoConfig
 
+    def __init__(self, config: PhotoConfig) -> None:
+        super().__init__(config)
+        self.past: Past | None = None
+
     def noise(self) -> PhotoNoise:
         """The noise model of the settings."""
         config = self.config
@@ -104,13 +109,25 @@ class PhotoData(DenoiserData):
         )
         return PhotoNoise(ranges)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> Any:
         config = self.config
         epoch = self.trainer.current_epoch if self.trainer else 0
-        length, key = config.batch * config.epoch_steps, (config.seed, epoch)
+        length, key = config.batch * config.epoch_steps // config.replay, (config.seed, epoch)
         pairs = PhotoDataset(self.train_images, self.noise(), length, config.crop, config.gray, key)
         share = config.batch // (self.trainer.world_size if self.trainer else 1)
-        return DataLoader(pairs, share, sampler=self.shared(pairs), num_workers=config.workers, drop_last=True)
+        # Not pinned: a thread that pins memory would break the capture of CUDA graphs.
+        fresh = DataLoader(pairs, share, sampler=self.shared(pairs), num_workers=config.workers, drop_last=True)
+        if config.replay == 1:
+            return fresh
+        if self.past is None:
+            self.past = Past(config.replay_batches * share, self.device)
+        rank = self.trainer.global_rank if self.trainer else 0
+        return Replay(fresh, config.replay, self.past, (*key, 2, rank))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network trains."""
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_images:
@@ -137,14 +154,16 @@ class PhotoTraining(DenoiserTraining):
         self.estimator = NoiseEstimator()
         if config.estimator is not None:
             self.estimator.load_state_dict(load_file(config.estimator))
+        self.estimator.requires_grad_(config.estimator_lr > 0)
         if not config.denoiser:
             model.requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [
-            {"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]},
-            {"params": list(self.estimator.parameters()), "lr": self.config.estimator_lr},
+            {"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}
         ]
+        if self.config.estimator_lr > 0:
+            groups.append({"params": list(self.estimator.parameters()), "lr": self.config.estimator_lr})
         optimizer = torch.optim.Adam(groups, lr=self.config.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -153,7 +172,8 @@ class PhotoTraining(DenoiserTraining):
         clean, noisy = batch["clean"], batch["noisy"]
         with torch.autocast(noisy.device.type, enabled=False):
             true, cells = true_cells(clean, noisy), self.estimator(noisy)
-            judged = estimator_loss(cells, true)
+            learns = self.config.estimator_lr > 0
+            judged = estimator_loss(cells, true) if learns else noisy.new_zeros(())
             if not self.config.denoiser:
                 self.log("level_loss", judged)
                 return ESTIMATOR_WEIGHT * judged
