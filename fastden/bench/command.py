@@ -344,13 +344,19 @@ def train(
     size: Size = None,
     batch: Batch = None,
     rounds: Rounds = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="On a GPU, time replays of CUDA graphs: without the host's part.")
+    ] = False,
 ) -> None:
     """Measure a training step: forward and backward, float32 weights under autocast, the optimiser left out."""
     from fastden.bench.compare import compare as run_all
     from fastden.bench.network import training
 
     options = _Options(model, compare, backends, device, dtype, size, batch, rounds, json, plots)
-    run = _prepare("train", options, training=True)
+    run = _prepare("train", options, training=True, graphs=graphs)
+    if graphs and run.settings.device.type != "cuda":
+        raise UserError(f"graphs: device {run.settings.device}; accepted: cuda")
+    run.extra["graphs"] = graphs
 
     def measure(limits: Mapping[str, float]) -> list[dict[str, Any]]:
         job, contenders = training(run.model, run.size, run.batch, run.settings.dtype, run.peers, run.backends)

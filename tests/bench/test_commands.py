@@ -207,6 +207,7 @@ def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["ops", "--backends", "triton"], r"backends: triton cannot run: .*device cpu; accepted: cuda"),
         (["model", "--model", "colour"], r"model: .*colour"),
         (["model", "--size", "0", "16"], r"size: 0 16; accepted: height and width of at least 1"),
+        (["train", "--graphs"], r"graphs: device cpu; accepted: cuda"),
         (["train", "--json", "missing/a.json"], r"missing/a.json: the folder .* does not exist"),
         (["train", "--plots", "file.txt/inside"], r"plots: cannot make the folder file.txt/inside"),
         (["model", "--device", "cpu:7x"], r"device: 'cpu:7x'; accepted: cpu, cuda"),
