@@ -63,14 +63,20 @@ class BackendError(RuntimeError):
 def use_backend(name: str) -> Iterator[None]:
     """Run operators on backend ``name`` inside the ``with`` block, only in this thread or task.
 
-    A function compiled by ``torch.compile`` keeps the backend that it was traced with.
+    A backward pass inside the block runs in this thread, on any device. Activation checkpointing
+    (``torch.utils.checkpoint``) runs the forward pass again when the backward pass needs it, on the backend of that
+    moment: so keep the backward pass inside the block too, or PyTorch raises ``CheckpointError``. A function compiled
+    by ``torch.compile`` keeps the backend that it was traced with.
 
     Raises:
         ValueError: there is no such backend.
     """
     token = _scoped.set(_known(name, "backend"))
     try:
-        yield
+        # Autograd computes the gradients of a CUDA device in a thread of its own, which this context does not reach:
+        # what is recomputed there would run on another backend (seen on an H200).
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         _scoped.reset(token)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fastden import ops
 from fastden.ops import backends
@@ -61,6 +62,29 @@ class TestPrecedence:
         with pytest.raises(KeyError), use_backend("triton"):
             raise KeyError
         assert requested() is None
+
+    def test_backward_passes_stay_in_this_thread(self) -> None:
+        """Another thread would not see the context, and recompute checkpointed activations on another backend."""
+        with use_backend("triton"):
+            with use_backend("torch"):
+                assert not torch.autograd.is_multithreading_enabled()
+            assert not torch.autograd.is_multithreading_enabled()
+        with pytest.raises(KeyError), use_backend("triton"):
+            raise KeyError
+        assert torch.autograd.is_multithreading_enabled()
+
+    @pytest.mark.gpu
+    def test_what_a_backward_pass_on_a_gpu_recomputes(self) -> None:
+        seen: list[tuple[int, str | None]] = []
+
+        def double(x: torch.Tensor) -> torch.Tensor:
+            seen.append((threading.get_ident(), requested()))
+            return (x * x).exp()
+
+        x = torch.ones(2, device="cuda", requires_grad=True)
+        with use_backend("triton"):
+            checkpoint(double, x, use_reentrant=False).sum().backward()
+        assert seen == [(threading.get_ident(), "triton")] * 2
 
     def test_other_threads_are_left_alone(self) -> None:
         seen = []
