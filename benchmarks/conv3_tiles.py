@@ -1,6 +1,6 @@
-"""conv3, two thirds of the network's arithmetic: the default tile beside those with tensor descriptors, in turn.
+"""conv3, two thirds of the network's arithmetic: the default tile beside others, with and without descriptors, in turn.
 
-Descriptors need a GPU of compute capability 9.0 or later: older ones run the default alone. Exits with 1 where a result
+Descriptors need a GPU of compute capability 9.0 or later: older ones run the others alone. Exits with 1 where a result
 is wrong. Interpreted on a CPU (``TRITON_INTERPRET=1``, a small ``--size``) its times mean nothing.
 
     python benchmarks/conv3_tiles.py --json benchmarks/results/bench/conv3-tiles.json
@@ -19,16 +19,15 @@ from fastden import ops
 from fastden.bench import machine, tables
 from fastden.bench.compare import Contender, Job, Settings, bounds, compare
 from fastden.kernels._descriptors import why_not
-from fastden.kernels._tiles import ConvConfig
+from fastden.kernels._tiles import ConvConfig, config_for
 from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 
 
 def name(config: ConvConfig | None) -> str:
     if config is None:
         return "by default"
-    return (
-        f"descriptors {config.block_m}x{config.block_n}x{config.block_k}, {config.warps} warps, {config.stages} stages"
-    )
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}, {config.warps} warps, {config.stages} stages"
+    return f"descriptors {tile}" if config.descriptors else tile
 
 
 def main() -> int:
@@ -55,7 +54,10 @@ def main() -> int:
     moved = float((160 + 256) * pixels * dtype.itemsize)
     job = Job("conv3", len(a), pixels, moved, (exact,), bounds(eager, (exact,), dtype))
     described = () if why_not(a, b, weight) else DESCRIBED
-    calls = {config: partial(concat_conv_bn_relu, a, b, weight, bias, config=config) for config in (None, *described)}
+    plain = config_for(128, 256, pixels, dtype.itemsize)
+    calls = {
+        config: partial(concat_conv_bn_relu, a, b, weight, bias, config=config) for config in (None, plain, *described)
+    }
     contenders = [Contender(name(config), lambda call=call: call, flops, own=True) for config, call in calls.items()]
     settings = Settings(device, dtype, arguments.rounds, graphs=device.type == "cuda")
     with machine.steady_settings(device):

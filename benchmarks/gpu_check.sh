@@ -10,15 +10,15 @@
 #   tests      the kernels' tests, and compute-sanitizer on small cases and on those where a block does several tiles,
 #              of Triton and of CUDA, all at the same time: nothing is timed                           3 to 4 minutes
 #   operators  each operator against its rivals at four sizes                                          3 to 4 minutes
-#   network    a training step against its rivals; tiles of conv3; how busy the tensor cores are (ncu); gradients, by
-#              operator and on PyTorch's own; max-autotune                                             5 to 8 minutes
+#   network    a training step against its rivals; tiles of conv3; gradients, by operator and on PyTorch's own; how busy
+#              the tensor cores are (ncu); a compiled training step; max-autotune                     8 to 15 minutes
 #   tune       searches tiles into FOLDER/tuned.json, which the parts run on from then on. Users do not have that file:
 #              prove.py then proves nothing before it has become the kernels' defaults                   9 minutes
 #   color      trains benchmarks/training/color-gpu.yaml, or goes on with it, as far as the time allows  9 minutes
 #   photo      the same of photo-gpu.yaml                                                                9 minutes
 #
-# These times are guesses. On an H200 first took 70 seconds, quick two minutes; "train" and "ops-backward" ran into their
-# limits of 90 seconds. Without a PART: first quick tests operators network. BUDGET=seconds limits the call (default 570).
+# These times are guesses. On an H200 first took 70 seconds, quick two minutes; "train" with a compiled rival, and
+# "ops-backward", took more than 90 seconds. Without a PART: first quick tests operators network. BUDGET=seconds limits the call (default 570).
 # With a quarter of an hour of a GPU, in calls of at most ten minutes:
 #
 #     BUDGET=560 benchmarks/gpu_check.sh FOLDER first quick tests
@@ -169,16 +169,22 @@ sanitize() { # BACKEND TOOL PYTEST...
 part_operators() {
     backends_here
     # A contender's energy takes a second and more; at four sizes that would be half of the time.
-    bench ops-2160 120 "$inference" ops --size 2160 3840 "${peers[@]}" --energy 0
-    bench ops-1080 90 "$inference" ops --size 1080 1920 "${peers[@]}" --energy 0
+    bench ops-2160 150 "$inference" ops --size 2160 3840 "${peers[@]}" --energy 0
+    bench ops-1080 120 "$inference" ops --size 1080 1920 "${peers[@]}" --energy 0
     bench ops-512 90 "$inference" ops --size 512 768 "${peers[@]}" --energy 0
     bench ops-256 90 "$inference" ops --size 256 256 "${peers[@]}" --energy 0
 }
 
 part_network() {
     backends_here
-    bench train 90 "$training" train --size 128 128 --batch 64 "${peers[@]}"
+    # A job's results are written once all its contenders are timed: what takes minutes to compile has a step of its own.
+    bench train 90 "$training" train --size 128 128 --batch 64 --compare channels_last,eager
     run conv3-tiles 40 "$python" benchmarks/conv3_tiles.py --json "$out/conv3-tiles.json"
+    bench ops-backward 150 "$training" ops --backward --size 1080 1920 --compare channels_last,eager --energy 0
+    # The same with PyTorch's own gradients of convolutions.
+    FASTDEN_BACKWARD=aten bench train-aten 60 "$training" train --size 128 128 --batch 64 --compare channels_last
+    FASTDEN_BACKWARD=aten bench ops-backward-aten 150 "$training" \
+        ops --backward --size 1080 1920 --compare channels_last,eager --energy 0
     if command -v ncu >/dev/null; then
         # How busy each of the CUDA kernels keeps the tensor cores, in a single pass of the network, at the clocks that it
         # finds.
@@ -193,12 +199,8 @@ torch.cuda.synchronize()'
         run tensor-cores 60 \
             ncu --csv --clock-control none --metrics "$metrics" --kernel-name "$names" "$python" -c "$network"
     fi
-    # The same with PyTorch's own gradients of convolutions.
-    FASTDEN_BACKWARD=aten bench train-aten 60 "$training" train --size 128 128 --batch 64 --compare channels_last
-    bench ops-backward 90 "$training" ops --backward --size 1080 1920 --compare eager,channels_last --energy 0
-    FASTDEN_BACKWARD=aten bench ops-backward-aten 90 "$training" \
-        ops --backward --size 1080 1920 --compare eager,channels_last --energy 0
-    bench model-max-autotune 240 "$inference" model --size 2160 3840 --batch 1 --compare max_autotune
+    bench train-compile 200 "$training" train --size 128 128 --batch 64 --compare channels_last,compile
+    bench model-max-autotune 400 "$inference" model --size 2160 3840 --batch 1 --compare max_autotune
 }
 
 part_tune() {
@@ -245,8 +247,8 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=cs
 workers=()
 $python -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 # The search for the fastest form takes minutes: it comes last.
-peers=(--compare eager,channels_last,compile)
-rivals=(--compare eager,channels_last,compile,fused_compile)
+peers=(--compare channels_last,compile,eager)
+rivals=(--compare channels_last,compile,fused_compile,eager)
 
 for part in "${parts[@]}"; do
     "part_$part"

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastden.kernels import _descriptors, batch_norm, bottleneck, head, stem, upsample, weight_gradient
+from fastden.kernels import _conv, _descriptors, batch_norm, bottleneck, head, stem, upsample, weight_gradient
 from fastden.kernels._tiles import config_for
 from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu, conv_statistics
@@ -81,19 +81,21 @@ def _recorded(architecture: int, dtype: str) -> Iterator[list[dict[str, Any]]]:
         return True
 
     patched = {module: module.precision for module in _with_products()}
-    described = _descriptors.why_not
+    described, capability = _descriptors.why_not, _conv.capability
     triton.runtime.driver.set_active(_Driver(architecture))
     triton.knobs.runtime.jit_cache_hook = hook
     for module in patched:
         module.precision = lambda x: "tf32" if dtype == "tf32" else "ieee"
-    _descriptors.why_not = lambda a, b, weight: []
+    _descriptors.why_not = _conv.cannot_describe = lambda a, b, weight: []
+    _conv.capability = lambda x: divmod(architecture, 10)
     try:
         yield recorded
     finally:
         triton.knobs.runtime.jit_cache_hook = None
         for module, precision in patched.items():
             module.precision = precision
-        _descriptors.why_not = described
+        _descriptors.why_not = _conv.cannot_describe = described
+        _conv.capability = capability
 
 
 def _with_products() -> list[Any]:
@@ -112,8 +114,7 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
     result: dict[str, Launch] = {}
     for suffix, size in SIZES.items():
         for name, call in CALLS[operator](Network(DTYPES[dtype], *size)).items():
-            described = "descriptors" in name
-            if described and architecture < 90:
+            if "descriptors" in name and architecture < 90:
                 continue
             with _recorded(architecture, dtype) as recorded:
                 call()
@@ -129,7 +130,7 @@ def launches(operator: str, dtype: str, architecture: int) -> list[Launch]:
                 products = any(parameter == "PRECISION" for parameter in one["kernel"].arg_names)
                 launch = Launch(
                     label, one["kernel"], one["signature"], one["constants"], one["configs"][0], options, products,
-                    described,
+                    kernel == "descriptor_conv_kernel",
                 )  # fmt: skip
                 result.setdefault(kernel + key, launch)
     return list(result.values())
@@ -201,6 +202,9 @@ def _concat_conv_bn_relu(n: Network) -> Calls:
 
     calls: Calls = {"conv3": conv3, "conv3 with statistics": statistics}
     if n.dtype.itemsize == 2:
+        # What conv3 runs where no measured tile replaces it.
+        plain = config_for(128, 256, n.batch * n.height * n.width, n.dtype.itemsize)
+        calls["conv3, no measured tile"] = functools.partial(conv3, plain)
         for config in DESCRIBED:
             name = f"conv3 by descriptors {config.block_m}x{config.block_n}x{config.block_k}"
             calls[name] = functools.partial(conv3, config)

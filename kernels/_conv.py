@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastden.kernels._common import device_guard, dot, locate, precision
-from fastden.kernels._descriptors import launch_descriptor_conv
+from fastden.kernels._descriptors import capability, launch_descriptor_conv
 from fastden.kernels._descriptors import why_not as cannot_describe
-from fastden.kernels._tiles import ConvConfig, config_for, finish, second_block
+from fastden.kernels._tiles import MEASURED, ONE_WAVE, ConvConfig, config_for, finish, second_block
 from fastden.kernels._tuned import choose
 
 
@@ -176,11 +176,14 @@ def chosen_config(
     """A launch's configuration: tuned or default. Arguments as in :func:`launch_conv`; ``pixels`` counts one phase."""
     channels, others = a.shape[1], 0 if b is None else b.shape[1]
     outputs, kernel = weight.shape[0], weight.shape[-1]
-    default = config_for(channels, outputs, pixels, a.element_size(), precision(a))
+    plain = config_for(channels, outputs, pixels, a.element_size(), precision(a))
+    default = plain
+    if (stride, phases, statistics) == (1, 1, False) and pixels >= ONE_WAVE:
+        default = MEASURED.get((capability(a), a.dtype, channels, others, outputs, kernel), plain)
     key = f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, phases {phases}, {precision(a)}"
     config = choose("conv", f"{key}, statistics" if statistics else key, pixels, a, default)
-    # The search may have used tensors with other addresses: descriptors may not work for these tensors.
-    return default if config.descriptors and cannot_describe(a, b, weight) else config
+    # The search, or the measurement, may have used tensors with other addresses: descriptors may not work for these.
+    return plain if config.descriptors and cannot_describe(a, b, weight) else config
 
 
 def output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ Elements outside the source arrive as zeros: this is the padding. Everything els
 The host makes the descriptors and passes them to the kernel as arguments. If the kernel made them, it would need an
 allocator in a variable that belongs to the caller (``triton.set_allocator``).
 
-This form is not measured on a GPU, so only ``ConvConfig(descriptors=True)`` selects it.
+Only ``ConvConfig(descriptors=True)`` selects this form. It is the default where it was measured to be the fastest
+(``MEASURED`` in ``_tiles.py``).
 """
 
 from __future__ import annotations
@@ -175,8 +176,9 @@ def launch_descriptor_conv(
 def why_not(a: Tensor, b: Tensor | None, weight: Tensor) -> list[str]:
     """Why descriptors cannot describe these channels-last tensors; empty if they can."""
     reasons = []
-    if a.is_cuda and torch.cuda.get_device_capability(a.device) < CAPABILITY:
-        reasons.append(f"device: compute capability {_version(torch.cuda.get_device_capability(a.device))}")
+    found = capability(a)
+    if found is not None and found < CAPABILITY:
+        reasons.append(f"device: compute capability {_version(found)}")
     elif not a.is_cuda and not INTERPRETED.value:
         reasons.append(f"device: {a.device.type}; accepted: cuda")
     for name, tensor in {"a": a, "b": b, "weight": weight}.items():
@@ -188,6 +190,11 @@ def why_not(a: Tensor, b: Tensor | None, weight: Tensor) -> list[str]:
         if tensor.data_ptr() % ALIGNMENT:
             reasons.append(f"{name}: begins at {tensor.data_ptr():#x}; accepted: a multiple of {ALIGNMENT} bytes")
     return reasons
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    """The compute capability of the GPU that ``x`` is on; None on a CPU."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
 
 
 def constants_of(
@@ -216,5 +223,5 @@ def _channels_innermost(x: Tensor) -> list[int]:
     return [batch, height, width, channels]
 
 
-def _version(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}; accepted: {CAPABILITY[0]}.{CAPABILITY[1]} or later"
+def _version(found: tuple[int, int]) -> str:
+    return f"{found[0]}.{found[1]}; accepted: {CAPABILITY[0]}.{CAPABILITY[1]} or later"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
@@ -26,8 +27,16 @@ class ConvConfig:
     descriptors: bool = False
 
 
+#: Tiles that a GPU showed to be the fastest, used from :data:`ONE_WAVE` pixels on: by compute capability, dtype,
+#: channels of both sources, output channels and kernel. conv3 on an H200, 540 x 960: 0.632 ms, and 0.814 ms with the
+#: tile of :func:`config_for` (benchmarks/results/h200/conv3-tiles.json).
+MEASURED = {
+    ((9, 0), torch.bfloat16, 128, 32, 256, 3): ConvConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
+}
+
+
 def config_for(channels: int, outputs: int, pixels: int, itemsize: int, products: str = "tf32") -> ConvConfig:
-    """Default tile of a convolution.
+    """Default tile of a convolution that :data:`MEASURED` does not have.
 
     Not measured on a GPU. The tiles are chosen so that nothing spills on sm_80, sm_90 and sm_100, and that the buffers
     of the pipeline take at most 96 KiB of shared memory: two blocks fit on sm_90, and one on sm_80.

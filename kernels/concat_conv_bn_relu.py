@@ -9,8 +9,8 @@ from fastden.kernels._layout import channels_last
 from fastden.kernels._tiles import ConvConfig
 from fastden.kernels.conv_bn_relu import why_not_weight
 
-#: Tiles with descriptors for conv3. They still have to be measured on a GPU of sm_90 or later. The second reads each
-#: box of the input once for all outputs. The third reads each box of weights once for twice as many pixels.
+#: Tiles with descriptors for conv3, for comparison (``benchmarks/conv3_tiles.py``). The second reads each box of the
+#: input once for all outputs. The third reads each box of weights once for twice as many pixels.
 DESCRIBED = (
     ConvConfig(128, 128, 64, warps=8, stages=3, descriptors=True),
     ConvConfig(128, 256, 64, warps=8, stages=3, descriptors=True),

@@ -13,9 +13,9 @@ from torch import Tensor
 from triton import language as tl
 
 from fastden import ops
-from fastden.kernels import _descriptors
-from fastden.kernels._conv import launch_conv
-from fastden.kernels._tiles import ConvConfig, config_for
+from fastden.kernels import _conv, _descriptors
+from fastden.kernels._conv import chosen_config, launch_conv
+from fastden.kernels._tiles import ONE_WAVE, ConvConfig, config_for
 from fastden.kernels.concat_conv_bn_relu import DESCRIBED, concat_conv_bn_relu
 from fastden.kernels.conv_bn_relu import conv_bn_relu
 from tests.kernels.images import DTYPES
@@ -103,8 +103,38 @@ def test_nan_reaches_its_neighbours_alone(device: str) -> None:
     assert y.isnan().sum() == 5 * 9
 
 
-def test_nothing_chooses_them() -> None:
-    assert not config_for(128, 256, 1 << 20, 2).descriptors
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, True),
+        ({"found": (8, 0)}, False),
+        ({"found": (10, 0)}, False),
+        ({"found": None}, False),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32}, False),
+        ({"outputs": 128}, False),
+        ({"pixels": ONE_WAVE - 1}, False),
+        ({"stride": 2}, False),
+        ({"phases": 4}, False),
+        ({"statistics": True}, False),
+    ],
+    ids=str,
+)
+def test_a_measured_tile_is_the_default_where_it_was_measured(
+    device: str, change: dict[str, Any], chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"found": (9, 0), "dtype": torch.bfloat16, "outputs": 256, "pixels": ONE_WAVE} | change
+    found, dtype, outputs, pixels = (values.pop(name) for name in ("found", "dtype", "outputs", "pixels"))
+    monkeypatch.setattr(_conv, "capability", lambda x: found)
+    monkeypatch.setattr(_conv, "precision", lambda x: "ieee")
+    a, b = (torch.zeros(1, channels, 2, 2, dtype=dtype, device=device) for channels in (128, 32))
+    weight = torch.zeros(outputs, 160, 3, 3, dtype=dtype, device=device)
+    config = chosen_config(a, b, weight, pixels, **values)
+    plain = config_for(128, outputs, pixels, dtype.itemsize, "ieee")
+    assert config == (DESCRIBED[1] if chosen else plain)
+    # A view that begins elsewhere has no descriptor.
+    odd = torch.zeros(129 * 4, dtype=dtype, device=device)[1 : 1 + 128 * 4].view(1, 128, 2, 2)
+    assert chosen_config(odd, b, weight, pixels, **values) == plain
 
 
 class TestRefusals:

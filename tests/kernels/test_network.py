@@ -14,24 +14,30 @@ from tests.helpers import image_without_kinks, max_error, random_network, relati
 
 @pytest.mark.parametrize("training", [False, True])
 def test_composed_network(device: str, training: bool) -> None:
-    model = random_network(composed=True).to(device).train(training)
-    other = copy.deepcopy(model)
+    """Against float64 on the CPU, and without cuDNN, which would compose the weights: kernels alone are judged.
+
+    On an H200, with cuDNN, the gradients of conv0.weight on PyTorch and on Triton differed by 7e-4 (relative L2) in
+    training, and both from float64's in the same digits.
+    """
+    model = random_network(composed=True).train(training)
     x = image_without_kinks(model, 2, 3, 14, 10)
-    y = model(x, 0.1)
+    other = copy.deepcopy(model).to(device)
+    model.double()
+    y = model(x.double(), 0.1)
     y.square().mean().backward()
-    with ops.use_backend("triton"):
-        result = other(x, 0.1)
+    with ops.use_backend("triton"), torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        result = other(x.to(device), 0.1)
         result.square().mean().backward()
-    assert max_error(result.detach(), y.detach()) < 1e-5
+    assert max_error(result.detach().cpu(), y.detach()) < 1e-5
     # With batch statistics the gradient of biases in front of BN is only rounding noise.
     silent = {"conv1.conv.bias", "conv2.conv.bias", "conv3.conv.bias"} if training else set()
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         assert one.grad is not None
         assert two.grad is not None
         if name not in silent:
-            assert relative_l2(two.grad, one.grad) < 1e-4, name
+            assert relative_l2(two.grad.cpu(), one.grad) < 1e-4, name
     for (name, one), two in zip(model.named_buffers(), other.named_buffers(), strict=True):
-        torch.testing.assert_close(two[1], one, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(two[1].cpu().to(one.dtype), one, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_fused_network(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
