@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,8 +65,13 @@ def interleaved(
     for index in range(rounds):
         first = index % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            calls[name]()
-            times[name] += [measure(calls[name]) for _ in range(repeats)]
+            try:
+                calls[name]()
+                times[name] += [measure(calls[name]) for _ in range(repeats)]
+            except Exception:
+                # On a GPU the error's own text names neither the kernel nor the call.
+                print(f"{name}: failed while it was timed", file=sys.stderr)
+                raise
     return times
 
 

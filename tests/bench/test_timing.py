@@ -36,6 +36,13 @@ def test_rounds_are_interleaved_and_begin_with_the_next_contender() -> None:
     }
 
 
+def test_a_failure_names_the_contender(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = {"a": lambda: None, "b": lambda: 1 / 0}
+    with pytest.raises(ZeroDivisionError):
+        interleaved(calls, lambda call: 1.0, rounds=2)
+    assert capsys.readouterr().err == "b: failed while it was timed\n"
+
+
 def test_nothing_to_measure() -> None:
     assert interleaved({}, lambda call: 0.0, rounds=3) == {}
 
