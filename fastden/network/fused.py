@@ -274,8 +274,11 @@ class FusedDenoiser(nn.Module):
             # Pack the snapshot's copies. So weights that are packed later, for another size, are the same weights.
             copies = dict(zip(self._names, snapshot.copies, strict=True))
             folded = onednn.FoldedWeights.of(copies)
+            # Integers have no NaN: weights that hold one keep it in floating point.
             network: onednn.TiledNetwork = (
-                onednn.OneDnnNetwork(folded) if self._ranges is None else int8.Int8Network(folded, self._ranges)
+                onednn.OneDnnNetwork(folded)
+                if self._ranges is None or not folded.finite()
+                else int8.Int8Network(folded, self._ranges)
             )
             packed = self._onednn = (snapshot, network)
         return packed[1]

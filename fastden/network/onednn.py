@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from fastden.algebra import (
 )
 from fastden.network.packed import PackedWeights
 from fastden.ops.activations import channels_last_empty, fold, gathered, join_phases, tile_regions
-from fastden.ops.post_operations import has_bf16, missing
+from fastden.ops.post_operations import finite, has_bf16, missing
 
 #: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
 #: run at 3.1 TFLOP/s on maps up to 192 columns wide, and at 1.1 TFLOP/s on the 386 columns of a 768-pixel image (2
@@ -88,6 +88,9 @@ class Convolution:
         bias: (O,), rounded to the weight's dtype: PyTorch's oneDNN convolutions take a bias of that dtype.
         stride, padding: as in ``torch.nn.functional.conv2d``.
         relu: whether ReLU follows.
+
+    Attributes:
+        apart: whether ReLU is an operation of its own. oneDNN's is a maximum with 0, which makes zeros of NaN.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Convolution:
     ) -> None:
         self.weight = weight
         self.relu = relu
+        self.apart = False
         self.bias = bias.to(weight.dtype)
         self.geometry = ([padding] * 2 if isinstance(padding, int) else list(padding), [stride] * 2, [1, 1], 1)
         self._packed = PackedWeights()
@@ -112,15 +116,19 @@ class Convolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) channels-last -> (N, O, H', W') channels-last."""
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self._pack(x.shape), self.bias, *self.geometry, "relu" if self.relu else "none", [], ""
+        activation = "relu" if self.relu and not self.apart else "none"
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, self._pack(x.shape), self.bias, *self.geometry, activation, [], ""
         )
+        return y.relu_() if self.relu and self.apart else y
 
     def add_to_(self, y: Tensor, x: Tensor) -> Tensor:
         """``y <- relu(y + conv(x))`` in place, as a post-operation."""
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
-            y, x, self._pack(x.shape), self.bias, *self.geometry, "add", 1.0, "relu" if self.relu else None, [], ""
+        activation = "relu" if self.relu and not self.apart else None
+        y = torch.ops.mkldnn._convolution_pointwise_.binary(
+            y, x, self._pack(x.shape), self.bias, *self.geometry, "add", 1.0, activation, [], ""
         )
+        return y.relu_() if self.relu and self.apart else y
 
 
 class EdgeConvolution:
@@ -203,6 +211,11 @@ class FoldedWeights:
             res3=triple("res3"),
             head=HeadWeights(tensors["head_weight"], tensors["head_image_weight"], tensors["head_bias"]),
         )
+
+    def finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        pairs = (*self.res1, self.conv2, *self.res2, self.up2, self.conv3, *self.res3)
+        return finite(*self.stem, *(tensor for pair in pairs for tensor in pair), *self.head)
 
 
 @dataclass(frozen=True)
@@ -345,15 +358,19 @@ class OneDnnNetwork(TiledNetwork):
         self.res3 = _bottleneck(weights.res3)
         self.head = _head(head)
         self.image = image_convolution(head, self.zero_channels)
+        if not weights.finite():
+            for convolution in self._convolutions():
+                convolution.apart = True
+
+    def _convolutions(self) -> Iterator[Convolution]:
+        for block in (self.res1, self.res2, self.res3):
+            yield from (block.reduce, block.conv, block.expand)
+        yield from (self.stem, self.conv2, self.up2, self.conv3, *self.head.parts, self.image)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of all packed weights."""
-        blocks = (
-            part for block in (self.res1, self.res2, self.res3) for part in (block.reduce, block.conv, block.expand)
-        )
-        others = (self.stem, self.conv2, self.up2, self.conv3, *self.head.parts, self.image)
-        return sum(convolution._packed.nbytes for convolution in (*blocks, *others))
+        return sum(convolution._packed.nbytes for convolution in self._convolutions())
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         folded = fold(x, self.features, self.zero_channels)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.algebra import BORDER
+from fastden.ops._tracing import exporting
 
 #: Height and width of conv0's output must be multiples of this: there are two stages of stride 2.
 ALIGNMENT = 4
@@ -24,7 +25,7 @@ def padding_for(size: int) -> tuple[int, int]:
 def pad_image(x: Tensor) -> Tensor:
     """Reflect-pad (N, C, H, W) for the network: 3 pixels a side, and up to the next multiple of 4 after conv0."""
     height, width = x.shape[2], x.shape[3]
-    if torch.compiler.is_exporting():
+    if exporting():
         # The choice below would limit the exported graph to the sizes of the example.
         rows = _exported_index(height, x.device)
         columns = _exported_index(width, x.device)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -18,3 +20,21 @@ def constant_result(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_result
+def exporting() -> bool:
+    """Whether ``torch.export`` traces this code; False under ``torch.compile``.
+
+    There PyTorch 2.11 takes ``torch.compiler.is_exporting()`` for the constant True; PyTorch 2.13 does not.
+    """
+    return torch.compiler.is_exporting()
+
+
+@constant_result
+def has_autocast(kind: str) -> bool:
+    """Whether devices of a kind, such as ``cuda``, have autocast; ``meta`` has none.
+
+    PyTorch 2.11 cannot trace its own function: each operator would end the compiled graph.
+    """
+    return torch.amp.is_autocast_available(kind)

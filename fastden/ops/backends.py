@@ -20,7 +20,7 @@ from importlib import import_module, util
 import torch
 from torch import Tensor
 
-from fastden.ops._tracing import constant_result
+from fastden.ops._tracing import constant_result, has_autocast
 from fastden.ops.proven import PROVEN
 
 
@@ -263,7 +263,7 @@ def _as_run(tensor: Tensor) -> torch.dtype:
     """The dtype that an operator computes in: autocast's dtype if autocast is on."""
     kind = tensor.device.type
     # Some devices have no autocast (meta).
-    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if tensor.dtype != torch.float64 and has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
 

@@ -15,6 +15,7 @@ from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check
 from fastden.ops._tensors import in_autocast, like, wants_gradient
+from fastden.ops._tracing import exporting
 from fastden.ops.activations import fold
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
@@ -86,7 +87,7 @@ def head(
 def _plain(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor) -> Tensor:
     """The result without the added image and the limits."""
     phases = F.conv2d(features, weight, None, padding=1)
-    if torch.compiler.is_exporting():
+    if exporting():
         # The layout of the shuffled image depends on its width, which may be symbolic here.
         phases = phases.clone(memory_format=torch.contiguous_format)
     # PyTorch 2.13's pixel_shuffle has no gradient for an empty batch.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fastden.ops._tracing import has_autocast
+
 
 def transforming() -> bool:
     """Whether code may not read the values of tensors, because it is compiled, traced or transformed.
@@ -35,6 +37,6 @@ def runs_as_written(x: Tensor) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off for ``device``. It may be off already, or not exist (meta)."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)

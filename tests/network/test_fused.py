@@ -43,6 +43,19 @@ def path(name: str):
         yield
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ONEDNN_BF16 else [torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["stem_weight", "stem_bias", "res1_reduce_weight", "up2_weight", "res3_expand_bias"])
+def test_nan_in_a_weight_is_not_hidden(name: str, dtype: torch.dtype) -> None:
+    """A ReLU that is a maximum with 0 would make zeros of it, and the result would look like a picture."""
+    network = fuse(random_network().eval(), dtype)
+    x = torch.rand(1, 3, 20, 24)
+    with path("onednn"), torch.no_grad():
+        assert not network(x, 0.1).isnan().any()
+        weight = getattr(network, name)
+        weight[(0,) * weight.dim()] = torch.nan
+        assert network(x, 0.1).isnan()[:, :, 4:-4, 4:-4].all()
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, so that small images have seams."""

@@ -95,6 +95,28 @@ def test_as_exact_as_eager(
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_a_weight_is_not_hidden(operator: str, dtype: torch.dtype) -> None:
+    """Neither by this operator's ReLU, nor by that of the operator behind it."""
+    run, tensors = arguments(operator, (29, 26), 1)
+    cast = [t.to(dtype) for t in tensors]
+    middle = {"concat_conv_bn_relu": 2, "head": 2}.get(operator, 1)  # the first weight
+    cast[middle].view(-1)[0] = torch.nan
+    with fused() as answers:
+        y = run(*cast)
+        shown = y.isnan()
+        again = ops.conv_bn_relu(y.repeat(1, 8, 1, 1), torch.ones(4, 8 * y.shape[1], 1, 1, dtype=dtype))
+    assert all(answers)
+    with patch.object(post_operations, "serves", lambda *tensors: False):
+        expected = run(*cast).isnan()
+    assert expected[:, :, 2:-2, 2:-2].any()
+    # Whether a NaN meets the zeros around the image is up to the convolution.
+    assert (shown | ~expected)[:, :, 2:-2, 2:-2].all()
+    if operator != "head":  # the head's first tap is one of four phases
+        assert again[:, :, 2:-2, 2:-2].isnan().all()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_only_where_nothing_watches(operator: str) -> None:
     """Gradients, transforms, recordings and autocast meet PyTorch's own operations."""
     run, tensors = arguments(operator, (29, 26), 1)

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import torch
+from torch import Tensor, nn
 
-from fastden.ops._tracing import constant_result
+from fastden.ops._tracing import constant_result, exporting, has_autocast
 
 
 def test_the_mark_is_that_of_the_decorator() -> None:
@@ -18,6 +19,27 @@ def test_the_mark_is_that_of_the_decorator() -> None:
         return 1
 
     assert vars(constant_result(function)) == vars(torch.compiler.assume_constant_result(other)) != {}
+
+
+class Answer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if exporting() else x
+
+
+def test_exporting_is_told_from_compiling() -> None:
+    x = torch.zeros(2)
+    for _ in range(2):
+        assert torch.equal(torch.compile(Answer(), backend="eager", fullgraph=True)(x), x)
+        for strict in (False, True):
+            assert torch.equal(torch.export.export(Answer(), (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(Answer()(x), x)
+
+
+def test_devices_with_autocast_are_known_to_compiled_code() -> None:
+    def answer(x: Tensor) -> Tensor:
+        return x + has_autocast("cpu") + 2 * has_autocast("meta")
+
+    assert torch.compile(answer, backend="eager", fullgraph=True)(torch.zeros(())) == answer(torch.zeros(())) == 1
 
 
 def test_denoising_loads_no_compiler_and_no_scientific_packages() -> None:
