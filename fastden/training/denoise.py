@@ -28,6 +28,8 @@ VALIDATION_SIGMAS = (15, 25, 50)
 #: The loss "psnr": mean squared errors below this one (51 dB) hardly count. Its weight gives gradients of about the
 #: size that the limit on their norm was chosen for.
 LEAST_ERROR, PSNR_WEIGHT = (0.7 / 255) ** 2, 3e-4
+#: Steps on a GPU between looks at whether the loss is finite.
+LOOK_EVERY = 50
 
 
 class _Padded(nn.Module):
@@ -186,7 +188,8 @@ class DenoiserTraining(pl.LightningModule):
             for module in self.batch_norms:
                 module.eval()
         loss = self.batch_loss(batch)
-        if not torch.isfinite(loss):
+        # On a GPU, looking at each loss would keep the next kernels from being started ahead.
+        if (not loss.is_cuda or self.global_step % LOOK_EVERY == 0) and not torch.isfinite(loss):
             self._stop(loss, batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss

@@ -120,7 +120,10 @@ class PhotoData(DenoiserData):
         if config.replay == 1:
             return fresh
         if self.past is None:
-            self.past = Past(config.replay_batches * share, self.device)
+            module = self.trainer.lightning_module if self.trainer else None
+            # An estimator that learns must judge anew.
+            judge = module.judge if isinstance(module, PhotoTraining) and config.estimator_lr == 0 else None
+            self.past = Past(config.replay_batches * share, self.device, judge)
         rank = self.trainer.global_rank if self.trainer else 0
         return Replay(fresh, config.replay, self.past, (*key, 2, rank))
 
@@ -170,42 +173,48 @@ class PhotoTraining(DenoiserTraining):
 
     def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
         clean, noisy = batch["clean"], batch["noisy"]
-        with torch.autocast(noisy.device.type, enabled=False):
-            true, cells = true_cells(clean, noisy), self.estimator(noisy)
-            learns = self.config.estimator_lr > 0
-            judged = estimator_loss(cells, true) if learns else noisy.new_zeros(())
+        judged = noisy.new_zeros(())
+        if self.config.estimator_lr > 0:
+            with torch.autocast(noisy.device.type, enabled=False):
+                true, cells = true_cells(clean, noisy), self.estimator(noisy)
+                judged = estimator_loss(cells, true)
+            self.log("level_loss", judged)
             if not self.config.denoiser:
-                self.log("level_loss", judged)
                 return ESTIMATOR_WEIGHT * judged
-            whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
-            level = self._level(batch, true, cells, whole)
-        self.log("level_loss", judged)
+            batch = {**batch, **known_levels(true, cells)}
+        elif "true_logs" not in batch:
+            batch = {**batch, **self.judge(batch)}
+        whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
         # Weighed by the true level: one that is wrong on purpose would make the crop count for too much or too little.
-        denoised = self.loss(self(noisy, level), clean, whole)
+        denoised = self.loss(self(noisy, self._level(batch, whole)), clean, whole)
         self.log("denoise_loss", denoised)
         return denoised + ESTIMATOR_WEIGHT * judged
 
     @torch.no_grad()
-    def _level(self, batch: dict[str, Tensor], true: Cells, cells: Cells, whole: Tensor) -> Tensor:
+    def judge(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is known of a batch's levels: the truth, and what the estimator says, see :func:`known_levels`."""
+        clean, noisy = batch["clean"], batch["noisy"]
+        with torch.autocast(noisy.device.type, enabled=False):
+            return known_levels(true_cells(clean, noisy), self.estimator(noisy))
+
+    @torch.no_grad()
+    def _level(self, batch: dict[str, Tensor], whole: Tensor) -> Tensor:
         """Level maps (N, 1, H, W): some from the estimator, the others true, of these some wrong by a factor.
 
         The true level of white noise is exact (``whole``), that of other noise jittered. A network that never met a
         wrong level fails on one: at 1.5 times the true level a picture came out worse than at none.
         """
         config, noisy = self.config, batch["noisy"]
-        uniform = true.usable.float().flatten(1) + 1e-6
-        logs = fit_curve(true.log_level.flatten(1), true.brightness.flatten(1), uniform)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.global_step)
         draws = torch.rand(3, len(noisy), 1, generator=generator).to(noisy)
         jitter = torch.randn(len(noisy), 1, generator=generator).to(noisy) * config.jitter
         exact = whole.clamp(min=FLOOR).log()[:, None]
         white = batch["white"][:, None]
-        logs = torch.where(white, exact.expand_as(logs), logs + jitter)
-        coarseness = picture_coarseness(true, uniform)
-        factor = torch.where(white, 1.0, white_factor(coarseness, torch.zeros_like(coarseness))[:, None])
+        logs = torch.where(white, exact, batch["true_logs"] + jitter)
+        factor = torch.where(white, 1.0, batch["true_factor"])
         share = config.estimate if self.global_step >= config.estimate_from else 0.0
-        logs = torch.where(draws[0] < share, curve_of(cells), logs)
-        factor = torch.where(draws[0] < share, _factor(cells), factor)
+        logs = torch.where(draws[0] < share, batch["logs"], logs)
+        factor = torch.where(draws[0] < share, batch["factor"], factor)
         low, high = (math.log(bound) for bound in config.factor)
         wrong = torch.lerp(draws.new_tensor(low), draws.new_tensor(high), draws[1])
         logs = torch.where(draws[2] < config.misjudged, logs + wrong, logs)
@@ -236,6 +245,19 @@ class PhotoTraining(DenoiserTraining):
             self.log(kind, (-10 * error.log10()).mean(), batch_size=len(clean), sync_dist=True)
         if batch_index == 0:
             self.log_picture(0 if name == "photo" else int(name), noisy[0], output[0], clean[0])
+
+
+@torch.no_grad()
+def known_levels(true: Cells, cells: Cells) -> dict[str, Tensor]:
+    """Curves of log levels and the factors of coarse noise, both (N, knots) and (N, 1), true and estimated."""
+    uniform = true.usable.float().flatten(1) + 1e-6
+    coarseness = picture_coarseness(true, uniform)
+    return {
+        "true_logs": fit_curve(true.log_level.flatten(1), true.brightness.flatten(1), uniform),
+        "true_factor": white_factor(coarseness, torch.zeros_like(coarseness))[:, None],
+        "logs": curve_of(cells),
+        "factor": _factor(cells),
+    }
 
 
 def _factor(cells: Cells) -> Tensor:

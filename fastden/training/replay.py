@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,22 @@ from torch.utils.data import DataLoader
 class Past:
     """The last crops, on the device of the training.
 
-    Floating-point numbers are kept in half precision. In [0, 1] that errs by at most an eighth of a step of 8 bits.
+    Images are kept in half precision. In [0, 1] that errs by at most an eighth of a step of 8 bits.
 
     Args:
         capacity: crops.
         device: of the training.
+        judge: makes more tensors (N, ...) of a batch, none of which depends on how the crops are turned, to be kept
+            with it; None for none.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.capacity, self.device = capacity, device
+    def __init__(
+        self,
+        capacity: int,
+        device: torch.device,
+        judge: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        self.capacity, self.device, self.judge = capacity, device, judge
         self.count = 0
         self._next = 0
         self._kept: dict[str, Tensor] = {}
@@ -33,12 +40,12 @@ class Past:
         if size > self.capacity:
             raise ValueError(f"batch: {size} crops; accepted: up to {self.capacity}, the capacity")
         places = (torch.arange(size, device=self.device) + self._next) % self.capacity
-        for name, values in batch.items():
-            moved = values.to(self.device, non_blocking=True)
-            moved = moved.half() if moved.is_floating_point() else moved
+        moved = {name: values.to(self.device) for name, values in batch.items()}
+        for name, values in (moved | (self.judge(moved) if self.judge else {})).items():
+            kept = values.half() if _is_image(values) else values
             if name not in self._kept:
-                self._kept[name] = moved.new_zeros(self.capacity, *moved.shape[1:])
-            self._kept[name].index_copy_(0, places, moved)
+                self._kept[name] = kept.new_zeros(self.capacity, *kept.shape[1:])
+            self._kept[name].index_copy_(0, places, kept)
         self._next = (self._next + size) % self.capacity
         self.count = min(self.count + size, self.capacity)
 
@@ -49,10 +56,14 @@ class Past:
         drawn = {}
         for name, kept in self._kept.items():
             values = kept[chosen]
-            if values.dim() == 4:
-                values = torch.rot90(values.flip(3) if mirror else values, turns, (2, 3))
-            drawn[name] = values.float() if values.is_floating_point() else values
+            if _is_image(values):
+                values = torch.rot90(values.flip(3) if mirror else values, turns, (2, 3)).float()
+            drawn[name] = values
         return drawn
+
+
+def _is_image(values: Tensor) -> bool:
+    return values.dim() == 4
 
 
 class Replay:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fastden.network.level import NoiseEstimator, true_cells
 from fastden.network.model import Denoiser
 from fastden.training.config import PhotoConfig, load_config
-from fastden.training.photo import PhotoData, PhotoTraining, estimator_loss
+from fastden.training.photo import PhotoData, PhotoTraining, estimator_loss, known_levels
 from fastden.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -106,7 +106,7 @@ def test_levels_are_exact_for_white_noise(photographs: Path, tmp_path: Path) -> 
     batch = {"clean": clean, "noisy": noisy, "white": torch.tensor([True, False])}
     true = true_cells(clean, noisy)
     whole = (noisy - clean).square().mean((1, 2, 3)).sqrt()
-    levels = module._level(batch, true, true, whole)
+    levels = module._level({**batch, **known_levels(true, true)}, whole)
     deviation = float((noisy - clean)[0].std())
     assert torch.allclose(levels[0], torch.full_like(levels[0], deviation), rtol=1e-3)
     # Jitter of the log level: a tenth.
@@ -124,7 +124,7 @@ def test_noise_that_neighbours_share_is_given_as_twice_its_level(photographs: Pa
     for estimate in (0.0, 1.0):  # the true level, and that of an estimator which is right
         settings = configuration(photographs, tmp_path, estimate=estimate, estimate_from=0, misjudged=0.0, jitter=0.0)
         sure = true._replace(log_variance=torch.full_like(true.log_level, -4.0))
-        levels = PhotoTraining(Denoiser(), settings)._level(batch, true, sure, whole)
+        levels = PhotoTraining(Denoiser(), settings)._level({**batch, **known_levels(true, sure)}, whole)
         assert torch.allclose(levels.mean((1, 2, 3)) / whole, torch.full((2,), 2.0), rtol=0.1)
 
 
@@ -137,7 +137,7 @@ def test_some_levels_are_wrong_by_a_factor(photographs: Path, tmp_path: Path) ->
     found = {}
     for share in (0.0, 0.5, 1.0):
         settings = configuration(photographs, tmp_path, estimate=0.0, misjudged=share, factor=(2.0, 2.0))
-        levels = PhotoTraining(Denoiser(), settings)._level(batch, true, true, whole)
+        levels = PhotoTraining(Denoiser(), settings)._level({**batch, **known_levels(true, true)}, whole)
         found[share] = levels.mean((1, 2, 3)) / whole
     assert torch.allclose(found[0.0], torch.ones(16), rtol=1e-3)
     assert torch.allclose(found[1.0], torch.full((16,), 2.0), rtol=1e-3)
