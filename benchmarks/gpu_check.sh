@@ -154,6 +154,15 @@ part_tests() {
         record sanitizer "compute-sanitizer is not on the PATH"
     fi
     wait
+    stack_of_crash tests-cuda tests/cuda/test_operators.py tests/cuda/test_network.py
+}
+
+stack_of_crash() { # STEP FILE...: if pytest died in that step, runs the test that it died in again, for its C++ stack
+    local test
+    test=$(grep -A100 "^Fatal Python error" "$out/$1.log" 2>/dev/null | grep -om1 "in test_[a-z0-9_]*") || return 0
+    command -v cuda-gdb >/dev/null || return 0
+    run "$1-stack" 90 cuda-gdb -batch -return-child-result -ex run -ex "bt 40" -ex "x/i \$pc" -ex "info sharedlibrary" \
+        --args "$python" -m pytest -q -x -p no:cacheprovider -k "${test#in }" "${@:2}"
 }
 
 sanitize() { # BACKEND TOOL PYTEST...
