@@ -12,6 +12,8 @@
 #   operators  each operator against its rivals at four sizes                                          3 to 4 minutes
 #   network    a training step against its rivals; tiles of conv3; gradients, by operator and on PyTorch's own; how busy
 #              the tensor cores are (ncu); a compiled training step; max-autotune                     8 to 15 minutes
+#   proof      what prove.py asks for, in the shortest time: "first" and "tests" at the same time, meanwhile
+#              torch.compile fills its cache, then "operators"                                      4 to 5 minutes
 #   tune       searches tiles into FOLDER/tuned.json, which the parts run on from then on. Users do not have that file:
 #              prove.py then proves nothing before it has become the kernels' defaults                   9 minutes
 #   color      trains benchmarks/training/color-gpu.yaml, or goes on with it, as far as the time allows  9 minutes
@@ -38,8 +40,8 @@ shift || true
 parts=("$@")
 ((${#parts[@]})) || parts=(first quick tests operators network)
 for part in "${parts[@]}"; do
-    case $part in first | quick | tests | operators | network | tune | color | photo) ;; *)
-        echo "part: $part; accepted: first, quick, tests, operators, network, tune, color, photo" >&2
+    case $part in first | quick | tests | operators | network | proof | tune | color | photo) ;; *)
+        echo "part: $part; accepted: first, quick, tests, operators, network, proof, tune, color, photo" >&2
         exit 2
         ;;
     esac
@@ -117,7 +119,7 @@ backends_here() { # those that can run, once what can be built is
 first_checks() { # BACKEND. Each apart: what hangs is stopped, and leaves the GPU to the next.
     local check
     for check in one-pixel one-hot tiles large repeats thread graph; do
-        run "first-$1-$check" 60 "$python" benchmarks/first_checks.py "$check" --backend "$1"
+        run "first-$1-$check" 120 "$python" benchmarks/first_checks.py "$check" --backend "$1"
     done
 }
 
@@ -173,6 +175,38 @@ sanitize() { # BACKEND TOOL PYTEST...
     start "sanitizer-$backend-$tool" 300 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
         "$@" -x -k "layout or nan or several_tiles or more_tiles"
+}
+
+part_proof() {
+    local check pytest=("$python" -m pytest -q -p no:cacheprovider -m "not slow") size sizes
+    local own=(tests/kernels/test_convolutions.py tests/kernels/test_bottleneck.py tests/kernels/test_head.py
+        tests/kernels/test_stem.py tests/kernels/test_network_input.py)
+    start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
+    for tool in racecheck memcheck synccheck; do sanitize triton "$tool" "${pytest[@]}" "${own[@]}"; done
+    # What PyTorch compiles for one process is there for the next. A process for two sizes: memory would not do for four.
+    for sizes in "256 256:1080 1920" "512 768:2160 3840"; do
+        (
+            for size in "${sizes%:*}" "${sizes#*:}"; do
+                # shellcheck disable=SC2086 # height and width
+                timeout 120 "$python" -m fastden bench ops --size $size --device cuda --dtype bfloat16 --backends torch \
+                    --compare compile --rounds 1 --energy 0 >"$out/compiling-${size% *}.log" 2>&1
+            done
+        ) &
+    done
+    run build 120 "$python" -m fastden build
+    backends_here
+    if [[ ${kernels[*]} == *cuda* ]]; then
+        for tool in racecheck memcheck synccheck; do
+            sanitize cuda "$tool" "${pytest[@]}" tests/cuda/test_operators.py
+        done
+        start tests-cuda 300 "${pytest[@]}" --maxfail=40 tests/cuda/test_operators.py tests/cuda/test_network.py
+        (first_checks cuda) &
+    fi
+    first_checks triton
+    for check in one-pixel one-hot tiles large repeats thread graph; do steps+=("first-cuda-$check"); done
+    wait
+    keep
+    part_operators
 }
 
 part_operators() {

@@ -106,6 +106,22 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
         fails(*bench, saying="finds no CUDA device")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its commands would run")
+def test_gpu_check_proves_in_one_part(root: Path, tmp_path: Path) -> None:
+    prove = load(root / "benchmarks" / "prove.py")
+    log, out = tmp_path / "log", tmp_path / "results"
+    done = gpu_check(root, stand_ins(tmp_path / "bin", log, failing="repeats --backend cuda"), out, "proof")
+    assert done.returncode == 1
+    assert done.stdout.endswith("failed: first-cuda-repeats (failed)\n"), done.stdout + done.stderr
+    status = json.loads((out / "status.json").read_text())
+    assert not prove.unproven(status, "triton")
+    assert prove.unproven(status, "cuda") == ["first-cuda-repeats: failed"]
+    benches = [line.split()[2:] for line in log.read_text().splitlines() if line.startswith("-m fastden bench ops")]
+    for measured in (False, True):  # what fills the compiler's cache measures one round
+        heights = {bench[bench.index("--size") + 1] for bench in benches if ("--rounds" not in bench) is measured}
+        assert heights == {str(height) for height in prove.HEIGHTS}
+
+
 @pytest.mark.parametrize("name", ["color", "photo"])
 def test_gpu_check_trains(root: Path, tmp_path: Path, name: str) -> None:
     """The rest of a run goes on where it was, and its settings are those of a configuration."""
