@@ -207,6 +207,7 @@ part_proof() {
     wait
     keep
     part_operators
+    stack_of_crash tests-cuda tests/cuda/test_operators.py tests/cuda/test_network.py
 }
 
 part_operators() {

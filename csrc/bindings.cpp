@@ -65,17 +65,32 @@ void check_launch(const char* name, const fastden::Status& status) {
     }
 }
 
+// Numbers for messages. A stream would look for them in the facets of a locale, and where a process holds two copies of
+// the C++ library that look-up can end in a segmentation fault (suspected on one machine).
+std::string text(int64_t number) {
+    return std::to_string(number);
+}
+
+std::string text(at::IntArrayRef shape) {
+    std::string all;
+    for (const int64_t size : shape) {
+        all += (all.empty() ? "" : ", ") + std::to_string(size);
+    }
+    return "[" + all + "]";
+}
+
 void check_rank(const char* name, const Tensor& x, int64_t rank) {
-    TORCH_CHECK_VALUE(x.dim() == rank, name, ": shape ", x.sizes(), "; accepted: ", rank, " dimensions");
+    TORCH_CHECK_VALUE(x.dim() == rank, name, ": shape ", text(x.sizes()), "; accepted: ", text(rank), " dimensions");
 }
 
 void check_shape(const char* name, const Tensor& x, at::IntArrayRef accepted) {
-    TORCH_CHECK_VALUE(x.sizes() == accepted, name, ": shape ", x.sizes(), "; accepted: ", accepted);
+    TORCH_CHECK_VALUE(x.sizes() == accepted, name, ": shape ", text(x.sizes()), "; accepted: ", text(accepted));
 }
 
 void check_multiple(const char* name, int64_t value, int64_t of, int64_t most = std::numeric_limits<int>::max()) {
-    TORCH_CHECK_VALUE(value > 0 && value % of == 0 && value <= most, name, ": ", value, "; accepted: a multiple of ",
-                      of, most < std::numeric_limits<int>::max() ? " up to " + std::to_string(most) : "");
+    TORCH_CHECK_VALUE(value > 0 && value % of == 0 && value <= most, name, ": ", text(value),
+                      "; accepted: a multiple of ", text(of),
+                      most < std::numeric_limits<int>::max() ? " up to " + std::to_string(most) : "");
 }
 
 // Checks that x has the device and the dtype of `first`.
@@ -92,7 +107,8 @@ fastden::DType half(const char* name, const Tensor& x) {
 }
 
 int narrow(const char* name, int64_t value) {
-    TORCH_CHECK_VALUE(value <= std::numeric_limits<int>::max(), name, ": size ", value, "; accepted: less than 2^31");
+    TORCH_CHECK_VALUE(value <= std::numeric_limits<int>::max(), name, ": size ", text(value),
+                      "; accepted: less than 2^31");
     return static_cast<int>(value);
 }
 
@@ -166,18 +182,18 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
         check_rank("b", *b, 4);
         others = b->size(1);
         check_shape("b", *b, {batch, others, height, width});
-        TORCH_CHECK_VALUE(!residual.has_value() && stride == 1, "b: given with a residual or stride ", stride,
+        TORCH_CHECK_VALUE(!residual.has_value() && stride == 1, "b: given with a residual or stride ", text(stride),
                           "; accepted beside it: no residual, stride 1");
     }
     const int64_t channels = a.size(1);
     check_shape("weight", weight, {outputs, channels + others, kernel, kernel});
-    TORCH_CHECK_VALUE(channels >= 1 && outputs >= 1, "weight: shape ", weight.sizes(),
+    TORCH_CHECK_VALUE(channels >= 1 && outputs >= 1, "weight: shape ", text(weight.sizes()),
                       "; accepted: no empty dimension");
-    TORCH_CHECK_VALUE(kernel <= 5, "weight: kernel of ", kernel, "; accepted: up to 5");
-    TORCH_CHECK_VALUE(stride >= 1, "stride: ", stride, "; accepted: at least 1");
-    TORCH_CHECK_VALUE(padding >= 0, "padding: ", padding, "; accepted: at least 0");
-    TORCH_CHECK_VALUE(std::min(height, width) + 2 * padding >= kernel && kernel >= 1, "a: shape ", a.sizes(),
-                      "; accepted: height and width of at least ", kernel - 2 * padding);
+    TORCH_CHECK_VALUE(kernel <= 5, "weight: kernel of ", text(kernel), "; accepted: up to 5");
+    TORCH_CHECK_VALUE(stride >= 1, "stride: ", text(stride), "; accepted: at least 1");
+    TORCH_CHECK_VALUE(padding >= 0, "padding: ", text(padding), "; accepted: at least 0");
+    TORCH_CHECK_VALUE(std::min(height, width) + 2 * padding >= kernel && kernel >= 1, "a: shape ", text(a.sizes()),
+                      "; accepted: height and width of at least ", text(kernel - 2 * padding));
     const Device device(a);
     const int64_t out_height = (height + 2 * padding - kernel) / stride + 1;
     const int64_t out_width = (width + 2 * padding - kernel) / stride + 1;
@@ -233,7 +249,7 @@ Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
     check_like("weight", weight, x);
     const int64_t batch = x.size(0), channels = x.size(1), outputs = weight.size(1);
     check_shape("weight", weight, {channels, outputs, 4, 4});
-    TORCH_CHECK_VALUE(channels >= 1 && outputs >= 1, "weight: shape ", weight.sizes(),
+    TORCH_CHECK_VALUE(channels >= 1 && outputs >= 1, "weight: shape ", text(weight.sizes()),
                       "; accepted: no empty dimension");
     const Device device(x);
     const int64_t wide = whole(outputs), wide_channels = whole(channels);
@@ -269,7 +285,7 @@ Tensor bottleneck(const Tensor& x, const Tensor& reduce, const Tensor& conv, con
     check_rank("x", x, 4);
     check_rank("reduce", reduce, 4);
     const int64_t channels = x.size(1), middle = reduce.size(0);
-    TORCH_CHECK_VALUE(middle == 32 || middle == 64, "reduce's outputs: ", middle, "; accepted: 32, 64");
+    TORCH_CHECK_VALUE(middle == 32 || middle == 64, "reduce's outputs: ", text(middle), "; accepted: 32, 64");
     check_multiple("x's channels", channels, 32);
     check_like("reduce", reduce, x);
     check_like("conv", conv, x);
@@ -308,9 +324,9 @@ Tensor bottleneck(const Tensor& x, const Tensor& reduce, const Tensor& conv, con
 void check_image(const Tensor& x) {
     check_rank("x", x, 4);
     const int64_t height = x.size(2), width = x.size(3);
-    TORCH_CHECK_VALUE(height % 2 == 0 && width % 2 == 0 && std::min(height, width) >= 8, "x: shape ", x.sizes(),
+    TORCH_CHECK_VALUE(height % 2 == 0 && width % 2 == 0 && std::min(height, width) >= 8, "x: shape ", text(x.sizes()),
                       "; accepted: height and width even and at least 8");
-    TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(1) <= 4, "x's channels: ", x.size(1), "; accepted: 1 to 4");
+    TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(1) <= 4, "x's channels: ", text(x.size(1)), "; accepted: 1 to 4");
 }
 
 Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu) {
@@ -359,8 +375,8 @@ Tensor head(const Tensor& features, const Tensor& x, const Tensor& weight, const
     const int64_t maps = features.size(1), outputs = image_weight.size(0);
     check_shape("features", features, {batch, maps, height, width});
     check_multiple("features' channels", maps, 16);
-    TORCH_CHECK_VALUE(outputs >= 1 && outputs <= channels, "image_weight's outputs: ", outputs, "; accepted: 1 to ",
-                      channels, ", the channels of x");
+    TORCH_CHECK_VALUE(outputs >= 1 && outputs <= channels, "image_weight's outputs: ", text(outputs),
+                      "; accepted: 1 to ", text(channels), ", the channels of x");
     check_shape("weight", weight, {4 * outputs, maps, 4, 4});
     check_shape("image_weight", image_weight, {outputs, channels, 7, 7});
     const Tensor biases = biases_of("bias", bias, {outputs}, features);
