@@ -193,19 +193,24 @@ part_proof() {
             done
         ) &
     done
+    timeout 120 "$python" -m fastden bench model --size 2160 3840 --batch 1 --device cuda --dtype bfloat16 --backends torch \
+        --compare compile,fused_compile --rounds 1 >"$out/compiling-model.log" 2>&1 &
     run build 120 "$python" -m fastden build
     backends_here
     if [[ ${kernels[*]} == *cuda* ]]; then
         for tool in racecheck memcheck synccheck; do
             sanitize cuda "$tool" "${pytest[@]}" tests/cuda/test_operators.py
         done
-        start tests-cuda 300 "${pytest[@]}" --maxfail=40 tests/cuda/test_operators.py tests/cuda/test_network.py
+        # Workers, because a test that ends its process would end all.
+        start tests-cuda 300 "${pytest[@]}" --maxfail=40 "${workers[@]:+-n4}" tests/cuda/test_operators.py \
+            tests/cuda/test_network.py
         (first_checks cuda) &
     fi
     first_checks triton
     for check in one-pixel one-hot tiles large repeats thread graph; do steps+=("first-cuda-$check"); done
     wait
     keep
+    bench model-2160 60 "$inference" model --size 2160 3840 --batch 1 "${rivals[@]}"
     part_operators
     stack_of_crash tests-cuda tests/cuda/test_operators.py tests/cuda/test_network.py
 }
