@@ -13,18 +13,18 @@
 #   network    a training step against its rivals; tiles of conv3; gradients, by operator and on PyTorch's own; how busy
 #              the tensor cores are (ncu); a compiled training step; max-autotune                     8 to 15 minutes
 #   proof      what prove.py asks for, in the shortest time: "first" and "tests" at the same time, meanwhile
-#              torch.compile fills its cache, then "operators"                                      4 to 5 minutes
+#              torch.compile fills its cache; then the network and "operators"                      5 to 6 minutes
 #   tune       searches tiles into FOLDER/tuned.json, which the parts run on from then on. Users do not have that file:
 #              prove.py then proves nothing before it has become the kernels' defaults                   9 minutes
 #   color      trains benchmarks/training/color-gpu.yaml, or goes on with it, as far as the time allows  9 minutes
 #   photo      the same of photo-gpu.yaml                                                                9 minutes
 #
-# These times are guesses. On an H200 first took 70 seconds, quick two minutes; "train" with a compiled rival, and
-# "ops-backward", took more than 90 seconds. Without a PART: first quick tests operators network. BUDGET=seconds limits the call (default 570).
-# With a quarter of an hour of a GPU, in calls of at most ten minutes:
+# On an H200 first took 70 seconds, quick two minutes. On an H100 with 16 cores the checks of proof took 190 seconds; its
+# times did not fit into the 230 that it had. The others are guesses. Without a PART: first quick tests operators network.
+# BUDGET=seconds limits the call (default 570). With a quarter of an hour of a GPU, in calls of at most ten minutes:
 #
-#     BUDGET=560 benchmarks/gpu_check.sh FOLDER first quick tests
-#     BUDGET=270 benchmarks/gpu_check.sh FOLDER operators network
+#     BUDGET=560 benchmarks/gpu_check.sh FOLDER proof
+#     BUDGET=270 benchmarks/gpu_check.sh FOLDER network
 #
 # Steps run in the order of what they are worth, and what finds no time is the last ones. Each writes its log, and its JSON
 # after each result, so a call that is killed leaves what it has. ARCHIVE=FILE.tar.gz keeps a copy of the folder after each
