@@ -13,7 +13,9 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # The constraint keeps pip from replacing the PyTorch that is there.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
-RESULTS := benchmarks/results/bench
+# Where make bench writes; empty for a folder named by the processor.
+RESULTS ?=
+PROCESSOR := "from fastden.bench.machine import processor; print(processor())"
 # A trial that measures nothing: make bench RESULTS=trial LARGE= BENCH_ARGS="--rounds 1 --size 64 64"
 LARGE ?= --large
 BENCH_ARGS ?=
@@ -47,10 +49,10 @@ format: $(VENV)/.dev
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format -i $(CUDA_SOURCES))
 
 bench: $(VENV)/.bench
-	mkdir -p $(RESULTS)
+	results=$(or $(RESULTS),benchmarks/results/cpu/$$($(BIN)/python -c $(PROCESSOR))); mkdir -p $$results; \
 	code=0; for dtype in $$($(BIN)/python -c $(NATIVE)); do \
-	    $(BIN)/fastden bench model --device cpu --dtype $$dtype $(LARGE) $(BENCH_ARGS) --json $(RESULTS)/cpu-$$dtype.json || code=1; \
-	done; $(BIN)/fastden bench train --device cpu $(BENCH_ARGS) --json $(RESULTS)/cpu-train.json || code=1; exit $$code
+	    $(BIN)/fastden bench model --device cpu --dtype $$dtype $(LARGE) $(BENCH_ARGS) --json $$results/$$dtype.json || code=1; \
+	done; $(BIN)/fastden bench train --device cpu $(BENCH_ARGS) --json $$results/train.json || code=1; exit $$code
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

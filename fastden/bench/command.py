@@ -232,15 +232,17 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
     """The contenders that a command accepts, and those that it takes by itself."""
     import torch
 
-    from fastden.bench.forms import COMPOSED, FUSED_COMPILE, PLAIN
+    from fastden.bench.forms import COMPOSED, FAST, FUSED_COMPILE, PLAIN
+    from fastden.network import int8
 
     plain = ("eager", "channels_last", "compile")
     if command == "batch":
         return plain, ("channels_last",)
     if command == "model" and device.type == "cpu":
         names = {torch.float32: ("openvino", "onnxruntime"), torch.bfloat16: ("openvino",)}.get(dtype, ())
-        runtimes = tuple(name + form for name in names for form in ("", COMPOSED))
-        return (*PLAIN, FUSED_COMPILE, *runtimes), (*plain, FUSED_COMPILE, *runtimes)
+        rivals = (FUSED_COMPILE, *(name + form for name in names for form in ("", COMPOSED)))
+        fast = () if int8.why_not() else (FAST,)
+        return (*PLAIN, *rivals, *fast), (*plain, *rivals, *fast)
     if command == "model":
         return (*PLAIN, FUSED_COMPILE), (*plain, FUSED_COMPILE, "max_autotune")
     # On a GPU the search for the fastest form takes minutes: for the network and for training, not for each operator.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 import statistics
 import subprocess
 import time
@@ -27,6 +29,14 @@ THROTTLE_REASONS = {
     0x80: "hardware power brake",
     0x100: "display clocks",
 }
+
+
+def processor() -> str:
+    """This machine's processor as the name of a folder: "amd-epyc"."""
+    from fastden.info import collect
+
+    name = collect()["cpu"].get("name") or platform.machine()
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "cpu"
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def inference(
         model: float32, in evaluation mode.
         size, batch: of the input.
         dtype: of weights and activations.
-        peers: contenders beside fastden, of :data:`fastden.bench.forms.PLAIN` and RUNTIMES.
+        peers: contenders beside fastden, of :data:`fastden.bench.forms.PLAIN` and RUNTIMES, or FUSED_COMPILE or FAST.
         backends: fastden's own.
         folder: for the files of other runtimes.
     """
@@ -64,12 +64,15 @@ def inference(
             build = partial(forms.plain, name, network, (x,), dtype)
         elif name == forms.FUSED_COMPILE:
             build = partial(_compiled, model, x, dtype)
+        elif name == forms.FAST:
+            build = partial(_fast, model, x, dtype)
         else:
             build = partial(_runtime, name, model, x, dtype, folder)
         graphs = name in (*forms.PLAIN, forms.FUSED_COMPILE) and name != "max_autotune"
-        composed = name == forms.FUSED_COMPILE or name.endswith(forms.COMPOSED)
+        composed = name in (forms.FUSED_COMPILE, forms.FAST) or name.endswith(forms.COMPOSED)
         flops = own_flops if composed else plain_flops
-        contenders.append(Contender(name, build, flops, graphs=graphs))
+        bounds_of = {"relative_l2": forms.FAST_ERROR} if name == forms.FAST else None
+        contenders.append(Contender(name, build, flops, graphs=graphs, bounds=bounds_of))
     moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
     return Job("model", batch, pixels, moved, (reference,), bound), contenders
 
@@ -79,6 +82,17 @@ def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
 
     def call() -> Tensor:
         with torch.no_grad(), use_backend(backend):
+            return fused(x, level(model))
+
+    return call
+
+
+def _fast(model: Denoiser, x: Tensor, dtype: torch.dtype) -> Call:
+    """``quality="fast"``: 8-bit integers inside, the head in ``dtype``."""
+    fused = fuse(model, dtype, quality="fast")
+
+    def call() -> Tensor:
+        with torch.no_grad():
             return fused(x, level(model))
 
     return call

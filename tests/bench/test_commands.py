@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fastden.bench import files, forms, large, machine, network, operators, preparation
 from fastden.cli.main import app
+from fastden.network import int8
 from tests.cli.run import fails, works
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--rounds", "2")
@@ -76,6 +77,15 @@ def test_model_beside_other_runtimes(tmp_path: Path) -> None:
     rows = document(target, "model", {"fastden-torch", *runtimes})["results"][0]["contenders"]
     assert rows["openvino"]["peak_mib"] is None
     assert rows["openvino_composed"]["flops"] == rows["fastden-torch"]["flops"] < rows["openvino"]["flops"]
+
+
+@pytest.mark.skipif(bool(int8.why_not()), reason="; ".join(int8.why_not()))
+def test_model_in_eight_bits(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    works("bench", "model", *TINY, "--size", 64, 64, "--compare", "fastden-fast", "--json", target)
+    row = document(target, "model", {"fastden-torch", "fastden-fast"})["results"][0]["contenders"]["fastden-fast"]
+    assert row["right"]
+    assert 1e-3 < row["errors"]["relative_l2"] < 0.03, "8 bits round"
 
 
 def test_a_large_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastden import info
 from fastden.bench import machine
 
 CPU = torch.device("cpu")
@@ -25,6 +28,15 @@ def test_description() -> None:
     # A CUDA build's package version ends before the plus.
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert set(found) >= {"cpu", "cores", "native_bf16", "platform", "python", "commit", "date"}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("Intel(R) Xeon(R) Processor", "intel-r-xeon-r-processor"), ("AMD EPYC", "amd-epyc"), (None, platform.machine())],
+)
+def test_the_processor_names_a_folder(name: str | None, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "collect", lambda: {"cpu": {"name": name}})
+    assert machine.processor() == re.sub("[^a-z0-9]+", "-", folder.lower())
 
 
 def test_a_report_keeps_the_entries_of_other_processors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

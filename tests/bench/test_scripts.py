@@ -182,7 +182,7 @@ def test_make_bench_writes_into_a_new_folder(root: Path, tmp_path: Path) -> None
     variables = [f"VENV={tmp_path}", f"RESULTS={results}", "LARGE=", "BENCH_ARGS=--rounds 1"]
     subprocess.run(["make", "-C", root, "bench", *variables], check=True, capture_output=True)
     assert (tmp_path / "log").read_text().splitlines() == [
-        f"bench model --device cpu --dtype float32 --rounds 1 --json {results}/cpu-float32.json",
-        f"bench model --device cpu --dtype bfloat16 --rounds 1 --json {results}/cpu-bfloat16.json",
-        f"bench train --device cpu --rounds 1 --json {results}/cpu-train.json",
+        f"bench model --device cpu --dtype float32 --rounds 1 --json {results}/float32.json",
+        f"bench model --device cpu --dtype bfloat16 --rounds 1 --json {results}/bfloat16.json",
+        f"bench train --device cpu --rounds 1 --json {results}/train.json",
     ]
