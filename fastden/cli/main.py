@@ -374,6 +374,9 @@ def train(
         float | None,
         typer.Option(min=0, help="Stop behind the first epoch that ends after this time; --resume goes on."),
     ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Set steps so that the run is complete after --minutes, its decay included.")
+    ] = False,
     accelerator: Annotated[str, typer.Option(help="As Lightning's: auto, cpu, gpu, ...")] = "auto",
     devices: Annotated[str, typer.Option(help="As Lightning's: auto, a count, a list.")] = "auto",
 ) -> None:
@@ -387,7 +390,7 @@ def train(
         raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
     settings = load_config(config, changes or [])
     with naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
-        folder = run(settings, resume=resume, minutes=minutes, accelerator=accelerator, devices=devices)
+        folder = run(settings, resume=resume, minutes=minutes, fit=fit, accelerator=accelerator, devices=devices)
     say(f"model written to {folder}")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-import time
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -23,16 +25,46 @@ from fastden.training.joint_training import JointData, JointTraining
 from fastden.training.photo import PhotoData, PhotoTraining, save_estimator
 from fastden.training.tasks import load_task
 
+#: Steps between looks at the clock.
+FIT_EVERY = 50
+
 
 class _TimeLimit(pl.Callback):
     """Ends a run behind the first epoch that ends after ``minutes``: what it leaves resumes as the whole run would."""
 
     def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
+        self.end = monotonic() + 60 * minutes
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # All processes must stop at the same epoch, and their clocks differ.
-        trainer.should_stop = trainer.strategy.reduce_boolean_decision(time.monotonic() >= self.end, all=False)
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(monotonic() >= self.end, all=False)
+
+
+class _FittedSteps(pl.Callback):
+    """Sets the number of steps so that the last one ends ``minutes`` after the first began.
+
+    It does so only while neither the learning rate nor the BN statistics depend on that number, so that the run is the
+    one that had this number from the start. For the speed to come it takes the mean so far.
+    """
+
+    def __init__(self, config: TrainConfig, minutes: float) -> None:
+        self.config, self.minutes = config, minutes
+        self.began, self.first = 0.0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began, self.first = monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        free = 1 - max(self.config.decay, self.config.freeze_bn)
+        if step % FIT_EVERY or step >= free * self.config.steps:
+            return
+        passed = monotonic() - self.began
+        speed = (step - self.first) / passed
+        steps = step + max(round(speed * (60 * self.minutes - passed)), 1)
+        # The clock of one process decides for all. Steps that are behind must have been as they are.
+        steps = max(trainer.strategy.broadcast(steps), math.ceil((step + 1) / free))
+        self.config.steps = trainer.fit_loop.epoch_loop.max_steps = steps
 
 
 def train(
@@ -40,6 +72,7 @@ def train(
     *,
     resume: bool = False,
     minutes: float | None = None,
+    fit: bool = False,
     accelerator: str = "auto",
     devices: str | int = "auto",
 ) -> Path:
@@ -56,6 +89,8 @@ def train(
         resume: go on from the last checkpoint in ``config.output``, with the same settings; only ``steps`` may change.
         minutes: stop behind the first epoch that ends after this time; the model is saved, and the run can be resumed.
             None for no limit.
+        fit: set ``steps`` by the speed of the first part so that the run, its decay included, is complete after
+            ``minutes``; ``train.yaml`` gets the number. The last validation, and saving the model, come on top.
         accelerator, devices: as Lightning's. Under ``torchrun`` its processes count, and ``devices`` is not used.
 
     Returns:
@@ -66,6 +101,10 @@ def train(
             loss that is not finite.
     """
     last = config.output / "checkpoints" / "last.ckpt"
+    if fit and minutes is None:
+        raise UserError("fit: without minutes; accepted: with the minutes that the run may take")
+    if fit and max(config.decay, config.freeze_bn) >= 1:
+        raise UserError(f"fit: decay {config.decay}, freeze_bn {config.freeze_bn}; accepted: both below 1")
     if resume and not last.exists():
         raise UserError(f"resume: {last} does not exist; accepted: an output folder with a checkpoint")
     if not resume and last.exists():
@@ -77,7 +116,8 @@ def train(
     ema = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     trainer = _trainer(config, ema, last, accelerator, devices)
     if minutes is not None:
-        trainer.callbacks.insert(0, _TimeLimit(minutes))  # type: ignore[attr-defined]
+        limit = _FittedSteps(config, minutes) if fit else _TimeLimit(minutes)
+        trainer.callbacks.insert(0, limit)  # type: ignore[attr-defined]
     if config.batch % trainer.world_size:
         raise UserError(f"batch: {config.batch}; accepted for {trainer.world_size} processes: a multiple of them")
     model = _model(config)
@@ -96,6 +136,8 @@ def train(
     ema.on_train_end(trainer, module)
     target = config.output / "model"
     if trainer.is_global_zero:
+        if fit:
+            _write_settings(config)
         blend_weights(model, config)
         _save(model, target)
         if isinstance(module, PhotoTraining):
@@ -182,6 +224,10 @@ def _prepare_output(config: TrainConfig) -> None:
     metrics = config.output / "log" / "metrics.csv"
     if metrics.exists():  # CSVLogger would delete it
         metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('*.csv')))}.csv"))
+    _write_settings(config)
+
+
+def _write_settings(config: TrainConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     record = config.output / "train.yaml"
     # Renamed, because other processes of the run may be reading it.

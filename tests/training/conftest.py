@@ -86,7 +86,9 @@ def quiet() -> Iterator[None]:
 def run(photographs: Path) -> Run:
     """A training of four steps in two epochs, on the CPU; returns the folder of the model."""
 
-    def start(output: Path, resume: bool = False, minutes: float | None = None, **changes: Any) -> Path:
+    def start(
+        output: Path, resume: bool = False, minutes: float | None = None, fit: bool = False, **changes: Any
+    ) -> Path:
         settings: dict[str, Any] = {
             "data": [photographs],
             "output": output,
@@ -104,6 +106,6 @@ def run(photographs: Path) -> Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             own = kind.model_validate({**settings, **changes})
-            return train(own, resume=resume, minutes=minutes, accelerator="cpu", devices="1")
+            return train(own, resume=resume, minutes=minutes, fit=fit, accelerator="cpu", devices="1")
 
     return start

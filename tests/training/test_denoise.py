@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("lightning")
@@ -16,7 +18,7 @@ pytest.importorskip("pydantic")
 from fastden.errors import UserError
 from fastden.network.model import Denoiser
 from fastden.ops.backends import interpreted
-from fastden.training import denoise
+from fastden.training import denoise, trainer
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.data import find_photographs, load_rgb
 from fastden.training.denoise import DenoiserTraining
@@ -187,6 +189,25 @@ class TestRun:
         assert not all(torch.equal(stopped[name], value) for name, value in expected.items())
         resumed = weights(run(tmp_path, resume=True, minutes=9))
         assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+    def test_steps_fit_the_time(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The run is the one that had that number of steps from the start."""
+        monkeypatch.setattr(trainer, "FIT_EVERY", 2)
+        clock = itertools.count(0, 6)  # seconds; it is read at the start, and behind every second step
+        monkeypatch.setattr(trainer, "monotonic", lambda: float(next(clock)))
+        run(tmp_path / "fitted", steps=1000, minutes=1, fit=True, decay=0.5, validation=0)
+        monkeypatch.undo()
+        record = yaml.safe_load((tmp_path / "fitted" / "train.yaml").read_text())
+        assert record["steps"] == 20  # two steps in six seconds, sixty seconds
+        expected = weights(run(tmp_path / "whole", steps=20, decay=0.5, validation=0))
+        fitted = weights(tmp_path / "fitted" / "model")
+        assert all(torch.equal(fitted[name], value) for name, value in expected.items())
+
+    def test_what_does_not_fit_is_refused(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="fit: without minutes"):
+            run(tmp_path, fit=True)
+        with pytest.raises(UserError, match=r"fit: decay 1\.0, freeze_bn 0\.5; accepted: both below 1"):
+            run(tmp_path, minutes=1, fit=True, decay=1.0)
 
     def test_resuming_a_finished_run_changes_nothing(self, finished: Path, run: Run) -> None:
         expected = weights(finished / "model")
