@@ -29,6 +29,7 @@ class Picture:
         header: None where it cannot be read; decoding the file then tells why.
         size: bytes in the host's memory.
         streamed: whether it is read, denoised and written strip by strip.
+        overwrites: whether its output may replace a file.
         image: its pixels, then the denoised ones.
         level, sigma: the network's noise level, curves (N, 8) if estimated for several pages; and its mean on the scale
             0-255.
@@ -47,6 +48,7 @@ class Picture:
     header: Header | None
     size: int
     streamed: bool
+    overwrites: bool = False
     image: ImageFile | None = None
     level: float | Tensor | None = None
     sigma: float | None = None

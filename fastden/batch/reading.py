@@ -47,8 +47,11 @@ class Reading:
             job: the folder of its output must exist.
             replaces: the output may be replaced, whatever ``overwrite`` says.
         """
-        check_target(job.target, self.settings.overwrite or replaces)
-        return self.look(job)
+        overwrites = self.settings.overwrite or replaces
+        check_target(job.target, overwrites)
+        picture = self.look(job)
+        picture.overwrites = overwrites
+        return picture
 
     def look(self, job: Job) -> Picture:
         """The part of :meth:`open` that looks at the input alone.

@@ -24,7 +24,7 @@ from fastden.errors import UserError
 from fastden.images.encoding import plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.strips import StripReader, StripWriter
-from fastden.images.whole_files import digest, sync, whole_file
+from fastden.images.whole_files import check_target, digest, sync, whole_file
 from fastden.inference.tiling import automatic_tile
 from fastden.network.fused import FusedDenoiser
 
@@ -80,7 +80,7 @@ class Stages:
         reader = StripReader(picture.job.source, max_pixels=self.settings.max_pixels)
         header = reader.header
         self._check_streamable(picture, header)
-        with whole_file(picture.job.target) as temporary:
+        with whole_file(picture.job.target, overwrite=picture.overwrites) as temporary:
             self._copy_by_strips(picture, reader, temporary, progress)
             self.reading.check_unchanged(picture)
             sync(temporary)
@@ -89,6 +89,7 @@ class Stages:
             record = self.writing.record(
                 picture, manifest, "writing", width=header.width, height=header.height, **output
             )
+            check_target(picture.job.target, picture.overwrites)
             if manifest is not None:
                 manifest.add(record)
         return self.writing.finish(record, manifest)

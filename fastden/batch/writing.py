@@ -16,7 +16,7 @@ from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import encode_image
-from fastden.images.whole_files import whole_file, write_synced
+from fastden.images.whole_files import check_target, whole_file, write_synced
 
 
 class Writing:
@@ -49,12 +49,14 @@ class Writing:
             raise UserError(f"{job.target}: {error}") from error
         picture.notes += notes
         height, width, pages = picture.image.pixels.shape[0], picture.image.pixels.shape[1], picture.image.pages
-        with whole_file(job.target) as temporary:
+        with whole_file(job.target, overwrite=picture.overwrites) as temporary:
             write_synced(temporary, data)
             picture.seconds["write"] = time.perf_counter() - start
             output: dict[str, Any] = {"output_size": len(data), "output_sha256": sha256(data).hexdigest()}
             size = {"width": width, "height": height // pages, "pages": pages}
             record = self.record(picture, manifest, "writing", **size, **output)
+            # Another process may have made the file since the image was opened: the record must not claim that file.
+            check_target(job.target, picture.overwrites)
             if manifest is not None:
                 manifest.add(record)
         return self.finish(record, manifest)

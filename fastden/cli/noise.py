@@ -44,7 +44,7 @@ def noise(
             crops, values = read_samples(file)
             estimate = noise_of_samples(crops, values)
             if map_file is not None:
-                _write_map(file, map_file, estimate)
+                _write_map(file, map_file, estimate, overwrite)
         except FAILURES as error:
             failed = True
             say(f"error: {in_one_line(error)}", error=True)
@@ -67,7 +67,7 @@ def _advice(file: Path, kind: str) -> str:
     return f"fastden denoise {shlex.quote(str(file))} -o {target}"
 
 
-def _write_map(file: Path, target: Path, estimate: Any) -> None:
+def _write_map(file: Path, target: Path, estimate: Any, overwrite: bool) -> None:
     """The level of each pixel that a network takes, as a gray image, rounded up so that weak noise does not become 0.
 
     It has 8 bits, or 16 where the picture's values take a small part of their type's range.
@@ -86,4 +86,4 @@ def _write_map(file: Path, target: Path, estimate: Any) -> None:
     kind = np.dtype(np.uint8 if white - black >= 1 else np.uint16)
     most = int(np.iinfo(kind).max)
     values = levels.mul(most).ceil().clamp(0, most).numpy().astype(kind)
-    write_image(target, ImageFile(values[:, :, None]), overwrite=True)
+    write_image(target, ImageFile(values[:, :, None]), overwrite=overwrite)

@@ -13,7 +13,7 @@ import torch
 
 from fastden.exports.cards import license_of
 from fastden.exports.weights import Weights, collect
-from fastden.images.whole_files import check_target, whole_file, write_bytes
+from fastden.images.whole_files import check_target, whole_file, write_bytes, write_synced
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model
 from fastden.network.model import Denoiser
@@ -157,15 +157,16 @@ def export(
     check_target(target, overwrite)
     if isinstance(model, str) and model == ESTIMATOR:
         given = {"format": kind, "precision": precision, "layout": layout, "composed": composed, "sigma": sigma}
-        return _export_estimator(given, target, opset)
+        return _export_estimator(given, target, opset, overwrite)
     network, name, card = _load(model)
     level = None if sigma is None else sigma / 255
     request = Request(name, card, collect(network, composed=composed, level=level), precision, layout, opset, sigma)
-    _WRITERS[kind](request, target)
+    with whole_file(target, overwrite=overwrite) as temporary:
+        _WRITERS[kind](request, temporary)
     return target
 
 
-def _export_estimator(given: dict[str, Any], target: Path, opset: int) -> Path:
+def _export_estimator(given: dict[str, Any], target: Path, opset: int, overwrite: bool) -> Path:
     from fastden.exports.noise_graph import build_estimator
     from fastden.inference.estimate import load_estimator
 
@@ -177,7 +178,7 @@ def _export_estimator(given: dict[str, Any], target: Path, opset: int) -> Path:
 
     about = {"model": ESTIMATOR, "version": fastden.__version__, "image": "RGB, [0, 1], of 8 x 8 pixels or more"}
     made = build_estimator(load_estimator(), opset=opset, about=about)
-    write_bytes(target, bytes(made.SerializeToString()))
+    write_bytes(target, bytes(made.SerializeToString()), overwrite=overwrite)
     return target
 
 
@@ -205,8 +206,8 @@ def _load(model: Any) -> tuple[Denoiser | FusedDenoiser, str, str | None]:
     return network, Path(model).name, card.read_text(encoding="utf-8") if card.is_file() else None
 
 
-def _write_onnx(request: Request, target: Path) -> None:
-    write_bytes(target, onnx_bytes(request))
+def _write_onnx(request: Request, path: Path) -> None:
+    write_synced(path, onnx_bytes(request))
 
 
 def onnx_bytes(request: Request) -> bytes:
@@ -223,24 +224,22 @@ def onnx_bytes(request: Request) -> bytes:
     return bytes(made.SerializeToString())
 
 
-def _write_darktable(request: Request, target: Path) -> None:
+def _write_darktable(request: Request, path: Path) -> None:
     from fastden.exports.darktable import package
 
-    write_bytes(target, package(request, onnx_bytes(request)))
+    write_synced(path, package(request, onnx_bytes(request)))
 
 
-def _write_program(request: Request, target: Path) -> None:
+def _write_program(request: Request, path: Path) -> None:
     from fastden.exports.programs import save_program
 
-    with whole_file(target) as temporary:
-        save_program(request, temporary)
+    save_program(request, path)
 
 
-def _write_compiled(request: Request, target: Path) -> None:
+def _write_compiled(request: Request, path: Path) -> None:
     from fastden.exports.programs import save_compiled
 
-    with whole_file(target) as temporary:
-        save_compiled(request, temporary)
+    save_compiled(request, path)
 
 
 _WRITERS: dict[str, Callable[[Request, Path], None]] = {

@@ -310,7 +310,7 @@ def write_image(
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
-    write_bytes(Path(path), data)
+    write_bytes(Path(path), data, overwrite=overwrite)
     return notes
 
 

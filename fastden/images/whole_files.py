@@ -30,7 +30,7 @@ def check_target(path: str | Path, overwrite: bool) -> None:
             if not target.is_file():
                 raise UserError(f"{path}: exists and is not a regular file")
             if not overwrite:
-                raise UserError(f"{path}: exists already; accepted: another name, or overwrite (--overwrite)")
+                raise _exists(path)
         elif target.is_symlink():
             raise UserError(f"{path}: is a link that leads to itself")
         elif not target.parent.is_dir():
@@ -39,16 +39,21 @@ def check_target(path: str | Path, overwrite: bool) -> None:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 
 
+def _exists(path: str | Path) -> UserError:
+    return UserError(f"{path}: exists already; accepted: another name, or overwrite (--overwrite)")
+
+
 @contextlib.contextmanager
-def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
+def whole_file(path: Path, suffix: str = "", *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path``. At the end the file there gets the name ``path``; after an error it is removed.
 
     Args:
-        path: of the file to make; one that exists is replaced.
+        path: of the file to make.
         suffix: of the temporary name, for libraries that choose a format by it.
+        overwrite: replace a file of this name; otherwise one that another process made in the meantime is an error too.
 
     Raises:
-        UserError: the system refuses, with its reason.
+        UserError: the system refuses, with its reason, or the file exists.
     """
     # A link stays a link: its target is replaced.
     target = Path(os.path.realpath(path))
@@ -56,9 +61,12 @@ def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
     _in_progress.add(temporary)
     try:
         yield temporary
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
+        if overwrite:
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+        else:
+            _name_once(temporary, target, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -67,6 +75,24 @@ def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
         raise
     finally:
         _in_progress.discard(temporary)
+
+
+def _name_once(temporary: Path, target: Path, path: Path) -> None:
+    """Give a file its name where no file has it. ``path`` is the user's name for ``target``.
+
+    Raises:
+        UserError: a file has the name.
+    """
+    try:
+        os.link(temporary, target)  # unlike os.replace and POSIX's rename, it fails where the name exists
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError:  # some file systems have no links, such as FAT
+        if os.path.lexists(target):
+            raise _exists(path) from None
+        os.replace(temporary, target)
+    else:
+        temporary.unlink()
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -84,13 +110,9 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or none: a temporary file beside ``path``, which is then renamed.
-
-    Raises:
-        UserError: the system refuses, with its reason.
-    """
-    with whole_file(path) as temporary:
+def write_bytes(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """Write a whole file or none: a temporary file beside ``path``, which is then renamed. As :func:`whole_file`."""
+    with whole_file(path, overwrite=overwrite) as temporary:
         write_synced(temporary, data)
 
 

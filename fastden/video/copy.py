@@ -105,7 +105,7 @@ def denoise_video(
     check_target(target, overwrite)
     if target.exists() and os.path.samefile(source, target):
         raise UserError(f"output: {target} is the input; accepted: another file")
-    with whole_file(target, target.suffix.lower()) as temporary:
+    with whole_file(target, target.suffix.lower(), overwrite=overwrite) as temporary:
         try:
             with (
                 _opened(av, source) as reader,

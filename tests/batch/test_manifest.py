@@ -18,6 +18,7 @@ from fastden.batch.plan import Job
 from fastden.batch.report import Listener
 from fastden.errors import UserError
 from fastden.images.whole_files import digest
+from tests.helpers import streaming
 from tests.image_files import encoded, pixels, save_model
 
 
@@ -170,7 +171,8 @@ def test_the_record_of_a_single_file(photos: Path, tmp_path: Path, network: Any)
 
 
 #: Starts once and forks for each kill, so that PyTorch is loaded once. A child kills itself at the given one of the
-#: moments at which it touches the disk: before and after each fsync and each rename.
+#: moments at which it touches the disk: before and after each fsync and each naming. Outputs are named by a link,
+#: because no file may be replaced.
 KILLED = """
 import os, signal, sys
 import fastden
@@ -189,7 +191,7 @@ def run(last):
                 result = None if after else call(*arguments)
             return result
         return dying
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    os.fsync, os.link = counted(os.fsync), counted(os.link)
     report = BatchDenoiser(model, sigma=10).run(source, target, resume=True)
     print(len(report.done), len(report.skipped), len(report.failed), flush=True)
 
@@ -200,6 +202,28 @@ for moment in moments.split(","):
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_file_that_appears_meanwhile_is_kept(photos: Path, tmp_path: Path, network: Any, streamed: bool) -> None:
+    """Another run, or another program, makes an output while its image is computed; ``overwrite`` is off."""
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    batch = streaming(batch) if streamed else batch
+    output = tmp_path / "out"
+
+    def appear(ended: int, part: float) -> None:
+        (output / "2.tif").write_bytes(b"mine")
+
+    run = {"listener": Listener(progress=appear), "format": "tiff"}
+    report = batch.run(photos, output, **run)
+    assert [record.error for record in report.failed] == [
+        f"{output / '2.tif'}: exists already; accepted: another name, or overwrite (--overwrite)"
+    ]
+    assert len(report.done) == 4
+    for _ in range(2):  # a resumed run does not take it for its own either
+        assert (output / "2.tif").read_bytes() == b"mine"
+        resumed = batch.run(photos, output, resume=True, format="tiff")
+        assert (len(resumed.failed), len(resumed.skipped)) == (1, 4)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -218,7 +242,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path, root: Path) -> None:
         return done.stdout.splitlines()
 
     assert run(tmp_path / "whole", "none") == ["6 0 0", "0"]
-    # A file takes eight moments: before and after its own fsync, that of ``writing``, its rename, and that of ``done``.
+    # A file takes eight moments: before and after its own fsync, that of ``writing``, its naming, and that of ``done``.
     results = run(tmp_path / "killed", "0,1,3,5,6,12,none,none")
     assert results[:6] == ["-9"] * 6
     done, skipped, failed = map(int, results[6].split())

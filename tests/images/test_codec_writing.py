@@ -12,6 +12,7 @@ import pytest
 
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, encode_image, format_for, read_image, write_image
+from fastden.images.whole_files import whole_file
 from tests.image_files import (
     pixels,
 )
@@ -46,6 +47,29 @@ def test_existing_files_are_kept_unless_asked(tmp_path: Path) -> None:
     write_image(path, ImageFile(pixels()), overwrite=True)
     assert read_image(path).pixels.shape == (32, 40, 3)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Also on file systems without hard links."""
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a.png"
+    file = whole_file(path, overwrite=False)
+    file.__enter__().write_bytes(b"new")
+    path.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"a\.png: exists already"):
+        file.__exit__(None, None, None)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.png": b"mine"}
+    path.unlink()
+    write_image(path, ImageFile(pixels()))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert path.stat().st_nlink == 1
+    assert read_image(path).pixels.shape == (32, 40, 3)
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

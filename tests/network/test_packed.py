@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from fastden.network import packed
 from fastden.network.fused import fuse
 from fastden.network.model import Denoiser
-from fastden.network.packed import PackedWeights
+from fastden.network.packed import PackedWeights, Snapshot
 from fastden.ops.post_operations import why_not
 from tests.helpers import max_error, random_network
 
@@ -102,6 +102,35 @@ def test_one_written_weight_is_enough(models: tuple[Denoiser, Denoiser]) -> None
         buffer.data.flatten()[-1:].add_(1.0) if buffer.dim() < 2 else buffer.data[-1, -1].add_(1.0)
         fresh = copy.deepcopy(fused)
         assert torch.equal(fused(X, 0.1), fresh(X, 0.1)), name
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+@pytest.mark.parametrize("change", ["signs", "swap", "moved bits", "one bit"])
+def test_changes_that_cancel_are_found(monkeypatch: pytest.MonkeyPatch, hashed: bool, change: str) -> None:
+    """By hashes as by comparison, in every tensor; the memory may also move, or lie elsewhere than at first."""
+    if hashed:
+        pytest.importorskip("xxhash")
+    else:
+        monkeypatch.setattr(packed, "_digest", lambda: None)
+    tensors = [torch.rand(size, generator=torch.Generator().manual_seed(size)) + 1 for size in (2, 64, 1000)]
+    snapshot = Snapshot(tensors)
+    assert snapshot.holds(tensors)
+    assert snapshot.holds([tensor.clone() for tensor in tensors])
+    for tensor in tensors:
+        before = tensor.clone()
+        bits = tensor.view(torch.int32)
+        if change == "signs":
+            tensor[[0, -1]] *= -1
+        elif change == "swap":
+            tensor[[0, -1]] = tensor[[-1, 0]]
+        elif change == "moved bits":
+            bits[0], bits[-1] = bits[0] + 4, bits[-1] - 4
+        else:
+            bits[-1] ^= 1
+        assert not snapshot.holds(tensors)
+        assert not snapshot.holds([tensor.clone() for tensor in tensors])
+        tensor.copy_(before)
+        assert snapshot.holds(tensors)
 
 
 def test_weights_of_inference_mode(models: tuple[Denoiser, Denoiser]) -> None:

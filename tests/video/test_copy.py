@@ -270,6 +270,14 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, network: FusedDenoise
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, network: FusedDenoiser) -> None:
+    source, target = make_clip(tmp_path / "a.mp4", frames=1), tmp_path / "b.mp4"
+    with pytest.raises(UserError, match=r"b\.mp4: exists already"):
+        run(source, target, network, progress=lambda done, total: target.write_bytes(b"mine"))
+    assert target.read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+
 def test_targets(tmp_path: Path, network: FusedDenoiser) -> None:
     source = make_clip(tmp_path / "a.mp4", frames=1)
     before = source.read_bytes()
