@@ -228,6 +228,9 @@ part_network() {
     backends_here
     # A job's results are written once all its contenders are timed: what takes minutes to compile has a step of its own.
     bench train 90 "$training" train --size 128 128 --batch 64 --compare channels_last,eager
+    # Without the host's part, and then where the GPU's time goes.
+    bench train-graphs 60 "$training" train --size 128 128 --batch 64 --compare channels_last --graphs
+    run train-profile 90 "$python" benchmarks/train_profile.py --json "$out/train-profile.json"
     run conv3-tiles 40 "$python" benchmarks/conv3_tiles.py --json "$out/conv3-tiles.json"
     bench ops-backward 150 "$training" ops --backward --size 1080 1920 --compare channels_last,eager --energy 0
     # The same with PyTorch's own gradients of convolutions.

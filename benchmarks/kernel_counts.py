@@ -145,11 +145,12 @@ def read_from_memory(launch: Launch) -> float | None:
     have a grid axis of their own, behind the axis of the tiles, all pixels pass the level-2 cache once for each.
     """
     c = named_constants(launch)
-    if launch.kernel.fn.__name__ != "conv_kernel":
+    if launch.kernel.fn.__name__ not in ("conv_kernel", "descriptor_conv_kernel"):
         return None
-    outputs, phases = -(-c["O"] // c["BLOCK_N"]), c["PHASES"]
+    # By descriptors there is one phase, of stride 1.
+    outputs, phases, stride = -(-c["O"] // c["BLOCK_N"]), c.get("PHASES", 1), c.get("STRIDE", 1)
     passes = outputs * phases if "program_id(1)" in inspect.getsource(launch.kernel.fn) else 1
-    return passes * (c["A"] + c["B"]) * BYTES * c["STRIDE"] ** 2 / phases
+    return passes * (c["A"] + c["B"]) * BYTES * stride**2 / phases
 
 
 def disassembly(cubin: Path) -> str:
@@ -169,11 +170,12 @@ def asked_by_triton(launch: Launch) -> tuple[int, float] | None:
     """Output pixels of a program's tile, and bytes that the program loads, from its constants; None if not known."""
     c = named_constants(launch)
     kernel = launch.kernel.fn.__name__
-    if kernel == "conv_kernel":
+    if kernel in ("conv_kernel", "descriptor_conv_kernel"):
         taps = c["KERNEL"] ** 2
+        rows = c["BLOCK_M"] if kernel == "conv_kernel" else c["TILE_HEIGHT"] * c["TILE_WIDTH"]
         steps = [(c["A"], c["BLOCK_K"]), (c["B"], c["BLOCK_B"])]
         depth = sum(-(-channels // block) * block for channels, block in steps)
-        return c["BLOCK_M"], taps * depth * (c["BLOCK_M"] + c["BLOCK_N"]) * BYTES
+        return rows, taps * depth * (rows + c["BLOCK_N"]) * BYTES
     if kernel == "bottleneck_kernel":
         pixels, margin = c["TILE_HEIGHT"] * c["TILE_WIDTH"], c["CHUNKS"] * c["BLOCK_R"]
         reduce = c["CHUNKS"] * (c["BLOCK_R"] + c["BLOCK_MID"]) * c["C"]

@@ -72,10 +72,45 @@ def batch_statistics(*bns: BatchNorm | None) -> bool:
     return any(bn is not None and bn.training for bn in bns)
 
 
-def finish(y: Tensor, bn: BatchNorm | None, residual: Tensor | None, relu: bool) -> Tensor:
-    """BN, residual add and ReLU after a convolution: the epilogue of every fused operator."""
+def adds_bias_apart(bias: Tensor) -> bool:
+    """Whether PyTorch's convolution adds a bias in a pass over memory of its own, and sums its gradient in one more."""
+    return bias.is_cuda
+
+
+def split_bias(bias: Tensor | None, bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
+    """The bias for PyTorch's convolution, and the one for :func:`finish`; one of them is None.
+
+    Batch statistics remove a constant that was added before them. So where a bias costs passes over memory, no
+    convolution adds it. In a training step of 64 crops of 128x128 in bfloat16, the passes of the stem, conv2 and conv3
+    move 0.7 GB.
+
+    Args:
+        bias: (O,) or None.
+        bn: the normalisation that follows, or None.
+    """
+    apart = bias is not None and batch_statistics(bn) and adds_bias_apart(bias)
+    return (None, bias) if apart else (bias, None)
+
+
+def finish(
+    y: Tensor, bn: BatchNorm | None, residual: Tensor | None, relu: bool, left_out: Tensor | None = None
+) -> Tensor:
+    """BN, residual add and ReLU after a convolution: the epilogue of every fused operator.
+
+    ``left_out`` (O,) is a bias that ``y`` lacks, only if ``bn`` is training. It moves the running mean, and its
+    gradient is zero.
+    """
     if bn is not None:
-        y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps)
+        running_mean, bn_bias = bn.running_mean, bn.bias
+        if left_out is not None:
+            # A copy, because batch_norm's gradient refuses one that is written to later.
+            running_mean = running_mean.clone()
+            # Zero times the bias: then it has a gradient, as optimisers and DDP expect, and a NaN in it still shows.
+            bn_bias = torch.add(bn_bias, left_out.to(bn_bias.dtype), alpha=0)
+        y = F.batch_norm(y, running_mean, bn.running_var, bn.weight, bn_bias, bn.training, bn.momentum, bn.eps)
+        if left_out is not None:
+            with torch.no_grad():
+                bn.running_mean.copy_(torch.add(running_mean, left_out, alpha=bn.momentum))
     if residual is not None:
         # Under autocast, the residual's dtype may differ from the result's, which is that of the convolution.
         residual = residual.to(y.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.ops import post_operations
-from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish
+from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish, split_bias
 from fastden.ops._checks import check_convolution
 from fastden.ops._convolution import convolve
 from fastden.ops._tensors import in_autocast, like
@@ -53,4 +53,5 @@ def concat_conv_bn_relu(
     x = torch.cat([a, b], 1)
     if bn is None and relu and post_operations.serves(a, b, weight, bias):
         return post_operations.convolution(x, weight, bias, padding=padding, relu=True)
-    return finish(F.conv2d(x, weight, like(bias, a), 1, padding), bn, None, relu)
+    added, left_out = split_bias(bias, bn)
+    return finish(F.conv2d(x, weight, like(added, a), 1, padding), bn, None, relu, left_out)

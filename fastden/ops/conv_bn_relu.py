@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.ops import post_operations
-from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish
+from fastden.ops._batch_norm import BatchNorm, batch_statistics, finish, split_bias
 from fastden.ops._checks import check_convolution
 from fastden.ops._convolution import convolve
 from fastden.ops._tensors import in_autocast, like
@@ -55,4 +55,5 @@ def conv_bn_relu(
         return post_operations.convolution(
             x, weight, bias, stride=stride, padding=padding, relu=relu, residual=residual
         )
-    return finish(F.conv2d(x, weight, like(bias, x), stride, padding), bn, residual, relu)
+    added, left_out = split_bias(bias, bn)
+    return finish(F.conv2d(x, weight, like(added, x), stride, padding), bn, residual, relu, left_out)

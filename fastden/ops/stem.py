@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastden.kernels._layout import channels_last
 from fastden.ops import post_operations
-from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish
+from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish, split_bias
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
@@ -60,11 +60,15 @@ def stem(
         if bn is not None and bn.training:
             return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)
+    # What all pixels have in common is the bias of the inside.
+    inside, left_out = split_bias(bias[0], bn)
+    if left_out is not None:
+        bias = bias - left_out
     bias = bias.to(x.dtype)
     fused = bn is None and relu and post_operations.serves(x, weight, bias)
     convolution = partial(post_operations.convolution, relu=True) if fused else F.conv2d
     x = F.pad(x, (1, 0, 1, 0))
-    y = convolution(x, weight[0], bias[0], stride=2)
+    y = convolution(x, weight[0], None if inside is None else bias[0], stride=2)
     row = convolution(x[:, :, :7], weight[1], bias[1], stride=2)
     # Nine columns, to get the first one right: oneDNN 3.12's bf16 convolution reads uninitialised memory when this
     # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
@@ -72,13 +76,13 @@ def stem(
     corner = convolution(x[:, :, :7, :7], weight[3], bias[3], stride=2)
     if may_overwrite():
         # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.
-        y[:, :, :1] = row
-        y[:, :, :, :1] = column
-        y[:, :, :1, :1] = corner
+        # Each write copies the whole gradient in the backward pass: two of them, not three.
+        y[:, :, :1] = torch.cat([corner, row[..., 1:]], 3)
+        y[:, :, 1:, :1] = column[:, :, 1:]
     else:
         below = torch.cat([column, y[..., 1:]], 3)[:, :, 1:]
         y = torch.cat([torch.cat([corner, row[..., 1:]], 3), below], 2)
-    return y if fused else finish(y, bn, None, relu)
+    return y if fused else finish(y, bn, None, relu, left_out)
 
 
 def check_input_size(x: Tensor) -> None:

@@ -181,6 +181,8 @@ def _trainer(config: TrainConfig, ema: WeightAveraging, last: Path, accelerator:
         devices=devices,
         num_nodes=nodes,
         precision=config.precision,
+        # All crops have one size: on a GPU cuDNN times its algorithms once for each convolution, and guesses none.
+        benchmark=True,
         max_steps=config.steps,
         gradient_clip_val=config.clip,
         default_root_dir=config.output,

@@ -67,7 +67,7 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     environment = stand_ins(tmp_path / "bin", log, failing="bench train") | {"ARCHIVE": str(archive)}
     done = gpu_check(root, environment, out)
     assert done.returncode == 1
-    trains = ("train", "train-aten", "train-compile")
+    trains = ("train", "train-graphs", "train-aten", "train-compile")
     failures = "".join(f"failed: {name} (failed)\n" for name in trains)
     assert done.stdout.endswith(failures), done.stdout + done.stderr
     status = json.loads((out / "status.json").read_text())
@@ -95,12 +95,12 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     tools = [word for line in asked for word in line.split() if word in ("memcheck", "racecheck", "synccheck")]
     assert sorted(tools) == ["memcheck"] * 2 + ["racecheck"] * 2 + ["synccheck"] * 2
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
-    gradients = ["train", "ops"] * 2 + ["train"]
+    gradients = ["train", "train", "ops", "train", "ops", "train"]
     assert [bench[1] for bench in benches] == ["model"] * 2 + ["ops"] * 4 + gradients + ["model"]
     heights = {bench[bench.index("--size") + 1] for bench in benches if bench[1] == "ops" and "--backward" not in bench}
     assert heights == set(map(str, prove.HEIGHTS))
     own = [bench[bench.index("--backends") + 1] for bench in benches]
-    assert own == ["torch,triton,cuda"] * 6 + ["torch,triton"] * 5 + ["torch,triton,cuda"]
+    assert own == ["torch,triton,cuda"] * 6 + ["torch,triton"] * 6 + ["torch,triton,cuda"]
     for bench in benches:
         # The command knows every option: it fails only because it finds no GPU.
         fails(*bench, saying="finds no CUDA device")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastden import ops
+from fastden.ops import _batch_norm
 from tests.helpers import max_error
 from tests.ops import naive
 
@@ -66,9 +69,14 @@ def test_formula(
     assert (y - expected).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_batch_statistics(residual: bool) -> None:
-    """In training it normalises by the batch, and updates running statistics as the module does."""
+def test_batch_statistics(residual: bool, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training it normalises by the batch, and updates running statistics as the module does.
+
+    Also where no convolution adds the bias, as on a GPU.
+    """
+    monkeypatch.setattr(_batch_norm, "adds_bias_apart", lambda bias: apart)
     module = random_bn(4, training=True)
     before = copy.deepcopy(module)
     twin = copy.deepcopy(module)
@@ -84,8 +92,38 @@ def test_batch_statistics(residual: bool) -> None:
     assert max_error(module.running_var, 0.7 * before.running_var + 0.3 * var * count / (count - 1)) < 1e-12
     twin(torch.nn.functional.conv2d(x, weight, bias, padding=1))
     for (name, value), expected_value in zip(module.named_buffers(), twin.buffers(), strict=True):
-        assert torch.equal(value, expected_value), name
+        assert torch.allclose(value, expected_value, rtol=1e-12) if apart else torch.equal(value, expected_value), name
     assert module.num_batches_tracked == 1
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes for each convolution whether it adds a bias, and for each gradient whether it is the bias's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases: list[bool] = []
+        self.gradients: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.biases.append(args[2] is not None)
+        elif func is torch.ops.aten.convolution_backward.default:
+            self.gradients.append(args[-1][2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_bias_before_batch_statistics_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, neither pass of a convolution has its bias; the bias still has a gradient, and a NaN in it shows."""
+    monkeypatch.setattr(_batch_norm, "adds_bias_apart", lambda bias: True)
+    x, weight, bias = random(2, 3, 4, 4), random(4, 3, 3, 3).requires_grad_(), random(4).requires_grad_()
+    for training in (True, False):
+        bn = ops.BatchNorm.of(random_bn(4, training))
+        with Convolutions() as ran:
+            y = ops.conv_bn_relu(x, weight, bias, bn=bn, padding=1)
+            _of_weight, gradient = torch.autograd.grad(y.square().sum(), (weight, bias))
+        assert (ran.biases, ran.gradients) == ([not training], [not training])
+        assert bool((gradient == 0).all()) == training
+    assert ops.conv_bn_relu(x, weight, bias.detach() * torch.nan, bn=ops.BatchNorm.of(random_bn(4, True))).isnan().all()
 
 
 def test_evaluation_leaves_statistics_alone() -> None:
