@@ -25,6 +25,7 @@ from fastden.bench.images import SIGMA, photograph
 from fastden.bench.machine import describe, report
 from fastden.bench.network import inference
 from fastden.bench.timing import Call, Stopwatch, interleaved, summary
+from fastden.network import packed
 from fastden.network.packed import Snapshot
 
 #: Height and width of the crops, and how many of them are in a call.
@@ -106,15 +107,22 @@ def measure(jobs: Jobs, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def comparison(dtype: torch.dtype, rounds: int = COMPARISON_ROUNDS) -> dict[str, Any]:
-    """A call of 32 x 32 pixels with the comparison of weights and without, in turn, milliseconds."""
+    """A call of 32 x 32 pixels with the check of weights, by hash and by bytes, and without, in turn, milliseconds."""
     fused = fuse(Denoiser.from_pretrained("color"), dtype)
     x = photograph(32, 32)
+    with torch.inference_mode():
+        fused(x, SIGMA)  # packs the weights and hashes them
 
-    def call(holds: Callable[[Snapshot, Any], bool]) -> None:
-        with torch.inference_mode(), patch.object(Snapshot, "holds", holds):
+    def call(name: str, replacement: Callable[..., Any]) -> None:
+        owner = Snapshot if name == "holds" else packed
+        with torch.inference_mode(), patch.object(owner, name, replacement):
             fused(x, SIGMA)
 
-    calls = {"compared": partial(call, Snapshot.holds), "not compared": partial(call, lambda snapshot, tensors: True)}
+    calls = {
+        "compared": partial(call, "holds", Snapshot.holds),
+        "bytes compared": partial(call, "_digest", lambda: None),
+        "not compared": partial(call, "holds", lambda snapshot, tensors: True),
+    }
     times = interleaved(calls, Stopwatch(CPU), rounds)
     results: dict[str, Any] = {
         name: {key: round(value, 3) for key, value in summary(values).items()} for name, values in times.items()
