@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastden.batch.denoiser import BatchDenoiser
-from fastden.cli.console import clean_termination, say
+from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import UserError
 from fastden.network.loading import parse_memory
@@ -48,16 +48,20 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
         batch = BatchDenoiser(**settings)
     request.note_sigma()
     options = {"tile": settings["tile"], "max_memory": parse_memory(settings["max_memory"])}
-    with clean_termination():
-        _run(
-            Path(request.inputs[0]),
-            Path(request.output),
-            settings["sigma"],
-            batch.network,
-            crf=crf,
-            overwrite=settings["overwrite"],
-            options={**options, "wishes": batch.settings.wishes},
-        )
+    try:
+        with clean_termination():
+            _run(
+                Path(request.inputs[0]),
+                Path(request.output),
+                settings["sigma"],
+                batch.network,
+                crf=crf,
+                overwrite=settings["overwrite"],
+                options={**options, "wishes": batch.settings.wishes},
+            )
+    except KeyboardInterrupt:
+        say("error: interrupted; nothing was written", error=True)
+        return INTERRUPTED
     return 0
 
 

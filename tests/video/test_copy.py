@@ -345,6 +345,17 @@ def test_command(tmp_path: Path, model: str) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_an_interrupted_command_says_so(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastden.cli.video.denoise_video", interrupt)
+    arguments = ["denoise", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "new" / "b.mp4"), "--model", model]
+    done = CliRunner().invoke(app, arguments)
+    assert (done.exit_code, done.stderr) == (130, "error: interrupted; nothing was written\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_without_pyav(tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_clip(tmp_path / "a.mp4", frames=1)
     monkeypatch.setitem(sys.modules, "av", None)
