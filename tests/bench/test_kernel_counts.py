@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,3 +76,15 @@ def test_forms_of_res3(counts: Any) -> None:
     assert forms["wgmma"]["tensor_cycles"] == (48 + 72 + 32) * 32
     more = forms["in one kernel with conv3"]["tensor_cycles_more_in_conv3"]
     assert more == 64 * 9 * 160 * 256 // 2048
+
+
+def test_bytes_of_a_tile_by_descriptors(counts: Any) -> None:
+    """conv3 in Triton, by hand: for 9 taps of 160 channels, 128 pixels and 256 outputs; the pixels once from memory."""
+    from fastden.kernels._descriptors import descriptor_conv_kernel
+
+    tile = {"TILE_HEIGHT": 8, "TILE_WIDTH": 16, "BLOCK_N": 256, "BLOCK_K": 64, "BLOCK_B": 32}
+    constants = {"A": 128, "B": 32, "O": 256, "KERNEL": 3, **tile}
+    kernel = SimpleNamespace(fn=descriptor_conv_kernel.fn, arg_names=[])
+    launch = SimpleNamespace(kernel=kernel, constants=constants)
+    assert counts.asked_by_triton(launch) == (128, 9 * 160 * (128 + 256) * 2)
+    assert counts.read_from_memory(launch) == 160 * 2
