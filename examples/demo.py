@@ -31,8 +31,8 @@ Pixels = npt.NDArray[np.uint8]
 
 #: Photographs inside the scikit-image package (no download), each with the left and top of the detail to enlarge.
 PHOTOGRAPHS = {"chelsea": (112, 80), "coffee": (250, 220), "astronaut": (170, 60), "rocket": (250, 300)}
-#: A scan of an old print; nobody has it without noise.
-REAL, REAL_CORNER = Path(__file__).resolve().parent / "photographs" / "tesla.jpg", (86, 48)
+#: A portrait on film; nobody has it without noise.
+REAL, REAL_CORNER = Path(__file__).resolve().parent / "photographs" / "hopper.jpg", (290, 104)
 ZOOM = 4
 MARGIN, HEADER = 12, 40
 #: Shot noise of the camera: that of a phone in a dim room.

@@ -240,8 +240,8 @@ def picture_coarseness(cells: Cells, weights: Tensor) -> Tensor:
     """The coarseness of each picture, (N,): the value that a tenth of its cells stay below.
 
     Texture makes cells look coarser, not finer. So this value tells white noise on texture from sensor noise better
-    than a mean does: it is at most 0.57 for white noise of sigma 15 on Kodak's pictures, and 0.60 to 0.61 on average
-    for pictures of phones and dark rooms. White noise of sigma 5 looks coarse too, 0.56 to 0.61
+    than a mean does: it is at most 0.55 for white noise of sigma 15 on Kodak's pictures, at most 0.58 for sigma 5, and
+    0.67 to 0.70 on average for pictures of phones and dark rooms
     (``benchmarks/results/noise-estimates.json`` and ``real-photos.json``).
 
     Args:
