@@ -92,11 +92,11 @@ def test_train_reads_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fastden.training.trainer.train", run)
     config = tmp_path / "run.yaml"
     config.write_text(f"data: [{tmp_path}]\noutput: {tmp_path / 'out'}\nsteps: 7\n")
-    options = ("--resume", "--minutes", 1.5, "--accelerator", "cpu")
+    options = ("--resume", "--minutes", 1.5, "--fit", "--accelerator", "cpu")
     text = works("train", config, "--set", "batch=2", "crop=32", *options, "--set", "lr=0.5")
     ((settings, passed),) = calls
     assert (settings.steps, settings.batch, settings.crop, settings.lr) == (7, 2, 32, 0.5)
-    assert passed == {"resume": True, "minutes": 1.5, "accelerator": "cpu", "devices": "auto"}
+    assert passed == {"resume": True, "minutes": 1.5, "fit": True, "accelerator": "cpu", "devices": "auto"}
     assert str(tmp_path / "model") in text
     fails("train", config, "--set", "speed=9", saying="^error: speed: .*accepted keys")
     fails("train", tmp_path / "missing.yaml", saying="^error: config: cannot read")
