@@ -28,9 +28,10 @@ HEADER, MARGIN = 30, 8
 
 
 def camera(clean: Pixels, shot: float, seed: int) -> Pixels:
-    """The picture of a camera with shot noise ``shot`` (variance at white, linear)."""
+    """The picture of a camera with shot noise ``shot`` (variance at white, linear), which smooths its colours."""
     picture = torch.from_numpy(clean).permute(2, 0, 1).float() / 255
-    _, noisy = CameraNoise(CameraRanges(shot=(shot, shot)))(picture, np.random.default_rng(seed))
+    ranges = CameraRanges(shot=(shot, shot), bands=0.0, chroma_filter=1.0)
+    _, noisy = CameraNoise(ranges)(picture, np.random.default_rng(seed))
     return rounded(noisy.permute(1, 2, 0).numpy() * 255)
 
 
