@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,29 @@ class TestData:
         assert len(data.train_images) == 3
         assert all(np.array_equal(one, other) for one, other in zip(data.validation_images, held, strict=True))
         assert not any(np.array_equal(image, other) for image in data.train_images for other in held)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True])
+def test_captured_passes_are_those_of_the_network(frozen: bool) -> None:
+    """Results, gradients and, behind the capture, running statistics."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = random_network(composed=True).cuda().train()
+    for module in model.modules():
+        if frozen and isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    other = copy.deepcopy(model)
+    x = torch.rand(2, 4, 20, 16).cuda()
+    graphs = denoise.capture(model, torch.rand_like(x))
+    assert all(torch.equal(one, two) for one, two in zip(model.buffers(), other.buffers(), strict=True))
+    one, two = graphs(x), other.forward_padded(x)
+    assert max_error(one, two) < 1e-5
+    for y in (one, two):
+        y.square().mean().backward()
+    for (name, left), right in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert left.grad is not None
+        assert right.grad is not None
+        torch.testing.assert_close(left.grad, right.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for left, right in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
