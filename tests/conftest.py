@@ -20,6 +20,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The cache of torch.compile does not tell a limited instruction set from the processor's own: with kernels of a run
+# without the limit, a compiled network gave NaN under AVX2. Importing torch._inductor sets the variable.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    capability = torch.backends.cpu.get_cpu_capability().replace(" ", "_").lower()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{capability}"
+
 import hypothesis
 import pytest
 
