@@ -81,13 +81,13 @@ def _recorded(architecture: int, dtype: str) -> Iterator[list[dict[str, Any]]]:
         return True
 
     patched = {module: module.precision for module in _with_products()}
-    described, capability = _descriptors.why_not, _conv.capability
+    described, capability = _descriptors.why_not, _descriptors.capability
     triton.runtime.driver.set_active(_Driver(architecture))
     triton.knobs.runtime.jit_cache_hook = hook
     for module in patched:
         module.precision = lambda x: "tf32" if dtype == "tf32" else "ieee"
     _descriptors.why_not = _conv.cannot_describe = lambda a, b, weight: []
-    _conv.capability = lambda x: divmod(architecture, 10)
+    _conv.capability = weight_gradient.capability = lambda x: divmod(architecture, 10)
     try:
         yield recorded
     finally:
@@ -95,7 +95,7 @@ def _recorded(architecture: int, dtype: str) -> Iterator[list[dict[str, Any]]]:
         for module, precision in patched.items():
             module.precision = precision
         _descriptors.why_not = _conv.cannot_describe = described
-        _conv.capability = capability
+        _conv.capability = weight_gradient.capability = capability
 
 
 def _with_products() -> list[Any]:

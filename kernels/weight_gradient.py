@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastden.kernels._common import INTERPRETED, device_guard, dot, locate, precision
+from fastden.kernels._descriptors import capability
 from fastden.kernels._layout import channels_last
 from fastden.kernels._tuned import choose
 
@@ -45,16 +46,19 @@ class WeightGradientConfig:
     stages: int
 
 
-def config_for(columns: int, outputs: int, itemsize: int, products: str = "tf32") -> WeightGradientConfig:
+def config_for(
+    columns: int, outputs: int, itemsize: int, products: str = "tf32", gpu: tuple[int, int] | None = None
+) -> WeightGradientConfig:
     """Default tile for the widest source's ``columns``; not measured on a GPU, chosen so that nothing spills.
 
     Args:
         columns, outputs: of the gradient's matrix.
         itemsize: bytes of an element.
         products: of float32, "ieee" or "tf32".
+        gpu: its compute capability; None on a CPU.
     """
     if itemsize > 2:
-        return _of_float32(columns, outputs, products)
+        return _of_float32(columns, outputs, products, gpu)
     largest = 128
     block_m = min(largest, max(16, triton.next_power_of_2(outputs)))
     block_n = min(largest, max(16, triton.next_power_of_2(columns)))
@@ -69,17 +73,19 @@ def config_for(columns: int, outputs: int, itemsize: int, products: str = "tf32"
     return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
 
 
-def _of_float32(columns: int, outputs: int, products: str) -> WeightGradientConfig:
+def _of_float32(columns: int, outputs: int, products: str, gpu: tuple[int, int] | None) -> WeightGradientConfig:
     """:func:`config_for` in float32, whose tiles are at most 64 x 64."""
     block_m = min(64, max(16, triton.next_power_of_2(outputs)))
     block_n = min(64, max(16, triton.next_power_of_2(columns)))
+    # Without matrix instructions, 64 x 64 spills 8 to 16 bytes for conv2 and up2 on sm_100 (Triton 3.6).
+    halved = products == "ieee" and gpu is not None and gpu >= (10, 0) and block_m * block_n == 64 * 64
     # With 32 pixels, 16 x 64 spills 8 to 16 bytes.
     block_k = 16 if products == "ieee" or block_m == 16 else 32
     # With four warps, 64 x 64 spills up to 1008 bytes without matrix instructions, and 8 to 16 in TF32 for up2 (512
-    # columns) on sm_100. With eight, TF32 spills for conv3 (1440 and 288) and for the stem (196); without
-    # matrix instructions 8 to 16 bytes are left for conv2 and up2 on sm_100 in Triton 3.6 (not 3.9).
+    # columns) on sm_100. With eight, TF32 spills for conv3 (1440 and 288) and for the stem (196).
     few = columns <= 1024 and columns % block_n == 0
     warps = 8 if block_m * block_n >= 64 * 64 and (products == "ieee" or few) else 4
+    block_m = 32 if halved else block_m
     return WeightGradientConfig(block_m, block_n, block_k, 1 if INTERPRETED.value else 16, warps, stages=3)
 
 
@@ -335,7 +341,7 @@ def _launch(
         "weight_gradient",
         f"{channels}+{others} to {outputs}, kernel {kernel}, stride {stride}, regions {regions}, {precision(a)}",
         batch * out_height * out_width, a,
-        config_for(kernel**2 * channels, outputs, a.element_size(), precision(a)),
+        config_for(kernel**2 * channels, outputs, a.element_size(), precision(a), capability(a)),
     )  # fmt: skip
     blocks = triton.cdiv(kernel**2 * channels, config.block_n) + triton.cdiv(kernel**2 * others, config.block_n)
     blocks *= triton.cdiv(outputs, config.block_m)

@@ -45,3 +45,22 @@ def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
     large = [row for row in products if "few pixels" not in row["kernel"] and " head" not in row["kernel"]]
     large = [row for row in large if "gradient bf16" not in row["kernel"]]
     assert all(row["matrix_instruction"] == BEST[row["architecture"]] for row in large)
+
+
+def test_committed_tables_have_no_spills(root: Path) -> None:
+    """In any dtype; each table is of one version of Triton."""
+    tables = [json.loads(path.read_text()) for path in sorted((root / "benchmarks" / "results").glob("compile*.json"))]
+    triton = [table for table in tables if "triton" in table]
+    assert {table["triton"].rpartition(".")[0] for table in triton} >= {"3.6", "3.9"}
+    spilled = [
+        f"{row['kernel']}, {row['architecture']}: {row['spilled_bytes']} bytes"
+        for table in tables
+        for row in table["kernels"]
+        if row["spilled_bytes"]
+    ]
+    assert not spilled
+    assert {row["kernel"].rpartition(" ")[2] for table in triton for row in table["kernels"]} >= {
+        "bf16",
+        "fp32",
+        "tf32",
+    }
