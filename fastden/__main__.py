@@ -2,13 +2,14 @@
 
 import sys
 
-from fastden.cli.early import start_loading
+from fastden.cli.early import start_loading, without_garbage_collection
 
 
 def main() -> None:
     """Run the command that the arguments name."""
     start_loading(sys.argv[1:])
-    from fastden.cli.main import app
+    with without_garbage_collection():
+        from fastden.cli.main import app
 
     app(prog_name="fastden")
 

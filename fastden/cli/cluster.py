@@ -14,7 +14,8 @@ from fastden.batch.manifest import Manifest, Record, made_before, open_manifest
 from fastden.batch.plan import Job
 from fastden.batch.ray import Row, connect, distribute, has_scheme, plan_rows
 from fastden.batch.report import Report
-from fastden.cli.console import Display, say
+from fastden.cli.console import say
+from fastden.cli.display import Display
 from fastden.cli.options import Request
 from fastden.errors import UserError
 from fastden.images.finder import count_left_out

@@ -1,4 +1,4 @@
-"""Output of the command: lines, progress, errors, and the summary of a run over many files."""
+"""Lines that the command prints, and its end by a signal."""
 
 from __future__ import annotations
 
@@ -6,38 +6,33 @@ import re
 import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
-from fastden.errors import in_one_line
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastden.batch.dry_run import Step
     from fastden.batch.manifest import Record
-    from fastden.batch.report import Report
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 #: Exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
 
 
-def say(text: str, *, error: bool = False, console: Console | None = None) -> None:
-    """Print a line, to standard error if it is an error or a note; on ``console`` if given."""
-    # Users copy paths, and paths may look like markup to rich: no markup, no wrapping, no colours.
-    console = console or Console(stderr=error)
-    # A file's name may hold characters that the terminal's encoding lacks.
-    encoding = getattr(console.file, "encoding", None) or "utf-8"
-    # Or that end the line, or command the terminal.
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line, to standard error if it is an error or a note."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(printable(text, stream) + "\n")
+    stream.flush()
+
+
+def printable(text: str, stream: IO[str]) -> str:
+    """``text`` with escapes for the characters that ``stream`` cannot hold, and for those that command a terminal."""
+    # A file's name may hold any of them.
     text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager
@@ -57,109 +52,6 @@ def clean_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Display:
-    """What ``fastden denoise`` prints about a run over images, on any engine: a bar, a line an image, the sums.
-
-    It is a context; inside, the bar is shown where standard error is a terminal.
-
-    Args:
-        total: images in all.
-        unreadable: folders that could not be read; they count as failures.
-    """
-
-    def __init__(self, total: int, unreadable: Sequence[OSError] = ()) -> None:
-        self.unreadable = unreadable
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.completed:.0f} of {task.total:.0f}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-            redirect_stdout=False,
-        )
-        self._task = self._bar.add_task("denoising", total=total)
-        self._shown = False
-        self._start = time.perf_counter()
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        self._shown = self._console.is_terminal
-        for error in self.unreadable:
-            self._say(f"error: {in_one_line(error)}", error=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-        self._shown = False
-
-    def progress(self, ended: float) -> None:
-        """Move the bar to ``ended`` images, which may be a fraction."""
-        self._bar.update(self._task, completed=ended)
-
-    def note(self, text: str) -> None:
-        """Print a note about the whole run."""
-        self._say(f"note: {text}", error=True)
-
-    def record(self, source: str | Path, target: str | Path, record: Record) -> None:
-        """Print the result of an image."""
-        if record.error is not None:
-            self._say(error_line(source, target, record.error), error=True)
-            return
-        estimated = " (estimated)" if record.sigma_source == "estimated" else ""
-        level = record.sigma or 0.0
-        shown = f"{level:.2g}" if record.values is not None and level < 1 else f"{level:.1f}"
-        sigma = "" if record.sigma is None else f", sigma {shown}{estimated}"
-        self._say(f"{source} -> {target}, {size_of(record)}{sigma}")
-        for note in record.notes:
-            self._say(f"note: {target}: {note}", error=True)
-
-    def _say(self, text: str, *, error: bool = False) -> None:
-        """Print above the bar if the line goes to the same terminal, else on its own stream."""
-        above = self._shown and (error or sys.stdout.isatty())
-        say(text, error=error, console=self._console if above else None)
-
-    def summary(self, report: Report, *, interrupted: bool = False, including: str = "") -> int:
-        """Print the sums of a run, below the bar.
-
-        Args:
-            report: of the run.
-            interrupted: by Ctrl-C.
-            including: what the time holds besides reading, computing and writing.
-
-        Returns:
-            The exit code.
-        """
-        seconds = time.perf_counter() - self._start
-        done, skipped, failed = len(report.done), len(report.skipped), [record.input for record in report.failed]
-        if skipped:
-            say(f"{_images(skipped)} done before")
-        if done:
-            rate = f"{report.megapixels / seconds:.2f} MP/s, files read and written{including}"
-            say(f"{_images(done)}, {report.megapixels:.2f} megapixels, {seconds:.2f} s ({rate})")
-        if report.jobs > 1:
-            self._table(report)
-            names = [*failed, *(str(error.filename) for error in self.unreadable)]
-            if names:
-                total = report.jobs + len(self.unreadable)
-                say(f"error: {len(names)} of {total} files failed: {', '.join(names)}", error=True)
-        if interrupted:
-            say("error: interrupted; --resume goes on from here", error=True)
-            return INTERRUPTED
-        return 1 if failed or report.left or self.unreadable else 0
-
-    def _table(self, report: Report) -> None:
-        table = Table("done", "done before", "failed", "not begun", "read", "compute", "write", "compute share")
-        read, write = (sum(record.seconds.get(name, 0) for record in report.done) for name in ("read", "write"))
-        counts = (len(report.done), len(report.skipped), len(report.failed), report.left)
-        times = (read, report.compute_seconds, write)
-        share = f"{100 * report.compute_share:.0f} %"
-        table.add_row(*map(str, counts), *(f"{value:.1f} s" for value in times), share)
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
 def error_line(source: str | Path, target: str | Path, error: str) -> str:
     """The line about an image's failure; it names the file once."""
     named = error.startswith((str(source), str(target)))
@@ -169,7 +61,3 @@ def error_line(source: str | Path, target: str | Path, error: str) -> str:
 def size_of(image: Record | Step) -> str:
     """An image's size in words."""
     return f"{image.width} x {image.height}" + (f", {image.pages} pages" if image.pages > 1 else "")
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count != 1)}"

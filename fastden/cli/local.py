@@ -10,7 +10,8 @@ from fastden.batch.dry_run import rehearse
 from fastden.batch.manifest import made_before
 from fastden.batch.plan import Job, plan
 from fastden.batch.report import Interrupted, Listener
-from fastden.cli.console import Display, clean_termination, error_line, say, size_of
+from fastden.cli.console import clean_termination, error_line, say, size_of
+from fastden.cli.display import Display
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import in_one_line
 from fastden.images.finder import count_left_out

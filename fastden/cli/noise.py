@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fastden.cli.console import say
+from fastden.cli.early import without_garbage_collection
 from fastden.errors import FAILURES, UserError, in_one_line
 
 
@@ -30,9 +31,10 @@ def noise(
     The level is the standard deviation of the noise on the scale 0-255, white of the file's type being 255. Coarse
     noise is shared by neighbouring pixels, as cameras leave it; fine noise is not.
     """
-    from fastden.images.strips import read_samples
-    from fastden.images.whole_files import check_target
-    from fastden.inference.estimate import noise_of_samples
+    with without_garbage_collection():
+        from fastden.images.strips import read_samples
+        from fastden.images.whole_files import check_target
+        from fastden.inference.estimate import noise_of_samples
 
     if map_file is not None:
         if len(files) != 1:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 import fastden
+from fastden.cli.early import without_garbage_collection
 from tests.cli.run import fails, in_fresh_python, works
 
 
@@ -19,7 +23,7 @@ def test_help_imports_nothing_heavy() -> None:
         "from fastden.cli.main import app\n"
         "try: app()\n"
         "except SystemExit as error: assert not error.code\n"
-        "assert not {'torch', 'numpy', 'pyvips', 'skimage', 'huggingface_hub'} & set(sys.modules), 'heavy'\n"
+        "assert not {'torch', 'numpy', 'pyvips', 'huggingface_hub', 'rich'} & set(sys.modules), 'heavy'\n"
     )
     assert "denoise" in in_fresh_python(code)
 
@@ -53,6 +57,68 @@ def test_the_library_loads_before_python_imports_it() -> None:
         "assert torch.ones(3).sum() == 3\n"
     )
     in_fresh_python(code)
+
+
+#: A library that is loaded only if another thread makes a file meanwhile.
+WAITING = """
+#include <stdlib.h>
+#include <unistd.h>
+static void __attribute__((constructor)) wait_for_python(void) {
+    for (int i = 0; access("go", F_OK); i++) {
+        if (i > 2000) _exit(3);
+        usleep(10000);
+    }
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="compiles a library for Linux")
+def test_python_goes_on_while_the_library_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lib").mkdir()
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / "lib" / "libwaiting.so"]
+    subprocess.run(command, input=WAITING, text=True, check=True)
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import time\n"
+        "from pathlib import Path\n"
+        "from types import SimpleNamespace\n"
+        "from fastden.cli import early\n"
+        "early.find_spec = lambda name: SimpleNamespace(submodule_search_locations=['.'])\n"
+        "early.LIBRARIES = (('libwaiting.so', False),)\n"
+        "thread = early.start_loading(['denoise'])\n"
+        "time.sleep(0.2)\n"
+        "assert thread.is_alive()\n"
+        "Path('go').touch()\n"
+        "thread.join()\n"
+        "assert 'libwaiting' in open('/proc/self/maps').read()\n"
+    )
+    in_fresh_python(code)
+
+
+def test_imports_without_garbage_collection() -> None:
+    assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    try:
+        with without_garbage_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_what_is_imported_so_is_freed_at_the_end() -> None:
+    code = (
+        "import os\n"
+        "from fastden.cli.early import without_garbage_collection\n"
+        "class Part:\n"
+        "    def __del__(self, write=os.write): write(1, b'freed')\n"
+        "with without_garbage_collection():\n"
+        "    part = Part()\n"
+        "    part.itself = part\n"
+        "del part\n"
+    )
+    assert in_fresh_python(code) == "freed"
 
 
 def test_usage_errors_have_code_2(photos: Path) -> None:

@@ -150,7 +150,7 @@ def test_speed_is_measured_over_the_files(
 ) -> None:
     ticks = iter([100.0, 102.0])
     monkeypatch.setattr(
-        "fastden.cli.console.time", type("Clock", (), {"perf_counter": staticmethod(lambda: next(ticks))})
+        "fastden.cli.display.time", type("Clock", (), {"perf_counter": staticmethod(lambda: next(ticks))})
     )
     image = np.zeros((100, 200, 3), np.uint8)
     (tmp_path / "big.png").write_bytes(encoded(image, "PNG"))

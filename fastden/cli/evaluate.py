@@ -1,0 +1,109 @@
+"""``fastden eval``: PSNR and SSIM of a model. Heavy imports wait inside the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastden.cli.options import DeviceOption, Dtype, check_model, naming, parse_number
+from fastden.errors import FAILURES, UserError
+
+
+def evaluate(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of 8-bit photographs, each a set.")
+    ],
+    sigma: Annotated[
+        list[str] | None,
+        typer.Option("--sigma", help="Noise levels, 0-255 scale: --sigma 15 25 50 or --sigma 15,25,50."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Default: photo with --real, else color.", show_default=False)
+    ] = None,
+    device: DeviceOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
+    gray: Annotated[bool, typer.Option("--gray", help="Make the photographs gray first.")] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Give the network the level estimated from the noisy picture.")
+    ] = False,
+    dists: Annotated[
+        bool, typer.Option("--dists", help="Also DISTS, how different people find two pictures: needs piq.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; the image's index is added.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
+    ] = None,
+) -> None:
+    """Print PSNR and SSIM of a model on folders of photographs.
+
+    Gaussian noise, not clipped; results clipped and rounded to 8 bits; PSNR over RGB, mean over the images.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastden import evaluation
+    from fastden.images.whole_files import check_target, write_bytes
+
+    accepted = "numbers from 0 to 255"
+    sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]
+    if gray and real:
+        raise UserError("gray: given with --real; accepted: one of them")
+    model = model or ("photo" if real else "color")
+    if json_file is not None:  # before the long computation
+        check_target(json_file, overwrite=True)
+    network = check_model({"model": model, "device": device, "dtype": dtype.value}, eight_bit=False)
+    measures = {"dists": evaluation.dists()} if dists else {}
+    sets: dict[str, Any] = {}
+    more = [f"{before}{name.upper()}" for name in measures for before in ("noisy ", "")]
+    table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM", *more)
+    console = Console(stderr=True)
+    with console.status("evaluating") as status:
+        for folder in folders:
+            started = _shower(status, folder)
+            with naming(str(folder), FAILURES):
+                if real:
+                    results = evaluation.evaluate_pairs(
+                        folder, network, sigmas or None, measures=measures, started=started
+                    )
+                else:
+                    wanted = sigmas or [15.0, 25.0, 50.0]
+                    results = evaluation.evaluate_folder(
+                        folder,
+                        network,
+                        wanted,
+                        gray=gray,
+                        estimate=estimate,
+                        seed=seed,
+                        measures=measures,
+                        started=started,
+                    )
+            name = folder.resolve().name
+            sets[name if name not in sets else str(folder)] = results
+            for row in results:
+                table.add_row(name, *_cells(row, list(measures)))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if json_file is not None:
+        settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
+        document = evaluation.results_document(model, network, settings, sets)
+        write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _cells(row: dict[str, Any], measures: list[str]) -> list[str]:
+    """A row of the table that ``eval`` prints, without the set's name."""
+    sigma = row["sigma"] if isinstance(row["sigma"], str) else f"{row['sigma']:g}"
+    decibels = [f"{row[key]:.2f}" for key in ("psnr_noisy", "psnr")]
+    names = ["ssim", *measures]
+    similarities = [f"{row[key]:.4f}" for name in names for key in (f"{name}_noisy", name)]
+    return [str(len(row["images"])), sigma, *decibels, *similarities]
+
+
+def _shower(status: Any, folder: Path) -> Callable[[str], None]:
+    return lambda name: status.update(f"{folder.name}: {name}")
