@@ -3,9 +3,9 @@
     pytest benchmarks/bench_bottleneck.py
     pytest benchmarks/bench_*.py --image-size 1080x1920 --bench-dtype bfloat16 --bench-compare eager,compile
 
-A suite names what it measures in ``SUITE``: an operator, or ``model``, ``train`` or ``batch``. Each test fails where
-the result is wrong. Times are the host's, a GPU's L2 cache is overwritten before each call; ``fastden bench`` measures
-with CUDA events, all contenders in turn.
+A suite names what it measures in ``SUITE``: an operator, or ``network_input``, ``model``, ``train`` or ``batch``. Each
+test fails where the result is wrong. Times are the host's, a GPU's L2 cache is overwritten before each call; ``fastden
+bench`` measures with CUDA events, all contenders in turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import fastden
-from fastden.bench import files, forms, machine, network, operators
+from fastden.bench import files, forms, gradients, machine, network, operators, preparation
 from fastden.bench.compare import Contender, Job, Settings, ready, tensors
 from fastden.network.loading import choose_dtype, parse_device
 
@@ -51,7 +51,7 @@ class _Suite:
         """Pairs of a part of the network, or the suite itself, and a contender."""
         backends, _ = forms.choose_backends(None, self.device, self.dtype, training)
         own = ["fastden"] if suite == "batch" else [forms.own_name(name) for name in backends]
-        parts = operators.OPERATORS.get(suite, (suite,))
+        parts = (operators.OPERATORS | gradients.OPERATORS).get(suite, (suite,))
         return [(part, name) for part in parts for name in (*own, *self.peers)]
 
     def job(self, suite: str, part: str, backward: bool) -> tuple[Job, dict[str, Contender]]:
@@ -64,7 +64,12 @@ class _Suite:
         return self._made[1:]
 
     def _make(self, suite: str, part: str, backward: bool) -> tuple[Job, list[Contender]]:
-        model, rest = self.model(), (self.dtype, self.peers, self.backends)
+        rest = (self.dtype, self.peers, self.backends)
+        if suite in gradients.OPERATORS:
+            return gradients.job(suite, part, self.size, 1, self.device, *rest)
+        if suite == preparation.NAME:
+            return preparation.job(self.size, 1, self.device, *rest)
+        model = self.model()
         if suite == "model":
             return network.inference(model, self.size, 1, *rest, Path(self.folder.name))
         if suite == "train":

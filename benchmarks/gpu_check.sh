@@ -232,11 +232,14 @@ part_network() {
     bench train-graphs 60 "$training" train --size 128 128 --batch 64 --compare channels_last --graphs
     run train-profile 90 "$python" benchmarks/train_profile.py --json "$out/train-profile.json"
     run conv3-tiles 40 "$python" benchmarks/conv3_tiles.py --json "$out/conv3-tiles.json"
-    bench ops-backward 150 "$training" ops --backward --size 1080 1920 --compare channels_last,eager --energy 0
+    local whole=(ops --backward --only stem,bottleneck,conv_bn_relu,concat_conv_bn_relu,upsample,head --size 1080 1920
+        --compare channels_last,eager --energy 0)
+    bench ops-backward 150 "$training" "${whole[@]}"
+    bench ops-gradients 60 "$training" ops --backward --only weight_gradient,batch_norm --size 512 768 \
+        --compare channels_last,eager --energy 0
     # The same with PyTorch's own gradients of convolutions.
     FASTDEN_BACKWARD=aten bench train-aten 60 "$training" train --size 128 128 --batch 64 --compare channels_last
-    FASTDEN_BACKWARD=aten bench ops-backward-aten 150 "$training" \
-        ops --backward --size 1080 1920 --compare channels_last,eager --energy 0
+    FASTDEN_BACKWARD=aten bench ops-backward-aten 150 "$training" "${whole[@]}"
     if command -v ncu >/dev/null; then
         # How busy each of the CUDA kernels keeps the tensor cores, in a single pass of the network, at the clocks that it
         # finds.

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastden import ops
 from fastden.network.model import Denoiser
-from fastden.ops import _batch_norm
+from fastden.ops import batch_norm
 
 #: Operators that read attributes or reserve memory: they move no bytes.
 FREE = {"prim::device", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach"}
@@ -68,7 +68,7 @@ class Traffic(TorchDispatchMode):
         if name in FREE or viewed:
             return result
         moved = size(inputs, outputs)
-        if name == "fastden::affine_gradient":
+        if name == "fastden::batch_norm_gradient":
             moved += size(inputs)
         elif name == "aten::convolution_backward":
             grad, x, weight, *_, (for_x, for_weight, for_bias) = args
@@ -81,9 +81,11 @@ class Traffic(TorchDispatchMode):
             moved += size(args[0], args[1])
         elif name == "aten::copy_":
             moved -= size(args[0])  # it is only written
-        elif name == "fastden::affine" and args[5] is None:
+        elif name == "fastden::batch_norm_affine" and args[5] is None:
             self.normalised.append((result, moved))
-        elif name == "fastden::conv_statistics" and args[2].shape[2] == 1 and args[2].shape[0] > args[2].shape[1]:
+        elif (
+            name == "fastden::conv_bn_relu_statistics" and args[2].shape[2] == 1 and args[2].shape[0] > args[2].shape[1]
+        ):
             self.expand += sum(cost for made, cost in self.normalised if memory(made) == memory(args[0]))
         self.bytes[name] += moved
         self.calls[name] += 1
@@ -99,7 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     backend = "triton" if arguments.form == "triton" else "torch"
     # Tensors are on a CPU, but those of a GPU are counted.
-    with FakeTensorMode(), mock.patch.object(_batch_norm, "adds_bias_apart", return_value=True):
+    with FakeTensorMode(), mock.patch.object(batch_norm, "adds_bias_apart", return_value=True):
         model = Denoiser(composed=arguments.form != "plain").train()
         x = torch.empty(arguments.batch, 3, *arguments.size)
         with Traffic() as traffic, ops.use_backend(backend):

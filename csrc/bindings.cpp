@@ -167,11 +167,11 @@ void copy_strides(const Tensor& x, int64_t (&strides)[4]) {
 }
 
 // If a number of channels is not a multiple of 8, zeros fill it up. This costs copies. In the network, only the first
-// and the last layer of the plain form need this.
-Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Optional& bias, const Optional& residual,
-            bool relu, int64_t stride, int64_t padding) {
-    const fastden::DType dtype = half("a", a);
-    check_rank("a", a, 4);
+// and the last layer of the plain form need this. `name` is that of the first source.
+Tensor convolution(const char* name, const Tensor& a, const Optional& b, const Tensor& weight, const Optional& bias,
+                   const Optional& residual, bool relu, int64_t stride, int64_t padding) {
+    const fastden::DType dtype = half(name, a);
+    check_rank(name, a, 4);
     check_rank("weight", weight, 4);
     check_like("weight", weight, a);
     const int64_t batch = a.size(0), height = a.size(2), width = a.size(3);
@@ -182,8 +182,6 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
         check_rank("b", *b, 4);
         others = b->size(1);
         check_shape("b", *b, {batch, others, height, width});
-        TORCH_CHECK_VALUE(!residual.has_value() && stride == 1, "b: given with a residual or stride ", text(stride),
-                          "; accepted beside it: no residual, stride 1");
     }
     const int64_t channels = a.size(1);
     check_shape("weight", weight, {outputs, channels + others, kernel, kernel});
@@ -192,7 +190,7 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
     TORCH_CHECK_VALUE(kernel <= 5, "weight: kernel of ", text(kernel), "; accepted: up to 5");
     TORCH_CHECK_VALUE(stride >= 1, "stride: ", text(stride), "; accepted: at least 1");
     TORCH_CHECK_VALUE(padding >= 0, "padding: ", text(padding), "; accepted: at least 0");
-    TORCH_CHECK_VALUE(std::min(height, width) + 2 * padding >= kernel && kernel >= 1, "a: shape ", text(a.sizes()),
+    TORCH_CHECK_VALUE(std::min(height, width) + 2 * padding >= kernel && kernel >= 1, name, ": shape ", text(a.sizes()),
                       "; accepted: height and width of at least ", text(kernel - 2 * padding));
     const Device device(a);
     const int64_t out_height = (height + 2 * padding - kernel) / stride + 1;
@@ -227,10 +225,10 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
     arguments.residual = pointer(added);
     arguments.y = y.mutable_data_ptr();
     arguments.dtype = dtype;
-    arguments.batch = narrow("a", batch);
-    arguments.height = narrow("a", height);
-    arguments.width = narrow("a", width);
-    arguments.channels_a = narrow("a", wide_a);
+    arguments.batch = narrow(name, batch);
+    arguments.height = narrow(name, height);
+    arguments.width = narrow(name, width);
+    arguments.channels_a = narrow(name, wide_a);
     arguments.channels_b = narrow("b", wide_b);
     arguments.outputs = narrow("weight", wide);
     arguments.kernel = narrow("weight", kernel);
@@ -240,6 +238,16 @@ Tensor conv(const Tensor& a, const Optional& b, const Tensor& weight, const Opti
     const auto launch = b.has_value() ? fastden::concat_conv_bn_relu : fastden::conv_bn_relu;
     check_launch(b.has_value() ? "concat_conv_bn_relu" : "conv_bn_relu", launch(arguments, device.stream));
     return cut(y, outputs);
+}
+
+Tensor conv_bn_relu(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& residual, bool relu,
+                    int64_t stride, int64_t padding) {
+    return convolution("x", x, std::nullopt, weight, bias, residual, relu, stride, padding);
+}
+
+Tensor concat_conv_bn_relu(const Tensor& a, const Tensor& b, const Tensor& weight, const Optional& bias, bool relu,
+                           int64_t padding) {
+    return convolution("a", a, b, weight, bias, std::nullopt, relu, 1, padding);
 }
 
 Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
@@ -443,8 +451,11 @@ pybind11::dict build_config() {
 TORCH_LIBRARY(fastden_cuda, library) {
     const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
     library.def(
-        "conv(Tensor a, Tensor? b, Tensor weight, Tensor? bias, Tensor? residual, bool relu, SymInt stride,"
+        "conv_bn_relu(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, SymInt stride,"
         " SymInt padding) -> Tensor",
+        tags);
+    library.def(
+        "concat_conv_bn_relu(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool relu, SymInt padding) -> Tensor",
         tags);
     library.def("upsample(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
     library.def(
@@ -459,7 +470,8 @@ TORCH_LIBRARY(fastden_cuda, library) {
 }
 
 TORCH_LIBRARY_IMPL(fastden_cuda, FASTDEN_KEY, library) {
-    library.impl("conv", conv);
+    library.impl("conv_bn_relu", conv_bn_relu);
+    library.impl("concat_conv_bn_relu", concat_conv_bn_relu);
     library.impl("upsample", upsample);
     library.impl("bottleneck", bottleneck);
     library.impl("stem", stem);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from fastden.ops import _library
 
 KERNELS = "fastden.kernels"
 
@@ -76,3 +79,19 @@ def test_a_wrong_import_fails(root: Path, tmp_path: Path, file: str, line: str, 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"{contract} BROKEN" in done.stdout
+
+
+def test_an_operator_has_its_name_everywhere(root: Path) -> None:
+    """A form of an operator begins with its name: batch_norm_affine is in the files batch_norm."""
+    files = [file.stem for file in (root / "fastden/ops").glob("[!_]*.py")]
+    # The last is no operator of the dispatcher.
+    registered = {*_library.names(), "network_input"}
+    homes = {name: max((file for file in files if f"{name}_".startswith(f"{file}_")), key=len) for name in registered}
+    assert {"conv_bn_relu", "concat_conv_bn_relu", "weight_gradient", "batch_norm"} <= set(homes.values())
+    places = ("fastden/ops/{}.py", "kernels/{}.py", "tests/ops/test_{}.py", "benchmarks/bench_{}.py")
+    lacking = [place.format(home) for home in set(homes.values()) for place in places]
+    # The cuda backend has operators for inference alone.
+    bound = re.findall(r'library\.impl\("(\w+)"', (root / "csrc/bindings.cpp").read_text())
+    assert set(bound) <= registered
+    lacking += [f"csrc/{name}.cu" for name in bound]
+    assert [path for path in lacking if not (root / path).is_file()] == []

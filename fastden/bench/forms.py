@@ -113,8 +113,8 @@ def laid_out(tensors: Sequence[Tensor], dtype: torch.dtype, form: str) -> tuple[
     return tuple(tensor.to(dtype).contiguous(memory_format=layout) for tensor in tensors)
 
 
-def compiled(module: nn.Module, form: str) -> Any:
-    """``module`` itself, or compiled where the form says so."""
+def compiled(module: Callable[..., Any], form: str) -> Any:
+    """A module or function itself, or compiled where the form says so."""
     if form not in ("compile", "max_autotune"):
         return module
     return torch.compile(module, mode="max-autotune" if form == "max_autotune" else None, dynamic=False)

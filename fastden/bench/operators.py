@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastden import ops
 from fastden.algebra import BORDER, compose_head, compose_stem
-from fastden.bench import forms, preparation
+from fastden.bench import forms, gradients, preparation
 from fastden.bench.compare import Contender, Job, bounds, tensors
 from fastden.bench.counts import PARTS, TRAINING, UNITS
 from fastden.bench.timing import Call
@@ -108,12 +108,12 @@ class Case:
 
 
 def choose(text: str | None, training: bool = False) -> list[str]:
-    """The operators that ``--only`` names, or all; at inference also the step before the network.
+    """The operators that ``--only`` names, or all; some run at inference only, and others in training only.
 
     Raises:
         UserError: an unknown name.
     """
-    accepted = list(OPERATORS) if training else [*OPERATORS, preparation.NAME]
+    accepted = [*OPERATORS, *(gradients.OPERATORS if training else (preparation.NAME,))]
     names = accepted if text is None else [part.strip() for part in text.split(",")]
     for name in names:
         if name not in accepted:
@@ -146,8 +146,11 @@ def jobs(
             yield backward(case, size, dtype, peers, backends)
         else:
             yield forward(case, model, size, dtype, peers, backends)
+    device = model.conv0.weight.device
     if preparation.NAME in names:
-        yield preparation.job(size, batch, model.conv0.weight.device, dtype, peers, backends)
+        yield preparation.job(size, batch, device, dtype, peers, backends)
+    others = [name for name in names if name in gradients.OPERATORS]
+    yield from gradients.jobs(size, batch, others, device, dtype, peers, backends)
 
 
 def cases(model: Denoiser, size: tuple[int, int], batch: int, operators: Sequence[str]) -> Iterator[Case]:

@@ -15,7 +15,7 @@ from fastden.bench.timing import Call
 from fastden.network.inputs import noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, KNOTS
 from fastden.network.padding import pad_image, padding_for
-from fastden.ops._network_input import network_input
+from fastden.ops.network_input import network_input
 
 #: Name of the job, and of the kernel in ``fastden/ops/proven.py``. It is no operator of the dispatcher.
 NAME = "network_input"

@@ -17,9 +17,9 @@ from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
 from fastden.network.packed import Snapshot
 from fastden.network.padding import pad_image, padding_for
-from fastden.ops._network_input import can_prepare, network_input
 from fastden.ops.backends import requested
 from fastden.ops.modes import runs_as_written, without_autocast
+from fastden.ops.network_input import can_prepare, network_input
 from fastden.ops.post_operations import why_not
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -1,7 +1,7 @@
 """The operators of the network's hot path, each a plain function with a PyTorch reference."""
 
-from fastden.ops._batch_norm import BatchNorm
 from fastden.ops.backends import BACKENDS, use_backend, why_not
+from fastden.ops.batch_norm import BatchNorm
 from fastden.ops.bottleneck import bottleneck
 from fastden.ops.concat_conv_bn_relu import concat_conv_bn_relu
 from fastden.ops.conv_bn_relu import conv_bn_relu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastden.ops._batch_norm import BatchNorm
+from fastden.ops.batch_norm import BatchNorm
 
 
 def check_tensors(**tensors: Tensor | None) -> None:

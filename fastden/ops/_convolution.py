@@ -14,16 +14,14 @@ from torch import Tensor
 from fastden.algebra import fold_batch_norm
 from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
-from fastden.ops._batch_norm import BatchNorm, check_values, update_running_statistics, vectors
 from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._recompute import Recipe
+from fastden.ops.batch_norm import BatchNorm, check_values, update_running_statistics, vectors
 
 
-@Operator
-def conv(
-    a: Tensor,
-    b: Tensor | None,
+def _conv_bn_relu(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -31,35 +29,39 @@ def conv(
     stride: int,
     padding: int,
 ) -> Tensor:
-    from fastden.kernels.concat_conv_bn_relu import concat_conv_bn_relu
     from fastden.kernels.conv_bn_relu import conv_bn_relu
 
-    if b is None:
-        return conv_bn_relu(a, weight, bias, residual, relu, stride, padding)
-    if residual is not None or stride != 1:
-        raise ValueError(f"b: given with a residual or stride {stride}; accepted beside it: no residual, stride 1")
-    return concat_conv_bn_relu(a, b, weight, bias, relu, padding)
+    return conv_bn_relu(x, weight, bias, residual, relu, stride, padding)
 
 
-@conv.shape
+_CONV_BN_RELU = Operator(_conv_bn_relu, "conv_bn_relu")
+
+
+@_CONV_BN_RELU.shape
 def _(
-    a: Tensor,
-    b: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: int,
-    padding: int,
-    **_: Any,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int, padding: int, **_: Any
 ) -> Tensor:
-    y = _empty_result(a, b, weight, bias, stride, padding)
+    y = _empty_result("x", x, None, weight, bias, stride, padding)
     if residual is not None:
         check(residual.shape == y.shape, "residual", residual, str(tuple(y.shape)))
     return y
 
 
-@Operator
-def conv_statistics(
+def _concat_conv_bn_relu(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, padding: int) -> Tensor:
+    from fastden.kernels.concat_conv_bn_relu import concat_conv_bn_relu
+
+    return concat_conv_bn_relu(a, b, weight, bias, relu, padding)
+
+
+_CONCAT_CONV_BN_RELU = Operator(_concat_conv_bn_relu, "concat_conv_bn_relu")
+
+
+@_CONCAT_CONV_BN_RELU.shape
+def _(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, padding: int, **_: Any) -> Tensor:
+    return _empty_result("a", a, b, weight, bias, 1, padding)
+
+
+def _statistics(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastden.kernels.conv_bn_relu import conv_statistics
@@ -67,18 +69,24 @@ def conv_statistics(
     return conv_statistics(a, b, weight, bias, stride, padding, eps)
 
 
-@conv_statistics.shape
+_STATISTICS = Operator(_statistics, "conv_bn_relu_statistics")
+
+
+@_STATISTICS.shape
 def _(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_result(a, b, weight, bias, stride, padding), *vectors(a, weight.shape[0])
+    return _empty_result("a", a, b, weight, bias, stride, padding), *vectors(a, weight.shape[0])
 
 
 def _empty_result(
-    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int
+    name: str, a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, padding: int
 ) -> Tensor:
-    """The empty result of a convolution. Refuses shapes with which the kernel would read outside a tensor."""
-    check(a.dim() == 4, "a", a, "4 dimensions")
+    """The empty result of a convolution. Refuses shapes with which the kernel would read outside a tensor.
+
+    ``name`` is what the operator calls its first source.
+    """
+    check(a.dim() == 4, name, a, "4 dimensions")
     channels = a.shape[1]
     if b is not None:
         fits = b.dim() == 4 and (b.shape[0], *b.shape[2:]) == (a.shape[0], *a.shape[2:])
@@ -109,7 +117,11 @@ class Conv(torch.autograd.Function):
         padding: int,
         backend: str,
     ) -> Tensor:
-        y = OPERATORS[backend].conv(a, b, weight, bias, residual, relu, stride, padding)
+        operators = OPERATORS[backend]
+        if b is None:
+            y = operators.conv_bn_relu(a, weight, bias, residual, relu, stride, padding)
+        else:  # stride 1, no residual
+            y = operators.concat_conv_bn_relu(a, b, weight, bias, relu, padding)
         ctx.save_for_backward(a, b, weight, y if relu else None)
         ctx.settings = stride, padding, ways(backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -149,8 +161,8 @@ class ConvBatchNorm(torch.autograd.Function):
         padding: int,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raw, mean, rstd, unbiased = torch.ops.fastden.conv_statistics(a, b, weight, bias, stride, padding, eps)
-        y = torch.ops.fastden.affine(raw, mean, rstd, bn_weight, bn_bias, residual, relu)
+        raw, mean, rstd, unbiased = torch.ops.fastden.conv_bn_relu_statistics(a, b, weight, bias, stride, padding, eps)
+        y = torch.ops.fastden.batch_norm_affine(raw, mean, rstd, bn_weight, bn_bias, residual, relu)
         # Without a residual, raw gives the sign of the ReLU's input, so the gradient's kernels read one tensor less.
         result = None if residual is None else y
         ctx.save_for_backward(*_recompute.save(a), b, weight, bn_weight, bn_bias, raw, result, mean, rstd)
@@ -168,7 +180,7 @@ class ConvBatchNorm(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: activation checkpointing returns each tensor only once
         b, weight, bn_weight, bn_bias, raw, y, mean, rstd = saved[_recompute.SAVED :]
         needed = ctx.needs_input_grad
-        grad_raw, grad_residual, grad_bn_weight, grad_bn_bias = torch.ops.fastden.affine_gradient(
+        grad_raw, grad_residual, grad_bn_weight, grad_bn_bias = torch.ops.fastden.batch_norm_gradient(
             channels_last(grad), y, raw, mean, rstd, bn_weight, bn_bias, ctx.relu, needed[6]
         )
         a = _recompute.restore(saved[: _recompute.SAVED])

@@ -2,7 +2,7 @@
 
 On kernels, the gradient of an input is a convolution of the result's gradient with rearranged weights, and the forward
 kernels compute it. For stride 1, the weight is reversed and transposed. For stride 2, the four phases of a transposed
-convolution compute it. The gradient of a weight has its own kernel (``kernels/weight_gradient.py``).
+convolution compute it. The gradient of a weight has its own operator (:mod:`fastden.ops.weight_gradient`).
 
 The backend ``triton`` uses kernels. The backend ``cuda`` has no kernels for gradients and uses PyTorch's. The
 environment variable ``FASTDEN_BACKWARD`` overrides this: ``aten`` or ``kernels`` for all gradients, ``input=aten`` or
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastden.kernels._layout import channels_last
-from fastden.ops._library import Operator, check, empty_like
+from fastden.ops import weight_gradient  # noqa: F401 (registers the operators)
 from fastden.ops._tracing import constant_result
 
 ENVIRONMENT = "FASTDEN_BACKWARD"
@@ -53,38 +53,6 @@ def ways(backend: str) -> Ways:
             raise ValueError(f"{ENVIRONMENT}: {text!r}; accepted: {accepted}")
         chosen.update({name: way} if name else dict.fromkeys(chosen, way))
     return Ways(**chosen)
-
-
-@Operator
-def weight_gradient(grad: Tensor, a: Tensor, b: Tensor | None, kernel: int, stride: int, padding: int) -> Tensor:
-    from fastden.kernels.weight_gradient import weight_gradient
-
-    return weight_gradient(grad, a, b, kernel, stride, padding)
-
-
-@weight_gradient.shape
-def _(grad: Tensor, a: Tensor, b: Tensor | None, kernel: int, stride: int, padding: int) -> Tensor:
-    sizes = [(size + 2 * padding - kernel) // stride + 1 for size in a.shape[2:]]
-    fits = (grad.shape[0], *grad.shape[2:]) == (a.shape[0], *sizes)
-    check(fits, "grad", grad, "the shape of the convolution's result")
-    if b is not None:
-        check((b.shape[0], *b.shape[2:]) == (a.shape[0], *a.shape[2:]), "b", b, "as a, except for the channels")
-    return empty_like(a, (grad.shape[1], a.shape[1] + (0 if b is None else b.shape[1]), kernel, kernel))
-
-
-@Operator
-def stem_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    from fastden.kernels.weight_gradient import stem_weight_gradient
-
-    return stem_weight_gradient(grad, x)
-
-
-@stem_weight_gradient.shape
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    height, width = (x.shape[2] - 4) // 2, (x.shape[3] - 4) // 2
-    fits = (grad.shape[0], *grad.shape[2:]) == (x.shape[0], height, width)
-    check(fits, "grad", grad, "the shape of the stem's result")
-    return x.new_empty((4, grad.shape[1], 7, 7, x.shape[1])).permute(0, 1, 4, 2, 3)
 
 
 def conv_gradients(
@@ -153,7 +121,7 @@ def upsample_gradients(
         )
     # A transposed convolution is the gradient of a convolution's input. So its own gradient is that convolution.
     if needed[0] and not aten[0]:
-        grad_x = torch.ops.fastden.conv(grad, None, weight, None, None, False, 2, 1)
+        grad_x = torch.ops.fastden.conv_bn_relu(grad, weight, None, None, False, 2, 1)
     if needed[1] and not aten[1]:
         grad_weight = torch.ops.fastden.weight_gradient(x, grad, None, 4, 2, 1)
     return grad_x, grad_weight
@@ -195,7 +163,7 @@ def _input_gradient(
         # This cuts off the gradient of the padding.
         grad = grad[:, :, -margin : grad.shape[2] + margin, -margin : grad.shape[3] + margin]
     turned = weight.flip(2, 3).transpose(0, 1)
-    return torch.ops.fastden.conv(channels_last(grad), None, turned, None, added, False, 1, max(margin, 0))
+    return torch.ops.fastden.conv_bn_relu(channels_last(grad), turned, None, added, False, 1, max(margin, 0))
 
 
 class _NoSecondDerivative(torch.autograd.Function):

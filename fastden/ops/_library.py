@@ -56,6 +56,11 @@ class Operator:
         torch.library.register_fake(f"fastden::{self.name}", empty)
 
 
+def names() -> tuple[str, ...]:
+    """The operators of ``torch.ops.fastden`` that the modules loaded so far have registered."""
+    return tuple(_shapes)
+
+
 def _register_cuda_shapes() -> None:
     for name, function in _shapes.items():
         if hasattr(torch.ops.fastden_cuda, name):

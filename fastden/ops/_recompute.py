@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
 
     def make(self) -> Tensor:
         """Make the result again: (N, C, H, W), channels-last."""
-        return torch.ops.fastden.affine(*self, None, True)
+        return torch.ops.fastden.batch_norm_affine(*self, None, True)
 
 
 #: Number of tensors that :func:`save` returns.

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
-from fastden.ops._batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._recompute import Recipe
 from fastden.ops._tensors import in_autocast, wants_gradient
 from fastden.ops.backends import choose
+from fastden.ops.batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
 from fastden.ops.conv_bn_relu import conv_bn_relu
 
 
@@ -139,7 +139,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
         saved: list[Tensor] = []
         source = x
         for index, weight in enumerate((reduce, conv, expand)):
-            raw, mean, rstd, unbiased = torch.ops.fastden.conv_statistics(
+            raw, mean, rstd, unbiased = torch.ops.fastden.conv_bn_relu_statistics(
                 source, None, weight, None, 1, int(index == 1), eps[index]
             )
             recipe = Recipe(raw, mean, rstd, *affine[2 * index : 2 * index + 2])
@@ -147,7 +147,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
             if index < 2:
                 source = recipe.make()
                 saved += recipe[:3]
-        y = torch.ops.fastden.affine(*recipe, x, True)
+        y = torch.ops.fastden.batch_norm_affine(*recipe, x, True)
         ctx.save_for_backward(*_recompute.save(x), y, reduce, conv, expand, *affine, *saved, mean, rstd)
         ctx.ways = ways("triton")
         ctx.mark_non_differentiable(*statistics)
@@ -162,9 +162,9 @@ class BottleneckBatchNorm(torch.autograd.Function):
         raw1, mean1, rstd1, raw2, mean2, rstd2, mean3, rstd3 = rest[6:]
         first, second = Recipe(raw1, mean1, rstd1, w1, b1), Recipe(raw2, mean2, rstd2, w2, b2)
         needed, ways = ctx.needs_input_grad, ctx.ways
-        gradient = torch.ops.fastden.affine_gradient
+        gradient = torch.ops.fastden.batch_norm_gradient
         y2 = second.make()
-        raw3 = torch.ops.fastden.conv(y2, None, expand, None, None, False, 1, 0)
+        raw3 = torch.ops.fastden.conv_bn_relu(y2, expand, None, None, False, 1, 0)
         grad_raw, grad_x, grad_w3, grad_b3 = gradient(
             channels_last(grad), y, raw3, mean3, rstd3, w3, b3, True, needed[0]
         )

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fastden.kernels._layout import channels_last
 from fastden.ops import post_operations
-from fastden.ops._batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish, split_bias
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._tensors import in_autocast, may_overwrite
 from fastden.ops.backends import choose
+from fastden.ops.batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish, split_bias
 
 
 def stem(
@@ -139,7 +139,7 @@ class Stem(torch.autograd.Function):
         if needed[0] and not aten[0]:
             grad_x = _input_gradient(grad, weight)
         if needed[1] and not aten[1]:
-            grad_weight = torch.ops.fastden.stem_weight_gradient(grad, x)
+            grad_weight = torch.ops.fastden.weight_gradient_stem(grad, x)
         if needed[2]:
             grad_bias = torch.stack([grad[part].sum((0, 2, 3), dtype=ctx.bias_dtype) for part in _REGIONS])
         return grad_x, grad_weight, grad_bias, None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastden.bench import files, forms, large, machine, network, operators, preparation
+from fastden.bench import files, forms, gradients, large, machine, network, operators, preparation
 from fastden.cli.main import app
 from fastden.network import int8
 from tests.cli.run import fails, works
@@ -135,12 +135,15 @@ def test_what_is_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest
 
 def test_ops_backward(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
-    options = ("--backward", "--only", "stem, conv_bn_relu,head", "--size", 22, 18, "--compare", "eager")
+    only = ["stem", "conv_bn_relu", "head", "weight_gradient", "batch_norm"]
+    options = ("--backward", "--only", ", ".join(only), "--size", 22, 18, "--compare", "eager")
     works("bench", "ops", *TINY, *options, "--json", target)
     found = document(target, "ops", {"fastden-torch", "eager"})
-    assert found["settings"]["operators"] == ["stem", "conv_bn_relu", "head"]
+    assert found["settings"]["operators"] == only
     assert found["settings"]["backward"] is True
-    assert len(found["results"]) == 6
+    names = [result["name"] for result in found["results"]]
+    assert len(names) == len(set(names)) == 6 + sum(map(len, gradients.OPERATORS.values()))
+    assert {name.split()[0] for name in names} == set(only)
 
 
 def test_train(tmp_path: Path) -> None:

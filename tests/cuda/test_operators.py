@@ -343,19 +343,17 @@ def test_biases_in_float32(device: str, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_dispatcher_operator(device: str, name: str) -> None:
     _, tensors, _ = CASES[name](device, torch.float16)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "conv_bn_relu": ("conv", tensors.get("x"), None, *list(tensors.values())[1:], True, 2, 1),
-        "concat_conv_bn_relu": ("conv", *tensors.values(), None, True, 1, 1),
-        "upsample": ("upsample", *tensors.values()),
-        "bottleneck": ("bottleneck", *tensors.values()),
-        "stem": ("stem", *tensors.values(), True),
-        "head": ("head", *tensors.values(), None, True, False, False),
+    settings: dict[str, tuple[Any, ...]] = {
+        "conv_bn_relu": (True, 2, 1),
+        "concat_conv_bn_relu": (True, 1),
+        "stem": (True,),
+        "head": (None, True, False, False),
     }
-    operator, *values = arguments[name]
+    values = (*tensors.values(), *settings.get(name, ()))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(torch.ops.fastden_cuda, operator).default, tuple(values), test_utils=checks)
-    schema = str(getattr(torch.ops.fastden_cuda, operator).default._schema)
-    assert schema == str(getattr(torch.ops.fastden, operator).default._schema).replace("fastden::", "fastden_cuda::")
+    torch.library.opcheck(getattr(torch.ops.fastden_cuda, name).default, values, test_utils=checks)
+    schema = str(getattr(torch.ops.fastden_cuda, name).default._schema)
+    assert schema == str(getattr(torch.ops.fastden, name).default._schema).replace("fastden::", "fastden_cuda::")
 
 
 @pytest.mark.parametrize("name", ["conv_bn_relu", "head"])
@@ -439,17 +437,33 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("operator", "change", "error", "message"),
         [
-            ("conv", {0: torch.float32}, TypeError, "a: dtype Float; accepted: Half, BFloat16"),
-            ("conv", {2: torch.bfloat16}, TypeError, "weight: dtype BFloat16; accepted: Half"),
-            ("conv", {2: (8, 24, 3, 3)}, ValueError, r"weight: shape \[8, 24, 3, 3\]; accepted: \[8, 16, 3, 3\]"),
-            ("conv", {3: (9,)}, ValueError, r"bias: shape \[9\]; accepted: \[8\]"),
-            ("conv", {4: (2, 8, 3, 3)}, ValueError, r"residual: shape \[2, 8, 3, 3\]; accepted: \[2, 8, 3, 4\]"),
-            ("conv", {0: (2, 16, 5)}, ValueError, r"a: shape \[2, 16, 5\]; accepted: 4 dimensions"),
-            ("conv", {1: (2, 8, 5, 7), 2: (8, 24, 3, 3)}, ValueError, "b: given with a residual or stride 2"),
-            ("conv", {2: (8, 16, 7, 7)}, ValueError, "weight: kernel of 7; accepted: up to 5"),
-            ("conv", {3: torch.bfloat16}, TypeError, "bias: dtype BFloat16; accepted: Half, Float"),
-            ("conv", {6: 0}, ValueError, "stride: 0; accepted: at least 1"),
-            ("conv", {7: -1}, ValueError, "padding: -1; accepted: at least 0"),
+            ("conv_bn_relu", {0: torch.float32}, TypeError, "x: dtype Float; accepted: Half, BFloat16"),
+            ("conv_bn_relu", {1: torch.bfloat16}, TypeError, "weight: dtype BFloat16; accepted: Half"),
+            (
+                "conv_bn_relu",
+                {1: (8, 24, 3, 3)},
+                ValueError,
+                r"weight: shape \[8, 24, 3, 3\]; accepted: \[8, 16, 3, 3\]",
+            ),
+            ("conv_bn_relu", {2: (9,)}, ValueError, r"bias: shape \[9\]; accepted: \[8\]"),
+            (
+                "conv_bn_relu",
+                {3: (2, 8, 3, 3)},
+                ValueError,
+                r"residual: shape \[2, 8, 3, 3\]; accepted: \[2, 8, 3, 4\]",
+            ),
+            ("conv_bn_relu", {0: (2, 16, 5)}, ValueError, r"x: shape \[2, 16, 5\]; accepted: 4 dimensions"),
+            ("conv_bn_relu", {1: (8, 16, 7, 7)}, ValueError, "weight: kernel of 7; accepted: up to 5"),
+            ("conv_bn_relu", {2: torch.bfloat16}, TypeError, "bias: dtype BFloat16; accepted: Half, Float"),
+            ("conv_bn_relu", {5: 0}, ValueError, "stride: 0; accepted: at least 1"),
+            ("conv_bn_relu", {6: -1}, ValueError, "padding: -1; accepted: at least 0"),
+            ("concat_conv_bn_relu", {0: (2, 16, 5)}, ValueError, r"a: shape \[2, 16, 5\]; accepted: 4 dimensions"),
+            (
+                "concat_conv_bn_relu",
+                {1: (2, 8, 5, 4)},
+                ValueError,
+                r"b: shape \[2, 8, 5, 4\]; accepted: \[2, 8, 5, 3\]",
+            ),
             ("upsample", {1: (16, 8, 3, 3)}, ValueError, r"accepted: \[16, 8, 4, 4\]"),
             ("bottleneck", {2: (32, 32, 1, 1)}, ValueError, r"conv: shape \[32, 32, 1, 1\]; accepted"),
             ("bottleneck", {1: (48, 32, 1, 1)}, ValueError, "reduce's outputs: 48; accepted: 32, 64"),
@@ -465,10 +479,10 @@ class TestRefusals:
     def test_of_the_dispatcher_operators(
         self, device: str, operator: str, change: dict[int, Any], error: type[Exception], message: str
     ) -> None:
-        name = "conv_bn_relu" if operator == "conv" else operator
-        tensors = list(CASES[name](device, torch.float16)[1].values())
+        tensors = list(CASES[operator](device, torch.float16)[1].values())
         values: list[Any] = {
-            "conv": [tensors[0], None, *tensors[1:], True, 2, 1],
+            "conv_bn_relu": [*tensors, True, 2, 1],
+            "concat_conv_bn_relu": [*tensors, True, 1],
             "upsample": tensors,
             "bottleneck": tensors,
             "stem": [*tensors, True],

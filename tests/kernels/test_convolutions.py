@@ -261,12 +261,6 @@ def test_too_few_values_for_batch_statistics(device: str, batch: int) -> None:
         )
 
 
-def test_two_sources_take_no_residual(device: str) -> None:
-    x, weight = random(device, 1, 2, 3, 3), random(device, 2, 4, 1, 1)
-    with pytest.raises(ValueError, match=r"b: given with a residual or stride 1; accepted beside it: no residual"):
-        torch.ops.fastden.conv(x, x, weight, None, x, False, 1, 0)
-
-
 def test_autocast(device: str) -> None:
     function, tensors, options = case("conv_bn_relu", device)
     with torch.autocast(device, torch.bfloat16):
@@ -290,16 +284,14 @@ def test_compiles_without_a_break(device: str, name: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["conv", "conv_statistics", "statistics", "affine", "affine_gradient", "upsample"])
+@pytest.mark.parametrize("name", ["conv_bn_relu", "conv_bn_relu_statistics", "concat_conv_bn_relu", "upsample"])
 def test_dispatcher_operator(device: str, name: str) -> None:
-    x, weight, vector = random(device, 2, 6, 5, 7), random(device, 8, 6, 3, 3), random(device, 6)
+    x, weight = random(device, 2, 6, 5, 7), random(device, 8, 6, 3, 3)
     x = x.contiguous(memory_format=torch.channels_last)
     arguments: dict[str, tuple[Any, ...]] = {
-        "conv": (x, None, weight, random(device, 8), None, True, 1, 1),
-        "conv_statistics": (x, None, weight, None, 2, 1, 1e-5),
-        "statistics": (x, 1e-5),
-        "affine": (x, vector, vector, vector, vector, x, True),
-        "affine_gradient": (x, x, x, vector, vector.abs(), vector, vector, True, True),
+        "conv_bn_relu": (x, weight, random(device, 8), random(device, 2, 8, 5, 7), True, 1, 1),
+        "conv_bn_relu_statistics": (x, None, weight, None, 2, 1, 1e-5),
+        "concat_conv_bn_relu": (x, x, random(device, 8, 12, 3, 3), random(device, 8), True, 1),
         "upsample": (x, random(device, 6, 3, 4, 4), None),
     }
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -18,7 +16,6 @@ from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import Sigma, map_or_curve, noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, KNOTS
 from fastden.network.padding import pad_image, padding_for
-from fastden.ops import _network_input, backends
 from tests.helpers import max_error, random_network
 from tests.kernels.images import DTYPES, image_in
 
@@ -136,22 +133,6 @@ def test_tiles_use_it(device: str, monkeypatch: pytest.MonkeyPatch, kind: str) -
     for (x, own), (y, other) in zip(seen[:9], seen[9:], strict=True):
         torch.testing.assert_close(y, x, **tolerance(own, torch.float16))
         assert torch.equal(other, own)
-
-
-def test_automatic_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        device = torch.device("cuda")
-
-    image: Any = OnGpu()
-    monkeypatch.setattr(backends, "PROVEN", {("triton", "network_input", (9, 0), "bfloat16"): "a.json"})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_network_input, "why_not", lambda operator, backend, **tensors: [])
-    monkeypatch.setattr(_network_input, "wants_gradient", lambda *tensors: False)
-    assert _network_input.can_prepare(image, None, torch.bfloat16)
-    assert not _network_input.can_prepare(image, None, torch.float16)
-    assert not _network_input.can_prepare(torch.rand(1, 3, 8, 8), None, torch.bfloat16)
-    with ops.use_backend("torch"):
-        assert not _network_input.can_prepare(image, None, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -231,14 +231,14 @@ def test_what_a_training_step_runs(device: str, monkeypatch: pytest.MonkeyPatch,
     of_features = calls.count["aten::convolution_backward"]
     composition = 3
     if backward is None:
-        assert (own["weight_gradient"], own["stem_weight_gradient"]) == (14, 1)
+        assert (own["weight_gradient"], own["weight_gradient_stem"]) == (14, 1)
         assert of_features == composition
     elif backward == "aten":
         assert "weight_gradient" not in own
         assert of_features > 12 + composition
     else:
         assert "weight_gradient" not in own
-        assert own["conv"] > 10
+        assert own["conv_bn_relu"] > 10
 
 
 def test_a_malformed_choice_of_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastden import ops
-from fastden.ops import _batch_norm
+from fastden.ops import batch_norm
 from tests.helpers import max_error
 from tests.ops import naive
 from tests.ops.test_conv_bn_relu import random, random_bn
@@ -38,7 +38,7 @@ def test_formula(size: tuple[int, int], batch: int, channels: tuple[int, int], r
 @pytest.mark.parametrize("training", [False, True])
 def test_batch_norm(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no convolution adds the bias, as on a GPU."""
-    monkeypatch.setattr(_batch_norm, "adds_bias_apart", lambda bias: apart)
+    monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: apart)
     a, b, weight, bias = random(2, 3, 4, 5), random(2, 2, 4, 5), random(6, 5, 3, 3), random(6)
     module, twin = random_bn(6, training), random_bn(6, training)
     twin.load_state_dict(module.state_dict())

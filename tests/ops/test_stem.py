@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastden import ops
-from fastden.ops import _batch_norm
+from fastden.ops import batch_norm
 from tests.helpers import max_error, poison_freed_memory
 from tests.ops import naive
 from tests.ops.test_conv_bn_relu import random, random_bn
@@ -50,7 +50,7 @@ def test_formula(size: tuple[int, int], batch: int, channels: int, relu: bool) -
 @pytest.mark.parametrize("training", [False, True])
 def test_batch_norm(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no convolution adds the bias, as on a GPU."""
-    monkeypatch.setattr(_batch_norm, "adds_bias_apart", lambda bias: apart)
+    monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: apart)
     x, weight, bias = random(2, 3, 10, 12), random(4, 5, 3, 7, 7), random(4, 5)
     module, twin = random_bn(5, training), random_bn(5, training)
     twin.load_state_dict(module.state_dict())
@@ -62,7 +62,7 @@ def test_batch_norm(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("training", "apart"), [(False, False), (True, False), (True, True)])
 def test_gradcheck(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_batch_norm, "adds_bias_apart", lambda bias: apart)
+    monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: apart)
     module = random_bn(2, training)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:

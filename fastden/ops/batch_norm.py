@@ -1,4 +1,4 @@
-"""Batch normalisation: the state that operators take from a module, its operators on kernels, and their gradient.
+"""batch_norm: the state that operators take from a module, its operators on kernels, and their gradient.
 
 Normalisation and ReLU are a separate pass: the next convolution does not apply them when it loads its input. A training
 step moves 11.0 GB (64 crops of 128x128 in bfloat16, counted by ``benchmarks/training_traffic.py``). If the 1x1
@@ -135,14 +135,16 @@ def update_running_statistics(bn: BatchNorm, mean: Tensor, unbiased: Tensor) -> 
     torch._foreach_lerp_(running, [value.to(bn.running_mean.dtype) for value in (mean, unbiased)], bn.momentum)
 
 
-@Operator
-def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from fastden.kernels.batch_norm import statistics
 
     return statistics(x, eps)
 
 
-@statistics.shape
+_STATISTICS = Operator(_statistics, "batch_norm_statistics")
+
+
+@_STATISTICS.shape
 def _(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return vectors(x, x.shape[1])
 
@@ -153,8 +155,7 @@ def vectors(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean, rstd, unbiased
 
 
-@Operator
-def affine(
+def _affine(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
     from fastden.kernels.batch_norm import affine
@@ -162,7 +163,10 @@ def affine(
     return affine(x, mean, rstd, weight, bias, residual, relu)
 
 
-@affine.shape
+_AFFINE = Operator(_affine, "batch_norm_affine")
+
+
+@_AFFINE.shape
 def _(x: Tensor, mean: Tensor, residual: Tensor | None, **_: Any) -> Tensor:
     check(mean.shape[0] == x.shape[1], "mean", mean, "as many as channels of x")
     if residual is not None:
@@ -170,8 +174,7 @@ def _(x: Tensor, mean: Tensor, residual: Tensor | None, **_: Any) -> Tensor:
     return empty_like(x, tuple(x.shape))
 
 
-@Operator
-def affine_gradient(
+def _gradient(
     grad: Tensor,
     y: Tensor | None,
     raw: Tensor,
@@ -188,7 +191,10 @@ def affine_gradient(
     return grad_raw, grad.new_empty(0) if grad_residual is None else grad_residual, *rest
 
 
-@affine_gradient.shape
+_GRADIENT = Operator(_gradient, "batch_norm_gradient")
+
+
+@_GRADIENT.shape
 def _(grad: Tensor, raw: Tensor, mean: Tensor, residual: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(grad.shape == raw.shape, "grad", grad, "that of raw")
     like = empty_like(raw, tuple(raw.shape))
@@ -206,8 +212,8 @@ class BatchNormReLU(torch.autograd.Function):
     def forward(
         ctx: Any, raw: Tensor, bn_weight: Tensor, bn_bias: Tensor, relu: bool, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, rstd, unbiased = torch.ops.fastden.statistics(raw, eps)
-        y = torch.ops.fastden.affine(raw, mean, rstd, bn_weight, bn_bias, None, relu)
+        mean, rstd, unbiased = torch.ops.fastden.batch_norm_statistics(raw, eps)
+        y = torch.ops.fastden.batch_norm_affine(raw, mean, rstd, bn_weight, bn_bias, None, relu)
         ctx.save_for_backward(raw, bn_weight, bn_bias, mean, rstd)
         ctx.relu = relu
         ctx.mark_non_differentiable(mean, unbiased)
@@ -219,7 +225,7 @@ class BatchNormReLU(torch.autograd.Function):
     @first_derivative_only("batch normalisation")
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         raw, bn_weight, bn_bias, mean, rstd = ctx.saved_tensors
-        grad_raw, _none, grad_weight, grad_bias = torch.ops.fastden.affine_gradient(
+        grad_raw, _none, grad_weight, grad_bias = torch.ops.fastden.batch_norm_gradient(
             channels_last(grad), None, raw, mean, rstd, bn_weight, bn_bias, ctx.relu, False
         )
         return grad_raw, grad_weight.to(bn_weight.dtype), grad_bias.to(bn_bias.dtype), None, None
