@@ -86,10 +86,8 @@ def compose_stem(conv0_weight: Tensor, conv0_bias: Tensor, conv1_weight: Tensor,
     ones = torch.ones_like(row)
     keep = torch.stack([torch.outer(ones, ones), torch.outer(row, ones), torch.outer(ones, row), torch.outer(row, row)])
     masked = conv1_weight * keep[:, None, None]
-    sets, out_channels = masked.shape[:2]
-    weight = F.conv_transpose2d(masked.flatten(0, 1), conv0_weight)
     bias = conv1_bias + torch.einsum("somij,m->so", masked, conv0_bias)
-    return StemWeights(weight.view(sets, out_channels, *weight.shape[1:]), bias)
+    return StemWeights(_chained(conv1_weight, conv0_weight, keep), bias)
 
 
 def compose_head(
@@ -111,14 +109,43 @@ def compose_head(
         out_bias: (K,).
     """
     from_image, from_up3 = out_weight.split([conv0_weight.shape[0], up3_weight.shape[1]], dim=1)
-    image_weight = F.conv_transpose2d(from_image, conv0_weight)
+    image_weight = _chained(from_image, conv0_weight)[0]
     # correlated[m, k, d] sums the products of out's tap a and up3's tap a + d - 3. (For d = 0 and 7 there is no such
     # tap, and the sum is zero.) It is the weight from feature i to pixel 2 i - 4 + d. The parity of d gives the phase.
-    correlated = F.pad(F.conv2d(up3_weight, from_up3, padding=2), (1, 1, 1, 1))
+    correlated = _chained(from_up3.flip(2, 3), up3_weight.transpose(0, 1))[0].transpose(0, 1)
+    correlated = F.pad(correlated, (1, 1, 1, 1))
     m, k = correlated.shape[:2]
     phases = correlated.view(m, k, 4, 2, 4, 2).flip(2, 4).permute(1, 3, 5, 0, 2, 4)
     bias = out_bias + (from_image.sum((2, 3)) @ conv0_bias) + (from_up3.sum((2, 3)) @ up3_bias)
     return HeadWeights(phases.reshape(4 * k, m, 4, 4), image_weight, bias)
+
+
+def _chained(second: Tensor, first: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Kernels of a convolution after another of stride 1: all products of a tap of each, summed by their offsets.
+
+    Both are matrix products, and so are their gradients. ``conv_transpose2d`` computes the same, but its gradients
+    would be the only convolutions of PyTorch in a training step on kernels.
+
+    Args:
+        second: (O, M, i, i).
+        first: (M, C, j, j).
+        keep: (sets, i, i), 1 for the taps of ``second`` that a set of kernels has and 0 for the others; None for one
+            set that has all.
+
+    Returns:
+        (sets, O, C, i + j - 1, i + j - 1).
+    """
+    taps, side = second.shape[2], first.shape[2]
+    size = taps + side - 1
+    products = torch.einsum("omij,mcpq->ocpqij", second, first)
+    # 1 where the taps p and i have the offset y. Built from ranges, so that tracing sees no constant on a device.
+    p, i, y = (torch.arange(length, device=second.device) for length in (side, taps, size))
+    lands = (p[:, None, None] + i[:, None] == y).to(second.dtype)
+    places = (lands[:, None, :, None, :, None] * lands[None, :, None, :, None, :])[None]
+    if keep is not None:
+        places = places * keep[:, None, None, :, :, None, None]
+    kernels = products.flatten(0, 1).flatten(1) @ places.flatten(5).flatten(1, 4)
+    return kernels.view(len(places), *products.shape[:2], size, size)
 
 
 def unshuffled_weight(weight: Tensor, taps: int, zero_channels: int) -> Tensor:
