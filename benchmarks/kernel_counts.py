@@ -2,11 +2,13 @@
 
 The counts of each kernel in the network are for bfloat16 and compute capability 9.0, or the one in its name:
 
-- bytes that a block reads from the level-2 cache, for each of its output pixels;
+- bytes that blocks read from the level-2 cache for each output pixel with all its channels;
 - bytes of the kernel's sources that the grid reads from memory, for each output pixel, where the sources are larger
   than that cache;
 - instructions of the innermost loop of matrix products, for each matrix instruction in the loop, and how many
   instructions of the loop load from shared memory;
+- for convolutions on mma.sync, bytes that go through shared memory for each product: what a step stores there and what
+  the warps load;
 - registers of a thread, shared memory of a block, and the number of blocks that a multiprocessor holds at once.
 
 The next counts are for the step that pads an image, adds its noise level and casts it: the bytes and launches of
@@ -67,7 +69,11 @@ class Limits(NamedTuple):
 
 
 #: By architecture.
-LIMITS = {"9.0a": Limits(228 << 10, 2048, 32), "8.6": Limits(100 << 10, 1536, 16)}
+LIMITS = {
+    "8.0": Limits(164 << 10, 2048, 32),
+    "8.6": Limits(100 << 10, 1536, 16),
+    "9.0a": Limits(228 << 10, 2048, 32),
+}
 MATRIX = re.compile(r"\b(HGMMA|HMMA)\.")
 SHARED_LOADS = re.compile(r"\b(LDSM|LDS)\b")
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.MULTILINE)
@@ -361,6 +367,7 @@ class Kernel(NamedTuple):
         pixels: C++ expression for the number of a tile's output pixels (at half resolution for the head).
         asked: C++ expression for the bytes that a tile loads; "" for :func:`conv3_bytes`.
         architecture: that the kernel is compiled for.
+        moved: C++ expressions for bytes that go through shared memory and for the products; () if they are not counted.
     """
 
     layer: str
@@ -371,6 +378,7 @@ class Kernel(NamedTuple):
     pixels: str
     asked: str
     architecture: str = "9.0a"
+    moved: tuple[str, ...] = ()
 
 
 def convolution(
@@ -379,9 +387,11 @@ def convolution(
     """The kernel of ``convolution.cuh``. A tile is rows, columns, warps down and across, and stages."""
     name = f"ConvolutionTile<__nv_bfloat16, {', '.join(map(str, tile))}>"
     mangled = "convolution_kernelI13__nv_bfloat16" + "".join(f"Li{number}E" for number in tile)
-    asked = f"{taps} * {depth} * ({tile[0]} + {tile[1]}) * 2"
+    outputs = 256 if layer.startswith("conv3") else tile[1]  # whose blocks all read the pixels
+    asked = f"{taps} * {depth} * ({tile[0]} + {tile[1]}) * 2 * {outputs // tile[1]}"
     shared, threads = f"{name}::kSharedBytes", f"{name}::kThreads"
-    return Kernel(layer, source, mangled, shared, threads, str(tile[0]), asked, architecture)
+    moved = f"{name}::kMovedBytes", f"{name}::kProducts"
+    return Kernel(layer, source, mangled, shared, threads, str(tile[0]), asked, architecture, moved)
 
 
 #: A tile with its margin, the tile once more as the residual, and the weights.
@@ -406,8 +416,13 @@ CUDA = (
         # Weights stay in shared memory from tile to tile.
         "(kMarginPixels + kPixels) * 256 * 2",
     ),
-    convolution("conv2", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128),
+    convolution("conv2, warps of 64 x 32", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128),
+    convolution("conv2", "conv_bn_relu", (256, 128, 4, 2, 4), 9, 128),
     convolution("up2", "upsample", (128, 32, 4, 1, 4), 4, 128),
+    convolution("conv2 on 8.0, warps of 64 x 32", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128, "8.0"),
+    convolution("conv2 on 8.0", "conv_bn_relu", (256, 128, 4, 2, 4), 9, 128, "8.0"),
+    convolution("conv3 on 8.0, warps of 64 x 32", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 160, "8.0"),
+    convolution("conv3 on 8.0", "conv_bn_relu", (128, 256, 2, 4, 4), 9, 160, "8.0"),
     # Of a multiprocessor with 100 KiB of shared memory.
     convolution("conv3 on 8.6, four stages", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 160, "8.6"),
     convolution("conv3 on 8.6, three stages", "conv_bn_relu", (128, 128, 2, 4, 3), 9, 160, "8.6"),
@@ -477,6 +492,7 @@ def count_cuda(csrc: Path) -> list[dict[str, Any]]:
         source = csrc / f"{kernel.source}.cu"
         asked = kernel.asked or conv3_bytes(source)
         names = {"shared": kernel.shared, "threads": kernel.threads, "pixels": kernel.pixels, "asked": asked}
+        names |= dict(zip(("moved", "products"), kernel.moved, strict=False))
         values = evaluate(names, source, ["-x", "c++", *emulated])
         key = kernel.source, kernel.architecture
         if key not in binaries:
@@ -494,7 +510,8 @@ def count_cuda(csrc: Path) -> list[dict[str, Any]]:
         counts = row(
             kernel.layer, "cuda", values["pixels"], values["asked"], used, innermost(body), kernel.architecture
         )
-        rows.append(counts)
+        per_product = round(values["moved"] / values["products"], 4) if kernel.moved else None
+        rows.append(counts | {"shared_bytes_a_product": per_product})
     return rows
 
 
@@ -508,11 +525,15 @@ def main() -> int:
     rows = count_triton() if "triton" in arguments.backends else []
     rows += count_cuda(arguments.csrc) if "cuda" in arguments.backends else []
     table = Table(*("layer", "backend", "L2 B a pixel", "registers", "shared KiB", "blocks", "instructions a product"))
+    table.add_column("shared B a product")
     for one in rows:
         values = (one["l2_bytes_a_pixel"], one["registers"], f"{one['shared_bytes'] / 1024:.0f}")
         more = (one["blocks_a_multiprocessor"], one["instructions_a_matrix_instruction"])
-        table.add_row(one["layer"], one["backend"], *map(str, values), *map(str, more))
-    Console(width=120).print(table)
+        table.add_row(
+            one["layer"], one["backend"], *map(str, values), *map(str, more),
+            str(one.get("shared_bytes_a_product") or ""),
+        )  # fmt: skip
+    Console(width=140).print(table)
     preparation = count_preparation()
     for one in preparation:
         print(f"{one['layer']}, {one['backend']}: {one['memory_bytes_a_pixel']} B a pixel, {one['launches']} launches")

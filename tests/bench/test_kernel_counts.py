@@ -62,6 +62,27 @@ def test_bytes_of_a_tile(counts: Any, root: Path) -> None:
     assert found == {"bytes": 3 * 5 * 20480 // 2 + 9 * 5 * 16384 // 2, "none": 0}
 
 
+def test_bytes_of_shared_memory_a_product(counts: Any, root: Path) -> None:
+    """By hand: of a step of 32 channels, what is stored once, and what eight warps load."""
+    from fastden.cuda import build
+
+    toolkit = build.find_toolkit()
+    if toolkit is None:
+        pytest.skip("the toolkit's headers are not found")
+    flags = ["-x", "c++", "-std=c++17", "-DFASTDEN_EMULATED", f"-I{toolkit / 'include'}"]
+    flags.append(f"-I{root / 'tests' / 'emulator'}")
+    kernels = {kernel.layer: kernel for kernel in counts.CUDA if kernel.moved}
+    for layer, moved, products in (
+        ("conv2, warps of 64 x 32", 64 * (128 + 128 + 8 * (64 + 32)), 128 * 128 * 32),
+        ("conv2", 64 * (256 + 128 + 8 * (64 + 64)), 256 * 128 * 32),
+        ("conv3 on 8.0", 64 * (128 + 256 + 8 * (64 + 64)), 128 * 256 * 32),
+        ("up2", 64 * (128 + 32 + 4 * (32 + 32)), 128 * 32 * 32),
+    ):
+        names = dict(zip(("moved", "products"), kernels[layer].moved, strict=True))
+        source = root / "csrc" / f"{kernels[layer].source}.cu"
+        assert counts.evaluate(names, source, flags) == {"moved": moved, "products": products}, layer
+
+
 def test_forms_of_res3(counts: Any) -> None:
     """By hand: 192 rows for a tile of 128 pixels and its margin of 52, three convolutions 256 -> 64 -> 64 -> 256."""
     forms = {row["form"]: row for row in counts.count_res3_forms()}

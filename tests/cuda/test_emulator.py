@@ -41,6 +41,21 @@ extern "C" int run(const fastden::Convolution* arguments) {
     return tried(arguments->b ? fastden::concat_conv_bn_relu : fastden::conv_bn_relu, *arguments);
 }
 
+// Copies 16 bytes, or no bytes, from an address that is only a number; -1 if the emulator refuses it.
+extern "C" int copy_from(unsigned long long address, bool valid) {
+    try {
+        fastden::emulator::run(dim3(1), 32, 1024, 1, [=] {
+            const void* source = reinterpret_cast<const void*>(address);
+            fastden::copy_async(fastden::shared_address(fastden::shared_memory()), source, valid);
+            fastden::copy_commit();
+            fastden::copy_wait<0>();
+        });
+        return 0;
+    } catch (const std::exception& error) {
+        return -1;
+    }
+}
+
 extern "C" int run_bottleneck(const fastden::Bottleneck* arguments) {
     return tried(fastden::bottleneck, *arguments);
 }
@@ -48,9 +63,12 @@ extern "C" int run_bottleneck(const fastden::Bottleneck* arguments) {
 SOURCES = ("bottleneck.cu", "concat_conv_bn_relu.cu", "conv_bn_relu.cu")
 #: Waits for the other ring of stages bound how far loads of pixels run ahead of a 3x3 convolution, but not of a 1x1.
 POINTWISE = "hopper's convolution: pixels over those in use"
-#: The file, and the text whose first statement is left out; any white space stands for a blank. A product is a meeting
+#: The file, and the text whose first statement is left out; any white space stands for a blank. The first of them makes
+#: a null pointer instead. A product is a meeting
 #: of the emulated warp group, which a GPU does not promise: a missing barrier between two tiles' maps does not show.
+NULL_POINTER = "bottleneck: no pixels from a null pointer"
 BROKEN = {
+    NULL_POINTER: ("bottleneck.cu", "source[pass] = x + (inside[pass]"),
     "convolution: copies that nobody waits for": ("convolution.cuh", "copy_wait<kStages - 2>();"),
     "convolution: a stage overwritten while read": ("convolution.cuh", "__syncthreads(); copy_step();"),
     "convolution: results stored before they are there": ("convolution.cuh", "__syncthreads(); T* y"),
@@ -117,7 +135,9 @@ def library(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL
         pattern = r"\s+".join(map(re.escape, text.split()))
         parts = re.split(f"(?={pattern})", source)
         assert len(parts) == 2, (name, text)
-        (csrc / name).write_text(f"if (left_out != {number}) ".join(parts))
+        instead = f"if (left_out == {number} && !inside[pass]) source[pass] = nullptr; else "
+        left_out = f"if (left_out != {number}) "
+        (csrc / name).write_text((instead if text == BROKEN[NULL_POINTER][1] else left_out).join(parts))
     for name in dict.fromkeys(name for name, _ in BROKEN.values()):
         (csrc / name).write_text(f"extern int left_out;\n{(csrc / name).read_text()}")
     (csrc / "plain.cpp").write_text(PLAIN)
@@ -154,8 +174,8 @@ def is_right(library: ctypes.CDLL, two_sources: bool, kernel: int = 3, outputs: 
     return bool((y.double() - expected).norm() <= 0.01 * expected.norm())  # false where a NaN is
 
 
-def bottleneck_is_right(library: ctypes.CDLL) -> bool:
-    """Whether a small bottleneck of 64 reduced channels is right."""
+def bottleneck_is_right(library: ctypes.CDLL, middle: int = 64) -> bool:
+    """Whether a small bottleneck is right; of 64 reduced channels on Hopper's kernel, of 32 on the portable one."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, fan_in: int = 1) -> Tensor:
@@ -163,14 +183,15 @@ def bottleneck_is_right(library: ctypes.CDLL) -> bool:
         return x.bfloat16().contiguous(memory_format=torch.channels_last)
 
     x = draw(2, 128, 9, 20)
-    weights = draw(64, 128, 1, 1, fan_in=128), draw(64, 64, 3, 3, fan_in=576), draw(128, 64, 1, 1, fan_in=64)
+    shapes = (middle, 128, 1, 1), (middle, middle, 3, 3), (128, middle, 1, 1)
+    weights = [draw(*shape, fan_in=shape[1] * shape[2] * shape[3]) for shape in shapes]
     reduce, conv, expand = (weight.double() for weight in weights)
     reduced = F.conv2d(x.double(), reduce).relu().bfloat16().double()
     convolved = F.conv2d(reduced, conv, padding=1).relu().bfloat16().double()
     expected = (x.double() + F.conv2d(convolved, expand)).relu()
     y = torch.full_like(x, float("nan"))
     pointers = [tensor.data_ptr() for tensor in (x, *weights)]
-    arguments = Bottleneck(*pointers, None, None, None, y.data_ptr(), 1, 2, 9, 20, 128, 64)
+    arguments = Bottleneck(*pointers, None, None, None, y.data_ptr(), 1, 2, 9, 20, 128, middle)
     if library.run_bottleneck(ctypes.byref(arguments)):
         return False
     return bool((y.double() - expected).norm() <= 0.01 * expected.norm())  # false where a NaN is
@@ -197,20 +218,33 @@ def test_right_kernels_pass_whatever_the_order_of_threads(
 
 
 @pytest.mark.parametrize(
-    ("kibibytes", "outputs", "expected"),
+    ("kibibytes", "multiprocessors", "outputs", "expected"),
     [
-        ("164", 128, 4 * 256 * 64),
-        ("100", 128, 3 * 256 * 64),
-        ("164", 32, 4 * 160 * 64),
-        ("100", 32, 3 * 160 * 64),
-        ("100", 64, 4 * 192 * 64),
+        ("164", "3", 128, 4 * 256 * 64),
+        ("100", "3", 128, 3 * 256 * 64),
+        ("164", "3", 32, 4 * 160 * 64),
+        ("100", "3", 32, 3 * 160 * 64),
+        ("100", "3", 64, 4 * 192 * 64),
+        # 360 pixels are two tiles of 256, or three of 128.
+        ("164", "2", 128, 4 * 384 * 64),
+        ("100", "2", 128, 3 * 256 * 64),
+        ("164", "3", 256, 4 * 384 * 64),
+        ("164", "4", 256, 4 * 256 * 64),
+        ("164", "3", 200, 4 * 384 * 64),
+        ("164", "2", 264, 4 * 384 * 64),
     ],
 )
-def test_fewer_stages_where_a_multiprocessor_has_little_shared_memory(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kibibytes: str, outputs: int, expected: int
-) -> None:
-    """So that two blocks of 128 outputs, or three of 32, fit in. A stage has 32 channels of pixels and of outputs."""
+def test_the_tile_follows_the_multiprocessors(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kibibytes: str, multiprocessors: str, outputs: int,
+    expected: int,
+) -> None:  # fmt: skip
+    """A stage has 32 channels of a tile's pixels and of its outputs.
+
+    With little shared memory there are few stages, so that two blocks of 128 outputs, or three of 32, fit in. With
+    much, tiles are twice as large, where they are enough for all multiprocessors.
+    """
     monkeypatch.setenv("FASTDEN_EMULATED_SHARED_KIB", kibibytes)
+    monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", multiprocessors)
     library.leave_out(0)
     assert is_right(library, False, outputs=outputs)
     assert library.shared_bytes_launched() == expected
@@ -224,11 +258,26 @@ def test_right_bottlenecks_pass_whatever_the_order_of_threads(
     assert all(outcomes(library, monkeypatch, bottleneck_is_right))
 
 
+@pytest.mark.parametrize("valid", [False, True])
+def test_a_copy_takes_a_pointer(library: ctypes.CDLL, valid: bool) -> None:
+    """A copy of no bytes, which writes zeros, takes one too: all kernels run on the emulator, and none passes null."""
+    values = torch.zeros(64, dtype=torch.int32)
+    pointer = (values.data_ptr() + 15) // 16 * 16
+    for address, expected in ((pointer, 0), (pointer + 8, -1), (0, -1), (4096, -1), (2**64 - 4096, -1)):
+        found = library.copy_from(ctypes.c_ulonglong(address), ctypes.c_bool(valid))
+        assert found == expected, hex(address)
+
+
+def test_the_portable_bottleneck_is_right(library: ctypes.CDLL) -> None:
+    library.leave_out(0)
+    assert bottleneck_is_right(library, 32)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_missing_shows(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def check(library: ctypes.CDLL) -> bool:
         if "bottleneck" in name:
-            return bottleneck_is_right(library)
+            return bottleneck_is_right(library, 32 if name == NULL_POINTER else 64)
         return is_right(library, "hopper" in name, 1 if name == POINTWISE else 3)
 
     if "bottleneck" in name:

@@ -110,8 +110,10 @@ void finish(std::vector<Copy>& copies) {
 
 void copy_async(uint32_t target, const void* source, bool valid) {
     if (target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("a copy that is not aligned");
-    // Of no bytes too: whether an address that is no pointer is looked at then, the PTX manual does not say.
-    if (reinterpret_cast<uintptr_t>(source) < 1 << 20) fail("a copy from a null pointer");
+    // Of no bytes too: whether an address that is no pointer is looked at then, the PTX manual does not say. A negative
+    // offset from a null pointer makes an address beyond the 47 bits of a process.
+    const auto address = reinterpret_cast<uintptr_t>(source);
+    if (address < 1 << 20 || address >> 47 != 0) fail("a copy from a null pointer");
     self().open.push_back({at(target, 16), valid ? source : nullptr});
     // At once at times: what is overwritten too early shows only so.
     if (draw() % 4 == 0) finish(self().open);
