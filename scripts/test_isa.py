@@ -36,11 +36,12 @@ def main() -> int:
     parser.add_argument("--isa", nargs="+", choices=list(ISAS), default=list(ISAS))
     parser.add_argument("--json", type=Path, help="add the counts to this file")
     arguments = parser.parse_args()
-    counts = {isa: run(isa, arguments.tests) for isa in arguments.isa}
-    for isa, found in counts.items():
-        print(f"{isa:12} " + ", ".join(f"{number} {what}" for what, number in found.items()))
-    if arguments.json is not None:
-        write(arguments.json, counts)
+    counts: dict[str, dict[str, int]] = {}
+    for isa in arguments.isa:
+        found = counts[isa] = run(isa, arguments.tests)
+        print(f"{isa:12} " + ", ".join(f"{number} {what}" for what, number in found.items()), flush=True)
+        if arguments.json is not None:  # at once: the next one takes half an hour
+            write(arguments.json, {isa: found})
     return int(any(found["failed"] or not found["passed"] for found in counts.values()))
 
 
