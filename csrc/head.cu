@@ -50,21 +50,27 @@ __device__ __forceinline__ uint32_t half_offset(int row, int part) {
     return row * kMapBytes + ((part ^ ((row >> 2) & 1)) << 4);
 }
 
-// Weights of the input: 16 columns x (8 taps x 4 positions) for each row of a window.
-__device__ void load_image_weights(unsigned char* shared, const Head& p, int thread) {
-    constexpr int kPixels = kChunk / 4;  // pixels in a row of a window
-    static_assert(kThreads % (kColumns * kPixels) == 0);
-    const uint16_t* weight = static_cast<const uint16_t*>(p.image_weight);
-    // A thread's column and pixel are the same in every pass.
-    const int pixel = thread % kPixels, column = thread / kPixels % kColumns;
-    const int output = column % 8 % p.outputs, phase_column = column % 8 / p.outputs;
-    const int tap_column = pixel - phase_column;
-    for (int row = thread / kPixels / kColumns; row < kWindow; row += kThreads / (kColumns * kPixels)) {
-        const int tap_row = row - column / 8;
-        const bool exists = phase_column < 2 && tap_row >= 0 && tap_row < 7 && tap_column >= 0 && tap_column < 7;
-        const int at = row * kColumns * kRowBytes + part_offset(column, pixel / 2) + pixel % 2 * kPixelBytes;
-        *reinterpret_cast<uint2*>(shared + at) =
-            tap_values(weight, (output * 7 + tap_row) * 7 + tap_column, p.channels, exists);
+// Weights of the input: 16 columns x (8 taps x 4 positions) for each row of a window. A thread has one column and one
+// position of a row in all rows.
+template <bool kFour>
+__device__ __forceinline__ void load_image_weights(unsigned char* shared, const Head& p, int thread) {
+    constexpr int kPixels = kChunk / 4, kTapsAcross = 7;  // pixels in a row of a window; taps of the 7x7 convolution
+    static_assert(kThreads == kColumns * kPixels);
+    const int pixel = thread % kPixels, column = thread / kPixels;
+    const int output = column % 8 % p.outputs, phase_column = column % 8 / p.outputs, phase_row = column / 8;
+    const int tap = pixel - phase_column;
+    const bool in_row = phase_column < 2 && tap >= 0 && tap < kTapsAcross;
+    const int channels = kFour ? 4 : p.channels;
+    // Of the window's first row, which the second phase row does not have.
+    const int64_t first = static_cast<int64_t>((output * kTapsAcross - phase_row) * kTapsAcross + tap) * channels;
+    const uint16_t* const weight = static_cast<const uint16_t*>(p.image_weight);
+    unsigned char* const target = shared + part_offset(column, pixel / 2) + pixel % 2 * kPixelBytes;
+#pragma unroll
+    for (int row = 0; row < kWindow; ++row) {
+        const int tap_row = row - phase_row;
+        const bool exists = in_row && tap_row >= 0 && tap_row < kTapsAcross;
+        *reinterpret_cast<uint2*>(target + row * kColumns * kRowBytes) =
+            tap_values<kFour>(weight + (first + row * kTapsAcross * channels), channels, exists);
     }
 }
 
@@ -123,7 +129,11 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
     // The last stage is free until then, and holds the input.
     unsigned char* patch = shared + (kStages - 1) * kStageBytes;
     load_patch(patch, problem.x, n, 2 * top, 2 * left, kPatchRows, kPatchColumns, thread, kThreads);
-    load_image_weights(patch + kLeftBytes, p, thread);
+    if (p.channels == 4) {
+        load_image_weights<true>(patch + kLeftBytes, p, thread);
+    } else {
+        load_image_weights<false>(patch + kLeftBytes, p, thread);
+    }
     __syncthreads();
     float sums[kWarpRows][2][4];
     clear(sums);

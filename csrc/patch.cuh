@@ -35,18 +35,18 @@ __device__ __forceinline__ void load_patch(unsigned char* patch, const ImageView
     }
 }
 
-// The weights of a tap, for up to four channels, as the four values of a pixel; zeros if there is no channel or no tap.
-// `weight` points to the first element of the tensor. It is 8-byte aligned, and the channels of a tap are innermost.
-__device__ __forceinline__ uint2 tap_values(const uint16_t* weight, int64_t tap, int channels, bool exists) {
+// The weights of a tap, for up to four channels, as the four values of a pixel; zeros if there is no tap. `weight`
+// points to the tap's first channel; with four channels (kFour) it is 8-byte aligned.
+template <bool kFour>
+__device__ __forceinline__ uint2 tap_values(const uint16_t* weight, int channels, bool exists) {
     if (!exists) return make_uint2(0, 0);
-    if (channels == 4) return reinterpret_cast<const uint2*>(weight)[tap];
-    uint16_t values[4] = {};
+    if constexpr (kFour) return *reinterpret_cast<const uint2*>(weight);
+    uint16_t values[3] = {};
 #pragma unroll
-    for (int channel = 0; channel < 4; ++channel) {
-        if (channel < channels) values[channel] = weight[tap * channels + channel];
+    for (int channel = 0; channel < 3; ++channel) {
+        if (channel < channels) values[channel] = weight[channel];
     }
-    return make_uint2(values[0] | static_cast<uint32_t>(values[1]) << 16, values[2] | static_cast<uint32_t>(values[3])
-                                                                                          << 16);
+    return make_uint2(values[0] | static_cast<uint32_t>(values[1]) << 16, values[2]);
 }
 
 }  // namespace fastden

@@ -51,17 +51,27 @@ struct Problem {
     bool relu;
 };
 
-// Loads the weights of a region as the product's second factor: 32 positions for each row of taps, 4 for each tap.
-__device__ void load_weights(unsigned char* shared, const Problem& problem, int region, int thread) {
+// Loads the weights of a region as the product's second factor: 32 positions for each row of taps, 4 for each tap. A
+// thread has one tap and every 32nd output in all rows, so offsets between its copies are known when this is compiled.
+template <bool kFour>
+__device__ __forceinline__ void load_weights(unsigned char* shared, const Problem& problem, int region, int thread) {
     constexpr int kPositions = kChunk / 4;  // taps in a row; the eighth is empty
-    const uint16_t* weight = static_cast<const uint16_t*>(problem.weight);
-    for (int index = thread; index < kTaps * kColumns * kPositions; index += kThreads) {
-        const int tap = index % kPositions, column = index / kPositions % kColumns, row = index / kPositions / kColumns;
-        const int output = channel_of_column(column);
-        const int tap_index = ((region * problem.outputs + output) * kTaps + row) * kTaps + tap;
-        const bool exists = tap < kTaps && output < problem.outputs;
-        const int at = row * kColumns * kRowBytes + part_offset(column, tap / 2) + tap % 2 * kPixelBytes;
-        *reinterpret_cast<uint2*>(shared + at) = tap_values(weight, tap_index, problem.image.channels, exists);
+    constexpr int kPass = kThreads / kPositions;
+    // channel_of_column and the swizzle of part_offset are those of the column 32 before.
+    static_assert(kPass == 32 && kColumns % kPass == 0);
+    const int tap = thread % kPositions, column = thread / kPositions, output = channel_of_column(column);
+    const int channels = kFour ? 4 : problem.image.channels;
+    const uint16_t* const weight = static_cast<const uint16_t*>(problem.weight) +
+                                   ((region * problem.outputs + output) * kTaps * kTaps + tap) * channels;
+    unsigned char* const target = shared + part_offset(column, tap / 2) + tap % 2 * kPixelBytes;
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kPass) {
+        const bool exists = tap < kTaps && first + output < problem.outputs;
+#pragma unroll
+        for (int row = 0; row < kTaps; ++row) {
+            *reinterpret_cast<uint2*>(target + (row * kColumns + first) * kRowBytes) =
+                tap_values<kFour>(weight + (first * kTaps + row) * kTaps * channels, channels, exists);
+        }
     }
 }
 
@@ -83,7 +93,13 @@ __global__ void __launch_bounds__(kThreads, 2) stem_kernel(const __grid_constant
         const int top = line % r.tiles_down << r.log_rows, left = index % r.tiles_across << r.log_columns;
         const int columns = patch_columns(r.log_columns);
         __syncthreads();  // all threads have finished the previous tile
-        if (region != loaded) load_weights(weights, problem, region, thread);
+        if (region != loaded) {
+            if (problem.image.channels == 4) {
+                load_weights<true>(weights, problem, region, thread);
+            } else {
+                load_weights<false>(weights, problem, region, thread);
+            }
+        }
         loaded = region;
         load_patch(patch, problem.image, n, 2 * (r.first_row + top) - 1, 2 * (r.first_column + left) - 1,
                    patch_rows(r.log_rows), columns, thread, kThreads);
