@@ -27,6 +27,23 @@ from torch import Tensor, nn
 
 from fastden.ops.backends import NAMES, use_backend
 from fastden.ops.modes import transforming
+from fastden.task_losses import ClassificationLoss, SegmentationLoss, at_least_float32, resize_prediction
+
+__all__ = [
+    "TASK",
+    "BuiltIn",
+    "ClassificationLoss",
+    "FrozenTask",
+    "JointDenoiser",
+    "JointLoss",
+    "JointOutput",
+    "JointTerms",
+    "Preprocess",
+    "SegmentationLoss",
+    "TaskLoss",
+    "check_preprocess",
+    "resize_prediction",
+]
 
 #: Name of the only task where it was not given by a mapping.
 TASK = "task"
@@ -267,71 +284,6 @@ class JointLoss(nn.Module):
         return loss
 
 
-class ClassificationLoss(nn.Module):
-    """Cross entropy of whole images, in float32.
-
-    Args:
-        ignore_index: label of images that do not count.
-        label_smoothing: as ``torch.nn.functional.cross_entropy``'s.
-    """
-
-    def __init__(self, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-
-    def forward(self, prediction: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the images that count; 0 where none does.
-
-        Args:
-            prediction: (N, classes), not normalised.
-            labels: (N,), integers.
-
-        Raises:
-            TypeError: not tensors, or labels that are not integers.
-            ValueError: other shapes, or a label that is no class.
-        """
-        _check_prediction(prediction, 2, "(N, classes)")
-        _check_labels(labels, tuple(prediction.shape[:1]), prediction.shape[1], self.ignore_index)
-        return _cross_entropy(prediction, labels, self.ignore_index, self.label_smoothing)
-
-
-class SegmentationLoss(nn.Module):
-    """Cross entropy of every pixel, in float32.
-
-    Args:
-        ignore_index: label of pixels that do not count.
-    """
-
-    def __init__(self, ignore_index: int = -100) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-
-    def forward(self, prediction: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the pixels that count; 0 where none does.
-
-        Args:
-            prediction: (N, classes, h, w), not normalised; scaled bilinearly to the size of ``labels``.
-            labels: (N, H, W), integers.
-
-        Raises:
-            TypeError: not tensors, or labels that are not integers.
-            ValueError: other shapes, or a label that is no class.
-        """
-        _check_prediction(prediction, 4, "(N, classes, h, w)")
-        shape = (prediction.shape[0], *labels.shape[1:]) if labels.dim() == 3 else (prediction.shape[0], -1, -1)
-        _check_labels(labels, shape, prediction.shape[1], self.ignore_index)
-        return _cross_entropy(resize_prediction(prediction, labels.shape[1:]), labels, self.ignore_index, 0.0)
-
-
-def resize_prediction(prediction: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """Logits (N, classes, h, w), scaled bilinearly to ``size``, in at least float32."""
-    prediction = _at_least_float32(prediction)
-    if tuple(prediction.shape[2:]) == tuple(size):
-        return prediction
-    return F.interpolate(prediction, size=tuple(size), mode="bilinear", align_corners=False)
-
-
 def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -> None:
     """Raise unless gradients pass through ``preprocess`` at the first of ``images`` (N, C, H, W).
 
@@ -419,11 +371,7 @@ def _check_names(what: str, names: Iterable[str]) -> None:
 
 
 def _squared_error(denoised: Tensor, clean: Tensor) -> Tensor:
-    return F.mse_loss(_at_least_float32(denoised), _at_least_float32(clean))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return F.mse_loss(at_least_float32(denoised), at_least_float32(clean))
 
 
 def _task_loss(loss: BuiltIn | TaskLoss, name: str) -> TaskLoss:
@@ -435,38 +383,3 @@ def _task_loss(loss: BuiltIn | TaskLoss, name: str) -> TaskLoss:
     elif callable(loss):
         return loss
     raise ValueError(f"task_loss: {loss!r} for {name}; accepted: 'classification', 'segmentation' or a callable")
-
-
-def _check_prediction(prediction: Any, dimensions: int, shape: str) -> None:
-    if not isinstance(prediction, Tensor):
-        raise TypeError(f"prediction: {type(prediction).__name__}; accepted: a tensor {shape}")
-    if prediction.dim() != dimensions:
-        raise ValueError(f"prediction: shape {tuple(prediction.shape)}; accepted: {shape}")
-
-
-def _check_labels(labels: Any, shape: tuple[int, ...], classes: int, ignore_index: int) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        shown = f"dtype {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: {shown}; accepted: a tensor of integers")
-    if tuple(labels.shape) != shape:
-        wanted = str(shape).replace("-1", "any")
-        raise ValueError(f"labels: shape {tuple(labels.shape)}; accepted: {wanted}")
-    if transforming() or not labels.numel():
-        return
-    # On a GPU this waits for the labels, tens of microseconds; a label out of range would end the process there.
-    counted = labels[labels != ignore_index]
-    if counted.numel():
-        low, high = (int(bound) for bound in counted.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"labels: from {low} to {high}; accepted: 0 to {classes - 1}, and {ignore_index} to be ignored"
-            )
-
-
-def _cross_entropy(prediction: Tensor, labels: Tensor, ignore_index: int, smoothing: float) -> Tensor:
-    labels = labels.long()
-    losses = F.cross_entropy(
-        _at_least_float32(prediction), labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum"
-    )
-    # reduction="mean" would be NaN where every label is ignored.
-    return losses / (labels != ignore_index).sum().clamp(min=1)
