@@ -15,6 +15,14 @@ class ScaleWarning(UserWarning):
 FAILURES = (UserError, ValueError, TypeError, OSError, MemoryError, RuntimeError)
 
 
+def shown_bytes(count: int) -> str:
+    """A number of bytes for a user: ``4.38 MiB``; rounded up, so that it can be given as a limit."""
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= factor:
+            return f"{-(-100 * count // factor) / 100:g} {unit}"
+    return f"{count} bytes"
+
+
 def in_one_line(error: BaseException) -> str:
     """The message of an error in one line, for a user."""
     name = type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -130,7 +130,7 @@ class BatchDenoiser:
             inputs: files, folders (their images by suffix) and glob patterns.
             output: a file for one input file, else a folder.
             recursive: descend into folders, keeping their structure.
-            format: ``jpeg``, ``png``, ``tiff``, ``webp`` or ``avif``; None for that of each input.
+            format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif`` or ``heic``; None for that of each input.
             manifest: file of the records; ``"auto"`` is ``.fastden-manifest.jsonl`` in an output folder, and none for
                 an output file; None writes none.
             resume: skip an image where the manifest says that it is done: same input, weights and options, output
@@ -144,7 +144,11 @@ class BatchDenoiser:
         """
         if output == "":  # it would be this folder
             raise UserError("output: ''; accepted: a file or a folder")
-        names = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+        given: Any = inputs
+        names = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Path) else [given]
+        for name in names:
+            if not isinstance(name, str | Path):
+                raise TypeError(f"inputs: {type(name).__name__}; accepted: a path or glob pattern, or several")
         made = made_before(manifest, Path(output)) if resume else None
         left_out: list[Path] = []
         planning: dict[str, Any] = {"recursive": recursive, "format_name": format, "made": made, "left_out": left_out}

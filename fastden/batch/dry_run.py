@@ -15,6 +15,7 @@ from fastden.batch.manifest import Manifest, open_manifest
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
 from fastden.errors import FAILURES, UserError, in_one_line
+from fastden.images.strips import read_header
 from fastden.inference.run import denoise_batch, noise_level_of
 from fastden.inference.tiling import HALO, automatic_tile, bytes_per_pixel
 from fastden.network.fused import FusedDenoiser
@@ -102,10 +103,14 @@ def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
             return Step(job, done=True)
         _check_output(settings, job, manifest)
         picture = batch.stages.reading.look(job)
+        if picture.header is None:
+            if not job.source.is_file():
+                raise UserError(f"{job.source}: no regular file; only a run reads it")
+            read_header(job.source, max_pixels=settings.max_pixels, several=True)  # raises what looking passed over
     except FAILURES as error:
         return Step(job, error=in_one_line(error))
     if picture.header is None:
-        return Step(job, error="cannot be read")
+        return Step(job, error="changed while it was looked at")
     if settings.sigma_map is not None:
         sigma = f"sigma from {settings.sigma_map}"
     elif not settings.network(eight_bit=True).noise_level_input:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from fastden.errors import shown_bytes
 from fastden.inference.tiling import DEFAULT_MEMORY, Model, least_memory
 
 #: Bytes of the host's memory for the images of a run where no ``max_memory`` is given.
@@ -33,7 +34,9 @@ def split_memory(max_memory: int | None, model: Model) -> Budget:
         return Budget(DEFAULT_MEMORY, DEFAULT_IMAGES)
     least = 2 * least_memory(model)
     if max_memory < least:
-        raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least} for this model")
+        raise ValueError(
+            f"max_memory: {shown_bytes(max_memory)}; accepted: at least {shown_bytes(least)} for this model"
+        )
     return Budget(max_memory // 2, max_memory // 2)
 
 

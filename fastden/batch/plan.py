@@ -52,6 +52,8 @@ def plan(
         UserError: an input that does not exist or holds no image; two inputs with one output; an output that is another
             one's input, or cannot be.
     """
+    if not inputs:
+        raise UserError("input: none; accepted: one or several files, folders and glob patterns")
     if "" in inputs:
         raise UserError("input: ''; accepted: files, folders and glob patterns")
     if "-" in inputs and not Path("-").exists():

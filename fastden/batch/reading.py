@@ -15,7 +15,7 @@ import numpy as np
 from fastden.batch.picture import Picture, stamp
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
-from fastden.errors import UserError
+from fastden.errors import UserError, shown_bytes
 from fastden.images.attachments import check_colour
 from fastden.images.codec import format_for, read_image
 from fastden.images.encoding import check_alpha, check_pages
@@ -82,7 +82,7 @@ class Reading:
         streamed = header is not None and size > self.settings.budget.images
         if streamed and header is not None and header.pages > 1:
             raise UserError(
-                f"{job.source}: {header.pages} pages take {size} bytes; accepted: less than half of --max-memory"
+                f"{job.source}: {header.pages} pages take {shown_bytes(size)}; accepted: less than half of --max-memory"
             )
         return Picture(job, format_name, stamp(status), header, size, streamed)
 

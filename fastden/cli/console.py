@@ -61,3 +61,12 @@ def error_line(source: str | Path, target: str | Path, error: str) -> str:
 def size_of(image: Record | Step) -> str:
     """An image's size in words."""
     return f"{image.width} x {image.height}" + (f", {image.pages} pages" if image.pages > 1 else "")
+
+
+def duration(seconds: float) -> str:
+    """A time in words, with two digits."""
+    for factor, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * factor:
+            number = seconds / factor
+            return f"{number:.1f} {unit}" if number < 9.95 else f"{number:.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fastden.batch.manifest import Record
     from fastden.batch.report import Report
 
+#: Files that the last line of a run names, of those that failed.
+NAMED = 5
+
 
 class Display:
     """What ``fastden denoise`` prints about a run over images, on any engine: a bar, a line an image, the sums.
@@ -111,7 +114,9 @@ class Display:
             names = [*failed, *(str(error.filename) for error in self.unreadable)]
             if names:
                 total = report.jobs + len(self.unreadable)
-                say(f"error: {len(names)} of {total} files failed: {', '.join(names)}", error=True)
+                more = f" and {len(names) - NAMED} more, told above" if len(names) > NAMED else ""
+                shown = ", ".join(names[:NAMED])
+                say(f"error: {len(names)} of {total} files failed: {shown}{more}", error=True)
         if interrupted:
             say("error: interrupted; --resume goes on from here", error=True)
             return INTERRUPTED

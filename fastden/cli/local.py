@@ -10,7 +10,7 @@ from fastden.batch.dry_run import rehearse
 from fastden.batch.manifest import made_before
 from fastden.batch.plan import Job, plan
 from fastden.batch.report import Interrupted, Listener
-from fastden.cli.console import clean_termination, error_line, say, size_of
+from fastden.cli.console import clean_termination, duration, error_line, say, size_of
 from fastden.cli.display import Display
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import in_one_line
@@ -79,7 +79,7 @@ def _rehearse(batch: BatchDenoiser, request: Request, jobs: list[Job], unreadabl
             say(f"{step.job.source} -> {step.job.target}, {size_of(step)}, {step.sigma}{how}")
     todo = sum(step.error is None and not step.done for step in expected.steps)
     if todo:
-        time = f"about {expected.seconds:.2g} s at {expected.rate:.2f} MP/s, measured now"
+        time = f"about {duration(expected.seconds)} at {expected.rate:.2f} MP/s, measured now"
         memory = f"at most {expected.memory / 2**30:.2f} GiB beside Python and PyTorch"
         say(f"would denoise {todo} image{'s' * (todo != 1)}, {expected.megapixels:.2f} megapixels: {time}; {memory}")
     return 1 if unreadable or any(step.error is not None for step in expected.steps) else 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,7 @@ from fastden.errors import FAILURES, UserError, in_one_line
 
 
 def noise(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files, and folders of them.")],
     map_file: Annotated[
         Path | None,
         typer.Option(
@@ -37,11 +39,12 @@ def noise(
         from fastden.inference.estimate import noise_of_samples
 
     if map_file is not None:
-        if len(files) != 1:
-            raise UserError(f"map: {map_file} with {len(files)} pictures; accepted: with one")
+        if len(files) != 1 or files[0].is_dir():
+            what = f"{len(files)} pictures" if len(files) != 1 else "a folder"
+            raise UserError(f"map: {map_file} with {what}; accepted: with one picture")
         check_target(map_file, overwrite)
     failed = False
-    for file in files:
+    for file in _pictures(files):
         try:
             crops, values = read_samples(file)
             estimate = noise_of_samples(crops, values)
@@ -58,15 +61,59 @@ def noise(
             say(f"{file}: {estimate.describe()}")
             if not values.ordinary:
                 say(f"    {values.describe(crops[0].dtype)}")
-            say(f"    {_advice(file, estimate.kind)}")
+            for line in _advice(file, estimate.kind):
+                say(f"    {line}")
     raise typer.Exit(1 if failed else 0)
 
 
-def _advice(file: Path, kind: str) -> str:
+def _pictures(files: list[Path]) -> list[Path]:
+    """The files, and in the place of each folder its pictures."""
+    from fastden.images.finder import count_left_out, find_images
+
+    pictures: list[Path] = []
+    for file in files:
+        if not file.is_dir():
+            pictures.append(file)
+            continue
+        left_out: list[Path] = []
+        inside = find_images(file, left_out=left_out)
+        told = count_left_out(left_out) if left_out else ""
+        if not inside:
+            raise UserError(f"file: no images in the folder {file}{f' ({told})' * bool(told)}; accepted: image files")
+        if told:
+            say(f"note: {told}", error=True)
+        pictures += inside
+    return pictures
+
+
+def _advice(file: Path, kind: str) -> list[str]:
+    """What to do, and the command for it, which a shell can run."""
+    from fastden.images.codec import SUFFIXES
+    from fastden.images.formats import result_suffix
+    from fastden.images.kinds import OTHER_SUFFIXES
+
     if kind == "clean":
-        return "nothing to do: fastden denoise would leave it nearly as it is"
-    target = shlex.quote(str(file.with_name(f"{file.stem}-clean{file.suffix}")))
-    return f"fastden denoise {shlex.quote(str(file))} -o {target}"
+        return ["nothing to do: fastden denoise would leave it nearly as it is"]
+    suffix = result_suffix(file.suffix)
+    suffix = suffix if suffix.lower() in SUFFIXES or suffix.lower() in OTHER_SUFFIXES["HEIC"] else ".png"
+    command = f"fastden denoise {_quoted(file)} -o {_quoted(file.with_name(f'{file.stem}-clean{suffix}'))}"
+    if kind == "unknown":
+        return ["nothing would be removed; if you see noise, give its level:", f"{command} --sigma N"]
+    return [command]
+
+
+def _quoted(path: Path) -> str:
+    """A path as a word of a shell: also one with a line's end in it, or that begins like an option."""
+    name = f"./{path}" if str(path).startswith("-") else str(path)
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        escaped = (_escaped(byte) for byte in os.fsencode(name))
+        return f"$'{''.join(escaped)}'"
+    return shlex.quote(name)
+
+
+def _escaped(byte: int) -> str:
+    character = chr(byte)
+    return character if 32 <= byte < 127 and character not in "'\\" else f"\\x{byte:02x}"
 
 
 def _write_map(file: Path, target: Path, estimate: Any, overwrite: bool) -> None:

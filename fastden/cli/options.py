@@ -17,9 +17,15 @@ from typer.core import TyperCommand, TyperGroup
 from fastden.cli.console import say
 from fastden.errors import UserError, in_one_line
 
+#: The commands in the order in which they are listed: what most people need comes first.
+COMMANDS = ("denoise", "noise", "ui", "eval", "models", "info", "train", "calibrate", "export", "bench", "build")
+
 
 class OneLineErrors(TyperGroup):
-    """Turns the user's mistakes into one line and exit code 1."""
+    """Lists the commands in their order, and turns the user's mistakes into one line and exit code 1."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -204,6 +210,6 @@ def parse_tile(text: str) -> Literal["auto"] | int | None:
         return "auto"
     if text == "none":
         return None
-    if not text.isdecimal():
-        raise UserError(f"tile: {text!r}; accepted: auto, none, or pixels")
+    if not text.removeprefix("-").isdecimal():
+        raise UserError(f"tile: {text!r}; accepted: auto, none, or a whole number of pixels")
     return int(text)

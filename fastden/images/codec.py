@@ -68,6 +68,14 @@ METADATA = (
     "yres",
 )
 _LOADERS = {"uhdr": "jpeg"}
+_OTHER_TYPES = {
+    "char": "integers of 8 bits with sign",
+    "short": "integers of 16 bits with sign",
+    "int": "integers of 32 bits with sign",
+    "uint": "integers of 32 bits without sign",
+    "complex": "complex numbers",
+    "dpcomplex": "complex numbers",
+}
 _OTHER_SPACES = ("lab", "labs", "xyz", "lch", "cmc", "hsv", "yxy", "fourier", "matrix")
 
 
@@ -223,7 +231,7 @@ def _check_pages(pages: int, format_name: str, several: bool) -> None:
     if format_name != "tiff":
         raise UserError(f"an animation of {pages} frames ({format_name}); accepted: one picture, or a video")
     if not several:
-        raise UserError(f"{pages} pages; accepted: one page here, several with BatchDenoiser and the command")
+        raise UserError(f"{pages} pages; accepted: one page (fastden denoise and BatchDenoiser take several)")
 
 
 def _check_header(image: Any, rows: int, max_pixels: int) -> None:
@@ -231,7 +239,8 @@ def _check_header(image: Any, rows: int, max_pixels: int) -> None:
     if image.coding != "none" or image.interpretation in _OTHER_SPACES:
         raise UserError(f"colour space {image.interpretation}; accepted: gray, RGB, CMYK")
     if image.format not in VIPS_DTYPES:
-        raise UserError(f"pixels of type {image.format}; accepted: 8 or 16 bits unsigned, or floating")
+        kind = _OTHER_TYPES.get(image.format, f"pixels of type {image.format}")
+        raise UserError(f"{kind}; accepted: integers of 8 or 16 bits without sign, or floating values")
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -16,7 +16,7 @@ INTERPRETATIONS = {"uchar": ("b-w", "srgb"), "ushort": ("grey16", "rgb16"), "flo
 def check_alpha(has_alpha: bool, format_name: str) -> None:
     """Raise UserError where an image has an alpha channel and the format has none."""
     if has_alpha and format_name == "jpeg":
-        accepted = "png, tiff, webp or avif (by the suffix, or --format of the command)"
+        accepted = "png, tiff, webp, avif or heic (by the suffix, or --format of the command)"
         raise UserError(f"JPEG has no alpha channel; accepted: {accepted}")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastden.images.codec import SUFFIXES
-from fastden.images.formats import PACKAGES, read_suffixes
-from fastden.images.kinds import kind_of_suffix
+from fastden.images.formats import read_suffixes
+from fastden.images.kinds import PACKAGES, kind_of_suffix
 
 
 def has_image_name(path: str | Path) -> bool:

@@ -8,20 +8,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastden.errors import UserError, in_one_line
 from fastden.images import tiff_tags
-from fastden.images.kinds import OTHER_SUFFIXES, is_raw_tiff, kind_of_bytes, not_supported
+from fastden.images.kinds import OTHER_SUFFIXES, PACKAGES, is_installed, is_raw_tiff, kind_of_bytes, not_supported
 from fastden.images.pixels import Array
 
-#: The module that reads each kind.
-PACKAGES = {"HEIC": "pillow_heif", "JPEG XL": "pillow_jxl", "camera raw": "rawpy"}
 #: The suffix of the result where the kind of the input is read and not written.
 RESULT = {"JPEG XL": ".png", "camera raw": ".tif"}
 #: Quality of a HEIC that is written, as AVIF's.
@@ -53,12 +49,6 @@ class Opened:
     decode: Callable[[], Array]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-@cache
-def is_installed(kind: str) -> bool:
-    """Whether the package that reads a kind is there; nothing is imported."""
-    return find_spec(PACKAGES[kind]) is not None
 
 
 def read_suffixes() -> dict[str, str]:

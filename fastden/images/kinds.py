@@ -6,6 +6,8 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -67,14 +69,25 @@ _INSTEAD = {
     "DICOM": "a copy as TIFF or PNG of 16 bits",
     "video": "fastden denoise VIDEO -o VIDEO, with the suffix of a video",
 }
-#: Kinds that packages of the extra ``formats`` read.
-_BY_EXTRA = ("HEIC", "JPEG XL", "camera raw")
+#: The module of the extra ``formats`` that reads each kind.
+PACKAGES = {"HEIC": "pillow_heif", "JPEG XL": "pillow_jxl", "camera raw": "rawpy"}
 _CFA, _LINEAR_RAW = 32803, 34892
 _REDUCED, _MASK = 1, 4
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PHOTOMETRIC, _TILE_WIDTH, _DEPTH = 262, 322, 32997
 #: Bytes at the end of a JPEG in which its end marker is looked for first.
 _TAIL = 1 << 16
+
+
+@cache
+def is_installed(kind: str) -> bool:
+    """Whether the package that reads a kind is there; nothing is imported."""
+    return find_spec(PACKAGES[kind]) is not None
+
+
+def known_formats() -> list[str]:
+    """Names of the formats that are read here: libvips' own, and those whose packages are installed."""
+    return ["JPEG", "PNG", "TIFF", "WebP", "AVIF", *(kind for kind in PACKAGES if is_installed(kind))]
 
 
 def kind_of_suffix(suffix: str) -> str | None:
@@ -99,7 +112,7 @@ def not_supported(kind: str, detail: str = "") -> UserError:
     """The error for a kind of files."""
     why = f" ({detail})" if detail else ""
     instead = _INSTEAD.get(kind, "a copy as PNG, TIFF or JPEG")
-    install = "pip install 'fastden[formats]' reads it; or " if kind in _BY_EXTRA else ""
+    install = "pip install 'fastden[formats]' reads it; or " if kind in PACKAGES else ""
     return UserError(f"{kind} is not read here{why}; accepted: {install}{instead}")
 
 

@@ -34,7 +34,7 @@ def check_target(path: str | Path, overwrite: bool) -> None:
         elif target.is_symlink():
             raise UserError(f"{path}: is a link that leads to itself")
         elif not target.parent.is_dir():
-            raise UserError(f"{path}: the folder {target.parent} does not exist")
+            raise UserError(f"{path}: the folder {target.parent} does not exist; accepted: a folder that exists")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 

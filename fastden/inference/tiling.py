@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.algebra import BORDER
+from fastden.errors import shown_bytes
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import map_or_curve, noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
@@ -261,7 +262,8 @@ def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory
     if together > 1:  # whole images fit, however small
         side = max(side, SMALLEST)
     if side < SMALLEST:
-        raise ValueError(f"max_memory: {max_memory} bytes; accepted: at least {least_memory(model)} for this model")
+        least = shown_bytes(least_memory(model))
+        raise ValueError(f"max_memory: {shown_bytes(max_memory)}; accepted: at least {least} for this model")
     return side, together
 
 

@@ -219,8 +219,12 @@ def load_config(path: Path | None, overrides: list[str]) -> TrainConfig:
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"config: cannot read {path}: {error}") from error
+        except OSError as error:
+            raise UserError(f"config: cannot read {path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: {path} is no text in UTF-8; accepted: a YAML file") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(loaded, dict):
             raise UserError(f"config: {path} holds {type(loaded).__name__}; accepted: keys and values")
         values.update(loaded)

@@ -26,7 +26,7 @@ from fastden.batch.report import Interrupted, Listener
 from fastden.batch.streaming import denoise_strips
 from fastden.batch.transfer import Pending
 from fastden.batch.writing import Writing
-from fastden.errors import UserError
+from fastden.errors import UserError, shown_bytes
 from fastden.images.codec import ImageFile, read_image, write_image
 from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Greedy
@@ -165,7 +165,7 @@ def test_gate() -> None:
 
 def test_memory_is_split(network: Any) -> None:
     assert split_memory(1 << 30, network).images == split_memory(1 << 30, network).network == 1 << 29
-    with pytest.raises(ValueError, match=f"accepted: at least {2 * least_memory(network)}"):
+    with pytest.raises(ValueError, match=f"accepted: at least {shown_bytes(2 * least_memory(network))} for"):
         split_memory(2 * least_memory(network) - 1, network)
     split_memory(2 * least_memory(network), network)
 
@@ -333,7 +333,7 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
         ({"sigma": 5, "sigma_map": "map.png"}, "sigma_map: given together with sigma=5"),
         ({"strength": 3}, "strength: 3"),
         ({"workers": 0}, "workers: 0"),
-        ({"max_memory": "1k"}, "max_memory: 1024 bytes; accepted: at least"),
+        ({"max_memory": "1k"}, r"max_memory: 1 KiB; accepted: at least \d\.\d+ MiB for"),
         ({"max_pixels": 0}, "max_pixels: 0"),
         ({"tile": 3}, "tile: 3"),
     ],
@@ -341,6 +341,20 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
 def test_wrong_options(network: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastden.BatchDenoiser(network, **options)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ([], UserError, "input: none; accepted: one or several files, folders and glob patterns"),
+        (3, TypeError, "inputs: int; accepted: a path or glob pattern, or several"),
+        ([None], TypeError, "inputs: NoneType; accepted: a path or"),
+        (b"a.png", TypeError, "inputs: int; accepted"),
+    ],
+)
+def test_wrong_inputs(network: Any, tmp_path: Path, inputs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastden.BatchDenoiser(network).run(inputs, tmp_path / "out")
 
 
 def test_resume_without_a_manifest(photos: Path, tmp_path: Path, network: Any) -> None:

@@ -17,6 +17,7 @@ from fastden.batch.manifest import NAME, Manifest
 from fastden.batch.plan import Job
 from fastden.batch.report import Listener
 from fastden.errors import UserError
+from fastden.images.kinds import known_formats
 from fastden.images.whole_files import digest
 from tests.helpers import streaming
 from tests.image_files import encoded, pixels, save_model
@@ -60,7 +61,7 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
     assert wide["model"] == {"name": "Blend", "sha256": batch.settings.weights["sha256"]}
     assert len(wide["model"]["sha256"]) == 64
     assert by_name["bad.png"]["status"] == "failed"
-    formats = "JPEG, PNG, TIFF, WebP, AVIF"
+    formats = ", ".join(known_formats())
     assert by_name["bad.png"]["error"] == f"{photos / 'bad.png'}: not an image in a known format; accepted: {formats}"
     assert [record["status"] for record in records if record["output"] == "0.png"] == ["writing", "done"]
 

@@ -184,7 +184,7 @@ def test_what_is_refused(tmp_path: Path, network: Any) -> None:
     (record,) = with_map.run(tmp_path / "a.tif", tmp_path / "b.tif").records
     assert (
         record.error
-        == f"{tmp_path / 'map.tif'}: 2 pages; accepted: one page here, several with BatchDenoiser and the command"
+        == f"{tmp_path / 'map.tif'}: 2 pages; accepted: one page (fastden denoise and BatchDenoiser take several)"
     )
 
 

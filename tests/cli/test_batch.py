@@ -62,10 +62,12 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> Non
     (photos / "bad.png").write_bytes(b"no image")
     rest = ["-o", output, "--model", model, "--dry-run"]
     error = fails("denoise", photos, *rest, saying="a.png: exists already")
-    assert f"error: {photos / 'bad.png'}: cannot be read" in error
+    assert f"error: {photos / 'bad.png'}: not an image in a known format; accepted: JPEG" in error
     done = CliRunner().invoke(app, ["denoise", str(photos), *map(str, rest), "--resume"])
     assert done.exit_code == 1
     assert f"{output / 'a.png'}: done before" in done.stdout
+    os.mkfifo(tmp_path / "pipe.png")
+    fails("denoise", tmp_path / "pipe.png", *rest, saying="pipe.png: no regular file; only a run reads it")
     assert sorted(os.listdir(output)) == [NAME, "a.png", "b.jpg"]
 
 

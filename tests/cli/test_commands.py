@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import fastden
+from fastden.cli.console import duration
 from fastden.cli.early import without_garbage_collection
+from fastden.cli.main import app
+from fastden.errors import shown_bytes
+from fastden.network.loading import parse_memory
 from tests.cli.run import fails, in_fresh_python, works
 
 
@@ -186,3 +193,55 @@ def test_train_mistakes_are_one_line(photos: Path, tmp_path: Path) -> None:
     ):
         error = fails("train", config, *arguments, saying=f"^error: .*{saying}")
         assert len(error.splitlines()) == 1, error
+
+
+def _commands(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for word, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, f"{name} {word}".strip())
+
+
+def test_help_lists_the_commands_in_order_of_use(root: Path) -> None:
+    shown = [line.split()[0] for line in works("--help").split("Commands:")[1].strip().splitlines()]
+    assert shown[:3] == ["denoise", "noise", "ui"]
+    page = (root / "docs" / "command_line.md").read_text()
+    assert [name for name in shown if f"| `fastden {name}` |" not in page] == []
+
+
+def test_every_option_is_documented(root: Path) -> None:
+    pages = {path.name: path.read_text() for path in (root / "docs").glob("*.md")}
+    missing = []
+    for name, command in _commands(typer.main.get_command(app)):
+        if name.startswith("bench "):  # docs/benchmarks.md shows the ways to call it; its help has the rest
+            continue
+        text = pages["command_line.md"] if name == "denoise" else "\n".join(pages.values())
+        for option in (word for item in command.params for word in [*item.opts, *item.secondary_opts]):
+            if option.startswith("--") and option != "--help" and not re.search(rf"{option}(?![\w-])", text):
+                missing.append(f"{name} {option}")
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.034, "0.034 s"), (9.96, "10 s"), (119, "119 s"), (186, "3.1 minutes"), (7300, "2.0 hours"), (1e6, "12 days")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(17, "17 bytes"), (1024, "1 KiB"), (1146881, "1.1 MiB"), (3 << 29, "1.5 GiB")]
+)
+def test_sizes_are_rounded_up(count: int, text: str) -> None:
+    assert shown_bytes(count) == text
+    assert (parse_memory(text.replace(" bytes", "")) or 0) >= count
+
+
+def test_only_some_of_many_failed_files_are_named_again(tmp_path: Path, model: str) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    error = fails("denoise", tmp_path, "-o", tmp_path / "out", "--model", model, saying="7 of 7 files failed")
+    last = error.splitlines()[-1]
+    assert last.endswith("4.png and 2 more, told above")
+    assert "5.png" not in last
+    assert error.count("5.png") == 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import fastden
+from fastden.cli.main import app
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, works
 from tests.image_files import encoded
@@ -73,3 +77,40 @@ def test_pictures_that_say_nothing_come_out_as_they_went_in(
     write_image(source, ImageFile(np.full(shape, value, np.uint8)))
     works("denoise", source, "-o", target)
     assert np.abs(read_image(target).pixels.astype(int) - value).max() <= 3
+
+
+def test_a_folder_stands_for_its_pictures(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.bmp").write_bytes(b"BM")
+    done = CliRunner().invoke(app, ["noise", str(tmp_path)])
+    assert done.exit_code == 0
+    assert f"{picture}: level" in done.stdout
+    assert "note: 1 image file left out, not read here: 1 BMP" in done.stderr
+    fails("noise", tmp_path, "--map", tmp_path / "map.png", saying="with a folder; accepted: with one picture")
+    (tmp_path / "empty").mkdir()
+    fails("noise", tmp_path / "empty", saying="file: no images in the folder .*empty; accepted: image files")
+
+
+def test_what_cannot_be_judged_gets_no_empty_advice(tmp_path: Path) -> None:
+    path = tmp_path / "flat.png"
+    path.write_bytes(encoded(np.full((64, 64, 3), 90, np.uint8), "PNG"))
+    lines = works("noise", path).splitlines()
+    assert lines[1:] == [
+        "    nothing would be removed; if you see noise, give its level:",
+        f"    fastden denoise {path} -o {tmp_path / 'flat-clean.png'} --sigma N",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.png", "-x.png", "new\nline.png", "it's \x1b[31m.png", "b\udcff\\.png", "$HOME.png", "x.gif"]
+)
+def test_a_shell_takes_the_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(encoded(noisy(20), "GIF" if name.endswith("gif") else "PNG"))
+    command = works("noise", "--", name).splitlines()[1].strip()
+    words = f"printf '%s\\0' {command.removeprefix('fastden ')}"
+    shown = subprocess.run(["bash", "-c", words], capture_output=True, check=True).stdout
+    written = [os.fsdecode(word) for word in shown.split(b"\0")[:-1]]
+    source = f"./{name}" if name.startswith("-") else name
+    stem, suffix = name.rsplit(".", 1)
+    target = f"{stem}-clean.{suffix.replace('gif', 'png')}"
+    assert written == ["denoise", source, "-o", f"./{target}" if target.startswith("-") else target]

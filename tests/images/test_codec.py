@@ -287,8 +287,11 @@ def test_floats_may_leave_the_range_by_noise() -> None:
     ("array", "message"),
     [
         (pixels(channels=5), "5 channels"),
-        (pixels(channels=0).astype(np.int16), "pixels of type short"),
-        (pixels(channels=0).astype(np.uint32), "pixels of type uint"),
+        (
+            pixels(channels=0).astype(np.int16),
+            "integers of 16 bits with sign; accepted: integers of 8 or 16 bits without sign",
+        ),
+        (pixels(channels=0).astype(np.uint32), "integers of 32 bits without sign"),
         (pixels(channels=0).astype(np.complex64), "not supported here"),
     ],
 )

@@ -247,8 +247,16 @@ WRONG = {
     "fractional tile": ({"tile": 32.5}, ValueError, r"tile: 32\.5; accepted"),
     "word for a tile": ({"tile": "large"}, ValueError, r"tile: 'large'; accepted"),
     "both limits": ({"tile": 32, "max_memory": 1 << 30}, ValueError, r"max_memory: given together with tile=32"),
-    "no memory": ({"max_memory": 1000}, ValueError, r"max_memory: 1000 bytes; accepted: at least \d+"),
-    "negative memory": ({"max_memory": -1}, ValueError, r"max_memory: -1 bytes; accepted: at least \d+"),
+    "no memory": (
+        {"max_memory": 1000},
+        ValueError,
+        r"max_memory: 1000 bytes; accepted: at least \d\.\d+ MiB for this model",
+    ),
+    "negative memory": (
+        {"max_memory": -1},
+        ValueError,
+        r"max_memory: -1 bytes; accepted: at least \d\.\d+ MiB for this model",
+    ),
     "no sigma": ({"sigma": None}, ValueError, r"sigma: None.*accepted"),
     "sigma on the scale of bytes": ({"sigma": 25}, ValueError, r"sigma: 25; accepted: 0 to 1"),
     "map of another size": ({"sigma": torch.zeros(1, 1, 9, 8)}, ValueError, r"sigma: shape \(1, 1, 9, 8\); accepted"),
