@@ -231,7 +231,7 @@ def _check_pages(pages: int, format_name: str, several: bool) -> None:
     if format_name != "tiff":
         raise UserError(f"an animation of {pages} frames ({format_name}); accepted: one picture, or a video")
     if not several:
-        raise UserError(f"{pages} pages; accepted: one page (fastden denoise and BatchDenoiser take several)")
+        raise UserError(f"{pages} pages; accepted: one page (the command denoise and BatchDenoiser take several)")
 
 
 def _check_header(image: Any, rows: int, max_pixels: int) -> None:
