@@ -24,7 +24,7 @@ import torch
 
 import fastden
 from fastden.bench.machine import describe
-from fastden.evaluation import psnr, ssim
+from fastden.evaluation import dists, psnr, ssim
 from fastden.images.codec import read_image
 from fastden.network.loading import load_network
 
@@ -51,8 +51,10 @@ def main() -> None:
     parser.add_argument("--sigmas", nargs="*", type=float, default=BM3D_SIGMAS, help="of CBM3D and --color")
     parser.add_argument("--crop", type=int, help="compare only the middle of the pictures, this many pixels square")
     parser.add_argument("--color", action="store_true", help="also the white-noise model at its best sigma a set")
+    parser.add_argument("--dists", action="store_true", help="also DISTS, whose weights piq downloads")
     parser.add_argument("--every", type=int, default=1, help="only every n-th of the pictures")
     arguments = parser.parse_args()
+    measures = {"psnr": psnr, "ssim": ssim} | ({"dists": dists()} if arguments.dists else {})
     names = arguments.sets or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
     network = load_network(arguments.model, "cpu", arguments.dtype)
     methods: dict[str, Callable[[Any, Any], Any]] = {
@@ -78,7 +80,7 @@ def main() -> None:
     document: dict[str, Any] = {"command": "benchmarks/real_photos.py", "model": arguments.model, "sets": {}}
     document |= {"dtype": arguments.dtype, "crop": arguments.crop, "machine": describe(torch.device("cpu"))}
     for name in names:
-        result = _run_set(arguments.data / name, methods, arguments.every, arguments.crop)
+        result = _run_set(arguments.data / name, methods, measures, arguments.every, arguments.crop)
         document["sets"][name] = result
         print(_line(name, result), flush=True)
         if arguments.json:
@@ -86,7 +88,11 @@ def main() -> None:
 
 
 def _run_set(
-    folder: Path, methods: dict[str, Callable[[Any, Any], Any]], every: int, crop: int | None
+    folder: Path,
+    methods: dict[str, Callable[[Any, Any], Any]],
+    measures: dict[str, Callable[[Any, Any], float]],
+    every: int,
+    crop: int | None,
 ) -> dict[str, Any]:
     noisy_files = sorted(folder.glob("*_real.*"))[:: EVERY.get(folder.name, 1)][::every]
     rows, columns = CROPS.get(folder.name, (slice(None), slice(None)))
@@ -100,7 +106,7 @@ def _run_set(
         # The noise is judged on the whole picture, as the command does.
         estimate = fastden.estimate_noise(whole)
         row: dict[str, Any] = {
-            "noisy": _scores(clean, noisy),
+            "noisy": _scores(measures, clean, noisy),
             "level": {
                 "estimated": round(estimate.sigma, 2),
                 "true": round(float((noisy.astype(float) - clean).std()), 2),
@@ -110,11 +116,11 @@ def _run_set(
         }
         for name, method in methods.items():
             start = time.perf_counter()
-            row[name] = _scores(clean, method(noisy, estimate))
+            row[name] = _scores(measures, clean, method(noisy, estimate))
             row[name]["seconds"] = round(time.perf_counter() - start, 3)
         pictures[file.name] = row
     names = ["noisy", *methods]
-    means = {name: {key: _mean(pictures, name, key) for key in ("psnr", "ssim")} for name in names}
+    means = {name: {key: _mean(pictures, name, key) for key in measures} for name in names}
     worst = {
         name: round(min(picture[name]["psnr"] - picture["noisy"]["psnr"] for picture in pictures.values()), 3)
         for name in methods
@@ -133,8 +139,8 @@ def _mean(pictures: dict[str, Any], name: str, key: str) -> float:
     return round(fmean(picture[name][key] for picture in pictures.values()), 4)
 
 
-def _scores(clean: Any, image: Any) -> dict[str, float]:
-    return {"psnr": round(psnr(clean, image), 4), "ssim": round(ssim(clean, image), 5)}
+def _scores(measures: dict[str, Callable[[Any, Any], float]], clean: Any, image: Any) -> dict[str, float]:
+    return {name: round(measure(clean, image), 5) for name, measure in measures.items()}
 
 
 def _middle(image: Any, side: int) -> Any:

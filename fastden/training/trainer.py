@@ -51,8 +51,22 @@ class _FittedSteps(pl.Callback):
         self.config, self.minutes = config, minutes
         self.began, self.first = 0.0, 0
 
+    @staticmethod
+    def check(config: TrainConfig, step: int = 0) -> None:
+        """Refuse a run, from ``step`` on, whose speed cannot be measured before the number of steps matters.
+
+        Raises:
+            UserError: as told.
+        """
+        free = int((1 - max(config.decay, config.freeze_bn)) * config.steps)
+        if step // FIT_EVERY * FIT_EVERY + FIT_EVERY >= free:
+            shares = f"decay {config.decay}, freeze_bn {config.freeze_bn} and steps {config.steps}"
+            text = f"fit: {shares} leave {max(free - step, 0)} steps to measure the speed in"
+            raise UserError(f"{text}; accepted: more than {FIT_EVERY}, by smaller shares or more steps")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began, self.first = monotonic(), trainer.global_step
+        self.check(self.config, self.first)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -103,8 +117,8 @@ def train(
     last = config.output / "checkpoints" / "last.ckpt"
     if fit and minutes is None:
         raise UserError("fit: without minutes; accepted: with the minutes that the run may take")
-    if fit and max(config.decay, config.freeze_bn) >= 1:
-        raise UserError(f"fit: decay {config.decay}, freeze_bn {config.freeze_bn}; accepted: both below 1")
+    if fit and not resume:
+        _FittedSteps.check(config)
     if resume and not last.exists():
         raise UserError(f"resume: {last} does not exist; accepted: an output folder with a checkpoint")
     if not resume and last.exists():

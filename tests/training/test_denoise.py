@@ -207,8 +207,14 @@ class TestRun:
     def test_what_does_not_fit_is_refused(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="fit: without minutes"):
             run(tmp_path, fit=True)
-        with pytest.raises(UserError, match=r"fit: decay 1\.0, freeze_bn 0\.5; accepted: both below 1"):
-            run(tmp_path, minutes=1, fit=True, decay=1.0)
+        left = "decay 1.0, freeze_bn 0.5 and steps 1000 leave 0 steps to measure the speed in"
+        with pytest.raises(UserError, match=f"fit: {left}; accepted: more than 50, by smaller shares or more steps"):
+            run(tmp_path, minutes=1, fit=True, steps=1000, decay=1.0)
+        with pytest.raises(UserError, match="steps 1000 leave 50 steps"):
+            run(tmp_path, minutes=1, fit=True, steps=1000, decay=0.95)
+        run(tmp_path, minutes=0)
+        with pytest.raises(UserError, match="steps 4 leave 0 steps"):
+            run(tmp_path, resume=True, minutes=1, fit=True)
 
     def test_resuming_a_finished_run_changes_nothing(self, finished: Path, run: Run) -> None:
         expected = weights(finished / "model")
