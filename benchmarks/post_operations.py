@@ -3,13 +3,13 @@
     python benchmarks/post_operations.py --json benchmarks/results/post-operations.json [--sizes 64x64 512x768]
 
 The times are CPU time of one thread, so that other programs on the machine hardly count. All sizes are measured here
-with post-operations, also those that fastden leaves to PyTorch (:data:`fastden.ops.post_operations.FEW_VALUES`).
+with post-operations, also those that fastden leaves to PyTorch (:data:`fastden.ops.post_operations.FEW_VALUES`). The
+results file holds, for each processor, an entry for each dtype and size; a run adds its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,7 @@ import torch
 
 from fastden import Denoiser, fuse
 from fastden.bench import operators
-from fastden.bench.machine import describe
+from fastden.bench.machine import describe, report
 from fastden.ops import post_operations
 
 OPERATORS = ("stem", "bottleneck", "conv_bn_relu", "concat_conv_bn_relu", "head")
@@ -36,15 +36,12 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="HEIGHTxWIDTH")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    entry: dict[str, Any] = {"machine": describe(torch.device("cpu")), "times": {}}
     for text in arguments.sizes:
         height, width = map(int, text.split("x"))
         for dtype in DTYPES:
-            entry["times"][f"{text}, {dtype}"] = measured((height, width), getattr(torch, dtype))
-    if arguments.json is not None:
-        entries = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        entries[str(entry["machine"].get("cpu"))] = entry
-        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+            operations = measured((height, width), getattr(torch, dtype))
+            entry = {"machine": describe(torch.device("cpu")), "operators": operations}
+            report(entry, arguments.json, f"{dtype}, {height} x {width}")
 
 
 @torch.no_grad()
@@ -75,7 +72,6 @@ def measured(size: tuple[int, int], dtype: torch.dtype) -> dict[str, dict[str, A
             row[name]["median_ms"] = round(median(values), 3)
         row["ratio"] = round(row["plain"]["median_ms"] / row["post-operations"]["median_ms"], 3)
         row["used"] = row["values"] > post_operations.FEW_VALUES
-        print(f"{size[0]} x {size[1]}, {dtype}, {case.part}: {row}")
     return rows
 
 
