@@ -2,7 +2,7 @@
 
 Registers a thread, spilled bytes, static shared memory a block, and the matrix instruction, from the binary where a
 disassembler is found (cuobjdump or nvdisasm, of the toolkit or of Triton), else from the PTX of the whole source. Exits
-with 1 where a kernel spills, where concat_conv_bn_relu or bottleneck lacks Hopper's matrix instruction on sm_90a, or
+with 1 where a kernel spills, where an operator with a kernel for Hopper's matrix instructions has none on sm_90a, or
 where the compiler notes a loss of performance: that it waits for each of these instructions, or ignores ``setmaxnreg``.
 
     python benchmarks/compile_cuda.py                                   # the table
@@ -32,10 +32,10 @@ from fastden.cuda import build
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: The operators that have a kernel for Hopper's matrix instruction, and the architecture that has it.
-HOPPER = (("bottleneck", "concat_conv_bn_relu"), "9.0a")
+#: The operators that have a kernel for Hopper's matrix instructions, with their names, and the architecture.
+HOPPER = ({"bottleneck": "HGMMA", "concat_conv_bn_relu": "HGMMA", "concat_conv_fp8": "QGMMA"}, "9.0a")
 #: Names of matrix instructions in binaries, best first, and in PTX.
-BINARY = ("HGMMA", "HMMA")
+BINARY = ("QGMMA", "HGMMA", "HMMA")
 PTX = ("wgmma.mma_async", "mma.sync")
 #: What ptxas says where it does less than the source asks for: C7504 to C7508, that it ignores ``setmaxnreg``; C7510
 #: and later, that it waits for each of Hopper's matrix instructions.
@@ -110,7 +110,7 @@ def compile_one(
     program = disassembler(toolkit)
     if program is not None:
         listing = subprocess.run([*program, f"{target}.cubin"], capture_output=True, text=True, check=True).stdout
-        instructions, wanted = matrix_instructions(listing), BINARY[0]
+        instructions, wanted = matrix_instructions(listing), HOPPER[0].get(source.stem)
     else:
         subprocess.run([*nvcc, "-ptx", "-o", f"{target}.ptx", str(source)], capture_output=True, check=True)
         text = Path(f"{target}.ptx").read_text()

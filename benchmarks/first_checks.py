@@ -5,8 +5,9 @@
 one-pixel: 1 x 1 pixels. one-hot: a single tile with weights that are zero but for one tap of one channel each, so that
 a result names the tap and channel that is wrong. tiles: 289 tiles, more than a GPU's blocks. large: a 4K image's
 features. repeats: a hundred times the same bits. thread: the first work of a fresh thread. graph: captured and
-replayed. Exits with 1 where a result is wrong; a hang is for the caller's time limit. Interpreted on a CPU
-(``TRITON_INTERPRET=1``) with ``--device cpu``.
+replayed. fp8: conv3 in 8-bit floating point, all of it, and its time; only on the backend cuda. Exits with 1 where a
+result is wrong; a hang is for the caller's time limit. Interpreted on a CPU (``TRITON_INTERPRET=1``) with
+``--device cpu``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,9 @@ from fastden import ops
 #: Channels of conv3's two sources and of its result.
 A, B, OUTPUTS = 128, 32, 256
 KERNEL = 3
+#: Sizes at which conv3 in fp8 is checked; the last one is timed. And how often it is repeated.
+FP8_SIZES = ((1, 1), (8, 16), (133, 265), (1080, 1920))
+FP8_REPEATS = 20
 #: Channels of res3, and of its reduced maps.
 CHANNELS, MIDDLE = 256, 64
 
@@ -93,13 +98,12 @@ def is_near(device: str, backend: str, height: int, width: int) -> None:
 
 
 def one_hot(device: str, backend: str) -> None:
-    one_hot_conv3(device, backend)
+    one_hot_conv3(*conv3(device, 8, 16).features, partial(ops.concat_conv_bn_relu, relu=False, backend=backend))
     one_hot_res3(device, backend)
 
 
-def one_hot_conv3(device: str, backend: str) -> None:
-    """Every tap of every channel, 256 at a time: copies of the sources, bit for bit."""
-    a, b = conv3(device, 8, 16).features
+def one_hot_conv3(a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Every tap of every channel, 256 at a time: copies of the sources (8 x 16 pixels), bit for bit."""
     padded = F.pad(torch.cat([a, b], 1), (1, 1, 1, 1))
     taps = [(channel, y, x) for y in range(KERNEL) for x in range(KERNEL) for channel in range(A + B)]
     for first in range(0, len(taps), OUTPUTS):
@@ -107,7 +111,7 @@ def one_hot_conv3(device: str, backend: str) -> None:
         weight = torch.zeros(OUTPUTS, A + B, KERNEL, KERNEL)
         for output, tap in enumerate(chosen):
             weight[output][tap] = 1
-        result = ops.concat_conv_bn_relu(a, b, weight.to(a), relu=False, backend=backend)
+        result = run(a, b, weight.to(a))
         expected = torch.stack([padded[0, channel, y : y + 8, x : x + 16] for channel, y, x in chosen])
         wrong = [tap for tap, one, two in zip(chosen, result[0], expected, strict=True) if not torch.equal(one, two)]
         if wrong:
@@ -166,6 +170,62 @@ def graph(device: str, backend: str) -> None:
             raise SystemExit(f"{inputs.operator}: the replayed graph gave other bits")
 
 
+def fp8(device: str, backend: str) -> None:
+    """conv3 in fp8: each size, one-hot weights, sums that 14 bits do not hold, the same bits again, and its time."""
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        print("fp8: not checked, this GPU's compute capability is not 9.0")
+        return
+    for size in FP8_SIZES:
+        inputs = conv3(device, *size)
+        (weight,), (bias,) = inputs.weights, inputs.biases
+        tensors = (*inputs.features, weight, bias)
+        ranges = torch.cat(inputs.features, 1).float().abs().amax((0, 2, 3))
+        result = ops.concat_conv_fp8(*tensors, ranges=ranges, backend=backend)
+        expected = ops.concat_conv_fp8(*(x.float() for x in tensors), ranges=ranges, backend="torch")
+        # Results have 8 bits; a kernel's sums of up to 128 products have 14.
+        wrong = ~((result.float() - expected).abs() <= 2**-8 * expected.abs() + 2**-12 * expected.abs().max())
+        if wrong.any():  # where it is NaN, too
+            raise SystemExit(f"fp8, {size}: {int(wrong.sum())} wrong, first at {wrong.nonzero()[:4].tolist()}")
+        for count in range(1, FP8_REPEATS):
+            if not torch.equal(ops.concat_conv_fp8(*tensors, ranges=ranges, backend=backend), result):
+                raise SystemExit(f"fp8, {size}: call {count} gave other bits than the first")
+    # With steps of 1, these integers are not rounded.
+    a, b = (torch.randint(0, 16, (1, channels, 8, 16)).to(device, torch.bfloat16) for channels in (A, B))
+    ones = torch.full((A + B,), 448.0, device=device)
+    one_hot_conv3(a, b, partial(ops.concat_conv_fp8, ranges=ones, relu=False, backend=backend))
+    # The bias takes the first sum away: the rest is below 14 bits of it, and must have been added in float32.
+    weight = torch.full((OUTPUTS, A + B, KERNEL, KERNEL), 2.0**-6)
+    weight[:, :A, 0, 0] = 448
+    bias = torch.full((OUTPUTS,), -448.0 * A, device=device)
+    left = ops.concat_conv_fp8(
+        torch.ones_like(a), torch.ones_like(b), weight.to(a), bias, ranges=ones, backend=backend
+    )[:, :, 1:-1, 1:-1]
+    if not (left == (8 * A + 9 * B) * 2.0**-6).all():
+        raise SystemExit(f"fp8: sums are not added in float32: {left.unique()[:4].tolist()}")
+    if device == "cuda":
+        time_fp8(inputs, ranges, backend)
+
+
+def time_fp8(inputs: Inputs, ranges: Tensor, backend: str) -> None:
+    """Print the time of conv3 in fp8, its rounding included, beside that in bfloat16, in turn."""
+    arguments = (*inputs.features, *inputs.weights, *inputs.biases)
+    forms = {
+        "fp8": partial(ops.concat_conv_fp8, *arguments, ranges=ranges, backend=backend),
+        "bfloat16": partial(ops.concat_conv_bn_relu, *arguments, backend=backend),
+    }
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(30):
+        for name, run in forms.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    for name, all_times in times.items():
+        print(f"conv3 in {name}: {sorted(all_times)[len(all_times) // 2]:.3f} ms")
+
+
 CHECKS: dict[str, Callable[[str, str], None]] = {
     "one-pixel": lambda device, backend: is_near(device, backend, 1, 1),
     "one-hot": one_hot,
@@ -174,6 +234,7 @@ CHECKS: dict[str, Callable[[str, str], None]] = {
     "repeats": repeats,
     "thread": thread,
     "graph": graph,
+    "fp8": fp8,
 }
 
 

@@ -121,6 +121,7 @@ first_checks() { # BACKEND. Each apart: what hangs is stopped, and leaves the GP
     for check in one-pixel one-hot tiles large repeats thread graph; do
         run "first-$1-$check" 120 "$python" benchmarks/first_checks.py "$check" --backend "$1"
     done
+    if [[ $1 == cuda ]]; then run first-cuda-fp8 90 "$python" benchmarks/first_checks.py fp8 --backend cuda; fi
 }
 
 part_first() {
@@ -144,12 +145,17 @@ part_tests() {
     start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
     if [[ ${kernels[*]} == *cuda* ]]; then
         start tests-cuda 300 "${pytest[@]}" --maxfail=40 tests/cuda/test_operators.py tests/cuda/test_network.py
+        # Apart: it is not chosen by itself, so that its faults do not hold back the other kernels.
+        start tests-fp8 200 "${pytest[@]}" --maxfail=40 tests/cuda/test_fp8.py
     fi
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck synccheck; do
             sanitize triton "$tool" "${pytest[@]}" tests/kernels/test_convolutions.py tests/kernels/test_bottleneck.py \
                 tests/kernels/test_head.py tests/kernels/test_stem.py tests/kernels/test_network_input.py
-            if [[ ${kernels[*]} == *cuda* ]]; then sanitize cuda "$tool" "${pytest[@]}" tests/cuda/test_operators.py; fi
+            if [[ ${kernels[*]} == *cuda* ]]; then
+                sanitize cuda "$tool" "${pytest[@]}" tests/cuda/test_operators.py
+                sanitize fp8 "$tool" "${pytest[@]}" tests/cuda/test_fp8.py
+            fi
         done
     else
         steps+=(sanitizer)
@@ -204,10 +210,11 @@ part_proof() {
         # Workers, because a test that ends its process would end all.
         start tests-cuda 300 "${pytest[@]}" --maxfail=40 "${workers[@]:+-n4}" tests/cuda/test_operators.py \
             tests/cuda/test_network.py
+        start tests-fp8 200 "${pytest[@]}" --maxfail=40 tests/cuda/test_fp8.py
         (first_checks cuda) &
     fi
     first_checks triton
-    for check in one-pixel one-hot tiles large repeats thread graph; do steps+=("first-cuda-$check"); done
+    for check in one-pixel one-hot tiles large repeats thread graph fp8; do steps+=("first-cuda-$check"); done
     wait
     keep
     bench model-2160 60 "$inference" model --size 2160 3840 --batch 1 "${rivals[@]}"

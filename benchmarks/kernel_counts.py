@@ -13,8 +13,8 @@ The counts of each kernel in the network are for bfloat16 and compute capability
 
 The next counts are for the step that pads an image, adds its noise level and casts it: the bytes and launches of
 PyTorch's operations, and those of the kernel that does all this at once. Then come the bytes that larger tiles of the
-head spill, and the least cycles of the forms that res3 could have, alone or with conv3. A count is not a time. Only a
-GPU shows what the counts leave out.
+head spill, and the least cycles of the forms that res3 could have, alone or with conv3, and of conv3 in fp8. A count is
+not a time. Only a GPU shows what the counts leave out.
 
     python benchmarks/kernel_counts.py                                   # the table
     python benchmarks/kernel_counts.py --json benchmarks/results/kernel_counts.json --note "what was changed"
@@ -74,7 +74,7 @@ LIMITS = {
     "8.6": Limits(100 << 10, 1536, 16),
     "9.0a": Limits(228 << 10, 2048, 32),
 }
-MATRIX = re.compile(r"\b(HGMMA|HMMA)\.")
+MATRIX = re.compile(r"\b(QGMMA|HGMMA|HMMA)\.")
 SHARED_LOADS = re.compile(r"\b(LDSM|LDS)\b")
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.MULTILINE)
 BYTES = 2
@@ -353,6 +353,46 @@ def count_res3_forms(channels: int = 256, middle: int = 64, tile: tuple[int, int
     ]
 
 
+def count_conv3_forms(tile: int = 128, channels: int = 160, outputs: int = 256, taps: int = 9) -> list[dict[str, Any]]:
+    """Count, for a tile, the least cycles of conv3 in bfloat16 and in fp8; resources as in :func:`count_res3_forms`.
+
+    What other kernels read and write more for it takes its time in memory before or after.
+
+    Args:
+        tile: output pixels, 64 of each of two warp groups.
+        channels, outputs: of conv3, whose sources have 128 and 32 channels.
+        taps: of conv3.
+    """
+    moved = 3.35e12 / 132 / 1.755e9
+    products = tile * taps * channels * outputs
+    arriving = (3 * 160 + taps * outputs) * channels  # elements that come into shared memory: pixels and weights
+    result = outputs * BYTES
+    # Sums of each stage, three taps of the second source in one, are added by 128 lanes.
+    additions = (taps + taps // 3) * tile * outputs
+    forms: dict[str, tuple[int, int, int, int]] = {
+        # Bytes of an element; outputs of an instruction; bytes of memory a pixel more than conv3's own; additions.
+        "bfloat16": (2, 256, 0, 0),
+        "fp8, rounded by a kernel of its own": (1, 128, channels * (BYTES + 1), additions),
+        # The first source is written twice then; the second in fp8 alone.
+        "fp8, rounded by the kernels before": (1, 128, 128 - 32, additions),
+    }
+    rows = []
+    for form, (width, columns, extra, added) in forms.items():
+        memory = channels * width + result
+        instructions = products * width // (64 * columns * 32)
+        # An instruction reads 32 bytes of each of its 64 pixels and of its columns.
+        shared = instructions * 32 * (64 + columns) + arriving * width
+        cycles = {
+            "memory_cycles": round(memory * tile / moved),
+            "shared_memory_cycles": shared // 128,
+            "tensor_cycles": products * width // (2048 * BYTES),
+            "addition_cycles": added // 128,
+        }
+        in_all = max(cycles.values()) + round(extra * tile / moved)
+        rows.append({"form": form, "memory_bytes_a_pixel": memory + extra, **cycles, "cycles_in_all": in_all})
+    return rows
+
+
 # ---- CUDA C++
 
 
@@ -429,8 +469,18 @@ CUDA = (
     convolution("up2 on 8.6, four stages", "upsample", (128, 32, 4, 1, 4), 4, 128, "8.6"),
     convolution("up2 on 8.6, three stages", "upsample", (128, 32, 4, 1, 3), 4, 128, "8.6"),
     Kernel(
-        "conv3", "concat_conv_bn_relu", r"concat_kernelI13__nv_bfloat16Li2E", "hopper::kSharedBytes",
+        "conv3", "concat_conv_bn_relu", r"concat_kernelI13__nv_bfloat16(?:S2_)?Li2E", "hopper::kSharedBytes",
         "hopper::kThreads", "hopper::kTileRows * hopper::kTileColumns", "",
+    ),
+    Kernel(
+        "conv3 in fp8", "concat_conv_fp8", r"concat_kernelI13__nv_fp8_e4m313__nv_bfloat16Li1E", "hopper::kSharedBytes",
+        "hopper::kThreads", "hopper::kTileRows * hopper::kTileColumns",
+        # The second source's boxes are a quarter as wide.
+        "(3 * hopper::kLeftBytes + 9 * hopper::kRightBytes / hopper::kCluster) * 5 / 4",
+    ),
+    Kernel(
+        "rounding for fp8", "concat_conv_fp8", r"rounding_kernelI13__nv_bfloat16E", "fp8::kThreads * 4",
+        "fp8::kThreads", "fp8::kThreads / 8", "fp8::kThreads / 8 * fp8::kChannels * 2",
     ),
     Kernel(
         "head", "head", r"head_kernelI13__nv_bfloat16Lb1E", "kSharedBytes", "kThreads", "kTileRows * kTileColumns",
@@ -460,7 +510,7 @@ def evaluate(expressions: dict[str, str], source: Path, flags: list[str]) -> dic
 
 def conv3_bytes(source: Path) -> str:
     """C++ expression for what a block of conv3 reads of level 2 for a tile: existing channels, half of the weights."""
-    text = source.read_text()
+    text = "".join(path.read_text() for path in (source, source.with_name("concat_hopper.cuh")) if path.exists())
     # Earlier versions read weights of 64 channels for the second source's 32 channels. The other channels of its pixels
     # are zeros, and are not read.
     halves = 5 if "weight_b" in text else 6
@@ -490,6 +540,8 @@ def count_cuda(csrc: Path) -> list[dict[str, Any]]:
     rows = []
     for kernel in CUDA:
         source = csrc / f"{kernel.source}.cu"
+        if not source.exists():
+            continue  # earlier sources
         asked = kernel.asked or conv3_bytes(source)
         names = {"shared": kernel.shared, "threads": kernel.threads, "pixels": kernel.pixels, "asked": asked}
         names |= dict(zip(("moved", "products"), kernel.moved, strict=False))
@@ -540,8 +592,8 @@ def main() -> int:
     head_tiles = count_head_tiles() if "triton" in arguments.backends else []
     for one in head_tiles:
         print(f"head, tiles of {one['groups']} groups, {one['warps']} warps: {one['spilled_bytes']} B spilled")
-    res3_forms = count_res3_forms()
-    for one in res3_forms:
+    res3_forms, conv3_forms = count_res3_forms(), count_conv3_forms()
+    for one in res3_forms + conv3_forms:
         print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in one.items()))
     if arguments.json:
         document: dict[str, Any] = {"command": "python benchmarks/kernel_counts.py", "counts": {}}
@@ -555,6 +607,7 @@ def main() -> int:
             "preparation": preparation,
             "head_tiles": head_tiles,
             "res3_forms": res3_forms,
+            "conv3_forms": conv3_forms,
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0

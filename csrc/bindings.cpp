@@ -250,6 +250,49 @@ Tensor concat_conv_bn_relu(const Tensor& a, const Tensor& b, const Tensor& weigh
     return convolution("a", a, b, weight, bias, std::nullopt, relu, 1, padding);
 }
 
+Tensor concat_conv_fp8(const Tensor& a, const Tensor& b, const Tensor& weight, const Optional& bias,
+                       const Tensor& ranges, bool relu) {
+    const fastden::DType dtype = half("a", a);
+    check_rank("a", a, 4);
+    check_rank("weight", weight, 4);
+    check_like("b", b, a);
+    check_like("weight", weight, a);
+    const int64_t batch = a.size(0), height = a.size(2), width = a.size(3), outputs = weight.size(0);
+    check_shape("a", a, {batch, 128, height, width});
+    check_shape("b", b, {batch, 32, height, width});
+    check_multiple("weight's outputs", outputs, 256);
+    check_shape("weight", weight, {outputs, 160, 3, 3});
+    TORCH_CHECK_TYPE(ranges.scalar_type() == at::kFloat, "ranges: dtype ", ranges.scalar_type(), "; accepted: Float");
+    TORCH_CHECK_VALUE(ranges.device() == a.device(), "ranges: on ", ranges.device(), "; accepted: ", a.device());
+    check_shape("ranges", ranges, {160});
+    const Tensor biases = optional_biases("bias", bias, outputs, a);
+    const Device device(a);
+    Tensor y = at::empty({batch, outputs, height, width}, a.options(), at::MemoryFormat::ChannelsLast);
+    if (y.numel() == 0) return y;
+    const Tensor first = channels_last(a), second = channels_last(b), weights = channels_last(weight);
+    const Tensor wanted = dense(ranges);
+
+    fastden::Fp8Convolution arguments{};
+    arguments.a = pointer(first);
+    arguments.b = pointer(second);
+    arguments.weight = pointer(weights);
+    arguments.ranges = floats(wanted);
+    arguments.bias = floats(biases);
+    arguments.y = y.mutable_data_ptr();
+    arguments.dtype = dtype;
+    arguments.batch = narrow("a", batch);
+    arguments.height = narrow("a", height);
+    arguments.width = narrow("a", width);
+    arguments.channels_a = 128;
+    arguments.channels_b = 32;
+    arguments.outputs = narrow("weight", outputs);
+    arguments.relu = relu;
+    const Tensor workspace = at::empty({fastden::workspace_bytes(arguments)}, a.options().dtype(at::kByte));
+    arguments.workspace = workspace.mutable_data_ptr();
+    check_launch("concat_conv_fp8", fastden::concat_conv_fp8(arguments, device.stream));
+    return y;
+}
+
 Tensor upsample(const Tensor& x, const Tensor& weight, const Optional& bias) {
     const fastden::DType dtype = half("x", x);
     check_rank("x", x, 4);
@@ -457,6 +500,8 @@ TORCH_LIBRARY(fastden_cuda, library) {
     library.def(
         "concat_conv_bn_relu(Tensor a, Tensor b, Tensor weight, Tensor? bias, bool relu, SymInt padding) -> Tensor",
         tags);
+    library.def("concat_conv_fp8(Tensor a, Tensor b, Tensor weight, Tensor? bias, Tensor ranges, bool relu) -> Tensor",
+                tags);
     library.def("upsample(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
     library.def(
         "bottleneck(Tensor x, Tensor reduce, Tensor conv, Tensor expand, Tensor? reduce_bias, Tensor? conv_bias,"
@@ -472,6 +517,7 @@ TORCH_LIBRARY(fastden_cuda, library) {
 TORCH_LIBRARY_IMPL(fastden_cuda, FASTDEN_KEY, library) {
     library.impl("conv_bn_relu", conv_bn_relu);
     library.impl("concat_conv_bn_relu", concat_conv_bn_relu);
+    library.impl("concat_conv_fp8", concat_conv_fp8);
     library.impl("upsample", upsample);
     library.impl("bottleneck", bottleneck);
     library.impl("stem", stem);

@@ -371,8 +371,7 @@ Status launch_for(const Bottleneck& arguments, int64_t tiles, cudaStream_t strea
                               static_cast<uint64_t>(arguments.height), static_cast<uint64_t>(arguments.batch)};
     const uint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1], 2 * sizes[0] * sizes[1] * sizes[2]};
     const uint32_t box[] = {kStepChannels, kMarginColumns, kTileRows + 2, 1};
-    const Status status =
-        encode_tensor_map(&problem.x, arguments.dtype == DType::kBFloat16, 4, arguments.x, sizes, strides, box);
+    const Status status = encode_tensor_map<T>(&problem.x, 4, arguments.x, sizes, strides, box);
     if (!status) return status;
     int multiprocessors = 0;
     error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);

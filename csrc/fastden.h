@@ -46,6 +46,27 @@ struct Convolution {
 Status conv_bn_relu(const Convolution& arguments, cudaStream_t stream);         // b is null
 Status concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream);  // stride 1, no residual
 
+// relu(conv2d(cat(a, b), weight) + bias), kernel 3, padding 1, on compute capability 9.0: both factors of the products
+// are rounded to e4m3 (8-bit floating point), a channel of a or b in steps that make its range 448, e4m3's largest
+// number; what lies beyond becomes 448. Each output's weights are rounded in steps of their own.
+// channels_a is 128, channels_b 32, outputs a multiple of 256; less than 2^31 pixels, padding included.
+struct Fp8Convolution {
+    const void* a;        // (batch, height, width, channels_a)
+    const void* b;        // (batch, height, width, channels_b)
+    const void* weight;   // (outputs, 3, 3, channels_a + channels_b)
+    const float* ranges;  // (channels_a + channels_b): the largest magnitude that is expected
+    const float* bias;    // (outputs), or null
+    void* y;              // (batch, height, width, outputs)
+    void* workspace;      // workspace_bytes(), overwritten
+    DType dtype;          // of all but the ranges and the bias
+    int batch, height, width;
+    int channels_a, channels_b, outputs;
+    bool relu;
+};
+
+int64_t workspace_bytes(const Fp8Convolution& arguments);
+Status concat_conv_fp8(const Fp8Convolution& arguments, cudaStream_t stream);
+
 // Transposed convolution of kernel 4, stride 2, padding 1. channels and outputs are multiples of 8.
 struct Upsampling {
     const void* x;       // (batch, height, width, channels)

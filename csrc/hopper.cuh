@@ -3,17 +3,19 @@
 
 #include "fastden.h"
 #include "platform.cuh"
+#include "tensor_map.cuh"
 
 namespace fastden {
 
-// The layout of a box in shared memory, with channels innermost. A row has 64 channels (128 bytes): part p of row r
-// lies at position p ^ r % 8, and eight rows are a group of 1024 aligned bytes. Or a row has 32 channels (64 bytes):
-// part p of row r lies at p ^ r / 2 % 4, and eight rows are 512 aligned bytes. Tensor loads whose swizzle has the width
-// of a row write this layout, and products of warp groups read both factors in it.
+// The layout of a box in shared memory, with channels innermost. A row has 128 bytes of channels: part p (16 bytes) of
+// row r lies at position p ^ r % 8, and eight rows are a group of 1024 aligned bytes. Or a row has 64 bytes: part p of
+// row r lies at p ^ r / 2 % 4, and eight rows are 512 aligned bytes. Or it has 32 bytes: part p lies at p ^ r / 4 % 2,
+// and eight rows are 256 aligned bytes. Tensor loads whose swizzle has the width of a row write this layout, and
+// products of warp groups read both factors in it.
 template <int kRow>
 __device__ __forceinline__ uint64_t factor_descriptor(uint32_t address) {
-    static_assert(kRow == 64 || kRow == 128);
-    constexpr uint64_t kGroupStride = 8 * kRow, kSwizzle = kRow == 128 ? 1 : 2;
+    static_assert(kRow == 32 || kRow == 64 || kRow == 128);
+    constexpr uint64_t kGroupStride = 8 * kRow, kSwizzle = kRow == 128 ? 1 : kRow == 64 ? 2 : 3;
     return (address & 0x3FFFF) >> 4 | 1ull << 16 | (kGroupStride >> 4) << 32 | kSwizzle << 62;
 }
 
@@ -25,7 +27,6 @@ using emulator::barrier_init;
 using emulator::barrier_wait;
 using emulator::cluster_rank;
 using emulator::group_commit;
-using emulator::make_context_current;
 using emulator::meet_at;
 using emulator::meet_cluster;
 using emulator::tensor_store_commit;
@@ -60,11 +61,11 @@ template <int kValues, typename Value>
 void keep_in_place(Value (&)[kValues]) {}
 template <typename T, int kSums>
 void group_multiply_add(float (&sums)[kSums], uint64_t a, uint64_t b, bool add) {
-    emulator::group_multiply_add(sums, 2 * kSums, a, b, add, emulator::widen<T>);
+    emulator::group_multiply_add(sums, 2 * kSums, a, b, add, emulator::factor<T>());
 }
 template <typename T>
 void group_multiply_add(float (&sums)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
-    emulator::group_multiply_add(sums, 64, a, b, add, emulator::widen<T>);
+    emulator::group_multiply_add(sums, 64, a, b, add, emulator::factor<T>());
 }
 template <int kPending, int kSums>
 void group_wait(float (&)[kSums]) {
@@ -74,12 +75,6 @@ template <int kRegisters>
 void registers_give() {}
 template <int kRegisters>
 void registers_take() {}
-
-inline Status encode_tensor_map(CUtensorMap* map, bool, int rank, const void* base, const uint64_t* sizes,
-                                const uint64_t* strides, const uint32_t* box) {
-    const char* error = emulator::encode_tensor_map(map, rank, base, sizes, strides, box);
-    return error == nullptr ? Status() : Status(cudaErrorInvalidValue, error);
-}
 
 #else
 
@@ -243,6 +238,10 @@ __device__ __forceinline__ void registers_take() {
 template <typename T>
 __device__ __forceinline__ void group_multiply_add(float (&sums)[128], uint64_t a, uint64_t b, bool add);
 
+// The same for 128 columns and 32 values of 8 bits: sums (64 x 128) = a (64 x 32) b (32 x 128).
+template <typename T>
+__device__ __forceinline__ void group_multiply_add(float (&sums)[64], uint64_t a, uint64_t b, bool add);
+
 // The same for 64 columns: sums (64 x 64) = a (64 x 16) b (16 x 64).
 template <typename T>
 __device__ __forceinline__ void group_multiply_add(float (&sums)[32], uint64_t a, uint64_t b, bool add);
@@ -258,11 +257,16 @@ __device__ __forceinline__ void group_multiply_add(float (&sums)[32], const uint
 #define FASTDEN_SUMS                                                                               \
     FASTDEN_SUMS_OF_16(0), FASTDEN_SUMS_OF_16(16), FASTDEN_SUMS_OF_16(32), FASTDEN_SUMS_OF_16(48), \
         FASTDEN_SUMS_OF_16(64), FASTDEN_SUMS_OF_16(80), FASTDEN_SUMS_OF_16(96), FASTDEN_SUMS_OF_16(112)
+#define FASTDEN_32_SUM_NAMES                                                 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTDEN_64_SUM_NAMES                                                             \
+    FASTDEN_32_SUM_NAMES                                                                 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTDEN_SUM_NAMES                                                                          \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+    FASTDEN_64_SUM_NAMES                                                                           \
+    ", "                                                                                           \
     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
@@ -278,10 +282,16 @@ __device__ __forceinline__ void group_multiply_add(float (&sums)[32], const uint
             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                           \
     }
 
+template <>
+__device__ __forceinline__ void group_multiply_add<__nv_fp8_e4m3>(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" FASTDEN_64_SUM_NAMES "}, %64, %65, add, 1, 1;\n}\n"
+        : FASTDEN_SUMS_OF_16(0), FASTDEN_SUMS_OF_16(16), FASTDEN_SUMS_OF_16(32), FASTDEN_SUMS_OF_16(48)
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
 #define FASTDEN_32_SUMS FASTDEN_SUMS_OF_16(0), FASTDEN_SUMS_OF_16(16)
-#define FASTDEN_32_SUM_NAMES                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FASTDEN_GROUP_MULTIPLY_ADD_64(TYPE, NAME)                                                                   \
     template <>                                                                                                     \
     __device__ __forceinline__ void group_multiply_add<TYPE>(float (&sums)[32], uint64_t a, uint64_t b, bool add) { \
@@ -311,52 +321,12 @@ FASTDEN_GROUP_MULTIPLY_ADD_64(__half, "f16")
 #undef FASTDEN_GROUP_MULTIPLY_ADD
 #undef FASTDEN_GROUP_MULTIPLY_ADD_64
 #undef FASTDEN_SUM_NAMES
+#undef FASTDEN_64_SUM_NAMES
 #undef FASTDEN_32_SUM_NAMES
 #undef FASTDEN_SUMS
 #undef FASTDEN_32_SUMS
 #undef FASTDEN_SUMS_OF_16
 #undef FASTDEN_SUMS_OF_4
-
-// The runtime's context of the current device, for functions of the driver.
-inline cudaError_t make_context_current() {
-    int device = 0;
-    const cudaError_t error = cudaGetDevice(&device);
-    // cudaGetDevice makes no context. cudaSetDevice makes one from CUDA 12 on; the function below also needs CUDA 12.
-    return taken(error != cudaSuccess ? error : cudaSetDevice(device));
-}
-
-// A function of the driver; null if the driver does not have it.
-template <typename Function>
-Function driver_function(const char* name) {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
-#endif
-    const bool usable = taken(error) == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return usable ? reinterpret_cast<Function>(function) : nullptr;
-}
-
-// Describes a tensor of 16-bit elements. Only `strides` (bytes, from the second dimension on) may leave gaps. Rows of a
-// box have 32 or 64 elements.
-inline Status encode_tensor_map(CUtensorMap* map, bool bfloat16, int rank, const void* base, const uint64_t* sizes,
-                                const uint64_t* strides, const uint32_t* box) {
-    static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-    static const auto name_of = driver_function<decltype(&cuGetErrorName)>("cuGetErrorName");
-    if (encode == nullptr) return {cudaErrorNotSupported, "the driver has no cuTensorMapEncodeTiled"};
-    const uint32_t steps[] = {1, 1, 1, 1};
-    const CUresult result =
-        encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
-               const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               box[0] == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result == CUDA_SUCCESS) return {};
-    const char* name = nullptr;
-    if (name_of != nullptr) name_of(result, &name);
-    return {cudaErrorInvalidValue, name != nullptr ? name : "cuTensorMapEncodeTiled"};
-}
 
 #endif
 

@@ -101,8 +101,8 @@ def denoise(
     quality: Annotated[
         Quality,
         typer.Option(
-            help="fast: 8-bit integers, on CPUs with VNNI; best: the mean of the results of all flips and turns, at"
-            " eight times the work."
+            help="fast: 8-bit numbers, on CPUs with VNNI and on H100 or H200; best: the mean of the results of all"
+            " flips and turns, at eight times the work."
         ),
     ] = Quality.normal,
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,

@@ -23,7 +23,12 @@ LARGEST_KERNEL = 5
 #: Positions of pixels are 32 bits wide.
 PIXELS = 2**31
 #: The operators that have kernels of their own for Hopper, and the compute capability whose instruction these need.
-HOPPER = (("bottleneck", "concat_conv_bn_relu"), (9, 0))
+HOPPER = (("bottleneck", "concat_conv_bn_relu", "concat_conv_fp8"), (9, 0))
+#: Of them, those that have no other kernel.
+HOPPER_ONLY = ("concat_conv_fp8",)
+#: Channels of the sources of concat_conv_fp8, and what its outputs are a multiple of.
+FP8_CHANNELS = (128, 32)
+FP8_OUTPUTS = 256
 
 
 def why_not(operator: str, **tensors: Tensor) -> list[str]:
@@ -38,6 +43,8 @@ def _why_not_device(operator: str, device: torch.device) -> list[str]:
     reason = f"compute capability {capability[0]}.{capability[1]}"
     if capability < SMALLEST_CAPABILITY:
         return [f"{reason}; accepted: from 8.0 on"]
+    if operator in HOPPER_ONLY and capability != HOPPER[1]:
+        return [f"{reason}; accepted: {name_of(HOPPER[1]).removesuffix('a')}"]
     built = extension.load()["architectures"]
     advice = f"run `fastden build` with TORCH_CUDA_ARCH_LIST={name_of(capability)}"
     if not covers(built, capability):
@@ -72,6 +79,12 @@ def _convolution(weight: Tensor, x: Tensor | None = None, a: Tensor | None = Non
     return reasons + (_pixels("a", a, kernel) if a is not None else [])
 
 
+def _fp8(a: Tensor, b: Tensor, weight: Tensor, **_: Tensor) -> list[str]:
+    channels = (a.shape[1], b.shape[1])
+    reasons = [] if channels == FP8_CHANNELS else [f"a's and b's channels: {channels}; accepted: {FP8_CHANNELS}"]
+    return reasons + _channels("weight's outputs", weight.shape[0], FP8_OUTPUTS) + _pixels("a", a, 2)
+
+
 def _upsample(x: Tensor, **_: Tensor) -> list[str]:
     return _pixels("x", x, 2)
 
@@ -100,6 +113,7 @@ def _head(features: Tensor, x: Tensor, **_: Tensor) -> list[str]:
 LIMITS: dict[str, Callable[..., list[str]]] = {
     "bottleneck": _bottleneck,
     "concat_conv_bn_relu": _convolution,
+    "concat_conv_fp8": _fp8,
     "conv_bn_relu": _convolution,
     "head": _head,
     "stem": _stem,

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from fastden import ops
 from fastden.algebra import HeadWeights, compose_head, compose_stem
-from fastden.network import folding, int8, onednn
+from fastden.network import folding, fp8, int8, onednn
 from fastden.network.inputs import Sigma, as_map, check_input, map_or_curve, warn_of_scale
 from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
 from fastden.network.packed import Snapshot
 from fastden.network.padding import pad_image, padding_for
+from fastden.ops._tensors import wants_gradient
 from fastden.ops.backends import requested
 from fastden.ops.modes import runs_as_written, without_autocast
 from fastden.ops.network_input import can_prepare, network_input
@@ -43,17 +44,19 @@ def fuse(
         model: a :class:`fastden.Denoiser`.
         dtype: dtype of weights and activations: torch.float64, float32, bfloat16 or float16; None keeps the model's.
         device: device of the result; None keeps the model's.
-        quality: ``"fast"`` computes in 8-bit integers (:mod:`fastden.network.int8`), on CPUs with VNNI, where no
-            gradient is needed. It is 1.8 times as fast as bfloat16 and 0.02 to 0.03 dB worse
-            (``benchmarks/results/int8.json``). The model must know the ranges of its activations: bundled models know
-            them, other models know them after :func:`fastden.calibrate`.
+        quality: ``"fast"`` computes in fewer bits where no gradient is needed. On CPUs with VNNI these are 8-bit
+            integers (:mod:`fastden.network.int8`): 1.8 times as fast as bfloat16 and 0.02 to 0.03 dB worse
+            (``benchmarks/results/int8.json``). On GPUs of compute capability 9.0, in float16 or bfloat16 and with the
+            CUDA extension, conv3 computes in 8-bit floating point (:mod:`fastden.network.fp8`), 0.003 dB worse; no GPU
+            has run that kernel yet. The model must know the ranges of its activations: bundled models know them, other
+            models know them after :func:`fastden.calibrate`.
         differentiable: compute with PyTorch's own operations, whatever backend is chosen. Then derivatives of every
             order exist (for score matching, or for the trace of the Jacobian in plug-and-play priors). Kernels have
             first derivatives only.
 
     Raises:
         TypeError: ``model`` is not a Denoiser.
-        ValueError: the dtype or quality is not accepted; the device, the CPU or the model cannot run
+        ValueError: the dtype or quality is not accepted; the device, the dtype or the model cannot run
             ``quality="fast"``; or a layer was replaced, or is changed by hooks, so that it cannot be folded. Hooks that
             change nothing are accepted, and do not run in the result. To test this, a layer with hooks is called once.
     """
@@ -68,7 +71,9 @@ def fuse(
         raise ValueError(f"quality: {quality!r}; accepted: 'normal', 'fast'")
     ranges = None
     if quality == "fast":
-        reasons = int8.why_not() if device.type == "cpu" else [f"device: {device}; accepted: cpu"]
+        reasons = [f"device: {device}; accepted: cpu, cuda"]
+        if device.type in ("cpu", "cuda"):
+            reasons = int8.why_not() if device.type == "cpu" else fp8.why_not(dtype, device)
         if reasons:
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
@@ -119,7 +124,7 @@ class FusedDenoiser(nn.Module):
 
     Args:
         model: the network to fuse.
-        ranges: ranges of its activations, for 8-bit integers; None for floating point only.
+        ranges: ranges of its activations, for 8-bit numbers; None for more bits only.
         differentiable: as in :func:`fuse`.
     """
 
@@ -128,6 +133,7 @@ class FusedDenoiser(nn.Module):
     head_weight: Tensor
     head_image_weight: Tensor
     head_bias: Tensor
+    conv3_ranges: Tensor
 
     @torch.no_grad()
     def __init__(self, model: Denoiser, ranges: int8.Ranges | None = None, differentiable: bool = False) -> None:
@@ -146,14 +152,16 @@ class FusedDenoiser(nn.Module):
             self.register_buffer(f"{name}_bias", bias.clone())
         self.register_buffer("head_image_weight", _as_kernels_read("head_image", head.image_weight))
         self._names = tuple(self._buffers)
+        if ranges is not None:
+            self.register_buffer("conv3_ranges", fp8.conv3_ranges(ranges), persistent=False)
         self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
-        before = {name: buffer for name, buffer in self.named_buffers() if name.endswith("_bias")}
+        before = {name: buffer for name, buffer in self.named_buffers() if name.endswith(("_bias", "_ranges"))}
         super()._apply(fn, recurse)
         for name, exact in before.items():
             cast = getattr(self, name)
-            if cast.dtype in (torch.float16, torch.bfloat16):
+            if cast.dtype in (torch.float16, torch.bfloat16) or name.endswith("_ranges"):
                 setattr(self, name, exact.to(device=cast.device, dtype=torch.float32))
         return self
 
@@ -234,10 +242,19 @@ class FusedDenoiser(nn.Module):
         skip = self._bottleneck("res1", ops.stem(x, self.stem_weight, self.stem_bias, backend=backend))
         low = ops.conv_bn_relu(skip, *self._pair("conv2"), stride=2, padding=1, backend=backend)
         up = ops.upsample(self._bottleneck("res2", low), *self._pair("up2"), backend=backend)
-        joined = ops.concat_conv_bn_relu(skip, up, *self._pair("conv3"), backend=backend)
+        joined = self._conv3(skip, up, backend)
         weights = HeadWeights(self.head_weight, self.head_image_weight, self.head_bias)
         features = self._bottleneck("res3", joined)
         return ops.head(features, x, *weights, image=image, composed=True, backend=backend)
+
+    def _conv3(self, skip: Tensor, up: Tensor, backend: str | None) -> Tensor:
+        weight, bias = self._pair("conv3")
+        wanted = backend or requested()
+        # Elsewhere, quality="fast" is oneDNN's form, or does not change what operators do.
+        in_fp8 = self.quality == "fast" and not self.differentiable and (skip.is_cuda or wanted == "cuda")
+        if in_fp8 and not wants_gradient(skip, up, weight, bias):
+            return ops.concat_conv_fp8(skip, up, weight, bias, ranges=self.conv3_ranges, backend=wanted or "cuda")
+        return ops.concat_conv_bn_relu(skip, up, weight, bias, backend=backend)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
@@ -252,7 +269,7 @@ class FusedDenoiser(nn.Module):
 
     @property
     def quality(self) -> str:
-        """``"fast"`` where the module may compute in 8-bit integers, else ``"normal"``."""
+        """``"fast"`` where the module may compute in 8-bit numbers, else ``"normal"``."""
         return "normal" if self._ranges is None else "fast"
 
     def _onednn_network(self) -> onednn.TiledNetwork | None:

@@ -49,7 +49,8 @@ def load_network(
     Args:
         model, device, dtype: as in :func:`denoise`.
         eight_bit: the image has 8 bits, so ``dtype="auto"`` may reduce the precision.
-        fast: compute in 8-bit integers. Then ``dtype`` is for the head, and for calls that cannot run in integers.
+        fast: compute in 8-bit numbers (:func:`fastden.fuse`). On a CPU ``dtype`` is then for the head, and for calls
+            that cannot run in integers. On a GPU ``"auto"`` is then bfloat16.
 
     Raises:
         ValueError: the model, device or dtype does not exist; or ``device``, ``dtype`` or ``fast`` is given with a
@@ -65,7 +66,7 @@ def load_network(
         return model
     if isinstance(model, Denoiser):
         target = model.conv0.weight.device if device is None else parse_device(device)
-        return fuse(model, choose_dtype(dtype, target, eight_bit and not fast), target, quality=quality)
+        return fuse(model, choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast)), target, quality=quality)
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
     target = parse_device(device)
@@ -73,7 +74,13 @@ def load_network(
     weights = folder / "model.safetensors"
     # The file's time is part of the cache key: a folder that was written again has another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
-    return _load_cached(str(model), target, choose_dtype(dtype, target, eight_bit and not fast), quality, changed)
+    chosen = choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast))
+    return _load_cached(str(model), target, chosen, quality, changed)
+
+
+def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
+    """Whether ``dtype="auto"`` may be bfloat16: 8-bit integers leave it to the head, and fp8 needs it around conv3."""
+    return device.type == "cuda" if fast else eight_bit
 
 
 @lru_cache(maxsize=4)

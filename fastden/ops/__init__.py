@@ -4,6 +4,7 @@ from fastden.ops.backends import BACKENDS, use_backend, why_not
 from fastden.ops.batch_norm import BatchNorm
 from fastden.ops.bottleneck import bottleneck
 from fastden.ops.concat_conv_bn_relu import concat_conv_bn_relu
+from fastden.ops.concat_conv_fp8 import concat_conv_fp8
 from fastden.ops.conv_bn_relu import conv_bn_relu
 from fastden.ops.head import head
 from fastden.ops.stem import stem
@@ -14,6 +15,7 @@ __all__ = [
     "BatchNorm",
     "bottleneck",
     "concat_conv_bn_relu",
+    "concat_conv_fp8",
     "conv_bn_relu",
     "head",
     "stem",

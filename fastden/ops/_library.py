@@ -57,8 +57,20 @@ class Operator:
 
 
 def names() -> tuple[str, ...]:
-    """The operators of ``torch.ops.fastden`` that the modules loaded so far have registered."""
+    """The dispatcher's operators, of any backend, that the modules loaded so far have registered."""
     return tuple(_shapes)
+
+
+def shape_of_cuda(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Register the decorated function as the shape of an operator that only ``torch.ops.fastden_cuda`` has.
+
+    Its arguments are the operator's.
+    """
+
+    def register(function: Callable[..., Any]) -> None:
+        _shapes[name] = function
+
+    return register
 
 
 def _register_cuda_shapes() -> None:

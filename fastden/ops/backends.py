@@ -49,8 +49,9 @@ BACKENDS = (
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
 ENVIRONMENT = "FASTDEN_BACKEND"
-#: The package of Triton's kernels, with one module for each operator.
+#: The package of Triton's kernels, with one module for each operator but these.
 KERNELS = "fastden.kernels"
+CUDA_ONLY = ("concat_conv_fp8",)
 
 _scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
 
@@ -135,14 +136,18 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
     devices = {tensor.device.type for tensor in given.values()}
     if devices != {"cuda"} and not (_runs_on_cpu(entry) and devices == {"cpu"}):
         reasons.append(f"device {', '.join(sorted(devices))}; accepted: cuda")
-    # Biases may always be float32: kernels add them to float32 sums.
-    wide = {name for name, tensor in given.items() if name.endswith("bias") and tensor.dtype == torch.float32}
+    # Biases may always be float32: kernels add them to float32 sums. Ranges are.
+    wide = {
+        name for name, tensor in given.items() if name.endswith(("bias", "ranges")) and tensor.dtype == torch.float32
+    }
     dtypes = {_as_run(tensor) for name, tensor in given.items() if name not in wide}
     if not dtypes <= set(entry.dtypes):
         reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(entry.dtypes)}")
     elif len(dtypes) > 1:
         reasons.append(f"dtypes {_names(dtypes)}; accepted: one for all inputs")
     if entry.name == "triton":
+        if operator in CUDA_ONLY:
+            return [*reasons, f"{operator} has no kernel in Triton; the cuda backend has one"]
         return reasons + import_module(f"{KERNELS}.{operator}").why_not(**given)
     from fastden.cuda import limits
 

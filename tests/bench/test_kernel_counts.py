@@ -99,6 +99,23 @@ def test_forms_of_res3(counts: Any) -> None:
     assert more == 64 * 9 * 160 * 256 // 2048
 
 
+def test_forms_of_conv3(counts: Any) -> None:
+    """By hand: 90 products of 64 x 256 x 16 in bfloat16 for each of two groups, or of 64 x 128 x 32 in fp8."""
+    forms = {row["form"]: row for row in counts.count_conv3_forms()}
+    plain, own = forms["bfloat16"], forms["fp8, rounded by a kernel of its own"]
+    assert plain["tensor_cycles"] == 2 * 90 * 128
+    assert own["tensor_cycles"] == 2 * 90 * 64
+    assert plain["shared_memory_cycles"] == (2 * 90 * 10240 + 2 * (480 + 2304) * 160) // 128
+    assert own["shared_memory_cycles"] == (2 * 90 * 6144 + (480 + 2304) * 160) // 128
+    assert own["addition_cycles"] == 12 * 2 * 128  # 12 stages, 128 sums of each thread of two groups of 128
+    assert own["memory_bytes_a_pixel"] - plain["memory_bytes_a_pixel"] == 320
+    before = forms["fp8, rounded by the kernels before"]
+    assert own["memory_bytes_a_pixel"] - before["memory_bytes_a_pixel"] == 384
+    moved = 3.35e12 / 132 / 1.755e9
+    assert own["cycles_in_all"] == own["shared_memory_cycles"] + round(480 * 128 / moved)
+    assert plain["cycles_in_all"] == plain["tensor_cycles"]
+
+
 def test_bytes_of_a_tile_by_descriptors(counts: Any) -> None:
     """conv3 in Triton, by hand: for 9 taps of 160 channels, 128 pixels and 256 outputs; the pixels once from memory."""
     from fastden.kernels._descriptors import descriptor_conv_kernel

@@ -82,6 +82,7 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     asked = log.read_text().splitlines()
     tests = [line for line in asked if line.startswith("-m pytest")]
     assert sorted(file for line in tests for file in line.split() if file.startswith("tests/")) == [
+        "tests/cuda/test_fp8.py",
         "tests/cuda/test_network.py",
         "tests/cuda/test_operators.py",
         "tests/kernels",
@@ -91,10 +92,11 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     assert any(line.startswith("ncu --csv --clock-control none --metrics sm__pipe_tensor") for line in asked)
     firsts = [tuple(line.split()[1:]) for line in asked if line.startswith("benchmarks/first_checks.py")]
     names = ("one-pixel", "one-hot", "tiles", "large", "repeats", "thread", "graph")
-    assert firsts == [(name, "--backend", backend) for backend in ("triton", "cuda") for name in names]
+    wanted = [(name, "--backend", backend) for backend in ("triton", "cuda") for name in names]
+    assert firsts == [*wanted, ("fp8", "--backend", "cuda")]
     assert "-m fastden build" in asked
     tools = [word for line in asked for word in line.split() if word in ("memcheck", "racecheck", "synccheck")]
-    assert sorted(tools) == ["memcheck"] * 2 + ["racecheck"] * 2 + ["synccheck"] * 2
+    assert sorted(tools) == ["memcheck"] * 3 + ["racecheck"] * 3 + ["synccheck"] * 3  # of Triton, CUDA, and fp8
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
     gradients = ["train", "train", "ops", "ops", "train", "ops", "train"]
     assert [bench[1] for bench in benches] == ["model"] * 2 + ["ops"] * 4 + gradients + ["model"]

@@ -41,9 +41,9 @@ def test_resources(command: ModuleType) -> None:
 
 @pytest.mark.parametrize("mark", ["\t\tFunction : {}\n", '.section  .text.{},"ax"\n'])
 def test_matrix_instructions(command: ModuleType, mark: str) -> None:
-    bodies = {"_Z1a": "HMMA.16816 HGMMA.64x256x16", "_Z1b": "HMMA.16816.F32", "_Z1c": "FFMA"}
+    bodies = {"_Z1a": "HMMA.16816 HGMMA.64x256x16", "_Z1b": "HMMA.16816.F32", "_Z1c": "FFMA", "_Z1d": "QGMMA.64x128x32"}
     text = "".join(mark.format(name) + body + "\n" for name, body in bodies.items())
-    assert command.matrix_instructions(text) == {"_Z1a": "HGMMA", "_Z1b": "HMMA", "_Z1c": None}
+    assert command.matrix_instructions(text) == {"_Z1a": "HGMMA", "_Z1b": "HMMA", "_Z1c": None, "_Z1d": "QGMMA"}
 
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
@@ -59,9 +59,10 @@ def test_kernels_of_hopper(root: Path, tmp_path: Path) -> None:
     assert {row["source"] for row in rows} == {path.name for path in (root / "csrc").glob("*.cu")}
     assert {row["architecture"] for row in rows} == {"sm_90a"}
     assert all(row["spilled_bytes"] == 0 for row in rows)
-    for source in ("bottleneck.cu", "concat_conv_bn_relu.cu"):
+    for source in ("bottleneck.cu", "concat_conv_bn_relu.cu", "concat_conv_fp8.cu"):
         found = {row["matrix_instruction"] for row in rows if row["source"] == source}
-        assert found & {"HGMMA", "wgmma.mma_async"}, source
+        wanted = "QGMMA" if "fp8" in source else "HGMMA"
+        assert found & {wanted, "wgmma.mma_async"}, source
 
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
@@ -81,7 +82,11 @@ def test_an_ignored_register_count_fails(command: ModuleType, tmp_path: Path) ->
 @pytest.mark.skipif(build.find_toolkit() is None, reason="nvcc is not found")
 @pytest.mark.parametrize(
     ("source", "kernel", "count"),
-    [("concat_conv_bn_relu.cu", "concat_kernel", 4), ("bottleneck.cu", "hopper_bottleneck", 2)],
+    [
+        ("concat_conv_bn_relu.cu", "concat_kernel", 4),
+        ("concat_conv_fp8.cu", "concat_kernel", 2),
+        ("bottleneck.cu", "hopper_bottleneck", 2),
+    ],
 )
 def test_hoppers_kernels_trap_where_they_have_no_code(
     root: Path, tmp_path: Path, source: str, kernel: str, count: int

@@ -56,11 +56,15 @@ extern "C" int copy_from(unsigned long long address, bool valid) {
     }
 }
 
+extern "C" int run_fp8(const fastden::Fp8Convolution* arguments) {
+    return tried(fastden::concat_conv_fp8, *arguments);
+}
+
 extern "C" int run_bottleneck(const fastden::Bottleneck* arguments) {
     return tried(fastden::bottleneck, *arguments);
 }
 """
-SOURCES = ("bottleneck.cu", "concat_conv_bn_relu.cu", "conv_bn_relu.cu")
+SOURCES = ("bottleneck.cu", "concat_conv_bn_relu.cu", "concat_conv_fp8.cu", "conv_bn_relu.cu")
 #: Waits for the other ring of stages bound how far loads of pixels run ahead of a 3x3 convolution, but not of a 1x1.
 POINTWISE = "hopper's convolution: pixels over those in use"
 #: The file, and the text whose first statement is left out; any white space stands for a blank. The first of them makes
@@ -73,16 +77,18 @@ BROKEN = {
     "convolution: a stage overwritten while read": ("convolution.cuh", "__syncthreads(); copy_step();"),
     "convolution: results stored before they are there": ("convolution.cuh", "__syncthreads(); T* y"),
     **{
-        f"hopper's convolution: {name}": ("concat_conv_bn_relu.cu", text)
+        f"hopper's convolution: {name}": ("concat_hopper.cuh", text)
         for name, text in {
             "pixels that nobody waits for": "barrier_wait(left.full(), left.parity);",
             "weights that nobody waits for": "barrier_wait(right.full(), right.parity);",
             "pixels over those in use": "barrier_wait(left.empty(), left.parity ^ 1);",
             "weights over those in use": "barrier_wait(right.empty(), right.parity ^ 1);",
-            "products that nobody waits for": "group_wait<0>(sums);",
+            "products that nobody waits for": "group_wait<0>(sums); give_back",
             "stores that nobody waits for": "if (member == 0) tensor_store_wait_read<0>();",
         }.items()
     },
+    "fp8: products that nobody waits for": ("concat_hopper.cuh", "group_wait<0>(products);"),
+    "fp8: a scale that is not there yet": ("concat_conv_fp8.cu", "__syncthreads();"),
     **{
         f"hopper's bottleneck: {name}": ("bottleneck_hopper.cuh", text)
         for name, text in {
@@ -109,6 +115,19 @@ class Convolution(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("a", "b", "weight", "bias", "residual", "y")),
         *((name, ctypes.c_int) for name in ("dtype", "batch", "height", "width", "channels_a", "channels_b")),
         *((name, ctypes.c_int) for name in ("outputs", "kernel", "stride", "padding")),
+        ("relu", ctypes.c_bool),
+    ]
+
+
+class Fp8Convolution(ctypes.Structure):
+    """``fastden::Fp8Convolution``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "weight", "ranges", "bias", "y", "workspace")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("dtype", "batch", "height", "width", "channels_a", "channels_b", "outputs")
+        ),
         ("relu", ctypes.c_bool),
     ]
 
@@ -170,6 +189,27 @@ def is_right(library: ctypes.CDLL, two_sources: bool, kernel: int = 3, outputs: 
         True,
     )  # fmt: skip
     if library.run(ctypes.byref(arguments)):
+        return False
+    return bool((y.double() - expected).norm() <= 0.01 * expected.norm())  # false where a NaN is
+
+
+def fp8_is_right(library: ctypes.CDLL) -> bool:
+    """Whether a small convolution in fp8 is right; no factor is rounded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        x = torch.randint(-7, 8, shape, generator=generator)
+        return x.bfloat16().contiguous(memory_format=torch.channels_last)
+
+    a, b, weight = draw(1, 128, 9, 20), draw(1, 32, 9, 20), draw(256, 160, 3, 3)
+    weight[:, 0, 0, 0] = 7
+    ranges = torch.full((160,), 448.0)
+    expected = F.conv2d(torch.cat([a, b], 1).double(), weight.double(), padding=1).relu()
+    y = torch.full_like(expected, float("nan"), dtype=a.dtype, memory_format=torch.channels_last)
+    workspace = torch.empty(1 << 20, dtype=torch.uint8)
+    pointers = [x.data_ptr() for x in (a, b, weight, ranges)]
+    arguments = Fp8Convolution(*pointers, None, y.data_ptr(), workspace.data_ptr(), 1, 1, 9, 20, 128, 32, 256, True)
+    if library.run_fp8(ctypes.byref(arguments)):
         return False
     return bool((y.double() - expected).norm() <= 0.01 * expected.norm())  # false where a NaN is
 
@@ -273,11 +313,19 @@ def test_the_portable_bottleneck_is_right(library: ctypes.CDLL) -> None:
     assert bottleneck_is_right(library, 32)
 
 
+def test_right_convolutions_in_fp8_pass_whatever_the_order_of_threads(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(outcomes(library, monkeypatch, fp8_is_right))
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_missing_shows(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def check(library: ctypes.CDLL) -> bool:
         if "bottleneck" in name:
             return bottleneck_is_right(library, 32 if name == NULL_POINTER else 64)
+        if "fp8" in name:
+            return fp8_is_right(library)
         return is_right(library, "hopper" in name, 1 if name == POINTWISE else 3)
 
     if "bottleneck" in name:

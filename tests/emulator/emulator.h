@@ -10,6 +10,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -70,9 +71,9 @@ void barrier_wait(uint32_t barrier, uint32_t parity);
 int cluster_rank();
 bool elected();
 
-// The name of the driver's error, or null. Like the driver's functions it needs a context, which a thread has from its
-// first launch on, or from make_context_current() on.
-const char* encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes,
+// `element`: bytes of the tensor's elements. The name of the driver's error, or null. Like the driver's functions it
+// needs a context, which a thread has from its first launch on, or from make_context_current() on.
+const char* encode_tensor_map(CUtensorMap* map, int element, int rank, const void* base, const uint64_t* sizes,
                               const uint64_t* strides, const uint32_t* box);
 cudaError_t make_context_current();
 void tensor_load(uint32_t target, const CUtensorMap& map, uint32_t barrier, const int* place, unsigned ranks);
@@ -80,9 +81,18 @@ void tensor_store(const CUtensorMap& map, uint32_t source, const int* place);
 void tensor_store_commit();
 void tensor_store_wait(int pending);
 
-void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, float (*to_float)(uint16_t));
-// The first factor in registers, which must keep their values until the product is waited for.
-void group_multiply_add(float* sums, int columns, const uint32_t* a, uint64_t b, bool add, float (*to_float)(uint16_t));
+// Type of the factors of a product: bytes of an element, and `to_float` of its bits.
+struct Factor {
+    int bytes;
+    float (*to_float)(uint16_t);
+};
+
+// 32 bytes of the inner dimension. Elements of 16 bits are summed in float32. Those of 8 bits, e4m3, are summed with 14
+// bits: all addends of an instruction are cut to the bits from the largest one's first bit on. This follows what is
+// published of Hopper; what the hardware does in detail, nobody says.
+void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, Factor factor);
+// The first factor in registers, of 16 bits, which must keep their values until the product is waited for.
+void group_multiply_add(float* sums, int columns, const uint32_t* a, uint64_t b, bool add, Factor factor);
 void group_commit();
 void group_wait(int pending);
 
@@ -96,11 +106,19 @@ Counters& counters();
 
 template <typename T>
 float widen(uint16_t bits) {
-    if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {
+        const auto value = __nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(bits), __NV_E4M3);
+        return __half2float(__half(value));
+    } else if constexpr (std::is_same_v<T, __half>) {
         return __half2float(__ushort_as_half(bits));
     } else {
         return __bfloat162float(__ushort_as_bfloat16(bits));
     }
+}
+
+template <typename T>
+Factor factor() {
+    return {sizeof(T), widen<T>};
 }
 
 }  // namespace fastden::emulator

@@ -45,7 +45,7 @@ struct Product {
     int columns;
     uint64_t a, b;
     bool add;
-    float (*to_float)(uint16_t);
+    Factor factor;
 };
 
 struct Warp {
@@ -161,9 +161,10 @@ unsigned char* at(Block& block, uint32_t address, int bytes);
 unsigned char* at(uint32_t address, int bytes);
 
 // Rows of 128 bytes of which each 16-byte part lies at its place, XOR the row in groups of eight; or of 64 bytes, whose
-// parts lie at their place XOR half the row, in groups of four.
+// parts lie at their place XOR half the row, in groups of four; or of 32 bytes, XOR a quarter of the row, in groups of
+// two.
 inline uint32_t swizzled(uint32_t address, int row) {
-    return address ^ ((address >> 7) & (row == 128 ? 7 : 3)) << 4;
+    return address ^ ((address >> 7) & (row / 16 - 1)) << 4;
 }
 
 // Whether the thread that calls the operators has a context.

@@ -36,6 +36,7 @@ struct Map {
     uint64_t sizes[4];
     uint64_t strides[4];  // bytes
     uint32_t box[4];
+    int element;  // bytes
     int rank;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
@@ -49,8 +50,8 @@ Map decode(const CUtensorMap& map) {
 // `move(shared address, global pointer or null)` for every 16 bytes of a box.
 template <typename Move>
 void each_part(const Map& map, uint32_t shared, const int* place, Move move) {
-    const int row = map.box[0] * 2;
-    if (row != 64 && row != 128) fail("a box whose rows are neither 64 nor 128 bytes");
+    const int row = map.box[0] * map.element;
+    if (row != 32 && row != 64 && row != 128) fail("a box whose rows are not 32, 64 or 128 bytes");
     if (shared % 1024 != 0) fail("a box that is not aligned to 1024 bytes");
     const int rows =
         (map.rank > 1 ? map.box[1] : 1) * (map.rank > 2 ? map.box[2] : 1) * (map.rank > 3 ? map.box[3] : 1);
@@ -65,9 +66,9 @@ void each_part(const Map& map, uint32_t shared, const int* place, Move move) {
             offset += coordinate * static_cast<int64_t>(map.strides[dimension]);
         }
         for (int part = 0; part < row / 16; ++part) {
-            const int64_t column = place[0] + 8 * part;
+            const int64_t column = place[0] + 16 / map.element * part;
             const bool there = inside && column >= 0 && column < static_cast<int64_t>(map.sizes[0]);
-            const char* global = static_cast<const char*>(map.base) + offset + 2 * column;
+            const char* global = static_cast<const char*>(map.base) + offset + map.element * column;
             move(swizzled(shared + index * row + 16 * part, row), there ? const_cast<char*>(global) : nullptr);
         }
     }
@@ -160,13 +161,14 @@ void barrier_wait(uint32_t barrier, uint32_t parity) {
     sleep();
 }
 
-const char* encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uint64_t* sizes,
+const char* encode_tensor_map(CUtensorMap* map, int element, int rank, const void* base, const uint64_t* sizes,
                               const uint64_t* strides, const uint32_t* box) {
     if (!context_is_current()) return "CUDA_ERROR_INVALID_CONTEXT";
-    Map made = {base, {}, {}, {}, rank};
+    if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return "CUDA_ERROR_INVALID_VALUE";
+    Map made = {base, {}, {}, {}, element, rank};
     for (int dimension = 0; dimension < rank; ++dimension) {
         made.sizes[dimension] = sizes[dimension];
-        made.strides[dimension] = dimension == 0 ? 2 : strides[dimension - 1];
+        made.strides[dimension] = dimension == 0 ? element : strides[dimension - 1];
         made.box[dimension] = box[dimension];
         if (made.strides[dimension] % 16 != 0 && dimension > 0) return "CUDA_ERROR_INVALID_VALUE";
         if (box[dimension] > 256) return "CUDA_ERROR_INVALID_VALUE";

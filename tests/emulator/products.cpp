@@ -1,46 +1,97 @@
 // Matrix instructions: ldmatrix and mma.sync of a warp, wgmma of a warp group.
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "machine.h"
 
 namespace fastden::emulator {
 namespace {
 
+// Of e4m3, as integers: of sums and products in units of 2^-18, of factors in units of 2^-9, which divide them all.
+constexpr float kUnit = 512.0f;
+constexpr int kSumBits = 14;
+
+// sum + a b, all cut to kSumBits bits from the first bit of the largest on, and then the result once more.
+float short_sum(float sum, const int32_t* a, const int32_t* b, int depth) {
+    int64_t terms[33];
+    uint64_t any = 0;
+    for (int k = 0; k < depth; ++k) terms[k] = static_cast<int64_t>(a[k]) * b[k];
+    terms[depth] = static_cast<int64_t>(static_cast<double>(sum) * kUnit * kUnit);
+    for (int k = 0; k <= depth; ++k) any |= std::abs(terms[k]);
+    const auto kept = [](uint64_t largest) {
+        const int bits = largest == 0 ? 0 : 64 - __builtin_clzll(largest);
+        return -(int64_t{1} << std::max(bits - kSumBits, 0));
+    };
+    const auto cut = [](int64_t value, int64_t mask) {
+        const int64_t sign = value >> 63;
+        return ((((value ^ sign) - sign) & mask) ^ sign) - sign;
+    };
+    const int64_t mask = kept(any);
+    int64_t total = 0;
+    for (int k = 0; k <= depth; ++k) total += cut(terms[k], mask);
+    total = cut(total, kept(std::abs(total)));
+    return static_cast<float>(static_cast<double>(total) / (kUnit * kUnit));
+}
+
 void execute(Block& block, const Product& product) {
+    const int bytes = product.factor.bytes, depth = 32 / bytes;
     const auto value = [&](uint64_t descriptor, int row, int k) {
         const int swizzle = static_cast<int>(descriptor >> 62);
-        if (swizzle != 1 && swizzle != 2) fail("a descriptor with neither the 128-byte nor the 64-byte swizzle");
-        const int row_bytes = swizzle == 1 ? 128 : 64;
+        if (swizzle == 0) fail("a descriptor without a swizzle");
+        const int row_bytes = swizzle == 1 ? 128 : swizzle == 2 ? 64 : 32;
         if ((descriptor >> 49 & 7) != 0) fail("a descriptor with a base offset");
         const uint32_t start = (descriptor & 0x3FFF) << 4;
         const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
-        uint16_t bits;
-        const uint32_t place = start + row / 8 * stride + row % 8 * row_bytes + 2 * k;
-        std::memcpy(&bits, at(block, swizzled(place, row_bytes), 2), 2);
-        return product.to_float(bits);
+        uint16_t bits = 0;
+        const uint32_t place = start + row / 8 * stride + row % 8 * row_bytes + bytes * k;
+        std::memcpy(&bits, at(block, swizzled(place, row_bytes), bytes), bytes);
+        return product.factor.to_float(bits);
     };
-    std::vector<float> a(64 * 16), b(product.columns * 16);
+    std::vector<float> a(64 * depth), b(product.columns * depth);
     for (int row = 0; row < 64 && product.left[0] == nullptr; ++row) {
-        for (int k = 0; k < 16; ++k) a[row * 16 + k] = value(product.a, row, k);
+        for (int k = 0; k < depth; ++k) a[row * depth + k] = value(product.a, row, k);
     }
     for (int thread = 0; thread < kGroup && product.left[0] != nullptr; ++thread) {
         for (int index = 0; index < 8; ++index) {
             const int row = thread / kWarp * 16 + thread % kWarp / 4 + index / 2 % 2 * 8;
             const int k = thread % 4 * 2 + index / 4 * 8 + index % 2;
             const uint32_t pair = product.left[thread][index / 2];
-            a[row * 16 + k] = product.to_float(static_cast<uint16_t>(pair >> 16 * (index % 2)));
+            a[row * depth + k] = product.factor.to_float(static_cast<uint16_t>(pair >> 16 * (index % 2)));
         }
     }
     for (int column = 0; column < product.columns; ++column) {
-        for (int k = 0; k < 16; ++k) b[column * 16 + k] = value(product.b, column, k);
+        for (int k = 0; k < depth; ++k) b[column * depth + k] = value(product.b, column, k);
     }
+    const auto integers = [&](const std::vector<float>& factors) {
+        std::vector<int32_t> found(factors.size());
+        std::transform(factors.begin(), factors.end(), found.begin(),
+                       [](float factor) { return std::isnan(factor) ? 0 : static_cast<int32_t>(factor * kUnit); });
+        return found;
+    };
+    const bool is_short = bytes == 1;
+    const std::vector<int32_t> short_a = is_short ? integers(a) : std::vector<int32_t>();
+    const std::vector<int32_t> short_b = is_short ? integers(b) : std::vector<int32_t>();
+    const auto has_nan = [&](const float* factors) {
+        return std::any_of(factors, factors + depth, [](float factor) { return std::isnan(factor); });
+    };
+    std::vector<bool> nan_a(64), nan_b(product.columns);
+    for (int row = 0; row < 64; ++row) nan_a[row] = has_nan(&a[row * depth]);
+    for (int column = 0; column < product.columns; ++column) nan_b[column] = has_nan(&b[column * depth]);
     for (int thread = 0; thread < kGroup; ++thread) {
         for (int index = 0; index < product.columns / 2; ++index) {
             const int row = thread / kWarp * 16 + thread % kWarp / 4 + (index & 2 ? 8 : 0);
             const int column = index / 4 * 8 + thread % 4 * 2 + (index & 1);
             float sum = product.add ? product.sums[thread][index] : 0.0f;
-            for (int k = 0; k < 16; ++k) sum += a[row * 16 + k] * b[column * 16 + k];
+            if (nan_a[row] || nan_b[column] || std::isnan(sum)) {
+                sum = std::numeric_limits<float>::quiet_NaN();
+            } else if (is_short) {
+                sum = short_sum(sum, &short_a[row * depth], &short_b[column * depth], depth);
+            } else {
+                for (int k = 0; k < depth; ++k) sum += a[row * depth + k] * b[column * depth + k];
+            }
             product.sums[thread][index] = sum;
         }
     }
@@ -53,8 +104,7 @@ void multiply_groups(Block& block, WarpGroup& all, int pending) {
     }
 }
 
-void begin_product(float* sums, const uint32_t* left, int columns, uint64_t a, uint64_t b, bool add,
-                   float (*to_float)(uint16_t)) {
+void begin_product(float* sums, const uint32_t* left, int columns, uint64_t a, uint64_t b, bool add, Factor factor) {
     WarpGroup& all = group();
     all.product.sums[self().position.thread.x % kGroup] = sums;
     all.product.left[self().position.thread.x % kGroup] = left;
@@ -63,7 +113,7 @@ void begin_product(float* sums, const uint32_t* left, int columns, uint64_t a, u
         all.product.a = a;
         all.product.b = b;
         all.product.add = add;
-        all.product.to_float = to_float;
+        all.product.factor = factor;
         all.open.push_back(all.product);
     });
 }
@@ -125,13 +175,12 @@ void multiply_add(float* sums, const uint32_t* a, uint32_t b0, uint32_t b1, floa
     });
 }
 
-void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, float (*to_float)(uint16_t)) {
-    begin_product(sums, nullptr, columns, a, b, add, to_float);
+void group_multiply_add(float* sums, int columns, uint64_t a, uint64_t b, bool add, Factor factor) {
+    begin_product(sums, nullptr, columns, a, b, add, factor);
 }
 
-void group_multiply_add(float* sums, int columns, const uint32_t* a, uint64_t b, bool add,
-                        float (*to_float)(uint16_t)) {
-    begin_product(sums, a, columns, 0, b, add, to_float);
+void group_multiply_add(float* sums, int columns, const uint32_t* a, uint64_t b, bool add, Factor factor) {
+    begin_product(sums, a, columns, 0, b, add, factor);
 }
 
 void group_commit() {

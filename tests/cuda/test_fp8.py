@@ -1,0 +1,272 @@
+"""concat_conv_fp8 on Hopper's products of e4m3, emulated or on a GPU, against the reference with the same rounding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastden
+from fastden import ops
+from fastden.network import int8
+from fastden.network.model import Denoiser
+from fastden.ops import backends
+from tests.cuda.compare import DTYPES, random
+from tests.helpers import random_network, relative_l2
+from tests.rounding import assert_as_exact, slack
+from tests.scripts import load
+
+A, B, OUTPUTS = 128, 32, 256
+TAPS = 9
+
+
+@pytest.fixture(autouse=True)
+def hopper(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU's compute capability is not 9.0")
+    monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
+
+
+def inputs(device: str, dtype: torch.dtype, batch: int, size: tuple[int, int]) -> dict[str, Any]:
+    a, b = random(device, dtype, batch, A, *size), random(device, dtype, batch, B, *size)
+    return {
+        "a": a.abs(),
+        "b": b,
+        "weight": random(device, dtype, OUTPUTS, A + B, 3, 3, fan_in=TAPS * (A + B)),
+        "bias": random(device, torch.float32, OUTPUTS),
+        "ranges": torch.cat([a, b], 1).float().abs().amax((0, 2, 3)) if batch else torch.ones(A + B, device=device),
+    }
+
+
+def run(backend: str, given: dict[str, Any], dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    tensors = {name: x if name == "ranges" or dtype is None else x.to(dtype) for name, x in given.items()}
+    return ops.concat_conv_fp8(**tensors, **options, backend=backend)
+
+
+def assert_right(given: dict[str, Any], **options: Any) -> None:
+    found, exact = run("cuda", given, **options), run("torch", given, torch.float64, **options)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    if not found.numel():
+        return
+    reference = lambda **tensors: ops.concat_conv_fp8(**tensors, backend="torch")  # noqa: E731
+    # Sums of up to 128 products have 14 bits.
+    unit = slack(reference, **given, **options, exact=exact, dtype=found.dtype) + 2.0**-13 * exact.abs().max()
+    assert_as_exact(found, run("torch", given, **options), exact, unit)
+
+
+@pytest.mark.parametrize(("size", "batch"), [((1, 1), 1), ((11, 17), 1), ((5, 18), 2), ((3, 3), 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results(device: str, dtype: torch.dtype, size: tuple[int, int], batch: int) -> None:
+    assert_right(inputs(device, dtype, batch, size), relu=size != (5, 18))
+
+
+def test_each_tap_of_each_channel(device: str) -> None:
+    """Weights that are zero but for one tap of one channel: copies of a channel, moved, bit for bit."""
+    size = 8, 16
+    a, b = (torch.randint(0, 16, (1, channels, *size)).to(device, torch.bfloat16) for channels in (A, B))
+    padded = F.pad(torch.cat([a, b], 1), (1, 1, 1, 1))[0]
+    ranges = torch.full((A + B,), 448.0, device=device)  # steps of 1: integers up to 16 are not rounded
+    for first in range(0, TAPS * (A + B), OUTPUTS):
+        taps = [(first + output) % (TAPS * (A + B)) for output in range(OUTPUTS)]
+        chosen = [(tap % (A + B), tap // (A + B) // 3, tap // (A + B) % 3) for tap in taps]
+        weight = torch.zeros(OUTPUTS, A + B, 3, 3, dtype=a.dtype)
+        for output, place in enumerate(chosen):
+            weight[output][place] = 1
+        y = ops.concat_conv_fp8(a, b, weight.to(device), ranges=ranges, relu=False, backend="cuda")
+        wanted = torch.stack([padded[c, row : row + size[0], column : column + size[1]] for c, row, column in chosen])
+        wrong = [place for place, one, two in zip(chosen, y[0], wanted, strict=True) if not torch.equal(one, two)]
+        assert not wrong
+
+
+def several_tiles(device: str, multiprocessors: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        monkeypatch.setenv("FASTDEN_EMULATED_MULTIPROCESSORS", str(multiprocessors))
+    assert_right(inputs(device, torch.bfloat16, 1, size))
+
+
+def test_several_tiles_a_block(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tiles for one cluster of two blocks."""
+    several_tiles(device, 3, (18, 37), monkeypatch)
+
+
+@pytest.mark.slow
+def test_more_tiles_than_blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """289 tiles for three clusters, or for a GPU's 144 blocks at most."""
+    several_tiles(device, 7, (133, 265), monkeypatch)
+
+
+def test_sums_are_added_up_in_float32(device: str) -> None:
+    """A first sum of 57344 leaves no bit of the rest in Hopper's 14 bits: it must not be there when the rest is added.
+
+    The rest of each later stage is 2 or 1.5, half a unit of 14 bits or less.
+    """
+    a, b = torch.ones(1, A, 5, 6), torch.ones(1, B, 5, 6)
+    weight = torch.full((OUTPUTS, A + B, 3, 3), 2.0**-6)
+    weight[:, :A, 0, 0] = 448
+    bias, ranges = torch.full((OUTPUTS,), -448.0 * A), torch.full((A + B,), 448.0)
+    given = {"a": a, "b": b, "weight": weight, "bias": bias, "ranges": ranges}
+    given = {name: x.to(device) if x.dim() == 1 else x.to(device, torch.bfloat16) for name, x in given.items()}
+    y = run("cuda", given)
+    assert (y[:, :, 1:-1, 1:-1] == (8 * A + 9 * B) * 2.0**-6).all()
+
+
+def test_what_lies_beyond_the_range_is_limited(device: str) -> None:
+    given = inputs(device, torch.bfloat16, 1, (4, 5))
+    given["ranges"] = given["ranges"] / 2
+    given["a"][0, 3, 1, 2] = float("inf")
+    assert_right(given)
+    assert run("cuda", given).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["a", "b", "weight"])
+def test_nan_is_not_hidden(device: str, name: str) -> None:
+    given = inputs(device, torch.float16, 1, (4, 5))
+    given[name][0, 1, 1, 1] = float("nan")
+    expected = run("torch", given).isnan()
+    assert expected.any()
+    assert run("cuda", given).isnan()[expected].all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_any_layout(device: str, layout: str) -> None:
+    given = inputs(device, torch.float16, 1, (4, 5))
+    expected = run("cuda", given)
+
+    def laid_out(x: Tensor) -> Tensor:
+        if layout == "sliced":
+            return torch.stack([x, x], -1)[..., 0]
+        return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" and x.dim() == 4 else x
+
+    assert torch.equal(run("cuda", {name: laid_out(x) for name, x in given.items()}), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"a": (1, 64, 4, 5)}, "a's and b's channels: (64, 32); accepted: (128, 32)"),
+        ({"weight": (128, 160, 3, 3)}, "weight's outputs: 128; accepted: a multiple of 256"),
+    ],
+)
+def test_limits(device: str, change: dict[str, tuple[int, ...]], reason: str) -> None:
+    given = inputs(device, torch.float16, 1, (4, 5))
+    assert backends.why_not("concat_conv_fp8", "cuda", **given) == []
+    given |= {name: random(device, torch.float16, *shape) for name, shape in change.items()}
+    assert backends.why_not("concat_conv_fp8", "cuda", **given) == [reason]
+    given["ranges"] = torch.ones(160, device=device)
+    with pytest.raises(ValueError, match=r"accepted: (\[1, 128, 4, 5\]|a multiple of 256)"):
+        torch.ops.fastden_cuda.concat_conv_fp8(*given.values(), True)
+
+
+def test_needs_hopper(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        pytest.skip("this GPU is one")
+    monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "8")
+    with pytest.raises(RuntimeError, match=r"concat_conv_fp8: CUDA error: .* \(needs compute capability 9.0, and a b"):
+        run("cuda", inputs(device, torch.float16, 1, (4, 5)))
+
+
+def test_dispatcher_operator(device: str) -> None:
+    given = inputs(device, torch.float16, 1, (1, 2))
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    operator = torch.ops.fastden_cuda.concat_conv_fp8.default
+    torch.library.opcheck(operator, (*given.values(), True), test_utils=checks)
+    compiled = torch.compile(lambda: run("cuda", given), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), run("cuda", given))
+
+
+def test_first_check(device: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of benchmarks/first_checks.py passes, and fails where a result is wrong."""
+    script = load(root / "benchmarks" / "first_checks.py")
+    if device == "cpu":
+        monkeypatch.setattr(script, "FP8_SIZES", ((1, 2),))
+        monkeypatch.setattr(script, "FP8_REPEATS", 2)
+    script.fp8(device, "cuda")
+    original = ops.concat_conv_fp8
+
+    def wrong(*tensors: Tensor, backend: str, **options: Any) -> Tensor:
+        y = original(*tensors, backend=backend, **options)
+        y[0, 3, 0, 1] += backend == "cuda"
+        return y
+
+    monkeypatch.setattr(ops, "concat_conv_fp8", wrong)
+    with pytest.raises(SystemExit, match=r"1 wrong, first at \[\[0, 3, 0, 1\]\]"):
+        script.fp8(device, "cuda")
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph(device: str) -> None:
+    given = inputs(device, torch.bfloat16, 1, (33, 65))
+    expected = run("cuda", given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run("cuda", given)
+    y.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+class TestNetwork:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def model() -> Denoiser:
+        model = random_network()
+        torch.manual_seed(1)
+        fastden.calibrate(model, [torch.rand(1, 3, 32, 32) for _ in range(4)])
+        return model
+
+    @pytest.fixture
+    def network(self, model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], fastden.FusedDenoiser]:
+        # The CPU here may have no VNNI; then quality="fast" is refused there.
+        monkeypatch.setattr(int8, "why_not", list)
+        return lambda device: fastden.fuse(model, torch.bfloat16, device, quality="fast")
+
+    def test_conv3_runs_in_fp8(
+        self, device: str, network: Callable[[str], fastden.FusedDenoiser], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fused = network(device)
+        assert fused.quality == "fast"
+        assert fused.conv3_ranges.dtype == torch.float32
+        assert "conv3_ranges" not in fused.state_dict()
+        asked: list[tuple[str, str]] = []
+        original = backends.why_not
+
+        def why_not(operator: str, backend: str, **options: Any) -> list[str]:
+            asked.append((operator, backend))
+            return original(operator, backend, **options)
+
+        monkeypatch.setattr(backends, "why_not", why_not)
+        torch.manual_seed(0)
+        x = torch.rand(1, 3, 13, 18, device=device)
+        found = {}
+        with torch.no_grad():
+            for backend in ("torch", "cuda") if device == "cuda" else ("cuda",):
+                with ops.use_backend(backend):
+                    found[backend] = fused(x, 0.1) - x
+            assert ("concat_conv_fp8", "cuda") in asked
+            assert ("concat_conv_bn_relu", "cuda") not in asked
+            plain = fastden.fuse(random_network(), torch.float64, device)(x.double(), 0.1) - x
+        for y in found.values():
+            assert 1e-3 < relative_l2(y, plain) < 0.05
+
+    def test_gradients_are_not_of_fp8(self, device: str, network: Callable[[str], fastden.FusedDenoiser]) -> None:
+        fused = network(device)
+        x = torch.rand(1, 3, 8, 8, device=device, requires_grad=True)
+        with ops.use_backend("cuda"):
+            fused(x, 0.1).sum().backward()
+        assert x.grad is not None
+        assert copy.deepcopy(fused).to(torch.float16).conv3_ranges.dtype == torch.float32
+
+    def test_another_backend_is_refused(self, device: str, network: Callable[[str], fastden.FusedDenoiser]) -> None:
+        """On a GPU nothing else runs in its place; quality="fast" on a CPU is oneDNN's."""
+        if device == "cpu":
+            pytest.skip("needs a GPU")
+        x = torch.rand(1, 3, 8, 8, device=device)
+        with torch.no_grad(), pytest.raises(backends.BackendError), ops.use_backend("triton"):
+            network(device)(x, 0.1)
