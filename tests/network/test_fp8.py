@@ -1,0 +1,74 @@
+"""``quality="fast"`` on a GPU, without one: its dtype, and what refuses it. With one: tests/cuda/test_fp8.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastden
+from fastden.network import fp8, int8, loading
+from fastden.network.model import Denoiser
+from fastden.ops import backends
+from tests.helpers import random_network
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device() -> None:
+    model = Denoiser.from_pretrained("color")
+    message = r"quality: 'fast', but PyTorch finds no CUDA device; accepted here: 'normal'"
+    with pytest.raises(ValueError, match=message):
+        fastden.fuse(model, torch.bfloat16, CUDA, quality="fast")
+
+
+def test_reasons_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the operator, for tensors of conv3's channels in the network's dtype."""
+    asked: list[Any] = []
+
+    def why_not(operator: str, backend: str, **tensors: torch.Tensor) -> list[str]:
+        asked.append((operator, backend, {x.dtype for x in tensors.values()}, [x.shape[1] for x in tensors.values()]))
+        return ["compute capability 8.6; accepted: 9.0"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "why_not", why_not)
+    assert fp8.why_not(torch.float16, torch.device("meta")) == ["compute capability 8.6; accepted: 9.0"]
+    assert asked == [("concat_conv_fp8", "cuda", {torch.float16}, [128, 32, 160])]
+
+
+def test_needs_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "why_not", lambda dtype, device: [])
+    with pytest.raises(ValueError, match=r"does not know the ranges .*; accepted: a bundled model, or one behind"):
+        fastden.fuse(random_network(), torch.bfloat16, CUDA, quality="fast")
+
+
+def test_ranges_are_conv3s() -> None:
+    """In the order of its channels, and no smaller than what its inputs are."""
+    model = random_network()
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fastden.calibrate(model, [x])
+    assert model.int8_ranges is not None
+    ranges, _ = model.int8_ranges
+    found = fp8.conv3_ranges(ranges)
+    assert torch.equal(found, torch.cat([ranges["res1"], ranges["up2"]]))
+    assert found.shape == (160,)
+
+
+def test_auto_is_bfloat16_on_a_gpu() -> None:
+    assert loading._may_reduce(CUDA, eight_bit=False, fast=True)
+    assert not loading._may_reduce(CPU, eight_bit=True, fast=True)
+    for device in (CUDA, CPU):
+        assert [loading._may_reduce(device, eight_bit, fast=False) for eight_bit in (True, False)] == [True, False]
+
+
+def test_operators_on_a_cpu_are_not_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, quality="fast" is oneDNN's form in integers; what it cannot run has more bits."""
+    monkeypatch.setattr(int8, "why_not", list)
+    model = Denoiser.from_pretrained("color")
+    x = torch.rand(1, 3, 12, 16, requires_grad=True)
+    fast, normal = (fastden.fuse(model, quality=quality) for quality in ("fast", "normal"))
+    assert torch.equal(fast(x, 0.1), normal(x, 0.1))
+    assert "conv3_ranges" not in fast.state_dict()
+    fast.load_state_dict(normal.state_dict())
