@@ -17,7 +17,7 @@ from fastden import ops
 from fastden.network import int8
 from fastden.network.model import Denoiser
 from fastden.ops import backends
-from tests.cuda.compare import DTYPES, random
+from tests.cuda.compare import random
 from tests.helpers import random_network, relative_l2
 from tests.rounding import assert_as_exact, slack
 from tests.scripts import load
@@ -60,9 +60,16 @@ def assert_right(given: dict[str, Any], **options: Any) -> None:
     assert_as_exact(found, run("torch", given, **options), exact, unit)
 
 
-@pytest.mark.parametrize(("size", "batch"), [((1, 1), 1), ((11, 17), 1), ((5, 18), 2), ((3, 3), 0)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results(device: str, dtype: torch.dtype, size: tuple[int, int], batch: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "batch", "dtype"),
+    [
+        ((1, 1), 1, torch.bfloat16),
+        ((11, 17), 1, torch.float16),
+        ((5, 18), 2, torch.bfloat16),
+        ((3, 3), 0, torch.float16),
+    ],
+)
+def test_results(device: str, size: tuple[int, int], batch: int, dtype: torch.dtype) -> None:
     assert_right(inputs(device, dtype, batch, size), relu=size != (5, 18))
 
 
@@ -133,7 +140,7 @@ def test_nan_is_not_hidden(device: str, name: str) -> None:
     assert run("cuda", given).isnan()[expected].all()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
 def test_any_layout(device: str, layout: str) -> None:
     given = inputs(device, torch.float16, 1, (4, 5))
     expected = run("cuda", given)
@@ -141,7 +148,7 @@ def test_any_layout(device: str, layout: str) -> None:
     def laid_out(x: Tensor) -> Tensor:
         if layout == "sliced":
             return torch.stack([x, x], -1)[..., 0]
-        return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" and x.dim() == 4 else x
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     assert torch.equal(run("cuda", {name: laid_out(x) for name, x in given.items()}), expected)
 
