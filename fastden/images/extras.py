@@ -132,7 +132,7 @@ def _of_jpeg(file: BinaryIO, metadata: dict[str, Any]) -> Extras:
     if behind.strip(b"\0\xff"):
         if b"ftyp" in behind[:4096]:
             parts.append("the video of a motion photo")
-        elif b"\xff\xd8\xff" in behind[:64]:
+        elif b"\xff\xd8\xff" in behind:  # a Nikon D800 leaves 261 bytes in front of it
             parts += [] if gain_map else ["the second picture of the file (MPO)"]
         else:
             parts.append(f"{size} bytes behind the picture")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from fastden.images.pixels import Array, check_pixels
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.images.samples import MAX_SIGMA, sample_windows
+from fastden.images.strips import read_samples
 from fastden.network.hub import WEIGHTS
 from fastden.network.level import (
     CELL,
@@ -132,7 +135,7 @@ class NoiseEstimate:
 UNDECIDED = NoiseEstimate((0.0,) * KNOTS, 0.0, 0.5, decided=False)
 
 
-def estimate_noise(image: Array) -> NoiseEstimate:
+def estimate_noise(image: Any) -> NoiseEstimate:
     """The noise of a picture, from the picture alone.
 
     A small network judges cells of 8 x 8 pixels. A curve of noise level over brightness is fitted through them. Cells
@@ -140,13 +143,18 @@ def estimate_noise(image: Array) -> NoiseEstimate:
     are judged by crops, so the cost does not grow with the picture.
 
     Args:
-        image: (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha, which is left out; uint8, uint16, or
+        image: one picture, as :func:`fastden.denoise` takes it: the path of a file, a PIL image, a tensor (C, H, W), or
+            an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha, which is left out; uint8, uint16, or
             floating in [0, 1].
 
     Raises:
-        TypeError: ``image`` is no NumPy array, or of another dtype.
+        UserError: a file that cannot be read.
+        TypeError: ``image`` has another type or dtype.
         ValueError: another shape, or floating values that are not finite or on another scale.
     """
+    if isinstance(image, str | Path):
+        return noise_of_samples(*read_samples(image))
+    image = _as_array(image)
     check_pixels(image)
     planes = image.reshape(*image.shape[:2], -1)[:, :, :3]
     try:
@@ -155,13 +163,33 @@ def estimate_noise(image: Array) -> NoiseEstimate:
         raise ValueError(f"image: {error}") from error
 
 
+def _as_array(image: Any) -> Any:
+    """The pixels of a PIL image or a tensor, (H, W) or (H, W, C); an array as it is."""
+    pil = sys.modules.get("PIL.Image")  # an image can exist only where its module is loaded
+    if pil is not None and isinstance(image, pil.Image):
+        modes = {"1": "L", "P": "RGB", "LA": "L", "PA": "RGB"}
+        mode = modes.get(image.mode, image.mode)
+        if mode not in ("L", "RGB", "RGBA", "F") and not mode.startswith("I;16"):
+            raise TypeError(f"image: PIL mode {image.mode}; accepted: 1, L, LA, P, RGB, RGBA, I;16, F")
+        return np.array(image if mode == image.mode else image.convert(mode))
+    if isinstance(image, Tensor):
+        if image.dim() != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(f"image: shape {tuple(image.shape)}; accepted: (C, H, W) with C 1 or 3")
+        image = image.detach().cpu()
+        return (image.float() if image.dtype == torch.bfloat16 else image).permute(1, 2, 0).numpy()
+    if not isinstance(image, np.ndarray):
+        accepted = "a path, a PIL image, a NumPy array or a tensor"
+        raise TypeError(f"image: {type(image).__name__}; accepted: {accepted}")
+    return image
+
+
 def estimate_of(planes: Array, values: ValueRange) -> NoiseEstimate:
     """The noise of a picture (H, W, C) without alpha, whose range of values is known."""
     windows = sample_windows(planes.shape[0], planes.shape[1])
     return noise_of_samples([planes[rows, columns] for rows, columns in windows], values)
 
 
-def estimate_sigma(image: Array) -> float:
+def estimate_sigma(image: Any) -> float:
     """The mean of :func:`estimate_noise`, on the scale 0-255, as ``denoise(sigma=)`` takes it."""
     return estimate_noise(image).sigma
 

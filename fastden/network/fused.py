@@ -65,7 +65,7 @@ def fuse(
     own = next(model.parameters())
     dtype = own.dtype if dtype is None else dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype}; accepted: {', '.join(map(str, DTYPES))}")
+        raise ValueError(f"dtype: {dtype!r}; accepted: {', '.join(map(str, DTYPES))}")
     device = own.device if device is None else torch.device(device)
     if quality not in ("normal", "fast"):
         raise ValueError(f"quality: {quality!r}; accepted: 'normal', 'fast'")
@@ -190,7 +190,7 @@ class FusedDenoiser(nn.Module):
         Returns:
             (N, 3, H, W), contiguous, not clipped, in the dtype of ``x``.
         """
-        height, width = check_input(x, self.image_channels)
+        height, width = check_input(x, self.image_channels, self.device)
         warn_of_scale(x)
         level = map_or_curve(x, sigma, self.noise_level_input)
         if self.prepares(x, level):

@@ -35,15 +35,22 @@ SCALE_ENVIRONMENT = "FASTDEN_SCALE_WARNING"
 LOOKS = 3
 
 
-def check_input(x: Tensor, channels: int) -> tuple[int, int]:
+def check_input(x: Tensor, channels: int, device: torch.device | None = None) -> tuple[int, int]:
     """Check a network's input, and return its height and width in pixels.
 
+    Args:
+        x: the input.
+        channels: that the network takes.
+        device: of the network's weights; None does not compare it.
+
     Raises:
-        TypeError: ``x`` is not a floating tensor.
-        ValueError: ``x`` is not (N, ``channels``, H, W) with H, W >= 1.
+        TypeError: ``x`` is not a dense floating tensor.
+        ValueError: ``x`` is not (N, ``channels``, H, W) with H, W >= 1, or it is on another device.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: {type(x).__name__}; accepted: a torch.Tensor of shape (N, {channels}, H, W)")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: layout {x.layout}; accepted: torch.strided (x.to_dense())")
     if not x.is_floating_point():
         raise TypeError(
             f"x: dtype {x.dtype}; accepted: a floating dtype, values in [0, 1] (divide integers by their maximum)"
@@ -53,6 +60,8 @@ def check_input(x: Tensor, channels: int) -> tuple[int, int]:
     height, width = x.shape[2], x.shape[3]
     if height < 1 or width < 1:
         raise ValueError(f"x: shape {tuple(x.shape)}; accepted: height and width of at least 1")
+    if device is not None and x.device != device:
+        raise ValueError(f"x: on {x.device}; accepted: {device}, where the network is (move one of them with .to())")
     return height, width
 
 

@@ -85,8 +85,9 @@ class Denoiser(nn.Module, PretrainedMixin):
         Warns:
             ScaleWarning: once in a process, if values of ``x`` are far above 1, as in a picture on the scale 0-255.
         """
-        height, width = check_input(x, self.image_channels)
-        dtype = self.conv0.weight.dtype if is_plain_conv(self.conv0) else x.dtype
+        plain = is_plain_conv(self.conv0)
+        height, width = check_input(x, self.image_channels, self.conv0.weight.device if plain else None)
+        dtype = self.conv0.weight.dtype if plain else x.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"x: dtype {x.dtype}; accepted: {dtype}, the network's (convert x or the network, or use autocast)"

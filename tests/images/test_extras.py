@@ -352,6 +352,7 @@ def test_further_pictures_are_named() -> None:
     data, notes = again(file.getvalue(), "jpeg")
     assert notes == ["not kept: the second picture of the file (MPO)"]
     assert b"MPF\0" not in data
+    assert again(jpeg_with(behind=bytes(300) + jpeg_with()), "jpeg")[1] == notes
     assert again(jpeg_with(behind=b"x" * 40), "jpeg")[1] == ["not kept: 40 bytes behind the picture"]
     assert again(jpeg_with(behind=bytes(40)), "jpeg")[1] == []
 

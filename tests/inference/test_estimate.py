@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import fastden
 from fastden import NoiseEstimate, estimate_noise, estimate_sigma
@@ -61,7 +63,7 @@ def test_alpha_has_no_part_in_the_estimate() -> None:
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        ([[1, 2], [3, 4]], TypeError, "image: list; accepted: a NumPy array"),
+        ([[1, 2], [3, 4]], TypeError, "image: list; accepted: a path, a PIL image, a NumPy array or a tensor"),
         (np.zeros((8, 8), np.int64), TypeError, "image: dtype int64; accepted: uint8"),
         (np.zeros((8, 8), bool), TypeError, "image: dtype bool"),
         (np.zeros(8, np.uint8), ValueError, r"image: shape \(8,\); accepted"),
@@ -197,3 +199,21 @@ def test_clean_photographs(shared_data: Path) -> None:
     for index in (3, 8, 13, 15):
         clean = read_image(shared_data / "eval" / "kodak24" / f"kodim{index:02}.webp").pixels
         assert estimate_sigma(clean) < 10
+
+
+def test_it_takes_what_denoise_takes(tmp_path: Path) -> None:
+    image = noisy(10, dtype=np.uint8)
+    estimate = estimate_noise(image)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for same in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(image), tensor):
+        assert estimate_noise(same) == estimate
+    gray = Image.fromarray(image).convert("LA")
+    assert estimate_noise(gray) == estimate_noise(np.asarray(gray)[:, :, 0])
+    assert estimate_sigma(tensor / 255) == pytest.approx(estimate.sigma, rel=0.01)
+    with pytest.raises(ValueError, match=r"image: shape \(1, 3, 128, 128\); accepted: \(C, H, W\) with C 1 or 3"):
+        estimate_noise(tensor[None])
+    with pytest.raises(TypeError, match="image: PIL mode CMYK; accepted: 1, L"):
+        estimate_noise(Image.fromarray(image).convert("CMYK"))
+    with pytest.raises(fastden.UserError, match=r"missing\.png: cannot be read"):
+        estimate_noise(tmp_path / "missing.png")

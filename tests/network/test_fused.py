@@ -317,7 +317,7 @@ def test_export_for_any_size() -> None:
     [
         (nn.Conv2d(3, 3, 1), None, TypeError, r"model: Conv2d; accepted: fastden\.Denoiser"),
         (Denoiser(), torch.int8, ValueError, r"dtype: torch\.int8; accepted: torch\.float64, torch\.float32"),
-        (Denoiser(), "float32", ValueError, r"dtype: float32; accepted"),
+        (Denoiser(), "float32", ValueError, r"dtype: 'float32'; accepted: torch\.float64"),
     ],
 )
 def test_wrong_arguments(model: nn.Module, dtype: object, kind: type[Exception], message: str) -> None:
@@ -334,6 +334,8 @@ def test_wrong_input() -> None:
         (lambda: fused(x, 25), ValueError, r"sigma: 25; accepted: 0 to 1"),
         (lambda: fused(x[:, :2], 0.1), ValueError, r"x: shape \(1, 2, 4, 4\); accepted"),
         (lambda: fused(x.byte(), 0.1), TypeError, r"x: dtype torch\.uint8; accepted"),
+        (lambda: fused(x.to_sparse(), 0.1), TypeError, r"x: layout torch\.sparse_coo; accepted: torch\.strided"),
+        (lambda: fused(x.to("meta"), 0.1), ValueError, r"x: on meta; accepted: cpu, where the network is"),
     ):
         with pytest.raises(kind, match=message):
             call()
