@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fastden.inference.tiling import BYTES_PER_PIXEL, Model, automatic_tile, denoise_tiled, plan_tiles
 from fastden.network.fused import fuse
+from fastden.network.loading import parse_memory
 from fastden.network.model import Denoiser
 from fastden.ops.post_operations import why_not
 from tests.helpers import level, max_error, random_network
@@ -250,12 +251,12 @@ WRONG = {
     "no memory": (
         {"max_memory": 1000},
         ValueError,
-        r"max_memory: 1000 bytes; accepted: at least \d\.\d+ MiB for this model",
+        r"max_memory: 1000 bytes; accepted: at least \d+(\.\d+)? MiB for this model",
     ),
     "negative memory": (
         {"max_memory": -1},
         ValueError,
-        r"max_memory: -1 bytes; accepted: at least \d\.\d+ MiB for this model",
+        r"max_memory: -1 bytes; accepted: at least \d+(\.\d+)? MiB for this model",
     ),
     "no sigma": ({"sigma": None}, ValueError, r"sigma: None.*accepted"),
     "sigma on the scale of bytes": ({"sigma": 25}, ValueError, r"sigma: 25; accepted: 0 to 1"),
@@ -276,10 +277,12 @@ def test_the_smallest_accepted_memory_is_what_the_message_says() -> None:
     fused = fuse(Denoiser())
     with pytest.raises(ValueError, match="at least") as caught:
         automatic_tile(fused, 100, 100, 3, 1000)
-    least = int(str(caught.value).split("at least ")[1].split()[0])
+    shown = str(caught.value).partition("at least ")[2].removesuffix(" for this model")
+    least = parse_memory(shown)
+    assert least is not None
     assert automatic_tile(fused, 100, 100, 3, least) == (16, 1)
     with pytest.raises(ValueError, match="max_memory"):
-        automatic_tile(fused, 100, 100, 3, least - 1)
+        automatic_tile(fused, 100, 100, 3, least - 2**20 // 100 - 1)  # it is rounded up to a hundredth
 
 
 PEAK = """
