@@ -13,11 +13,13 @@ from torch import Tensor
 from fastden.images.codec import MAX_PIXELS, read_image
 from fastden.images.pixels import Array, check_pixels
 from fastden.images.ranges import ORDINARY, ValueRange
+from fastden.inference.estimate import estimate_of
 from fastden.inference.run import (
     Progress,
     Quality,
     Wishes,
     denoise_pixels,
+    estimated_level,
     noise_level_of,
     range_of_image,
     run_network,
@@ -70,10 +72,11 @@ def denoise(
             (:func:`fastden.estimate_noise`), as a curve of level over brightness; an estimate may be passed too. Else a
             number, a map (H, W), or for a batch of tensors also (N,) or (N, 1, H, W). The shipped models know 0 to 75.
             A blind model takes only ``"auto"``, and ignores it.
-        model: None is ``"photo"`` where sigma is estimated, and ``"color"``, which knows white noise best, where it is
-            given. Else a bundled name (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network. Networks
-            loaded by name are kept for the next call; a :class:`fastden.Denoiser` is fused anew by each: for several
-            images call :func:`fastden.fuse` once and pass what it returns.
+        model: None is ``"color"``, which knows white noise best, where sigma is given or the estimate finds white noise
+            (``is_white`` of :class:`fastden.NoiseEstimate`), and ``"photo"`` for all other noise. Else a bundled name
+            (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network. Networks loaded by name are kept
+            for the next call; a :class:`fastden.Denoiser` is fused anew by each: for several images call
+            :func:`fastden.fuse` once and pass what it returns.
         device: where to compute, ``"cpu"``, ``"cuda"``, ...; None is CUDA where there is a device, else the CPU (of a
             network: where it is).
         dtype: of the computation, ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or a torch dtype.
@@ -98,7 +101,6 @@ def denoise(
         ValueError, TypeError: naming the argument, what it was and what is accepted.
     """
     wishes = Wishes(strength, chroma, quality)
-    model = default_model(sigma) if model is None else model
     options = _Options(model, device, dtype, tile, max_memory, wishes, progress, max_pixels)
     if isinstance(image, str | Path):
         return _denoise_path(image, sigma, options)
@@ -122,7 +124,7 @@ class _Options:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | None,
         device: str | torch.device | None,
         dtype: str | torch.dtype,
         tile: int | Literal["auto"] | None,
@@ -138,8 +140,14 @@ class _Options:
         self.tile, self.max_memory = tile, parse_memory(max_memory)
         self.wishes, self.progress, self.max_pixels = wishes, progress, max_pixels
 
-    def network(self, eight_bit: bool) -> FusedDenoiser:
-        return load_network(self.model, self.device, self.dtype, eight_bit=eight_bit, fast=self.wishes.fast)
+    def network(self, sigma: Any, eight_bit: bool) -> FusedDenoiser:
+        """The network for a noise level; an estimate may choose it."""
+        model = default_model(sigma) if self.model is None else self.model
+        return load_network(model, self.device, self.dtype, eight_bit=eight_bit, fast=self.wishes.fast)
+
+    def estimates_first(self, sigma: Any) -> bool:
+        """Whether the estimate chooses the network."""
+        return self.model is None and isinstance(sigma, str) and sigma == "auto"
 
     def run(self, network: FusedDenoiser, batch: Tensor, level: float | Tensor | None, values: ValueRange) -> Tensor:
         return run_network(
@@ -158,13 +166,17 @@ def _denoise_array(array: Array, sigma: Any, options: _Options, stated: int = 0)
     check_pixels(array)
     planes = array.reshape(array.shape[0], array.shape[1], -1)
     alpha = planes[:, :, 3:]
-    network = options.network(eight_bit=array.dtype == np.uint8)
+    network = options.network(sigma, array.dtype == np.uint8)
     colours = planes[:, :, :3]
+    values = range_of_image(colours, stated)
+    if options.estimates_first(sigma):
+        sigma = estimate_of(colours, values)
+        network = options.network(sigma, array.dtype == np.uint8)
     pixels, _ = denoise_pixels(
         colours,
         sigma,
         network,
-        values=range_of_image(colours, stated),
+        values=values,
         tile=options.tile,
         max_memory=options.max_memory,
         wishes=options.wishes,
@@ -245,19 +257,26 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
     if 0 in tensor.shape:
         raise ValueError(f"image: shape {tuple(tensor.shape)}; accepted: no empty dimension")
     batch = tensor.detach().cpu().reshape(-1, *tensor.shape[-3:])
-    network = options.network(eight_bit=tensor.dtype == torch.uint8)
+    network = options.network(sigma, tensor.dtype == torch.uint8)
     if batch.is_floating_point():
         batch = batch.to(torch.float64 if network.dtype == torch.float64 else torch.float32)
     images = [item.permute(1, 2, 0).numpy() for item in batch]
     ranges = [range_of_image(image) for image in images]
-    level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])), ranges)
-    if all(values.ordinary and values.limits() is None for values in ranges):
-        result = options.run(network, batch, level.value, ORDINARY)
+    networks = [network] * len(images)
+    if options.estimates_first(sigma):
+        estimates = [estimate_of(image, values) for image, values in zip(images, ranges, strict=True)]
+        networks = [options.network(estimate, tensor.dtype == torch.uint8) for estimate in estimates]
+        level = estimated_level(estimates)
+    else:
+        level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])), ranges)
+    alike = all(one is networks[0] for one in networks)
+    if alike and all(values.ordinary and values.limits() is None for values in ranges):
+        result = options.run(networks[0], batch, level.value, ORDINARY)
     else:
         result = torch.empty_like(batch)
         for index, values in enumerate(ranges):
             own = level.value
             if isinstance(own, Tensor) and own.dim() > 0 and len(own) == len(batch):
                 own = own[index : index + 1]
-            result[index : index + 1] = options.run(network, batch[index : index + 1], own, values)
+            result[index : index + 1] = options.run(networks[index], batch[index : index + 1], own, values)
     return result.reshape(tensor.shape).to(tensor)

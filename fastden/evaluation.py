@@ -24,6 +24,7 @@ from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image
 from fastden.images.finder import find_images
 from fastden.images.pixels import to_dtype
+from fastden.inference.estimate import estimate_noise
 from fastden.inference.run import denoise_pixels
 from fastden.network.fused import FusedDenoiser
 
@@ -45,6 +46,7 @@ def evaluate_folder(
     *,
     gray: bool = False,
     estimate: bool = False,
+    white: FusedDenoiser | None = None,
     seed: int = 0,
     measures: Mapping[str, Measure] | None = None,
     started: Started | None = None,
@@ -57,6 +59,7 @@ def evaluate_folder(
         sigmas: noise levels on the scale 0-255.
         gray: make the photographs gray first (luma, rounded); noise and PSNR are of one channel.
         estimate: the network gets the sigma that is estimated from the noisy image, not the one that was added.
+        white: with ``estimate``, the network for images whose noise the estimate finds white; None is ``network``.
         seed: of the noise.
         measures: further measures by name, such as :func:`dists`.
         started: progress.
@@ -80,7 +83,7 @@ def evaluate_folder(
         for sigma, by_name in zip(sigmas, scores, strict=True):
             noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise
             asked: float | str = sigma if network.noise_level_input and not estimate else "auto"
-            denoised, used = denoise_pixels(noisy, asked, network)
+            denoised, used = denoise_pixels(noisy, *_chosen(noisy, asked, network, white))
             by_name[file.name] = _scores(clean, noisy, denoised, measures)
             if estimate and used is not None:
                 by_name[file.name]["sigma"] = round(used, 3)
@@ -94,6 +97,7 @@ def evaluate_pairs(
     network: FusedDenoiser,
     sigmas: list[float] | None = None,
     *,
+    white: FusedDenoiser | None = None,
     measures: Mapping[str, Measure] | None = None,
     started: Started | None = None,
 ) -> list[dict[str, Any]]:
@@ -103,6 +107,7 @@ def evaluate_pairs(
         folder: pairs of files whose names differ in ``_real`` and ``_mean`` alone.
         network: a fused network.
         sigmas: noise levels to try, scale 0-255; None estimates each image's own.
+        white: as for :func:`evaluate_folder`.
         measures: as for :func:`evaluate_folder`.
         started: progress.
 
@@ -125,13 +130,24 @@ def evaluate_pairs(
         if clean.shape != noisy.shape:
             raise UserError(f"pairs: {file} is {noisy.shape}, its reference {clean.shape}; accepted: the same size")
         for sigma, by_name in zip(asked, scores, strict=True):
-            denoised, used = denoise_pixels(to_dtype(noisy, np.float32), sigma, network)
-            by_name[file.name] = _scores(clean, to_dtype(noisy, np.float32), denoised, measures)
+            floats = to_dtype(noisy, np.float32)
+            denoised, used = denoise_pixels(floats, *_chosen(floats, sigma, network, white))
+            by_name[file.name] = _scores(clean, floats, denoised, measures)
             if used is not None:
                 by_name[file.name]["sigma"] = round(used, 3)
     return [
         {"sigma": sigma, **_means(by_name), "images": by_name} for sigma, by_name in zip(asked, scores, strict=True)
     ]
+
+
+def _chosen(
+    image: Floats, sigma: Any, network: FusedDenoiser, white: FusedDenoiser | None
+) -> tuple[Any, FusedDenoiser]:
+    """The noise level for an image, estimated if two networks are to choose from, and the network for it."""
+    if white is None or sigma != "auto":
+        return sigma, network
+    estimate = estimate_noise(image)
+    return estimate, white if estimate.is_white else network
 
 
 def _files(folder: Path) -> list[Path]:

@@ -193,6 +193,9 @@ def _images() -> dict[str, Any]:
     version = ".".join(str(pyvips.version(part)) for part in range(3))
     loaders = {"jpeg": "jpegload", "png": "pngload", "tiff": "tiffload", "webp": "webpload", "avif": "heifload"}
     readable = [name for name, loader in loaders.items() if pyvips.type_find("VipsForeign", f"{loader}_buffer")]
+    from fastden.images.kinds import PACKAGES as FORMATS
+
+    readable += [kind for kind, package in FORMATS.items() if find_spec(package) is not None]
     return {"libvips": version, "formats": readable}
 
 

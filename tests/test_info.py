@@ -26,6 +26,13 @@ def test_report_is_complete_and_plain() -> None:
     assert isinstance(report["cpu"]["native_bf16"], bool)
 
 
+def test_formats_of_the_extra_are_listed_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "find_spec", lambda name: object() if name == "pillow_heif" else None)
+    formats = info.collect()["images"]["formats"]
+    assert "HEIC" in formats
+    assert "camera raw" not in formats
+
+
 def test_backends_say_why_not() -> None:
     backends = info.collect()["backends"]
     assert backends["torch"] == {"available": True, "why_not": []}

@@ -43,22 +43,32 @@ class Computing:
         images = [picture.image for picture in pictures if picture.image is not None]
         start = time.perf_counter()
         if images[0].pages > 1:
-            results = [self._denoised_pages(images[0], pictures[0].level, pictures[0].values, progress)]
+            results = [self._denoised_pages(images[0], pictures[0], progress)]
         elif self.settings.transfer is not None and self._compute_on_device(self.settings.transfer, pictures, progress):
             return
         else:
+            network = self._network(pictures[0])
             results = self._denoised(
-                [image.pixels for image in images], levels(pictures), pictures[0].values[0], progress
+                [image.pixels for image in images], levels(pictures), network, pictures[0].values[0], progress
             )
         seconds = (time.perf_counter() - start) / len(pictures)
         for picture, image, result in zip(pictures, images, results, strict=True):
             picture.image = replace(image, pixels=result)
             picture.seconds["compute"] = seconds
 
+    def _network(self, picture: Picture) -> FusedDenoiser:
+        """The network for a picture that is decoded."""
+        assert picture.image is not None
+        return self.settings.network(picture.image.pixels.dtype == np.uint8, picture.all_white)
+
     def _denoised(
-        self, pixels: list[Array], level: float | Tensor | None, values: ValueRange, progress: Progress | None
+        self,
+        pixels: list[Array],
+        level: float | Tensor | None,
+        network: FusedDenoiser,
+        values: ValueRange,
+        progress: Progress | None,
     ) -> list[Array]:
-        network = self.settings.network(pixels[0].dtype == np.uint8)
         shape = (len(pixels), *pixels[0].shape[:2])
         options: dict[str, Any] = {"wishes": self.settings.wishes, "progress": progress, "values": values}
         results: list[Array] = self.attempt(
@@ -68,14 +78,9 @@ class Computing:
         )
         return results
 
-    def _denoised_pages(
-        self,
-        image: ImageFile,
-        level: float | Tensor | None,
-        ranges: tuple[ValueRange, ...],
-        progress: Progress | None,
-    ) -> Array:
+    def _denoised_pages(self, image: ImageFile, picture: Picture, progress: Progress | None) -> Array:
         """One page after another: each page is denoised as if it were a file of its own."""
+        level, white = picture.level, picture.white or (False,) * image.pages
         result = np.empty_like(image.pixels)
         pages = zip(image.split(), np.split(result, image.pages), strict=True)
         for index, (page, target) in enumerate(pages):
@@ -87,7 +92,8 @@ class Computing:
                 if progress is not None:
                     progress(index * total + done, image.pages * total)
 
-            (target[:],) = self._denoised([page], own, ranges[index], part)
+            network = self.settings.network(page.dtype == np.uint8, white[index])
+            (target[:],) = self._denoised([page], own, network, picture.values[index], part)
         return result
 
     def _compute_on_device(self, transfer: Transfer, pictures: list[Picture], progress: Progress | None) -> bool:
@@ -96,8 +102,7 @@ class Computing:
         batch = pinned[0] if len(pinned) == 1 else transfer.pin(torch.cat(pinned))
         if not transfer.fits(batch, self.settings.budget.network):
             return False
-        assert pictures[0].image is not None
-        network, level = self.settings.network(pictures[0].image.pixels.dtype == np.uint8), levels(pictures)
+        network, level = self._network(pictures[0]), levels(pictures)
         n, _, height, width = batch.shape
 
         def once(tile: Any, memory: int | None) -> Pending:
@@ -115,8 +120,7 @@ class Computing:
         if picture.image is None or picture.image.pages > 1 or _is_map(picture.level) or not picture.as_it_is:
             return 1
         height, width = picture.image.pixels.shape[:2]
-        network = self.settings.network(picture.image.pixels.dtype == np.uint8)
-        return together(network, height, width, self.settings.budget.network)
+        return together(self._network(picture), height, width, self.settings.budget.network)
 
     def attempt(
         self, network: FusedDenoiser, shape: tuple[int, int, int], run: Callable[[Any, int | None], Any]
@@ -149,7 +153,7 @@ def alike(one: Picture, another: Picture) -> bool:
     """Whether two images may go through the network together."""
     if one.image is None or another.image is None or another.image.pages > 1 or _is_map(another.level):
         return False
-    if not (one.as_it_is and another.as_it_is):
+    if not (one.as_it_is and another.as_it_is) or one.white != another.white:
         return False
     a, b = one.image.pixels, another.image.pixels
     return a.shape == b.shape and a.dtype == b.dtype

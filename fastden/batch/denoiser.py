@@ -22,7 +22,7 @@ from fastden.images.codec import MAX_PIXELS
 from fastden.inference.run import Quality, Wishes
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
-from fastden.network.loading import Model, check_max_pixels, default_model, parse_memory
+from fastden.network.loading import Model, check_max_pixels, parse_memory
 
 _T = TypeVar("_T")
 
@@ -81,8 +81,6 @@ class BatchDenoiser:
         workers: int | None = None,
     ) -> None:
         wishes = Wishes(strength, chroma, quality)
-        if model is None:
-            model = default_model(sigma if sigma_map is None else 0.0)
         check_max_pixels(max_pixels)
         memory = parse_memory(max_memory)
         check_tile(tile, memory)
@@ -186,9 +184,9 @@ class BatchDenoiser:
     def _note(self, text: str) -> None:
         self._listener.note(text)
 
-    def network(self, eight_bit: bool) -> FusedDenoiser:
-        """The network for images of 8 bits, or of more."""
-        return self.settings.network(eight_bit)
+    def network(self, eight_bit: bool, white: bool = False) -> FusedDenoiser:
+        """The network for images of 8 bits, or of more; ``white``: of white noise."""
+        return self.settings.network(eight_bit, white)
 
     def one(
         self,

@@ -99,7 +99,7 @@ def rehearse(
 def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
     settings = batch.settings
     try:
-        if manifest is not None and manifest.finished(job, settings.weights, settings.options(job)):
+        if manifest is not None and manifest.finished(job, settings.known_weights, settings.options(job)):
             return Step(job, done=True)
         _check_output(settings, job, manifest)
         picture = batch.stages.reading.look(job)

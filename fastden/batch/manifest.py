@@ -33,7 +33,7 @@ class Record:
             ``coarseness``, ``uncertainty`` and ``kind`` of :class:`fastden.NoiseEstimate`.
         values: where the values are not on [0, 1], the range of each page on which it was denoised: ``black`` and
             ``white``, white of the dtype being 1, and the ``reason``.
-        model: name and SHA-256 of the weights.
+        model: name and SHA-256 of the weights; the estimated noise may have chosen them.
         options: the other settings that decide the result.
         time: when the line was written, UTC.
         seconds: spent reading, computing and writing, by name.
@@ -173,12 +173,18 @@ class Manifest:
             if record.get("status") in ("writing", "done")
         }
 
-    def finished(self, job: Job, model: dict[str, str], options: dict[str, Any]) -> bool:
-        """Whether the job is done already: same input, weights and options, and the output has not changed."""
+    def finished(self, job: Job, weights: Sequence[str], options: dict[str, Any]) -> bool:
+        """Whether the job is done already: same input, weights and options, and the output has not changed.
+
+        Args:
+            job: what is to be done.
+            weights: the SHA-256 of each of the weights that the picture's noise may choose.
+            options: the other settings that decide the result.
+        """
         record = self._last.get(self.name_of(job.target))
         if record is None or record.get("status") not in ("writing", "done"):
             return False
-        if record["model"].get("sha256") != model["sha256"] or record.get("options") != options:
+        if record["model"].get("sha256") not in weights or record.get("options") != options:
             return False
         try:
             if os.stat(job.target).st_size != record.get("output_size"):

@@ -34,6 +34,8 @@ class Picture:
         level, sigma: the network's noise level, curves (N, 8) if estimated for several pages; and its mean on the scale
             0-255.
         noise: the estimate, for a single page.
+        white: for each page, whether it has white noise, so that another network may take it; empty where nothing is
+            estimated.
         values: what the values of each page span.
         seconds: spent in each stage.
         notes: for the user.
@@ -53,6 +55,7 @@ class Picture:
     level: float | Tensor | None = None
     sigma: float | None = None
     noise: NoiseEstimate | None = None
+    white: tuple[bool, ...] = ()
     values: tuple[ValueRange, ...] = (ORDINARY,)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -64,6 +67,11 @@ class Picture:
     def as_it_is(self) -> bool:
         """Whether the network sees the values as they are."""
         return all(values.ordinary and values.limits() is None for values in self.values)
+
+    @property
+    def all_white(self) -> bool:
+        """Whether all pages have white noise."""
+        return bool(self.white) and all(self.white)
 
     @contextmanager
     def libvips(self) -> Iterator[None]:

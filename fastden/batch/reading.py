@@ -118,6 +118,7 @@ class Reading:
             if image.pages > 1 and isinstance(asked, str) and network.noise_level_input:
                 estimates = [estimate_of(page, values) for page, values in zip(pages, ranges, strict=True)]
                 self._set_level(picture, estimated_level(estimates))
+                picture.white = tuple(estimate.is_white for estimate in estimates)
             else:
                 self._set_level(picture, noise_level_of(asked, network, pages[:1], (height, width), ranges[:1]))
             self._set_values(picture, ranges, image.pixels.dtype)
@@ -141,6 +142,7 @@ class Reading:
 
     def _set_level(self, picture: Picture, level: Level) -> None:
         picture.level, picture.sigma, picture.noise = level
+        picture.white = () if picture.noise is None else (picture.noise.is_white,)
         if picture.noise is not None and not picture.noise.decided:
             picture.notes.append(f"noise: {picture.noise.describe()}")
 

@@ -19,15 +19,19 @@ from fastden.images.whole_files import digest
 from fastden.inference.run import Wishes
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import models
-from fastden.network.loading import Model, load_network
+from fastden.network.loading import Model, default_model, load_network
 from fastden.network.model import Denoiser
+
+#: The model for white noise, where the noise chooses.
+FOR_WHITE = default_model(0.0)
 
 
 class Settings:
     """Settings that the stages share.
 
     Args:
-        model, device, dtype, tile: as in :func:`fastden.denoise`.
+        model, device, dtype, tile: as in :func:`fastden.denoise`. Without a model the estimate of each picture's noise
+            chooses one.
         wishes: how the network is applied.
         sigma: ``"auto"`` or a number on the scale 0-255.
         sigma_map: an image file of noise levels.
@@ -39,7 +43,7 @@ class Settings:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | None,
         *,
         sigma: Literal["auto"] | float,
         sigma_map: Path | None,
@@ -53,11 +57,13 @@ class Settings:
         max_pixels: int,
         say: Callable[[str], None],
     ) -> None:
-        self.model, self.device, self.dtype = model, device, dtype
+        self.by_noise = model is None and sigma == "auto" and sigma_map is None
+        self.model = default_model(sigma if sigma_map is None else 0.0) if model is None else model
+        self.device, self.dtype = device, dtype
         self.sigma, self.sigma_map, self.wishes = sigma, sigma_map, wishes
         self.tile, self.max_pixels, self.say = tile, max_pixels, say
         self.overwrite, self.strip_metadata = overwrite, strip_metadata
-        self._networks: dict[bool, FusedDenoiser] = {}
+        self._networks: dict[tuple[bool, bool], FusedDenoiser] = {}
         self._lock = threading.Lock()
         self._map_digest = None if sigma_map is None else digest(sigma_map)
         network = self.network(eight_bit=True)
@@ -68,16 +74,32 @@ class Settings:
         # Images of more than 8 bits may use another network, which takes more memory. Without a limit it is not loaded.
         largest = network if max_memory is None else self.network(eight_bit=dtype != "auto")
         self.budget: Budget = split_memory(max_memory, largest)
-        self.weights = {"name": _name(model), "sha256": _weights_digest(model, network)}
+        self._weights = {False: {"name": _name(self.model), "sha256": _weights_digest(self.model, network)}}
+        if self.by_noise:
+            self._weights[True] = {"name": FOR_WHITE, "sha256": _weights_digest(FOR_WHITE, network)}
+        #: The weights that a picture's noise may choose.
+        self.known_weights = tuple(weights["sha256"] for weights in self._weights.values())
 
-    def network(self, eight_bit: bool) -> FusedDenoiser:
-        """The network for images of 8 bits, or of more."""
+    def network(self, eight_bit: bool, white: bool = False) -> FusedDenoiser:
+        """The network for images of 8 bits, or of more; for white noise, or for any noise.
+
+        All have one form, and take the same memory and time.
+        """
+        key = (eight_bit, white and self.by_noise)
         with self._lock:
-            if eight_bit not in self._networks:
-                self._networks[eight_bit] = load_network(
-                    self.model, self.device, self.dtype, eight_bit=eight_bit, fast=self.wishes.fast
+            if key not in self._networks:
+                self._networks[key] = load_network(
+                    FOR_WHITE if key[1] else self.model,
+                    self.device,
+                    self.dtype,
+                    eight_bit=eight_bit,
+                    fast=self.wishes.fast,
                 )
-            return self._networks[eight_bit]
+            return self._networks[key]
+
+    def weights(self, white: bool = False) -> dict[str, str]:
+        """Name and SHA-256 of the weights for white noise, or for any noise."""
+        return self._weights[white and self.by_noise]
 
     def options(self, job: Job) -> dict[str, Any]:
         """The settings that decide a result, beside input and weights. Tiles change rounding alone."""
@@ -85,6 +107,7 @@ class Settings:
             "sigma": self.sigma,
             "sigma_map": self._map_digest,
             **asdict(self.wishes),
+            "model_by_noise": self.by_noise,
             "dtype": str(self.dtype),
             "format": format_for(job.target),
             "strip_metadata": self.strip_metadata,

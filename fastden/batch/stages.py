@@ -105,7 +105,7 @@ class Stages:
     def _copy_by_strips(self, picture: Picture, reader: StripReader, target: Path, progress: Progress | None) -> None:
         """Denoise what ``reader`` reads into the file ``target``; note the seconds of computing."""
         settings, header = self.settings, reader.header
-        network = settings.network(header.dtype == np.uint8)
+        network = settings.network(header.dtype == np.uint8, picture.all_white)
         extras, metadata = reader.extras()
         dtype, metadata, notes = plan_encoding(
             header.channels,

@@ -178,7 +178,7 @@ class ThreadedRun:
             return None
 
     def _finished(self, job: Job, manifest: Manifest) -> bool:
-        return manifest.finished(job, self.stages.settings.weights, self.stages.settings.options(job))
+        return manifest.finished(job, self.stages.settings.known_weights, self.stages.settings.options(job))
 
     def _make_folder(self, folder: Path) -> None:
         if folder == self.output.parent and folder != self.output:
@@ -258,7 +258,7 @@ class ThreadedRun:
             self.stages.settings,
             [picture.image.pixels for picture in group if picture.image is not None],
         )
-        network = settings.network(images[0].dtype == "uint8")
+        network = settings.network(images[0].dtype == "uint8", group[0].all_white)
         memory = settings.budget.network
         try:
             return self.equality.holds(network, images, levels(group), memory)

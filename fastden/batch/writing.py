@@ -75,7 +75,7 @@ class Writing:
             output=str(job.target) if manifest is None else manifest.name_of(job.target),
             status="failed",
             time=_now(),
-            model=self.settings.weights,
+            model=self.settings.weights(),
             options={},
             error=in_one_line(error),
         )
@@ -96,7 +96,7 @@ class Writing:
             output=str(job.target) if manifest is None else manifest.name_of(job.target),
             status=status,
             time=_now(),
-            model=self.settings.weights,
+            model=self.settings.weights(picture.all_white),
             options=self.settings.options(job),
             sigma=picture.sigma,
             sigma_source="map" if self.settings.sigma_map is not None else source,

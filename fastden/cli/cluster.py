@@ -77,8 +77,8 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
 
 def _for_any_folder(settings: dict[str, Any]) -> dict[str, Any]:
     """Paths become absolute, because workers have their own working folders."""
-    model, sigma_map = str(settings["model"]), settings["sigma_map"]
-    if model not in models() and Path(model).is_dir():
+    model, sigma_map = settings["model"], settings["sigma_map"]
+    if model is not None and str(model) not in models() and Path(model).is_dir():
         model = os.path.abspath(model)
     return {**settings, "model": model, "sigma_map": None if sigma_map is None else os.path.abspath(sigma_map)}
 
@@ -111,7 +111,7 @@ def _prepare(
         except UserError:  # the format cannot be written: the worker reports it
             todo.append(row)
             continue
-        if resume and manifest.finished(job, shared.weights, options):
+        if resume and manifest.finished(job, shared.known_weights, options):
             done.append(job)
         elif resume and manifest.knows(job):
             todo.append({**row, "replaces": "yes"})
@@ -121,7 +121,7 @@ def _prepare(
                 job.target.parent.mkdir(parents=True, exist_ok=True)
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 name = manifest.name_of(job.target)
-                manifest.add(Record(row["input"], name, "writing", now, dict(shared.weights), dict(options)))
+                manifest.add(Record(row["input"], name, "writing", now, shared.weights(), dict(options)))
     if resume:
         for folder in {Path(row["output"]).parent for row in rows}:
             remove_leftovers(folder)

@@ -23,7 +23,10 @@ def evaluate(
         typer.Option("--sigma", help="Noise levels, 0-255 scale: --sigma 15 25 50 or --sigma 15,25,50."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Default: photo with --real, else color.", show_default=False)
+        str | None,
+        typer.Option(
+            "--model", help="Default: as of fastden denoise.", show_default=False
+        ),
     ] = None,
     device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
@@ -35,7 +38,7 @@ def evaluate(
         bool, typer.Option("--estimate", help="Give the network the level estimated from the noisy picture.")
     ] = False,
     dists: Annotated[
-        bool, typer.Option("--dists", help="Also DISTS, how different people find two pictures: needs piq.")
+        bool, typer.Option("--dists", help="Also DISTS, how different people find two pictures (extra: perceptual).")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; the image's index is added.")] = 0,
     json_file: Annotated[
@@ -51,15 +54,19 @@ def evaluate(
 
     from fastden import evaluation
     from fastden.images.whole_files import check_target, write_bytes
+    from fastden.network.loading import default_model
 
     accepted = "numbers from 0 to 255"
     sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]
     if gray and real:
         raise UserError("gray: given with --real; accepted: one of them")
-    model = model or ("photo" if real else "color")
+    by_noise = model is None and (estimate or (real and not sigmas))
+    model = model or default_model("auto" if by_noise else 0.0)
     if json_file is not None:  # before the long computation
         check_target(json_file, overwrite=True)
-    network = check_model({"model": model, "device": device, "dtype": dtype.value}, eight_bit=False)
+    settings = {"device": device, "dtype": dtype.value}
+    network = check_model({"model": model, **settings}, eight_bit=False)
+    white = check_model({"model": default_model(0.0), **settings}, eight_bit=False) if by_noise else None
     measures = {"dists": evaluation.dists()} if dists else {}
     sets: dict[str, Any] = {}
     more = [f"{before}{name.upper()}" for name in measures for before in ("noisy ", "")]
@@ -71,7 +78,7 @@ def evaluate(
             with naming(str(folder), FAILURES):
                 if real:
                     results = evaluation.evaluate_pairs(
-                        folder, network, sigmas or None, measures=measures, started=started
+                        folder, network, sigmas or None, white=white, measures=measures, started=started
                     )
                 else:
                     wanted = sigmas or [15.0, 25.0, 50.0]
@@ -81,6 +88,7 @@ def evaluate(
                         wanted,
                         gray=gray,
                         estimate=estimate,
+                        white=white,
                         seed=seed,
                         measures=measures,
                         started=started,
@@ -91,8 +99,9 @@ def evaluate(
                 table.add_row(name, *_cells(row, list(measures)))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
-        settings = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
-        document = evaluation.results_document(model, network, settings, sets)
+        options: dict[str, Any] = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
+        options |= {"white": default_model(0.0)} if by_noise else {}
+        document = evaluation.results_document(model, network, options, sets)
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
 
 

@@ -79,7 +79,7 @@ def denoise(
         str | None,
         typer.Option(
             "--model",
-            help="Bundled name, folder or Hugging Face Hub id; default: photo, with --sigma N or --sigma-map color.",
+            help="Bundled name, folder or Hugging Face Hub id; default: photo; color for white noise or with --sigma.",
             show_default=False,
         ),
     ] = None,
@@ -144,13 +144,10 @@ def denoise(
     """
     with without_garbage_collection():
         import_module("fastden.cli.display")  # first: rich is imported while PyTorch's library is loaded
-        from fastden.network.loading import default_model
         from fastden.network.onednn import keep_freed_memory
 
     asked = parse_sigma(sigma)
     check_output_name(output_name)
-    if model is None:
-        model = default_model(asked if sigma_map is None else 0.0)
     if not 0 < max_megapixels < math.inf:
         raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
     settings = {

@@ -126,13 +126,16 @@ def check_model(settings: dict[str, Any], *, eight_bit: bool = True) -> Any:
     Raises:
         UserError: no such device, or no such model, in a line that names which.
     """
-    from fastden.network.loading import load_network, parse_device
+    from fastden.network.loading import default_model, load_network, parse_device
 
     with naming("device"):
         device = parse_device(settings["device"])
+    model = settings["model"]
+    if model is None:
+        model = default_model(settings["sigma"] if settings["sigma_map"] is None else 0.0)
     with naming("model"):
         return load_network(
-            settings["model"], device, settings["dtype"], eight_bit=eight_bit, fast=settings.get("quality") == "fast"
+            model, device, settings["dtype"], eight_bit=eight_bit, fast=settings.get("quality") == "fast"
         )
 
 

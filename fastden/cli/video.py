@@ -69,7 +69,7 @@ def _run(
     source: Path,
     output: Path,
     sigma: float | Literal["auto"],
-    load: Callable[[bool], Any],
+    load: Callable[[bool, bool], Any],
     *,
     crf: int | None,
     overwrite: bool,

@@ -197,8 +197,10 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
     if image.interpretation == "cmyk":
         depth = 8 if image.format == "uchar" else 16
         image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
+        stated = "icc-profile-data" in metadata
         metadata["icc-profile-data"] = image.get("icc-profile-data")
-        notes.append("CMYK is converted to sRGB")
+        assumed = "" if stated else "; it states no profile, so colours are those of a common press and may shift"
+        notes.append(f"CMYK is converted to sRGB{assumed}")
     if pages > 1:
         notes.append(f"{pages} pages: all get the metadata of the first")
     if "exif-data" in metadata:

@@ -62,7 +62,7 @@ _COMPUTING = threading.Lock()
 class _Settings:
     """What travels with every chunk: names, no weights."""
 
-    model: str
+    model: str | None
     device: str | None
     dtype: str | torch.dtype
     max_memory: int | None
@@ -121,10 +121,10 @@ def denoise_array(
         UserError: ``out`` exists, cannot be written, or a package is missing.
     """
     wishes = Wishes(strength, chroma, quality)
-    model = default_model(sigma) if model is None else model
-    settings = _Settings(_model_name(model), _text(device), dtype, parse_memory(max_memory), wishes)
+    named = None if model is None else _model_name(model)
+    settings = _Settings(named, _text(device), dtype, parse_memory(max_memory), wishes)
     # A wrong model raises here, not in the first worker. Workers may have devices that this process does not have.
-    network = load_network(settings.model, "cpu", "float32")
+    network = load_network(named or default_model(sigma), "cpu", "float32")
     axis = _colour_axis(array, channel_axis)
     if isinstance(array, np.ndarray) and out is None:
         planes = _planes(array, axis)
@@ -350,16 +350,19 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
     spread = np.broadcast_to(levels, (*planes.shape[:-3], *levels.shape[-3:]))
     own = np.broadcast_to(ranges, (*planes.shape[:-3], 1, 1, 1))
     with _COMPUTING:
-        eight_bit = planes.dtype == np.uint8
-        network = load_network(
-            settings.model, settings.device, settings.dtype, eight_bit=eight_bit, fast=settings.wishes.fast
-        )
         for index in np.ndindex(planes.shape[:-3]):
             level = spread[index][..., 0]
             if level.dtype == CURVE:
                 sigma: Any = noise_estimate(level)
             else:
                 sigma = level if level.size > 1 else float(level.item())
+            network = load_network(
+                settings.model or default_model(sigma),
+                settings.device,
+                settings.dtype,
+                eight_bit=planes.dtype == np.uint8,
+                fast=settings.wishes.fast,
+            )
             result[index][..., :3], _ = denoise_pixels(
                 planes[index][..., :3],
                 sigma if network.noise_level_input else "auto",

@@ -20,7 +20,9 @@ from fastden.images.strips import read_samples
 from fastden.network.hub import WEIGHTS
 from fastden.network.level import (
     CELL,
+    CERTAIN_UNTIL,
     KNOTS,
+    WHITE_UNTIL,
     Cells,
     NoiseEstimator,
     levels_of,
@@ -109,6 +111,11 @@ class NoiseEstimate:
         if self.sigma < CLEAN * (self.white - self.black):
             return "clean"
         return "coarse" if self.coarseness > COARSE else "fine"
+
+    @property
+    def is_white(self) -> bool:
+        """Whether each pixel plainly has noise of its own: ``color``, which knows white noise best, then removes it."""
+        return max(self.sigmas) > 0 and self.coarseness < WHITE_UNTIL and self.uncertainty < CERTAIN_UNTIL
 
     def as_record(self) -> dict[str, Any]:
         """Rounded, for JSON."""

@@ -51,7 +51,7 @@ class FastdenDenoise:
 
         Args:
             image: (N, H, W, 1, 3 or 4), float in [0, 1], as ComfyUI has images; a fourth channel is not touched.
-            model: a bundled name, or ``"auto"``: ``photo`` where sigma is estimated, else ``color``.
+            model: a bundled name, or ``"auto"``: as :func:`fastden.denoise` chooses.
             sigma: on the scale 0-255; 0 estimates it from each image.
             strength: 0 to 2.
 

@@ -23,13 +23,19 @@ from fastden.ops.modes import runs_as_written, without_autocast
 from fastden.ops.network_input import can_prepare, network_input
 from fastden.ops.post_operations import why_not
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: What a fused network can hold and compute in.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @torch.inference_mode(mode=False)  # tensors made in inference mode have no version counter
 def fuse(
     model: Denoiser,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     *,
     quality: Literal["normal", "fast"] = "normal",
@@ -42,7 +48,8 @@ def fuse(
 
     Args:
         model: a :class:`fastden.Denoiser`.
-        dtype: dtype of weights and activations: torch.float64, float32, bfloat16 or float16; None keeps the model's.
+        dtype: dtype of weights and activations, a torch dtype or its name: float64, float32, bfloat16 or float16; None
+            keeps the model's.
         device: device of the result; None keeps the model's.
         quality: ``"fast"`` computes in fewer bits where no gradient is needed. On CPUs with VNNI these are 8-bit
             integers (:mod:`fastden.network.int8`): 1.8 times as fast as bfloat16 and 0.02 to 0.03 dB worse
@@ -63,9 +70,9 @@ def fuse(
     if not isinstance(model, Denoiser):
         raise TypeError(f"model: {type(model).__name__}; accepted: fastden.Denoiser")
     own = next(model.parameters())
-    dtype = own.dtype if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r}; accepted: {', '.join(map(str, DTYPES))}")
+    chosen = own.dtype if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ValueError(f"dtype: {dtype!r}; accepted: {', '.join(DTYPES)}")
     device = own.device if device is None else torch.device(device)
     if quality not in ("normal", "fast"):
         raise ValueError(f"quality: {quality!r}; accepted: 'normal', 'fast'")
@@ -73,11 +80,11 @@ def fuse(
     if quality == "fast":
         reasons = [f"device: {device}; accepted: cpu, cuda"]
         if device.type in ("cpu", "cuda"):
-            reasons = int8.why_not() if device.type == "cpu" else fp8.why_not(dtype, device)
+            reasons = int8.why_not() if device.type == "cpu" else fp8.why_not(chosen, device)
         if reasons:
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
-    return FusedDenoiser(model, ranges, differentiable).to(dtype=dtype, device=device).eval()
+    return FusedDenoiser(model, ranges, differentiable).to(dtype=chosen, device=device).eval()
 
 
 def calibrated_ranges(model: Denoiser) -> int8.Ranges:

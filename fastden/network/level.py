@@ -30,14 +30,14 @@ _BEND, _SLOPE = 0.01, 0.002
 #: A cell whose log level differs from the curve by more than ``_FAR`` counts less; this is about three times the
 #: uncertainty of a cell of 3 x 64 values. ``_FITS`` is the number of fits; more fits do not move the curve.
 _FAR, _FITS = 0.3, 6
-#: White noise has a coarseness below ``_WHITE_UNTIL``: the network gets its standard deviation. For noise that
+#: White noise has a coarseness below ``WHITE_UNTIL``: the network gets its standard deviation. For noise that
 #: neighbours share, from ``_COARSE_FROM`` on, the network gets ``COARSE_FACTOR`` times its standard deviation.
 #: On noise that the training makes, 2 is the best factor of seven (``benchmarks/results/level-factor.json``).
-COARSE_FACTOR, _WHITE_UNTIL, _COARSE_FROM = 2.0, 0.55, 0.60
+COARSE_FACTOR, WHITE_UNTIL, _COARSE_FROM = 2.0, 0.55, 0.60
 #: Up to the first uncertainty of the log level, the whole factor applies; from the second on, no factor applies.
 #: Texture that looks like noise has uncertainties of 0.5 to 0.8 (``benchmarks/results/noise-estimates.json``), real
 #: noise of phones and dark rooms 0.07 to 0.19 (``real-photos.json``).
-_CERTAIN_UNTIL, _UNCERTAIN_FROM = 0.45, 0.85
+CERTAIN_UNTIL, _UNCERTAIN_FROM = 0.45, 0.85
 #: Share of the cells that stay below a picture's coarseness, see :func:`picture_coarseness`.
 _COARSENESS_SHARE = 0.1
 #: Cells whose mean is nearer to black or white than this are clipped; they are not used.
@@ -231,8 +231,8 @@ def white_factor(coarseness: Tensor, uncertainty: Tensor) -> Tensor:
     Returns:
         Factors from 1 to 2, of the same shape.
     """
-    share = (coarseness - _WHITE_UNTIL) / (_COARSE_FROM - _WHITE_UNTIL)
-    doubt = (uncertainty - _CERTAIN_UNTIL) / (_UNCERTAIN_FROM - _CERTAIN_UNTIL)
+    share = (coarseness - WHITE_UNTIL) / (_COARSE_FROM - WHITE_UNTIL)
+    doubt = (uncertainty - CERTAIN_UNTIL) / (_UNCERTAIN_FROM - CERTAIN_UNTIL)
     return 1 + (COARSE_FACTOR - 1) * share.clamp(0, 1) * (1 - doubt.clamp(0, 1))
 
 

@@ -10,19 +10,13 @@ from typing import Literal
 
 import torch
 
-from fastden.network.fused import FusedDenoiser, fuse
+from fastden.network.fused import DTYPES, FusedDenoiser, fuse
 from fastden.network.hub import models
 from fastden.network.model import Denoiser
 from fastden.network.onednn import native_bf16
 
 Model = str | Path | Denoiser | FusedDenoiser
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 #: Binary exponents of the units of memory.
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -30,10 +24,14 @@ _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 def default_model(sigma: object) -> str:
     """The bundled model for ``sigma``, if the user names none.
 
-    ``photo`` where the noise level is estimated: it knows all kinds of noise. ``color`` where it is given: it knows
-    white noise best, and one number describes white noise.
+    ``color`` knows white noise best: it is taken where the level is given, for one number describes white noise, and
+    where an estimate says that the noise is white. ``photo`` knows all kinds of noise.
+
+    Args:
+        sigma: as in :func:`fastden.denoise`; ``"auto"`` stands for an estimate that is not made yet.
     """
-    return "color" if isinstance(sigma, Real) or hasattr(sigma, "shape") else "photo"
+    white = isinstance(sigma, Real) or hasattr(sigma, "shape") or getattr(sigma, "is_white", False)
+    return "color" if white else "photo"
 
 
 def load_network(

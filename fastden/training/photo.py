@@ -106,6 +106,7 @@ class PhotoData(DenoiserData):
             clean_quality=config.clean_quality,
             twice=config.twice,
             reduce=config.reduce,
+            soft=config.soft,
         )
         return PhotoNoise(ranges)
 

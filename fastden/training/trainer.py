@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,9 @@ from fastden.training.tasks import load_task
 
 #: Steps between looks at the clock.
 FIT_EVERY = 50
+
+# Lightning praises services of its maker at each start; neither has to do with this training.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
 
 
 class _TimeLimit(pl.Callback):

@@ -69,7 +69,7 @@ def denoise_video(
     source: str | Path,
     target: str | Path,
     sigma: float | Literal["auto"],
-    load: Callable[[bool], FusedDenoiser],
+    load: Callable[[bool, bool], FusedDenoiser],
     *,
     crf: int | None = None,
     overwrite: bool = False,
@@ -86,7 +86,7 @@ def denoise_video(
         source: a file that FFmpeg can read.
         target: its suffix chooses the container; appears when it is complete.
         sigma: on the scale 0-255 of the coded values, or ``"auto"``: the median of the estimates on the first frames.
-        load: gives the network, told whether the video has 8 bits.
+        load: gives the network, told whether the video has 8 bits, and whether its noise is white.
         crf: constant rate factor of the encoder (lower is better and larger); None is 18 to 24, depending on the codec.
         overwrite: replace an existing ``target``.
         progress: called after each frame with the frames done and the frames in all (0 if unknown).
@@ -183,13 +183,14 @@ class _Copy:
     def run(
         self,
         sigma: float | Literal["auto"],
-        load: Callable[[bool], FusedDenoiser],
+        load: Callable[[bool, bool], FusedDenoiser],
         progress: Callable[[int, int], None] | None,
         options: dict[str, Any],
     ) -> None:
         first, packets = self._first_frame()
         converter = FrameConverter(self.av, first)
-        network = load(max(component.bits for component in first.format.components) <= 8)
+        eight_bit = max(component.bits for component in first.format.components) <= 8
+        network = load(eight_bit, False)
         outputs = self._add_streams(first)
         encoder = outputs[self.video.index]
         # Frames of an AVI have the times of packets, which are late by as many as the decoder holds back.
@@ -200,8 +201,10 @@ class _Copy:
 
         def finish() -> None:
             """Denoise and write the waiting frames."""
-            nonlocal asked
+            nonlocal asked, network
             asked = _held(asked, network, waiting)
+            if getattr(asked, "is_white", False):
+                network = load(eight_bit, True)
             while waiting:
                 frame, pixels = waiting.popleft()
                 encoded = converter.frame(self._denoised(pixels, asked, network, options), frame, encoder.pix_fmt)

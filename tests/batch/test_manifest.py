@@ -53,12 +53,13 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
         "strength": 0.5,
         "chroma": None,
         "quality": "normal",
+        "model_by_noise": False,
         "dtype": "auto",
         "format": "png",
         "strip_metadata": False,
     }
     assert wide["noise"] is None
-    assert wide["model"] == {"name": "Blend", "sha256": batch.settings.weights["sha256"]}
+    assert wide["model"] == {"name": "Blend", "sha256": batch.settings.weights()["sha256"]}
     assert len(wide["model"]["sha256"]) == 64
     assert by_name["bad.png"]["status"] == "failed"
     formats = ", ".join(known_formats())
@@ -165,7 +166,7 @@ def test_the_record_of_a_single_file(photos: Path, tmp_path: Path, network: Any)
     batch = fastden.BatchDenoiser(network, sigma=5)
     job = Job(photos / "0.png", tmp_path / "0.png")
     assert batch.one(job, manifest).status == "done"
-    assert Manifest(manifest.path).finished(job, batch.settings.weights, batch.settings.options(job))
+    assert Manifest(manifest.path).finished(job, batch.settings.known_weights, batch.settings.options(job))
     failed = batch.one(Job(photos / "missing.png", tmp_path / "1.png"), manifest)
     assert (failed.status, failed.output) == ("failed", "1.png")
     assert failed.error == f"{photos / 'missing.png'}: cannot be read: {os.strerror(errno.ENOENT)}"

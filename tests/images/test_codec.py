@@ -255,7 +255,9 @@ def test_cmyk_becomes_srgb_with_a_note() -> None:
     read = decode_image(encoded(Image.new("CMYK", (40, 32), (0, 0, 0, 0)), "JPEG"))
     assert read.pixels.shape == (32, 40, 3)
     assert read.pixels.min() > 240
-    assert read.notes == ("CMYK is converted to sRGB",)
+    assert read.notes == (
+        "CMYK is converted to sRGB; it states no profile, so colours are those of a common press and may shift",
+    )
     assert read.metadata["icc-profile-data"][16:20] == b"RGB "
 
 

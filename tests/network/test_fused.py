@@ -235,6 +235,10 @@ def test_packed_weights_follow_the_buffers(change: Callable[[FusedDenoiser, Fuse
     assert torch.equal(change(fused, other)(x, 0.1), expected)
 
 
+def test_dtype_by_name() -> None:
+    assert fuse(random_network(), "bfloat16").dtype == fuse(random_network(), torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_casting_afterwards() -> None:
     model = random_network()
     x = torch.rand(1, 3, 16, 16)
@@ -316,8 +320,8 @@ def test_export_for_any_size() -> None:
     ("model", "dtype", "kind", "message"),
     [
         (nn.Conv2d(3, 3, 1), None, TypeError, r"model: Conv2d; accepted: fastden\.Denoiser"),
-        (Denoiser(), torch.int8, ValueError, r"dtype: torch\.int8; accepted: torch\.float64, torch\.float32"),
-        (Denoiser(), "float32", ValueError, r"dtype: 'float32'; accepted: torch\.float64"),
+        (Denoiser(), torch.int8, ValueError, r"dtype: torch\.int8; accepted: float32, bfloat16"),
+        (Denoiser(), "int4", ValueError, "dtype: 'int4'; accepted: float32, bfloat16, float16, float64"),
     ],
 )
 def test_wrong_arguments(model: nn.Module, dtype: object, kind: type[Exception], message: str) -> None:

@@ -115,7 +115,7 @@ def network() -> FusedDenoiser:
 
 
 def run(source: Path, target: Path, network: Any, sigma: Any = 20.0, **options: Any) -> VideoResult:
-    return denoise_video(source, target, sigma, lambda eight_bit: network, **options)
+    return denoise_video(source, target, sigma, lambda eight_bit, white: network, **options)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
@@ -177,7 +177,7 @@ def test_ten_bits_are_not_reduced(tmp_path: Path) -> None:
     faint = fuse(model)
     source, target = make_clip(tmp_path / "a.mkv", "ffv1", "yuv420p10le", frames=2), tmp_path / "b.mkv"
     depths: list[bool] = []
-    denoise_video(source, target, 20.0, lambda eight_bit: depths.append(eight_bit) or faint)
+    denoise_video(source, target, 20.0, lambda eight_bit, white: depths.append(eight_bit) or faint)
     assert depths == [False]
     values = luma(decoded(target)[0])
     assert len(np.unique(values)) > 500
