@@ -30,7 +30,7 @@ class Record:
         sigma: the noise level used, on the scale 0-255, of a map its mean; None for a blind model, or a failure.
         sigma_source: ``given``, ``estimated``, ``map`` or ``blind``.
         noise: what was estimated of a file of one page: ``sigmas`` (0-255 scale, at eight values of brightness),
-            ``coarseness``, ``uncertainty`` and ``kind`` of :class:`fastden.NoiseEstimate`.
+            ``coarseness``, ``uncertainty``, ``kind`` and ``is_white`` of :class:`fastden.NoiseEstimate`.
         values: where the values are not on [0, 1], the range of each page on which it was denoised: ``black`` and
             ``white``, white of the dtype being 1, and the ``reason``.
         model: name and SHA-256 of the weights; the estimated noise may have chosen them.

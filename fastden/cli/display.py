@@ -74,7 +74,8 @@ class Display:
         if record.error is not None:
             self._say(error_line(source, target, record.error), error=True)
             return
-        estimated = " (estimated)" if record.sigma_source == "estimated" else ""
+        white = ", white noise" if (record.noise or {}).get("is_white") else ""
+        estimated = f" (estimated{white})" if record.sigma_source == "estimated" else ""
         level = record.sigma or 0.0
         shown = f"{level:.2g}" if record.values is not None and level < 1 else f"{level:.1f}"
         sigma = "" if record.sigma is None else f", sigma {shown}{estimated}"

@@ -24,9 +24,7 @@ def evaluate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", help="Default: as of fastden denoise.", show_default=False
-        ),
+        typer.Option("--model", help="Default: as of fastden denoise.", show_default=False),
     ] = None,
     device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,

@@ -55,7 +55,12 @@ def noise(
             say(f"error: {in_one_line(error)}", error=True)
             continue
         if as_json:
-            row: dict[str, Any] = {"file": str(file), "kind": estimate.kind, **asdict(estimate)}
+            row: dict[str, Any] = {
+                "file": str(file),
+                "kind": estimate.kind,
+                "is_white": estimate.is_white,
+                **asdict(estimate),
+            }
             typer.echo(json.dumps(row))
         else:
             say(f"{file}: {estimate.describe()}")

@@ -122,7 +122,7 @@ class NoiseEstimate:
         digits = 2 if self.white - self.black >= 1 else 6
         sigmas = [round(sigma, digits) for sigma in self.sigmas]
         others = {name: round(getattr(self, name), 3) for name in ("coarseness", "uncertainty")}
-        return {"sigmas": sigmas, **others, "kind": self.kind}
+        return {"sigmas": sigmas, **others, "kind": self.kind, "is_white": self.is_white}
 
     def describe(self) -> str:
         """One line for a person."""
@@ -132,7 +132,8 @@ class NoiseEstimate:
             return f"clean (level {self._shown(self.sigma)})"
         tones = (("shadows", 0.15), ("mid-tones", 0.45), ("lights", 0.8))
         parts = ", ".join(f"{self._shown(self.at(brightness))} in the {name}" for name, brightness in tones)
-        return f"level {self._shown(self.sigma)} ({parts}), {self.kind} grain"
+        grain = "white noise" if self.is_white else f"{self.kind} grain"
+        return f"level {self._shown(self.sigma)} ({parts}), {grain}"
 
     def _shown(self, sigma: float) -> str:
         return f"{sigma:.1f}" if self.white - self.black >= 1 else f"{sigma:.2g}"

@@ -81,7 +81,7 @@ def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
     return device.type == "cuda" if fast else eight_bit
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)  # two models, chosen by the noise, in two dtypes, and as many of other names
 def _load_cached(
     name: str, device: torch.device, dtype: torch.dtype, quality: Literal["normal", "fast"], changed: int
 ) -> FusedDenoiser:
