@@ -150,7 +150,10 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str) -> Pat
     try:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             path = Path(hf_hub_download(repository, file, **settings))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        why = "the Hugging Face Hub cannot be reached, and no earlier download has its files"
+        raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
+    except (HFValidationError, HfHubHTTPError) as error:
         raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error
     with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):  # most networks have no ranges
         hf_hub_download(repository, RANGES_FILE, **settings)

@@ -118,6 +118,15 @@ def test_unreachable_repository(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("An error happened, and the files are not in the cache.")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(ValueError, match=r"^model: 'a/b': the Hugging Face Hub cannot be reached, and no earlier"):
+        Denoiser.from_pretrained("a/b")
+
+
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_incomplete_folder(tmp_path: Path, file: str) -> None:
