@@ -39,7 +39,7 @@ RUNTIME = (
     "ort-wasm-simd-threaded.asyncify.wasm",
 )
 #: Models of the page, with the precision in which they are exported.
-MODELS = {"photo": "fp16-weights", "noise": "fp32"}
+MODELS = {"photo": "fp16-weights", "color": "fp16-weights", "noise": "fp32"}
 
 
 def on_files(files: Files, config: Any) -> Files:

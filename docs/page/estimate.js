@@ -120,6 +120,11 @@ export function curveOf({ sigmas, coarseness, uncertainty }) {
   return sigmas.map((sigma) => Math.min((factor * sigma) / 255, HIGHEST));
 }
 
+/** Whether each pixel plainly has noise of its own: the model for white noise removes it best. */
+export function isWhite({ sigmas, coarseness, uncertainty }) {
+  return Math.max(...sigmas) > 0 && coarseness < WHITE_UNTIL && uncertainty < CERTAIN_UNTIL;
+}
+
 /** How noisy a picture is, for a person who knows no sigma. */
 export function inWords({ sigmas, sigma, coarseness, decided }) {
   if (!decided) return "Too little to judge by (flat, clipped or tiny): taken as clean.";

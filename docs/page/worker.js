@@ -1,6 +1,6 @@
 // The network beside the page: it runs here, so that the page answers meanwhile, and ends when the worker is ended.
 
-import { at, CELL, curveOf, estimate, windows } from "./estimate.js";
+import { at, CELL, curveOf, estimate, isWhite, windows } from "./estimate.js";
 
 // Nothing beyond 22 pixels reaches a pixel, and tiles begin at multiples of 4: the result is that of the whole picture.
 const HALO = 24;
@@ -21,15 +21,24 @@ async function load() {
   const open = (name, provider) =>
     ort.InferenceSession.create(new URL(`./models/${name}.onnx`, import.meta.url).href, { executionProviders: [provider] });
   const noise = await open("noise", "wasm");
-  if (usable) {
+  const how = `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
+  const processor = { provider: "wasm", how, tile: 256 };
+  const chosen = usable ? { provider: "webgpu", how: "WebGPU", tile: 512 } : processor;
+  return { ort, noise, open, networks: {}, processor, ...chosen };
+}
+
+// The network of that name, which is fetched when it is first needed.
+async function networkOf(name) {
+  const { networks, open } = runtime;
+  if (!networks[name] && runtime.provider === "webgpu") {
     try {
-      return { ort, noise, network: await open("photo", "webgpu"), how: "WebGPU", tile: 512 };
+      networks[name] = await open(name, "webgpu");
     } catch (error) {
       console.warn("WebGPU does not run the network, the processor does:", error);
+      Object.assign(runtime, runtime.processor);
     }
   }
-  const how = `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
-  return { ort, noise, network: await open("photo", "wasm"), how, tile: 256 };
+  return (networks[name] ??= await open(name, runtime.provider));
 }
 
 // An index beyond the border, mirrored into the picture.
@@ -102,8 +111,8 @@ async function look(picture) {
   return estimate(all);
 }
 
-async function denoise(picture, curve, strength) {
-  const { ort, network, tile } = runtime;
+async function denoise(picture, network, curve, strength) {
+  const { ort, tile } = runtime;
   const result = new Uint8ClampedArray(picture.pixels);
   const area = picture.width * picture.height;
   let done = 0;
@@ -137,8 +146,9 @@ self.onmessage = async ({ data: { picture, sigma, strength } }) => {
     const seen = await look(picture);
     self.postMessage({ seen });
     const curve = sigma === "auto" ? curveOf(seen) : Array(seen.sigmas.length).fill(sigma / 255);
+    const network = await networkOf(sigma !== "auto" || isWhite(seen) ? "color" : "photo");
     const start = performance.now();
-    const pixels = await denoise(picture, curve, strength);
+    const pixels = await denoise(picture, network, curve, strength);
     const seconds = (performance.now() - start) / 1000;
     self.postMessage({ pixels, seen, seconds, how: runtime.how }, [pixels.buffer]);
   } catch (error) {
