@@ -125,6 +125,32 @@ def test_reduced_pictures_have_more_texture() -> None:
         assert steps[1] > steps[0]
 
 
+def test_a_lens_blurs_before_the_noise() -> None:
+    """A Gaussian blur of 0.6 to 0.7 leaves 0.47 to 0.40 of the deviation of white detail. Noise comes behind it."""
+    detail = 0.5 + 0.1 * torch.randn(3, 80, 80, generator=torch.Generator().manual_seed(2))
+
+    def made(kind: str, soft: float) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = only(
+            kind,
+            resize=0.0,
+            jpeg=0.0,
+            round=0.0,
+            soft=soft,
+            lens=(0.6, 0.7),
+            grain_sigma=(5.0, 5.0),
+            grain_blur=(0.3, 0.3),
+        )
+        random = np.random.default_rng(3)
+        return noise.plan(random, 64, 80).make(detail, random)
+
+    target, noisy = made("grain", 1.0)
+    assert 0.036 < float(target.std()) < 0.05
+    assert float((noisy - target).std()) * 255 == pytest.approx(5, rel=0.5)
+    assert float(made("grain", 0.0)[0].std()) == pytest.approx(0.1, rel=0.05)
+    for kind in ("clean", "white"):
+        torch.testing.assert_close(made(kind, 1.0)[0], made(kind, 0.0)[0])
+
+
 def test_a_power_draws_more_weak_noise() -> None:
     def sigmas(power: float) -> list[float]:
         noise = only("white", sigma=(0.0, 60.0), sigma_power=power)
