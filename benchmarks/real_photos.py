@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sets", nargs="*", help="default: all folders")
-    parser.add_argument("--model", default="photo")
+    parser.add_argument("--model", help="default: the noise chooses, as in fastden.denoise")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--strengths", action="store_true", help="also other strengths")
     parser.add_argument("--best", action="store_true", help="also quality='best'")
@@ -56,18 +56,20 @@ def main() -> None:
     arguments = parser.parse_args()
     measures = {"psnr": psnr, "ssim": ssim} | ({"dists": dists()} if arguments.dists else {})
     names = arguments.sets or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
-    network = load_network(arguments.model, "cpu", arguments.dtype)
+    options: dict[str, Any] = {"device": "cpu", "dtype": arguments.dtype}
+    if arguments.model:
+        options = {"model": load_network(arguments.model, **options)}
     methods: dict[str, Callable[[Any, Any], Any]] = {
-        "fastden": lambda image, estimate: fastden.denoise(image, estimate, model=network)
+        "fastden": lambda image, estimate: fastden.denoise(image, estimate, **options)
     }
     if arguments.strengths:
         for strength in STRENGTHS:
             methods[f"fastden, strength {strength:g}"] = lambda image, estimate, strength=strength: fastden.denoise(
-                image, estimate, model=network, strength=strength
+                image, estimate, strength=strength, **options
             )
     if arguments.best:
         methods["fastden, quality best"] = lambda image, estimate: fastden.denoise(
-            image, estimate, model=network, quality="best"
+            image, estimate, quality="best", **options
         )
     if arguments.color:
         white = load_network("color", "cpu", arguments.dtype)
@@ -77,7 +79,11 @@ def main() -> None:
         methods |= {f"nlm {strength}": lambda image, _, h=strength: _nlm(image, h) for strength in NLM_STRENGTHS}
     if arguments.bm3d:
         methods |= {f"bm3d {sigma:g}": lambda image, _, sigma=sigma: _bm3d(image, sigma) for sigma in arguments.sigmas}
-    document: dict[str, Any] = {"command": "benchmarks/real_photos.py", "model": arguments.model, "sets": {}}
+    document: dict[str, Any] = {
+        "command": "benchmarks/real_photos.py",
+        "model": arguments.model or "by noise",
+        "sets": {},
+    }
     document |= {"dtype": arguments.dtype, "crop": arguments.crop, "machine": describe(torch.device("cpu"))}
     for name in names:
         result = _run_set(arguments.data / name, methods, measures, arguments.every, arguments.crop)
