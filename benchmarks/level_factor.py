@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     images = [read_image(file).pixels for folder in arguments.data for file in find_images(folder)]
-    ranges = PhotoRanges(white=0.15, camera=0.5, grain=0.15, clean=0.2, clean_quality=(75, 99), twice=0.25, reduce=0.3)
+    ranges = PhotoRanges(
+        white=0.15, camera=0.5, grain=0.15, clean=0.2, clean_quality=(75, 99), twice=0.25, reduce=0.3, soft=0.6
+    )
     smallest = CROP / ranges.smallest
     images = [image for image in images if image.ndim == 3 and min(image.shape[:2]) >= smallest]
     pairs = PhotoDataset(images, PhotoNoise(ranges), arguments.count, CROP, 0.03, (0, 1))

@@ -130,3 +130,15 @@ def test_videos(tmp_path: Path) -> None:
     }
     np.testing.assert_array_equal(read["chosen"], read["color"])
     assert not np.array_equal(read["chosen"], read["photo"])
+
+
+@pytest.mark.parametrize("sigma", [6, 20])
+def test_gray_pictures(sigma: float) -> None:
+    """The noise of a gray picture has no channels that differ, by which white noise would be known."""
+    for seed in range(3):
+        noise = np.random.default_rng(seed).normal(0, 1, (160, 160))
+        for blurred, white in ((0.0, True), (1.2, False)):
+            values = gaussian_filter(noise, blurred) if blurred else noise
+            ramp = np.linspace(0.35, 0.65, 160)[None]
+            image = np.rint(255 * ramp + sigma * values / values.std()).astype(np.uint8)
+            assert fastden.estimate_noise(image).is_white == white
