@@ -48,7 +48,9 @@ def reflected_index(start: int, stop: int, size: int, device: torch.device) -> T
 
 def _exported_index(size: int, device: torch.device) -> Tensor:
     """:func:`reflected_index` of the padded axis. ``size`` may be symbolic: no condition depends on it."""
-    length = ALIGNMENT * torch.sym_max((size + 5) // ALIGNMENT, 2) + ALIGNMENT
+    quarter = (size + 5) // ALIGNMENT
+    # At least 2, as in padding_for. PyTorch 2.14 cannot prove its own guards on sym_max(quarter, 2).
+    length = ALIGNMENT * (quarter + 1 // quarter) + ALIGNMENT
     period = torch.sym_max(2 * (size - 1), 1)
     index = (torch.arange(length, device=device) - BORDER) % period
     # An axis of one pixel has the period 1: index is 0, period - index is 1, and the minimum is 0.
