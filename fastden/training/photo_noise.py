@@ -40,8 +40,9 @@ class PhotoRanges:
         reduce: probability that a clean picture is reduced before it gets noise, by up to ``smallest``, log-uniform. A
             reduced picture has more texture, which an estimator must tell from noise.
         soft: probability that the picture of a camera or a scanner is blurred before it gets noise, as its lens and
-            its anti-aliasing filter do. Pictures that were reduced, as training pictures are, have seven times as much
-            of the finest detail as whole pictures of cameras; a network that met no soft picture keeps fine noise.
+            its anti-aliasing filter do. Photographs that were reduced for training have 16 times as much of the finest
+            detail as those that cameras leave whole (``benchmarks/results/fine-detail.json``: ``free`` beside ``cc``
+            and ``polyu``); a network that met no soft picture keeps fine noise.
         lens: deviation of that Gaussian blur, pixels, log-uniform. Its contrast falls to a half at 0.187 / deviation
             cycles a pixel: from 0.47, the sharpest that pixels hold, to 0.14, a lens at its widest or a small sensor.
         resize: probability that a picture is resized behind the noise.
