@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,29 @@ def test_gray_pictures(sigma: float) -> None:
             ramp = np.linspace(0.35, 0.65, 160)[None]
             image = np.rint(255 * ramp + sigma * values / values.std()).astype(np.uint8)
             assert fastden.estimate_noise(image).is_white == white
+
+
+@pytest.mark.parametrize("white", [True, False])
+def test_what_the_command_says(tmp_path: Path, white: bool) -> None:
+    write_image(tmp_path / "a.png", ImageFile(picture(white)))
+    told = works("denoise", tmp_path / "a.png", "-o", tmp_path / "b.png")
+    assert ("(estimated, white noise)" if white else "(estimated)") in told
+    told = works("noise", tmp_path / "a.png")
+    assert ("white noise" if white else "coarse grain") in told
+    assert f'"is_white": {str(white).lower()}' in works("noise", tmp_path / "a.png", "--json")
+
+
+@pytest.mark.parametrize(("white", "name"), [(True, "color"), (False, "photo")])
+def test_eval_measures_what_denoise_chooses(tmp_path: Path, white: bool, name: str) -> None:
+    (tmp_path / "pairs").mkdir()
+    ramp = np.rint(255 * np.linspace(0.35, 0.65, 120)[None, :, None] * np.ones((96, 1, 3))).astype(np.uint8)
+    write_image(tmp_path / "pairs" / "a_real.png", ImageFile(picture(white)))
+    write_image(tmp_path / "pairs" / "a_mean.png", ImageFile(ramp))
+    scores = {}
+    for label, options in (("chosen", []), (name, ["--model", name])):
+        works("eval", tmp_path / "pairs", "--real", *options, "--json", tmp_path / f"{label}.json")
+        document = json.loads((tmp_path / f"{label}.json").read_text())
+        scores[label] = document["sets"]["pairs"][0]["psnr"]
+    assert scores["chosen"] == scores[name]
+    works("eval", tmp_path / "pairs", "--real", "--sigma", 20, "--json", tmp_path / "given.json")
+    assert json.loads((tmp_path / "given.json").read_text())["model"] == "color"

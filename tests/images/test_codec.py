@@ -261,6 +261,16 @@ def test_cmyk_becomes_srgb_with_a_note() -> None:
     assert read.metadata["icc-profile-data"][16:20] == b"RGB "
 
 
+def test_the_profile_of_cmyk_is_used() -> None:
+    import pyvips
+
+    gray = pyvips.Image.black(40, 32, bands=3).copy(interpretation="srgb") + 100
+    printed = gray.cast("uchar").copy(interpretation="srgb").icc_transform("cmyk", input_profile="srgb")
+    read = decode_image(printed.write_to_buffer(".jpg"))
+    assert read.notes == ("CMYK is converted to sRGB",)
+    assert np.abs(read.pixels.astype(int) - 100).max() <= 4
+
+
 def test_floating_tiff_of_a_nonfinite_or_other_scale_is_refused(tmp_path: Path) -> None:
     for value, message in (
         (np.nan, "NaN or infinity"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,11 @@ def test_captured_passes_are_those_of_the_network(frozen: bool) -> None:
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-3, atol=1e-5, msg=name)
     for left, right in zip(model.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_lightning_praises_nothing_here() -> None:
+    """Its tips name services of its maker; all else that it says is shown."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tip, other = (logging.makeLogRecord({"msg": text}) for text in ("💡 Tip: try our service", "GPU available: False"))
+    assert not logger.filter(tip)
+    assert logger.filter(other)

@@ -146,6 +146,7 @@ def test_a_photograph(page: Any, url: str, site: Path, tmp_path: Path) -> None:
     assert in_words(fastden.estimate_noise(noisy)) in status(page)
     assert "(WebAssembly, 1 thread)" in status(page)
     size = {model.stem: model.stat().st_size for model in (site / "page" / "models").iterdir()}
+    # A visitor's picture needs the estimator and one of the networks.
     assert size["noise"] + max(size["photo"], size["color"]) < 2.5e6
     assert [asked for asked in page.asked if not asked.startswith((url, "data:", f"blob:{url}"))] == []
 
