@@ -15,6 +15,7 @@ const parts = Object.fromEntries(
 let worker = null;
 let file = null;
 let urls = [];
+let gpu = true;
 
 function say(text, wrong = false) {
   parts.status.textContent = text;
@@ -93,9 +94,10 @@ async function run() {
           if (parts.auto.checked) setSigma(data.seen.sigma);
         }
       };
-      mine.postMessage({ picture, sigma, strength: Number(parts.strength.value) });
+      mine.postMessage({ picture, sigma, strength: Number(parts.strength.value), gpu });
     });
     if (worker !== mine) return;
+    gpu = done.how === "WebGPU"; // what failed once is not tried again
     const result = { ...picture, pixels: done.pixels };
     await offer(result);
     const megapixels = (picture.width * picture.height) / 1e6;

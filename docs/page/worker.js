@@ -9,9 +9,10 @@ const RADIUS = 2;
 
 let runtime = null;
 
-async function load() {
-  const gpu = self.navigator.gpu ? await self.navigator.gpu.requestAdapter().catch(() => null) : null;
-  const usable = gpu !== null && !gpu.info?.isFallbackAdapter; // a graphics card, and none that the processor plays
+// The runtime and the estimator, on WebGPU where there is a graphics card and `gpu` allows it.
+async function load(gpu) {
+  const adapter = gpu && self.navigator.gpu ? await self.navigator.gpu.requestAdapter().catch(() => null) : null;
+  const usable = adapter !== null && !adapter.info?.isFallbackAdapter; // a card, and none that the processor plays
   const ort = await import(usable ? "./runtime/ort.webgpu.min.mjs" : "./runtime/ort.wasm.min.mjs");
   ort.env.wasm.wasmPaths = new URL("./runtime/", import.meta.url).href;
   // Threads need headers (COOP, COEP) that few file servers send.
@@ -22,23 +23,24 @@ async function load() {
     ort.InferenceSession.create(new URL(`./models/${name}.onnx`, import.meta.url).href, { executionProviders: [provider] });
   const noise = await open("noise", "wasm");
   const how = `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
-  const processor = { provider: "wasm", how, tile: 256 };
-  const chosen = usable ? { provider: "webgpu", how: "WebGPU", tile: 512 } : processor;
-  return { ort, noise, open, networks: {}, processor, ...chosen };
+  const chosen = usable ? { provider: "webgpu", how: "WebGPU", tile: 512 } : { provider: "wasm", how, tile: 256 };
+  return { ort, noise, open, networks: {}, ...chosen };
 }
 
-// The network of that name, which is fetched when it is first needed.
-async function networkOf(name) {
-  const { networks, open } = runtime;
-  if (!networks[name] && runtime.provider === "webgpu") {
+// What `work` makes of the network of that name, which is fetched when it is first needed. Where WebGPU cannot load the
+// network, or ends while it runs (a driver, its memory), the processor does the work from the start: by the other
+// runtime, because the one whose WebGPU failed never ends a call again.
+async function withNetwork(name, work) {
+  const run = async () => work((runtime.networks[name] ??= await runtime.open(name, runtime.provider)));
+  if (runtime.provider === "webgpu") {
     try {
-      networks[name] = await open(name, "webgpu");
+      return await run();
     } catch (error) {
       console.warn("WebGPU does not run the network, the processor does:", error);
-      Object.assign(runtime, runtime.processor);
+      runtime = await load(false);
     }
   }
-  return (networks[name] ??= await open(name, runtime.provider));
+  return run();
 }
 
 // An index beyond the border, mirrored into the picture.
@@ -140,16 +142,18 @@ async function denoise(picture, network, curve, strength) {
   return result;
 }
 
-self.onmessage = async ({ data: { picture, sigma, strength } }) => {
+self.onmessage = async ({ data: { picture, sigma, strength, gpu } }) => {
   try {
-    runtime ??= await load();
+    runtime ??= await load(gpu);
     const seen = await look(picture);
     self.postMessage({ seen });
     const curve = sigma === "auto" ? curveOf(seen) : Array(seen.sigmas.length).fill(sigma / 255);
-    const network = await networkOf(sigma !== "auto" || isWhite(seen) ? "color" : "photo");
-    const start = performance.now();
-    const pixels = await denoise(picture, network, curve, strength);
-    const seconds = (performance.now() - start) / 1000;
+    const name = sigma !== "auto" || isWhite(seen) ? "color" : "photo";
+    const { pixels, seconds } = await withNetwork(name, async (network) => {
+      const start = performance.now();
+      const pixels = await denoise(picture, network, curve, strength);
+      return { pixels, seconds: (performance.now() - start) / 1000 };
+    });
     self.postMessage({ pixels, seen, seconds, how: runtime.how }, [pixels.buffer]);
   } catch (error) {
     self.postMessage({ error: String(error?.message ?? error) });

@@ -135,6 +135,8 @@ class PhotoConfig(TrainConfig):
     twice: float = Field(0.15, ge=0, le=1, description="share of JPEGs that are saved as a JPEG twice")
     sigma_power: float = Field(1.0, gt=0, description="white noise: 2 draws more of the weak, 1 all alike")
     reduce: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are reduced before the noise")
+    fabric: float = Field(0.0, ge=0, le=1, description="share of crops that a regular texture covers, as cloth has it")
+    dark: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are darkened before the noise")
     soft: float = Field(
         0.0, ge=0, le=1, description="share of camera noise and grain on pictures blurred as a lens blurs them"
     )

@@ -106,6 +106,8 @@ class PhotoData(DenoiserData):
             clean_quality=config.clean_quality,
             twice=config.twice,
             reduce=config.reduce,
+            fabric=config.fabric,
+            dark=config.dark,
             soft=config.soft,
         )
         return PhotoNoise(ranges)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastden.images.samples import MAX_SIGMA
 from fastden.training.camera import CameraNoise, blur
+from fastden.training.fabric import darken, weave
 
 #: Chroma subsampling of JPEG: none, halved columns, halved rows and columns (Pillow's numbers).
 SUBSAMPLINGS = (0, 1, 2)
@@ -39,6 +40,10 @@ class PhotoRanges:
         grain_blur: its correlation length as the deviation of a Gaussian blur, pixels, log-uniform.
         reduce: probability that a clean picture is reduced before it gets noise, by up to ``smallest``, log-uniform. A
             reduced picture has more texture, which an estimator must tell from noise.
+        fabric: probability that a regular, faint texture covers the clean picture or parts of it
+            (:func:`fastden.training.fabric.weave`).
+        dark: probability that the clean picture loses light, down to ``darkest``, log-uniform. Collections show
+            pictures that are well lit; noise is seen where light was short.
         soft: probability that the picture of a camera or a scanner is blurred before it gets noise, as its lens and
             its anti-aliasing filter do. Photographs that were reduced for training have 16 times as much of the finest
             detail as those that cameras leave whole (``benchmarks/results/fine-detail.json``: ``free`` beside ``cc``
@@ -63,6 +68,9 @@ class PhotoRanges:
     grain_blur: tuple[float, float] = (0.3, 3.0)
     reduce: float = 0.0
     smallest: float = 0.4
+    fabric: float = 0.0
+    dark: float = 0.0
+    darkest: float = 0.06
     soft: float = 0.0
     lens: tuple[float, float] = (0.4, 1.3)
     resize: float = 0.5
@@ -139,9 +147,14 @@ class Recipe:
         if self.taken != self.side:
             sides = (self.side, self.side)
             clean = F.interpolate(clean[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        ranges = self.noise.ranges
+        if ranges.fabric and random.random() < ranges.fabric:
+            clean = weave(clean, random)
+            clean = clean.mean(0, keepdim=True).expand_as(clean) if gray else clean
+        if ranges.dark and random.random() < ranges.dark:
+            clean = darken(clean, _log_uniform(random, (ranges.darkest, 1.0)))
         if self.kind == "white":
             return clean, self._white(clean, random, gray)
-        ranges = self.noise.ranges
         if self.kind != "clean" and ranges.soft and random.random() < ranges.soft:
             clean = blur(clean[None], _log_uniform(random, ranges.lens))[0]
         if self.kind == "camera":
@@ -176,7 +189,8 @@ class Recipe:
         color = _unit(blur(fields[1:], length * random.uniform(1.0, 2.5)))[0]
         shared = random.uniform(0.0, 1.0)
         noise = math.sqrt(shared) * luma + math.sqrt(1 - shared) * color
-        brightness = blur(clean.mean(0, keepdim=True)[None], 2.0)[0]
+        # A blur's rounding lifts white above 1, and a power of what is below 0 is no number.
+        brightness = blur(clean.mean(0, keepdim=True)[None], 2.0)[0].clamp(0, 1)
         floor, power = random.uniform(0.1, 1.0), random.uniform(0.4, 1.6)
         shapes = (
             torch.ones_like(brightness),

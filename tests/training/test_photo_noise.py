@@ -151,6 +151,18 @@ def test_a_lens_blurs_before_the_noise() -> None:
         torch.testing.assert_close(made(kind, 1.0)[0], made(kind, 0.0)[0])
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_black_and_white_pictures(kind: str, value: float) -> None:
+    """Numbers stay numbers where a blur's rounding leaves [0, 1]: 1.0000001 on sides of 200 pixels and more."""
+    noise = only(kind, soft=0.5, jpeg=0.0, scale=(1.0, 1.0))
+    for seed in range(24):
+        random = np.random.default_rng(seed)
+        recipe = noise.plan(random, 254, 300)
+        for image in recipe.make(torch.full((3, recipe.taken, recipe.taken), value), random):
+            assert torch.isfinite(image).all(), f"seed {seed}"
+
+
 def test_a_power_draws_more_weak_noise() -> None:
     def sigmas(power: float) -> list[float]:
         noise = only("white", sigma=(0.0, 60.0), sigma_power=power)

@@ -183,6 +183,51 @@ def test_threads_where_the_server_allows_them(site: Path, window: Any) -> None:
     server.shutdown()
 
 
+#: An adapter of WebGPU that promises a device and has none, as a driver that the browser blocks later; and a runtime
+#: whose sessions on WebGPU load and then fail, as where the card's memory ends.
+NO_DEVICE = """
+const adapter = {
+  info: {}, features: new Set(), limits: {}, isFallbackAdapter: false,
+  requestDevice: async () => { throw new Error("no device"); },
+};
+Object.defineProperty(self.navigator, "gpu", { value: { requestAdapter: async () => adapter } });
+"""
+FAILS_LATER = """
+  const create = ort.InferenceSession.create;
+  ort.InferenceSession.create = async (model, options) => {
+    if (options.executionProviders[0] !== "webgpu") return create(model, options);
+    return { run: async () => { throw new Error("out of memory"); } };
+  };
+"""
+
+
+@pytest.mark.parametrize("fault", ["", FAILS_LATER], ids=["no device", "fails later"])
+def test_the_processor_takes_over_from_webgpu(site: Path, window: Any, tmp_path: Path, fault: str) -> None:
+    shutil.copytree(site, tmp_path / "site")
+    worker = tmp_path / "site" / "page" / "worker.js"
+    start = "  ort.env.wasm.wasmPaths"
+    assert worker.read_text().count(start) == 1
+    worker.write_text(NO_DEVICE + worker.read_text().replace(start, fault + start))
+    server = serving(tmp_path / "site", {})
+    noisy = pixels(48, 64)
+    with opened(window, f"http://127.0.0.1:{server.server_address[1]}/browser/", seconds=60) as page:
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.wait_for_selector("#fastden-page .file:not([disabled])", state="attached")
+        for _ in range(2):
+            drop(page, ZONE, {"noisy.png": encoded(noisy, "PNG")})
+            page.wait_for_selector(SAVE)
+            assert "(WebAssembly, 1 thread)" in status(page)
+        with page.expect_download() as download:
+            page.click(SAVE)
+        result = np.asarray(Image.open(download.value.path()).convert("RGB"))
+    server.shutdown()
+    wanted = fastden.denoise(noisy, dtype="float32")
+    assert np.abs(result.astype(int) - wanted).max() <= 2
+    # Once: the second picture goes to the processor at once.
+    assert len([line for line in said if line.startswith("WebGPU does not run the network")]) == 1, said
+
+
 def test_what_is_refused(page: Any) -> None:
     drop(page, ZONE, {"broken.png": encoded(pixels(), "PNG")[:60]})
     page.wait_for_selector("text=broken.png: not a picture that this browser reads; accepted: JPEG, PNG, WebP, AVIF")
