@@ -72,14 +72,14 @@ def denoise(
     sigma: Annotated[
         str,
         typer.Option(
-            help="Noise level, 0 to 75 for the bundled models, white of the file's type being 255; auto estimates it."
+            help="Noise level, 0 to 75 for color and 0 to 60 for photo, white of the file's type being 255; auto estimates it."
         ),
     ] = "auto",
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
-            help="Bundled name, folder or Hugging Face Hub id; default: photo; color for white noise or with --sigma.",
+            help="Bundled name, folder or Hugging Face Hub id; default: photo; color for white noise, or with --sigma or --sigma-map.",
             show_default=False,
         ),
     ] = None,
@@ -278,7 +278,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="Stop behind the first epoch that ends after this time; --resume goes on."),
+        typer.Option(min=0, help="Stop after the first epoch that ends later than this; --resume goes on."),
     ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Set steps so that the run is complete after --minutes, its decay included.")
