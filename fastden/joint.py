@@ -16,9 +16,10 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from numbers import Real
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -337,8 +338,35 @@ class _Function(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         return self.function(*arguments)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Function:
+        copy = _Function.__new__(_Function)
+        memo[id(self)] = copy
+        state = {name: value for name, value in self.__dict__.items() if name != "function"}
+        copy.__dict__ = {**deepcopy(state, memo), "function": _copied(self.function, memo)}
+        return copy
+
     def extra_repr(self) -> str:
         return str(getattr(self.function, "__qualname__", self.function))
+
+
+def _copied(function: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a function. A closure that holds modules or parameters gets copies of all that it captured.
+
+    ``copy.deepcopy`` takes a function for the same function, so that the copy would train the original's parameters.
+    """
+    if isinstance(function, partial):
+        arguments = [_copied(value, memo) for value in function.args]
+        return partial(_copied(function.func, memo), *arguments, **deepcopy(function.keywords, memo))
+    if not isinstance(function, FunctionType) or not any(
+        isinstance(value, nn.Module | nn.Parameter) for value in _held(function)
+    ):
+        return deepcopy(function, memo)
+    cells = tuple(CellType(_copied(cell.cell_contents, memo)) for cell in function.__closure__ or ())
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    copy.__qualname__, copy.__doc__ = function.__qualname__, function.__doc__
+    return copy
 
 
 def _held(function: Any) -> Iterator[Any]:

@@ -131,6 +131,25 @@ class TestModules:
         assert len(list(loss.parameters())) == len(loss.state_dict()) == 1
         assert any(isinstance(module, nn.L1Loss) for module in loss.modules())
 
+    @pytest.mark.parametrize("hide", [lambda f: f, partial])
+    def test_copies_of_closures_have_their_own_parameters(self, hide: Any) -> None:
+        scale, layer = nn.Parameter(torch.tensor(2.0)), nn.Linear(2, 2)
+        loss = JointLoss(1.0, hide(lambda p, t: scale * (layer(p) - t).abs().mean()))
+        clean = labelled_batch()[1]
+        output = JointOutput(clean, {"task": torch.ones(2, 2)})
+        copied = copy.deepcopy(loss)
+        before = loss(output, clean, torch.zeros(2, 2)).total
+        assert torch.equal(copied(output, clean, torch.zeros(2, 2)).total, before)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(10)
+        after = copied(output, clean, torch.zeros(2, 2)).total
+        assert after > 5 * before
+        after.backward()
+        assert all(parameter.grad is not None for parameter in copied.parameters())
+        assert all(parameter.grad is None for parameter in loss.parameters())
+        assert torch.equal(loss(output, clean, torch.zeros(2, 2)).total, before)
+
     def test_functions(self) -> None:
         loss = JointLoss(1, lambda p, t: (p - t).abs().mean(), denoise_loss=F.l1_loss)
         assert not loss.state_dict()

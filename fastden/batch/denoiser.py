@@ -80,7 +80,8 @@ class BatchDenoiser:
         max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
     ) -> None:
-        wishes = Wishes(strength, chroma, quality)
+        wishes = Wishes(_plain(strength), None if chroma is None else _plain(chroma), quality)
+        sigma = sigma if isinstance(sigma, str) else _plain(sigma)
         check_max_pixels(max_pixels)
         memory = parse_memory(max_memory)
         check_tile(tile, memory)
@@ -228,3 +229,8 @@ class BatchDenoiser:
 
 def _run(computer: Executor | None, function: Callable[[], _T]) -> _T:
     return function() if computer is None else computer.submit(function).result()
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as one of Python's, which the manifest can hold."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

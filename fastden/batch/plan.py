@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -182,5 +184,20 @@ def _refuse_collisions(jobs: list[Job]) -> None:
 
 
 def _identity(path: Path) -> str:
-    # On a case-insensitive file system one would overwrite the other.
-    return os.path.normcase(os.path.realpath(path)).casefold()
+    real = os.path.normcase(os.path.realpath(path))
+    # On a file system that ignores case one would overwrite the other.
+    return real.casefold() if ignores_case(os.path.dirname(real)) else real
+
+
+@lru_cache(maxsize=4096)
+def ignores_case(folder: str) -> bool:
+    """Whether names in ``folder``, or in the nearest folder above that exists, are the same whatever their case."""
+    parent, name = os.path.split(folder)
+    if not name:
+        return sys.platform in ("win32", "darwin")
+    if name == name.swapcase() or not os.path.exists(folder):
+        return ignores_case(parent)
+    try:
+        return os.path.samefile(folder, os.path.join(parent, name.swapcase()))
+    except OSError:
+        return False

@@ -18,7 +18,7 @@ from fastden.images.codec import format_for
 from fastden.images.whole_files import digest
 from fastden.inference.run import Wishes
 from fastden.network.fused import FusedDenoiser
-from fastden.network.hub import models
+from fastden.network.hub import model_folder
 from fastden.network.loading import Model, default_model, load_network
 from fastden.network.model import Denoiser
 
@@ -121,7 +121,7 @@ def _name(model: Model) -> str:
 def _weights_digest(model: Model, network: FusedDenoiser) -> str:
     """The SHA-256 of the weights' file where there is one, else of the loaded weights."""
     if isinstance(model, str | Path):
-        file = models().get(str(model), Path(model)) / "model.safetensors"
+        file = model_folder(model) / "model.safetensors"
         if file.is_file():
             return digest(file)
     state = model.state_dict() if isinstance(model, Denoiser) else network.state_dict()

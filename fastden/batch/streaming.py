@@ -116,9 +116,9 @@ def denoise_strips(
     image = _Window(reader, height)
     own, levels = None, None
     if level is None or isinstance(level, float | torch.Tensor):
-        own, scale = own_scale(level, values)
+        own, scale = own_scale(level, values, wishes)
     else:
-        levels, (_, scale) = _Window(level, height), own_scale(None, values)
+        levels, (_, scale) = _Window(level, height), own_scale(None, values, wishes)
     seconds = 0.0
     with closing(_read_ahead(image, levels, strips)) as loaded:
         for (top, bottom), (strip, first, level_rows) in zip(strips, loaded, strict=True):

@@ -78,7 +78,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
 def _for_any_folder(settings: dict[str, Any]) -> dict[str, Any]:
     """Paths become absolute, because workers have their own working folders."""
     model, sigma_map = settings["model"], settings["sigma_map"]
-    if model is not None and str(model) not in models() and Path(model).is_dir():
+    if model is not None and model not in models() and Path(model).is_dir():
         model = os.path.abspath(model)
     return {**settings, "model": model, "sigma_map": None if sigma_map is None else os.path.abspath(sigma_map)}
 

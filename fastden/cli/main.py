@@ -72,14 +72,16 @@ def denoise(
     sigma: Annotated[
         str,
         typer.Option(
-            help="Noise level, 0 to 75 for color and 0 to 60 for photo, white of the file's type being 255; auto estimates it."
+            help="Noise level, white of the file's type being 255: 0 to 75 for color, 0 to 60 for photo; auto estimates"
+            " it."
         ),
     ] = "auto",
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
-            help="Bundled name, folder or Hugging Face Hub id; default: photo; color for white noise, or with --sigma or --sigma-map.",
+            help="Bundled name, folder or Hugging Face Hub id; default: photo; color for white noise, or with --sigma"
+            " or --sigma-map.",
             show_default=False,
         ),
     ] = None,

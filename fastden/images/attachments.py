@@ -123,7 +123,20 @@ def plan_attachment(
         extras, metadata: of the source.
         format_name, strip_metadata: as in :func:`fastden.images.codec.encode_image`.
         kind: depth and colour type of a PNG that is written.
+
+    Raises:
+        UserError: the format cannot hold the colours, or the metadata are damaged in a way that nobody foresaw.
     """
+    try:
+        return _plan(extras, metadata, format_name, kind, strip_metadata)
+    except (struct.error, LookupError, ArithmeticError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"metadata that cannot be carried over ({what}); accepted: --strip-metadata") from error
+
+
+def _plan(
+    extras: Extras, metadata: Mapping[str, Any], format_name: str, kind: bytes, strip_metadata: bool
+) -> Attachment:
     check_colour(extras, format_name, has_profile="icc-profile-data" in metadata)
     missing = list(extras.parts)
     known = "xres" in metadata
@@ -237,10 +250,12 @@ def _resources(extras: Extras) -> bytes:
 def _bytes(tag: Any) -> bytes:
     data = tag["data"]
     if isinstance(data, list):
+        if not all(isinstance(value, int) for value in data):
+            return b""  # fractions and floating-point numbers hold no bytes
         # IPTC is bytes; files often declare it as 32-bit numbers.
         size = 4 if tag["datatype"] in (4, 9, 13) else 1
         return b"".join((value % (1 << 8 * size)).to_bytes(size, "little") for value in data)
-    return data if isinstance(data, bytes) else data.encode()
+    return data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else b""
 
 
 def _iptc(extras: Extras) -> bytes:

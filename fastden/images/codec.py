@@ -19,7 +19,7 @@ from fastden.images.encoding import check_alpha, check_pages, described, plan_en
 from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, encode_heic, open_file
 from fastden.images.image_file import Header, ImageFile
-from fastden.images.kinds import OTHER_SUFFIXES, check_supported, fail_on, full_pages, stated_white
+from fastden.images.kinds import OTHER_SUFFIXES, check_supported, fail_on, full_pages, stated_white, white_is_zero
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite, to_dtype
 from fastden.images.whole_files import check_target, reason, write_bytes
@@ -208,6 +208,9 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
         metadata.setdefault("orientation", 1)
     dtype = np.dtype(VIPS_DTYPES[image.format])
     if dtype.kind == "f":
+        # libvips turns integers over, and leaves these as they are.
+        if format_name == "tiff" and white_is_zero(file):
+            raise UserError("a floating-point TIFF whose 0 is white (PhotometricInterpretation); accepted: 0 for black")
         dtype, bits = np.dtype(np.float32), 32
     elif dtype == np.uint8:
         bits = 8

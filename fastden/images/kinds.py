@@ -250,6 +250,11 @@ def stated_white(file: BinaryIO, metadata: Mapping[str, Any]) -> int:
         return 0
 
 
+def white_is_zero(file: BinaryIO) -> bool:
+    """Whether a TIFF says that 0 is white."""
+    return _photometric(_first_directory(file)) == 0
+
+
 def _loaded(page: Any) -> Any:
     return page.aspage() if hasattr(page, "aspage") else page
 

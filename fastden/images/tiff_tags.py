@@ -211,10 +211,19 @@ def unknown_resolution() -> dict[int, Any]:
     return {282: {"datatype": 5, "data": [1, 1]}, 283: {"datatype": 5, "data": [1, 1]}, 296: short(1)}
 
 
+def _fraction(value: float) -> list[int]:
+    """A number as EXIF holds it: two whole numbers of 32 bits. An electron microscope has 25 million pixels an inch."""
+    for denominator in (1000, 1, 1_000_000):
+        numerator = round(value * denominator)
+        if 0 < numerator < 2**32:
+            return [numerator, denominator]
+    return [round(25.4 * UNKNOWN[0]), 1]
+
+
 def resolution_block(density: tuple[float, float] | None, orientation: int) -> bytes:
     """An EXIF block that holds pixels per millimetre and an orientation alone."""
     # EXIF asks for a resolution, and for 72 dots an inch where it is not known.
-    pairs = [[round(value * 25.4 * 1000), 1000] for value in density or UNKNOWN]
+    pairs = [_fraction(25.4 * value) for value in density or UNKNOWN]
     tags = {282: {"datatype": 5, "data": pairs[0]}, 283: {"datatype": 5, "data": pairs[1]}, 296: short(2)}
     block, _ = exif_block({ORIENTATION: short(orientation), **tags})
     return block

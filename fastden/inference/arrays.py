@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from fastden.errors import UserError
-from fastden.images.pixels import Array, check_plain, full_scale
+from fastden.images.pixels import Array, check_finite, check_plain, full_scale
 from fastden.images.ranges import BLOCK, COUNTS, ORDINARY, ValueRange, count_range, joined, range_of
 from fastden.inference.array_noise import (
     CURVE,
@@ -42,7 +42,7 @@ from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Quality, Wishes, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser
-from fastden.network.hub import models
+from fastden.network.hub import model_folder, models
 from fastden.network.loading import default_model, load_network, parse_memory
 from fastden.network.padding import ALIGNMENT
 
@@ -154,7 +154,7 @@ def _model_name(model: Any) -> str:
         accepted = "a bundled name, a folder or a Hub id (write a network with save_pretrained)"
         raise TypeError(f"model: {type(model).__name__}, which would travel with every chunk; accepted: {accepted}")
     # Workers have working directories of their own.
-    return str(Path(model).resolve()) if str(model) not in models() and Path(model).is_dir() else str(model)
+    return str(Path(model).resolve()) if model not in models() and model_folder(model).is_dir() else str(model)
 
 
 def _package(name: str) -> Any:
@@ -363,6 +363,8 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
                 eight_bit=planes.dtype == np.uint8,
                 fast=settings.wishes.fast,
             )
+            if planes.dtype.kind == "f":
+                check_finite(planes[index][..., :3], ValueError)
             result[index][..., :3], _ = denoise_pixels(
                 planes[index][..., :3],
                 sigma if network.noise_level_input else "auto",

@@ -32,6 +32,7 @@ from fastden.network.level import (
     weights_of,
     white_factor,
 )
+from fastden.ops.modes import without_autocast
 
 #: Weights of the estimator, trained together with the model "photo".
 ESTIMATOR = WEIGHTS / "photo" / "noise.safetensors"
@@ -222,6 +223,11 @@ def noise_of_samples(crops: list[Array], values: ValueRange = ORDINARY) -> Noise
         crops: of any dtype that can be denoised.
         values: what the whole picture spans.
     """
+    with without_autocast(torch.device("cpu")):
+        return _estimated(crops, values)
+
+
+def _estimated(crops: list[Array], values: ValueRange) -> NoiseEstimate:
     if min(min(crop.shape[:2]) for crop in crops) < CELL:
         return UNDECIDED
     estimator = load_estimator()
@@ -250,6 +256,8 @@ def noise_of_samples(crops: list[Array], values: ValueRange = ORDINARY) -> Noise
 @lru_cache(maxsize=1)
 def load_estimator() -> NoiseEstimator:
     """The network that judges noise, with its weights; it is kept."""
-    estimator = NoiseEstimator()
-    estimator.load_state_dict(load_file(ESTIMATOR))
+    # The caller may have set a default dtype, or a device context such as torch.device("meta").
+    with torch.device("cpu"):
+        estimator = NoiseEstimator().float()
+        estimator.load_state_dict(load_file(ESTIMATOR))
     return estimator.eval()

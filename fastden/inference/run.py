@@ -61,6 +61,11 @@ class Wishes:
         """Whether the network is applied as it is."""
         return self.strength == 1 and self.chroma in (None, 1) and self.quality != "best"
 
+    @property
+    def idle(self) -> bool:
+        """Whether pictures stay as they are."""
+        return self.strength == 0 and self.chroma in (None, 0)
+
 
 #: The network as it is.
 PLAIN = Wishes()
@@ -155,7 +160,7 @@ def run_network(
     Returns:
         As ``batch``.
     """
-    level, scale = own_scale(level, values)
+    level, scale = own_scale(level, values, wishes)
     options: dict[str, Any] = {"tile": tile, "max_memory": max_memory, "progress": progress, "scale": scale}
     return denoise_tiled(adapted(network, batch.shape[1], wishes), batch, level, **options)
 
@@ -167,12 +172,15 @@ def own_level(level: float | Tensor, values: ValueRange) -> float | Tensor:
     return (level / values.span).clamp(max=1) if isinstance(level, Tensor) else min(level / values.span, 1.0)
 
 
-def own_scale(level: float | Tensor | None, values: ValueRange) -> tuple[float | Tensor | None, OwnScale | None]:
+def own_scale(
+    level: float | Tensor | None, values: ValueRange, wishes: Wishes
+) -> tuple[float | Tensor | None, OwnScale | None]:
     """A noise level as the network takes it, and the scale on which it sees a picture; None for the picture as it is.
 
     Args:
         level: as in :func:`run_network`; None also for a map that is not in memory.
         values: of the picture.
+        wishes: how the network is applied.
     """
     own = None if level is None else own_level(level, values)
     # A map's highest level is not used: strips know only their own.
@@ -180,7 +188,10 @@ def own_scale(level: float | Tensor | None, values: ValueRange) -> tuple[float |
     if isinstance(own, Tensor) and own.dim() < 4 and own.numel():
         known = float(own.max())
     limits = values.limits(known)
-    return own, None if values.ordinary and limits is None else OwnScale(values.black, values.span, limits)
+    if wishes.idle or (values.ordinary and limits is None):
+        return own, None
+    # Where there is no noise, a lone bright pixel is no hot one: a star keeps its light.
+    return own, OwnScale(values.black, values.span, limits, lone=known == 0)
 
 
 def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwork:

@@ -62,13 +62,14 @@ Model = Denoiser | TiledNetwork
 class OwnScale(NamedTuple):
     """A picture's own scale: what the network sees is ``(x - black) / span``, within ``limits`` if there are any.
 
-    Values beyond the limits are added to the result, except for lone pixels. The result is on the scale of ``x``
-    again; white of integers is 1.
+    Values beyond the limits are added to the result, except for lone pixels, unless ``lone``. The result is on the
+    scale of ``x`` again; white of integers is 1.
     """
 
     black: float
     span: float
     limits: tuple[float, float] | None
+    lone: bool = False
 
 
 class Tile(NamedTuple):
@@ -329,6 +330,8 @@ def _inward(x: Tensor, scale: OwnScale | None) -> tuple[Tensor, Tensor | None]:
     if scale.limits is None:
         return x, None
     limited = x.clamp(*scale.limits)
+    if scale.lone:
+        return limited, x - limited
     beyond = (x != limited).any(1, keepdim=True).float()
     # A lone pixel beyond all noise is hot, and loses its excess; a highlight of two pixels or more keeps it.
     several = F.avg_pool2d(beyond, 3, stride=1, padding=1) > 1.5 / 9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+#: Relative change of a weight by casts to bfloat16 and back, with room: such weights keep their ranges.
+CAST = 0.01
 
 
 @torch.inference_mode(mode=False)  # tensors made in inference mode have no version counter
@@ -85,6 +88,14 @@ def fuse(
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
     return FusedDenoiser(model, ranges, differentiable).to(dtype=chosen, device=device).eval()
+
+
+def _check_loaded(network: FusedDenoiser, _: object) -> None:
+    """Refuse weights, as soon as they are loaded, that the ranges of activations do not belong to."""
+    weights = {name: getattr(network, name) for name in network._measured}
+    # Weights that hold a NaN keep it: they never run in integers.
+    if network.device.type != "meta" and all(bool(weight.isfinite().all()) for weight in weights.values()):
+        network._checked_ranges(weights)
 
 
 def calibrated_ranges(model: Denoiser) -> int8.Ranges:
@@ -146,6 +157,7 @@ class FusedDenoiser(nn.Module):
     def __init__(self, model: Denoiser, ranges: int8.Ranges | None = None, differentiable: bool = False) -> None:
         super().__init__()
         self._ranges = ranges
+        self._measured: dict[str, Tensor] = {}
         self.differentiable = differentiable
         self.noise_level_input = model.noise_level_input
         self.image_channels = model.image_channels
@@ -161,6 +173,10 @@ class FusedDenoiser(nn.Module):
         self._names = tuple(self._buffers)
         if ranges is not None:
             self.register_buffer("conv3_ranges", fp8.conv3_ranges(ranges), persistent=False)
+            # On the CPU, and no buffers: they follow no cast.
+            kept = [name for name in self._names if not name.startswith("head")]  # behind all activations with ranges
+            self._measured = {name: getattr(self, name).detach().cpu().float().clone() for name in kept}
+            self.register_load_state_dict_post_hook(_check_loaded)
         self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
@@ -302,10 +318,26 @@ class FusedDenoiser(nn.Module):
             network: onednn.TiledNetwork = (
                 onednn.OneDnnNetwork(folded)
                 if self._ranges is None or not folded.finite()
-                else int8.Int8Network(folded, self._ranges)
+                else int8.Int8Network(folded, self._checked_ranges(copies))
             )
             packed = self._onednn = (snapshot, network)
         return packed[1]
+
+    def _checked_ranges(self, weights: Mapping[str, Tensor]) -> int8.Ranges:
+        """The ranges of activations.
+
+        Raises:
+            ValueError: ``weights`` are others than those with which the ranges were measured. A cast changes no range.
+        """
+        assert self._ranges is not None
+        for name, measured in self._measured.items():
+            now = weights[name].detach().cpu().float()
+            if now.shape != measured.shape or not torch.allclose(now, measured, rtol=CAST, atol=1e-6):
+                raise ValueError(
+                    f"quality: 'fast', but {name} has changed since the ranges of activations were measured; accepted:"
+                    ' fuse(model, quality="fast") of the new model, behind fastden.calibrate'
+                )
+        return self._ranges
 
     def __getstate__(self) -> dict[str, Any]:
         # pickle and deepcopy cannot read packed weights. The copy makes them again on first use.

@@ -26,6 +26,11 @@ def models() -> dict[str, Path]:
     return {folder.parent.name: folder.parent for folder in sorted(WEIGHTS.glob("*/model.safetensors"))}
 
 
+def model_folder(model: str | Path) -> Path:
+    """Where a model lies: text may be a bundled name, a ``Path`` is a folder of the user's, whatever its name."""
+    return model if isinstance(model, Path) else models().get(model, Path(model))
+
+
 class PretrainedMixin:
     """``from_pretrained``, ``save_pretrained`` and ``push_to_hub``, with bundled names that need no network.
 
@@ -52,7 +57,8 @@ class PretrainedMixin:
 
         Args:
             pretrained_model_name_or_path: a name of :func:`fastden.models`, a folder written by ``save_pretrained``,
-                or a Hugging Face Hub repository ``owner/name``.
+                or a Hugging Face Hub repository ``owner/name``. A ``Path`` is a folder, even if a bundled model has
+                its name.
             map_location: device of the weights.
             strict: whether missing or unknown names of weights are errors.
             **kwargs: ``revision``, ``cache_dir``, ``force_download``, ``local_files_only`` and ``token`` go to
@@ -68,7 +74,7 @@ class PretrainedMixin:
             " or a Hugging Face Hub id owner/name"
         )
         download = {key: kwargs.pop(key) for key in DOWNLOAD if key in kwargs}
-        folder = models().get(name, Path(name))
+        folder = model_folder(pretrained_model_name_or_path)
         if folder.is_dir():
             missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
             if missing:

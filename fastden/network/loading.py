@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from fastden.network.fused import DTYPES, FusedDenoiser, fuse
-from fastden.network.hub import models
+from fastden.network.hub import model_folder
 from fastden.network.model import Denoiser
 from fastden.network.onednn import native_bf16
 
@@ -68,12 +68,12 @@ def load_network(
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
     target = parse_device(device)
-    folder = models().get(str(model), Path(model))
+    folder = model_folder(model)
     weights = folder / "model.safetensors"
     # The file's time is part of the cache key: a folder that was written again has another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
     chosen = choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast))
-    return _load_cached(str(model), target, chosen, quality, changed)
+    return _load_cached(model, target, chosen, quality, changed)
 
 
 def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
@@ -83,7 +83,7 @@ def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
 
 @lru_cache(maxsize=8)  # two models, chosen by the noise, in two dtypes, and as many of other names
 def _load_cached(
-    name: str, device: torch.device, dtype: torch.dtype, quality: Literal["normal", "fast"], changed: int
+    name: str | Path, device: torch.device, dtype: torch.dtype, quality: Literal["normal", "fast"], changed: int
 ) -> FusedDenoiser:
     return fuse(Denoiser.from_pretrained(name), dtype, device, quality=quality)
 

@@ -48,15 +48,22 @@ def read_classes(folder: Path) -> list[tuple[Path, int]]:
 def read_masks(folder: Path) -> list[tuple[Path, Path]]:
     """Images of ``images/``, each with the PNG of the same name in ``labels/`` whose values are classes.
 
+    The label of ``images/a/x.jpg`` is ``labels/a/x.png``, or else ``labels/x.png`` if no other image takes that one.
+
     Raises:
-        UserError: no such folders, or an image without a label.
+        UserError: no such folders, an image without a label, or a label of two images.
     """
-    images = find_photographs(folder / "images")
-    pairs = [(path, folder / "labels" / f"{path.stem}.png") for path in images]
-    without = [image for image, label in pairs if not label.is_file()]
-    if without:
-        raise UserError(f"data: {without[0]} has no label {folder / 'labels' / without[0].stem}.png")
-    return pairs
+    root, labels = folder / "images", folder / "labels"
+    pairs: dict[Path, Path] = {}
+    for image in find_photographs(root):
+        beside = labels / image.relative_to(root).with_suffix(".png")
+        label = beside if beside.is_file() else labels / f"{image.stem}.png"
+        if not label.is_file():
+            raise UserError(f"data: {image} has no label {beside}")
+        if label in pairs:
+            raise UserError(f"data: {pairs[label]} and {image} have one label, {label}; accepted: a label each")
+        pairs[label] = image
+    return [(image, label) for label, image in pairs.items()]
 
 
 def load_mask(path: Path) -> npt.NDArray[np.uint8]:

@@ -243,7 +243,10 @@ def _prepare_output(config: TrainConfig) -> None:
     """Write ``train.yaml``, and rename the log of the run that is resumed."""
     metrics = config.output / "log" / "metrics.csv"
     if metrics.exists():  # CSVLogger would delete it
-        metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('*.csv')))}.csv"))
+        earlier = [
+            int(number) for file in metrics.parent.glob("metrics-*.csv") if (number := file.stem[8:]).isdecimal()
+        ]
+        metrics.rename(metrics.with_name(f"metrics-{max(earlier, default=0) + 1}.csv"))
     _write_settings(config)
 
 

@@ -422,3 +422,12 @@ def test_images_of_more_than_8_bits_go_through_their_own_network(
         streaming(batch)
     assert batch.run(folder, tmp_path / "out").failed == []
     assert seen == {"uint8": {True}, "uint16": {False}, "float32": {False}}
+
+
+def test_numbers_of_numpy_and_torch(photos: Path, tmp_path: Path, network: Any) -> None:
+    plain = fastden.BatchDenoiser(network, sigma=15, strength=0.5).run(photos, tmp_path / "plain")
+    for name, sigma in (("float32", np.float32(15)), ("int64", np.int64(15)), ("torch", torch.tensor(15.0))):
+        report = fastden.BatchDenoiser(network, sigma=sigma, strength=np.float32(0.5)).run(photos, tmp_path / name)
+        assert report.failed == []
+        assert len(report.done) == len(plain.done)
+        assert outputs(tmp_path / name) == outputs(tmp_path / "plain")

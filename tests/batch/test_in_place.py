@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fastden
 from fastden.batch.manifest import NAME, Manifest, Record, made_before
-from fastden.batch.plan import plan
+from fastden.batch.plan import ignores_case, plan
 from fastden.batch.ray import Pool, Worker, plan_rows
 from fastden.cli.main import app
 from fastden.errors import UserError
@@ -156,13 +156,29 @@ def test_an_output_that_is_another_ones_input(tmp_path: Path, model: str) -> Non
     assert not (tmp_path / "out" / "a.png").exists()
 
 
-def test_names_that_differ_in_case_alone(tmp_path: Path) -> None:
-    """On some file systems they are one file."""
-    for folder, name in (("a", "x.png"), ("b", "X.PNG")):
+@pytest.mark.parametrize("names", [("x.png", "X.PNG"), ("Masse.png", "Maße.png")])
+def test_names_that_differ_in_case_alone(tmp_path: Path, names: tuple[str, str], monkeypatch: Any) -> None:
+    """On some file systems they are one file, on others two."""
+    for folder, name in zip("ab", names, strict=True):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_bytes(encoded(pixels(), "PNG"))
+    inputs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    monkeypatch.setattr("fastden.batch.plan.ignores_case", lambda folder: True)
     with pytest.raises(UserError, match="would all be written to"):
-        plan([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
+        plan(inputs, tmp_path / "out")
+    monkeypatch.setattr("fastden.batch.plan.ignores_case", lambda folder: False)
+    assert sorted(job.target.name for job in plan(inputs, tmp_path / "out")) == sorted(names)
+
+
+def test_whether_a_file_system_ignores_case(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    same = (tmp_path / "FOLDER").exists()
+    assert ignores_case(str(folder)) == ignores_case(str(folder / "new" / "12")) == same
+    if not same:
+        (tmp_path / "FOLDER").mkdir()  # another one
+        ignores_case.cache_clear()
+        assert not ignores_case(str(folder))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")

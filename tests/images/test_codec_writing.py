@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 
 from fastden.errors import UserError
+from fastden.images import attachments, tiff_tags
 from fastden.images.codec import ImageFile, encode_image, format_for, read_image, write_image
 from fastden.images.whole_files import whole_file
-from tests.image_files import (
-    pixels,
-)
+from tests.image_files import encoded, pixels
 
 
 def test_file_names_with_brackets(tmp_path: Path) -> None:
@@ -133,3 +136,49 @@ def test_too_large_for_the_format() -> None:
     wide = ImageFile(np.zeros((1, 20000, 3), np.uint8))
     with pytest.raises(UserError, match="cannot be written as webp"):
         encode_image(wide, "webp")
+
+
+def test_microscopes_and_odd_tags(tmp_path: Path) -> None:
+    """A resolution of one pixel a nanometre, more than EXIF's fractions of a thousandth hold; IPTC as fractions."""
+    source = tmp_path / "small.png"
+    source.write_bytes(encoded(pixels(), "PNG", dpi=(25.4e6, 25.4e6)))
+    image = read_image(source)
+    assert image.metadata["xres"] == pytest.approx(1e6, rel=1e-3)  # pixels a millimetre
+    for format_name in ("jpeg", "webp", "png", "tiff"):
+        data, _ = encode_image(image, format_name)
+        assert Image.open(io.BytesIO(data)).size == (40, 32)
+    data, _ = encode_image(image, "webp")
+    assert float(Image.open(io.BytesIO(data)).getexif()[282]) == pytest.approx(25.4e6, rel=1e-6)
+    for density, wanted in (
+        (1e-6, [25, 1_000_000]),
+        (1e12, [72, 1]),
+        (72 / 25.4, [72_000, 1000]),
+        (1e6, [25_400_000, 1]),
+    ):
+        assert tiff_tags._fraction(25.4 * density) == wanted
+    path = tmp_path / "iptc.tif"
+    tifffile.imwrite(path, pixels(), photometric="rgb", extratags=[(33723, 11, 1, 1.0, True)])
+    for format_name in ("jpeg", "webp", "png", "tiff"):
+        encode_image(read_image(path), format_name)
+
+
+def test_metadata_that_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end one picture, not the run."""
+    image = ImageFile(pixels())
+
+    def fails(*_: Any) -> Any:
+        raise struct.error("too large")
+
+    monkeypatch.setattr(attachments, "_plan", fails)
+    with pytest.raises(UserError, match=r"metadata that cannot be carried over .*too large.*--strip-metadata"):
+        encode_image(image, "jpeg")
+
+
+def test_floating_point_whose_zero_is_white(tmp_path: Path) -> None:
+    path = tmp_path / "negative.tif"
+    tifffile.imwrite(path, pixels(channels=0, dtype=np.float32), photometric="miniswhite")
+    with pytest.raises(UserError, match="0 is white"):
+        read_image(path)
+    whole = pixels(channels=0)
+    tifffile.imwrite(path, whole, photometric="miniswhite")
+    np.testing.assert_array_equal(read_image(path).pixels[..., 0], 255 - whole)

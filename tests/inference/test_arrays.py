@@ -310,3 +310,12 @@ def test_without_the_packages(model: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(UserError, match=r"install: pip install 'fastden\[arrays\]'"):
         denoise_array(IMAGE, 20, model=model, out=tmp_path / "a.zarr")
     assert denoise_array(IMAGE, 20, model=model).shape == IMAGE.shape  # NumPy alone needs neither
+
+
+@pytest.mark.parametrize("value_range", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_values_that_are_no_numbers(model: str, value_range: Any, wrong: float) -> None:
+    image = pixels(40, 40, dtype=np.float32)
+    image[20, 20] = wrong
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        computed(denoise_array(image, 10, model=model, value_range=value_range))

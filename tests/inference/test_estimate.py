@@ -217,3 +217,21 @@ def test_it_takes_what_denoise_takes(tmp_path: Path) -> None:
         estimate_noise(Image.fromarray(image).convert("CMYK"))
     with pytest.raises(fastden.UserError, match=r"missing\.png: cannot be read"):
         estimate_noise(tmp_path / "missing.png")
+
+
+def test_other_default_device_and_dtype_and_autocast() -> None:
+    """The first call may come under any of them, and loads the estimator."""
+    image = noisy(12)
+    expected = estimate_noise(image)
+    estimate_module.load_estimator.cache_clear()
+    with torch.device("meta"):
+        assert estimate_noise(image) == expected
+    estimate_module.load_estimator.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert estimate_noise(image).sigma == pytest.approx(expected.sigma, rel=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert estimate_noise(image) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert estimate_noise(image) == expected

@@ -105,6 +105,18 @@ def test_ordinary_pictures_keep_every_bit(clean: Array, sigma: float) -> None:
     assert find_range(low_key) == ORDINARY
 
 
+def test_no_noise_and_no_strength_leave_a_star(clean: Array) -> None:
+    stored = np.rint(np.clip(clean[..., 1] * 4095, 0, 4095)).astype(np.uint16)
+    stored[50, 50] = 65535
+    floating = (clean + noise(clean.shape, 10)).astype(np.float32)
+    floating[60, 60] = 40.0
+    for picture in (stored, floating):
+        for sigma in (5, "auto", np.full(picture.shape[:2], 5.0, np.float32)):
+            np.testing.assert_array_equal(fastden.denoise(picture, sigma, strength=0), picture)
+    assert fastden.denoise(stored, 0)[50, 50] > 64000
+    assert fastden.denoise(floating, 0)[60, 60] == pytest.approx([40.0] * 3, abs=0.5)
+
+
 @pytest.mark.parametrize("hot", [40.0, -30.0, 5000.0])
 def test_a_hot_pixel_changes_nothing_around_it_and_goes(clean: Array, hot: float) -> None:
     noisy = (clean + noise(clean.shape, 10)).astype(np.float32)

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastden.network.hub
+from fastden.network.loading import load_network
 from fastden.network.model import Denoiser
-from tests.helpers import level, random_network
+from tests.helpers import level, max_error, random_network
 
 
 @pytest.fixture
@@ -209,3 +210,18 @@ def test_loading_a_folder_needs_no_hub() -> None:
     code = "import sys; from fastden import Denoiser; Denoiser.from_pretrained('color'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not [name for name in done.stdout.split() if name.split(".")[0] == "huggingface_hub"]
+
+
+def test_a_path_is_a_folder_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that a user gives as a ``Path`` is that one, even if a bundled model has its name."""
+    monkeypatch.chdir(tmp_path)
+    mine = random_network()
+    mine.save_pretrained("photo")
+    x = torch.rand(1, 3, 16, 16)
+    wanted = mine(x, 0.1)
+    assert torch.equal(Denoiser.from_pretrained(Path("photo"))(x, 0.1), wanted)
+    assert not torch.equal(Denoiser.from_pretrained("photo")(x, 0.1), wanted)
+    assert max_error(load_network(Path("photo"), None, "float32")(x, 0.1), wanted) < 1e-5
+    assert max_error(load_network("photo", None, "float32")(x, 0.1), wanted) > 1e-3
+    with pytest.raises(ValueError, match="model: 'none'"):
+        Denoiser.from_pretrained(Path("none"))

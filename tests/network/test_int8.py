@@ -103,6 +103,27 @@ def test_follows_the_weights_and_leaves_gradients_to_float(picture: Tensor) -> N
     assert "quality='fast'" in repr(network)
 
 
+def test_other_weights_are_refused(picture: Tensor) -> None:
+    """The ranges of activations belong to the weights with which they were measured. A cast changes none."""
+    network = fastden.fuse(calibrated(), quality="fast")
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    before = network(picture, 0.1)
+    network.load_state_dict({name: value.bfloat16().float() for name, value in state.items()})
+    assert (network(picture, 0.1) - before).norm() < 0.05 * before.norm()
+    # The same function, whose activations are 30 times as large.
+    for name, factor in (("reduce_weight", 30), ("reduce_bias", 30), ("conv_weight", 1 / 30)):
+        state[f"res1_{name}"] *= factor
+    message = "quality: 'fast', but res1_reduce_weight has changed since the ranges of activations were measured"
+    with pytest.raises(ValueError, match=message):
+        network.load_state_dict(state)
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        network(picture, 0.1)
+    network = fastden.fuse(calibrated(), quality="fast")
+    network.res2_conv_weight.mul_(2)
+    with pytest.raises(ValueError, match="res2_conv_weight has changed"), torch.no_grad():
+        network(picture, 0.1)
+
+
 def test_saved_beside_the_weights(tmp_path: Path) -> None:
     model = calibrated()
     model.save_pretrained(tmp_path / "saved")

@@ -364,3 +364,16 @@ def test_lightning_praises_nothing_here() -> None:
     tip, other = (logging.makeLogRecord({"msg": text}) for text in ("💡 Tip: try our service", "GPU available: False"))
     assert not logger.filter(tip)
     assert logger.filter(other)
+
+
+def test_no_log_replaces_an_earlier_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.mkdir()
+    for name, text in (("metrics-1.csv", "one"), ("metrics-3.csv", "three"), ("metrics.csv", "four")):
+        (log / name).write_text(text)
+    trainer._prepare_output(TrainConfig(data=[tmp_path], output=tmp_path))
+    assert {path.name: path.read_text() for path in log.iterdir()} == {
+        "metrics-1.csv": "one",
+        "metrics-3.csv": "three",
+        "metrics-4.csv": "four",
+    }

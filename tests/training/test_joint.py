@@ -269,6 +269,30 @@ class TestLabels:
         with pytest.raises(UserError, match=message):
             read_classes(tmp_path)
 
+    def test_masks_in_folders(self, tmp_path: Path) -> None:
+        """A picture's label has its path; without one its name, if only one picture has it."""
+        for name in (
+            "images/a/x.png",
+            "images/b/x.png",
+            "images/b/y.png",
+            "labels/x.png",
+            "labels/a/x.png",
+            "labels/y.png",
+        ):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        names = {
+            str(image.relative_to(tmp_path)): str(label.relative_to(tmp_path)) for image, label in read_masks(tmp_path)
+        }
+        assert names == {
+            "images/a/x.png": "labels/a/x.png",
+            "images/b/x.png": "labels/x.png",
+            "images/b/y.png": "labels/y.png",
+        }
+        (tmp_path / "labels/a/x.png").unlink()
+        with pytest.raises(UserError, match=r"images/a/x\.png and .*images/b/x\.png have one label, .*labels/x\.png"):
+            read_masks(tmp_path)
+
     def test_bad_masks(self, segmented: Path, tmp_path: Path) -> None:
         from PIL import Image as PIL
 
