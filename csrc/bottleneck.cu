@@ -29,8 +29,9 @@ template <int kMiddle>
 struct Layout {
     static constexpr int kChunks = kMiddle / kChunk;
     static constexpr int kReduced = 0;
-    static constexpr int kConvolved = kReduced + kChunks * kMarginRows * kRowBytes;
-    static constexpr int kRing = kConvolved + kChunks * kPixels * kRowBytes;
+    // It replaces the reduced map. So two blocks of 64 reduced channels fit into the 164 KiB of compute capability 8.0.
+    static constexpr int kConvolved = kReduced;
+    static constexpr int kRing = kReduced + kChunks * kMarginRows * kRowBytes;
     static constexpr int kStageBytes = (kMarginRows + kMiddle) * kRowBytes;
     static constexpr int kSharedBytes = kRing + kStages * kStageBytes;
     static_assert(kStageBytes >= kChunks * kExpandColumns * kRowBytes && kStageBytes >= kUnits * kMiddle * kRowBytes);
@@ -190,6 +191,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_kernel(const __grid_co
                 multiply_rows<T>(sums, left, stage + next * kMiddle * kRowBytes + right);
             }
         }
+        __syncthreads();  // all warps have read the reduced map
         store_map<T, kPixels>(sums, shared + L::kConvolved, warp_down * (16 * kDown), warp_across * (8 * kAcross),
                               p.conv_bias, lane, [](int) { return true; });
     }

@@ -12,6 +12,7 @@
 namespace fastden {
 
 constexpr int kLargestKernel = 5;  // one bit for each tap fits into 32 bits
+constexpr int kPhases = 4;         // of a transposed convolution of stride 2
 
 struct ConvolutionProblem {
     Convolution arguments;
@@ -51,11 +52,13 @@ __global__ void __launch_bounds__(kWarp * kWarpsDown * kWarpsAcross)
     using Tile = ConvolutionTile<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>;
     const Convolution& p = problem.arguments;
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-    // Blocks that make different channels of the same pixels have consecutive numbers, and find the pixels in the
-    // cache.
-    const int64_t first_pixel = static_cast<int64_t>(blockIdx.x / problem.column_blocks) * kRows;
-    const int first_column = blockIdx.x % problem.column_blocks * kColumns;
-    const int phase = blockIdx.z, phase_row = phase >> 1, phase_column = phase & 1;
+    // Blocks that make different channels or phases of the same pixels have consecutive numbers, and find the pixels in
+    // the cache.
+    const int blocks_of_pixels = problem.column_blocks * (problem.phases ? kPhases : 1);
+    const int64_t first_pixel = static_cast<int64_t>(blockIdx.x / blocks_of_pixels) * kRows;
+    const int block = blockIdx.x % blocks_of_pixels;
+    const int first_column = block % problem.column_blocks * kColumns;
+    const int phase = block / problem.column_blocks, phase_row = phase >> 1, phase_column = phase & 1;
     const int channels = p.channels_a + p.channels_b;
     const int taps = p.kernel * p.kernel;
     // This thread copies one part of 16 bytes for several pixels, and for the weights of several output channels.
@@ -219,10 +222,11 @@ template <typename T, int kRows, int kColumns, int kWarpsDown, int kWarpsAcross,
 Status launch_convolution(ConvolutionProblem problem, cudaStream_t stream) {
     using Tile = ConvolutionTile<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>;
     problem.column_blocks = divide_up(problem.arguments.outputs, kColumns);
-    const int64_t blocks = (problem.pixels + kRows - 1) / kRows * problem.column_blocks;
+    const int64_t blocks =
+        (problem.pixels + kRows - 1) / kRows * problem.column_blocks * (problem.phases ? kPhases : 1);
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    const dim3 grid(static_cast<unsigned>(blocks), 1, problem.phases ? 4 : 1);
+    const dim3 grid(static_cast<unsigned>(blocks));
     return launch(convolution_kernel<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>, grid, Tile::kThreads,
                   Tile::kSharedBytes, 1, stream, problem);
 }

@@ -165,6 +165,9 @@ def launch_descriptor_conv(
         described["b_desc"] = _describe(b, _channels_innermost(b), [*box, constants["BLOCK_B"]])
         described["b_w_desc"] = _describe(weight, weights, [config.block_n, constants["BLOCK_B"]])
     with device_guard(a):
+        if a.is_cuda:
+            # A thread's first call: Triton 3.6 encodes descriptors before it makes the device's context.
+            torch.cuda.set_device(a.device)
         descriptor_conv_kernel[(tiles * triton.cdiv(outputs, config.block_n),)](
             **described, bias_ptr=a if bias is None else bias, residual_ptr=a if residual is None else residual,
             y_ptr=y, out_height=out_height, out_width=out_width,

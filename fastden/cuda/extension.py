@@ -92,6 +92,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
     folder = cache() / wanted.key(build.environment())
     library = folder / f"{build.NAME}.so"
     if library.is_file() and (folder / build.DESCRIPTION).is_file() and not force:
+        os.utime(library)  # the newest is loaded
         say(f"built already: {library}")
         return library
     say(
@@ -118,23 +119,39 @@ def libraries() -> Iterator[Library]:
 
 
 def find() -> tuple[Library | None, list[str]]:
-    """The library to load; or None, and why there is none."""
+    """The library to load; or None, and why there is none.
+
+    It is the first of :func:`libraries` that fits this PyTorch and serves most of the GPUs here.
+    """
     source = sources()
     digest = None if source is None else build.digest([source])
     reasons: list[str] = []
+    fitting: list[Library] = []
     for library in libraries():
         if digest is not None and library.description.get("sources") != digest:
             reasons.append("built from other sources than these; run `fastden build`")
             continue
         unfit = library.why_not()
         if not unfit:
-            return library, []
+            fitting.append(library)
         reasons += unfit
+    if fitting:
+        return min(fitting, key=_unserved), []  # the first of equals
     if reasons:
         # The user learns of a library for another PyTorch, but not of those from older sources, which fill any cache.
         return None, [next((reason for reason in reasons if "built for" in reason), reasons[0])]
     lacking = build.missing(build.find_toolkit())
     return None, ["not built; run `fastden build`" + (f", which needs: {'; '.join(lacking)}" if lacking else "")]
+
+
+def _unserved(library: Library) -> tuple[int, int]:
+    """How many of the GPUs here a library has no code for, and how many it has no matrix instruction of Hopper for."""
+    import torch
+
+    architectures = library.description.get("architectures", [])
+    here = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    wgmma = build.has_wgmma(architectures)
+    return sum(not build.covers(architectures, one) for one in here), sum(one == (9, 0) and not wgmma for one in here)
 
 
 def load(library: Path | None = None) -> dict[str, Any]:
@@ -194,6 +211,11 @@ def why_not() -> list[str]:
     except RuntimeError as error:
         return [str(error)]
     return []
+
+
+def loaded() -> bool:
+    """Whether this process has loaded the extension."""
+    return _config is not None
 
 
 def emulated() -> bool:

@@ -52,7 +52,7 @@ class Operator:
             bound.apply_defaults()
             return function(**bound.arguments)
 
-        _shapes[self.name] = empty
+        _keep_shape(self.name, empty)
         torch.library.register_fake(f"fastden::{self.name}", empty)
 
 
@@ -68,15 +68,25 @@ def shape_of_cuda(name: str) -> Callable[[Callable[..., Any]], None]:
     """
 
     def register(function: Callable[..., Any]) -> None:
-        _shapes[name] = function
+        _keep_shape(name, function)
 
     return register
 
 
+def _keep_shape(name: str, function: Callable[..., Any]) -> None:
+    _shapes[name] = function
+    if extension.loaded():  # before the operators' modules were imported
+        _register_cuda_shape(name)
+
+
+def _register_cuda_shape(name: str) -> None:
+    if hasattr(torch.ops.fastden_cuda, name):
+        torch.library.register_fake(f"fastden_cuda::{name}", _shapes[name])
+
+
 def _register_cuda_shapes() -> None:
-    for name, function in _shapes.items():
-        if hasattr(torch.ops.fastden_cuda, name):
-            torch.library.register_fake(f"fastden_cuda::{name}", function)
+    for name in _shapes:
+        _register_cuda_shape(name)
 
 
 extension.after_loading(_register_cuda_shapes)

@@ -13,7 +13,7 @@ from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._recompute import Recipe
-from fastden.ops._tensors import in_autocast, wants_gradient
+from fastden.ops._tensors import in_autocast, may_overwrite, wants_gradient
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
 from fastden.ops.conv_bn_relu import conv_bn_relu
@@ -66,7 +66,8 @@ def bottleneck(
         if all(bn is not None and bn.training for bn in bns) and biases == (None, None, None):
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)
             return _with_batch_statistics(x, reduce, conv, expand, bns)
-        if bns == (None, None, None) and not wants_gradient(*tensors.values()):
+        # The operator alone has no derivative, and would drop a tangent without a word.
+        if bns == (None, None, None) and not wants_gradient(*tensors.values()) and may_overwrite():
             return OPERATORS[backend].bottleneck(*in_autocast(x, reduce, conv, expand), *biases)
     y = conv_bn_relu(x, reduce, biases[0], bn=bns[0], backend=backend)
     y = conv_bn_relu(y, conv, biases[1], bn=bns[1], padding=1, backend=backend)

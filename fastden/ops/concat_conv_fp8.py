@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastden.ops._checks import check_convolution, check_shape, check_tensors
 from fastden.ops._library import OPERATORS, check, empty_like, shape_of_cuda
-from fastden.ops._tensors import in_autocast, like, wants_gradient
+from fastden.ops._tensors import in_autocast, like, may_overwrite, wants_gradient
 from fastden.ops.backends import choose
 
 E4M3 = torch.float8_e4m3fn
@@ -60,8 +60,11 @@ def concat_conv_fp8(
         if ranges.dtype != torch.float32 or ranges.device != a.device:
             raise TypeError(f"ranges: {ranges.dtype} on {ranges.device}; accepted: torch.float32 on {a.device}")
         check_shape("ranges", ranges, weight.shape[1])
-    if wants_gradient(a, b, weight, bias, ranges):
-        raise RuntimeError("concat_conv_fp8 has no gradient; accepted: tensors that need none, or torch.no_grad()")
+    if wants_gradient(a, b, weight, bias, ranges) or not may_overwrite():
+        raise RuntimeError(
+            "concat_conv_fp8 has no gradient; accepted: tensors that need none, or torch.no_grad(), and no transform of"
+            " torch.func or forward mode"
+        )
     backend = choose("concat_conv_fp8", backend, a=a, b=b, weight=weight, bias=bias, ranges=ranges)
     if backend != "torch":
         a, b, weight = in_autocast(a, b, weight)

@@ -44,7 +44,8 @@ def head(
         bias: (K,); float32 or the dtype of ``features``.
         add_input: False does not add the input.
         image: the image to add instead of ``x``, (N, at least K, H, W). It may have any floating dtype, and the result
-            has the same: so a half-precision network corrects a float32 image without rounding it.
+            has the same: so a half-precision network corrects a float32 image without rounding it. Kernels round a
+            float64 image to float32.
         clamp: limit the result to [0, 1].
         composed: promises that ``weight`` comes from :func:`fastden.algebra.compose_head`: phase 0 has zeros on the
             last row (column) of its taps, and phase 1 on the first. A kernel then skips these taps.

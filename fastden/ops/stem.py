@@ -159,12 +159,10 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """
     total: Tensor | None = None
     for part, kernel in zip(_REGIONS, weight, strict=True):
-        region = torch.zeros_like(grad)
-        region[part] = grad[part]
-        # If these weights belong to the first row or column, few rows or columns of the gradient are enough.
-        rows = 1 if part[1] is _FIRST else grad.shape[2]
-        columns = 1 if part[2] is _FIRST else grad.shape[3]
-        region = channels_last(F.pad(region[:, :, :rows, :columns], (1, 1, 1, 1)))
+        # A region that begins at the second row or column has a row or column of zeros in place of the first. If the
+        # weights belong to the first row or column, that one is enough.
+        above, before = (1 if place is _FIRST else 2 for place in part[1:])
+        region = channels_last(F.pad(grad[part], (before, 1, above, 1)))
         made = torch.ops.fastden.upsample(region, F.pad(kernel, (0, 1, 0, 1)), None)
         if total is None:
             total = made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,28 @@ def test_what_came_with_the_installation_is_first_and_then_the_newest() -> None:
     assert found.path == own
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "loaded"),
+    [([], "own"), ([(8, 0)], "a100"), ([(9, 0)], "h100"), ([(7, 5)], "own"), ([(8, 0), (9, 0)], "both")],
+)
+def test_the_one_that_serves_the_gpus_here(
+    capabilities: list[tuple[int, int]], loaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that machines with other GPUs share; 8.0+PTX runs on 9.0, but without Hopper's matrix instruction."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    made = {
+        "own": library(extension.PACKAGE, 99, f"_cuda{extension.EXTENSION_SUFFIXES[0]}", architectures=["10.0"]),
+        "h100": library(extension.cache() / "h100", 5, architectures=["9.0a"]),
+        "ptx": library(extension.cache() / "ptx", 6, architectures=["8.6+PTX"]),
+        "a100": library(extension.cache() / "a100", 9, architectures=["8.0"]),
+        "both": library(extension.cache() / "both", 12, architectures=["8.0", "9.0a"]),
+    }
+    found, _ = extension.find()
+    assert found is not None
+    assert found.path == made[loaded]
+
+
 @pytest.mark.parametrize("change", [{"torch": "2.8.0+cu128"}, {"cuda": "12.8"}])
 def test_another_torch(change: dict[str, str]) -> None:
     """The message says neither "not built" nor the loader's undefined symbols."""
@@ -141,7 +165,10 @@ class TestCommand:
         shown = works("build")
         assert "building 2 sources for 8.0+PTX, 9.0a with" in shown
         assert f"built {extension.cache()}" in " ".join(shown.split())
+        (only,) = extension.cache().glob("*/_cuda.so")
+        before = only.stat().st_mtime
         assert "built already" in works("build")
+        assert only.stat().st_mtime > before
         works("build", "--force")
         assert len(built) == 2
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
@@ -203,3 +230,25 @@ class TestGpus:
         assert "batch statistics" in left_out["fastden-cuda"]
         with pytest.raises(UserError, match="backends: cuda cannot run: dtype float32"):
             forms.choose_backends("torch,cuda", cuda, torch.float32)
+
+
+def test_shapes_where_the_extension_is_loaded_first() -> None:
+    """Shape functions come with the operators' modules, which may be imported behind the extension."""
+    code = """
+import torch
+from fastden.cuda import extension
+assert "fastden.ops" not in __import__("sys").modules
+library = torch.library.Library("fastden_cuda", "DEF")
+library.define(
+    "conv_bn_relu(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, SymInt stride, SymInt padding)"
+    " -> Tensor"
+)
+extension._config = {"emulated": True}
+import fastden.ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    x, weight = torch.empty(1, 8, 4, 4), torch.empty(8, 8, 3, 3)
+    print(tuple(torch.ops.fastden_cuda.conv_bn_relu(x, weight, None, None, True, 1, 1).shape))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "(1, 8, 4, 4)", done.stderr

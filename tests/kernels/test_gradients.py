@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastden import algebra, ops
 from fastden.kernels.weight_gradient import WeightGradientConfig, stem_weight_gradient, weight_gradient
@@ -151,3 +152,39 @@ def test_dispatcher_operator(device: str, name: str) -> None:
     }
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.fastden, name).default, arguments[name], test_utils=checks)
+
+
+@pytest.mark.parametrize("name", ["conv_bn_relu", "concat_conv_bn_relu", "bottleneck", "upsample", "stem", "head"])
+@pytest.mark.parametrize("mode", ["transform", "dual"])
+def test_no_derivative_in_forward_mode_is_lost(name: str, mode: str, device: str) -> None:
+    """Kernels have none: an error, not a zero."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    x, weight = random(1, 8, 6, 6), random(8, 8, 3, 3)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "conv_bn_relu": lambda x: ops.conv_bn_relu(x, weight, padding=1, backend="triton"),
+        "concat_conv_bn_relu": lambda x: ops.concat_conv_bn_relu(x, x, random(8, 16, 3, 3), backend="triton"),
+        "bottleneck": lambda x: ops.bottleneck(
+            x, random(4, 8, 1, 1), random(4, 4, 3, 3), random(8, 4, 1, 1), backend="triton"
+        ),
+        "upsample": lambda x: ops.upsample(x, random(8, 4, 4, 4), backend="triton"),
+        "stem": lambda x: ops.stem(x, random(4, 4, 8, 7, 7), random(4, 4), backend="triton"),
+        "head": lambda x: ops.head(
+            x, random(1, 4, 16, 16), random(12, 8, 4, 4), random(3, 4, 7, 7), random(3), backend="triton"
+        ),
+    }
+    if name == "stem":
+        x = random(1, 8, 16, 16)
+    assert torch.isfinite(calls[name](x)).all()
+
+    def derived() -> None:
+        if mode == "transform":
+            torch.func.jvp(calls[name], (x,), (torch.ones_like(x),))
+        else:
+            with forward_ad.dual_level():
+                calls[name](forward_ad.make_dual(x, torch.ones_like(x)))
+
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward|functorch|setup_context"):
+        derived()
