@@ -349,11 +349,17 @@ class _Function(nn.Module):
         return str(getattr(self.function, "__qualname__", self.function))
 
 
+#: Kinds of values that a copied closure gets a copy of. What cannot be copied, such as an open file, stays shared.
+_COPIED = (nn.Module, Tensor, FunctionType, MethodType, partial, list, tuple, dict)
+
+
 def _copied(function: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy of a function. A closure that holds modules or parameters gets copies of all that it captured.
+    """A deep copy of a function. A closure that holds modules or parameters gets copies of them.
 
     ``copy.deepcopy`` takes a function for the same function, so that the copy would train the original's parameters.
     """
+    if id(function) in memo:
+        return memo[id(function)]
     if isinstance(function, partial):
         arguments = [_copied(value, memo) for value in function.args]
         return partial(_copied(function.func, memo), *arguments, **deepcopy(function.keywords, memo))
@@ -361,8 +367,12 @@ def _copied(function: Any, memo: dict[int, Any]) -> Any:
         isinstance(value, nn.Module | nn.Parameter) for value in _held(function)
     ):
         return deepcopy(function, memo)
-    cells = tuple(CellType(_copied(cell.cell_contents, memo)) for cell in function.__closure__ or ())
+    cells = tuple(CellType() for _ in function.__closure__ or ())
     copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    memo[id(function)] = copy  # it may have captured itself
+    for cell, captured in zip(cells, function.__closure__ or (), strict=True):
+        value = captured.cell_contents
+        cell.cell_contents = _copied(value, memo) if isinstance(value, _COPIED) else value
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__dict__.update(function.__dict__)
     copy.__qualname__, copy.__doc__ = function.__qualname__, function.__doc__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,6 +150,24 @@ class TestModules:
         assert all(parameter.grad is not None for parameter in copied.parameters())
         assert all(parameter.grad is None for parameter in loss.parameters())
         assert torch.equal(loss(output, clean, torch.zeros(2, 2)).total, before)
+
+    def test_copies_of_odd_closures(self, tmp_path: Path) -> None:
+        """Open files stay shared; a function may have captured itself."""
+        scale = nn.Parameter(torch.tensor(2.0))
+        with (tmp_path / "log").open("w") as log:
+
+            def recursive(p: Tensor, t: Tensor, depth: int = 1) -> Tensor:
+                log.write(".")
+                return recursive(p, t, depth - 1) if depth else scale * (p - t).abs().mean()
+
+            copied = copy.deepcopy(JointLoss(1.0, recursive))
+            (own,) = copied.parameters()
+            assert own is not scale
+            clean = labelled_batch()[1]
+            copied(JointOutput(clean, {"task": torch.ones(2, 2)}), clean, torch.zeros(2, 2)).total.backward()
+        assert own.grad is not None
+        assert scale.grad is None
+        assert (tmp_path / "log").read_text() == ".."
 
     def test_functions(self) -> None:
         loss = JointLoss(1, lambda p, t: (p - t).abs().mean(), denoise_loss=F.l1_loss)
