@@ -24,7 +24,8 @@ from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image
 from fastden.images.finder import find_images
 from fastden.images.pixels import to_dtype
-from fastden.inference.estimate import estimate_noise
+from fastden.images.ranges import ORDINARY
+from fastden.inference.estimate import estimate_of
 from fastden.inference.run import denoise_pixels
 from fastden.network.fused import FusedDenoiser
 
@@ -83,7 +84,7 @@ def evaluate_folder(
         for sigma, by_name in zip(sigmas, scores, strict=True):
             noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise
             asked: float | str = sigma if network.noise_level_input and not estimate else "auto"
-            denoised, used = denoise_pixels(noisy, *_chosen(noisy, asked, network, white))
+            denoised, used = denoise_pixels(noisy, *_chosen(noisy, asked, network, white), values=ORDINARY)
             by_name[file.name] = _scores(clean, noisy, denoised, measures)
             if estimate and used is not None:
                 by_name[file.name]["sigma"] = round(used, 3)
@@ -130,8 +131,9 @@ def evaluate_pairs(
         if clean.shape != noisy.shape:
             raise UserError(f"pairs: {file} is {noisy.shape}, its reference {clean.shape}; accepted: the same size")
         for sigma, by_name in zip(asked, scores, strict=True):
+            # 8 bits span 0 to 255, however dark; of floating values the range would be looked for.
             floats = to_dtype(noisy, np.float32)
-            denoised, used = denoise_pixels(floats, *_chosen(floats, sigma, network, white))
+            denoised, used = denoise_pixels(floats, *_chosen(floats, sigma, network, white), values=ORDINARY)
             by_name[file.name] = _scores(clean, floats, denoised, measures)
             if used is not None:
                 by_name[file.name]["sigma"] = round(used, 3)
@@ -146,7 +148,7 @@ def _chosen(
     """The noise level for an image, estimated if two networks are to choose from, and the network for it."""
     if white is None or sigma != "auto":
         return sigma, network
-    estimate = estimate_noise(image)
+    estimate = estimate_of(image, ORDINARY)
     return estimate, white if estimate.is_white else network
 
 

@@ -79,8 +79,9 @@ async function run() {
   parts.bar.removeAttribute("value");
   const mine = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
   worker = mine;
+  const given = file;
   try {
-    const picture = await pixelsOf(file);
+    const picture = await pixelsOf(given);
     if (worker !== mine) return; // cancelled meanwhile
     const sigma = parts.auto.checked ? "auto" : Number(parts.sigma.value);
     const done = await new Promise((resolve, reject) => {
@@ -98,8 +99,12 @@ async function run() {
     });
     if (worker !== mine) return;
     gpu = done.how === "WebGPU"; // what failed once is not tried again
+    const lossy = given.type === "image/jpeg";
     const result = { ...picture, pixels: done.pixels };
-    await offer(result);
+    const shown = await encoded(result, "image/png");
+    const saved = lossy ? await encoded(result, "image/jpeg") : shown;
+    if (worker !== mine) return; // another picture, or Cancel, came meanwhile
+    offer(given, shown, saved, lossy);
     const megapixels = (picture.width * picture.height) / 1e6;
     say(`${inWords(done.seen)} ${megapixels.toFixed(1)} megapixels in ${done.seconds.toFixed(1)} s (${done.how}).`);
     parts.status.dataset.seconds = done.seconds;
@@ -111,17 +116,14 @@ async function run() {
   }
 }
 
-async function offer(result) {
-  const lossy = file.type === "image/jpeg";
-  const shown = await encoded(result, "image/png");
-  const saved = lossy ? await encoded(result, "image/jpeg") : shown;
-  urls = [file, shown, saved].map((blob) => URL.createObjectURL(blob));
+function offer(given, shown, saved, lossy) {
+  urls = [given, shown, saved].map((blob) => URL.createObjectURL(blob));
   const compare = document.createElement("fastden-compare");
   compare.setAttribute("before", urls[0]);
   compare.setAttribute("after", urls[1]);
   parts.compare.replaceChildren(compare);
   parts.save.href = urls[2];
-  parts.save.download = `${file.name.replace(/\.\w+$/, "")}-clean.${lossy ? "jpg" : "png"}`;
+  parts.save.download = `${given.name.replace(/\.\w+$/, "")}-clean.${lossy ? "jpg" : "png"}`;
   show("save", true);
 }
 

@@ -113,10 +113,18 @@ async function look(picture) {
   return estimate(all);
 }
 
+function isGray(pixels) {
+  for (let index = 0; index < pixels.length; index += 4) {
+    if (pixels[index] !== pixels[index + 1] || pixels[index] !== pixels[index + 2]) return false;
+  }
+  return true;
+}
+
 async function denoise(picture, network, curve, strength) {
   const { ort, tile } = runtime;
   const result = new Uint8ClampedArray(picture.pixels);
   const area = picture.width * picture.height;
+  const gray = isGray(picture.pixels);
   let done = 0;
   for (let y = 0; y < picture.height && strength > 0; y += tile) {
     for (let x = 0; x < picture.width; x += tile) {
@@ -132,7 +140,10 @@ async function denoise(picture, network, curve, strength) {
         for (let column = x; column < ends[1]; column++) {
           const from = (row - rows[0]) * width + column - columns[0];
           const to = 4 * (row * picture.width + column);
-          for (let c = 0; c < 3; c++) result[to + c] = 255 * output.data[c * height * width + from];
+          const values = [0, 1, 2].map((c) => output.data[c * height * width + from]);
+          // A gray picture stays gray: its channels are averaged, as the command does.
+          if (gray) values.fill((values[0] + values[1] + values[2]) / 3);
+          for (let c = 0; c < 3; c++) result[to + c] = 255 * values[c];
         }
       }
       done += (ends[0] - y) * (ends[1] - x);

@@ -58,6 +58,8 @@ def evaluate(
     sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]
     if gray and real:
         raise UserError("gray: given with --real; accepted: one of them")
+    if estimate and real and sigmas:
+        raise UserError("estimate: given with --real and --sigma; accepted: --sigma, or the estimate of real noise")
     by_noise = model is None and (estimate or (real and not sigmas))
     model = model or default_model("auto" if by_noise else 0.0)
     if json_file is not None:  # before the long computation
@@ -97,7 +99,12 @@ def evaluate(
                 table.add_row(name, *_cells(row, list(measures)))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
-        options: dict[str, Any] = {"seed": seed, "gray": gray, "real": real, "estimate": estimate or real}
+        options: dict[str, Any] = {
+            "seed": seed,
+            "gray": gray,
+            "real": real,
+            "estimate": estimate or (real and not sigmas),
+        }
         options |= {"white": default_model(0.0)} if by_noise else {}
         document = evaluation.results_document(model, network, options, sets)
         write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())

@@ -33,7 +33,7 @@ def find_photographs(folder: Path) -> list[Path]:
 
 
 def load_rgb(path: Path) -> Image:
-    """(H, W, 3) uint8 pixels of an image file, in sRGB.
+    """(H, W, 3) uint8 pixels of an image file, upright, in sRGB: an embedded colour profile is applied.
 
     Raises:
         UserError: the file cannot be read.
@@ -41,7 +41,10 @@ def load_rgb(path: Path) -> Image:
     import pyvips
 
     try:
-        image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated").colourspace("srgb")
+        image = pyvips.Image.new_from_file(str(path), fail_on="truncated").autorot()
+        if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
+            image = image.icc_transform("srgb", embedded=True, depth=8)
+        image = image.colourspace("srgb")
         return np.asarray(image[:3].numpy(), dtype=np.uint8)
     except pyvips.Error as error:
         raise UserError(f"data: cannot read {path}: {str(error).splitlines()[0]}") from error

@@ -82,6 +82,10 @@ class DenoiserData(pl.LightningDataModule):
             )
         held = files[0][len(files[0]) - config.validation :]
         for_training = files[0][: len(files[0]) - config.validation] + [path for more in files[1:] for path in more]
+        if not for_training:
+            raise UserError(
+                f"validation: {config.validation} leaves no photograph to train on; accepted: up to {len(files[0]) - 1}"
+            )
         self.validation_images = [load_rgb(path) for path in held]
         self.train_images = [image for image in map(load_rgb, for_training) if min(image.shape[:2]) >= config.crop]
         if not self.train_images:
@@ -134,6 +138,8 @@ class DenoiserTraining(pl.LightningModule):
             module.momentum = config.bn_momentum
         self._run = torch.compile(model.forward_padded) if config.compile else model.forward_padded
         self._graphs: tuple[bool, Callable[[Tensor], Tensor]] | None = None
+        # On a GPU: whether a loss since the epoch's start was not finite.
+        self._wrong: Tensor | None = None
 
     def _bn_frozen(self) -> bool:
         return self.global_step >= self.config.steps * (1 - self.config.freeze_bn)
@@ -188,7 +194,10 @@ class DenoiserTraining(pl.LightningModule):
             for module in self.batch_norms:
                 module.eval()
         loss = self.batch_loss(batch)
-        # On a GPU, looking at each loss would keep the next kernels from being started ahead.
+        if loss.is_cuda:
+            # Looking at each loss would keep the next kernels from being started ahead.
+            wrong = ~loss.detach().isfinite()
+            self._wrong = wrong if self._wrong is None else self._wrong | wrong
         if (not loss.is_cuda or self.global_step % LOOK_EVERY == 0) and not torch.isfinite(loss):
             self._stop(loss, batch)
         self.log("train_loss", loss, prog_bar=True)
@@ -202,6 +211,19 @@ class DenoiserTraining(pl.LightningModule):
             f"training: the loss is {loss.item()} at step {self.global_step}; lower lr or clip. The batch is in {path};"
             " --resume goes on from the last epoch"
         )
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the losses of a GPU that nobody has looked at, before the epoch's checkpoint replaces the last."""
+        if self._wrong is not None and bool(self._wrong):
+            raise UserError(
+                f"training: a loss of the epoch that ends with step {self.global_step} is not finite; lower lr or clip."
+                " --resume goes on from the last epoch"
+            )
+        self._wrong = None
+
+    def on_train_end(self) -> None:
+        """The same for an epoch that the last step cuts short."""
+        self.on_train_epoch_end()
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         clean = batch[0].float().div(255)

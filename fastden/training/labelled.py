@@ -27,7 +27,7 @@ def read_classes(folder: Path) -> list[tuple[Path, int]]:
     table = folder / "labels.csv"
     if not table.is_file():
         raise UserError(f"data: {table} does not exist; accepted: a folder with labels.csv (columns file and index)")
-    with table.open(newline="", encoding="utf-8") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark
         reader = csv.DictReader(file)
         missing = {"file", "index"} - set(reader.fieldnames or [])
         if missing:

@@ -209,8 +209,11 @@ class PhotoTraining(DenoiserTraining):
         """
         config, noisy = self.config, batch["noisy"]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.global_step)
-        draws = torch.rand(3, len(noisy), 1, generator=generator).to(noisy)
-        jitter = torch.randn(len(noisy), 1, generator=generator).to(noisy) * config.jitter
+        # Each process takes the numbers of its own crops: together they draw what one process would.
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
+        whole_batch = processes * len(noisy)
+        draws = torch.rand(3, whole_batch, 1, generator=generator)[:, rank::processes].to(noisy)
+        jitter = torch.randn(whole_batch, 1, generator=generator)[rank::processes].to(noisy) * config.jitter
         exact = whole.clamp(min=FLOOR).log()[:, None]
         white = batch["white"][:, None]
         logs = torch.where(white, exact, batch["true_logs"] + jitter)

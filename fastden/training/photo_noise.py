@@ -220,8 +220,10 @@ class Recipe:
                 # A second compression seldom meets the blocks of the first: the picture was cut or moved between.
                 noisy = torch.roll(noisy, (3, 5), (1, 2)) if rounds == 2 else noisy
             noisy = torch.roll(noisy, (-6, -10), (1, 2)) if rounds == 2 else noisy
-            if rounds == 2:  # blocks at the seam hold both edges of the picture
-                top = left = MARGIN
+            if rounds == 2:
+                # Blocks at the seam hold both edges of the picture. Of chroma they are 16 pixels wide: they begin 3
+                # rows and 5 columns before the picture.
+                top, left = 16 - 3, 16 - 5
         elif random.random() < ranges.round:
             noisy = (noisy * 255).round() / 255
         cut = (slice(None), slice(top, top + self.crop), slice(left, left + self.crop))

@@ -108,7 +108,8 @@ def train(
         minutes: stop behind the first epoch that ends after this time; the model is saved, and the run can be resumed.
             None for no limit.
         fit: set ``steps`` by the speed of the first part so that the run, its decay included, is complete after
-            ``minutes``; ``train.yaml`` gets the number. The last validation, and saving the model, come on top.
+            ``minutes``; ``train.yaml`` gets the number. A validation that is due, and saving the model, come on top.
+            Steps behind the last whole epoch are not validated.
         accelerator, devices: as Lightning's. Under ``torchrun`` its processes count, and ``devices`` is not used.
 
     Returns:
@@ -165,7 +166,10 @@ def train(
 
 def _model(config: TrainConfig) -> Denoiser:
     if config.init:
-        model = Denoiser.from_pretrained(config.init).adapt(config.noise_level_input)
+        model = Denoiser.from_pretrained(config.init)
+        if model.image_channels != 3:
+            raise UserError(f"init: {config.init} is a model for gray images; accepted: one for colour images")
+        model = model.adapt(config.noise_level_input)
     else:
         model = Denoiser(config.noise_level_input)
     model.composed = config.composed

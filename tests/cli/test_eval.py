@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastden
+from fastden.evaluation import psnr
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, works
 from tests.image_files import encoded, pixels, save_model
@@ -187,3 +188,35 @@ def test_eval_of_photographs(shared_data: Path, tmp_path: Path, model: str) -> N
     (row,) = json.loads((tmp_path / "r.json").read_text())["sets"]["pairs"]
     assert 28 < row["psnr_noisy"] < 45
     assert 0 < row["images"][first.name]["sigma"] < 30
+
+
+def test_dark_pictures_of_eight_bits_are_scored_as_they_are_denoised(tmp_path: Path, model: str) -> None:
+    """A night shot spans a part of 0 to 255. The command takes 8 bits as they are, and so does the evaluation."""
+    ramp = np.repeat(np.linspace(5, 40, 96)[None, :, None], 96, 0).repeat(3, 2)
+    noise = np.random.default_rng(0).normal(0, 4, ramp.shape)
+    clean, noisy = (np.rint(np.clip(values, 0, 255)).astype(np.uint8) for values in (ramp, ramp + noise))
+    for name, picture in (("x_mean.png", clean), ("x_real.png", noisy)):
+        (tmp_path / name).write_bytes(encoded(picture, "PNG"))
+    for options, sigma in (((), "auto"), (("--sigma", "4"), 4.0)):
+        works(
+            "eval", tmp_path, "--real", "--model", model, "--dtype", "float32", *options, "--json", tmp_path / "r.json"
+        )
+        document = json.loads((tmp_path / "r.json").read_text())
+        assert document["settings"]["estimate"] == (sigma == "auto")
+        ((result,),) = document["sets"].values()
+        wanted = psnr(clean, fastden.denoise(noisy, sigma, model=model, dtype="float32"))
+        assert result["psnr"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_an_estimate_beside_a_given_level(tmp_path: Path, model: str) -> None:
+    fails(
+        "eval",
+        tmp_path,
+        "--real",
+        "--sigma",
+        "10",
+        "--estimate",
+        "--model",
+        model,
+        saying="estimate: given with --real",
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image as PIL
+from PIL import ImageCms
 
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
@@ -292,3 +293,18 @@ class TestNoise:
         for other in (items(2, 2, range(12)), items(1, 3, range(12))):
             assert not any(torch.equal(first[i], other[i]) for i in range(12))
         assert len({float(noise.std()) for noise in first.values()}) == 12
+
+
+def test_pictures_are_upright_and_in_srgb(tmp_path: Path) -> None:
+    """A phone's orientation and its colour profile count, as they do in ``fastden denoise``."""
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = (200, 60, 30)
+    PIL.fromarray(pixels).save(tmp_path / "plain.png")
+    tags = PIL.Exif()
+    tags[0x0112] = 6
+    PIL.fromarray(pixels).save(tmp_path / "turned.png", exif=tags)
+    np.testing.assert_array_equal(load_rgb(tmp_path / "turned.png"), np.rot90(load_rgb(tmp_path / "plain.png"), -1))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    PIL.fromarray(pixels).save(tmp_path / "srgb.png", icc_profile=profile)
+    difference = load_rgb(tmp_path / "srgb.png").astype(int) - pixels
+    assert np.abs(difference).max() <= 1

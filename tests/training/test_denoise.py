@@ -283,6 +283,33 @@ class TestRun:
             run(tmp_path, lr=1e30, warmup=0)
         assert not (tmp_path / "model").exists()
 
+    @pytest.mark.parametrize("steps", [4, 6])
+    def test_diverged_run_on_a_gpu_leaves_no_model(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    ) -> None:
+        """There, losses are looked at every 50 steps, before a checkpoint is written, and at the end."""
+
+        class OnGpu(torch.Tensor):
+            is_cuda = True  # type: ignore[assignment]
+
+        found = DenoiserTraining.batch_loss
+        monkeypatch.setattr(DenoiserTraining, "batch_loss", lambda self, batch: found(self, batch).as_subclass(OnGpu))
+        with pytest.raises(UserError, match=r"a loss of the epoch that ends with step \d is not finite"):
+            run(tmp_path, lr=1e30, warmup=0, steps=steps, epoch_steps=4)
+        assert not (tmp_path / "model").exists()
+        assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+    def test_nothing_left_to_train_on(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"validation: 5 leaves no photograph to train on; accepted: up to 4"):
+            run(tmp_path, validation=5)
+
+    def test_from_a_gray_model(self, run: Run, tmp_path: Path) -> None:
+        random_network(image_channels=1).save_pretrained(tmp_path / "gray")
+        with pytest.raises(
+            UserError, match=r"init: .*gray is a model for gray images; accepted: one for colour images"
+        ):
+            run(tmp_path / "run", init=str(tmp_path / "gray"))
+
     def test_blind_network_from_another(self, finished: Path, run: Run, tmp_path: Path) -> None:
         model = run(tmp_path, noise_level_input=False, init=str(finished / "model"), steps=1, lr=1e-8, composed=False)
         loaded = Denoiser.from_pretrained(model)

@@ -245,6 +245,11 @@ class TestLabels:
         assert images[0][0].shape == (40, 44, 3)
         assert images[5][0].shape == (30, 39, 3)  # scaled up to the crop
 
+    def test_a_table_that_excel_wrote(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").touch()
+        (tmp_path / "labels.csv").write_text("file,index\na.png,1\n", encoding="utf-8-sig")
+        assert read_classes(tmp_path) == [(tmp_path / "a.png", 1)]
+
     def test_masks(self, segmented: Path) -> None:
         pairs = read_masks(segmented)
         assert [image.name for image, _ in pairs] == [label.name for _, label in pairs]

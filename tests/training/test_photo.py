@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,3 +167,17 @@ def test_crops_come_from_anywhere(photographs: Path, tmp_path: Path) -> None:
     assert data.val_dataloader() == []
     (first, *_) = data.train_dataloader()
     assert np.isfinite(first["noisy"].numpy()).all()
+
+
+def test_processes_draw_what_one_would(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = PhotoTraining(Denoiser(), configuration(photographs, tmp_path, misjudged=0.5))
+    noisy = torch.rand(6, 3, 16, 16)
+    batch = {"noisy": noisy, "white": torch.zeros(6, dtype=torch.bool)}
+    batch |= {"true_logs": torch.zeros(6, 8), "true_factor": torch.ones(6, 1)}
+    batch |= {"logs": torch.full((6, 8), -3.0), "factor": torch.ones(6, 1)}
+    whole = training._level(batch, torch.full((6,), 0.1))
+    for rank in range(2):
+        shared = {name: value[rank::2] for name, value in batch.items()}
+        monkeypatch.setattr(training, "_trainer", SimpleNamespace(global_rank=rank, world_size=2, global_step=0))
+        part = training._level(shared, torch.full((3,), 0.1))
+        assert torch.equal(part, whole[rank::2])

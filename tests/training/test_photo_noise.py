@@ -175,3 +175,17 @@ def test_a_power_draws_more_weak_noise() -> None:
     # The means of a uniform number and of its square are 1/2 and 1/3.
     assert np.mean(alike) == pytest.approx(30, abs=8)
     assert np.mean(weak) == pytest.approx(20, abs=8)
+
+
+def test_no_seam_of_a_second_jpeg() -> None:
+    """Of a picture that is compressed twice the second is moved. Chroma of its other edge must not come in."""
+    noise = only("clean", resize=0.0, twice=1.0, jpeg=1.0, clean_quality=(20, 30))
+    for seed in range(12):  # all subsamplings
+        for axis in (1, 2):
+            picture = torch.zeros(3, 80, 80)
+            picture[0], picture[2] = (torch.arange(80)[:, None] < 40).expand(80, 80), (torch.arange(80)[:, None] >= 40)
+            picture = picture if axis == 1 else picture.transpose(1, 2)
+            target, noisy = noise.plan(np.random.default_rng(seed), 64, 80).make(picture, np.random.default_rng(seed))
+            error = (noisy - target).abs().mean(0).mean(1 if axis == 1 else 0)
+            # The edge in the middle errs; the borders are flat.
+            assert float(error[:6].max()) < 0.06, f"seed {seed}, axis {axis}: {error[:6]}"

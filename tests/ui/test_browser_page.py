@@ -228,6 +228,44 @@ def test_the_processor_takes_over_from_webgpu(site: Path, window: Any, tmp_path:
     assert len([line for line in said if line.startswith("WebGPU does not run the network")]) == 1, said
 
 
+def test_gray_stays_gray(page: Any) -> None:
+    gray = pixels(64, 80, channels=0)
+    drop(page, ZONE, {"gray.png": encoded(gray, "PNG")})
+    page.wait_for_selector(SAVE)
+    with page.expect_download() as download:
+        page.click(SAVE)
+    result = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+    assert np.abs(result - result[..., :1]).max() == 0
+    assert np.abs(result[..., 0] - fastden.denoise(gray, dtype="float32")).max() <= 2
+
+
+@pytest.mark.parametrize("then", ["another", "cancel"])
+def test_a_result_that_came_too_late(page: Any, then: str) -> None:
+    """The picture is encoded for seconds. What the visitor does meanwhile counts."""
+    page.evaluate(
+        """() => {
+            const encode = OffscreenCanvas.prototype.convertToBlob;
+            OffscreenCanvas.prototype.convertToBlob = async function (...options) {
+                window.encoding = true;
+                await new Promise((resolve) => setTimeout(resolve, 2000));
+                return encode.apply(this, options);
+            };
+        }"""
+    )
+    drop(page, ZONE, {"first.png": encoded(pixels(48, 48), "PNG")})
+    page.wait_for_function("window.encoding")
+    if then == "cancel":
+        page.click("#fastden-page .cancel")
+    else:
+        drop(page, ZONE, {"large.png": encoded(Image.new("1", (8000, 5500)), "PNG")})
+        page.wait_for_selector("text=large.png: 8000 x 5500 pixels")
+    said = status(page)
+    page.wait_for_timeout(3000)
+    assert status(page) == said
+    assert not page.is_visible("#fastden-page .save")
+    assert not page.query_selector("#fastden-page fastden-compare")
+
+
 def test_what_is_refused(page: Any) -> None:
     drop(page, ZONE, {"broken.png": encoded(pixels(), "PNG")[:60]})
     page.wait_for_selector("text=broken.png: not a picture that this browser reads; accepted: JPEG, PNG, WebP, AVIF")

@@ -177,19 +177,21 @@ def test_no_path_of_the_server_is_reachable(url: str, files: Path) -> None:
     assert answer(url, Host="example.com") == 403
 
 
-def call(url: str, file: dict[str, Any]) -> int:
+def call(url: str, file: dict[str, Any], kind: str = "application/json") -> int:
     """Send the request of a drop, with a file of the caller's choice."""
     with urllib.request.urlopen(f"{url}/config", timeout=60) as response:
         config = json.load(response)
     drop_event = next(item for item in config["dependencies"] if item["targets"][0][1] == "upload")
     body = {"data": [[file], True], "fn_index": drop_event["id"], "session_hash": "mine", "event_data": None}
-    return answer(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), Content_Type="application/json")
+    return answer(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), Content_Type=kind)
 
 
 def test_a_request_cannot_name_a_file_of_the_server(url: str, files: Path) -> None:
     meta = {"_type": "gradio.FileData"}
     assert call(url, {"path": "http://127.0.0.1/", "meta": meta}) == 403
     assert call(url, {"path": "HTTPS://example.com/a.jpg", "meta": meta}) == 403
+    for kind in ("Application/JSON", "application/x+json", "text/plain", " application/json"):
+        assert call(url, {"path": "http://127.0.0.1/", "meta": meta}, kind) == 403
     secret = files.parent / "secret.jpg"
     secret.write_bytes(photo())
     for path in (str(secret), "/etc/passwd"):
