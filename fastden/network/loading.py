@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from fastden.network.fused import DTYPES, FusedDenoiser, fuse
-from fastden.network.hub import model_folder
+from fastden.network.hub import model_folder, models
 from fastden.network.model import Denoiser
 from fastden.network.onednn import native_bf16
 
@@ -73,7 +73,9 @@ def load_network(
     # The file's time is part of the cache key: a folder that was written again has another model.
     changed = weights.stat().st_mtime_ns if weights.is_file() else 0
     chosen = choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast))
-    return _load_cached(model, target, chosen, quality, changed)
+    # A path and its text are one model, unless the text names a bundled one.
+    name = model if str(model) in models() else str(model)
+    return _load_cached(name, target, chosen, quality, changed)
 
 
 def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
