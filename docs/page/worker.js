@@ -132,6 +132,7 @@ async function denoise(picture, network, curve, strength) {
       const rows = [Math.max(y - HALO, 0), Math.min(ends[0] + HALO, picture.height)];
       const columns = [Math.max(x - HALO, 0), Math.min(ends[1] + HALO, picture.width)];
       const [height, width] = [rows[1] - rows[0], columns[1] - columns[0]];
+      const plane = height * width;
       const { output } = await network.run({
         input: new ort.Tensor("float32", planes(picture, rows, columns), [1, 3, height, width]),
         sigma: new ort.Tensor("float32", levels(picture, rows, columns, curve, strength), [1, 1, height, width]),
@@ -140,10 +141,12 @@ async function denoise(picture, network, curve, strength) {
         for (let column = x; column < ends[1]; column++) {
           const from = (row - rows[0]) * width + column - columns[0];
           const to = 4 * (row * picture.width + column);
-          const values = [0, 1, 2].map((c) => output.data[c * height * width + from]);
-          // A gray picture stays gray: its channels are averaged, as the command does.
-          if (gray) values.fill((values[0] + values[1] + values[2]) / 3);
-          for (let c = 0; c < 3; c++) result[to + c] = 255 * values[c];
+          for (let c = 0; c < 3; c++) result[to + c] = 255 * output.data[c * plane + from];
+          if (gray) {
+            // A gray picture stays gray: its channels are averaged, as the command does.
+            const mean = (output.data[from] + output.data[plane + from] + output.data[2 * plane + from]) / 3;
+            result[to] = result[to + 1] = result[to + 2] = 255 * mean;
+          }
         }
       }
       done += (ends[0] - y) * (ends[1] - x);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,20 @@ def load_rgb(path: Path) -> Image:
     import pyvips
 
     try:
-        image = pyvips.Image.new_from_file(str(path), fail_on="truncated").autorot()
-        if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
-            image = image.icc_transform("srgb", embedded=True, depth=8)
-        image = image.colourspace("srgb")
+        image = _in_srgb(pyvips.Image.new_from_file(str(path), fail_on="truncated").autorot())
         return np.asarray(image[:3].numpy(), dtype=np.uint8)
     except pyvips.Error as error:
         raise UserError(f"data: cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _in_srgb(image: Any) -> Any:
+    """An image of pyvips in sRGB. A profile that does not fit (of colours, in a gray file) is passed over."""
+    import pyvips
+
+    if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
+        with suppress(pyvips.Error):
+            image = image.icc_transform("srgb", embedded=True, depth=8)
+    return image.colourspace("srgb")
 
 
 def central_crops(folders: list[Path], count: int, side: int = 256) -> list[Tensor]:

@@ -186,5 +186,6 @@ def test_no_derivative_in_forward_mode_is_lost(name: str, mode: str, device: str
             with forward_ad.dual_level():
                 calls[name](forward_ad.make_dual(x, torch.ones_like(x)))
 
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward|functorch|setup_context"):
+    # PyTorch's own words for a function without a derivative in this mode.
+    with pytest.raises(RuntimeError, match=r"must override the setup_context|You must implement the jvp"):
         derived()

@@ -203,6 +203,20 @@ def test_a_captured_graph_follows_its_weight() -> None:
         assert torch.equal(y, eager)
 
 
+@pytest.mark.gpu
+def test_a_blind_network_in_graphs_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are reordered; the order is made in the first call, while the compiler's graphs own the memory."""
+    network = fastden.fuse(random_network(noise_level_input=False), torch.bfloat16, "cuda")
+    x = torch.rand(1, 3, 64, 96, device="cuda")
+    with ops.use_backend("triton"), torch.no_grad():
+        expected = network(x)
+        monkeypatch.setattr(PACKED, "_kept", {})
+        compiled = torch.compile(network, mode="reduce-overhead")
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert max_error(compiled(x), expected) < 0.02 * float(expected.abs().max())
+
+
 def test_threads(packed: PackedWeights, weight: Tensor) -> None:
     expected = weight.flip(0)
     wrong = []

@@ -106,6 +106,12 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
         ops.concat_conv_fp8(**(inputs() | change))
 
 
+def test_no_derivative_in_forward_mode_is_lost() -> None:
+    given = inputs()
+    with pytest.raises(RuntimeError, match=r"no transform of torch\.func or forward mode"):
+        torch.func.jvp(lambda a: ops.concat_conv_fp8(**{**given, "a": a}), (given["a"],), (given["a"],))
+
+
 def test_triton_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "unavailable", lambda backend: [])
     monkeypatch.setattr(backends, "_runs_on_cpu", lambda backend: True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pyvips
 import torch
 import yaml
 from PIL import Image as PIL
@@ -306,5 +307,14 @@ def test_pictures_are_upright_and_in_srgb(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_rgb(tmp_path / "turned.png"), np.rot90(load_rgb(tmp_path / "plain.png"), -1))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     PIL.fromarray(pixels).save(tmp_path / "srgb.png", icc_profile=profile)
-    difference = load_rgb(tmp_path / "srgb.png").astype(int) - pixels
-    assert np.abs(difference).max() <= 1
+    np.testing.assert_allclose(load_rgb(tmp_path / "srgb.png"), pixels, rtol=0, atol=1)
+    stored = pyvips.Image.new_from_array(pixels).copy(interpretation="srgb")
+    stored.icc_transform("p3", input_profile="srgb").write_to_file(str(tmp_path / "p3.png"))
+    with PIL.open(tmp_path / "p3.png") as picture:
+        assert "icc_profile" in picture.info
+        assert np.abs(np.asarray(picture).astype(int) - pixels).max() > 10
+    np.testing.assert_allclose(load_rgb(tmp_path / "p3.png"), pixels, rtol=0, atol=3)
+    # A profile of colours in a gray file does not fit.
+    PIL.fromarray(pixels[..., 0]).save(tmp_path / "gray.jpg", icc_profile=profile, quality=100)
+    gray = load_rgb(tmp_path / "gray.jpg")
+    np.testing.assert_allclose(gray, np.repeat(pixels[..., :1], 3, 2), rtol=0, atol=3)

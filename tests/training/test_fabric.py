@@ -17,8 +17,7 @@ def gray(side: int, value: float = 0.5) -> torch.Tensor:
 
 @pytest.mark.parametrize("period", [4.0, 9.0])
 def test_threads_keep_their_distance(period: float) -> None:
-    """Without folds, power gathers at the base waves and their overtones, none of which is longer than the longest
-    wave: the difference of the base waves, stretched."""
+    """Without folds, next to no power is coarser than the threads: it gathers at their waves and the overtones."""
     ranges = FabricRanges(
         period=(period, period), stretch=(1.0, 1.0), skew=0.0, folds=(1e-6, 1e-6), contrast=(0.1, 0.1), roughness=0.0
     )
