@@ -98,13 +98,13 @@ class FrozenTask(nn.Module):
     """A network that passes gradients to its input and never changes.
 
     Its parameters stop requiring gradients, permanently. It stays in evaluation mode even where ``train()`` is called
-    on
-    a module that holds it: BN statistics do not change, dropout is off.
+    on a module that holds it: BN statistics do not change, dropout is off.
 
     Args:
         network: any module; it is frozen in place.
         preprocess: differentiable, from denoised images (N, C, H, W) in about [0, 1] to the network's input
-            (normalisation, resizing). Verified on the first training batch.
+            (normalisation, resizing). Verified on the first training batch. A module is frozen too; modules that a
+            function uses are not.
         name: of the task, for messages.
 
     Raises:
@@ -133,16 +133,23 @@ class FrozenTask(nn.Module):
         """The network's prediction for images (N, C, H, W) in about [0, 1].
 
         Raises:
-            ValueError: a parameter requires gradients again, a module went into training mode, or no gradient passes
-                through ``preprocess``.
+            ValueError: a parameter requires gradients again, a module went into training mode, no gradient passes
+                through ``preprocess``, or ``images`` were changed in place.
         """
         self._check_frozen()
-        if self.preprocess is None:
-            return self.network(images)
-        if not self._verified and torch.is_grad_enabled() and not transforming():
+        if self.preprocess is not None and not self._verified and torch.is_grad_enabled() and not transforming():
             check_preprocess(self.preprocess, images, self.name)
             self._verified = True
-        return self.network(self.preprocess(images))
+        # Tensors count their changes, but not in inference mode.
+        counted = not transforming() and not images.is_inference()
+        before = images._version if counted else 0
+        prediction = self.network(images if self.preprocess is None else self.preprocess(images))
+        if counted and images._version != before:
+            raise ValueError(
+                f"{self.name}: it changes its input in place, which is the denoised image of the loss and of other"
+                " tasks; accepted: a network and a preprocess without operations in place, or preprocess=torch.clone"
+            )
+        return prediction
 
     def _check_frozen(self) -> None:
         thawed = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -177,7 +184,7 @@ class JointDenoiser(nn.Module):
     def __init__(
         self,
         denoiser: nn.Module,
-        task: nn.Module | Mapping[str, nn.Module],
+        task: nn.Module | Mapping[str, nn.Module] | nn.ModuleDict,
         preprocess: Preprocess | Mapping[str, Preprocess] | None = None,
         backend: str | None = None,
     ) -> None:
@@ -187,7 +194,7 @@ class JointDenoiser(nn.Module):
         self.backend = backend
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser: {type(denoiser).__name__}; accepted: a torch.nn.Module")
-        tasks = dict(task) if isinstance(task, Mapping) else {TASK: task}
+        tasks = dict(task.items()) if isinstance(task, Mapping | nn.ModuleDict) else {TASK: task}
         if not tasks:
             raise ValueError("task: an empty mapping; accepted: a network, or networks by name")
         _check_names("task", tasks)
@@ -226,7 +233,8 @@ class JointLoss(nn.Module):
 
     Losses that are modules are registered: their parameters are in ``parameters()``, their states in ``state_dict()``.
     So are the modules and parameters that a function holds: in a closure, a ``functools.partial``, a bound method, or
-    the attributes of a callable object.
+    the attributes of a callable object; also behind functions, lists and mappings that these hold. Modules that hold
+    this loss are left out, so ``self.loss = JointLoss(weight, self.method)`` may be written.
 
     Raises:
         ValueError: a negative or non-finite weight, an unknown loss, or names that differ.
@@ -235,11 +243,12 @@ class JointLoss(nn.Module):
     def __init__(
         self,
         weight: float | Mapping[str, float],
-        task_loss: BuiltIn | TaskLoss | Mapping[str, BuiltIn | TaskLoss],
+        task_loss: BuiltIn | TaskLoss | Mapping[str, BuiltIn | TaskLoss] | nn.ModuleDict,
         denoise_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        losses = dict(task_loss) if isinstance(task_loss, Mapping) else {TASK: task_loss}
+        self._by_name = isinstance(task_loss, Mapping | nn.ModuleDict)
+        losses = dict(task_loss.items()) if isinstance(task_loss, Mapping | nn.ModuleDict) else {TASK: task_loss}
         weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(losses, weight)
         if set(weights) != set(losses):
             raise ValueError(f"weight: for {', '.join(weights)}; accepted: the tasks of task_loss, {', '.join(losses)}")
@@ -258,14 +267,16 @@ class JointLoss(nn.Module):
         Args:
             output: of :class:`JointDenoiser`.
             clean: (N, C, H, W), the images without noise.
-            target: what the task's loss takes; for several tasks a mapping by name.
+            target: what the task's loss takes; a mapping by name where ``task_loss`` was one.
 
         Raises:
             ValueError: shapes, names or labels that do not fit.
         """
         if output.denoised.shape != clean.shape:
             raise ValueError(f"clean: shape {tuple(clean.shape)}; accepted: denoised's {tuple(output.denoised.shape)}")
-        targets = target if isinstance(target, Mapping) else {TASK: target}
+        # A single task's own target may be a mapping, such as boxes and labels.
+        named = isinstance(target, Mapping) and (self._by_name or set(target) == {TASK})
+        targets = target if named else {TASK: target}
         names = list(self.task_losses)
         for what, by_task in (("output", output.predictions), ("target", targets)):
             if set(by_task) != set(names):
@@ -294,13 +305,15 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
     Raises:
         ValueError: no gradient, one that is zero everywhere, or one that is not finite.
     """
-    accepted = "accepted: differentiable torch functions (no rounding, no comparison, no detach, no NumPy)"
+    accepted = (
+        "accepted: differentiable torch functions (no rounding, no comparison, no detach, no NumPy, nothing in place)"
+    )
     with torch.enable_grad():
         probe = images[:1].detach().clone().requires_grad_()
         try:
             result = preprocess(probe)
         except RuntimeError as error:
-            if "requires grad" in str(error):  # the message of Tensor.numpy
+            if "requires grad" in str(error):  # the messages of Tensor.numpy and of operations in place
                 raise ValueError(f"preprocess of {name}: {error}; {accepted}") from error
             raise
         if not isinstance(result, Tensor):
@@ -321,12 +334,16 @@ class _Function(nn.Module):
 
     They are found in bound methods, in the arguments of ``functools.partial``, in the variables that a closure
     captured, and in the attributes of a callable object.
+
+    A module may come to hold this one: ``self.loss = JointLoss(weight, self.method)``. It registers its parameters
+    itself. Were it registered here too, it would be its own descendant, and ``state_dict``, ``train`` and ``to`` would
+    never end. So it is dropped before any of them looks.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
-        held = list(_held(function))
+        held = list(_held(function, set()))
         modules = [value for value in held if isinstance(value, nn.Module)]
         self.owner = modules[0] if modules else None
         if modules[1:]:
@@ -338,6 +355,32 @@ class _Function(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         return self.function(*arguments)
 
+    def _drop_holders(self) -> None:
+        """Unregister modules that hold this one. None does when it is made; it is stored in one afterwards."""
+        if isinstance(self.owner, nn.Module) and _holds(self.owner, self):
+            self.owner = None
+        others = self._modules.get("others")
+        if others is not None and any(_holds(module, self) for module in others.children()):
+            self.others = nn.ModuleList(module for module in others.children() if not _holds(module, self))
+
+    # All ways in which PyTorch walks from a module to those below it begin with one of these.
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self._drop_holders()
+        return super().named_children()
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._drop_holders()
+        return super().named_modules(*arguments, **options)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._drop_holders()
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._drop_holders()
+        super()._load_from_state_dict(*arguments)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Function:
         copy = _Function.__new__(_Function)
         memo[id(self)] = copy
@@ -346,11 +389,28 @@ class _Function(nn.Module):
         return copy
 
     def extra_repr(self) -> str:
+        self._drop_holders()
         return str(getattr(self.function, "__qualname__", self.function))
 
 
+def _holds(module: nn.Module, sought: nn.Module) -> bool:
+    """Whether ``sought`` is below ``module``."""
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        if current is sought:
+            return True
+        if id(current) not in seen:
+            seen.add(id(current))
+            waiting.extend(child for child in current._modules.values() if child is not None)
+    return False
+
+
+#: Kinds of values in which modules and parameters are looked for.
+_FOLLOWED = (nn.Module, nn.Parameter, FunctionType, MethodType, partial, list, tuple, dict)
 #: Kinds of values that a copied closure gets a copy of. What cannot be copied, such as an open file, stays shared.
-_COPIED = (nn.Module, Tensor, FunctionType, MethodType, partial, list, tuple, dict)
+_COPIED = (*_FOLLOWED, Tensor)
 
 
 def _copied(function: Any, memo: dict[int, Any]) -> Any:
@@ -363,9 +423,11 @@ def _copied(function: Any, memo: dict[int, Any]) -> Any:
     if isinstance(function, partial):
         arguments = [_copied(value, memo) for value in function.args]
         return partial(_copied(function.func, memo), *arguments, **deepcopy(function.keywords, memo))
-    if not isinstance(function, FunctionType) or not any(
-        isinstance(value, nn.Module | nn.Parameter) for value in _held(function)
-    ):
+    if type(function) in (list, tuple):
+        return type(function)(_copied(value, memo) for value in function)
+    if type(function) is dict:
+        return {key: _copied(value, memo) for key, value in function.items()}
+    if not isinstance(function, FunctionType) or not any(True for _ in _held(function, set())):
         return deepcopy(function, memo)
     cells = tuple(CellType() for _ in function.__closure__ or ())
     copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
@@ -379,20 +441,31 @@ def _copied(function: Any, memo: dict[int, Any]) -> Any:
     return copy
 
 
-def _held(function: Any) -> Iterator[Any]:
-    """The values that a function carries with it."""
-    if isinstance(function, nn.Module):
+def _held(function: Any, seen: set[int]) -> Iterator[nn.Module | nn.Parameter]:
+    """The modules and parameters that a function carries with it, each once; ``seen`` holds the ids of what was met."""
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, nn.Module | nn.Parameter):
         yield function
-    elif isinstance(function, partial):
-        yield from _held(function.func)
-        yield from function.args
-        yield from function.keywords.values()
+        return
+    values: Iterable[Any]
+    if isinstance(function, partial):
+        values = (function.func, *function.args, *function.keywords.values())
     elif isinstance(function, MethodType):
-        yield from _held(function.__self__)
+        values = (function.__self__,)
     elif isinstance(function, FunctionType):
-        yield from inspect.getclosurevars(function).nonlocals.values()
+        values = inspect.getclosurevars(function).nonlocals.values()
+    elif isinstance(function, list | tuple):
+        values = function
+    elif isinstance(function, dict):
+        values = function.values()
     else:
-        yield from getattr(function, "__dict__", {}).values()
+        values = getattr(function, "__dict__", {}).values()
+    for value in values:
+        # Of other objects only the attributes of the function itself or of its method's object are looked at.
+        if isinstance(value, _FOLLOWED) or isinstance(function, MethodType):
+            yield from _held(value, seen)
 
 
 def _as_module(function: Callable[..., Any]) -> nn.Module:

@@ -66,7 +66,8 @@ class SegmentationLoss(nn.Module):
             ValueError: other shapes, or a label that is no class.
         """
         _check_prediction(prediction, 4, "(N, classes, h, w)")
-        shape = (prediction.shape[0], *labels.shape[1:]) if labels.dim() == 3 else (prediction.shape[0], -1, -1)
+        image_labels = isinstance(labels, Tensor) and labels.dim() == 3
+        shape = (prediction.shape[0], *(labels.shape[1:] if image_labels else (-1, -1)))
         _check_labels(labels, shape, prediction.shape[1], self.ignore_index)
         return _cross_entropy(resize_prediction(prediction, labels.shape[1:]), labels, self.ignore_index, 0.0)
 
@@ -101,6 +102,8 @@ def _check_labels(labels: Any, shape: tuple[int, ...], classes: int, ignore_inde
     if transforming() or not labels.numel():
         return
     # On a GPU this waits for the labels, tens of microseconds; a label out of range would end the process there.
+    # As 64 bits: in unsigned 8 bits, 156 equals -100.
+    labels = labels.long()
     counted = labels[labels != ignore_index]
     if counted.numel():
         low, high = (int(bound) for bound in counted.aminmax())

@@ -50,7 +50,36 @@ class Asked(nn.Module):
         return x
 
 
+class TestInPlace:
+    """The denoised image that is returned is the one that was denoised."""
+
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_a_network_that_changes_its_input(self, grad: bool) -> None:
+        noisy = labelled_batch()[0]
+        in_place = nn.Sequential(nn.ReLU(inplace=True), *classifier())
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(ValueError, match=r"b: it changes its input in place, .*or preprocess=torch\.clone"):
+                JointDenoiser(nn.Conv2d(3, 3, 1), {"a": classifier(), "b": in_place})(noisy)
+            joint = JointDenoiser(nn.Conv2d(3, 3, 1), in_place, torch.clone)
+            assert torch.equal(joint(noisy).denoised, joint.denoiser(noisy))
+
+    def test_a_preprocess_that_changes_its_input(self) -> None:
+        noisy = labelled_batch()[0]
+        joint = JointDenoiser(nn.Conv2d(3, 3, 1), classifier(), lambda x: x.sub_(0.5).div_(0.25))
+        with pytest.raises(ValueError, match=r"preprocess of task: .*nothing in place\)"):
+            joint(noisy)
+        with torch.no_grad(), pytest.raises(ValueError, match="task: it changes its input in place"):
+            joint(noisy)
+        with torch.inference_mode():  # where nothing counts the changes
+            joint(noisy)
+
+
 class TestJointDenoiser:
+    def test_networks_in_a_module_dict(self) -> None:
+        noisy = labelled_batch()[0]
+        joint = JointDenoiser(nn.Conv2d(3, 3, 1), nn.ModuleDict({"a": classifier(), "b": segmenter()}))
+        assert set(joint(noisy).predictions) == {"a", "b"}
+
     def test_backend_is_that_of_the_denoiser_alone(self) -> None:
         denoiser, task = Asked(), Asked()
         noisy = labelled_batch()[0]

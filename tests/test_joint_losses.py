@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,19 @@ class TestJointLoss:
         with pytest.raises(ValueError, match=r"target: tasks task; accepted: a"):
             JointLoss({"a": 1}, {"a": "classification"})(output, clean, labels)
 
+    def test_a_single_target_may_be_a_mapping(self) -> None:
+        clean = labelled_batch()[1]
+        output = JointOutput(clean, {"task": torch.full((2, 2), 3.0)})
+        loss = JointLoss(1.0, lambda p, t: (p - t["boxes"]).mean() * t["count"])
+        target = {"boxes": torch.ones(2, 2), "count": 4}
+        assert loss(output, clean, target).total.item() == loss(output, clean, {"task": target}).total.item() == 8
+
+    def test_losses_in_a_module_dict(self) -> None:
+        clean = labelled_batch()[1]
+        loss = JointLoss({"a": 2.0}, nn.ModuleDict({"a": nn.L1Loss()}))
+        output = JointOutput(clean, {"a": torch.ones(2, 2)})
+        assert loss(output, clean, {"a": torch.zeros(2, 2)}).total.item() == 2
+
     @pytest.mark.parametrize(
         ("loss", "message"),
         [
@@ -131,6 +145,60 @@ class TestModules:
         loss = JointLoss(0.1, hide(self.Learned()), denoise_loss=hide(nn.L1Loss()))
         assert len(list(loss.parameters())) == len(loss.state_dict()) == 1
         assert any(isinstance(module, nn.L1Loss) for module in loss.modules())
+
+    def test_modules_behind_decorators_and_in_lists(self) -> None:
+        def logged(function: Any) -> Any:
+            @wraps(function)
+            def call(*arguments: Any) -> Any:
+                return function(*arguments)
+
+            return call
+
+        learned, layers = self.Learned(), [nn.Linear(2, 2), nn.Linear(2, 2)]
+        by_name = {"a": {"b": nn.Linear(2, 2)}}
+        for function, count in (
+            (logged(learned), 1),
+            (logged(logged(learned.forward)), 1),
+            (lambda p, t: sum((layer(p) - t).mean() for layer in layers), 4),
+            (lambda p, t: (by_name["a"]["b"](p) - t).mean(), 2),
+        ):
+            loss = JointLoss(1.0, function)
+            copied = copy.deepcopy(loss)
+            assert len(list(loss.parameters())) == len(loss.state_dict()) == count
+            clean = labelled_batch()[1]
+            output, target = JointOutput(clean, {"task": torch.rand(2, 2)}), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+            copied(output, clean, target).total.backward()
+            assert all(parameter.grad is not None for parameter in copied.parameters())
+            assert all(parameter.grad is None for parameter in loss.parameters())
+
+    @pytest.mark.parametrize("how", ["method", "closure"])
+    def test_a_method_of_the_module_that_holds_the_loss(self, how: str) -> None:
+        """As training modules are often written. The loss is no ancestor of its own ancestor."""
+
+        class Training(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, beside = nn.Linear(2, 2), nn.Linear(2, 2)
+                closure = lambda p, t: self.task_loss(p, t) + beside(p).mean()  # noqa: E731
+                self.loss = JointLoss(1.0, self.task_loss if how == "method" else closure)
+
+            def task_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+                return (self.layer(prediction) - target).mean()
+
+        module = Training()
+        own = 0 if how == "method" else 2
+        assert len(list(module.loss.parameters())) == own
+        assert len(list(module.parameters())) == 2 + own
+        module = Training()
+        assert len(module.state_dict()) == 2 + own
+        Training().load_state_dict(module.state_dict())
+        assert not Training().eval().loss.training
+        assert Training().double().layer.weight.dtype == torch.float64
+        assert "Linear" in repr(Training())
+        copied = copy.deepcopy(Training())
+        clean = labelled_batch()[1]
+        copied.loss(JointOutput(clean, {"task": torch.ones(2, 2)}), clean, torch.zeros(2, 2)).total.backward()
+        assert copied.layer.weight.grad is not None
 
     @pytest.mark.parametrize("hide", [lambda f: f, partial])
     def test_copies_of_closures_have_their_own_parameters(self, hide: Any) -> None:
@@ -207,6 +275,12 @@ class TestTaskLosses:
         expected = F.cross_entropy(prediction, labels, ignore_index=255)
         assert SegmentationLoss(255)(prediction, labels).item() == pytest.approx(expected.item(), rel=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])
+    def test_labels_of_other_integers(self, dtype: torch.dtype) -> None:
+        prediction, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, 9, 1, 9])
+        expected = ClassificationLoss(9)(prediction, labels)
+        assert torch.equal(ClassificationLoss(9)(prediction, labels.to(dtype)), expected)
+
     def test_small_prediction_is_scaled(self) -> None:
         prediction, labels = torch.randn(2, 4, 3, 5), torch.randint(4, (2, 12, 20))
         large = F.interpolate(prediction, size=(12, 20), mode="bilinear", align_corners=False)
@@ -272,6 +346,15 @@ class TestTaskLosses:
                 ValueError,
                 r"labels: shape \(2,\); accepted: \(2, any, any\)",
             ),
+            (
+                SegmentationLoss(),
+                torch.zeros(1, 5, 2, 2),
+                np.zeros((1, 2, 2), np.int64),
+                TypeError,
+                r"labels: ndarray; accepted: a tensor of integers",
+            ),
+            (ClassificationLoss(), torch.zeros(2, 5), torch.tensor([156, 1]).byte(), ValueError, r"from 1 to 156"),
+            (ClassificationLoss(255), torch.zeros(2, 5), torch.tensor([-1, 1]).char(), ValueError, r"from -1 to 1"),
             (
                 SegmentationLoss(11),
                 torch.zeros(1, 5, 2, 2),

@@ -195,14 +195,14 @@ def _format(format: str | None, target: Path) -> str:
 
 def _load(model: Any) -> tuple[Denoiser | FusedDenoiser, str, str | None]:
     """The network, its name and its card."""
-    from fastden.network.hub import model_folder
+    from fastden.network.hub import CARD_FILE, files_of
 
     if isinstance(model, Denoiser | FusedDenoiser):
         return model, "custom", None
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
-    network = Denoiser.from_pretrained(model)
-    card = model_folder(model) / "README.md"
+    folder = files_of(model)
+    network, card = Denoiser.from_pretrained(folder), folder / CARD_FILE
     return network, Path(model).name, card.read_text(encoding="utf-8") if card.is_file() else None
 
 

@@ -99,10 +99,10 @@ def trace(request: Request) -> torch.export.ExportedProgram:
     program = Program(request.weights, request.dtype).eval()
     free = torch.export.Dim.DYNAMIC
     # Sizes that are equal, or 1, would be taken for constants.
-    image = torch.rand(2, request.weights.image_channels, 33, 47)
+    image = torch.rand(2, request.weights.image_channels, 33, 47, dtype=torch.float32, device="cpu")
     inputs: tuple[Tensor, ...] = (image,)
     if request.weights.takes_level:
-        inputs = (image, torch.full((2, 1, 33, 47), 0.1))
+        inputs = (image, image.new_full((2, 1, 33, 47), 0.1))
     shapes = tuple({0: free, 2: free, 3: free} for _ in inputs)
     with torch.no_grad():
         return torch.export.export(program, inputs, dynamic_shapes=shapes)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastden.algebra import fold_batch_norm
+from fastden.network import folding
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
 
@@ -66,18 +66,13 @@ def collect(model: Denoiser | FusedDenoiser, *, composed: bool = True, level: fl
     pairs = {name: (state[f"{name}_weight"], state[f"{name}_bias"]) for name in names}
     if composed:
         pairs["stem"] = (state["stem_weight"], state["stem_bias"])
-        pairs["head"] = (state["head_weight"], torch.zeros(len(state["head_weight"]), dtype=torch.float64))
+        head = state["head_weight"]
+        pairs["head"] = (head, head.new_zeros(len(head)))
         pairs["head_image"] = (state["head_image_weight"], state["head_bias"])
     else:
         assert isinstance(model, Denoiser)
-        bn = model.conv1.bn
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        scale, shift = _exact(bn.weight), _exact(bn.bias)
-        mean, variance = _exact(bn.running_mean), _exact(bn.running_var)
-        for name, layer in (("conv0", model.conv0), ("up3", model.up3), ("out", model.out)):
-            pairs[name] = _pair(layer)
-        pairs["conv1"] = fold_batch_norm(*_pair(model.conv1.conv), scale, shift, mean, variance, bn.eps)
+        folded = folding.weights(model)
+        pairs |= {name: folded[name] for name in ("conv0", "conv1", "up3", "out")}
     if level is not None:
         for name in ("stem", "head_image") if composed else ("conv0",):
             pairs[name] = _with_level(*pairs[name], level)
@@ -87,12 +82,3 @@ def collect(model: Denoiser | FusedDenoiser, *, composed: bool = True, level: fl
 def _with_level(weight: Tensor, bias: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """A convolution whose last input channel is ``level`` everywhere, as one of the other channels."""
     return weight[..., :-1, :, :].contiguous(), bias + level * weight[..., -1, :, :].sum((-2, -1))
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().double()
-
-
-def _pair(layer: nn.Conv2d | nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
-    assert layer.bias is not None
-    return _exact(layer.weight), _exact(layer.bias)

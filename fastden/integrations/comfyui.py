@@ -89,9 +89,15 @@ class _Report:
 
 
 def _device() -> Any:
-    """Where ComfyUI computes; None leaves the choice to fastden."""
+    """Where ComfyUI computes, or a CPU where it computes on a device that fastden does not know, such as XPU.
+
+    None leaves the choice to fastden.
+    """
     management = sys.modules.get("comfy.model_management")
-    return None if management is None else management.get_torch_device()
+    if management is None:
+        return None
+    device = management.get_torch_device()
+    return device if torch.device(device).type in ("cpu", "cuda", "mps") else torch.device("cpu")
 
 
 NODE_CLASS_MAPPINGS = {"FastdenDenoise": FastdenDenoise}

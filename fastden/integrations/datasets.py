@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,23 +41,29 @@ class DenoiseColumn:
     def __post_init__(self) -> None:
         check_strength(self.strength)
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Denoise a row, or a batch as ``batched=True`` and ``with_transform`` give it.
 
         Raises:
             KeyError: there is no such column.
         """
-        for name in (self.column, *([self.sigma] if self._sigma_is_a_column() else [])):
+        wanted = {"column": self.column} | ({"sigma": str(self.sigma)} if self._sigma_is_a_column() else {})
+        for argument, name in wanted.items():
             if name not in rows:
-                raise KeyError(f"column: {name!r}; accepted: {', '.join(map(str, rows))}")
-        images = rows[self.column]
-        sigmas = rows[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
+                raise KeyError(f"{argument}: {name!r}; accepted: {', '.join(map(str, rows))}")
+        # Rows of map decode a column when it is read, and what is decoded is encoded again, JPEG with losses. So they
+        # are read through a copy, and only the result goes back; map adds it to the other columns. A transform's rows
+        # are decoded, and what it returns is all that there is.
+        lazy = not isinstance(rows, dict)
+        source = copy(rows) if lazy else rows
+        images = source[self.column]
+        sigmas = source[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
         if isinstance(images, list):
             each: Any = sigmas if self._sigma_is_a_column() else [sigmas] * len(images)
             result: Any = [self._one(image, sigma) for image, sigma in zip(images, each, strict=True)]
         else:
             result = self._one(images, sigmas)
-        return {**rows, self.into or self.column: result}
+        return {**({} if lazy else rows), self.into or self.column: result}
 
     def _sigma_is_a_column(self) -> bool:
         return isinstance(self.sigma, str) and self.sigma != "auto"

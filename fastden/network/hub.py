@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 # import.
 
 #: A model's files.
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 #: Arguments of ``from_pretrained`` that go to the Hub's download.
 DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -29,6 +30,31 @@ def models() -> dict[str, Path]:
 def model_folder(model: str | Path) -> Path:
     """Where a model lies: text may be a bundled name, a ``Path`` is a folder of the user's, whatever its name."""
     return model if isinstance(model, Path) else models().get(model, Path(model))
+
+
+def files_of(model: str | Path, download: Mapping[str, Any] | None = None) -> Path:
+    """The folder that holds a model's files; those of a Hub repository are downloaded first.
+
+    Args:
+        model: as :meth:`PretrainedMixin.from_pretrained` takes it.
+        download: arguments of ``huggingface_hub.hf_hub_download``, of :data:`DOWNLOAD`.
+
+    Raises:
+        ValueError: see :meth:`PretrainedMixin.from_pretrained`.
+    """
+    name, folder = str(model), model_folder(model)
+    accepted = (
+        f"accepted: {', '.join(models()) or 'no bundled names'}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE},"
+        " or a Hugging Face Hub id owner/name"
+    )
+    if folder.is_dir():
+        missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
+        if missing:
+            raise ValueError(f"model: {name!r} holds no {' and no '.join(missing)}; {accepted}")
+        return folder
+    if name.count("/") == 1 and name[0].isalnum():
+        return _downloaded(name, dict(download or {}), accepted)
+    raise ValueError(f"model: {name!r}; {accepted}")
 
 
 class PretrainedMixin:
@@ -68,22 +94,8 @@ class PretrainedMixin:
             ValueError: the name is not a bundled name, a folder with both files, or a repository that can be
                 downloaded.
         """
-        name = str(pretrained_model_name_or_path)
-        accepted = (
-            f"accepted: {', '.join(models()) or 'no bundled names'}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE},"
-            " or a Hugging Face Hub id owner/name"
-        )
         download = {key: kwargs.pop(key) for key in DOWNLOAD if key in kwargs}
-        folder = model_folder(pretrained_model_name_or_path)
-        if folder.is_dir():
-            missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
-            if missing:
-                raise ValueError(f"model: {name!r} holds no {' and no '.join(missing)}; {accepted}")
-        elif name.count("/") == 1 and name[0].isalnum():
-            folder = _downloaded(name, download, accepted)
-        else:
-            raise ValueError(f"model: {name!r}; {accepted}")
-        return cls._from_folder(folder, map_location, strict, kwargs)
+        return cls._from_folder(files_of(pretrained_model_name_or_path, download), map_location, strict, kwargs)
 
     @classmethod
     def _from_folder(cls, folder: Path, map_location: str, strict: bool, arguments: dict[str, Any]) -> Any:
@@ -161,6 +173,7 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str) -> Pat
         raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
     except (HFValidationError, HfHubHTTPError) as error:
         raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error
-    with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):  # most networks have no ranges
-        hf_hub_download(repository, RANGES_FILE, **settings)
+    for file in (RANGES_FILE, CARD_FILE):
+        with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):  # not every network has them
+            hf_hub_download(repository, file, **settings)
     return path.parent

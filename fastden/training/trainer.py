@@ -236,6 +236,8 @@ def _check_settings(config: TrainConfig) -> None:
         return
     before = yaml.safe_load(record.read_text())
     settings = config.model_dump(mode="json")
+    # A run of an earlier version does not record settings that came later: it had what is now their default.
+    before = type(config).model_construct().model_dump(mode="json") | before
     changed = [name for name, value in settings.items() if name != "steps" and before.get(name) != value]
     if changed:
         shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)

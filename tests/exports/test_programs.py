@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastden
 from fastden.exports.programs import Program
 from fastden.exports.weights import collect
 from fastden.network.model import Denoiser
+from tests.helpers import random_network
 
 
 def test_a_program_without_fastden(tmp_path: Path) -> None:
@@ -28,6 +30,36 @@ def test_a_program_without_fastden(tmp_path: Path) -> None:
         image, level = torch.rand(batch, 3, height, width), 0.3 * torch.rand(batch, 1, height, width)
         with torch.no_grad():
             assert (network(image, level) - model(image, level)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("composed", [True, False])
+def test_defaults_of_others_do_not_matter(tmp_path: Path, composed: bool) -> None:
+    """A default device or dtype that a program chose for itself."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            weights = collect(Denoiser.from_pretrained("color"), composed=composed)
+            path = fastden.export("color", tmp_path / "color.pt2", composed=composed)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.device.type for pair in weights.pairs.values() for value in pair} == {"cpu"}
+    image, level = torch.rand(1, 3, 20, 24), torch.full((1, 1, 20, 24), 0.1)
+    with torch.no_grad():
+        wanted = Denoiser.from_pretrained("color")(image, level)
+        assert (torch.export.load(path).module()(image, level) - wanted).abs().max() < 1e-5
+
+
+def test_layers_without_biases() -> None:
+    """The plain form takes what the composed one takes."""
+    model = random_network(noise_level_input=True)
+    model.conv1.conv.bias, model.conv1.bn = None, nn.BatchNorm2d(model.conv1.bn.num_features, affine=False)
+    model.eval()
+    image = torch.rand(1, 3, 20, 24)
+    for composed in (True, False):
+        program = Program(collect(model, composed=composed, level=0.1)).eval()
+        with torch.no_grad():
+            wanted = model(image, 0.1)
+            assert (program(image) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_composed_does_less() -> None:

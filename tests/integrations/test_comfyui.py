@@ -84,6 +84,9 @@ def test_progress_and_the_cancel_button(node: Any, monkeypatch: pytest.MonkeyPat
     node().denoise(images, "color", 10.0, 1.0)
     assert seen == sorted(seen)
     assert seen[-1] == 200
+    # A device that fastden does not know.
+    management.get_torch_device = lambda: torch.device("xpu", 0)  # type: ignore[attr-defined]
+    assert node().denoise(images, "color", 10.0, 1.0)[0].shape == images.shape
     cancelled = True
     with pytest.raises(RuntimeError, match="interrupted"):
         node().denoise(images, "color", 10.0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def test_levels_from_a_column_into_another(table: Any) -> None:
         assert np.array_equal(np.array(row["clean"]), fastden.denoise(picture(seed), sigma))
 
 
+@pytest.mark.parametrize("options", [{}, {"batched": True}])
+def test_other_columns_keep_their_bytes(options: dict[str, Any]) -> None:
+    """JPEG loses with each encoding."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture(0)).save(buffer, "JPEG", quality=98)
+    stored = {"bytes": buffer.getvalue(), "path": None}
+    features = datasets.Features({"image": datasets.Image(), "other": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": [stored], "other": [stored]}, features=features)
+    into = datasets.Features({**features, "clean": datasets.Image()})
+    result = table.map(DenoiseColumn(sigma=25, into="clean"), features=into, **options)
+    assert set(result.column_names) == {"image", "other", "clean"}
+    raw = result.cast_column("image", datasets.Image(decode=False)).cast_column("other", datasets.Image(decode=False))
+    assert raw[0]["image"]["bytes"] == raw[0]["other"]["bytes"] == stored["bytes"]
+
+
 def test_with_transform(table: Any) -> None:
     rows = table.with_transform(DenoiseColumn(sigma=25))[:2]
     assert np.array_equal(np.array(rows["image"][1]), fastden.denoise(picture(1), 25))
@@ -57,7 +73,7 @@ def test_the_fingerprint_is_the_settings() -> None:
 def test_mistakes(table: Any) -> None:
     with pytest.raises(KeyError, match=r"column: 'photo'; accepted: image, level"):
         table.map(DenoiseColumn("photo"))
-    with pytest.raises(KeyError, match=r"column: 'noise'; accepted: image, level"):
+    with pytest.raises(KeyError, match=r"sigma: 'noise'; accepted: image, level"):
         table.map(DenoiseColumn(sigma="noise"))
     with pytest.raises(ValueError, match="strength: 3"):
         DenoiseColumn(strength=3)

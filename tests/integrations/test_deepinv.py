@@ -41,7 +41,7 @@ def test_forms_of_sigma(denoiser: FastdenDenoiser, picture: Tensor) -> None:
         torch.full((2, 1, 96, 96), 0.1),
     ):
         assert (denoiser(x, sigma) - wanted).abs().max() < 1e-5
-    for wrong in (torch.full((3,), 0.1), torch.full((2, 3, 1, 1), 0.1)):
+    for wrong in (torch.full((3,), 0.1), torch.full((2, 3, 1, 1), 0.1), torch.full((1, 1, 5, 5), 0.1)):
         with pytest.raises(ValueError, match="sigma: shape"):
             denoiser(x, wrong)
     with pytest.raises(ValueError, match="takes no noise level"):

@@ -240,6 +240,18 @@ class TestRun:
         ):
             run(tmp_path, resume=True, lr=0.5)
 
+    def test_a_run_of_an_earlier_version_goes_on(self, run: Run, tmp_path: Path) -> None:
+        """Its record lacks settings that came later; they have their defaults."""
+        run(tmp_path, steps=2)
+        record = tmp_path / "train.yaml"
+        settings = yaml.safe_load(record.read_text())
+        del settings["cuda_graphs"], settings["backend"]
+        record.write_text(yaml.safe_dump(settings))
+        with pytest.raises(UserError, match=r"\(cuda_graphs: True, was False\)"):
+            run(tmp_path, resume=True, cuda_graphs=True)
+        run(tmp_path, steps=3, resume=True)
+        assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 3
+
     def test_nothing_to_resume(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"resume: .*last\.ckpt does not exist"):
             run(tmp_path / "new", resume=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,12 @@ class TestTasks:
         assert images.grad.abs().max() > 0
 
 
+def bits_of(values: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The last ``bits`` bits of each of ``values`` (N,), the highest first, padded to whole bytes."""
+    each = (values[:, None] >> np.arange(bits - 1, -1, -1, dtype=np.uint8)) & 1
+    return np.pad(each.reshape(-1), (0, -each.size % 8)).astype(np.uint8)
+
+
 class TestLabels:
     def test_classes(self, classified: Path) -> None:
         assert read_classes(classified) == [(classified / f"{i}.png", i % 3) for i in range(6)]
@@ -256,6 +264,21 @@ class TestLabels:
         mask = load_mask(pairs[0][1])
         assert set(np.unique(mask)) <= {0, 1, 2, 9}
         assert (mask[:3] == 9).all()
+
+    @pytest.mark.parametrize(("bits", "palette"), [(2, False), (4, False), (8, False), (2, True), (4, True)])
+    def test_masks_of_few_bits(self, tmp_path: Path, bits: int, palette: bool) -> None:
+        """Pillow spreads gray values of few bits over 8 bits: class 3 of 2 bits would be 255."""
+        classes = np.arange(4, dtype=np.uint8).reshape(2, 2)
+        rows = b"".join(b"\0" + np.packbits(bits_of(row, bits)).tobytes() for row in classes)
+        header = struct.pack(">IIBBBBB", 2, 2, bits, 3 if palette else 0, 0, 0, 0)
+        chunks = [(b"IHDR", header), *([(b"PLTE", bytes(range(12)))] if palette else [])]
+        chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+        made = b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + made)
+        assert np.array_equal(load_mask(tmp_path / "a.png"), classes)
 
     @pytest.mark.parametrize(
         ("text", "message"),
