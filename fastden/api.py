@@ -13,7 +13,7 @@ from torch import Tensor
 from fastden.images.codec import MAX_PIXELS, read_image
 from fastden.images.pixels import Array, check_pixels
 from fastden.images.ranges import ORDINARY, ValueRange
-from fastden.inference.estimate import estimate_of
+from fastden.inference.estimate import check_dense, estimate_of
 from fastden.inference.run import (
     Progress,
     Quality,
@@ -21,6 +21,8 @@ from fastden.inference.run import (
     denoise_pixels,
     estimated_level,
     noise_level_of,
+    own_scale,
+    part_of,
     range_of_image,
     run_network,
 )
@@ -149,7 +151,14 @@ class _Options:
         """Whether the estimate chooses the network."""
         return self.model is None and isinstance(sigma, str) and sigma == "auto"
 
-    def run(self, network: FusedDenoiser, batch: Tensor, level: float | Tensor | None, values: ValueRange) -> Tensor:
+    def run(
+        self,
+        network: FusedDenoiser,
+        batch: Tensor,
+        level: float | Tensor | None,
+        values: ValueRange,
+        progress: Progress | None,
+    ) -> Tensor:
         return run_network(
             network,
             batch,
@@ -157,7 +166,7 @@ class _Options:
             tile=self.tile,
             max_memory=self.max_memory,
             wishes=self.wishes,
-            progress=self.progress,
+            progress=progress,
             values=values,
         )
 
@@ -189,9 +198,9 @@ def _denoise_array(array: Array, sigma: Any, options: _Options, stated: int = 0)
 
 def _denoise_masked(array: np.ma.MaskedArray[Any, Any], sigma: Any, options: _Options) -> Any:
     """Denoise the valid pixels; pixels under the mask count as equal to their nearest valid ones, and stay."""
+    check_pixels(np.asarray(array.data))
     mask = np.ma.getmaskarray(array)
     if mask.all():
-        check_pixels(np.asarray(array.data))
         return array.copy()
     values = np.array(array.data)
     hidden: Array = np.asarray(mask if mask.ndim == 2 else mask.any(2))
@@ -245,11 +254,7 @@ def _denoise_pil(image: Any, sigma: Any, options: _Options) -> Any:
 
 
 def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
-    if type(tensor).__name__ == "MaskedTensor":
-        raise TypeError("image: a masked tensor; accepted: a plain tensor, or a NumPy masked array")
-    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else "meta, without values" if tensor.is_meta else str(tensor.layout)
-        raise TypeError(f"image: a tensor of another kind ({kind}); accepted: a dense tensor")
+    check_dense(tensor)
     if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.uint16):
         raise TypeError(f"image: dtype {tensor.dtype}; accepted: torch.uint8, torch.uint16, or floating in [0, 1]")
     if tensor.dim() not in (3, 4) or tensor.shape[-3] not in (1, 3):
@@ -269,14 +274,18 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
         level = estimated_level(estimates)
     else:
         level = noise_level_of(sigma, network, images, (int(tensor.shape[-2]), int(tensor.shape[-1])), ranges)
-    alike = all(one is networks[0] for one in networks)
-    if alike and all(values.ordinary and values.limits() is None for values in ranges):
-        result = options.run(networks[0], batch, level.value, ORDINARY)
+    each = level.value
+    levels = [each] * len(batch)
+    if isinstance(each, Tensor) and each.dim() > 0 and len(each) == len(batch):
+        levels = list(each.split(1))
+    as_they_are = all(
+        own_scale(own, values, options.wishes)[1] is None for own, values in zip(levels, ranges, strict=True)
+    )
+    if as_they_are and all(one is networks[0] for one in networks):
+        result = options.run(networks[0], batch, each, ORDINARY, options.progress)
     else:
         result = torch.empty_like(batch)
-        for index, values in enumerate(ranges):
-            own = level.value
-            if isinstance(own, Tensor) and own.dim() > 0 and len(own) == len(batch):
-                own = own[index : index + 1]
-            result[index : index + 1] = options.run(networks[index], batch[index : index + 1], own, values)
+        for index, (own, values) in enumerate(zip(levels, ranges, strict=True)):
+            item, part = batch[index : index + 1], part_of(options.progress, index, len(batch))
+            result[index : index + 1] = options.run(networks[index], item, own, values, part)
     return result.reshape(tensor.shape).to(tensor)

@@ -348,6 +348,15 @@ def test_tiles_give_the_same_result_and_report_progress(network: fastden.FusedDe
     assert len(calls) == 9
     small = fastden.denoise(image, SIGMA, model=network, max_memory="8MiB")
     np.testing.assert_allclose(small, tiled, atol=1e-5)
+    for number in (np.int64(32), np.uint8(32)):
+        np.testing.assert_array_equal(fastden.denoise(image, SIGMA, model=network, tile=number), tiled)
+    np.testing.assert_array_equal(fastden.denoise(image, SIGMA, model=network, max_memory=np.int64(8 << 20)), small)
+    # Images that are denoised one by one are parts of one whole.
+    calls.clear()
+    batch = torch.from_numpy(image).permute(2, 0, 1)
+    batch = torch.stack([batch, 0.01 * batch])
+    fastden.denoise(batch, SIGMA, model=network, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(6300, 12600), (12600, 12600)]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
@@ -387,6 +396,7 @@ def test_any_size(network: fastden.FusedDenoiser, height: int, width: int, chann
         (torch.zeros(3, 8, 8).to_sparse(), TypeError, "image: a tensor of another kind .*accepted: a dense tensor"),
         (torch.zeros(3, 8, 8, device="meta"), TypeError, "image: a tensor of another kind .meta"),
         ("name\0.png", UserError, "cannot be read: embedded null"),
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), ValueError, r"image: shape \(2,\); accepted"),
         (None, TypeError, "image: NoneType"),
     ],
 )

@@ -18,7 +18,7 @@ from fastden.batch.transfer import Pending, Transfer
 from fastden.images.image_file import ImageFile
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
-from fastden.inference.run import denoise_batch, run_network
+from fastden.inference.run import denoise_batch, own_scale, part_of, run_network
 from fastden.inference.tiling import SMALLEST, automatic_tile
 from fastden.network.fused import FusedDenoiser
 from fastden.network.padding import ALIGNMENT
@@ -88,10 +88,7 @@ class Computing:
             if isinstance(level, Tensor) and level.dim() == 2 and len(level) > 1:
                 own = level[index : index + 1]
 
-            def part(done: int, total: int, index: int = index) -> None:
-                if progress is not None:
-                    progress(index * total + done, image.pages * total)
-
+            part = part_of(progress, index, image.pages)
             network = self.settings.network(page.dtype == np.uint8, white[index])
             (target[:],) = self._denoised([page], own, network, picture.values[index], part)
         return result
@@ -117,10 +114,29 @@ class Computing:
 
     def group_limit(self, picture: Picture) -> int:
         """How many images like this one may go through the network together; 1 where it goes alone."""
-        if picture.image is None or picture.image.pages > 1 or _is_map(picture.level) or not picture.as_it_is:
+        if not self._joins(picture):
             return 1
+        assert picture.image is not None
         height, width = picture.image.pixels.shape[:2]
         return together(self._network(picture), height, width, self.settings.budget.network)
+
+    def alike(self, one: Picture, another: Picture) -> bool:
+        """Whether two images may go through the network together, which gives each what it gets alone."""
+        if not (self._joins(one) and self._joins(another)) or one.white != another.white:
+            return False
+        assert one.image is not None
+        assert another.image is not None
+        a, b = one.image.pixels, another.image.pixels
+        return a.shape == b.shape and a.dtype == b.dtype
+
+    def _joins(self, picture: Picture) -> bool:
+        """Whether an image may go through the network with others: one page whose values the network sees as they are.
+
+        Alone, its own level says which of its values are no noise and are kept from the network.
+        """
+        if picture.image is None or picture.image.pages > 1 or _is_map(picture.level):
+            return False
+        return own_scale(picture.level, picture.values[0], self.settings.wishes)[1] is None
 
     def attempt(
         self, network: FusedDenoiser, shape: tuple[int, int, int], run: Callable[[Any, int | None], Any]
@@ -147,16 +163,6 @@ class Computing:
             # The handler is left first: its exception keeps the tensors of the failed pass alive.
             if network.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
-def alike(one: Picture, another: Picture) -> bool:
-    """Whether two images may go through the network together."""
-    if one.image is None or another.image is None or another.image.pages > 1 or _is_map(another.level):
-        return False
-    if not (one.as_it_is and another.as_it_is) or one.white != another.white:
-        return False
-    a, b = one.image.pixels, another.image.pixels
-    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def levels(pictures: list[Picture]) -> float | Tensor | None:

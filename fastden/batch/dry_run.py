@@ -33,6 +33,7 @@ class Step:
         width, height: pixels, of a page; 0 where the file says nothing.
         pages: of the file.
         sigma: where the noise level would come from.
+        deep: more than 8 bits, for which the network may compute in another dtype.
         streamed: strip by strip, because it does not fit into memory.
         done: an earlier run has denoised it.
         error: why it would fail, where that can be seen without decoding it.
@@ -43,9 +44,15 @@ class Step:
     height: int = 0
     pages: int = 1
     sigma: str = ""
+    deep: bool = False
     streamed: bool = False
     done: bool = False
     error: str | None = None
+
+    @property
+    def megapixels(self) -> float:
+        """Of all pages."""
+        return self.width * self.height * self.pages / 1e6
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Rehearsal:
     @property
     def megapixels(self) -> float:
         """How many images would be denoised."""
-        return sum(step.width * step.height * step.pages for step in self.steps if not (step.done or step.error)) / 1e6
+        return sum(step.megapixels for step in self.steps if not (step.done or step.error))
 
     @property
     def seconds(self) -> float:
@@ -92,8 +99,11 @@ def rehearse(
     todo = [step for step in steps if not (step.done or step.error)]
     if not todo:
         return Rehearsal(steps, 0.0, 0)
-    network = batch.network(eight_bit=True)
-    return Rehearsal(steps, _rate(network), _memory(batch.settings, network, todo))
+    rates = {deep: _rate(batch.settings, deep) for deep in {step.deep for step in todo}}
+    amounts = {deep: sum(step.megapixels for step in todo if step.deep == deep) for deep in rates}
+    seconds = sum(amount / rates[deep] for deep, amount in amounts.items())
+    network = batch.network(eight_bit=not any(rates))
+    return Rehearsal(steps, sum(amounts.values()) / seconds, _memory(batch.settings, network, todo))
 
 
 def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
@@ -117,7 +127,9 @@ def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
         sigma = "no sigma (blind model)"
     else:
         sigma = "sigma to be estimated" if settings.sigma == "auto" else f"sigma {settings.sigma:g}"
-    return Step(job, picture.header.width, picture.header.height, picture.header.pages, sigma, picture.streamed)
+    header = picture.header
+    deep = header.dtype.itemsize > 1
+    return Step(job, header.width, header.height, header.pages, sigma, deep, picture.streamed)
 
 
 def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> None:
@@ -126,8 +138,9 @@ def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> No
         raise UserError(f"{job.target}: exists already; accepted: another name, or overwrite (--overwrite)")
 
 
-def _rate(network: FusedDenoiser) -> float:
-    """Megapixels a second."""
+def _rate(settings: Settings, deep: bool) -> float:
+    """Megapixels a second of images of 8 bits or more, as the run would denoise them."""
+    network = settings.network(eight_bit=not deep)
     image = torch.rand(
         SAMPLE, SAMPLE, network.image_channels, generator=torch.Generator().manual_seed(0), device="cpu"
     ).numpy()
@@ -135,7 +148,7 @@ def _rate(network: FusedDenoiser) -> float:
     seconds = 0.0
     for _ in range(2):  # the first call packs weights
         start = time.perf_counter()
-        denoise_batch([image], level.value, network)
+        denoise_batch([image], level.value, network, wishes=settings.wishes)
         seconds = time.perf_counter() - start
     return SAMPLE * SAMPLE / 1e6 / seconds
 

@@ -211,8 +211,13 @@ def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path
             except UserError as error:
                 raise UserError(f"manifest: {error}") from error
         return Manifest(path)
+    return Manifest(output / NAME, eager=False) if has_manifest(manifest, jobs, output) else None
+
+
+def has_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path) -> bool:
+    """Whether :func:`open_manifest` opens one: with ``auto`` a folder of outputs has it, a single file has none."""
     is_file = len(jobs) == 1 and jobs[0].target == output
-    return None if is_file else Manifest(output / NAME, eager=False)
+    return manifest is not None and not (manifest == "auto" and is_file)
 
 
 def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], bool]:

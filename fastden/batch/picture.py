@@ -64,11 +64,6 @@ class Picture:
     in_libvips: bool = False
 
     @property
-    def as_it_is(self) -> bool:
-        """Whether the network sees the values as they are."""
-        return all(values.ordinary and values.limits() is None for values in self.values)
-
-    @property
     def all_white(self) -> bool:
         """Whether all pages have white noise."""
         return bool(self.white) and all(self.white)

@@ -14,6 +14,7 @@ import torch
 from fastden.batch.memory import Budget, split_memory
 from fastden.batch.plan import Job
 from fastden.batch.transfer import Transfer
+from fastden.errors import UserError, in_one_line
 from fastden.images.codec import format_for
 from fastden.images.whole_files import digest
 from fastden.inference.run import Wishes
@@ -65,7 +66,10 @@ class Settings:
         self.overwrite, self.strip_metadata = overwrite, strip_metadata
         self._networks: dict[tuple[bool, bool], FusedDenoiser] = {}
         self._lock = threading.Lock()
-        self._map_digest = None if sigma_map is None else digest(sigma_map)
+        try:
+            self._map_digest = None if sigma_map is None else digest(sigma_map)
+        except OSError as error:
+            raise UserError(f"sigma_map: {in_one_line(error)}") from error
         network = self.network(eight_bit=True)
         if (sigma != "auto" or sigma_map is not None) and not network.noise_level_input:
             asked = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fastden.batch.computing import alike, levels
+from fastden.batch.computing import levels
 from fastden.batch.grouping import MOST, Equality
 from fastden.batch.manifest import Manifest, Record
 from fastden.batch.memory import Gate, Stopped
@@ -135,12 +135,14 @@ class ThreadedRun:
         self.stopping = True
         self.gate.close()
         started = time.monotonic()
-        with suppress(KeyboardInterrupt):  # pressed twice: stop at once
-            for thread in (*self.readers, *self.writers):
-                while time.monotonic() - started < _grace(thread.picture) and not thread.ended.wait(POLL / 2):
-                    pass
-        self.dropped = True
-        drop_unfinished()
+        try:
+            with suppress(KeyboardInterrupt):  # pressed twice: stop at once
+                for thread in (*self.readers, *self.writers):
+                    while time.monotonic() - started < _grace(thread.picture) and not thread.ended.wait(POLL / 2):
+                        pass
+        finally:  # also where a signal that ends the process came twice
+            self.dropped = True
+            drop_unfinished()
 
     # In the threads that read.
 
@@ -226,7 +228,7 @@ class ThreadedRun:
                     break
                 if another is None:
                     working -= 1
-                elif another.streamed or not alike(picture, another):
+                elif another.streamed or not self.stages.computing.alike(picture, another):
                     waiting = another
                     break
                 else:

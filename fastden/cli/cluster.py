@@ -14,9 +14,10 @@ from fastden.batch.manifest import Manifest, Record, made_before, open_manifest
 from fastden.batch.plan import Job
 from fastden.batch.ray import Row, connect, distribute, has_scheme, plan_rows
 from fastden.batch.report import Report
+from fastden.batch.settings import Settings
 from fastden.cli.console import say
 from fastden.cli.display import Display
-from fastden.cli.options import Request
+from fastden.cli.options import Request, check_model, naming
 from fastden.errors import UserError
 from fastden.images.finder import count_left_out
 from fastden.images.whole_files import remove_leftovers
@@ -48,12 +49,17 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         if os.path.realpath(row["input"]) == os.path.realpath(row["output"]):
             raise UserError(f"output: {row['output']} is the input; accepted with --engine ray: another folder")
     settings = _for_any_folder(request.settings)
+    # Checked here, before Ray starts, and without a device: perhaps only the workers have one.
+    here = {**settings, "device": "cpu"}
+    check_model(here)
+    with naming():
+        known = BatchDenoiser(**here).settings
     manifest = _open_manifest(rows, request)
     if request.resume and manifest is None:
         raise UserError("resume: there is no manifest to resume from; accepted: local files and an output folder")
     display, report, start = Display(len(rows), unreadable), Report(len(rows)), time.perf_counter()
     if manifest is not None:
-        rows, report.skipped = _prepare(rows, settings, manifest, request.resume)
+        rows, report.skipped = _prepare(rows, known, manifest, request.resume)
     interrupted = False
     with display:
         try:
@@ -69,7 +75,9 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         except KeyboardInterrupt:
             interrupted = True
     report.close(time.perf_counter() - start)
-    code = display.summary(report, interrupted=interrupted, including=", Ray's start included")
+    code = display.summary(
+        report, interrupted=interrupted, resumable=manifest is not None, including=", Ray's start included"
+    )
     if left_out:
         say(f"note: {count_left_out(left_out)}", error=True)
     return code
@@ -93,15 +101,11 @@ def _open_manifest(rows: list[Row], request: Request) -> Manifest | None:
     return open_manifest(request.manifest, list(map(_job, rows)), Path(os.path.abspath(request.output)))
 
 
-def _prepare(
-    rows: list[Row], settings: dict[str, Any], manifest: Manifest, resume: bool
-) -> tuple[list[Row], list[Job]]:
+def _prepare(rows: list[Row], shared: Settings, manifest: Manifest, resume: bool) -> tuple[list[Row], list[Job]]:
     """The rows to do, and the jobs that an earlier run has done.
 
     The manifest records each job before it begins. Where an output did not exist before, a resumed run may replace it.
     """
-    # Weights and options are known without a device: perhaps only the workers have one.
-    shared = BatchDenoiser(**{**settings, "device": "cpu"}).settings
     todo: list[Row] = []
     done: list[Job] = []
     for row in rows:

@@ -92,12 +92,15 @@ class Display:
         else:
             say(text, error=error)
 
-    def summary(self, report: Report, *, interrupted: bool = False, including: str = "") -> int:
+    def summary(
+        self, report: Report, *, interrupted: bool = False, resumable: bool = False, including: str = ""
+    ) -> int:
         """Print the sums of a run, below the bar.
 
         Args:
             report: of the run.
             interrupted: by Ctrl-C.
+            resumable: whether a manifest records it.
             including: what the time holds besides reading, computing and writing.
 
         Returns:
@@ -119,7 +122,8 @@ class Display:
                 shown = ", ".join(names[:NAMED])
                 say(f"error: {len(names)} of {total} files failed: {shown}{more}", error=True)
         if interrupted:
-            say("error: interrupted; --resume goes on from here", error=True)
+            rest = "--resume goes on from here" if resumable else "what is named above is complete"
+            say(f"error: interrupted; {rest}", error=True)
             return INTERRUPTED
         return 1 if failed or report.left or self.unreadable else 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.dry_run import rehearse
-from fastden.batch.manifest import made_before
+from fastden.batch.manifest import has_manifest, made_before
 from fastden.batch.plan import Job, plan
 from fastden.batch.report import Interrupted, Listener
 from fastden.cli.console import clean_termination, duration, error_line, say, size_of
@@ -61,7 +61,8 @@ def _run(batch: BatchDenoiser, request: Request, jobs: list[Job], unreadable: Se
             )
         except Interrupted as error:
             report, interrupted = error.report, True
-    return display.summary(report, interrupted=interrupted)
+    resumable = has_manifest(request.manifest, jobs, Path(request.output))
+    return display.summary(report, interrupted=interrupted, resumable=resumable)
 
 
 def _rehearse(batch: BatchDenoiser, request: Request, jobs: list[Job], unreadable: Sequence[OSError]) -> int:

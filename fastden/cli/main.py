@@ -178,6 +178,8 @@ def denoise(
     )
     keep_freed_memory()
     if engine is Engine.ray:
+        if crf is not None:
+            raise UserError(f"crf: {crf} with --engine ray, which takes no videos; accepted: with --engine local")
         raise typer.Exit(_on_cluster(request, workers, workers_per_device, dry_run=dry_run))
     if workers is not None or workers_per_device != 1:
         raise UserError("workers: given with --engine local; accepted: with --engine ray")
@@ -203,6 +205,7 @@ def _on_this_machine(request: Request, crf: int | None, *, dry_run: bool) -> int
         "strip_metadata": request.settings["strip_metadata"],
         "resume": request.resume,
         "sigma_map": request.settings["sigma_map"],
+        "manifest": request.manifest not in (None, "auto"),
         "dry_run": dry_run,
     }
     if is_one_video(request.inputs, crf, [name for name, value in for_images.items() if value]):

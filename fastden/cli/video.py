@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
-from fastden.errors import UserError
+from fastden.errors import FAILURES, UserError
 from fastden.network.loading import parse_memory
 from fastden.video.copy import ESTIMATED, denoise_video, is_video
 
@@ -49,7 +50,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
     request.note_sigma()
     options = {"tile": settings["tile"], "max_memory": parse_memory(settings["max_memory"])}
     try:
-        with clean_termination():
+        with clean_termination(), naming("", FAILURES):
             _run(
                 Path(request.inputs[0]),
                 Path(request.output),
@@ -57,6 +58,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
                 batch.network,
                 crf=crf,
                 overwrite=settings["overwrite"],
+                max_pixels=settings["max_pixels"],
                 options={**options, "wishes": batch.settings.wishes},
             )
     except KeyboardInterrupt:
@@ -73,12 +75,12 @@ def _run(
     *,
     crf: int | None,
     overwrite: bool,
+    max_pixels: int,
     options: dict[str, Any],
 ) -> None:
     target = output if output.suffix and not output.is_dir() else output / source.name
-    new_folder = not target.parent.exists()
-    if new_folder:
-        target.parent.mkdir(parents=True)
+    new_folders = list(takewhile(lambda folder: not folder.exists(), target.absolute().parents))
+    target.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     columns = (TextColumn("frame"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, redirect_stdout=False)
@@ -93,13 +95,14 @@ def _run(
                 load,
                 crf=crf,
                 overwrite=overwrite,
+                max_pixels=max_pixels,
                 progress=lambda done, total: bar.update(task, completed=done, total=max(total, done) or None),
                 **options,
             )
     except BaseException:
-        if new_folder:
+        for folder in new_folders:
             with suppress(OSError):
-                target.parent.rmdir()
+                folder.rmdir()
         raise
     seconds = time.perf_counter() - start
     looked = min(ESTIMATED, result.frames)

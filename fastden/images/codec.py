@@ -152,7 +152,7 @@ def _assembled(values: Array, header: Header, extras: Extras) -> ImageFile:
 
 def header_of(opened: Opened, max_pixels: int) -> Header:
     """What is known of a file of the extra formats; more than ``max_pixels`` are refused."""
-    _check_size(opened.width, opened.height, max_pixels)
+    check_size(opened.width, opened.height, max_pixels)
     return Header(
         width=opened.width,
         height=opened.height,
@@ -240,7 +240,7 @@ def _check_pages(pages: int, format_name: str, several: bool) -> None:
 
 
 def _check_header(image: Any, rows: int, max_pixels: int) -> None:
-    _check_size(image.width, rows, max_pixels)
+    check_size(image.width, rows, max_pixels)
     if image.coding != "none" or image.interpretation in _OTHER_SPACES:
         raise UserError(f"colour space {image.interpretation}; accepted: gray, RGB, CMYK")
     if image.format not in VIPS_DTYPES:
@@ -248,7 +248,8 @@ def _check_header(image: Any, rows: int, max_pixels: int) -> None:
         raise UserError(f"{kind}; accepted: integers of 8 or 16 bits without sign, or floating values")
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise UserError where an image has more than ``max_pixels`` pixels."""
     if width * height > max_pixels:
         limit = f"at most {max_pixels / 1e6:g} megapixels (max_pixels; --max-megapixels of the command)"
         raise UserError(f"{width} x {height} pixels; accepted: {limit}")

@@ -14,7 +14,8 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -284,7 +285,10 @@ def snapped(sizes: Sequence[int], multiple: int, least: int = 1) -> tuple[int, .
 def _fixed_range(value_range: tuple[float, float] | None, planes: Any) -> ValueRange | None:
     """The range where it need not be found, or cannot be."""
     if value_range is not None:
-        black, white = (float(value) / full_scale(planes.dtype) for value in value_range)
+        try:
+            black, white = (float(value) / full_scale(planes.dtype) for value in value_range)
+        except (TypeError, ValueError):
+            black = white = 0.0
         if not -math.inf < black < white < math.inf:
             raise ValueError(f"value_range: {value_range}; accepted: None, or (black, white) with black below white")
         return ValueRange(black, white, -math.inf, math.inf, reason="given")
@@ -404,13 +408,23 @@ def _write(da: Any, result: Any, out: Any, source: Any) -> Any:
         like |= {"dimension_names": names, "zarr_format": source.metadata.zarr_format}
     temporary = path.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
     try:
-        _store(da, result, zarr.create_array(str(temporary), shape=result.shape, dtype=result.dtype, **like))
-        os.rename(temporary, path)
-    except OSError as error:
-        raise UserError(f"out: {path}: cannot be written: {error.strerror or error}") from error
+        with _writing(path):
+            made = zarr.create_array(str(temporary), shape=result.shape, dtype=result.dtype, **like)
+        _store(da, result, made)  # it reads the source too: whose an error is, it says itself
+        with _writing(path):
+            os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return zarr.open_array(str(path), mode="r+")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the argument ``out``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out: {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _store(da: Any, result: Any, target: Any) -> Any:

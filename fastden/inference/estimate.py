@@ -182,6 +182,7 @@ def _as_array(image: Any) -> Any:
             raise TypeError(f"image: PIL mode {image.mode}; accepted: 1, L, LA, P, RGB, RGBA, I;16, F")
         return np.array(image if mode == image.mode else image.convert(mode))
     if isinstance(image, Tensor):
+        check_dense(image)
         if image.dim() != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"image: shape {tuple(image.shape)}; accepted: (C, H, W) with C 1 or 3")
         image = image.detach().cpu()
@@ -190,6 +191,15 @@ def _as_array(image: Any) -> Any:
         accepted = "a path, a PIL image, a NumPy array or a tensor"
         raise TypeError(f"image: {type(image).__name__}; accepted: {accepted}")
     return image
+
+
+def check_dense(tensor: Tensor) -> None:
+    """Raise TypeError unless a tensor has its values in memory, one for each place."""
+    if type(tensor).__name__ == "MaskedTensor":
+        raise TypeError("image: a masked tensor; accepted: a plain tensor, or a NumPy masked array")
+    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else "meta, without values" if tensor.is_meta else str(tensor.layout)
+        raise TypeError(f"image: a tensor of another kind ({kind}); accepted: a dense tensor")
 
 
 def estimate_of(planes: Array, values: ValueRange) -> NoiseEstimate:

@@ -22,6 +22,15 @@ from fastden.network.loading import check_strength
 #: What the argument ``sigma`` takes, for messages.
 _SIGMAS = "'auto', a NoiseEstimate, a number from 0 to 255, or a map (H, W)"
 Progress = Callable[[int, int], None]
+
+
+def part_of(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """``progress`` for number ``index`` of ``count`` equal parts of the work."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(index * total + done, count * total)
+
+
 Quality = Literal["fast", "normal", "best"]
 #: Luma of BT.601.
 LUMA = (0.299, 0.587, 0.114)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -118,7 +119,8 @@ def denoise_tiled(
         raise ValueError("model: in training mode; accepted: evaluation mode (model.eval()), or fastden.fuse(model)")
     check_tile(tile, max_memory)
     n, _, height, width = image.shape
-    side, together = (None if tile is None else tile), max(n, 1)
+    # A small integer of NumPy would overflow below.
+    side, together = (int(tile) if isinstance(tile, Integral) else tile), max(n, 1)
     if side == "auto":
         budget = DEFAULT_MEMORY if max_memory is None else max_memory
         side, together = automatic_tile(model, height, width, n, budget)
@@ -184,7 +186,7 @@ def check_tile(tile: object, max_memory: int | None) -> None:
         raise ValueError(f"max_memory: given together with tile={tile!r}; accepted: with tile='auto' alone")
     if tile is None or tile == "auto":
         return
-    if not isinstance(tile, int) or isinstance(tile, bool) or tile < SMALLEST:
+    if not isinstance(tile, Integral) or isinstance(tile, bool) or tile < SMALLEST:
         raise ValueError(f"tile: {tile!r}; accepted: a whole number of at least {SMALLEST}, 'auto' or None")
 
 

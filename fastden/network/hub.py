@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from fastden.network.files import naming_file
 
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin
@@ -104,19 +108,32 @@ class PretrainedMixin:
 
         from fastden.network import int8
 
-        saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        with naming_file(folder / CONFIG_FILE):
+            saved = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         known = inspect.signature(cls).parameters
         # The caller may have set a device context, such as torch.device("meta"). The network would be built there and
         # lose its weights.
         with torch.device(map_location):
             model: Any = cls(**({key: value for key, value in saved.items() if key in known} | arguments))
-            load_model(model, folder / WEIGHTS_FILE, strict=strict, device=map_location)
+            with naming_file(folder / WEIGHTS_FILE):
+                load_model(model, folder / WEIGHTS_FILE, strict=strict, device=map_location)
         model.int8_ranges = int8.load_ranges(folder)
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write a folder with configuration, weights and model card; ``kwargs`` go to ``PyTorchModelHubMixin``."""
-        return self._on_hub().save_pretrained(save_directory, **kwargs)
+        """Write a folder with configuration, weights and model card; ``kwargs`` go to ``PyTorchModelHubMixin``.
+
+        Files that are there are replaced when all new ones are written; a model card stays.
+        """
+        folder = Path(save_directory).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".fastden-", dir=folder) as place:
+            made = Path(place) / folder.name  # the name of a repository, if it is uploaded
+            address = self._on_hub().save_pretrained(made, **kwargs)
+            for file in made.iterdir():
+                if file.name != CARD_FILE or not (folder / CARD_FILE).exists():
+                    os.replace(file, folder / file.name)
+        return address
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload to the Hugging Face Hub; arguments go to ``huggingface_hub.PyTorchModelHubMixin.push_to_hub``."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fastden.algebra import phase_weights, unshuffled_weight
 from fastden.network import onednn
+from fastden.network.files import naming_file, replacing
 from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
 from fastden.network.packed import PackedWeights
 from fastden.ops.activations import fold, gathered, join_phases
@@ -108,13 +109,14 @@ def load_ranges(folder: Path) -> tuple[Ranges, str] | None:
     file = folder / RANGES_FILE
     if not file.is_file():
         return None
-    with safe_open(file, "pt") as opened:
+    with naming_file(file), safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()["weights"]  # noqa: SIM118
 
 
 def save_ranges(folder: Path, ranges: Ranges, weights: str) -> None:
     """Write ranges and the fingerprint ``weights`` into ``folder``; :func:`load_ranges` reads them."""
-    (folder / RANGES_FILE).write_bytes(save(ranges, {"weights": weights}))
+    with replacing(folder / RANGES_FILE) as temporary:
+        temporary.write_bytes(save(ranges, {"weights": weights}))
 
 
 class _Observer(OneDnnNetwork):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -155,7 +155,7 @@ def parse_memory(value: int | str | None) -> int | None:
     """
     if value is None:
         return None
-    number = value if isinstance(value, int) else 0
+    number = int(value) if isinstance(value, Integral) else 0
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(i?B)?\s*", value, re.IGNORECASE)
         if match:

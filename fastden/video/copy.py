@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastden.errors import UserError
+from fastden.images.codec import MAX_PIXELS, check_size
 from fastden.images.pixels import Array
 from fastden.images.ranges import ORDINARY
 from fastden.images.whole_files import check_target, whole_file
@@ -73,6 +74,7 @@ def denoise_video(
     *,
     crf: int | None = None,
     overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> VideoResult:
@@ -89,6 +91,7 @@ def denoise_video(
         load: gives the network, told whether the video has 8 bits, and whether its noise is white.
         crf: constant rate factor of the encoder (lower is better and larger); None is 18 to 24, depending on the codec.
         overwrite: replace an existing ``target``.
+        max_pixels: frames with more pixels are refused.
         progress: called after each frame with the frames done and the frames in all (0 if unknown).
         **options: of :func:`fastden.inference.run.run_network`.
 
@@ -112,7 +115,7 @@ def denoise_video(
                 av.open(str(temporary), "w", options=_container_options(reader)) as writer,
             ):
                 copy = _Copy(av, source, target, reader, writer, crf)
-                copy.run(sigma, load, progress, options)
+                copy.run(sigma, load, max_pixels, progress, options)
         except (av.error.FFmpegError, OSError) as error:
             raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
     return copy.result
@@ -184,10 +187,15 @@ class _Copy:
         self,
         sigma: float | Literal["auto"],
         load: Callable[[bool, bool], FusedDenoiser],
+        max_pixels: int,
         progress: Callable[[int, int], None] | None,
         options: dict[str, Any],
     ) -> None:
         first, packets = self._first_frame()
+        try:
+            check_size(first.width, first.height, max_pixels)
+        except UserError as error:
+            raise UserError(f"{self.source}: frames of {error}") from error
         converter = FrameConverter(self.av, first)
         eight_bit = max(component.bits for component in first.format.components) <= 8
         network = load(eight_bit, False)

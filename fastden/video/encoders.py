@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastden.errors import UserError
+from fastden.video.frames import tags
 
 #: Default constant rate factor of each encoder: hardly any visible loss.
 RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}
@@ -107,7 +108,7 @@ class Encoders:
             context.framerate = min(rate, SVT_RATE) if context.codec.name == "libsvtav1" else rate
         if self.video.sample_aspect_ratio:
             context.sample_aspect_ratio = self.video.sample_aspect_ratio
-        context.color_range, context.colorspace = first.color_range, first.colorspace
+        context.color_range, context.colorspace = tags(self.av, first, pixel_format)
         context.color_trc, context.color_primaries = first.color_trc, first.color_primaries
         context.flags |= self.av.codec.context.Flags.frame_duration
         if self.writer.format.name == "avi":  # AVI has no times for frames out of order

@@ -17,6 +17,8 @@ from fastden.images.pixels import Array
 WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 BT601, BT709 = (0.299, 0.114), WEIGHTS[1]
 UNSPECIFIED = 2
+#: The matrices that players take where none is stated, by FFmpeg's number: of small frames, and from 720 lines on.
+SMALL, HIGH, HIGH_LINES = 6, 1, 720
 #: Values of YUV are shifted to 16 bits: white of 8 bits, 255, becomes this.
 SHIFTED = 255 << 8
 _LIMITED, _FULL = 1, 2
@@ -29,7 +31,7 @@ def yuv_to_rgb(space: int, height: int) -> Array:
         space: FFmpeg's number; unspecified is BT.709 from 720 lines on, else BT.601, as players take it.
         height: of the frame.
     """
-    high = space == UNSPECIFIED and height >= 720
+    high = space == UNSPECIFIED and height >= HIGH_LINES
     red, blue = WEIGHTS.get(space, BT709 if high else BT601)
     green = 1 - red - blue
     return np.array(
@@ -39,6 +41,28 @@ def yuv_to_rgb(space: int, height: int) -> Array:
             [1, 2 * (1 - blue), 0],
         ]
     )
+
+
+def becomes_yuv(av: Any, first: Any, pixel_format: str) -> bool:
+    """Whether frames that are no YUV, as ``first``, are written as YUV."""
+    return _is_yuv(av.VideoFormat(pixel_format)) and not _is_yuv(first.format)
+
+
+def tags(av: Any, first: Any, pixel_format: str) -> tuple[int, int]:
+    """Range and colour space, FFmpeg's numbers, of frames like ``first`` that are written in ``pixel_format``.
+
+    They are the input's. Where RGB or gray becomes YUV, it gets those that players expect: limited range, and a matrix
+    by the height.
+    """
+    if not becomes_yuv(av, first, pixel_format):
+        return first.color_range, first.colorspace
+    full = pixel_format.startswith("yuvj")
+    return _FULL if full else _LIMITED, HIGH if first.height >= HIGH_LINES else SMALL
+
+
+def _is_yuv(kind: Any) -> bool:
+    colours = len(kind.components) - any(component.is_alpha for component in kind.components)
+    return colours > 1 and not (kind.is_rgb or kind.has_palette)
 
 
 class FrameConverter:
@@ -54,7 +78,7 @@ class FrameConverter:
         components = first.format.components
         alpha = any(component.is_alpha for component in components)
         coloured = len(components) - alpha > 1 or first.format.has_palette
-        self.is_yuv = coloured and not (first.format.is_rgb or first.format.has_palette)
+        self.is_yuv = _is_yuv(first.format)
         if self.is_yuv:
             self.format, self.largest = ("yuva444p16le" if alpha else "yuv444p16le"), SHIFTED
         else:
@@ -68,9 +92,9 @@ class FrameConverter:
         kinds = av.video.reformatter.Interpolation
         self.scaling = kinds.BICUBIC | kinds.FULL_CHR_H_INT | kinds.FULL_CHR_H_INP | kinds.ACCURATE_RND
 
-    def _scaled(self, scaler: Any, frame: Any, pixel_format: str) -> Any:
-        ranges = {"src_color_range": self.range, "dst_color_range": self.range}
-        return scaler.reformat(frame, format=pixel_format, interpolation=self.scaling, **ranges)
+    def _scaled(self, scaler: Any, frame: Any, pixel_format: str, **colours: Any) -> Any:
+        colours = {"src_color_range": self.range, "dst_color_range": self.range} | colours
+        return scaler.reformat(frame, format=pixel_format, interpolation=self.scaling, **colours)
 
     def pixels(self, frame: Any) -> Array:
         """(H, W, C) float32 of a frame, C 1 (gray) or 3 (RGB), and alpha as one more."""
@@ -92,9 +116,16 @@ class FrameConverter:
         if self.format == "gray16le":
             planes = planes[:, :, 0]
         wide = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), format=self.format, channel_last=True)
-        wide.colorspace = like.colorspace
-        made = self._scaled(self.narrow, wide, pixel_format)
-        made.colorspace, made.color_range = like.colorspace, like.color_range
+        made_range, made_space = tags(self.av, like, pixel_format)
+        if becomes_yuv(self.av, like, pixel_format):
+            wide.colorspace = UNSPECIFIED
+            spaces = self.av.video.reformatter.Colorspace
+            space = spaces.ITU709 if made_space == HIGH else spaces.ITU601
+            made = self._scaled(self.narrow, wide, pixel_format, dst_color_range=made_range, dst_colorspace=space)
+        else:
+            wide.colorspace = like.colorspace
+            made = self._scaled(self.narrow, wide, pixel_format)
+        made.colorspace, made.color_range = made_space, made_range
         made.color_trc, made.color_primaries = like.color_trc, like.color_primaries
         made.pts, made.time_base, made.duration = like.pts, like.time_base, like.duration
         return made

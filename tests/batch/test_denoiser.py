@@ -83,6 +83,30 @@ def test_small_images_go_together(photos: Path, tmp_path: Path, network: Any, mo
         np.testing.assert_array_equal(read_image(tmp_path / "out" / f"{index}.png").pixels, expected)
 
 
+def test_bright_values_are_judged_alike_alone_and_in_groups(tmp_path: Path, network: Any) -> None:
+    """A value of 2 is noise of an unknown level, but none of sigma 5."""
+    folder, generator = tmp_path / "in", np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("a", "b"):
+        bright = (0.5 + 5 / 255 * generator.standard_normal((40, 40, 3))).astype(np.float32)
+        bright[20, 20], bright[5:7, 30:32] = 2.0, 1.6
+        write_image(folder / f"{name}.tif", ImageFile(bright))
+    stages = fastden.BatchDenoiser(network, sigma=5).stages
+    works = [stages.reading.look(Job(path, tmp_path / path.name)) for path in sorted(folder.iterdir())]
+    for work in works:
+        stages.reading.read(work)
+    assert not stages.computing.alike(*works)
+    assert stages.computing.group_limit(works[0]) == 1
+    assert fastden.BatchDenoiser(network, sigma=5).run(folder, tmp_path / "out").failed == []
+    for path in sorted(folder.iterdir()):
+        expected = fastden.denoise(read_image(path).pixels, 5, model=network)
+        np.testing.assert_array_equal(read_image(tmp_path / "out" / path.name).pixels, expected)
+        tensor = torch.from_numpy(read_image(path).pixels).permute(2, 0, 1)
+        for batch in (tensor, torch.stack([tensor, tensor / 2])):
+            other = fastden.denoise(batch, 5, model=network).reshape(-1, 3, 40, 40)[0].permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(other, expected, atol=3e-6, rtol=0)
+
+
 def test_batches_that_change_bits_are_not_used(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [pixels(seed=index) for index in range(3)]
     levels = torch.tensor([0.1, 0.2, 0.3])
@@ -329,6 +353,10 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
     ("options", "message"),
     [
         ({"sigma": 300}, "sigma: 300; accepted"),
+        ({"sigma": None}, "sigma: NoneType; accepted: 'auto', or 0 to 255"),
+        ({"sigma": [25]}, "sigma: list; accepted"),
+        ({"sigma": fastden.NoiseEstimate((1.0,) * 8, 1.0, 0.5)}, "sigma: NoiseEstimate; accepted"),
+        ({"sigma_map": "missing.png"}, "sigma_map: missing.png: No such file"),
         ({"sigma": "much"}, "sigma: 'much'"),
         ({"sigma": 5, "sigma_map": "map.png"}, "sigma_map: given together with sigma=5"),
         ({"strength": 3}, "strength: 3"),
@@ -339,7 +367,7 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
     ],
 )
 def test_wrong_options(network: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError, UserError), match=message):
         fastden.BatchDenoiser(network, **options)
 
 

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 import fastden
-from fastden.batch.computing import alike
 from fastden.batch.plan import Job
 from fastden.batch.transfer import Pending
 from fastden.errors import UserError
@@ -112,7 +111,7 @@ def test_they_do_not_go_together_with_others(tmp_path: Path, network: Any) -> No
     for work in works:
         stages.reading.read(work)
     one, several, another = works
-    assert (alike(one, another), alike(one, several)) == (True, False)
+    assert (stages.computing.alike(one, another), stages.computing.alike(one, several)) == (True, False)
     assert stages.computing.group_limit(one) > stages.computing.group_limit(several) == 1
     report = fastden.BatchDenoiser(network, sigma=20).run(folder, tmp_path / "out")
     assert report.failed == []

@@ -9,13 +9,19 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import fastden
+from fastden.batch import dry_run
 from fastden.batch.manifest import NAME
+from fastden.batch.plan import plan
+from fastden.batch.report import Interrupted, Report
 from fastden.cli.main import app
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, outputs, works
@@ -175,3 +181,46 @@ def test_interruption(photos: Path, tmp_path: Path, model: str) -> None:
     assert "1 image, " in output
     assert outputs(tmp_path / "out") == ["a.png"]
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+@pytest.mark.parametrize(("into", "manifest"), [("one.png", []), ("out", ["--manifest", "none"])])
+def test_no_resuming_is_promised_without_a_manifest(
+    photos: Path, tmp_path: Path, model: str, into: str, manifest: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise Interrupted(Report(1))
+
+    monkeypatch.setattr("fastden.batch.denoiser.BatchDenoiser.run_jobs", interrupt)
+    source = photos / "a.png" if into == "one.png" else photos
+    done = CliRunner().invoke(app, ["denoise", str(source), "-o", str(tmp_path / into), "--model", model, *manifest])
+    assert (done.exit_code, done.stderr) == (130, "error: interrupted; what is named above is complete\n")
+
+
+@pytest.mark.parametrize("quality", ["normal", "best"])
+def test_a_rehearsal_measures_what_would_run(
+    tmp_path: Path, model: str, quality: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network for each depth, and the wishes."""
+    for name, dtype in (("a", np.uint8), ("b", np.uint16), ("c", np.uint16)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_image(tmp_path / "in" / f"{name}.png", ImageFile(pixels(dtype=dtype)))
+    seen: list[tuple[str, str]] = []
+    batch = fastden.BatchDenoiser(model, quality=quality, sigma=5)  # type: ignore[arg-type]
+    load = batch.settings.network
+
+    def network(eight_bit: bool, white: bool = False) -> Any:
+        seen.append(("network", str(eight_bit)))
+        return load(eight_bit, white)
+
+    def measured(images: Any, level: Any, network: Any, *, wishes: Any) -> None:
+        seen.append(("wishes", wishes.quality))
+        time.sleep(0.01)
+
+    monkeypatch.setattr(dry_run, "denoise_batch", measured)
+    monkeypatch.setattr(batch.settings, "network", network)
+    jobs = plan([str(tmp_path / "in")], tmp_path / "out")
+    found = dry_run.rehearse(batch, jobs, tmp_path / "out", manifest=None)
+    assert {value for what, value in seen if what == "wishes"} == {quality}
+    assert {("network", "True"), ("network", "False")} <= set(seen)
+    assert found.seconds > 0
+    assert [step.deep for step in found.steps] == [False, True, True]

@@ -155,15 +155,29 @@ def test_mistakes_are_one_line(
         (["--max-megapixels", "inf"], "max_megapixels: inf; accepted"),
         (["--max-megapixels", "0"], "max_megapixels: 0; accepted"),
         (["--max-megapixels", "-3"], "max_megapixels: -3; accepted"),
+        (["--strength", "5"], "strength: 5.*; accepted"),
+        (["--sigma-map", "missing.png"], "sigma_map: .*missing.png: No such file"),
     ],
 )
+@pytest.mark.parametrize("engine", ["local", "ray"])
 def test_what_concerns_all_files_is_said_once(
-    photos: Path, tmp_path: Path, model: str, arguments: list[str], saying: str
+    photos: Path, tmp_path: Path, model: str, engine: str, arguments: list[str], saying: str
 ) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+        if "--device" in arguments:
+            pytest.skip("which devices there are, only the workers know")
+        arguments = [*arguments, "--engine", "ray", "--manifest", "none"]
     output = tmp_path / "out"
     error = fails("denoise", photos, "-o", output, "--model", model, *arguments, saying=f"^error: {saying}")
     assert len(error.splitlines()) == 1, error
     assert not output.exists()
+
+
+def test_ray_takes_no_videos(photos: Path, tmp_path: Path, model: str) -> None:
+    arguments = [photos, "-o", tmp_path / "out", "--model", model, "--engine", "ray"]
+    fails("denoise", *arguments, "--crf", "20", saying="^error: crf: 20 with --engine ray")
+    fails("denoise", *arguments[:-4], "--model", "nope", "--engine", "ray", saying="^error: model: 'nope'")
 
 
 def test_what_the_system_refuses_is_one_line(

@@ -259,6 +259,14 @@ def test_nothing_half_written_is_left(model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         denoise_array(da.from_array(image, (32, 32, 3)), 20, model=model, out=tmp_path / "a.zarr")
     assert list(tmp_path.iterdir()) == []
+
+    def broken(block: Any) -> Any:
+        raise OSError("the disk of the source")
+
+    source = da.from_array(image, (32, 32, 3)).map_blocks(broken, dtype=np.float32, meta=image[:0, :0])
+    with pytest.raises(OSError, match=r"^the disk of the source"):
+        denoise_array(source, 20, model=model, out=tmp_path / "a.zarr", value_range=(0, 1))
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.zarr").mkdir()
     with pytest.raises(UserError, match=r"out: .*a\.zarr exists; accepted: a new path"):
         denoise_array(da.from_array(image), 20, model=model, out=tmp_path / "a.zarr")
@@ -278,6 +286,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "map": ({"sigma": np.zeros((9, 8))}, ValueError, r"sigma: shape \(9, 8\); accepted: a number, \(8, 9\) \(a map\)"),
     "negative map": ({"sigma": np.full((8, 9), -1.0)}, ValueError, r"sigma: values from -1 to -1; accepted: 0 to 255"),
     "strength": ({"strength": 3}, ValueError, r"strength: 3; accepted"),
+    "three numbers": ({"value_range": (0, 1, 2)}, ValueError, r"value_range: \(0, 1, 2\); accepted: None, or"),
+    "one number": ({"value_range": 1}, ValueError, r"value_range: 1; accepted"),
     "out": ({"out": 5}, TypeError, r"out: int; accepted: a path, or a writable zarr\.Array"),
 }
 

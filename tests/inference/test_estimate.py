@@ -71,6 +71,8 @@ def test_alpha_has_no_part_in_the_estimate() -> None:
         (np.zeros((0, 8, 3), np.uint8), ValueError, "at least 1"),
         (np.full((8, 8), 128.0), ValueError, "image: values from 128 to 128"),
         (np.full((8, 8), np.nan), ValueError, "image: NaN"),
+        (torch.zeros(3, 8, 8, device="meta"), TypeError, r"image: a tensor of another kind \(meta"),
+        (torch.zeros(3, 8, 8).to_sparse(), TypeError, "image: a tensor of another kind .*accepted: a dense tensor"),
     ],
 )
 def test_wrong_images(image: Any, error: type[Exception], message: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastden.network.hub
+from fastden.network.int8 import fingerprint
 from fastden.network.loading import load_network
 from fastden.network.model import Denoiser
 from tests.helpers import level, max_error, random_network
@@ -135,6 +136,34 @@ def test_incomplete_folder(tmp_path: Path, file: str) -> None:
     (tmp_path / file).unlink()
     with pytest.raises(ValueError, match=rf"holds no {file}; accepted"):
         Denoiser.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "int8.safetensors"])
+def test_broken_files_are_named(tmp_path: Path, file: str) -> None:
+    model = random_network()
+    model.int8_ranges = ({"up2": torch.ones(32)}, fingerprint(model))
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"^model: .*{file} cannot be read \(.*\); accepted: as save_pretrained"):
+        Denoiser.from_pretrained(tmp_path)
+
+
+def test_a_save_that_fails_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_network(seed=1)
+    model.int8_ranges = ({"up2": torch.ones(32)}, fingerprint(model))
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError("no space left on device")
+
+    for place in ("safetensors.torch.save_model", "pathlib.Path.write_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            with pytest.raises(OSError, match="no space"):
+                model.save_pretrained(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("change", ["missing", "renamed"])

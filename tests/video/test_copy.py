@@ -169,6 +169,47 @@ def test_nothing_denoised_is_nothing_changed(
         np.testing.assert_array_equal(luma(one), luma(other))
 
 
+def colours(path: Path, *, gray: bool) -> Any:
+    """The first frame in RGB (H, W, 3), or gray (H, W), as players show it."""
+    return decoded(path)[0].to_ndarray(format="gray" if gray else "rgb24").astype(int)
+
+
+@pytest.mark.parametrize("height", [48, 720])
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "source", "target"),
+    [
+        ("rawvideo", "bgr24", "a.avi", "b.mp4"),
+        ("qtrle", "rgb24", "a.mov", "b.mp4"),
+        ("ffv1", "gbrp10le", "a.mkv", "b.webm"),
+        ("png", "rgb24", "a.mov", "b.webm"),
+        ("ffv1", "gray", "a.mkv", "b.mp4"),
+        ("rawvideo", "gray", "a.avi", "b.webm"),
+    ],
+)
+def test_other_families_keep_their_colours(
+    codec: str, pixel_format: str, source: str, target: str, height: int, tmp_path: Path, network: FusedDenoiser
+) -> None:
+    """RGB and gray become YUV, which is tagged as players take it."""
+    gray = pixel_format == "gray"
+    values = np.zeros((height, WIDTH) if gray else (height, WIDTH, 3), np.uint8)
+    for part, colour in enumerate([(220, 40, 40), (40, 220, 60), (10, 10, 10), (245, 245, 245)]):
+        values[:, 16 * part : 16 * part + 16] = colour[part % 2] if gray else colour
+    with av.open(str(tmp_path / source), "w") as writer:
+        stream = writer.add_stream(codec, 25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, height, pixel_format
+        made = av.VideoFrame.from_ndarray(values, format="gray" if gray else "rgb24").reformat(format=pixel_format)
+        writer.mux(stream.encode(made))
+        writer.mux(stream.encode(None))
+    run(tmp_path / source, tmp_path / target, network, wishes=Wishes(0.0))
+    before, after = colours(tmp_path / source, gray=gray), colours(tmp_path / target, gray=gray)
+    middles = np.s_[8 : height - 8, 8::16]  # chroma of half size and compression blur the edges
+    assert np.abs(after[middles] - before[middles]).max() <= 6
+    tags = decoded(tmp_path / target)[0]
+    if tags.format.name.startswith("yuv"):
+        assert tags.color_range == 1
+        assert tags.colorspace in ((1,) if height == 720 else (5, 6))
+
+
 def test_ten_bits_are_not_reduced(tmp_path: Path) -> None:
     model = random_network()
     with torch.no_grad():  # a network that changes little
@@ -335,6 +376,8 @@ def test_command(tmp_path: Path, model: str) -> None:
     for arguments, message in {
         (source, tmp_path / "b.mp4", "-o", tmp_path / "c"): "with 1 more; accepted: a video alone, or images",
         (source, "-o", tmp_path / "c.mp4", "--format", "png"): "format: given with a video; accepted: with images",
+        (source, "-o", tmp_path / "c.mp4", "--manifest", "m"): "manifest: given with a video; accepted: with images",
+        (source, "-o", tmp_path / "c.mp4", "--max-megapixels", 0.003): "frames of 64 x 48 pixels; accepted: at most",
         (tmp_path / "a.png", "-o", tmp_path / "c.png", "--crf", 20): "crf: 20, but the input is no video",
         (tmp_path / "missing.mp4", "-o", tmp_path / "new" / "c.mp4"): "missing.mp4: cannot be read as a video: No such",
     }.items():
@@ -354,6 +397,17 @@ def test_an_interrupted_command_says_so(tmp_path: Path, model: str, monkeypatch:
     done = CliRunner().invoke(app, arguments)
     assert (done.exit_code, done.stderr) == (130, "error: interrupted; nothing was written\n")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_command_out_of_memory_says_so(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("fastden.cli.video.denoise_video", full)
+    arguments = ["denoise", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "x" / "y" / "b.mp4"), "--model", model]
+    done = CliRunner().invoke(app, arguments)
+    assert (done.exit_code, done.stderr) == (1, "error: out of memory; a smaller --max-memory or --tile needs less\n")
+    assert not (tmp_path / "x").exists()
 
 
 def test_without_pyav(tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
