@@ -162,9 +162,9 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"array: the package {error.name} is missing; install: pip install 'fastden[arrays]'"
-        ) from error
+        too_old = name == "zarr" and sys.version_info < (3, 11)
+        how = "Python 3.11 or later" if too_old else "pip install 'fastden[arrays]'"
+        raise UserError(f"array: the package {error.name} is missing; install: {how}") from error
 
 
 def _is(kind: str, value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ def _av() -> Any:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise UserError(f"video: the package {error.name} is missing; install: pip install 'fastden[video]'") from error
+        how = "Python 3.11 or later" if sys.version_info < (3, 11) else "pip install 'fastden[video]'"
+        raise UserError(f"video: the package {error.name} is missing; install: {how}") from error
     # FFmpeg would print remarks to standard error. Errors are raised in any case.
     av.logging.set_level(av.logging.FATAL)
     os.environ.setdefault("SVT_LOG", "1")
