@@ -147,7 +147,8 @@ def export_onnx(network: nn.Module, x: Tensor, path: Path) -> Path:
     """The network with its noise level, for images of the size of ``x``, as an ONNX file; kept if it is there."""
     if not path.exists():
         with torch.no_grad(), use_backend("torch"):
-            program = torch.onnx.export(WithLevel(network).eval(), (x,), dynamo=True, verbose=False)
+            sigma = SIGMA if getattr(network, "noise_level_input", True) else None
+            program = torch.onnx.export(WithLevel(network, sigma).eval(), (x,), dynamo=True, verbose=False)
         assert program is not None
         program.save(path)
     return path

@@ -162,9 +162,8 @@ def _plan(
         return Attachment(format_name, tags=tags, note=_note(missing, moved))
     moved = not block and tiff_tags.has_maker_note(extras.tags)
     block = _exif(extras, metadata, block, format_name, orientation, missing)
-    if extras.extra_samples[:1] in ((0,), (1,)) and format_name != "jpeg":
-        what = "of unknown meaning" if extras.extra_samples[0] == 0 else "premultiplied alpha"
-        missing.append(f"what the TIFF says of its further channel ({what}; it becomes alpha)")
+    if extras.extra_samples[:1] == (0,) and format_name != "jpeg":
+        missing.append("what the TIFF says of its further channel (of unknown meaning; it becomes alpha)")
     if format_name == "jpeg":
         segments = _segments(extras, metadata, block, packet, missing)
         return Attachment(format_name, segments=segments, note=_note(missing, moved))
@@ -332,9 +331,10 @@ def _jfif(metadata: Mapping[str, Any]) -> bytes:
 
 
 def _samples(extras: Extras) -> dict[int, Any]:
-    if not extras.extra_samples or extras.extra_samples[0] == 2:
+    # libvips has divided by premultiplied alpha, so that it is ordinary alpha now, as libvips writes.
+    if extras.extra_samples[:1] != (0,):
         return {}
-    return {tiff_tags.EXTRA_SAMPLES: {"datatype": 3, "data": list(extras.extra_samples[:1])}}
+    return {tiff_tags.EXTRA_SAMPLES: tiff_tags.short(0)}
 
 
 def _tags(

@@ -116,7 +116,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
     opened = open_file(file)
     if opened is not None:
         header = header_of(opened, max_pixels)
-        extras, metadata = read_extras(file, header.format, header.metadata)
+        extras, metadata = read_extras(file, header.format, header.metadata, has_alpha=header.has_alpha)
         return _assembled(opened.decode(), replace(header, metadata=metadata), extras)
     with vips_errors(file):
         check_supported(file)
@@ -128,7 +128,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, several: bool = F
             except vips.Error as error:
                 raise UserError(f"{header.pages} pages ({detail(error)}); accepted: pages that are alike") from error
             image, _ = open_image(image, file, max_pixels, several)
-        extras, metadata = read_extras(file, header.format, header.metadata)
+        extras, metadata = read_extras(file, header.format, header.metadata, has_alpha=header.has_alpha)
         # image.numpy() would drop the dimensions of one-pixel images.
         shape = (image.height, image.width, image.bands)
         values: Array = np.ndarray(shape, VIPS_DTYPES[image.format], image.write_to_memory())

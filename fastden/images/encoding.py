@@ -51,9 +51,18 @@ def plan_encoding(
         dtype = np.dtype(np.uint8)
     elif most < 32 and dtype == np.float32:
         dtype = np.dtype(np.uint16)
-    if format_name in ("webp", "avif", "heic") and channels == 1 and _profile_space(kept) == b"GRAY":
+    stored_gray = channels == 1 and format_name in ("jpeg", "png", "tiff")
+    space = _profile_space(kept)
+    if space and space != (b"GRAY" if stored_gray else b"RGB "):
+        # libvips leaves out a profile that does not fit, without a word.
         del kept["icc-profile-data"]
-        notes.append(f"the gray ICC profile is not kept: {format_name} stores gray as RGB")
+        if channels == 1 and not stored_gray:
+            notes.append(f"the gray ICC profile is not kept: {format_name} stores gray as RGB")
+        else:
+            own = space.decode("latin-1").strip()
+            notes.append(
+                f"the ICC profile is not kept: it is for {own}, the picture is {'gray' if channels == 1 else 'RGB'}"
+            )
     return dtype, kept, notes
 
 

@@ -8,6 +8,7 @@ XMP above 64 kB in JPEG, and colours without an ICC profile. So this module keep
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
@@ -28,6 +29,10 @@ from fastden.images.containers import (
 
 #: PNG's chunks of text.
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+#: Texts of PNG in which some programs keep EXIF and XMP.
+_RAW_PROFILES = tuple(b"Raw profile type " + kind + b"\0" for kind in (b"exif", b"xmp", b"APP1"))
+#: Bytes of a text at most.
+_MOST_TEXT = 1 << 26
 #: PNG's chunks that say what colours its values stand for, beside the ICC profile.
 _COLOUR = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"mDCv", b"cLLI", b"cLLi")
 # Chunks that libvips writes, that belong to the pixels, or that describe the old pixels.
@@ -65,13 +70,16 @@ class Extras:
         return {name: data for name, data in self.chunks if name in _COLOUR}
 
 
-def read_extras(file: BinaryIO, format_name: str, metadata: Mapping[str, Any]) -> tuple[Extras, dict[str, Any]]:
+def read_extras(
+    file: BinaryIO, format_name: str, metadata: Mapping[str, Any], *, has_alpha: bool = True
+) -> tuple[Extras, dict[str, Any]]:
     """What a file holds beside its pixels, and libvips' fields mended by it.
 
     Args:
         file: of the source; its pixels are passed over.
         format_name: of it.
         metadata: what libvips has found.
+        has_alpha: whether libvips takes a channel for alpha.
     """
     readers = {"jpeg": _of_jpeg, "png": _of_png, "tiff": _of_tiff, "avif": _of_heif, "heic": _of_heif}
     found = dict(metadata)
@@ -81,7 +89,9 @@ def read_extras(file: BinaryIO, format_name: str, metadata: Mapping[str, Any]) -
     found.pop("xres", None), found.pop("yres", None)
     if density is not None:
         found["xres"], found["yres"] = density
-    return replace(extras, format=format_name), found
+    # A TIFF whose three channels are not said to be RGB calls two of them extra samples.
+    samples = extras.extra_samples if has_alpha else ()
+    return replace(extras, format=format_name, extra_samples=samples), found
 
 
 def _resolution(extras: Extras, metadata: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -111,7 +121,7 @@ def _of_jpeg(file: BinaryIO, metadata: dict[str, Any]) -> Extras:
             if payload.startswith(b"JFIF\0") and len(payload) >= 14:
                 kept.append((marker, payload[:12] + b"\0\0"))  # without a thumbnail
         elif marker == APP1 and payload.startswith(EXIF):
-            metadata.setdefault("exif-data", payload)
+            _take_exif(metadata, payload)
         elif marker == APP1 and payload.startswith(xmp.MAIN):
             packets.append(payload[len(xmp.MAIN) :])
         elif marker == APP1 and payload.startswith(xmp.EXTENSION):
@@ -145,11 +155,13 @@ def _of_png(file: BinaryIO, metadata: dict[str, Any]) -> Extras:
         if name == b"IHDR":
             kind = data[8:10]
         elif name == b"iTXt" and data.startswith(b"XML:com.adobe.xmp\0"):
-            continue  # in libvips' fields
-        elif name in (b"tEXt", b"zTXt") and data.startswith((b"Raw profile type exif\0", b"Raw profile type xmp\0")):
-            continue
+            # libvips reads it, and EXIF too, in front of the pixels only, and only among the first texts.
+            metadata.setdefault("xmp-data", _international_text(data))
+        elif name in (b"tEXt", b"zTXt") and data.startswith(_RAW_PROFILES):
+            if not _take_raw_profile(metadata, name, data):
+                kept.append((name, data))
         elif name == b"eXIf":
-            metadata.setdefault("exif-data", data)
+            _take_exif(metadata, data)
         elif name in _COLOUR or name in PNG_TEXT or name in PNG_SAME_KIND or name == b"pHYs":
             kept.append((name, data))
         elif name not in _PNG_OWN:
@@ -164,6 +176,45 @@ def _of_png(file: BinaryIO, metadata: dict[str, Any]) -> Extras:
     return Extras(chunks=tuple(kept), kind=kind, parts=tuple(parts), left=tuple(dict.fromkeys(left)))
 
 
+def _take_exif(metadata: dict[str, Any], block: bytes) -> None:
+    """Take EXIF that libvips has not found, with the orientation in it."""
+    if "exif-data" not in metadata:
+        metadata["exif-data"] = block
+        metadata.setdefault("orientation", tiff_tags.orientation(block.removeprefix(EXIF)))
+
+
+def _international_text(data: bytes) -> bytes:
+    """The text of an iTXt chunk: keyword, two bytes on compression, language, translated keyword, text."""
+    _, _, rest = data.partition(b"\0")
+    text = rest[2:].split(b"\0", 2)[-1]
+    return _inflated(text) if rest[:1] == b"\1" else text
+
+
+def _take_raw_profile(metadata: dict[str, Any], name: bytes, data: bytes) -> bool:
+    """Take EXIF or XMP that is stored as hexadecimal text; False where it cannot be read."""
+    _, _, text = data.partition(b"\0")
+    lines = (_inflated(text[1:]) if name == b"zTXt" else text).split(b"\n", 3)
+    try:
+        content = bytes.fromhex(lines[3].decode("ascii"))
+    except (IndexError, ValueError):
+        return False
+    if content.startswith(EXIF) or content[:4] in (b"II*\0", b"MM\0*"):
+        _take_exif(metadata, content)
+    elif content.removeprefix(xmp.MAIN).lstrip().startswith(b"<"):
+        metadata.setdefault("xmp-data", content.removeprefix(xmp.MAIN))
+    else:
+        return False
+    return True
+
+
+def _inflated(data: bytes) -> bytes:
+    """Compressed text up to a limit; nothing where it is damaged."""
+    try:
+        return zlib.decompressobj().decompress(data, _MOST_TEXT)
+    except zlib.error:
+        return b""
+
+
 def _of_tiff(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
     tags = tiff_tags.first_directory(file)
     if tags is None:
@@ -175,9 +226,19 @@ def _of_tiff(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
     # tifffile's description states the source's arrangement of values, which the result does not have.
     if rearranged and isinstance(description, str) and description.startswith('{"shape"'):
         del kept[tiff_tags.DESCRIPTION]
+    left: tuple[str, ...] = ()
+    file.seek(0)
+    if tiff_tags.IMAGEJ in kept and file.read(2) == b"MM":
+        counts = kept.get(tiff_tags.IMAGEJ_COUNTS, {}).get("data") or [0]
+        turned = tiff_tags.imagej_in_little_endian(bytes(kept[tiff_tags.IMAGEJ]["data"]), counts)
+        if turned is None:
+            del kept[tiff_tags.IMAGEJ]
+            left = ("ImageJ's own metadata, which cannot be read",)
+        else:
+            kept[tiff_tags.IMAGEJ] = tiff_tags.raw(turned)
     parts = [text for tag, text in tiff_tags.PARTS.items() if tag in tags]
     samples = tuple(int(value) for value in tags.get(tiff_tags.EXTRA_SAMPLES, {}).get("data", ()))
-    return Extras(tags=kept, extra_samples=samples, parts=tuple(parts))
+    return Extras(tags=kept, extra_samples=samples, parts=tuple(parts), left=left)
 
 
 def _of_heif(file: BinaryIO, metadata: dict[str, Any]) -> Extras:

@@ -30,8 +30,8 @@ def find_images(
     Args:
         folder: to look into.
         recursive: and into the folders in it.
-        unreadable: called with the error of each folder below that cannot be read; None raises the first.
-        left_out: called with files that are images of a kind that is not read here, by their names.
+        unreadable: a list that gets the error of each folder below that cannot be read; None raises the first.
+        left_out: a list that gets the files that are images of a kind that is not read here, by their names.
     """
     files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
     if left_out is not None:

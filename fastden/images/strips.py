@@ -99,7 +99,7 @@ class StripReader:
         """
         try:
             with open(self.path, "rb") as file:
-                return read_extras(file, self.header.format, self.header.metadata)
+                return read_extras(file, self.header.format, self.header.metadata, has_alpha=self.header.has_alpha)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {reason(error)}") from error
 

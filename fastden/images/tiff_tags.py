@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import logging
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, BinaryIO
 
 #: Tags of an EXIF block, by the numbers that the TIFF and EXIF standards give them.
 ORIENTATION, EXIF_IFD, GPS_IFD, MAKER_NOTE = 274, 34665, 34853, 37500
 XMP, IPTC, PHOTOSHOP, ICC, EXTRA_SAMPLES, DESCRIPTION, RESOLUTION = 700, 33723, 34377, 34675, 338, 270, (282, 283, 296)
 _SUB_IFDS, _LAYERS = 330, 37724
+#: ImageJ's own metadata: bytes of its items, and the items.
+IMAGEJ_COUNTS, IMAGEJ = 50838, 50839
+#: Bytes of the numbers in ImageJ's items: text in UTF-16, and floating values. The others are bytes.
+_IMAGEJ_WIDTHS = {b"info": 2, b"labl": 2, b"prop": 2, b"rang": 8}
 #: Parts that a file may hold beside its picture, by their tags.
 PARTS = {_SUB_IFDS: "the smaller copies of the picture (SubIFD)", _LAYERS: "Photoshop's layers"}
 #: Tags on the storage of pixels: the written file has its own.
@@ -173,6 +178,34 @@ def with_orientation(block: bytes, orientation: int) -> bytes:
     position = tags[ORIENTATION]["datapos"]
     packed = struct.pack(">H" if block[:2] == b"MM" else "<H", orientation)
     return block[:position] + packed + block[position + 2 :]
+
+
+def orientation(block: bytes) -> int:
+    """The orientation that an EXIF block states, 1 to 8; 1 where it states none."""
+    found = _value(exif_directory(block) or {}, ORIENTATION, 1)
+    return int(found) if found in range(1, 9) else 1
+
+
+def imagej_in_little_endian(data: bytes, counts: Sequence[int]) -> bytes | None:
+    """ImageJ's own metadata of a big-endian TIFF, whose content is in the file's order of bytes; None if damaged.
+
+    A header names kinds of items and their numbers; ``counts`` are the bytes of the header and of each item.
+    """
+    header, sizes, at = data[: counts[0]], iter(counts[1:]), counts[0]
+    if header[:4] != b"IJIJ" or sum(counts) != len(data):
+        return None
+    parts = [_swapped(header, 4)]
+    for place in range(4, len(header) - 7, 8):
+        width = _IMAGEJ_WIDTHS.get(header[place : place + 4], 1)
+        for size in islice(sizes, int.from_bytes(header[place + 4 : place + 8], "big")):
+            parts.append(_swapped(data[at : at + size], width))
+            at += size
+    return b"".join(parts) if at == len(data) else None
+
+
+def _swapped(data: bytes, width: int) -> bytes:
+    """``data`` with the bytes of each of its numbers in the other order."""
+    return b"".join(data[place : place + width][::-1] for place in range(0, len(data), width))
 
 
 def short(value: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastden.network.padding import reflected_index
+from fastden.ops._tensors import may_overwrite
 
 #: Brightness, 0 to 1, at which a curve holds a level.
 KNOTS = 8
@@ -76,7 +77,8 @@ def interpolated(curves: Tensor, brightness: Tensor) -> Tensor:
     level = curves[:, :1, None, None].expand_as(position).clone()
     # This is a sum of ramps. A look-up is slower, because PyTorch does it pixel by pixel.
     for knot, slope in enumerate(curves.diff(dim=1).unbind(1)):
-        level += slope[:, None, None, None] * (position - knot).clamp(0, 1)
+        ramp = slope[:, None, None, None] * (position - knot).clamp(0, 1)
+        level = level.add_(ramp) if may_overwrite() else level + ramp
     # Rounding may make a zero slightly negative.
     return level.clamp(min=0)
 

@@ -163,8 +163,8 @@ class Denoiser(nn.Module, PretrainedMixin):
         weight = state["conv0.weight"][:, : self.image_channels]
         if noise_level_input:
             weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1)
-        other.load_state_dict({**state, "conv0.weight": weight})
-        return other.to(weight.device, weight.dtype).train(self.training)
+        other.to(weight.device, weight.dtype).load_state_dict({**state, "conv0.weight": weight})
+        return other.train(self.training)
 
     def extra_repr(self) -> str:
         return (

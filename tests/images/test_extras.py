@@ -299,6 +299,106 @@ def test_a_channel_of_unknown_meaning_stays_one() -> None:
     assert "becomes alpha" in again(file.getvalue(), "png")[1][0]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("strip_metadata", [False, True])
+def test_premultiplied_alpha_is_divided_by_once(dtype: Any, strip_metadata: bool) -> None:
+    full = np.iinfo(dtype).max
+    values = np.full((8, 8, 4), full // 4, dtype)
+    values[:, :, 3] = full // 2
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="rgb", extrasamples=["assocalpha"], metadata=None)
+    first = decode_image(file.getvalue())
+    assert abs(int(first.pixels[0, 0, 0]) - full // 2) <= full // 100
+    for format_name in ("tiff", "png", "webp"):
+        data, notes = again(file.getvalue(), format_name, strip_metadata=strip_metadata)
+        second = decode_image(data)
+        if format_name != "webp" or dtype == np.uint8:
+            assert np.array_equal(second.pixels, first.pixels)
+            assert not any("alpha" in note for note in notes)
+        if format_name == "tiff":
+            with tifffile.TiffFile(io.BytesIO(data)) as written:
+                assert tuple(map(int, written.pages.first.extrasamples)) == (2,)
+
+
+def test_three_channels_that_are_not_declared_rgb() -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels(), photometric="minisblack", planarconfig="contig", metadata=None)
+    for format_name in ("tiff", "png"):
+        data, notes = again(file.getvalue(), format_name)
+        assert notes == []
+        assert np.array_equal(np.array(Image.open(io.BytesIO(data))), pixels())
+
+
+@pytest.mark.parametrize("how", ["behind", "behind compressed", "zTXt exif", "tEXt exif", "zTXt APP1", "zTXt II"])
+def test_exif_and_xmp_of_png_wherever_they_are(how: str) -> None:
+    """libvips reads them in front of the pixels only, and none that are hexadecimal text."""
+    source = packet("<dc:description>Jane</dc:description>")
+    block = exif(6).tobytes()
+    bare = block.removeprefix(b"Exif\0\0")
+
+    def text(kind: bytes, content: bytes, compressed: bool = True) -> tuple[bytes, bytes]:
+        lines = b"\n" + kind + f"\n{len(content):8}\n".encode() + content.hex().encode() + b"\n"
+        name = b"zTXt" if compressed else b"tEXt"
+        return name, b"Raw profile type " + kind + b"\0" + (b"\0" + zlib.compress(lines) if compressed else lines)
+
+    chunks = {
+        "behind": [(b"eXIf", bare), (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + source)],
+        "behind compressed": [
+            (b"eXIf", bare),
+            (b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0x\0" + zlib.compress(source)),
+        ],
+        "zTXt exif": [text(b"exif", block), text(b"xmp", source)],
+        "tEXt exif": [text(b"exif", block, compressed=False), text(b"xmp", source, compressed=False)],
+        "zTXt APP1": [text(b"APP1", block), text(b"APP1", xmp.MAIN + source)],
+        "zTXt II": [text(b"exif", bare), text(b"xmp", source)],
+    }[how]
+    png = png_with(*chunks)
+    if "behind" in how:
+        plain = png_with()
+        start, end = plain.index(b"IDAT") - 4, plain.index(b"IEND") - 4
+        added = png[start : len(png) - len(plain) + start]
+        png = plain[:end] + added + plain[end:]
+    image = decode_image(png)
+    assert image.upright().pixels.shape == (20, 24, 3)
+    for format_name in ("png", "jpeg", "webp", "tiff"):
+        data, _ = again(png, format_name)
+        written = Image.open(io.BytesIO(data))
+        tags = written.getexif()
+        assert (tags[ORIENTATION], tags[ARTIST]) == (6, "Jane Doe")
+        assert b"Jane" in bytes(decode_image(data).metadata["xmp-data"]) or format_name == "tiff"
+
+
+def test_a_raw_profile_that_cannot_be_read_stays_text() -> None:
+    chunk = (b"tEXt", b"Raw profile type exif\0\nexif\n  3\nzz")
+    assert chunks_of(again(png_with(chunk), "png")[0])[b"tEXt"] == chunk[1]
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_metadata_of_imagej(byteorder: Any) -> None:
+    """Their content is in the order of bytes of the file."""
+    file = io.BytesIO()
+    about = {"Labels": ["one"], "Info": "my info", "Ranges": (1.0, 2.5)}
+    tifffile.imwrite(file, pixels(dtype=np.uint16)[:, :, 0], imagej=True, byteorder=byteorder, metadata=about)
+    with tifffile.TiffFile(io.BytesIO(file.getvalue())) as source:
+        before = source.imagej_metadata
+    data, notes = again(file.getvalue(), "tiff")
+    with tifffile.TiffFile(io.BytesIO(data)) as written:
+        after = written.imagej_metadata
+    assert notes == []
+    assert before is not None
+    assert after is not None
+    assert {name: after[name] for name in about} == {name: before[name] for name in about}
+
+
+@pytest.mark.parametrize("format_name", ["jpeg", "png", "tiff"])
+def test_a_profile_for_other_channels_is_named(format_name: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(pixels()[:, :, 0]).save(file, "JPEG", icc_profile=icc_profile())
+    data, notes = again(file.getvalue(), format_name)
+    assert "icc-profile-data" not in decode_image(data).metadata
+    assert notes == ["the ICC profile is not kept: it is for RGB, the picture is gray"]
+
+
 def test_xmp_beyond_a_segment_is_joined_and_split() -> None:
     large = "edited " * 20000
     source = packet(f"<dc:format>image/png</dc:format><dc:description>{large}</dc:description>")

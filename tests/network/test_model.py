@@ -305,6 +305,9 @@ def test_adapt(noise_level_input: bool) -> None:
     with torch.no_grad():
         other.out.weight.zero_()
     assert model.out.weight.abs().max() > 0
+    double = random_network(noise_level_input).double()
+    double.conv3.conv.weight.data += 1e-12
+    assert torch.equal(double.adapt(not noise_level_input).conv3.conv.weight, double.conv3.conv.weight)
 
 
 WRONG: dict[str, tuple[bool, object, object, type[Exception], str]] = {

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastden import ops
 from fastden.network import int8
 from fastden.network.fused import FusedDenoiser, fuse
+from fastden.network.level import KNOTS
 from fastden.network.model import Denoiser
 from tests.helpers import max_error, random_network
 
@@ -78,6 +79,8 @@ def test_vmap(models: tuple[Denoiser, Denoiser]) -> None:
         assert max_error(vmap(lambda x, n=network: n(x[None], 0.1)[0])(X), network(X, 0.1)) < 1e-5
         levels = vmap(lambda s, n=network: n(X[:1], s)[0])(sigmas)
         assert max_error(levels[1], network(X[:1], 0.2)[0]) < 1e-5
+        curve = torch.linspace(0.05, 0.2, KNOTS)[None]
+        assert max_error(vmap(lambda x, n=network, c=curve: n(x[None], c)[0])(X), network(X, curve)) < 1e-5
 
 
 def test_vmap_over_one_argument_of_an_operator() -> None:
