@@ -4,7 +4,8 @@
 
 Crops of clean photographs get noise of all kinds (``fastden.training.photo_noise``). The model ``photo`` denoises each
 at several multiples of the estimated curve. Between them its PSNR is interpolated, so that every rule for the factor
-(``fastden.network.level.white_factor``) can be judged on the same results: the largest factor, and the uncertainties
+(``fastden.network.level.white_factor``) can be judged on the same results: the largest factor, of noise whose
+neighbours are equal (coarseness 1), and the uncertainties
 between which it falls to 1.
 """
 
@@ -41,7 +42,7 @@ MULTIPLES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.4, 2.8, 3.4)
 CROP = 190
 #: Mean squared error, 0-255 scale, that is added to each: clean pictures that come back equal count as 52 dB.
 FLOOR = 0.4
-LARGEST = (1.0, 1.5, 1.8, 2.0, 2.2, 2.5, 2.8)
+LARGEST = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 UNCERTAINTIES = ((0.25, 0.65), (0.35, 0.75), (0.45, 0.75), (0.45, 0.85), (0.55, 0.95), (0.65, 1.05))
 #: What the shipped rule takes for the one where the other is varied.
 FACTOR, RAMP = 2.0, (0.45, 0.85)
@@ -55,7 +56,16 @@ def main() -> None:
     arguments = parser.parse_args()
     images = [read_image(file).pixels for folder in arguments.data for file in find_images(folder)]
     ranges = PhotoRanges(
-        white=0.15, camera=0.5, grain=0.15, clean=0.2, clean_quality=(75, 99), twice=0.25, reduce=0.3, soft=0.6
+        white=0.15,
+        camera=0.5,
+        grain=0.15,
+        clean=0.2,
+        clean_quality=(75, 99),
+        twice=0.25,
+        reduce=0.3,
+        soft=0.6,
+        fabric=0.3,
+        dark=0.25,
     )
     smallest = CROP / ranges.smallest
     images = [image for image in images if image.ndim == 3 and min(image.shape[:2]) >= smallest]
@@ -68,9 +78,7 @@ def main() -> None:
         rules[f"factor {FACTOR:g}, uncertainty {ramp[0]:g} to {ramp[1]:g}"] = (FACTOR, ramp)
     document: dict[str, Any] = {"machine": describe(torch.device("cpu")), "crops": arguments.count, "psnr": {}}
     for name, (largest, ramp) in rules.items():
-        share = ((coarseness - 0.55) / 0.05).clip(0, 1) * (
-            1 - ((uncertainty - ramp[0]) / (ramp[1] - ramp[0])).clip(0, 1)
-        )
+        share = (2 * coarseness - 1).clip(0, 1) * (1 - ((uncertainty - ramp[0]) / (ramp[1] - ramp[0])).clip(0, 1))
         logs = np.log(1 + (largest - 1) * share)
         scores = [float(np.interp(log, np.log(MULTIPLES), row)) for log, row in zip(logs, decibels, strict=True)]
         document["psnr"][name] = round(float(np.mean(scores)), 3)

@@ -12,7 +12,6 @@ into the denoiser, which learns to keep what the task needs.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -141,7 +140,7 @@ class FrozenTask(nn.Module):
             check_preprocess(self.preprocess, images, self.name)
             self._verified = True
         # Tensors count their changes, but not in inference mode.
-        counted = not transforming() and not images.is_inference()
+        counted = isinstance(images, Tensor) and not transforming() and not images.is_inference()
         before = images._version if counted else 0
         prediction = self.network(images if self.preprocess is None else self.preprocess(images))
         if counted and images._version != before:
@@ -194,7 +193,7 @@ class JointDenoiser(nn.Module):
         self.backend = backend
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser: {type(denoiser).__name__}; accepted: a torch.nn.Module")
-        tasks = dict(task.items()) if isinstance(task, Mapping | nn.ModuleDict) else {TASK: task}
+        tasks = dict(task.items()) if _is_by_name(task) else {TASK: task}
         if not tasks:
             raise ValueError("task: an empty mapping; accepted: a network, or networks by name")
         _check_names("task", tasks)
@@ -247,8 +246,8 @@ class JointLoss(nn.Module):
         denoise_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._by_name = isinstance(task_loss, Mapping | nn.ModuleDict)
-        losses = dict(task_loss.items()) if isinstance(task_loss, Mapping | nn.ModuleDict) else {TASK: task_loss}
+        self._by_name = _is_by_name(task_loss)
+        losses = dict(task_loss.items()) if _is_by_name(task_loss) else {TASK: task_loss}
         weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(losses, weight)
         if set(weights) != set(losses):
             raise ValueError(f"weight: for {', '.join(weights)}; accepted: the tasks of task_loss, {', '.join(losses)}")
@@ -423,18 +422,28 @@ def _copied(function: Any, memo: dict[int, Any]) -> Any:
     if isinstance(function, partial):
         arguments = [_copied(value, memo) for value in function.args]
         return partial(_copied(function.func, memo), *arguments, **deepcopy(function.keywords, memo))
-    if type(function) in (list, tuple):
-        return type(function)(_copied(value, memo) for value in function)
+    if type(function) is list:
+        values: list[Any] = []
+        memo[id(function)] = values  # it may hold itself
+        values.extend(_copied(value, memo) for value in function)
+        return values
     if type(function) is dict:
-        return {key: _copied(value, memo) for key, value in function.items()}
+        named: dict[Any, Any] = {}
+        memo[id(function)] = named
+        named.update((key, _copied(value, memo)) for key, value in function.items())
+        return named
+    if type(function) is tuple:
+        fixed = tuple(_copied(value, memo) for value in function)
+        return memo.setdefault(id(function), fixed)
     if not isinstance(function, FunctionType) or not any(True for _ in _held(function, set())):
         return deepcopy(function, memo)
-    cells = tuple(CellType() for _ in function.__closure__ or ())
+    captured = function.__closure__ or ()
+    cells = tuple(CellType() for _ in captured)
     copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     memo[id(function)] = copy  # it may have captured itself
-    for cell, captured in zip(cells, function.__closure__ or (), strict=True):
-        value = captured.cell_contents
-        cell.cell_contents = _copied(value, memo) if isinstance(value, _COPIED) else value
+    for cell, source in zip(cells, captured, strict=True):
+        for value in _contents(source):
+            cell.cell_contents = _copied(value, memo) if isinstance(value, _COPIED) else value
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__dict__.update(function.__dict__)
     copy.__qualname__, copy.__doc__ = function.__qualname__, function.__doc__
@@ -455,7 +464,7 @@ def _held(function: Any, seen: set[int]) -> Iterator[nn.Module | nn.Parameter]:
     elif isinstance(function, MethodType):
         values = (function.__self__,)
     elif isinstance(function, FunctionType):
-        values = inspect.getclosurevars(function).nonlocals.values()
+        values = [value for cell in function.__closure__ or () for value in _contents(cell)]
     elif isinstance(function, list | tuple):
         values = function
     elif isinstance(function, dict):
@@ -468,8 +477,21 @@ def _held(function: Any, seen: set[int]) -> Iterator[nn.Module | nn.Parameter]:
             yield from _held(value, seen)
 
 
+def _contents(cell: CellType) -> tuple[Any, ...]:
+    """What a cell of a closure holds; nothing where the variable is not assigned yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
+
+
 def _as_module(function: Callable[..., Any]) -> nn.Module:
     return function if isinstance(function, nn.Module) else _Function(function)
+
+
+def _is_by_name(value: Any) -> bool:
+    """Whether several are given by their names. Networks may be ModuleDicts too, but have a forward of their own."""
+    return isinstance(value, Mapping) or type(value) is nn.ModuleDict
 
 
 def _check_names(what: str, names: Iterable[str]) -> None:

@@ -75,6 +75,22 @@ class TestInPlace:
 
 
 class TestJointDenoiser:
+    def test_a_network_that_is_a_module_dict(self) -> None:
+        """Such as one that gives the features of a trunk."""
+
+        class Features(nn.ModuleDict):
+            def forward(self, x: Tensor) -> Tensor:
+                for layer in self.values():
+                    x = layer(x)
+                return x
+
+        network = Features({"conv": nn.Conv2d(3, 8, 1), "relu": nn.ReLU()})
+        joint = JointDenoiser(nn.Identity(), network)
+        noisy = labelled_batch()[0]
+        assert torch.equal(joint(noisy).prediction, network(noisy))
+        traced = torch.fx.symbolic_trace(FrozenTask(network))
+        assert torch.equal(traced(noisy), network(noisy))
+
     def test_networks_in_a_module_dict(self) -> None:
         noisy = labelled_batch()[0]
         joint = JointDenoiser(nn.Conv2d(3, 3, 1), nn.ModuleDict({"a": classifier(), "b": segmenter()}))

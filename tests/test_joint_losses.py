@@ -237,6 +237,24 @@ class TestModules:
         assert scale.grad is None
         assert (tmp_path / "log").read_text() == ".."
 
+    def test_copies_of_shared_and_unfinished_closures(self) -> None:
+        """A captured list that holds itself, one that two losses share, and a variable that is assigned later."""
+
+        def inner(x: Tensor) -> Tensor:
+            return table * x
+
+        layers: list[Any] = [nn.Linear(2, 2)]
+        layers.append(layers)
+        losses = {name: lambda p, t: layers[0](p).mean() + inner(p).mean() for name in "ab"}
+        loss = JointLoss(1.0, losses)
+        copied = copy.deepcopy(loss)
+        table = 2.0
+        clean = labelled_batch()[1]
+        output = JointOutput(clean, dict.fromkeys("ab", torch.ones(2, 2)))
+        assert len(list(copied.parameters())) == 2
+        terms = JointLoss(1.0, losses)(output, clean, dict.fromkeys("ab", torch.ones(2, 2)))
+        assert torch.isfinite(terms.total)
+
     def test_functions(self) -> None:
         loss = JointLoss(1, lambda p, t: (p - t).abs().mean(), denoise_loss=F.l1_loss)
         assert not loss.state_dict()

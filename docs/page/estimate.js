@@ -9,7 +9,7 @@ const [FAR, FITS] = [0.3, 6];
 const LEAST_CELLS = 4;
 const HIGHEST = 75 / 255;
 const [CLEAN, COARSE] = [1.0, 0.65];
-const [COARSE_FACTOR, WHITE_UNTIL, COARSE_FROM, CERTAIN_UNTIL, UNCERTAIN_FROM] = [2.0, 0.55, 0.6, 0.45, 0.85];
+const [WHITE_UNTIL, CERTAIN_UNTIL, UNCERTAIN_FROM] = [0.55, 0.45, 0.85];
 const COARSENESS_SHARE = 0.1;
 const [WHOLE, CROP, CROPS] = [1024, 256, 4];
 
@@ -115,8 +115,7 @@ export function estimate(all) {
 /** What the network takes: levels on the scale 0-1, noise that neighbours share on the scale of white noise. */
 export function curveOf({ sigmas, coarseness, uncertainty }) {
   const ramp = (value, from, to) => Math.min(Math.max((value - from) / (to - from), 0), 1);
-  const coarse = ramp(coarseness, WHITE_UNTIL, COARSE_FROM);
-  const factor = 1 + (COARSE_FACTOR - 1) * coarse * (1 - ramp(uncertainty, CERTAIN_UNTIL, UNCERTAIN_FROM));
+  const factor = 1 + ramp(coarseness, 0.5, 1) * (1 - ramp(uncertainty, CERTAIN_UNTIL, UNCERTAIN_FROM));
   return sigmas.map((sigma) => Math.min((factor * sigma) / 255, HIGHEST));
 }
 

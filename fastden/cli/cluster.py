@@ -50,10 +50,12 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
             raise UserError(f"output: {row['output']} is the input; accepted with --engine ray: another folder")
     settings = _for_any_folder(request.settings)
     # Checked here, before Ray starts, and without a device: perhaps only the workers have one.
-    here = {**settings, "device": "cpu"}
+    fast = settings["quality"] == "fast"  # which this CPU may not be able to compute
+    here = {**settings, "device": "cpu", "quality": "normal" if fast else settings["quality"]}
     check_model(here)
     with naming():
         known = BatchDenoiser(**here).settings
+    known.wishes = replace(known.wishes, quality=settings["quality"])
     manifest = _open_manifest(rows, request)
     if request.resume and manifest is None:
         raise UserError("resume: there is no manifest to resume from; accepted: local files and an output folder")

@@ -50,7 +50,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
     request.note_sigma()
     options = {"tile": settings["tile"], "max_memory": parse_memory(settings["max_memory"])}
     try:
-        with clean_termination(), naming("", FAILURES):
+        with clean_termination():
             _run(
                 Path(request.inputs[0]),
                 Path(request.output),
@@ -88,17 +88,18 @@ def _run(
     try:
         with bar:
             task = bar.add_task("denoising", total=None)
-            result = denoise_video(
-                source,
-                target,
-                sigma,
-                load,
-                crf=crf,
-                overwrite=overwrite,
-                max_pixels=max_pixels,
-                progress=lambda done, total: bar.update(task, completed=done, total=max(total, done) or None),
-                **options,
-            )
+            with naming("", FAILURES):
+                result = denoise_video(
+                    source,
+                    target,
+                    sigma,
+                    load,
+                    crf=crf,
+                    overwrite=overwrite,
+                    max_pixels=max_pixels,
+                    progress=lambda done, total: bar.update(task, completed=done, total=max(total, done) or None),
+                    **options,
+                )
     except BaseException:
         for folder in new_folders:
             with suppress(OSError):

@@ -201,7 +201,7 @@ def _load(model: Any) -> tuple[Denoiser | FusedDenoiser, str, str | None]:
         return model, "custom", None
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
-    folder = files_of(model)
+    folder = files_of(model, card=True)
     network, card = Denoiser.from_pretrained(folder), folder / CARD_FILE
     return network, Path(model).name, card.read_text(encoding="utf-8") if card.is_file() else None
 

@@ -7,6 +7,7 @@ neighbour and ends where the image ends, so that the network pads it there as it
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import secrets
@@ -57,6 +58,9 @@ LARGEST_KEPT = 1 << 30
 # One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
 # concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
 _COMPUTING = threading.Lock()
+
+#: Errors of a file system that cannot take more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -410,7 +414,13 @@ def _write(da: Any, result: Any, out: Any, source: Any) -> Any:
     try:
         with _writing(path):
             made = zarr.create_array(str(temporary), shape=result.shape, dtype=result.dtype, **like)
-        _store(da, result, made)  # it reads the source too: whose an error is, it says itself
+        try:
+            _store(da, result, made)
+        except OSError as error:
+            # It reads the source too: an error of a file of the source, or of none, passes as it is.
+            if error.errno in _FULL or str(error.filename or "").startswith(str(temporary)):
+                raise UserError(f"out: {path}: cannot be written: {error.strerror or error}") from error
+            raise
         with _writing(path):
             os.rename(temporary, path)
     finally:

@@ -73,9 +73,9 @@ class NoiseEstimate:
 
     @property
     def factor(self) -> float:
-        """By what a network's level exceeds the deviation: 1 for white noise, 2 for noise that neighbours share.
+        """By what a network's level exceeds the deviation: 1 for white noise, up to 2 for noise that neighbours share.
 
-        Less than 2 where it is uncertain whether it is noise or texture.
+        It is twice the coarseness, less where it is uncertain whether it is noise or texture.
         """
         return float(white_factor(*torch.tensor([self.coarseness, self.uncertainty], device="cpu")))
 

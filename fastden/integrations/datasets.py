@@ -44,6 +44,8 @@ class DenoiseColumn:
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Denoise a row, or a batch as ``batched=True`` and ``with_transform`` give it.
 
+        Of a row of ``map`` only the result comes back, to which ``map`` adds the other columns.
+
         Raises:
             KeyError: there is no such column.
         """

@@ -71,8 +71,8 @@ class FastdenDenoiser(_Base):
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         if level.dim() < 2:
             level = level.reshape(-1, 1, 1, 1)
-        sizes = ((1, 1), (height, width))
-        if level.dim() != 4 or level.shape[0] not in (1, n) or level.shape[1] != 1 or level.shape[2:] not in sizes:
+        sizes = ((1, n), (1,), (1, height), (1, width))
+        if level.dim() != 4 or any(size not in ones for size, ones in zip(level.shape, sizes, strict=True)):
             accepted = f"a number, ({n},), ({n}, 1, 1, 1) or ({n}, 1, {height}, {width}), and 1 for the first number"
             raise ValueError(f"sigma: shape {tuple(level.shape)}; accepted for x {tuple(x.shape)}: {accepted}")
         level = level.expand(n, 1, height, width)

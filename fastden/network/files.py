@@ -12,10 +12,11 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``. At the end its file takes the name ``path``; after an error it is removed."""
-    temporary = path.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
+    target = Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -33,6 +34,8 @@ def naming_file(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # as PyTorch's load_state_dict
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise RuntimeError(f"model: {path}: {error}") from error
     except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"model: {path} cannot be read ({error}); accepted: as save_pretrained writes it") from error

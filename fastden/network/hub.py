@@ -36,12 +36,13 @@ def model_folder(model: str | Path) -> Path:
     return model if isinstance(model, Path) else models().get(model, Path(model))
 
 
-def files_of(model: str | Path, download: Mapping[str, Any] | None = None) -> Path:
+def files_of(model: str | Path, download: Mapping[str, Any] | None = None, *, card: bool = False) -> Path:
     """The folder that holds a model's files; those of a Hub repository are downloaded first.
 
     Args:
         model: as :meth:`PretrainedMixin.from_pretrained` takes it.
         download: arguments of ``huggingface_hub.hf_hub_download``, of :data:`DOWNLOAD`.
+        card: download the model card too.
 
     Raises:
         ValueError: see :meth:`PretrainedMixin.from_pretrained`.
@@ -57,7 +58,7 @@ def files_of(model: str | Path, download: Mapping[str, Any] | None = None) -> Pa
             raise ValueError(f"model: {name!r} holds no {' and no '.join(missing)}; {accepted}")
         return folder
     if name.count("/") == 1 and name[0].isalnum():
-        return _downloaded(name, dict(download or {}), accepted)
+        return _downloaded(name, dict(download or {}), accepted, card)
     raise ValueError(f"model: {name!r}; {accepted}")
 
 
@@ -121,19 +122,22 @@ class PretrainedMixin:
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write a folder with configuration, weights and model card; ``kwargs`` go to ``PyTorchModelHubMixin``.
+        """Write a folder with configuration, weights and model card; ``kwargs`` are those of ``PyTorchModelHubMixin``.
 
         Files that are there are replaced when all new ones are written; a model card stays.
         """
-        folder = Path(save_directory).absolute()
+        folder = Path(os.path.abspath(save_directory))
         folder.mkdir(parents=True, exist_ok=True)
+        upload, repository = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        own = {name: kwargs.pop(name) for name in ("config", "model_card_kwargs") if name in kwargs}
         with TemporaryDirectory(prefix=".fastden-", dir=folder) as place:
-            made = Path(place) / folder.name  # the name of a repository, if it is uploaded
-            address = self._on_hub().save_pretrained(made, **kwargs)
+            made = Path(place) / "model"
+            self._on_hub().save_pretrained(made, **own)
             for file in made.iterdir():
                 if file.name != CARD_FILE or not (folder / CARD_FILE).exists():
                     os.replace(file, folder / file.name)
-        return address
+        # What is saved stays, if the upload fails.
+        return self.push_to_hub(repository or folder.name, **own, **kwargs) if upload else None
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload to the Hugging Face Hub; arguments go to ``huggingface_hub.PyTorchModelHubMixin.push_to_hub``."""
@@ -165,7 +169,7 @@ class PretrainedMixin:
             int8.save_ranges(folder, *self.int8_ranges)
 
 
-def _downloaded(repository: str, settings: dict[str, Any], accepted: str) -> Path:
+def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: bool) -> Path:
     """Download a Hub repository's files, and return their folder.
 
     Raises:
@@ -190,7 +194,7 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str) -> Pat
         raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
     except (HFValidationError, HfHubHTTPError) as error:
         raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error
-    for file in (RANGES_FILE, CARD_FILE):
+    for file in (RANGES_FILE, CARD_FILE) if card else (RANGES_FILE,):
         with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):  # not every network has them
             hf_hub_download(repository, file, **settings)
     return path.parent

@@ -31,10 +31,8 @@ _BEND, _SLOPE = 0.01, 0.002
 #: A cell whose log level differs from the curve by more than ``_FAR`` counts less; this is about three times the
 #: uncertainty of a cell of 3 x 64 values. ``_FITS`` is the number of fits; more fits do not move the curve.
 _FAR, _FITS = 0.3, 6
-#: White noise has a coarseness below ``WHITE_UNTIL``: the network gets its standard deviation. For noise that
-#: neighbours share, from ``_COARSE_FROM`` on, the network gets ``COARSE_FACTOR`` times its standard deviation.
-#: On noise that the training makes, 2 is the best factor of seven (``benchmarks/results/level-factor.json``).
-COARSE_FACTOR, WHITE_UNTIL, _COARSE_FROM = 2.0, 0.55, 0.60
+#: White noise has a coarseness below this one. Of Kodak's pictures with white noise, all have from sigma 5 on.
+WHITE_UNTIL = 0.55
 #: Up to the first uncertainty of the log level, the whole factor applies; from the second on, no factor applies.
 #: Texture that looks like noise has uncertainties of 0.8 to 1.1 (``benchmarks/results/noise-estimates.json``), real
 #: noise of phones and dark rooms 0.05 to 0.16 (``real-photos.json``).
@@ -220,11 +218,13 @@ def levels_of(log_levels: Tensor) -> Tensor:
 
 
 def white_factor(coarseness: Tensor, uncertainty: Tensor) -> Tensor:
-    """The factor that multiplies a level of noise before a network takes it.
+    """The factor that multiplies a level of noise before a network takes it: twice the coarseness, from 1 to 2.
 
     A network that learned white noise removes little of the noise that neighbours share, because such noise looks like
-    detail. With twice the level the network removes it. So the levels of white and of coarse noise are on one scale,
-    the scale of white noise. Where the estimator is not sure whether it sees noise or texture, the level is not raised.
+    detail. So the network gets the deviation of white noise that leaves as much behind where 2 x 2 pixels are averaged:
+    white and coarse noise are on one scale. Twice the deviation for all that is coarse, as it once was, does not tell
+    the network how coarse it is: it took the weave of a dark cloth for noise. Where the estimator is not sure whether
+    it sees noise or texture, the level is not raised.
 
     Args:
         coarseness: coarseness of the noise, see :func:`picture_coarseness`; any shape.
@@ -233,9 +233,8 @@ def white_factor(coarseness: Tensor, uncertainty: Tensor) -> Tensor:
     Returns:
         Factors from 1 to 2, of the same shape.
     """
-    share = (coarseness - WHITE_UNTIL) / (_COARSE_FROM - WHITE_UNTIL)
     doubt = (uncertainty - CERTAIN_UNTIL) / (_UNCERTAIN_FROM - CERTAIN_UNTIL)
-    return 1 + (COARSE_FACTOR - 1) * share.clamp(0, 1) * (1 - doubt.clamp(0, 1))
+    return 1 + (2 * coarseness - 1).clamp(0, 1) * (1 - doubt.clamp(0, 1))
 
 
 def picture_coarseness(cells: Cells, weights: Tensor) -> Tensor:

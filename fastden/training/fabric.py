@@ -39,7 +39,7 @@ class FabricRanges:
     period: tuple[float, float] = (2.5, 12.0)
     stretch: tuple[float, float] = (0.6, 1.7)
     skew: float = 35.0
-    contrast: tuple[float, float] = (0.03, 0.35)
+    contrast: tuple[float, float] = (0.06, 0.4)
     folds: tuple[float, float] = (0.05, 3.0)
     roughness: float = 0.5
     smooth: tuple[float, float] = (1.0, 8.0)

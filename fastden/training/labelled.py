@@ -77,9 +77,10 @@ def load_mask(path: Path) -> npt.NDArray[np.uint8]:
     try:
         with PIL.open(path) as image:
             # Pillow spreads gray of 2 and 4 bits over 8; the raw mode, known before it decodes, tells it.
-            raw = image.tile[0].args if image.tile and image.mode == "L" else ""
-            spread = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else str(raw[0]), 1)
-            pixels = np.array(image) // spread
+            raw = image.tile[0][3] if image.tile and image.mode == "L" else ""
+            spread = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else str(raw[0]))
+            pixels = np.array(image)
+            pixels = pixels // spread if spread else pixels
     except OSError as error:
         raise UserError(f"data: cannot read {path}: {error}") from error
     if pixels.ndim != 2 or pixels.dtype != np.uint8:

@@ -121,7 +121,16 @@ class FrameConverter:
             wide.colorspace = UNSPECIFIED
             spaces = self.av.video.reformatter.Colorspace
             space = spaces.ITU709 if made_space == HIGH else spaces.ITU601
-            made = self._scaled(self.narrow, wide, pixel_format, dst_color_range=made_range, dst_colorspace=space)
+            # Gray may be of limited range already, as in AV1: its values are only shifted.
+            before = _LIMITED if self.format == "gray16le" and like.color_range == _LIMITED else _FULL
+            made = self._scaled(
+                self.narrow,
+                wide,
+                pixel_format,
+                src_color_range=before,
+                dst_color_range=made_range,
+                dst_colorspace=space,
+            )
         else:
             wide.colorspace = like.colorspace
             made = self._scaled(self.narrow, wide, pixel_format)

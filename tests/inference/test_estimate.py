@@ -155,8 +155,8 @@ def test_an_estimate_is_a_noise_level() -> None:
     np.testing.assert_array_equal(fastden.denoise(image, estimate), fastden.denoise(image))
 
 
-@pytest.mark.parametrize(("coarseness", "factor"), [(0.4, 1), (0.55, 1), (0.575, 1.5), (0.6, 2), (0.9, 2), (1.0, 2)])
-def test_a_network_takes_coarse_noise_as_twice_its_level(coarseness: float, factor: float) -> None:
+@pytest.mark.parametrize(("coarseness", "factor"), [(0.4, 1), (0.5, 1), (0.55, 1.1), (0.6, 1.2), (0.9, 1.8), (1.0, 2)])
+def test_a_network_takes_coarse_noise_as_up_to_twice_its_level(coarseness: float, factor: float) -> None:
     sigmas = tuple(np.linspace(5.0, 60.0, KNOTS).tolist())
     estimate = NoiseEstimate(sigmas, 30.0, coarseness)
     assert estimate.factor == pytest.approx(factor, abs=1e-5)

@@ -216,7 +216,10 @@ def test_the_hub_downloads_into_one_folder(tmp_path: Path, monkeypatch: pytest.M
     loaded = Denoiser.from_pretrained("owner/name", revision="v1", composed=True)
     assert (loaded.composed, loaded.int8_ranges) == (True, None)
     assert torch.equal(loaded.conv0.weight, model.conv0.weight)
-    assert [file for file, _ in asked] == ["config.json", "model.safetensors", "int8.safetensors", "README.md"]
+    assert [file for file, _ in asked] == ["config.json", "model.safetensors", "int8.safetensors"]
+    asked.clear()
+    assert fastden.network.hub.files_of("owner/name", {"revision": "v1"}, card=True) == tmp_path
+    assert [file for file, _ in asked][-1] == "README.md"
     assert all(settings == {"revision": "v1"} for _, settings in asked)
 
 
@@ -232,6 +235,17 @@ def test_uploads_what_it_would_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert random_network().push_to_hub("me/mine", private=True) == "address"
     assert uploaded["repo_id"] == "me/mine"
     assert uploaded["files"] == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_an_upload_that_fails_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object, repo_id: str, **settings: Any) -> str:
+        raise OSError(f"401 for {repo_id}")
+
+    monkeypatch.setattr(Denoiser, "push_to_hub", refuse)
+    with pytest.raises(OSError, match="401 for mine"):
+        random_network(seed=1).save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert torch.equal(Denoiser.from_pretrained(tmp_path / "mine").conv0.weight, random_network(seed=1).conv0.weight)
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 
 def test_loading_a_folder_needs_no_hub() -> None:

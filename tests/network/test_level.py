@@ -153,7 +153,7 @@ def test_coarseness_is_that_of_the_least_coarse_cells() -> None:
 
 @pytest.mark.parametrize(
     ("coarseness", "uncertainty", "factor"),
-    [(0.5, 0.1, 1.0), (0.575, 0.1, 1.5), (0.9, 0.1, 2.0), (0.9, 0.65, 1.5), (0.9, 0.9, 1.0), (0.575, 0.65, 1.25)],
+    [(0.4, 0.1, 1.0), (0.5, 0.1, 1.0), (0.6, 0.1, 1.2), (0.9, 0.1, 1.8), (0.9, 0.65, 1.4), (0.9, 0.9, 1.0), (1, 0, 2)],
 )
 def test_what_levels_are_multiplied_by(coarseness: float, uncertainty: float, factor: float) -> None:
     found = level.white_factor(torch.tensor([coarseness]), torch.tensor([uncertainty]))

@@ -210,6 +210,19 @@ def test_other_families_keep_their_colours(
         assert tags.colorspace in ((1,) if height == 720 else (5, 6))
 
 
+@pytest.mark.parametrize("tag", [0, 1, 2])
+def test_gray_of_limited_range_is_only_shifted(tag: int) -> None:
+    values = np.tile(np.array([16, 126, 235, 90], np.uint8), (16, 8))
+    source = av.VideoFrame.from_ndarray(values, format="gray")
+    source.color_range, source.time_base = tag, Fraction(1, 25)
+    converter = FrameConverter(av, source)
+    made = converter.frame(converter.pixels(source), source, "yuv420p")
+    luma_of = made.to_ndarray()[:16, :32].astype(int)
+    expected = values if tag == 1 else np.rint(16 + values * 219.0 / 255)
+    assert np.abs(luma_of - expected).max() <= 1
+    assert made.color_range == 1
+
+
 def test_ten_bits_are_not_reduced(tmp_path: Path) -> None:
     model = random_network()
     with torch.no_grad():  # a network that changes little
