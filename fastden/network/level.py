@@ -34,8 +34,8 @@ _FAR, _FITS = 0.3, 6
 #: White noise has a coarseness below this one. Of Kodak's pictures with white noise, all have from sigma 5 on.
 WHITE_UNTIL = 0.55
 #: Up to the first uncertainty of the log level, the whole factor applies; from the second on, no factor applies.
-#: Texture that looks like noise has uncertainties of 0.8 to 1.1 (``benchmarks/results/noise-estimates.json``), real
-#: noise of phones and dark rooms 0.05 to 0.16 (``real-photos.json``).
+#: Texture that looks like noise has uncertainties of 0.7 to 1.1 (``benchmarks/results/noise-estimates.json``), real
+#: noise of phones and dark rooms 0.05 to 0.12 (``real-photos.json``).
 CERTAIN_UNTIL, _UNCERTAIN_FROM = 0.45, 0.85
 #: Share of the cells that stay below a picture's coarseness, see :func:`picture_coarseness`.
 _COARSENESS_SHARE = 0.1
@@ -241,8 +241,8 @@ def picture_coarseness(cells: Cells, weights: Tensor) -> Tensor:
     """The coarseness of each picture, (N,): the value that a tenth of its cells stay below.
 
     Texture makes cells look coarser, not finer. So this value tells white noise on texture from sensor noise better
-    than a mean does: it is at most 0.53 for white noise of sigma 15 on Kodak's pictures, at most 0.56 for sigma 5, and
-    0.70 to 0.71 on average for pictures of phones and dark rooms
+    than a mean does: it is at most 0.51 for white noise of sigma 15 on Kodak's pictures, at most 0.52 for sigma 5, and
+    0.70 to 0.72 on average for pictures of phones and dark rooms
     (``benchmarks/results/noise-estimates.json`` and ``real-photos.json``).
 
     Args:

@@ -121,8 +121,13 @@ class FrameConverter:
             wide.colorspace = UNSPECIFIED
             spaces = self.av.video.reformatter.Colorspace
             space = spaces.ITU709 if made_space == HIGH else spaces.ITU601
-            # Gray may be of limited range already, as in AV1: its values are only shifted.
-            before = _LIMITED if self.format == "gray16le" and like.color_range == _LIMITED else _FULL
+            before = _FULL
+            if self.format == "gray16le" and like.color_range == _LIMITED:
+                # As in AV1. FFmpeg takes all gray for full range, so it gets luma, whose values it only shifts.
+                luma = np.rint(np.clip(values[:, :, :1] * np.float32(SHIFTED), 0, 65535)).astype(np.uint16)
+                both = np.concatenate([luma, np.full((*luma.shape[:2], 2), 32768, np.uint16)], 2)
+                wide = self.av.VideoFrame.from_ndarray(both, format="yuv444p16le", channel_last=True)
+                before = _LIMITED
             made = self._scaled(
                 self.narrow,
                 wide,
