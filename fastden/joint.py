@@ -193,7 +193,7 @@ class JointDenoiser(nn.Module):
         self.backend = backend
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser: {type(denoiser).__name__}; accepted: a torch.nn.Module")
-        tasks = dict(task.items()) if _is_by_name(task) else {TASK: task}
+        tasks, _ = _by_name(task)
         if not tasks:
             raise ValueError("task: an empty mapping; accepted: a network, or networks by name")
         _check_names("task", tasks)
@@ -246,8 +246,7 @@ class JointLoss(nn.Module):
         denoise_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._by_name = _is_by_name(task_loss)
-        losses = dict(task_loss.items()) if _is_by_name(task_loss) else {TASK: task_loss}
+        losses, self._by_name = _by_name(task_loss)
         weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(losses, weight)
         if set(weights) != set(losses):
             raise ValueError(f"weight: for {', '.join(weights)}; accepted: the tasks of task_loss, {', '.join(losses)}")
@@ -489,9 +488,11 @@ def _as_module(function: Callable[..., Any]) -> nn.Module:
     return function if isinstance(function, nn.Module) else _Function(function)
 
 
-def _is_by_name(value: Any) -> bool:
-    """Whether several are given by their names. Networks may be ModuleDicts too, but have a forward of their own."""
-    return isinstance(value, Mapping) or type(value) is nn.ModuleDict
+def _by_name(value: Any) -> tuple[dict[str, Any], bool]:
+    """What is given by its names, and whether it is: a network may be a ModuleDict too, but of a class of its own."""
+    if isinstance(value, Mapping) or type(value) is nn.ModuleDict:
+        return dict(value.items()), True
+    return {TASK: value}, False
 
 
 def _check_names(what: str, names: Iterable[str]) -> None:
