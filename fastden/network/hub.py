@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fastden.network.files import naming_file
+from fastden.network.model_files import naming_file
 
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastden.algebra import phase_weights, unshuffled_weight
 from fastden.network import onednn
-from fastden.network.files import naming_file, replacing
+from fastden.network.model_files import naming_file, replacing
 from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
 from fastden.network.packed import PackedWeights
 from fastden.ops.activations import fold, gathered, join_phases
