@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import subprocess
 import sys
@@ -253,7 +255,7 @@ def test_numpy_to_zarr(model: str, tmp_path: Path) -> None:
     same(written[:], fastden.denoise(image, 20, model=model, dtype="float32"))
 
 
-def test_nothing_half_written_is_left(model: str, tmp_path: Path) -> None:
+def test_nothing_half_written_is_left(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pixels(64, 64, 3, np.float32)
     image[60, 60] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -262,6 +264,15 @@ def test_nothing_half_written_is_left(model: str, tmp_path: Path) -> None:
 
     def broken(block: Any) -> Any:
         raise OSError("the disk of the source")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastden.inference.arrays._store", full)
+        with pytest.raises(UserError, match=r"^out: .*a\.zarr: cannot be written: No space left"):
+            denoise_array(pixels(8, 8), 20, model=model, out=tmp_path / "a.zarr")
+    assert list(tmp_path.iterdir()) == []
 
     source = da.from_array(image, (32, 32, 3)).map_blocks(broken, dtype=np.float32, meta=image[:0, :0])
     with pytest.raises(OSError, match=r"^the disk of the source"):
