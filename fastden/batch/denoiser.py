@@ -86,12 +86,12 @@ class BatchDenoiser:
         check_max_pixels(max_pixels)
         memory = parse_memory(max_memory)
         check_tile(tile, memory)
-        if sigma != "auto":
-            accepted = "accepted: 'auto', or 0 to 255 (the scale of 8-bit values)"
-            if not isinstance(sigma, str) and (not isinstance(sigma, Real) or isinstance(sigma, bool)):
-                raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
-            if isinstance(sigma, str) or not 0 <= sigma <= 255:
-                raise ValueError(f"sigma: {sigma!r}; {accepted}")
+        accepted = "accepted: 'auto', or 0 to 255 (the scale of 8-bit values)"
+        # The type first: an array has no single answer to a comparison.
+        if not isinstance(sigma, str | Real) or isinstance(sigma, bool):
+            raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
+        if sigma != "auto" and (isinstance(sigma, str) or not 0 <= sigma <= 255):
+            raise ValueError(f"sigma: {sigma!r}; {accepted}")
         if sigma_map is not None and sigma != "auto":
             raise ValueError(f"sigma_map: given together with sigma={sigma:g}; accepted: one of them")
         if workers is not None and (not isinstance(workers, int) or workers < 1):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import fastden
-from fastden.batch import reading
+from fastden.batch import reading, threads
 from fastden.batch.computing import Computing
 from fastden.batch.grouping import Equality, together
 from fastden.batch.memory import Gate, Stopped, split_memory
@@ -316,6 +317,24 @@ def test_interruption_finishes_what_is_computed(photos: Path, tmp_path: Path, ne
     assert list(tmp_path.rglob("*.tmp")) == []
 
 
+def test_a_second_signal_while_it_stops_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM raises SystemExit in the thread that waits for the files in work."""
+    dropped: list[bool] = []
+
+    def signal_again(seconds: float) -> bool:
+        raise SystemExit(143)
+
+    run = threads.ThreadedRun.__new__(threads.ThreadedRun)
+    run.gate = Gate(1)
+    waiting: Any = SimpleNamespace(picture=None, ended=SimpleNamespace(wait=signal_again))
+    run.readers, run.writers, run.dropped = [waiting], [], False
+    monkeypatch.setattr(threads, "drop_unfinished", lambda: dropped.append(True))
+    with pytest.raises(SystemExit):
+        run._stop()
+    assert run.dropped
+    assert dropped == [True]
+
+
 def test_extreme_shapes(tmp_path: Path, network: Any) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -355,6 +374,7 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
         ({"sigma": 300}, "sigma: 300; accepted"),
         ({"sigma": None}, "sigma: NoneType; accepted: 'auto', or 0 to 255"),
         ({"sigma": [25]}, "sigma: list; accepted"),
+        ({"sigma": np.array([25.0, 30.0])}, "sigma: ndarray; accepted"),
         ({"sigma": fastden.NoiseEstimate((1.0,) * 8, 1.0, 0.5)}, "sigma: NoiseEstimate; accepted"),
         ({"sigma_map": "missing.png"}, "sigma_map: missing.png: No such file"),
         ({"sigma": "much"}, "sigma: 'much'"),
