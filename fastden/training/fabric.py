@@ -32,6 +32,8 @@ class FabricRanges:
         contrast: deviation of the logarithm of brightness (sRGB), from barely visible to plain.
         folds: deviation of the threads' places, in periods: creases and perspective bend them.
         roughness: share of the deviation that is irregular, uniform from 0 on.
+        plain: share of cloths whose threads cannot be seen. Where all noise lay on textures or on detailed pictures,
+            the network drew faint hatching into even areas.
         smooth: deviation of the Gaussian blur of the picture under the texture, pixels: cloth is smooth but for its
             threads.
     """
@@ -42,6 +44,7 @@ class FabricRanges:
     contrast: tuple[float, float] = (0.06, 0.4)
     folds: tuple[float, float] = (0.05, 3.0)
     roughness: float = 0.5
+    plain: float = 0.25
     smooth: tuple[float, float] = (1.0, 8.0)
 
 
@@ -67,6 +70,7 @@ def weave(clean: Tensor, random: np.random.Generator, ranges: FabricRanges | Non
     # Light that grazes the folds shows the threads more or less.
     pattern = pattern * (0.4 * _field(fields[3], random)).exp()
     contrast = _log_uniform(random, ranges.contrast) * clean.new_tensor(1 + 0.1 * random.standard_normal((3, 1, 1)))
+    contrast = contrast * float(random.random() >= ranges.plain)
     ground = blur(clean[None], _log_uniform(random, ranges.smooth))[0]
     cloth = (ground * (contrast * pattern).exp()).clamp(0, 1)
     if random.random() < 0.5:
