@@ -99,7 +99,7 @@ class Reading:
                 crops, values = read_samples(job.source, max_pixels=self.settings.max_pixels, for_noise=estimated)
             self._set_values(picture, (values,), picture.header.dtype)
             if estimated:
-                sigma = noise_of_samples(crops, values)
+                sigma = noise_of_samples(crops, values, network.estimator)
             if self.settings.sigma_map is None and network.noise_level_input:
                 self._set_level(picture, noise_level_of(sigma, network, [], (0, 0), [values]))
         else:
@@ -116,7 +116,8 @@ class Reading:
             network = self.settings.network(image.pixels.dtype == np.uint8)
             ranges = image.ranges
             if image.pages > 1 and isinstance(asked, str) and network.noise_level_input:
-                estimates = [estimate_of(page, values) for page, values in zip(pages, ranges, strict=True)]
+                pairs = zip(pages, ranges, strict=True)
+                estimates = [estimate_of(page, values, network.estimator) for page, values in pairs]
                 self._set_level(picture, estimated_level(estimates))
                 picture.white = tuple(estimate.is_white for estimate in estimates)
             else:

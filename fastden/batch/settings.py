@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fastden.batch.memory import Budget, split_memory
 from fastden.batch.plan import Job
@@ -19,7 +20,7 @@ from fastden.images.codec import format_for
 from fastden.images.whole_files import digest
 from fastden.inference.run import Wishes
 from fastden.network.fused import FusedDenoiser
-from fastden.network.hub import model_folder
+from fastden.network.hub import model_folder, models
 from fastden.network.loading import Model, default_model, load_network
 from fastden.network.model import Denoiser
 
@@ -81,6 +82,9 @@ class Settings:
         self._weights = {False: {"name": _name(self.model), "sha256": _weights_digest(self.model, network)}}
         if self.by_noise:
             self._weights[True] = {"name": FOR_WHITE, "sha256": _weights_digest(FOR_WHITE, network)}
+        # An estimator of the user's own. The bundled one comes with the bundled weights.
+        own = network.estimator if self.sigma == "auto" and _name(self.model) not in models() else None
+        self._estimator = None if own is None else _digest_of(own.weights)
         #: The weights that a picture's noise may choose.
         self.known_weights = tuple(weights["sha256"] for weights in self._weights.values())
 
@@ -115,6 +119,7 @@ class Settings:
             "dtype": str(self.dtype),
             "format": format_for(job.target),
             "strip_metadata": self.strip_metadata,
+            **({"estimator": self._estimator} if self._estimator else {}),
         }
 
 
@@ -129,6 +134,11 @@ def _weights_digest(model: Model, network: FusedDenoiser) -> str:
         if file.is_file():
             return digest(file)
     state = model.state_dict() if isinstance(model, Denoiser) else network.state_dict()
+    return _digest_of(state)
+
+
+def _digest_of(state: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of weights in memory."""
     sha = sha256()
     for name, tensor in sorted(state.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

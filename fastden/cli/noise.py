@@ -25,6 +25,10 @@ def noise(
             "--map", help="Write the levels that one picture is denoised with as a gray image, for --sigma-map."
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Judge as fastden denoise --model does: with this model's own estimator."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each file.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing map.")] = False,
 ) -> None:
@@ -36,18 +40,21 @@ def noise(
     with without_garbage_collection():
         from fastden.images.strips import read_samples
         from fastden.images.whole_files import check_target
-        from fastden.inference.estimate import noise_of_samples
+        from fastden.cli.options import naming
+        from fastden.inference.estimate import estimator_of, noise_of_samples
 
     if map_file is not None:
         if len(files) != 1 or files[0].is_dir():
             what = f"{len(files)} pictures" if len(files) != 1 else "a folder"
             raise UserError(f"map: {map_file} with {what}; accepted: with one picture")
         check_target(map_file, overwrite)
+    with naming("model"):
+        estimator = estimator_of(model)
     failed = False
     for file in _pictures(files):
         try:
             crops, values = read_samples(file)
-            estimate = noise_of_samples(crops, values)
+            estimate = noise_of_samples(crops, values, estimator)
             if map_file is not None:
                 _write_map(file, map_file, estimate, overwrite)
         except FAILURES as error:
@@ -66,7 +73,7 @@ def noise(
             say(f"{file}: {estimate.describe()}")
             if not values.ordinary:
                 say(f"    {values.describe(crops[0].dtype)}")
-            for line in _advice(file, estimate.kind):
+            for line in _advice(file, estimate.kind, model):
                 say(f"    {line}")
     raise typer.Exit(1 if failed else 0)
 
@@ -91,7 +98,7 @@ def _pictures(files: list[Path]) -> list[Path]:
     return pictures
 
 
-def _advice(file: Path, kind: str) -> list[str]:
+def _advice(file: Path, kind: str, model: str | None) -> list[str]:
     """What to do, and the command for it, which a shell can run."""
     from fastden.images.codec import SUFFIXES
     from fastden.images.formats import result_suffix
@@ -102,6 +109,7 @@ def _advice(file: Path, kind: str) -> list[str]:
     suffix = result_suffix(file.suffix)
     suffix = suffix if suffix.lower() in SUFFIXES or suffix.lower() in OTHER_SUFFIXES["HEIC"] else ".png"
     command = f"fastden denoise {_quoted(file)} -o {_quoted(file.with_name(f'{file.stem}-clean{suffix}'))}"
+    command += f" --model {_quoted(Path(model))}" if model is not None else ""
     if kind == "unknown":
         return ["nothing would be removed; if you see noise, give its level:", f"{command} --sigma N"]
     return [command]

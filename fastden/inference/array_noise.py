@@ -12,6 +12,7 @@ from fastden.images.ranges import ValueRange
 from fastden.images.samples import crop_windows, sample_windows
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
 from fastden.network.level import KNOTS
+from fastden.network.own_estimator import OwnEstimator
 
 #: Fields of an estimate beside its curve.
 OTHERS = ("coarseness", "uncertainty", "black", "white")
@@ -32,7 +33,7 @@ def value_range_of(ranges: Array) -> ValueRange:
     return ValueRange(black, white, low, high)
 
 
-def estimates(da: Any, planes: Any, ranges: Any) -> Any:
+def estimates(da: Any, planes: Any, ranges: Any, estimator: OwnEstimator | None) -> Any:
     """The estimated curve of each image, lazily: (..., 1, 1, 1) of :data:`CURVE` for (..., Y, X, C)."""
     pieces: list[int] = []
     for axis in (planes.ndim - 3, planes.ndim - 2):
@@ -43,10 +44,13 @@ def estimates(da: Any, planes: Any, ranges: Any) -> Any:
     planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
     chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
     meta = np.empty((0,) * planes.ndim, CURVE)
-    return da.map_blocks(estimate_block, planes, ranges, chunks=chunks, dtype=CURVE, meta=meta, pieces=tuple(pieces))
+    settings = {"estimator": estimator, "pieces": tuple(pieces)}
+    return da.map_blocks(estimate_block, planes, ranges, chunks=chunks, dtype=CURVE, meta=meta, **settings)
 
 
-def estimate_block(planes: Array, ranges: Array, pieces: tuple[int, int] | None = None) -> Array:
+def estimate_block(
+    planes: Array, ranges: Array, estimator: OwnEstimator | None, pieces: tuple[int, int] | None = None
+) -> Array:
     """Curves of images (..., Y, X, C), or of their crops side by side: ``pieces`` along Y and along X."""
     curves = np.zeros((*planes.shape[:-3], 1, 1, 1), CURVE)
     spread = np.broadcast_to(ranges, curves.shape)
@@ -56,7 +60,7 @@ def estimate_block(planes: Array, ranges: Array, pieces: tuple[int, int] | None 
             windows = [image[rows, columns] for rows, columns in sample_windows(*image.shape[:2])]
         else:
             windows = [crop for rows in np.split(image, pieces[0], 0) for crop in np.split(rows, pieces[1], 1)]
-        estimate = noise_of_samples(windows, value_range_of(spread[index]))
+        estimate = noise_of_samples(windows, value_range_of(spread[index]), estimator)
         curves[index] = element(estimate)
     return curves
 

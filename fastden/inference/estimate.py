@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastden.images.pixels import Array, check_pixels
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.images.samples import MAX_SIGMA, sample_windows
 from fastden.images.strips import read_samples
-from fastden.network.hub import WEIGHTS
+from fastden.network.hub import WEIGHTS, files_of
 from fastden.network.level import (
     CELL,
     CERTAIN_UNTIL,
@@ -32,10 +31,12 @@ from fastden.network.level import (
     weights_of,
     white_factor,
 )
+from fastden.network.loading import Model
+from fastden.network.own_estimator import OwnEstimator
 from fastden.ops.modes import without_autocast
 
-#: Weights of the estimator, trained together with the model "photo".
-ESTIMATOR = WEIGHTS / "photo" / "noise.safetensors"
+#: The model whose estimator judges for all models that have none of their own.
+WITH_ESTIMATOR = WEIGHTS / "photo"
 #: With fewer usable cells of 8 x 8 pixels (not flat, not clipped) a picture is not judged.
 LEAST_CELLS = 4
 #: A picture with a smaller sigma counts as clean: rounding to 8 bits and JPEG leave about this much.
@@ -144,7 +145,7 @@ class NoiseEstimate:
 UNDECIDED = NoiseEstimate((0.0,) * KNOTS, 0.0, 0.5, decided=False)
 
 
-def estimate_noise(image: Any) -> NoiseEstimate:
+def estimate_noise(image: Any, model: Model | None = None) -> NoiseEstimate:
     """The noise of a picture, from the picture alone.
 
     A small network judges cells of 8 x 8 pixels. A curve of noise level over brightness is fitted through them. Cells
@@ -155,19 +156,22 @@ def estimate_noise(image: Any) -> NoiseEstimate:
         image: one picture, as :func:`fastden.denoise` takes it: the path of a file, a PIL image, a tensor (C, H, W), or
             an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha, which is left out; uint8, uint16, or
             floating in [0, 1].
+        model: as in :func:`fastden.denoise`: an estimator that was trained with it, if it has one, judges the picture.
+            Else the bundled one does.
 
     Raises:
         UserError: a file that cannot be read.
         TypeError: ``image`` has another type or dtype.
-        ValueError: another shape, or floating values that are not finite or on another scale.
+        ValueError: another shape, or floating values that are not finite or on another scale; no such model.
     """
+    estimator = estimator_of(model)
     if isinstance(image, str | Path):
-        return noise_of_samples(*read_samples(image))
+        return noise_of_samples(*read_samples(image), estimator)
     image = _as_array(image)
     check_pixels(image)
     planes = image.reshape(*image.shape[:2], -1)[:, :, :3]
     try:
-        return estimate_of(planes, find_range(planes))
+        return estimate_of(planes, find_range(planes), estimator)
     except ValueError as error:
         raise ValueError(f"image: {error}") from error
 
@@ -202,10 +206,17 @@ def check_dense(tensor: Tensor) -> None:
         raise TypeError(f"image: a tensor of another kind ({kind}); accepted: a dense tensor")
 
 
-def estimate_of(planes: Array, values: ValueRange) -> NoiseEstimate:
-    """The noise of a picture (H, W, C) without alpha, whose range of values is known."""
+def estimator_of(model: Model | None) -> OwnEstimator | None:
+    """The estimator that a model carries with it; None stands for the bundled one."""
+    if model is None or isinstance(model, str | Path):
+        return None if model is None else OwnEstimator.load(files_of(model))
+    return model.estimator
+
+
+def estimate_of(planes: Array, values: ValueRange, estimator: OwnEstimator | None = None) -> NoiseEstimate:
+    """The noise of a picture (H, W, C) without alpha, whose range of values is known; see :func:`noise_of_samples`."""
     windows = sample_windows(planes.shape[0], planes.shape[1])
-    return noise_of_samples([planes[rows, columns] for rows, columns in windows], values)
+    return noise_of_samples([planes[rows, columns] for rows, columns in windows], values, estimator)
 
 
 def estimate_sigma(image: Any) -> float:
@@ -226,21 +237,24 @@ def median_estimate(estimates: list[NoiseEstimate]) -> NoiseEstimate:
 
 
 @torch.no_grad()
-def noise_of_samples(crops: list[Array], values: ValueRange = ORDINARY) -> NoiseEstimate:
+def noise_of_samples(
+    crops: list[Array], values: ValueRange = ORDINARY, estimator: OwnEstimator | None = None
+) -> NoiseEstimate:
     """The estimate from a picture's crops (H, W, C), which :func:`fastden.images.samples.sample_windows` chose.
 
     Args:
         crops: of any dtype that can be denoised.
         values: what the whole picture spans.
+        estimator: a model's own; None is the bundled one.
     """
+    network = load_estimator() if estimator is None else estimator.network
     with without_autocast(torch.device("cpu")):
-        return _estimated(crops, values)
+        return _estimated(crops, values, network)
 
 
-def _estimated(crops: list[Array], values: ValueRange) -> NoiseEstimate:
+def _estimated(crops: list[Array], values: ValueRange, estimator: NoiseEstimator) -> NoiseEstimate:
     if min(min(crop.shape[:2]) for crop in crops) < CELL:
         return UNDECIDED
-    estimator = load_estimator()
     judged: list[Cells] = []
     for crop in crops:
         x = torch.from_numpy(values.own_scale(crop)).permute(2, 0, 1)[None]
@@ -265,9 +279,7 @@ def _estimated(crops: list[Array], values: ValueRange) -> NoiseEstimate:
 
 @lru_cache(maxsize=1)
 def load_estimator() -> NoiseEstimator:
-    """The network that judges noise, with its weights; it is kept."""
-    # The caller may have set a default dtype, or a device context such as torch.device("meta").
-    with torch.device("cpu"):
-        estimator = NoiseEstimator().float()
-        estimator.load_state_dict(load_file(ESTIMATOR))
-    return estimator.eval()
+    """The bundled network that judges noise, with its weights; it is kept."""
+    own = OwnEstimator.load(WITH_ESTIMATOR)
+    assert own is not None
+    return own.network

@@ -255,7 +255,8 @@ def noise_level_of(
         if not network.noise_level_input:
             return Level(None, None)
         ranges = values or [ORDINARY] * len(images)
-        return estimated_level([estimate_of(image, own) for image, own in zip(images, ranges, strict=True)])
+        pairs = zip(images, ranges, strict=True)
+        return estimated_level([estimate_of(image, own, network.estimator) for image, own in pairs])
     if not network.noise_level_input:
         raise ValueError(f"sigma: {_shown(sigma)}, but this model is blind (it takes no noise level); accepted: 'auto'")
     if isinstance(sigma, NoiseEstimate):

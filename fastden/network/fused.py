@@ -15,6 +15,7 @@ from fastden.network import folding, fp8, int8, onednn
 from fastden.network.inputs import Sigma, as_map, check_input, map_or_curve, warn_of_scale
 from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
+from fastden.network.own_estimator import OwnEstimator
 from fastden.network.packed import Snapshot
 from fastden.network.padding import pad_image, padding_for
 from fastden.ops._tensors import wants_gradient
@@ -152,11 +153,14 @@ class FusedDenoiser(nn.Module):
     head_image_weight: Tensor
     head_bias: Tensor
     conv3_ranges: Tensor
+    #: As of :class:`fastden.Denoiser`.
+    estimator: OwnEstimator | None = None
 
     @torch.no_grad()
     def __init__(self, model: Denoiser, ranges: int8.Ranges | None = None, differentiable: bool = False) -> None:
         super().__init__()
         self._ranges = ranges
+        self.estimator = model.estimator
         self._measured: dict[str, Tensor] = {}
         self.differentiable = differentiable
         self.noise_level_input = model.noise_level_input

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from fastden.network.model_files import naming_file
 
 if TYPE_CHECKING:
+    import torch
     from huggingface_hub import PyTorchModelHubMixin
+
+    from fastden.network.own_estimator import OwnEstimator
 
 # huggingface_hub is imported only where the Hub or a model card is needed. Its import takes 0.3 s, a fifth of PyTorch's
 # import.
@@ -71,16 +75,19 @@ class PretrainedMixin:
     Attributes:
         int8_ranges: ranges of the activations and the fingerprint of the weights that they belong to, for
             ``fuse(model, quality="fast")``; see :func:`fastden.calibrate`. None where they are not known.
+        estimator: of the noise level, trained with this model; where the level is to be estimated, it is asked. None
+            stands for the bundled one.
     """
 
     int8_ranges: tuple[dict[str, Any], str] | None = None
+    estimator: OwnEstimator | None = None
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        map_location: str = "cpu",
+        map_location: str | torch.device = "cpu",
         strict: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -100,7 +107,8 @@ class PretrainedMixin:
                 downloaded.
         """
         download = {key: kwargs.pop(key) for key in DOWNLOAD if key in kwargs}
-        return cls._from_folder(files_of(pretrained_model_name_or_path, download), map_location, strict, kwargs)
+        folder = files_of(pretrained_model_name_or_path, download)
+        return cls._from_folder(folder, str(map_location), strict, kwargs)
 
     @classmethod
     def _from_folder(cls, folder: Path, map_location: str, strict: bool, arguments: dict[str, Any]) -> Any:
@@ -108,6 +116,7 @@ class PretrainedMixin:
         from safetensors.torch import load_model
 
         from fastden.network import int8
+        from fastden.network.own_estimator import OwnEstimator
 
         with naming_file(folder / CONFIG_FILE):
             saved = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
@@ -119,6 +128,7 @@ class PretrainedMixin:
             with naming_file(folder / WEIGHTS_FILE):
                 load_model(model, folder / WEIGHTS_FILE, strict=strict, device=map_location)
         model.int8_ranges = int8.load_ranges(folder)
+        model.estimator = OwnEstimator.load(folder)
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -133,9 +143,14 @@ class PretrainedMixin:
         with TemporaryDirectory(prefix=".fastden-", dir=folder) as place:
             made = Path(place) / "model"
             self._on_hub().save_pretrained(made, **own)
-            for file in made.iterdir():
-                if file.name != CARD_FILE or not (folder / CARD_FILE).exists():
-                    os.replace(file, folder / file.name)
+            usual = (made / CONFIG_FILE).stat().st_mode
+            for file in list(made.iterdir()):
+                target = folder / file.name
+                if file.name != CARD_FILE or not target.exists():
+                    # safetensors makes files that their owner alone may read. Others get the mode of the file that they
+                    # replace, or of one that Python made here.
+                    file.chmod(stat.S_IMODE(target.stat().st_mode if target.exists() else usual))
+                    os.replace(file, target)
         # What is saved stays, if the upload fails.
         return self.push_to_hub(repository or folder.name, **own, **kwargs) if upload else None
 
@@ -167,6 +182,8 @@ class PretrainedMixin:
         save_model(network, str(folder / WEIGHTS_FILE))
         if self.int8_ranges is not None and self.int8_ranges[1] == int8.fingerprint(network):
             int8.save_ranges(folder, *self.int8_ranges)
+        if self.estimator is not None:
+            self.estimator.save(folder)
 
 
 def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: bool) -> Path:
@@ -185,6 +202,7 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: 
     )
 
     from fastden.network.int8 import RANGES_FILE
+    from fastden.network.own_estimator import ESTIMATOR_FILE
 
     try:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
@@ -194,7 +212,7 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: 
         raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
     except (HFValidationError, HfHubHTTPError) as error:
         raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error
-    for file in (RANGES_FILE, CARD_FILE) if card else (RANGES_FILE,):
+    for file in (RANGES_FILE, ESTIMATOR_FILE, *([CARD_FILE] if card else [])):
         with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):  # not every network has them
             hf_hub_download(repository, file, **settings)
     return path.parent

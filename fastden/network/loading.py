@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 
 from fastden.network.fused import DTYPES, FusedDenoiser, fuse
-from fastden.network.hub import model_folder, models
+from fastden.network.hub import WEIGHTS_FILE, model_folder, models
 from fastden.network.model import Denoiser
 from fastden.network.onednn import native_bf16
+from fastden.network.own_estimator import ESTIMATOR_FILE
 
 Model = str | Path | Denoiser | FusedDenoiser
 
@@ -69,9 +70,9 @@ def load_network(
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
     target = parse_device(device)
     folder = model_folder(model)
-    weights = folder / "model.safetensors"
-    # The file's time is part of the cache key: a folder that was written again has another model.
-    changed = weights.stat().st_mtime_ns if weights.is_file() else 0
+    # The files' times are part of the cache key: a folder that was written again has another model.
+    files = [folder / name for name in (WEIGHTS_FILE, ESTIMATOR_FILE)]
+    changed = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
     chosen = choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast))
     # A path and its text are one model, unless the text names a bundled one.
     name = model if str(model) in models() else str(model)
@@ -85,7 +86,7 @@ def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
 
 @lru_cache(maxsize=8)  # two models, chosen by the noise, in two dtypes, and as many of other names
 def _load_cached(
-    name: str | Path, device: torch.device, dtype: torch.dtype, quality: Literal["normal", "fast"], changed: int
+    name: str | Path, device: torch.device, dtype: torch.dtype, quality: Literal["normal", "fast"], changed: tuple[int, ...]
 ) -> FusedDenoiser:
     return fuse(Denoiser.from_pretrained(name), dtype, device, quality=quality)
 

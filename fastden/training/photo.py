@@ -292,11 +292,3 @@ def estimator_loss(cells: Cells, true: Cells) -> Tensor:
     difference = reached - wanted
     curve = torch.where(difference < 0, UNDERESTIMATE, 1.0) * F.smooth_l1_loss(reached, wanted, reduction="none") * held
     return ((likelihood + 0.2 * coarse) * usable).sum() / count + 2.0 * curve.sum(1).mean()
-
-
-def save_estimator(module: PhotoTraining, target: Path) -> None:
-    """Write the estimator's weights beside the model's."""
-    from safetensors.torch import save_file
-
-    state = {name: value.detach().cpu().contiguous() for name, value in module.estimator.state_dict().items()}
-    save_file(state, target / "noise.safetensors")

@@ -20,10 +20,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastden.errors import UserError
 from fastden.network.model import Denoiser
+from fastden.network.own_estimator import OwnEstimator
 from fastden.training.config import JointConfig, PhotoConfig, TrainConfig
 from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.joint_training import JointData, JointTraining
-from fastden.training.photo import PhotoData, PhotoTraining, save_estimator
+from fastden.training.photo import PhotoData, PhotoTraining
 from fastden.training.tasks import load_task
 
 #: Steps between looks at the clock.
@@ -158,9 +159,9 @@ def train(
         if fit:
             _write_settings(config)
         blend_weights(model, config)
-        _save(model, target)
         if isinstance(module, PhotoTraining):
-            save_estimator(module, target)
+            model.estimator = OwnEstimator.of(module.estimator)
+        _save(model, target)
     return target
 
 

@@ -391,4 +391,5 @@ def _held(sigma: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]])
     if sigma != "auto" or not network.noise_level_input or not waiting:
         return sigma
     colours = waiting[0][1].shape[2] // 3 * 3 or 1
-    return median_estimate([estimate_of(pixels[:, :, :colours], ORDINARY) for _, pixels in waiting])
+    pictures = [pixels[:, :, :colours] for _, pixels in waiting]
+    return median_estimate([estimate_of(picture, ORDINARY, network.estimator) for picture in pictures])

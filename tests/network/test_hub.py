@@ -216,7 +216,7 @@ def test_the_hub_downloads_into_one_folder(tmp_path: Path, monkeypatch: pytest.M
     loaded = Denoiser.from_pretrained("owner/name", revision="v1", composed=True)
     assert (loaded.composed, loaded.int8_ranges) == (True, None)
     assert torch.equal(loaded.conv0.weight, model.conv0.weight)
-    assert [file for file, _ in asked] == ["config.json", "model.safetensors", "int8.safetensors"]
+    assert [file for file, _ in asked] == ["config.json", "model.safetensors", "int8.safetensors", "noise.safetensors"]
     asked.clear()
     assert fastden.network.hub.files_of("owner/name", {"revision": "v1"}, card=True) == tmp_path
     assert [file for file, _ in asked][-1] == "README.md"
