@@ -104,6 +104,16 @@ def evaluate(
     return {**({} if only_few else every.result()), "few": some.result() if few else {}, "seconds": seconds}
 
 
+def pictures_digest(images: list[tuple[Any, Any]]) -> str:
+    """A hash of images and labels: results on other pictures are not mixed in."""
+    sha = hashlib.sha256()
+    for pair in images:
+        for values in map(np.ascontiguousarray, pair):
+            sha.update(f"{values.dtype} {values.shape}".encode())
+            sha.update(values.tobytes())
+    return sha.hexdigest()[:16]
+
+
 def digest(model: str) -> str:
     """A hash of a model's weights: results of other weights are not mixed in."""
     folder = fastden.models().get(model, Path(model))
@@ -186,7 +196,7 @@ def main() -> None:
     count = len(images) if arguments.cbm3d_images is None else min(arguments.cbm3d_images, len(images))
     few = range(0, 0) if arguments.no_cbm3d else range(0, len(images), max(len(images) // count, 1))[:count]
     weights = {name: key for name, (_, key) in methods.items()}
-    document = begin(target, arguments, weights, len(images), len(few))
+    document = begin(target, arguments, weights, images, len(few))
     target.parent.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         if "clean" not in document:
@@ -235,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def begin(
-    target: Path, arguments: argparse.Namespace, weights: dict[str, str], images: int, few: int
+    target: Path, arguments: argparse.Namespace, weights: dict[str, str], images: list[tuple[Any, Any]], few: int
 ) -> dict[str, Any]:
     """The document to fill. It keeps those results of ``target`` that have the same images, dtype and weights.
 
@@ -243,11 +253,12 @@ def begin(
         target: the file of an earlier run, or none.
         arguments: of the command.
         weights: each method's :func:`digest`, by name.
-        images, few: how many images all methods get, and how many CBM3D gets.
+        images: all methods get them, with their labels.
+        few: how many of them CBM3D gets.
     """
     document = json.loads(target.read_text()) if target.exists() else {}
     dtype = str(automatic_dtype(arguments.dtype)).removeprefix("torch.")
-    settings = {"images": images, "few": few, "dtype": dtype}
+    settings = {"images": len(images), "pictures": pictures_digest(images), "few": few, "dtype": dtype}
     if any(document.get(name) != value for name, value in settings.items()):
         document = {}
     results, known = document.get("results", {}), document.get("weights", {})

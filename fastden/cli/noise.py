@@ -38,9 +38,9 @@ def noise(
     noise is shared by neighbouring pixels, as cameras leave it; fine noise is not.
     """
     with without_garbage_collection():
+        from fastden.cli.options import naming
         from fastden.images.strips import read_samples
         from fastden.images.whole_files import check_target
-        from fastden.cli.options import naming
         from fastden.inference.estimate import estimator_of, noise_of_samples
 
     if map_file is not None:

@@ -220,7 +220,11 @@ def estimate_of(planes: Array, values: ValueRange, estimator: OwnEstimator | Non
 
 
 def estimate_sigma(image: Any) -> float:
-    """The mean of :func:`estimate_noise`, on the scale 0-255, as ``denoise(sigma=)`` takes it."""
+    """The mean of :func:`estimate_noise`, on the scale 0-255.
+
+    To denoise, pass what :func:`estimate_noise` returns: of a camera's noise a number tells too little.
+    ``denoise(sigma=)`` takes a number for the level of white noise, whose model ``color`` removes less of coarse noise.
+    """
     return estimate_noise(image).sigma
 
 

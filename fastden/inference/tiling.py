@@ -21,6 +21,7 @@ from fastden.errors import shown_bytes
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import map_or_curve, noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
+from fastden.network.loading import parse_memory
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, padding_for, reflected_index
 from fastden.ops.post_operations import why_not
@@ -89,7 +90,7 @@ def denoise_tiled(
     sigma: float | Tensor | None = None,
     *,
     tile: int | Literal["auto"] | None = "auto",
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     scale: OwnScale | None = None,
 ) -> Tensor:
@@ -103,7 +104,8 @@ def denoise_tiled(
             (N, 8) (:mod:`fastden.network.level`); None for a blind network.
         tile: side of the tiles in pixels (rounded up to a multiple of 4), ``"auto"`` to choose it from ``max_memory``,
             or None for the whole image at once.
-        max_memory: bytes that the network's tensors may take; with ``tile="auto"`` alone. Default 1 GiB.
+        max_memory: what the network's tensors may take, bytes or such as ``"2GiB"``; with ``tile="auto"`` alone.
+            Default 1 GiB.
         progress: called after each tile with the pixels done and the pixels in all.
         scale: of the images, which ``sigma`` is on too; None takes them as they are.
 
@@ -117,12 +119,13 @@ def denoise_tiled(
     _check(image, model.image_channels)
     if isinstance(model, Denoiser) and model.training:
         raise ValueError("model: in training mode; accepted: evaluation mode (model.eval()), or fastden.fuse(model)")
-    check_tile(tile, max_memory)
+    memory = parse_memory(max_memory)
+    check_tile(tile, memory)
     n, _, height, width = image.shape
     # A small integer of NumPy would overflow below.
     side, together = (int(tile) if isinstance(tile, Integral) else tile), max(n, 1)
     if side == "auto":
-        budget = DEFAULT_MEMORY if max_memory is None else max_memory
+        budget = DEFAULT_MEMORY if memory is None else memory
         side, together = automatic_tile(model, height, width, n, budget)
     result = torch.empty_like(image)
     done = 0

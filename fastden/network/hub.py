@@ -17,6 +17,7 @@ from fastden.network.model_files import naming_file
 if TYPE_CHECKING:
     import torch
     from huggingface_hub import PyTorchModelHubMixin
+    from typing_extensions import Self
 
     from fastden.network.own_estimator import OwnEstimator
 
@@ -90,7 +91,7 @@ class PretrainedMixin:
         map_location: str | torch.device = "cpu",
         strict: bool = True,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Load a network, in evaluation mode.
 
         Args:
@@ -111,7 +112,7 @@ class PretrainedMixin:
         return cls._from_folder(folder, str(map_location), strict, kwargs)
 
     @classmethod
-    def _from_folder(cls, folder: Path, map_location: str, strict: bool, arguments: dict[str, Any]) -> Any:
+    def _from_folder(cls, folder: Path, map_location: str, strict: bool, arguments: dict[str, Any]) -> Self:
         import torch  # imported here: a list of the models does not need it
         from safetensors.torch import load_model
 
@@ -129,7 +130,8 @@ class PretrainedMixin:
                 load_model(model, folder / WEIGHTS_FILE, strict=strict, device=map_location)
         model.int8_ranges = int8.load_ranges(folder)
         model.estimator = OwnEstimator.load(folder)
-        return model.eval()
+        loaded: Self = model.eval()
+        return loaded
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write a folder with configuration, weights and model card; ``kwargs`` are those of ``PyTorchModelHubMixin``.

@@ -86,7 +86,11 @@ def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
 
 @lru_cache(maxsize=8)  # two models, chosen by the noise, in two dtypes, and as many of other names
 def _load_cached(
-    name: str | Path, device: torch.device, dtype: torch.dtype, quality: Literal["normal", "fast"], changed: tuple[int, ...]
+    name: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quality: Literal["normal", "fast"],
+    changed: tuple[int, ...],
 ) -> FusedDenoiser:
     return fuse(Denoiser.from_pretrained(name), dtype, device, quality=quality)
 

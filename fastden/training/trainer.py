@@ -174,7 +174,7 @@ def _model(config: TrainConfig) -> Denoiser:
     else:
         model = Denoiser(config.noise_level_input)
     model.composed = config.composed
-    return model.train().to(memory_format=torch.channels_last)
+    return model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 @torch.no_grad()
