@@ -129,8 +129,8 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("convolution")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, weight, y = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, weight, y = saved
         grad = channels_last(grad)
         if y is not None:
             grad = torch.ops.aten.threshold_backward(grad, y, 0)
@@ -176,8 +176,7 @@ class ConvBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("convolution with batch normalisation")
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: activation checkpointing returns each tensor only once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         b, weight, bn_weight, bn_bias, raw, y, mean, rstd = saved[_recompute.SAVED :]
         needed = ctx.needs_input_grad
         grad_raw, grad_residual, grad_bn_weight, grad_bn_bias = torch.ops.fastden.batch_norm_gradient(

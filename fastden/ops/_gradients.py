@@ -167,11 +167,16 @@ def _input_gradient(
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes gradients through; its backward pass raises."""
+    """Passes gradients through; its backward pass raises.
+
+    Autograd runs a backward pass only on the way to a tensor whose gradient is wanted. So the function also takes all
+    tensors that the gradients depend on.
+    """
 
     @staticmethod
-    def forward(ctx: Any, name: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, name: str, depends_on: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.name = name
+        gradients = tensors[depends_on:]
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     @staticmethod
@@ -184,20 +189,25 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator of an operator's ``backward``. A second derivative raises an error that says what to do."""
+    """Decorator of an operator's ``backward(ctx, saved, *gradients)``, where ``saved`` is ``ctx.saved_tensors``.
+
+    A second derivative raises an error that says what to do. The saved tensors have to lead autograd to every input
+    that a gradient depends on.
+    """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         once = once_differentiable(backward)
 
         @wraps(backward)
         def run(ctx: Any, *gradients: Tensor) -> Any:
+            saved = ctx.saved_tensors  # read once: activation checkpointing returns each tensor only once
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return once(ctx, *gradients)
+                return once(ctx, saved, *gradients)
             with torch.no_grad():
-                results = backward(ctx, *gradients)
-            # A result can be differentiated again only if it depends on a gradient, or on an input that requires one.
-            results = tuple(one.detach().requires_grad_() if isinstance(one, Tensor) else one for one in results)
-            return _NoSecondDerivative.apply(name, *results)
+                results = backward(ctx, saved, *gradients)
+            # If none of these requires a gradient, no second derivative exists, and the results require none either.
+            depends_on = [one for one in (*gradients, *saved) if isinstance(one, Tensor) and one.requires_grad]
+            return _NoSecondDerivative.apply(name, len(depends_on), *depends_on, *results)
 
         return run
 

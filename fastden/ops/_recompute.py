@@ -32,8 +32,8 @@ class Recipe(NamedTuple):
         return torch.ops.fastden.batch_norm_affine(*self, None, True)
 
 
-#: Number of tensors that :func:`save` returns.
-SAVED = 1 + len(Recipe._fields)
+#: Number of tensors that :func:`save` returns: the input, what leads to it, and its recipe.
+SAVED = 2 + len(Recipe._fields)
 
 # The version of each result when it was made, and its recipe.
 _recipes = WeakTensorKeyDictionary()
@@ -63,13 +63,16 @@ def save(x: Tensor) -> tuple[Tensor | None, ...]:
     """Tensors to save for an operator's input: the input or its recipe. Always :data:`SAVED` entries, some None."""
     version, recipe = (None, None) if torch.compiler.is_compiling() else _recipes.get(x, (None, None))
     if recipe is None or version != x._version or _hooked():
-        return (x, *(None,) * len(Recipe._fields))
-    return (None, *recipe)
+        return (x, None, *(None,) * len(Recipe._fields))
+    with torch.enable_grad():
+        # No tensor of the recipe leads autograd to what x was made from. An empty one does, and keeps no memory.
+        path = x[:0].clone()
+    return (None, path, *recipe)
 
 
 def restore(saved: Sequence[Tensor | None]) -> Tensor:
     """The input that was passed to :func:`save`."""
-    x, *recipe = saved
+    x, _path, *recipe = saved
     return Recipe(*recipe).make() if x is None else x  # type: ignore[arg-type]
 
 

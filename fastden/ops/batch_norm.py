@@ -223,8 +223,8 @@ class BatchNormReLU(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("batch normalisation")
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        raw, bn_weight, bn_bias, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raw, bn_weight, bn_bias, mean, rstd = saved
         grad_raw, _none, grad_weight, grad_bias = torch.ops.fastden.batch_norm_gradient(
             channels_last(grad), None, raw, mean, rstd, bn_weight, bn_bias, ctx.relu, False
         )

@@ -156,8 +156,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("bottleneck")
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: activation checkpointing returns each tensor only once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         y, reduce, conv, expand, *rest = saved[_recompute.SAVED :]
         w1, b1, w2, b2, w3, b3 = rest[:6]
         raw1, mean1, rstd1, raw2, mean2, rstd2, mean3, rstd3 = rest[6:]

@@ -214,8 +214,8 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("head")
-    def backward(ctx: Any, full_grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, x, weight, image_weight = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], full_grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, x, weight, image_weight = saved
         needed = ctx.needs_input_grad
         grad_image = None
         grad = full_grad.to(features.dtype)

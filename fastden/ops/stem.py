@@ -126,8 +126,8 @@ class Stem(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("stem")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, y = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y = saved
         grad = channels_last(grad)
         if y is not None:
             grad = torch.ops.aten.threshold_backward(grad, y, 0)

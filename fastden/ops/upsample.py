@@ -77,8 +77,8 @@ class Upsample(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("upsample")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = saved
         needed = ctx.needs_input_grad
         grad = channels_last(grad)
         bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype) if needed[2] else None

@@ -6,6 +6,7 @@ import copy
 import io
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -261,6 +262,104 @@ def test_second_derivatives_are_refused(device: str) -> None:
     other.square().sum().backward()
     assert weight.grad is not None
     torch.testing.assert_close(grad, other)
+
+
+def by_grad(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
+    torch.autograd.grad((grad * torch.ones_like(grad)).sum(), x)
+
+
+def by_penalty(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    loss = function(x)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.autograd.grad(loss + grad.square().sum(), x)
+
+
+def by_inputs(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
+    grad.square().sum().backward(inputs=[x])
+
+
+def by_hvp(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.autograd.functional.hvp(function, x, torch.ones_like(x))
+
+
+def one_operator(name: str, device: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """An operator as a function of its first input, and that input."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    head = head_arguments(device)
+    conv = random(4, 4, 3, 3)
+    stem = random(4, 5, 4, 7, 7), random(4, 5)
+    functions: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "convolution": (lambda x: ops.conv_bn_relu(x, conv, padding=1), random(1, 4, 5, 6)),
+        "two sources": (lambda x: ops.concat_conv_bn_relu(x[:, :1], x[:, 1:], conv, padding=1), random(1, 4, 5, 6)),
+        "upsample": (partial(ops.upsample, weight=random(4, 5, 4, 4)), random(1, 4, 3, 2)),
+        "stem": (lambda x: ops.stem(x, *stem), random(1, 4, 10, 12)),
+        "stem in batch statistics": (
+            lambda x: ops.stem(x, *stem, bn=ops.BatchNorm.of(normalisation(5, device, True))),
+            random(2, 4, 10, 12),
+        ),
+        "head": (lambda x: ops.head(**head | {"features": x}), head["features"]),
+        "batch statistics": (
+            lambda x: ops.conv_bn_relu(x, conv, bn=ops.BatchNorm.of(normalisation(4, device, True)), padding=1),
+            random(2, 4, 5, 6),
+        ),
+        "bottleneck": (block(device), random(2, 12, 5, 4)),
+    }
+    return functions[name]
+
+
+OPERATORS = (
+    *("convolution", "two sources", "upsample", "stem", "stem in batch statistics", "head", "batch statistics"),
+    "bottleneck",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, by_penalty) for name in OPERATORS), *(("convolution", way) for way in (by_grad, by_inputs, by_hvp))],
+)
+def test_second_derivatives_beside_other_paths_are_refused(device: str, name: str, way: Callable[..., None]) -> None:
+    """Autograd skips what is on no way to the input, and the loss makes ways around the operator."""
+    operator, x = one_operator(name, device)
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match="second derivatives on kernels"):
+        way(lambda x: operator(x).pow(3).sum() + x.pow(3).sum(), x.requires_grad_())
+
+
+def test_second_derivatives_through_an_input_that_is_made_again(device: str) -> None:
+    """The block stores no input that leads to the convolution; its weights' gradients depend on it all the same."""
+    both = pair(device)
+    x = torch.randn(2, 3, 5, 6, device=device, requires_grad=True)
+    with ops.use_backend("triton"):
+        y = both[0](x)
+        assert _recompute.has_recipe(y)
+        z = both[1](y)
+        (grad,) = torch.autograd.grad(z.sum(), both[1].reduce.weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives on kernels"):
+            torch.autograd.grad(grad.square().sum() + x.square().sum(), x)
+
+
+def test_a_derivative_that_is_constant_has_no_second_one(device: str) -> None:
+    """As with PyTorch's operations: it requires no gradient."""
+    x, weight = torch.randn(1, 3, 5, 4, device=device), torch.randn(4, 3, 3, 3, device=device)
+    bias = torch.randn(4, device=device, requires_grad=True)
+    for backend in ("torch", "triton"):
+        y = ops.conv_bn_relu(x, weight, bias, relu=False, backend=backend)
+        (grad,) = torch.autograd.grad(y.sum(), bias, create_graph=True)
+        assert not grad.requires_grad
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_graph_of_the_derivative_changes_no_bit_of_it(device: str, name: str) -> None:
+    operator, x = one_operator(name, device)
+    with ops.use_backend("triton"):
+        loss = operator(x.requires_grad_()).pow(3).sum()
+        (with_graph,) = torch.autograd.grad(loss, x, create_graph=True)
+        (grad,) = torch.autograd.grad(loss, x)
+    assert torch.equal(with_graph, grad)
 
 
 def test_frozen_parts_get_no_gradient(device: str) -> None:
