@@ -22,6 +22,8 @@ from fastden.cuda import build
 PACKAGE = Path(__file__).resolve().parents[1]
 
 _config: dict[str, Any] | None = None
+#: Why the extension could not be loaded; empty before the first try, and behind a build.
+_reasons: list[str] = []
 _after_loading: list[Callable[[], None]] = []
 _lock = threading.RLock()
 
@@ -78,6 +80,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
     Raises:
         fastden.cuda.build.BuildError: something is missing, or a compiler failed.
     """
+    global _reasons  # noqa: PLW0603 - a process has one extension
     source, toolkit = sources(), build.find_toolkit()
     reasons = build.missing(toolkit) + ([] if source else ["this installation has no CUDA sources"])
     if reasons or source is None or toolkit is None:
@@ -93,6 +96,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
     library = folder / f"{build.NAME}.so"
     if library.is_file() and (folder / build.DESCRIPTION).is_file() and not force:
         os.utime(library)  # the newest is loaded
+        _reasons = []
         say(f"built already: {library}")
         return library
     say(
@@ -100,6 +104,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
         f" {build.jobs(os.environ, os.cpu_count() or 1, build.free_memory())} compilers at once: this takes minutes"
     )
     library = build.build(wanted, folder)
+    _reasons = []
     say(f"built {library}")
     return library
 
@@ -204,13 +209,20 @@ def after_loading(function: Callable[[], None]) -> None:
 
 def why_not() -> list[str]:
     """Why the extension cannot be used here with any inputs; empty where it can. Loads it."""
+    global _reasons  # noqa: PLW0603 - a process has one extension
     if _config is not None:
         return []
     try:
         load()
     except RuntimeError as error:
-        return [str(error)]
+        _reasons = [str(error)]
+        return [*_reasons]
     return []
+
+
+def missing() -> bool:
+    """Whether :func:`why_not` found reasons before. To look again reads all sources, and may start ``nvcc``."""
+    return _config is None and bool(_reasons)
 
 
 def loaded() -> bool:

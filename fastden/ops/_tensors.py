@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from fastden.ops._tracing import transform_active
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -30,10 +31,8 @@ def may_overwrite() -> bool:
 
     Not under the transforms of ``torch.func``: only one of the two tensors may be batched, or carry a tangent.
     """
-    # The compiler handles transforms itself, and cannot trace the other questions.
-    return torch.compiler.is_compiling() or not (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    # The compiler handles transforms itself.
+    return torch.compiler.is_compiling() or not transform_active()
 
 
 def like(bias: Tensor | None, x: Tensor) -> Tensor | None:

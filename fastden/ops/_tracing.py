@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,6 +30,12 @@ def exporting() -> bool:
     There PyTorch 2.11 takes ``torch.compiler.is_exporting()`` for the constant True; PyTorch 2.13 does not.
     """
     return torch.compiler.is_exporting()
+
+
+@constant_result
+def transform_active() -> bool:
+    """Whether a transform of ``torch.func``, ``torch.vmap`` or forward-mode differentiation is active."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 @constant_result

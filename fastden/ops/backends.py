@@ -4,7 +4,8 @@ The backend of an operator is the one that its ``backend`` argument names. Witho
 innermost :func:`use_backend`; else that of the environment variable ``FASTDEN_BACKEND``; else the automatic choice. If
 a requested backend cannot run, the operator raises an error with every backend's reasons. It never uses another backend
 silently. The automatic choice uses a kernel only if committed results from a GPU show that it is correct and faster
-(:mod:`fastden.ops.proven`).
+(:mod:`fastden.ops.proven`). These results are of inference: with gradients, batch statistics or a transform of
+``torch.func`` it is ``torch``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from importlib import import_module, util
 import torch
 from torch import Tensor
 
-from fastden.ops._tracing import constant_result, has_autocast
+from fastden.ops._tensors import wants_gradient
+from fastden.ops._tracing import constant_result, has_autocast, transform_active
 from fastden.ops.proven import PROVEN
 
 
@@ -54,6 +56,8 @@ KERNELS = "fastden.kernels"
 CUDA_ONLY = ("concat_conv_fp8",)
 
 _scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
+#: What :func:`_ask_traced` found last.
+_answer: ContextVar[bool] = ContextVar("fastden_answer", default=False)
 
 
 class BackendError(RuntimeError):
@@ -108,7 +112,7 @@ def choose(operator: str, backend: str | None, *, batch_statistics: bool = False
     """
     name = requested() if backend is None else _known(backend, "backend")
     if name is None:
-        name = _automatic(operator, batch_statistics, tensors)
+        return _automatic(operator, batch_statistics, tensors)
     if name == "torch":
         return name
     if torch.compiler.is_compiling():
@@ -177,9 +181,10 @@ def _why_not_statistics(backend: Backend) -> list[str]:
 @constant_result
 def _make_ready(name: str) -> bool:
     """Load the module that registers the operators, for traced code; returns whether that worked."""
-    # Dynamo calls this function before it traces _check_traced. Dynamo must not trace into _check_traced, but call it
-    # with fake tensors. The mark is set here and not on import, because it loads Dynamo.
+    # Dynamo calls this function before it traces the two others. Dynamo must not trace into them, but call them with
+    # fake tensors. The marks are set here and not on import, because they load Dynamo.
     torch.compiler.allow_in_graph(_check_traced)
+    torch.compiler.allow_in_graph(_ask_traced)
     return not unavailable(_entry(name))
 
 
@@ -223,32 +228,86 @@ def _check(operator: str, name: str, batch_statistics: bool, **tensors: Tensor |
 
 
 def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
-    """:func:`_check` with the sizes of the first call: a comparison of a symbolic size would restrict that size."""
+    """:func:`_check` with the sizes of the first call."""
+    seen = _of_first_call(tensors)
+    if seen is not None:
+        _check(operator, name, batch_statistics, **seen)
+
+
+def _ask_traced(operator: str, name: str, **tensors: Tensor | None) -> None:
+    """Find whether ``operator`` can run on ``name`` with the sizes of the first call. :func:`_answered` has the answer.
+
+    Dynamo calls this function with fake tensors. From such a function it accepts no result but tensors and None.
+    """
+    seen = _of_first_call(tensors)
+    _answer.set(seen is not None and not why_not(operator, name, batch_statistics=False, **seen))
+
+
+@constant_result
+def _answered() -> bool:
+    return _answer.get()
+
+
+def _of_first_call(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None] | None:
+    """Tensors with the sizes of the first call: a comparison of a symbolic size would restrict that size.
+
+    None if a size is known only at run time.
+    """
     seen: dict[str, Tensor | None] = {}
     for key, tensor in tensors.items():
         seen[key] = tensor
         if tensor is not None and any(isinstance(size, torch.SymInt) for size in tensor.shape):
             sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
             if None in sizes:
-                return  # the size is known only at run time
+                return None
             seen[key] = tensor.new_empty(sizes)
-    _check(operator, name, batch_statistics, **seen)
+    return seen
 
 
 def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
     first = next(tensor for tensor in tensors.values() if tensor is not None)
-    for name in proven_backends(operator, first.device, _as_run(first)):
-        if not why_not(operator, name, batch_statistics=batch_statistics, **tensors):
+    proven = proven_backends(operator, first.device, _as_run(first))
+    # What is proven is inference.
+    if not proven or batch_statistics or wants_gradient(*tensors.values()) or transform_active():
+        return "torch"
+    for name in proven:
+        if _can_run(operator, name, tensors):
             return name
     return "torch"
 
 
+@constant_result
+def _missing(name: str) -> bool:
+    """Whether the library of a backend could not be loaded before: the automatic choice looks for it once."""
+    if name != "cuda":
+        return False
+    from fastden.cuda import extension
+
+    return extension.missing()
+
+
+def _can_run(operator: str, name: str, tensors: dict[str, Tensor | None]) -> bool:
+    if _missing(name):
+        return False
+    if not torch.compiler.is_compiling():
+        return not why_not(operator, name, batch_statistics=False, **tensors)
+    if not _make_ready(name):
+        return False
+    _ask_traced(operator, name, **tensors)
+    return _answered()
+
+
+@constant_result
 def proven_backends(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The backends that results of a GPU show right and faster there, in the order of :data:`NAMES`."""
+    """The backends that results of a GPU show right and faster there, the fastest first."""
     if not PROVEN or device.type != "cuda":
         return []
     capability = torch.cuda.get_device_capability(device)
-    return [name for name in NAMES if (name, operator, capability, _names([dtype])) in PROVEN]
+    found = [name for name in NAMES if (name, operator, capability, _names([dtype])) in PROVEN]
+    if len(found) > 1:
+        order = list(PROVEN)
+        found.sort(key=lambda name: order.index((name, operator, capability, _names([dtype]))))
+    return found
 
 
 def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:

@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from fastden.ops._tracing import has_autocast
+from fastden.ops._tracing import has_autocast, transform_active
 
 
 def transforming() -> bool:
@@ -17,12 +16,7 @@ def transforming() -> bool:
     True inside ``torch.compile`` and ``torch.export``, ``torch.jit.trace``, the transforms of ``torch.func`` and
     ``torch.vmap``, and forward-mode differentiation.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or bool(torch._C._are_functorch_transforms_active())
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transform_active()
 
 
 def runs_as_written(x: Tensor) -> bool:

@@ -25,6 +25,7 @@ ADVICE = "run `fastden build` with TORCH_CUDA_ARCH_LIST"
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty installation, beside an empty cache, in a process that has loaded nothing."""
     monkeypatch.setattr(extension, "_config", None)
+    monkeypatch.setattr(extension, "_reasons", [])
     monkeypatch.setattr(extension, "PACKAGE", tmp_path / "package" / "fastden")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     sources = tmp_path / "package" / "csrc"
@@ -60,6 +61,34 @@ def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "missing", lambda toolkit: [])
     assert reasons() == ["not built; run `fastden build`"]
     assert extension.why_not() == ["not built; run `fastden build`"]
+
+
+def test_the_automatic_choice_looks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until something was built; who asks for the backend looks again."""
+    looked = []
+    original = extension.find
+    monkeypatch.setattr(extension, "find", lambda: looked.append(1) or original())
+    monkeypatch.setattr(backends, "proven_backends", lambda operator, device, dtype: ["cuda"])
+    x = torch.rand(1, 2, 4, 4)
+    for _ in range(3):
+        assert backends.choose("upsample", None, x=x) == "torch"
+    assert len(looked) == 1
+    assert backends.why_not("upsample", "cuda", x=x) == extension.why_not() != []
+    assert len(looked) == 3
+    folder = extension.cache() / "key"
+    library(folder, name=f"{build.NAME}.so")
+
+    class Plan:
+        def key(self, environment: object) -> str:
+            return "key"
+
+    monkeypatch.setattr(build, "find_toolkit", lambda: Path("toolkit"))
+    monkeypatch.setattr(build, "missing", lambda toolkit: [])
+    monkeypatch.setattr(build, "ask_nvcc", lambda toolkit, option: "")
+    monkeypatch.setattr(build, "choose_architectures", lambda *given: ["8.0"])
+    monkeypatch.setattr(build, "plan", lambda *given, **options: Plan())
+    extension.build_here()
+    assert not extension.missing()
 
 
 def test_what_came_with_the_installation_is_first_and_then_the_newest() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastden import ops
+from fastden.cuda import extension
 from fastden.ops import backends
 from fastden.ops.backends import choose, requested, use_backend, why_not
 
@@ -135,12 +136,14 @@ class TestAutomatic:
         class OnGpu:
             device = torch.device("cuda")
             dtype = torch.bfloat16
+            requires_grad = False
 
         class InFloat32(OnGpu):
             dtype = torch.float32
 
         proven = {("triton", "stem", (9, 0), "bfloat16"): "a.json", ("cuda", "upsample", (9, 0), "bfloat16"): "b.json"}
         monkeypatch.setattr(backends, "PROVEN", proven)
+        monkeypatch.setattr(extension, "_reasons", [])  # another test may have looked for it
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
         assert choose("stem", None, x=OnGpu()) == "triton"  # type: ignore[arg-type]
@@ -150,6 +153,14 @@ class TestAutomatic:
         assert choose("stem", None, x=torch.rand(1)) == "torch"
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: ["no"])
         assert choose("stem", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
+
+    def test_the_fastest_of_two_is_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The table has it first."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        for order in (["triton", "cuda"], ["cuda", "triton"]):
+            proven = {(name, "stem", (9, 0), "bfloat16"): "a.json" for name in order}
+            monkeypatch.setattr(backends, "PROVEN", proven)
+            assert backends.proven_backends("stem", torch.device("cuda"), torch.bfloat16) == order
 
     def test_what_is_proven_has_its_results(self, root: Path) -> None:
         for (backend, operator, _, _), file in backends.PROVEN.items():

@@ -1,0 +1,100 @@
+"""The automatic choice of a proven kernel: in compiled and exported code too, and for inference alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastden import ops
+from fastden.ops import backends
+from tests.helpers import max_error
+from tests.kernels.test_convolutions import normalisation
+
+
+@pytest.fixture(autouse=True)
+def proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels are proven for any operator."""
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(backends, "proven_backends", lambda operator, device, dtype: ["triton"])
+
+
+class Convolution(nn.Module):
+    def __init__(self, kernel: int = 3, **options: Any) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(5, 4, kernel, kernel))
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv_bn_relu(x, self.weight, padding=1, **self.options)
+
+
+def chosen(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The backends that :func:`fastden.ops.backends.choose` chooses in a call."""
+    found: set[str] = set()
+    automatic = backends._automatic
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_automatic", lambda *given: found.add(automatic(*given)) or automatic(*given))
+        call()
+    return found
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_break(device: str, dynamic: bool) -> None:
+    module = Convolution().to(device)
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    compiled = torch.compile(module, backend=keep, fullgraph=True, dynamic=dynamic)
+    for size in ((5, 6), (7, 9)):
+        x = torch.randn(1, 4, *size, device=device)
+        assert max_error(compiled(x), ops.conv_bn_relu(x, module.weight, padding=1, backend="torch")) < 1e-5
+    assert len(graphs) == (1 if dynamic else 2)
+    assert all("fastden.conv_bn_relu" in graph for graph in graphs)
+
+
+def test_what_the_kernel_cannot_run_is_compiled_for_pytorch(device: str) -> None:
+    module, x = Convolution(kernel=9).to(device), torch.randn(1, 4, 9, 10, device=device)
+    assert backends.why_not("conv_bn_relu", "triton", x=x, weight=module.weight)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert max_error(compiled(x), module(x)) < 1e-5
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(device: str, strict: bool) -> None:
+    module, x = Convolution().to(device), torch.randn(1, 4, 5, 6, device=device)
+    sizes = {2: torch.export.Dim("height", min=3), 3: torch.export.Dim("width", min=3)}
+    program = torch.export.export(module, (x,), dynamic_shapes=({**sizes},), strict=strict)
+    assert "fastden.conv_bn_relu" in str(program.graph)
+    x = torch.randn(1, 4, 8, 7, device=device)
+    assert max_error(program.module()(x), module(x)) < 1e-5
+
+
+def test_inference_alone_is_proven(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Convolution().to(device), torch.randn(2, 4, 5, 6, device=device)
+    wanting = x.clone().requires_grad_()
+    assert chosen(lambda: module(x), monkeypatch) == {"triton"}
+    with torch.no_grad():
+        assert chosen(lambda: module(wanting), monkeypatch) == {"triton"}
+    assert chosen(lambda: module(wanting), monkeypatch) == {"torch"}
+    bn = ops.BatchNorm.of(normalisation(5, device, True))
+    assert chosen(lambda: Convolution(bn=bn).to(device)(x), monkeypatch) == {"torch"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms_run_as_ever(device: str, compiled: bool) -> None:
+    module, x = Convolution().to(device), torch.randn(2, 4, 5, 6, device=device)
+    gradient = torch.func.grad(lambda x: module(x).square().sum())
+    batched = torch.func.vmap(lambda x: module(x[None])[0])
+    wanted = x.clone().requires_grad_()
+    module(wanted).square().sum().backward()
+    for function, expected in ((gradient, wanted.grad), (batched, module(x))):
+        call = torch.compile(function, backend="eager", fullgraph=True) if compiled else function
+        with torch.no_grad():
+            assert max_error(call(x), expected) < 1e-4
