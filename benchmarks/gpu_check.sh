@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU. Goes on past a failure, and says at the end what failed or found no time; status.json
-# in the folder says it to benchmarks/prove.py, which turns a folder of results into the table of the automatic choice.
+# in the folder says it to benchmarks/prove.py, which turns a folder of results into the table of the automatic choice. Its
+# steps are of one commit and one GPU: a call at another commit begins it anew.
 #
 #     benchmarks/gpu_check.sh [FOLDER] [PART...]
 #
@@ -212,9 +213,10 @@ part_proof() {
             tests/cuda/test_network.py
         start tests-fp8 200 "${pytest[@]}" --maxfail=40 tests/cuda/test_fp8.py
         (first_checks cuda) &
+        # The names that the process beside this one adds stay there.
+        for check in one-pixel one-hot tiles large repeats thread graph fp8; do steps+=("first-cuda-$check"); done
     fi
     first_checks triton
-    for check in one-pixel one-hot tiles large repeats thread graph fp8; do steps+=("first-cuda-$check"); done
     wait
     keep
     bench model-2160 60 "$inference" model --size 2160 3840 --batch 1 "${rivals[@]}"
@@ -288,7 +290,6 @@ data_of() { # NAME: its folders of photographs below DATA
 
 trap keep EXIT
 export FASTDEN_TUNED=$out/tuned.json
-if [[ -e $FASTDEN_TUNED ]]; then record tiles searched; else record tiles default; fi
 
 $python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
 # fastden.kernels is there only where fastden is installed. The extension is built by a step of its own, for this GPU alone.
@@ -305,6 +306,17 @@ if {"color", "photo"} & set(sys.argv[1:]):
 lacking = [f"{name} ({what})" for name, what in needs.items() if find_spec(name) is None]
 print("packages that are missing:", ", ".join(lacking) or "none")
 PYTHON
+gpu=$($python -c 'import torch; print(torch.cuda.get_device_name())')
+python3 - "$out/status.json" "$(git describe --always --dirty 2>/dev/null)" "$gpu" <<'PYTHON'
+import json, pathlib, sys
+file, commit, gpu = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+found = json.loads(file.read_text()) if file.exists() else {}
+# What passed at another commit, or on another GPU, says nothing of this one.
+if (found.get("commit"), found.get("gpu")) != (commit, gpu):
+    found = {"commit": commit, "gpu": gpu}
+file.write_text(json.dumps(found, indent=1) + "\n")
+PYTHON
+if [[ -e $FASTDEN_TUNED ]]; then record tiles searched; else record tiles default; fi
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
 workers=()
 $python -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
@@ -319,7 +331,8 @@ done
 python3 - "$out/status.json" "${steps[@]}" <<'PYTHON'
 import json, sys
 found = json.load(open(sys.argv[1]))
-wrong = [f"failed: {name} ({found[name]})" for name in sys.argv[2:] if found.get(name) != "passed"]
+status = {name: found.get(name, "did not run") for name in sys.argv[2:]}
+wrong = [f"failed: {name} ({ended})" for name, ended in status.items() if ended != "passed"]
 print("\n".join(wrong) or "all passed")
 sys.exit(bool(wrong))
 PYTHON

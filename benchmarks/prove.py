@@ -2,8 +2,9 @@
 
 A kernel is proven for the GPU's compute capability and a dtype where every check of its backend's results passed, the
 sanitizers found nothing there, and at every place of the operator in the network, at four sizes, it is right and faster
-than each rival that is right: its third quartile below the rival's first. What the table says of other capabilities and
-dtypes stays. The results have to lie in the repository, for they are committed with the table.
+than each rival that is right: its third quartile below the rival's first. If two backends are proven for an operator,
+the table has the faster one first. What the table says of other capabilities and dtypes stays. All results, and the
+checks, have to be of one commit and one GPU. They have to lie in the repository, for they are committed with the table.
 
     benchmarks/gpu_check.sh benchmarks/results/gpu/h100
     python benchmarks/prove.py benchmarks/results/gpu/h100            # says what is proven and what not, and why
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastden.bench.operators import OPERATORS, job_name
 from fastden.ops.backends import NAMES
 from fastden.ops.proven import PROVEN
 
@@ -46,6 +48,28 @@ def unproven(status: dict[str, str], backend: str) -> list[str]:
     return failed + searched * (backend == "triton" and status.get("tiles") == "searched")
 
 
+def why_not_together(status: dict[str, str], documents: dict[str, dict[str, Any]]) -> list[str]:
+    """Why checks and results prove nothing together; empty where they do.
+
+    Args:
+        status: ``status.json``.
+        documents: what ``fastden bench ops`` wrote, by file.
+    """
+    reasons = []
+    for key, accepted in (("commit", "one, without changes"), ("gpu", "one")):
+        found = {"status.json": status.get(key)} | {name: one["machine"].get(key) for name, one in documents.items()}
+        if len(set(found.values())) > 1 or any(not one or one.endswith("-dirty") for one in found.values()):
+            told = ", ".join(f"{one} ({name})" for name, one in found.items())
+            reasons.append(f"{key}: {told}; accepted: {accepted}")
+    for name, document in documents.items():
+        # The command fails if a contender was wrong; its file has the reason.
+        expected = "passed" if document.get("all_right") else "failed"
+        ended = status.get(Path(name).stem, "did not run")
+        if document["complete"] and ended != expected:
+            reasons.append(f"{name}: its step {ended}; accepted: {expected}, as the file says")
+    return reasons
+
+
 def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
     """Why contender ``own`` is not right and faster than each right rival; empty where it is."""
     mine = rows.get(own)
@@ -54,7 +78,7 @@ def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
     if not mine.get("right"):
         return [mine.get("failed", "wrong result")]
     rivals = {name: row for name, row in rows.items() if name != own and row.get("right")}
-    # Other kernels of fastden are no rivals: if two are proven, the order of backends decides.
+    # Other kernels of fastden are no rivals: if two are proven, the faster one is chosen.
     rivals = {name: row for name, row in rivals.items() if not row["own"] or name == "fastden-torch"}
     if not rivals:
         return ["no rival gave a right result"]
@@ -87,18 +111,25 @@ def prove(
         major, minor = map(int, capability.split("."))
         operators = {result["name"].split()[0] for _, document in at_height.values() for result in document["results"]}
         for operator in sorted(operators):
+            rows = {
+                f"{result['name']} at {height}": result["contenders"]
+                for height, (_, document) in sorted(at_height.items())
+                for result in document["results"]
+                if result["name"].split()[0] == operator
+            }
+            names = [job_name(operator, part) for part in OPERATORS.get(operator, ())] or [operator]
+            missing = [f"{name} at {height}: no result" for height in HEIGHTS for name in names]
+            missing = [reason for reason in missing if reason.removesuffix(": no result") not in rows]
+            times: dict[str, float] = {}
             for backend in backends:
-                reasons = [
-                    f"{result['name']} at {height}: {reason}"
-                    for height, (_, document) in sorted(at_height.items())
-                    for result in document["results"]
-                    if result["name"].split()[0] == operator
-                    for reason in why_not_faster(result["contenders"], f"fastden-{backend}")
-                ]
-                if reasons:
-                    notes.append(f"{backend} {operator} {capability} {dtype}: {'; '.join(reasons)}")
+                own = f"fastden-{backend}"
+                slower = [f"{name}: {reason}" for name, row in rows.items() for reason in why_not_faster(row, own)]
+                if slower or missing:
+                    notes.append(f"{backend} {operator} {capability} {dtype}: {'; '.join(slower + missing)}")
                 else:
-                    entries[backend, operator, (major, minor), dtype] = at_height[max(HEIGHTS)][0]
+                    times[backend] = sum(row[own]["q3_ms"] for row in rows.values())
+            for backend in sorted(times, key=times.__getitem__):
+                entries[backend, operator, (major, minor), dtype] = at_height[max(HEIGHTS)][0]
     return entries, notes
 
 
@@ -110,7 +141,9 @@ def merged(entries: dict[Key, str], tried: Iterable[tuple[tuple[int, int], str]]
 
 def write(table: dict[Key, str], path: Path) -> None:
     head, _, _ = path.read_text().partition("PROVEN:")
-    lines = [f"    {key!r}: {file!r},".replace("'", '"') for key, file in sorted(table.items())]
+    # The order of backends stays: it is that of their times.
+    ordered = sorted(table.items(), key=lambda entry: entry[0][1:])
+    lines = [f"    {key!r}: {file!r},".replace("'", '"') for key, file in ordered]
     body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
     path.write_text(f"{head}PROVEN: dict[tuple[str, str, tuple[int, int], str], str] = {body}\n")
 
@@ -131,8 +164,12 @@ def main() -> int:
     if all(lacking.values()):
         return 1
     files = {file.relative_to(ROOT).as_posix(): json.loads(file.read_text()) for file in folder.glob("ops-[0-9]*.json")}
+    apart = why_not_together(status, files)
+    if apart:
+        print("nothing is proven:\n  " + "\n  ".join(apart), file=sys.stderr)
+        return 1
     entries, notes = prove(files, [backend for backend, checks in lacking.items() if not checks])
-    print("\n".join(f"proven: {key}" for key in sorted(entries)) or "nothing is proven")
+    print("\n".join(f"proven: {key}" for key in entries) or "nothing is proven")
     print("\n".join(f"left out: {note}" for note in notes))
     if arguments.write:
         tried = {

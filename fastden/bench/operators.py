@@ -107,6 +107,11 @@ class Case:
     inputs: tuple[Tensor, ...]
 
 
+def job_name(operator: str, part: str) -> str:
+    """What the results call an operator at a part of the network."""
+    return operator if len(OPERATORS[operator]) == 1 else f"{operator} {part}"
+
+
 def choose(text: str | None, training: bool = False) -> list[str]:
     """The operators that ``--only`` names, or all; some run at inference only, and others in training only.
 
@@ -258,8 +263,7 @@ def _job(
     contenders = [Contender(forms.own_name(name), build, own_flops, own=True) for name, build in own.items()]
     contenders += [Contender(name, build, flops, graphs=name != "max_autotune") for name, build in peers.items()]
     moved = float((TRAINING if training else 1) * counts.values.of(channels) * pixels * dtype.itemsize)
-    name = case.operator if len(OPERATORS[case.operator]) == 1 else f"{case.operator} {case.part}"
-    return Job(name, batch, pixels, moved, reference, bound), contenders
+    return Job(job_name(case.operator, case.part), batch, pixels, moved, reference, bound), contenders
 
 
 def _own(part: str, fused: FusedDenoiser, inputs: Sequence[Tensor], backend: str) -> Call:

@@ -5,5 +5,6 @@ Written by ``benchmarks/prove.py``, not by hand.
 
 from __future__ import annotations
 
-#: (backend, operator, compute capability, dtype): the file of results, from the repository's root.
+#: (backend, operator, compute capability, dtype): the file of results, from the repository's root. If an operator has
+#: two backends, the faster one comes first.
 PROVEN: dict[tuple[str, str, tuple[int, int], str], str] = {}

@@ -35,9 +35,10 @@ def documents(command: ModuleType, **triton: Any) -> dict[str, dict[str, Any]]:
     }
     return {
         f"ops-{height}.json": {
-            "machine": {"compute_capability": "9.0"},
+            "machine": {"compute_capability": "9.0", "commit": "c0ffee", "gpu": "NVIDIA H100"},
             "settings": {"dtype": "bfloat16", "size": [height, height]},
             "complete": True,
+            "all_right": False,
             "results": [{"name": "upsample", "contenders": contenders}],
         }
         for height in command.HEIGHTS
@@ -73,6 +74,70 @@ def test_all_sizes_are_needed(command: ModuleType) -> None:
     del found["ops-256.json"]
     found["ops-1080.json"]["complete"] = False  # it was stopped, and lacks some places of the operator
     assert command.prove(found) == ({}, ["9.0 bfloat16: no complete results of height 256, 1080"])
+
+
+def test_every_place_is_needed(command: ModuleType) -> None:
+    """An operator that has no result at a height, or lacks one of its parts at all, is not proven."""
+    found = documents(command)
+    found["ops-512.json"]["results"] = []
+    entries, notes = command.prove(found)
+    assert entries == {}
+    assert "triton upsample 9.0 bfloat16: upsample at 512: no result" in notes
+    found = documents(command)
+    for document in found.values():
+        contenders = document["results"][0]["contenders"]
+        document["results"] = [{"name": f"bottleneck {part}", "contenders": contenders} for part in ("res1", "res3")]
+    entries, notes = command.prove(found, ["triton"])
+    assert entries == {}
+    places = "; ".join(f"bottleneck res2 at {height}: no result" for height in command.HEIGHTS)
+    assert notes == [f"triton bottleneck 9.0 bfloat16: {places}"]
+
+
+def test_results_of_one_commit_and_one_gpu(command: ModuleType) -> None:
+    found = documents(command)
+    status = {"commit": "c0ffee", "gpu": "NVIDIA H100", **{f"ops-{height}": "failed" for height in command.HEIGHTS}}
+    assert command.why_not_together(status, found) == []
+    machine = found["ops-512.json"]["machine"]
+    for key, value in (("commit", "decaf"), ("commit", None), ("gpu", "NVIDIA H200")):
+        before = machine[key]
+        machine[key] = value
+        (reason,) = command.why_not_together(status, found)
+        assert f"{value} (ops-512.json)" in reason
+        assert reason.startswith(f"{key}: ")
+        machine[key] = before
+    (reason,) = command.why_not_together({**status, "gpu": "NVIDIA H200"}, found)
+    assert "NVIDIA H200 (status.json)" in reason
+    for document in found.values():
+        document["machine"]["commit"] = "c0ffee-dirty"
+    (reason,) = command.why_not_together({**status, "commit": "c0ffee-dirty"}, found)
+    assert reason.endswith("accepted: one, without changes")
+
+
+def test_results_of_a_step_that_ended(command: ModuleType) -> None:
+    """A file that an earlier call left is not that of this one; a step may fail by a wrong contender."""
+    found = documents(command)
+    status = {"commit": "c0ffee", "gpu": "NVIDIA H100", **{f"ops-{height}": "failed" for height in command.HEIGHTS}}
+    found["ops-256.json"]["all_right"] = True
+    assert command.why_not_together({**status, "ops-256": "passed"}, found) == []
+    del status["ops-1080"]
+    assert command.why_not_together({**status, "ops-256": "no time left"}, found) == [
+        "ops-256.json: its step no time left; accepted: passed, as the file says",
+        "ops-1080.json: its step did not run; accepted: failed, as the file says",
+    ]
+
+
+def test_the_faster_of_two_is_first(command: ModuleType, tmp_path: Path) -> None:
+    for milliseconds, order in ((0.5, ["cuda", "triton"]), (1.5, ["triton", "cuda"])):
+        found = documents(command)
+        for document in found.values():
+            document["results"][0]["contenders"]["fastden-cuda"] = row(milliseconds, own=True)
+        entries, _ = command.prove(found)
+        table = tmp_path / "proven.py"
+        table.write_text(command.TABLE.read_text())
+        command.write(entries, table)
+        read: dict[str, Any] = {}
+        exec(table.read_text(), read)
+        assert [key[0] for key in read["PROVEN"]] == order
 
 
 def test_every_check_is_needed(command: ModuleType) -> None:

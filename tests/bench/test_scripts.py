@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastden.bench.machine import commit
 from fastden.training.config import load_config
 from tests.cli.run import fails
 from tests.scripts import load
@@ -74,6 +75,7 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     status = json.loads((out / "status.json").read_text())
     assert {status.pop(name) for name in trains} == {"failed"}
     assert status.pop("tiles") == "default"
+    assert (status.pop("commit"), status.pop("gpu")) == (commit(), "")
     assert set(status.values()) == {"passed"}
     assert {name for checks in prove.CHECKS.values() for name in checks} < set(status)
     assert (out / "train.log").read_text() == "broken\n"
@@ -125,6 +127,21 @@ def test_gpu_check_proves_in_one_part(root: Path, tmp_path: Path) -> None:
         assert heights == {str(height) for height in prove.HEIGHTS}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its commands would run")
+def test_gpu_check_without_the_extension(root: Path, tmp_path: Path) -> None:
+    """Steps that no part starts are no failures; those of another commit are forgotten."""
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "status.json").write_text(json.dumps({"commit": "c0ffee", "gpu": "", "first-cuda-one-pixel": "passed"}))
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log", failing="fastden.cuda import extension")
+    done = gpu_check(root, environment, out, "proof")
+    assert done.stdout.endswith("all passed\n"), done.stdout + done.stderr
+    status = json.loads((out / "status.json").read_text())
+    assert status["commit"] == commit()
+    assert "passed" in status.values()
+    assert not [name for name in status if "cuda" in name]
+
+
 @pytest.mark.parametrize("name", ["color", "photo"])
 def test_gpu_check_trains(root: Path, tmp_path: Path, name: str) -> None:
     """The rest of a run goes on where it was, and its settings are those of a configuration."""
@@ -152,6 +169,7 @@ def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
     assert "failed: build (no time left)\nfailed: first-triton-one-pixel (no time left)" in done.stdout
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status.pop("tiles") == "default"
+    assert (status.pop("commit"), status.pop("gpu")) == (commit(), "")
     assert set(status.values()) == {"no time left"}
     done = gpu_check(root, environment, tmp_path / "out", "check")
     assert done.returncode == 2
