@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastden.cuda import build, extension
+from fastden.ops import backends
 
 
 def emulated(root: Path) -> Path:
@@ -44,6 +45,12 @@ def device(request: pytest.FixtureRequest, root: Path) -> str:
     else:
         assert extension.load(emulated(root))["emulated"]
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def nothing_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a test asks for runs on kernels, whatever is proven of this GPU."""
+    monkeypatch.setattr(backends, "PROVEN", {})
 
 
 @pytest.fixture(params=[9, 8], ids=["hopper", "portable"])
