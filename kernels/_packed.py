@@ -9,6 +9,7 @@ through ``weight.data``, by collective operations, from other processes or in a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -56,7 +57,11 @@ class PackedWeights:
         if order is None:
             if capturing:
                 return pack(weight, *options)  # a graph cannot capture the copy of an order
-            order = _order(pack, weight, options)
+            # In a thread of its own, which has no mode, no default device and no memory pool of the caller. In the
+            # first call of a network, the compiler's CUDA graphs own what the calling thread allocates, and refuse
+            # what stays.
+            with ThreadPoolExecutor(1) as thread:
+                order = thread.submit(_order, pack, weight.shape, weight.device, options).result()
             with self._lock:
                 if len(self._kept) >= LARGEST:
                     self._kept = dict(self._captured)
@@ -68,18 +73,22 @@ class PackedWeights:
                     order = self._captured.setdefault(key, order)
         # A zero after the weight, for the positions that take none of its values.
         values = torch.cat([weight.reshape(-1), weight.new_zeros(1)])
-        return values.index_select(0, order.index).as_strided(*order[1:])
+        packed = values.index_select(0, order.index).as_strided(*order[1:])
+        if order.index.is_cuda and not capturing:
+            # The cache may drop the order while this stream still reads it.
+            order.index.record_stream(torch.cuda.current_stream(weight.device))
+        return packed
 
 
-def _order(pack: Callable[..., Tensor], weight: Tensor, options: tuple[Any, ...]) -> _Order:
+def _order(pack: Callable[..., Tensor], shape: torch.Size, device: torch.device, options: tuple[Any, ...]) -> _Order:
     """The order that ``pack`` makes, read from a weight whose values are their own positions, counted from 1."""
-    count = weight.numel()
-    positions = pack(torch.arange(1, count + 1).view(weight.shape), *options)
+    count = shape.numel()
+    positions = pack(torch.arange(1, count + 1, device="cpu").view(shape), *options)
     memory = positions.as_strided((positions.untyped_storage().nbytes() // positions.itemsize,), (1,), 0)
     memory = torch.where(memory == 0, count, memory - 1)
     # The order is made on the CPU and copied synchronously, so that every stream of the device can read it.
     return _Order(
-        memory.to(torch.int32).to(weight.device), tuple(positions.shape), positions.stride(), positions.storage_offset()
+        memory.to(torch.int32).to(device), tuple(positions.shape), positions.stride(), positions.storage_offset()
     )
 
 

@@ -9,6 +9,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -186,6 +187,46 @@ def test_orders_that_captured_graphs_read_stay(
     before = packed.hits
     packed.get(reversed_rows, weights[0])
     assert packed.hits == before + 1
+
+
+def test_an_order_belongs_to_no_caller(packed: PackedWeights, weight: Tensor) -> None:
+    """It is made in another thread: no mode, default device or memory pool of this one reaches it."""
+    threads = []
+
+    def pack(weight: Tensor) -> Tensor:
+        threads.append(threading.get_ident())
+        assert not torch.is_inference_mode_enabled()
+        return weight.flip(0)
+
+    with torch.inference_mode(), torch.device("meta"):
+        assert torch.equal(packed.get(pack, weight), weight.flip(0))
+    assert len(packed) == len(threads) == 1
+    assert threads[0] != threading.get_ident()
+
+
+def test_streams_that_read_an_order_are_noted(
+    packed: PackedWeights, weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its memory is not used again before they have read it."""
+    streams = []
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+        def record_stream(self, stream: object) -> None:
+            streams.append(stream)
+
+    original = _packed._order
+
+    def order(*given: Any) -> _packed._Order:
+        made = original(*given)
+        return made._replace(index=made.index.as_subclass(OnGpu))
+
+    monkeypatch.setattr(_packed, "_order", order)
+    for stream in ("one", "two"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        assert torch.equal(packed.get(reversed_rows, weight).as_subclass(Tensor), weight.flip(0))
+    assert streams == ["one", "two"]
 
 
 @pytest.mark.gpu
