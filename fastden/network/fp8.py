@@ -6,11 +6,15 @@ measured for 8-bit integers. On Kodak24 at sigma 25 this costs 0.003 dB (``bench
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from fastden.cuda import extension
 from fastden.network.int8 import Ranges
 from fastden.ops import backends
+from fastden.ops._tracing import constant_result
 
 
 def conv3_ranges(ranges: Ranges) -> Tensor:
@@ -25,3 +29,14 @@ def why_not(dtype: torch.dtype, device: torch.device) -> list[str]:
     shapes = (1, 128, 1, 1), (1, 32, 1, 1), (256, 160, 3, 3)
     a, b, weight = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     return backends.why_not("concat_conv_fp8", "cuda", a=a, b=b, weight=weight)
+
+
+@constant_result
+def runs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether conv3 can run in fp8 on a CUDA device. :func:`why_not` is asked once, and again behind a build."""
+    return _runs(dtype, device, extension.loaded())
+
+
+@cache
+def _runs(dtype: torch.dtype, device: torch.device, loaded: bool) -> bool:
+    return not why_not(dtype, device)

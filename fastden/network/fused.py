@@ -93,7 +93,7 @@ def fuse(
 
 
 def _check_loaded(network: FusedDenoiser, _: object) -> None:
-    """Refuse weights, as soon as they are loaded, that the ranges of activations do not belong to."""
+    """Refuse weights that the ranges of activations do not belong to; called as soon as weights are loaded."""
     weights = {name: getattr(network, name) for name in network._measured}
     # Weights that hold a NaN keep it: they never run in integers.
     if network.device.type != "meta" and all(bool(weight.isfinite().all()) for weight in weights.values()):
@@ -183,6 +183,8 @@ class FusedDenoiser(nn.Module):
             self._measured = {name: getattr(self, name).detach().cpu().float().clone() for name in kept}
             self.register_load_state_dict_post_hook(_check_loaded)
         self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
+        # Addresses and versions of the measured weights when they were checked last.
+        self._checked: list[tuple[int, int]] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
         before = {name: buffer for name, buffer in self.named_buffers() if name.endswith(("_bias", "_ranges"))}
@@ -279,10 +281,25 @@ class FusedDenoiser(nn.Module):
         weight, bias = self._pair("conv3")
         wanted = backend or requested()
         # Elsewhere, quality="fast" is oneDNN's form, or does not change what operators do.
-        in_fp8 = self.quality == "fast" and not self.differentiable and (skip.is_cuda or wanted == "cuda")
+        in_fp8 = self.quality == "fast" and not self.differentiable
+        in_fp8 = in_fp8 and (fp8.runs(self.dtype, skip.device) if skip.is_cuda else wanted == "cuda")
         if in_fp8 and not wants_gradient(skip, up, weight, bias):
+            self._check_weights(skip)
             return ops.concat_conv_fp8(skip, up, weight, bias, ranges=self.conv3_ranges, backend=wanted or "cuda")
         return ops.concat_conv_bn_relu(skip, up, weight, bias, backend=backend)
+
+    def _check_weights(self, x: Tensor) -> None:
+        """Refuse weights that have changed since the ranges of activations were measured.
+
+        A check reads all weights. So it runs only behind a change that a version counter or an address shows.
+        """
+        if not runs_as_written(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        weights = [getattr(self, name) for name in self._measured]
+        now = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if now != self._checked:
+            _check_loaded(self, None)
+            self._checked = now
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
@@ -346,7 +363,7 @@ class FusedDenoiser(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # pickle and deepcopy cannot read packed weights. The copy makes them again on first use.
-        return {**self.__dict__, "_onednn": None}
+        return {**self.__dict__, "_onednn": None, "_checked": []}
 
     def extra_repr(self) -> str:
         told = (

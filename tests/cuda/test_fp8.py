@@ -262,6 +262,13 @@ class TestNetwork:
         for y in found.values():
             assert 1e-3 < relative_l2(y, plain) < 0.05
 
+    def test_compiles_without_a_break(self, device: str, network: Callable[[str], fastden.FusedDenoiser]) -> None:
+        fused = network(device)
+        x = torch.rand(1, 3, 8, 8, device=device)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        with torch.no_grad(), ops.use_backend("cuda"):
+            assert torch.equal(compiled(x, 0.1), fused(x, 0.1))
+
     def test_gradients_are_not_of_fp8(self, device: str, network: Callable[[str], fastden.FusedDenoiser]) -> None:
         fused = network(device)
         x = torch.rand(1, 3, 8, 8, device=device, requires_grad=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastden
+from fastden import ops
+from fastden.cuda import extension
 from fastden.network import fp8, int8, loading
 from fastden.network.model import Denoiser
 from fastden.ops import backends
@@ -72,3 +76,82 @@ def test_operators_on_a_cpu_are_not_in_fp8(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(fast(x, 0.1), normal(x, 0.1))
     assert "conv3_ranges" not in fast.state_dict()
     fast.load_state_dict(normal.state_dict())
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> fastden.FusedDenoiser:
+    """A network whose conv3 is called for the cuda backend, and computes the reference of fp8."""
+    monkeypatch.setattr(int8, "why_not", list)
+    concat_conv_fp8 = ops.concat_conv_fp8
+
+    def on_torch(*tensors: Tensor, backend: str, **options: Any) -> Tensor:
+        assert backend == "cuda"
+        return concat_conv_fp8(*tensors, backend="torch", **options)
+
+    monkeypatch.setattr(ops, "concat_conv_fp8", on_torch)
+    return fastden.fuse(Denoiser.from_pretrained("color"), torch.bfloat16, quality="fast")
+
+
+def conv3(network: fastden.FusedDenoiser) -> Tensor:
+    skip, up = (torch.ones(1, channels, 2, 3, dtype=torch.bfloat16) for channels in (128, 32))
+    with torch.no_grad():
+        return network._conv3(skip, up, "cuda")
+
+
+def test_weights_that_changed_are_refused(fast: fastden.FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they were changed; the weights are read only behind a change."""
+    read: list[int] = []
+    original = fast._checked_ranges
+    monkeypatch.setattr(fast, "_checked_ranges", lambda weights: read.append(1) or original(weights))
+    for _ in range(3):
+        conv3(fast)
+    assert len(read) == 1
+    fast.res1_conv_weight = fast.res1_conv_weight.clone()
+    conv3(fast)
+    assert len(read) == 2
+    fast.res1_conv_weight.mul_(2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'fast', but res1_conv_weight has changed since the ranges of act"):
+            conv3(fast)
+    fast.res1_conv_weight.div_(2)
+    conv3(fast)
+    other = copy.deepcopy(fast)
+    other.stem_bias = other.stem_bias + 1
+    with pytest.raises(ValueError, match="'fast', but stem_bias has changed since the ranges"):
+        conv3(other)
+    with torch.inference_mode():
+        fast.up2_weight = fast.up2_weight * 2  # such a tensor has no version
+        with pytest.raises(ValueError, match="'fast', but up2_weight has changed"):
+            conv3(fast)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_gpu_without_fp8_computes_in_more_bits(
+    fast: fastden.FusedDenoiser, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that was made for a CPU may be moved there."""
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    asked: list[str] = []
+    monkeypatch.setattr(fp8, "runs", lambda dtype, device: runs)
+    for name in ("concat_conv_fp8", "concat_conv_bn_relu"):
+        monkeypatch.setattr(ops, name, lambda *given, name=name, **options: asked.append(name))
+    skip, up = (torch.ones(1, channels, 2, 3, dtype=torch.bfloat16).as_subclass(OnGpu) for channels in (128, 32))
+    with torch.no_grad():
+        fast._conv3(skip, up, None)
+    assert asked == ["concat_conv_fp8" if runs else "concat_conv_bn_relu"]
+
+
+def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again once the extension is loaded."""
+    asked: list[str] = []
+    monkeypatch.setattr(fp8, "why_not", lambda dtype, device: asked.append(device) or ["no"])
+    fp8._runs.cache_clear()
+    for loaded in (False, True):
+        monkeypatch.setattr(extension, "loaded", lambda loaded=loaded: loaded)
+        for _ in range(3):
+            assert not fp8.runs(torch.bfloat16, CUDA)
+    assert asked == [CUDA, CUDA]
+    fp8._runs.cache_clear()
