@@ -9,7 +9,7 @@ counts. SSIM is scikit-image's with its defaults (7x7 windows, channels averaged
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -21,12 +21,14 @@ import torch
 from skimage.metrics import structural_similarity
 
 from fastden.errors import UserError
-from fastden.images.codec import ImageFile, read_image
+from fastden.images.codec import read_image
 from fastden.images.finder import find_images
+from fastden.images.image_file import Header
 from fastden.images.pixels import to_dtype
 from fastden.images.ranges import ORDINARY
+from fastden.images.strips import read_header
 from fastden.inference.estimate import estimate_of
-from fastden.inference.run import denoise_pixels
+from fastden.inference.run import PLAIN, adapted, denoise_pixels
 from fastden.network.fused import FusedDenoiser
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,6 +40,76 @@ Measure = Callable[[Bytes, Bytes], float]
 
 #: Luma of BT.601, the gray of the field's test sets.
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def check_levels(network: FusedDenoiser, sigmas: Sequence[float] | None = None, *, estimate: bool = False) -> None:
+    """Raise ValueError where a blind network would be given noise levels, or their estimate: it would ignore them."""
+    if network.noise_level_input:
+        return
+    blind = "but this model is blind (it takes no noise level)"
+    if estimate:
+        raise ValueError(f"estimate: given, {blind}; accepted: a model that takes one")
+    if sigmas is not None:
+        raise ValueError(f"sigma: {', '.join(f'{sigma:g}' for sigma in sigmas)}, {blind}; accepted: none")
+
+
+def check_photographs(folder: Path, network: FusedDenoiser, *, gray: bool = False) -> list[Path]:
+    """The photographs of a folder, sorted. Headers are read and no pixels, so that a mistake shows at once.
+
+    Args:
+        folder, network, gray: as for :func:`evaluate_folder`.
+
+    Raises:
+        UserError: no such folder, no image in it, an image that cannot be read or is not of 8 bits.
+        ValueError: a colour image for a gray network.
+    """
+    files = _files(folder)
+    for file in files:
+        channels = _eight_bit(file).channels
+        adapted(network, 1 if gray else channels, PLAIN)
+    return files
+
+
+def check_pairs(folder: Path, network: FusedDenoiser) -> list[tuple[Path, Path]]:
+    """The noisy shots ``*_real.*`` of a folder, each with its reference; as :func:`check_photographs`.
+
+    Args:
+        folder, network: as for :func:`evaluate_pairs`.
+
+    Raises:
+        UserError: no such folder, no pair in it, a shot without reference, a pair of two sizes, an image that cannot be
+            read or is not of 8 bits.
+        ValueError: a colour image for a gray network.
+    """
+    noisy_files = [file for file in _files(folder) if file.stem.endswith("_real")]
+    if not noisy_files:
+        raise UserError(f"pairs: no file *_real.* in {folder}; accepted: pairs name_real.* and name_mean.*")
+    pairs = [(file, _reference(file)) for file in noisy_files]
+    for pair in pairs:
+        headers = [_eight_bit(file) for file in pair]
+        noisy, clean = [(header.height, header.width, header.channels) for header in headers]
+        if clean != noisy:
+            raise UserError(f"pairs: {pair[0]} is {noisy}, its reference {clean}; accepted: the same size")
+        adapted(network, headers[0].channels, PLAIN)
+    return pairs
+
+
+def set_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each set: that of its folder, and of folders above it where several would have the same.
+
+    Raises:
+        UserError: a folder that is given twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for folder, own in zip(folders, parts, strict=True):
+        if parts.count(own) > 1:
+            raise UserError(f"folder: {folder} is given more than once; accepted: each folder once")
+        count = 1
+        while sum(other[-count:] == own[-count:] for other in parts) > 1:
+            count += 1
+        names.append(Path(*own[-count:]).as_posix())
+    return names
 
 
 def evaluate_folder(
@@ -70,14 +142,16 @@ def evaluate_folder(
         for each further measure its name and ``name_noisy``.
 
     Raises:
-        UserError: no such folder, no image in it, an image that is not of 8 bits.
+        UserError: see :func:`check_photographs`, before anything is computed; or pixels that cannot be read.
+        ValueError: ``estimate`` with a blind network, or colour images for a gray one.
     """
-    files = _files(folder)
+    check_levels(network, estimate=estimate)
+    files = check_photographs(folder, network, gray=gray)
     scores: list[dict[str, dict[str, float]]] = [{} for _ in sigmas]
     for index, file in enumerate(files):
         if started is not None:
             started(file.name)
-        clean = _eight_bit(file)
+        clean = read_image(file).pixels
         if gray and clean.shape[2] == 3:
             clean = np.rint(clean.astype(np.float32) @ LUMA).astype(np.uint8)[:, :, None]
         noise = np.random.default_rng(seed + index).standard_normal(clean.shape, dtype=np.float32)
@@ -117,19 +191,17 @@ def evaluate_pairs(
         its scores.
 
     Raises:
-        UserError: no such folder, no pair in it, a pair of two sizes, an image that is not of 8 bits.
+        UserError: see :func:`check_pairs`, before anything is computed; or pixels that cannot be read.
+        ValueError: ``sigmas`` for a blind network, or colour images for a gray one.
     """
-    noisy_files = [file for file in _files(folder) if file.stem.endswith("_real")]
-    if not noisy_files:
-        raise UserError(f"pairs: no file *_real.* in {folder}; accepted: pairs name_real.* and name_mean.*")
-    asked: list[Any] = ["auto"] if sigmas is None or not network.noise_level_input else list(sigmas)
+    check_levels(network, sigmas)
+    pairs = check_pairs(folder, network)
+    asked: list[Any] = ["auto"] if sigmas is None else list(sigmas)
     scores: list[dict[str, dict[str, float]]] = [{} for _ in asked]
-    for file in noisy_files:
+    for file, reference in pairs:
         if started is not None:
             started(file.name)
-        clean, noisy = _eight_bit(_reference(file)), _eight_bit(file)
-        if clean.shape != noisy.shape:
-            raise UserError(f"pairs: {file} is {noisy.shape}, its reference {clean.shape}; accepted: the same size")
+        clean, noisy = read_image(reference).pixels, read_image(file).pixels
         for sigma, by_name in zip(asked, scores, strict=True):
             # 8 bits span 0 to 255, however dark; of floating values the range would be looked for.
             floats = to_dtype(noisy, np.float32)
@@ -169,11 +241,11 @@ def _reference(noisy: Path) -> Path:
     return references[0]
 
 
-def _eight_bit(file: Path) -> Bytes:
-    image: ImageFile = read_image(file)
-    if image.pixels.dtype != np.uint8:
-        raise UserError(f"{file}: {image.bits} bits; accepted for an evaluation: 8 bits")
-    return image.pixels
+def _eight_bit(file: Path) -> Header:
+    header = read_header(file)
+    if header.dtype != np.uint8:
+        raise UserError(f"{file}: {header.bits} bits; accepted for an evaluation: 8 bits")
+    return header
 
 
 def _scores(clean: Bytes, noisy: Floats, denoised: Floats, measures: Mapping[str, Measure] | None) -> dict[str, float]:
@@ -236,7 +308,7 @@ def _means(by_name: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def results_document(
-    model: str, network: FusedDenoiser, settings: dict[str, Any], sets: dict[str, Any]
+    model: str, network: FusedDenoiser, settings: dict[str, Any], sets: dict[str, Any], *, complete: bool = True
 ) -> dict[str, Any]:
     """What ``fastden eval --json`` writes: results with all that is needed to repeat them.
 
@@ -244,7 +316,8 @@ def results_document(
         model: as it was named.
         network: the fused network.
         settings: further arguments (seed, gray, pairs).
-        sets: results by the folders' names.
+        sets: results by the sets' names, see :func:`set_names`.
+        complete: whether these are all sets that were asked for.
     """
     packages = ("fastden", "torch", "numpy", "scikit-image", "pyvips")
     document = {
@@ -257,6 +330,7 @@ def results_document(
         "settings": settings,
         "versions": {name: _installed(name) for name in packages},
         "torch_build": torch.__version__,
+        "complete": complete,
         "sets": sets,
     }
     return _plain(document)

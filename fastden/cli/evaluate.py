@@ -38,7 +38,10 @@ def evaluate(
     dists: Annotated[
         bool, typer.Option("--dists", help="Also DISTS, how different people find two pictures (extra: perceptual).")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; the image's index is added.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Seed of the noise, default 0; the image's index is added.", show_default=False),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
     ] = None,
@@ -58,56 +61,71 @@ def evaluate(
     sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]
     if gray and real:
         raise UserError("gray: given with --real; accepted: one of them")
+    if seed is not None and real:
+        raise UserError("seed: given with --real, which adds no noise; accepted: one of them")
     if estimate and real and sigmas:
         raise UserError("estimate: given with --real and --sigma; accepted: --sigma, or the estimate of real noise")
-    by_noise = model is None and (estimate or (real and not sigmas))
+    estimated = estimate or (real and not sigmas)
+    by_noise = model is None and estimated
     model = model or default_model("auto" if by_noise else 0.0)
     if json_file is not None:  # before the long computation
         check_target(json_file, overwrite=True)
     settings = {"device": device, "dtype": dtype.value}
     network = check_model({"model": model, **settings}, eight_bit=False)
     white = check_model({"model": default_model(0.0), **settings}, eight_bit=False) if by_noise else None
+    names = evaluation.set_names(folders)
+    with naming():
+        evaluation.check_levels(network, sigmas if real and sigmas else None, estimate=estimate)
+    for folder in folders:
+        with naming(str(folder), FAILURES):
+            if real:
+                evaluation.check_pairs(folder, network)
+            else:
+                evaluation.check_photographs(folder, network, gray=gray)
     measures = {"dists": evaluation.dists()} if dists else {}
+    noise_seed = seed or 0
+    options: dict[str, Any] = {
+        "seed": None if real else noise_seed,
+        "gray": gray,
+        "real": real,
+        "estimate": estimated and network.noise_level_input,
+    }
+    options |= {"white": default_model(0.0)} if by_noise else {}
     sets: dict[str, Any] = {}
     more = [f"{before}{name.upper()}" for name in measures for before in ("noisy ", "")]
     table = Table("set", "images", "sigma", "noisy PSNR", "PSNR", "noisy SSIM", "SSIM", *more)
     console = Console(stderr=True)
-    with console.status("evaluating") as status:
-        for folder in folders:
-            started = _shower(status, folder)
-            with naming(str(folder), FAILURES):
-                if real:
-                    results = evaluation.evaluate_pairs(
-                        folder, network, sigmas or None, white=white, measures=measures, started=started
-                    )
-                else:
-                    wanted = sigmas or [15.0, 25.0, 50.0]
-                    results = evaluation.evaluate_folder(
-                        folder,
-                        network,
-                        wanted,
-                        gray=gray,
-                        estimate=estimate,
-                        white=white,
-                        seed=seed,
-                        measures=measures,
-                        started=started,
-                    )
-            name = folder.resolve().name
-            sets[name if name not in sets else str(folder)] = results
-            for row in results:
-                table.add_row(name, *_cells(row, list(measures)))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if json_file is not None:
-        options: dict[str, Any] = {
-            "seed": seed,
-            "gray": gray,
-            "real": real,
-            "estimate": estimate or (real and not sigmas),
-        }
-        options |= {"white": default_model(0.0)} if by_noise else {}
-        document = evaluation.results_document(model, network, options, sets)
-        write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
+    try:
+        with console.status("evaluating") as status:
+            for name, folder in zip(names, folders, strict=True):
+                started = _shower(status, folder)
+                with naming(str(folder), FAILURES):
+                    if real:
+                        results = evaluation.evaluate_pairs(
+                            folder, network, sigmas or None, white=white, measures=measures, started=started
+                        )
+                    else:
+                        results = evaluation.evaluate_folder(
+                            folder,
+                            network,
+                            sigmas or [15.0, 25.0, 50.0],
+                            gray=gray,
+                            estimate=estimate,
+                            white=white,
+                            seed=noise_seed,
+                            measures=measures,
+                            started=started,
+                        )
+                sets[name] = results
+                for row in results:
+                    table.add_row(name, *_cells(row, list(measures)))
+                if json_file is not None:  # after each set: a set that fails loses no earlier one
+                    complete = len(sets) == len(folders)
+                    document = evaluation.results_document(model, network, options, sets, complete=complete)
+                    write_bytes(json_file, (json.dumps(document, indent=1) + "\n").encode())
+    finally:
+        if sets:
+            Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _cells(row: dict[str, Any], measures: list[str]) -> list[str]:

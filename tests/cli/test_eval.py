@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fastden
+from fastden import evaluation
+from fastden.cli.main import app
 from fastden.evaluation import psnr
 from fastden.images.codec import ImageFile, read_image, write_image
+from fastden.network.loading import load_network
 from tests.cli.run import fails, works
 from tests.image_files import encoded, pixels, save_model
 
@@ -220,3 +226,82 @@ def test_an_estimate_beside_a_given_level(tmp_path: Path, model: str) -> None:
         model,
         saying="estimate: given with --real",
     )
+
+
+def test_a_mistake_in_a_later_folder_shows_before_anything_is_computed(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep, pairs, results = tmp_path / "deep", tmp_path / "pairs", tmp_path / "r.json"
+    deep.mkdir()
+    pairs.mkdir()
+    write_image(deep / "b.png", ImageFile(pixels(dtype=np.uint16), bits=16))
+    (pairs / "x_real.png").write_bytes(encoded(pixels(32, 40), "PNG"))
+    (pairs / "x_mean.png").write_bytes(encoded(pixels(32, 41), "PNG"))
+    gray = save_model(tmp_path / "gray", image_channels=1)
+    (tmp_path / "grays").mkdir()
+    (tmp_path / "grays" / "a.png").write_bytes(encoded(pixels(channels=0), "PNG"))
+
+    def computed(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed before all folders are checked")
+
+    monkeypatch.setattr(evaluation, "denoise_pixels", computed)
+    for arguments, saying in (
+        ([photos, tmp_path / "typo", "--model", model], "typo is not a folder"),
+        ([photos, deep, "--model", model], "b.png: 16 bits; accepted for an evaluation: 8 bits"),
+        ([pairs, "--real", "--model", model], r"x_real.png is \(32, 40, 3\), its reference \(32, 41, 3\)"),
+        ([tmp_path / "grays", photos, "--model", gray], "3 channels, but the model is for gray images"),
+    ):
+        fails("eval", *arguments, "--json", results, saying=saying)
+        assert not results.exists()
+
+
+def test_sets_that_are_finished_outlive_one_that_fails(photos: Path, tmp_path: Path, model: str) -> None:
+    """A header tells nothing of damaged pixels."""
+    damaged, results = tmp_path / "damaged", tmp_path / "r.json"
+    damaged.mkdir()
+    (damaged / "a.png").write_bytes(encoded(pixels(96, 96), "PNG")[:-2000])
+    arguments = [photos, damaged, "--sigma", 25, "--model", model, "--json", results]
+    done = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    assert done.exit_code == 1
+    assert "a.png" in done.stderr
+    document = json.loads(results.read_text())
+    assert (list(document["sets"]), document["complete"]) == (["photos"], False)
+    assert f"{document['sets']['photos'][0]['psnr']:.2f}" in done.stdout
+    works("eval", photos, "--sigma", "25", "--model", model, "--json", results)
+    assert json.loads(results.read_text())["complete"] is True
+
+
+def test_two_sets_of_one_name(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, tmp_path / "a" / "photos")
+    (tmp_path / "a" / "photos" / "a.png").unlink()
+    text = works(
+        "eval", "a/photos", "photos", "photos/inner", "--sigma", "25", "--model", model, "--json", tmp_path / "r.json"
+    )
+    sets = json.loads((tmp_path / "r.json").read_text())["sets"]
+    names = {"a/photos": 1, f"{tmp_path.name}/photos": 2, "inner": 1}
+    assert {name: len(rows[0]["images"]) for name, rows in sets.items()} == names
+    assert all(f" {name} " in text for name in names)
+    fails("eval", "photos", "photos/../photos", "--model", model, saying="photos is given more than once")
+
+
+def test_what_would_have_no_effect_is_refused(photos: Path, tmp_path: Path, model: str, blind: str) -> None:
+    for name in ("x_real.png", "x_mean.png"):
+        (tmp_path / name).write_bytes(encoded(pixels(), "PNG"))
+    blind_to = r"but this model is blind \(it takes no noise level\)"
+    for options, saying in (
+        (["--real", "--sigma", "10", "--model", blind], f"^error: sigma: 10, {blind_to}; accepted: none"),
+        (["--estimate", "--model", blind], f"^error: estimate: given, {blind_to}; accepted: a model that takes one"),
+        (["--real", "--estimate", "--model", blind], f"^error: estimate: given, {blind_to}"),
+        (["--real", "--seed", "0", "--model", model], "^error: seed: given with --real, which adds no noise"),
+    ):
+        fails("eval", tmp_path, *options, saying=saying)
+    network = load_network(blind)
+    with pytest.raises(ValueError, match="sigma: 10, but this model is blind"):
+        evaluation.evaluate_pairs(tmp_path, network, [10.0])
+    with pytest.raises(ValueError, match="estimate: given, but this model is blind"):
+        evaluation.evaluate_folder(photos, network, [10.0], estimate=True)
+    results = tmp_path / "r.json"
+    works("eval", tmp_path, "--real", "--model", blind, "--json", results)
+    settings = json.loads(results.read_text())["settings"]
+    assert (settings["estimate"], settings["seed"]) == (False, None)
