@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -326,9 +327,15 @@ def network(
         if large:
             from fastden.bench.large import measured
 
-            row = result["large"] = measured(run.model_name, str(settings.dtype).removeprefix("torch."))
-            peak = "" if row["peak_rss_mib"] is None else f", {row['peak_rss_mib']:.0f} MiB at most"
-            print(f"{row['height']} x {row['width']} pixels by tiles: {row['seconds']} s{peak}")
+            try:
+                row = measured(run.model_name, str(settings.dtype).removeprefix("torch."))
+            except RuntimeError as failure:  # it must not lose the comparison
+                row = {"failed": " ".join(str(failure).split())[:300]}
+                print(row["failed"], file=sys.stderr)
+            else:
+                peak = "" if row["peak_rss_mib"] is None else f", {row['peak_rss_mib']:.0f} MiB at most"
+                print(f"{row['height']} x {row['width']} pixels by tiles: {row['seconds']} s{peak}")
+            result["large"] = row
         return [result]
 
     run.finish(measure)

@@ -207,8 +207,10 @@ def compare(
 
 
 def all_right(result: Mapping[str, Any]) -> bool:
-    """Whether every contender of a comparison ran and was right."""
-    return all(row.get("right", False) for row in result["contenders"].values())
+    """Whether every contender of a comparison ran and was right, and the large picture did not fail."""
+    return "failed" not in result.get("large", {}) and all(
+        row.get("right", False) for row in result["contenders"].values()
+    )
 
 
 def ready(

@@ -9,20 +9,28 @@ TRAINING = 3
 
 
 class PerPixel(NamedTuple):
-    """A count for each pixel of the image: ``channel`` for each channel of the network's input, and ``fixed``."""
+    """A count for each pixel of the image.
+
+    Args:
+        channel: for each channel of the network's input.
+        fixed: whatever the image.
+        colour: for each channel of the image, which the network returns.
+        pair: for each pair of an input's channel and one of the image.
+    """
 
     channel: int
     fixed: int
+    colour: int = 0
+    pair: int = 0
 
-    def of(self, channels: int, training: bool = False) -> int:
-        """The count for an input of ``channels``, the noise level's among them; of a training step on request.
+    def of(self, channels: int, colours: int = 3, training: bool = False) -> int:
+        """The count for an input of ``channels``, the noise level's among them, and an image of ``colours``, 1 or 3.
 
-        A step does each multiplication three times: forward, for the input's gradient and for the weight's. What reads
-        the image does it twice: nobody asks for the image's gradient.
+        With ``training`` it is that of a step, which does each multiplication three times: forward, for the input's
+        gradient and for the weight's. What reads the image does it twice: nobody asks for the image's gradient.
         """
-        return (
-            (2 * self.channel * channels + TRAINING * self.fixed) if training else self.channel * channels + self.fixed
-        )
+        reading, others = (self.channel + self.pair * colours) * channels, self.fixed + self.colour * colours
+        return 2 * reading + TRAINING * others if training else reading + others
 
 
 class Part(NamedTuple):
@@ -56,9 +64,9 @@ PARTS = {
     "conv3": _same(9 * 160 * 256 // 4, (160 + 256) // 4),
     "res3": _same((2 * 256 * 64 + 9 * 64 * 64) // 4, 2 * 256 // 4),
     "head": Part(
-        PerPixel(49 * 3, 9 * 256 * 12 // 4),
-        PerPixel(25 * 64, 16 * 256 * 64 // 4 + 9 * 128 * 3),
-        PerPixel(1, 256 // 4 + 3),
+        PerPixel(0, 0, 9 * 256 * 4 // 4, 49),
+        PerPixel(25 * 64, 16 * 256 * 64 // 4, 9 * 128),
+        PerPixel(1, 256 // 4, 1),
     ),
 }
 #: The convolutions of res3 one by one: 1x1, 3x3, and 1x1 with the residual.
@@ -70,11 +78,11 @@ UNITS = {
 
 
 def _sum(counts: list[PerPixel]) -> PerPixel:
-    return PerPixel(sum(count.channel for count in counts), sum(count.fixed for count in counts))
+    return PerPixel(*map(sum, zip(*counts, strict=True)))
 
 
 #: Multiply-accumulates of the composed network and of the plain one, whose conv0 serves both ends; and values moved.
 COMPOSED_MACS = _sum([part.own for part in PARTS.values()])
 _PLAIN_TWICE = _sum([part.plain for part in PARTS.values()])
-PLAIN_MACS = PerPixel(_PLAIN_TWICE.channel - CONV0.channel, _PLAIN_TWICE.fixed)
+PLAIN_MACS = _PLAIN_TWICE._replace(channel=_PLAIN_TWICE.channel - CONV0.channel)
 VALUES = _sum([part.values for part in PARTS.values()])

@@ -89,7 +89,7 @@ def folder_job(
     inputs, single = folder / "images", folder / "one"
     for path in (inputs, single, folder / "plain"):
         path.mkdir()
-    noisy = [_to_pixels(photograph(*size, seed=seed)) for seed in range(count)]
+    noisy = [_to_pixels(photograph(*size, seed=seed, channels=model.image_channels)) for seed in range(count)]
     for index, pixels in enumerate(noisy):
         write_image(inputs / f"{index:04}.png", ImageFile(pixels))
     write_image(single / "0000.png", ImageFile(noisy[0][:16, :16]))
@@ -121,7 +121,7 @@ def folder_job(
 
 
 def results(folder: Path) -> tuple[Tensor]:
-    """All images of a folder, (N, 3, H, W) on the scale [0, 1]."""
+    """All images of a folder, (N, C, H, W) on the scale [0, 1]."""
     pictures = [_to_batch(read_image(path).pixels, torch.device("cpu")) for path in sorted(folder.glob("*.png"))]
     return (torch.cat(pictures),)
 

@@ -28,7 +28,8 @@ OPERATORS = {
 NORMALISED = {"stem": (128, 2), "conv2": (128, 4), "res3_reduce": (64, 2), "conv3": (256, 2)}
 
 #: Of the input: a color image and its noise level.
-IMAGE_CHANNELS = 4
+COLOURS = 3
+IMAGE_CHANNELS = COLOURS + 1
 
 Draw = Callable[[int, int], Tensor]
 
@@ -126,7 +127,7 @@ def _weight_gradient(part: str, draw: Draw, pixels: int, dtype: torch.dtype) -> 
         return run
 
     counts = (PARTS | UNITS)[part].own
-    macs = counts.channel * IMAGE_CHANNELS if stem else counts.fixed
+    macs = counts.channel * IMAGE_CHANNELS if stem else counts.fixed + counts.colour * COLOURS
     moved = float(sum(x.numel() for x in sources if x is not None) * dtype.itemsize)
     return _Work(call, plain, {"torch": plain, "triton": kernel}, moved, 2.0 * macs * pixels)
 

@@ -56,7 +56,8 @@ def measure(model: str, dtype: str, height: int, width: int) -> dict[str, Any]:
     network = fuse(denoiser, getattr(torch, dtype))
     sigma = SIGMA if denoiser.noise_level_input else None
     # The picture is repeated as bytes: a float picture of this size would be the peak.
-    part = photograph(-(-height // 8), -(-width // 8)).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    values = photograph(-(-height // 8), -(-width // 8), channels=denoiser.image_channels)
+    part = values.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     image = part.repeat(1, 1, 8, 8)[:, :, :height, :width].contiguous()
     denoise_tiled(network, image[:, :, : WARM_UP[0], : WARM_UP[1]], sigma)
     before = status_mib("VmHWM")

@@ -46,7 +46,7 @@ def inference(
         folder: for the files of other runtimes.
     """
     device = model.conv0.weight.device
-    x = photograph(*size, count=batch).to(device)
+    x = photograph(*size, count=batch, channels=model.image_channels).to(device)
     with use_backend("torch"):
         # By tiles: float64 activations of large images would not fit.
         reference = denoise_tiled(copy.deepcopy(model).double(), x.double(), level(model))
@@ -55,7 +55,8 @@ def inference(
     bound = bounds(eager, (reference,), dtype)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
-    plain_flops, own_flops = (2.0 * macs.of(channels) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
+    colours = model.image_channels
+    plain_flops, own_flops = (2.0 * macs.of(channels, colours) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
     contenders = [
         Contender(forms.own_name(name), partial(_own, model, x, dtype, name), own_flops, own=True) for name in backends
     ]
@@ -73,7 +74,7 @@ def inference(
         flops = own_flops if composed else plain_flops
         bounds_of = {"relative_l2": forms.FAST_ERROR} if name == forms.FAST else None
         contenders.append(Contender(name, build, flops, graphs=graphs, bounds=bounds_of))
-    moved = float(VALUES.of(channels) * pixels * dtype.itemsize)
+    moved = float(VALUES.of(channels, colours) * pixels * dtype.itemsize)
     return Job("model", batch, pixels, moved, (reference,), bound), contenders
 
 
@@ -129,13 +130,16 @@ def training(
     The optimiser's part is the same for all and left out. Errors are those of the gradients of all parameters, by their
     relative L2 norms. Arguments as of :func:`inference`; ``size`` is that of the crops.
     """
-    x = photograph(*size, count=batch).to(model.conv0.weight.device)
+    x = photograph(*size, count=batch, channels=model.image_channels).to(model.conv0.weight.device)
     reference = _step("eager", copy.deepcopy(model).double(), x.double(), torch.float64, None)()
     eager = [_step(form, model, x, dtype, None)() for form in ("eager", "channels_last")]
     bound = bounds(eager, reference, dtype, gradients=True)
     pixels = x[:, 0].numel()
     channels = model.conv0.in_channels
-    plain_flops, own_flops = (2.0 * macs.of(channels, training=True) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS))
+    colours = model.image_channels
+    plain_flops, own_flops = (
+        2.0 * macs.of(channels, colours, training=True) * pixels for macs in (PLAIN_MACS, COMPOSED_MACS)
+    )
     contenders = [
         Contender(forms.own_name(name), partial(_step, "channels_last", model, x, dtype, name), own_flops, own=True)
         for name in backends
@@ -144,7 +148,7 @@ def training(
         Contender(name, partial(_step, name, model, x, dtype, None), plain_flops, graphs=name != "max_autotune")
         for name in peers
     ]
-    moved = float(TRAINING * VALUES.of(channels) * pixels * dtype.itemsize)
+    moved = float(TRAINING * VALUES.of(channels, colours) * pixels * dtype.itemsize)
     return Job("train", batch, pixels, moved, reference, bound), contenders
 
 

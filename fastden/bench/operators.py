@@ -258,11 +258,12 @@ def _job(
     counts = (PARTS | UNITS)[case.part]
     batch = len(case.inputs[0])
     channels = next((tensor.shape[1] for tensor in case.inputs if tensor.shape[1] <= IMAGE_CHANNELS), 0)
+    colours = reference[0].shape[1]  # of the image that the head returns; the other counts do not depend on it
     pixels = batch * size[0] * size[1]
-    own_flops, flops = (2.0 * macs.of(channels, training) * pixels for macs in (counts.own, counts.plain))
+    own_flops, flops = (2.0 * macs.of(channels, colours, training) * pixels for macs in (counts.own, counts.plain))
     contenders = [Contender(forms.own_name(name), build, own_flops, own=True) for name, build in own.items()]
     contenders += [Contender(name, build, flops, graphs=name != "max_autotune") for name, build in peers.items()]
-    moved = float((TRAINING if training else 1) * counts.values.of(channels) * pixels * dtype.itemsize)
+    moved = float((TRAINING if training else 1) * counts.values.of(channels, colours) * pixels * dtype.itemsize)
     return Job(job_name(case.operator, case.part), batch, pixels, moved, reference, bound), contenders
 
 

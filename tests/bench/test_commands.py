@@ -18,6 +18,7 @@ from fastden.bench import files, forms, gradients, large, machine, network, oper
 from fastden.cli.main import app
 from fastden.network import int8
 from tests.cli.run import fails, works
+from tests.image_files import save_model
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--rounds", "2")
 
@@ -104,6 +105,41 @@ def test_a_large_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "20 x 28 pixels by tiles: " in shown
     assert json.loads(target.read_text())["results"][0]["large"] == row
     assert asked == [("color", "float32")]
+
+
+def test_a_large_picture_that_fails_leaves_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(*_: str) -> None:
+        raise RuntimeError("the large picture: exit code -9: no message")
+
+    monkeypatch.setattr(large, "measured", failed)
+    target = tmp_path / "a.json"
+    options = ("--size", 16, 16, "--compare", "", "--large", "--json", target)
+    done = CliRunner().invoke(app, ["bench", "model", *TINY, *map(str, options)])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert "the large picture: exit code -9" in done.stderr
+    assert "fastden-torch" in done.stdout
+    found = json.loads(target.read_text())
+    assert (found["complete"], found["all_right"]) == (True, False)
+    assert found["results"][0]["large"] == {"failed": "the large picture: exit code -9: no message"}
+    assert found["results"][0]["contenders"]["fastden-torch"]["right"]
+
+
+def test_a_gray_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gray, target = save_model(tmp_path / "gray", image_channels=1), tmp_path / "a.json"
+    options = ("--model", gray, "--size", 32, 32, "--compare", "eager", "--json", target)
+    works("bench", "model", *TINY, *options)
+    found = document(target, "model", {"fastden-torch", "eager"})
+    # Of one channel and its level: conv0 reads, and out makes, less.
+    assert found["results"][0]["contenders"]["eager"]["flops"] == 2 * (222_144 - 2 * 25 * 64 - 2 * 9 * 128) * 32 * 32
+    works("bench", "train", *TINY, *options)
+    document(target, "train", {"fastden-torch", "eager"})
+    works("bench", "ops", "--only", "stem,head", *TINY, *options)
+    document(target, "ops", {"fastden-torch", "eager"})
+    assert large.measure(str(gray), "float32", 20, 28)["width"] == 28
+    monkeypatch.setattr(files.subprocess, "run", run_here)
+    works("bench", "batch", *TINY, *options, "--images", 1)
+    assert json.loads(target.read_text())["all_right"]
 
 
 def test_ops(tmp_path: Path) -> None:

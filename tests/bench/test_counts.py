@@ -13,18 +13,19 @@ from fastden.bench import counts, operators
 CASES = [part for parts in operators.OPERATORS.values() for part in parts]
 
 
+@pytest.mark.parametrize("colours", [1, 3])
 @pytest.mark.parametrize("noise_level_input", [True, False])
 @pytest.mark.parametrize("composed", [True, False])
-def test_whole_network(noise_level_input: bool, composed: bool) -> None:
+def test_whole_network(noise_level_input: bool, composed: bool, colours: int) -> None:
     # Shapes without data: a megapixel takes no time.
     with FakeTensorMode():
-        model = Denoiser(noise_level_input, composed=composed).eval()
-        x = torch.empty(1, 3, 1022, 1022)
+        model = Denoiser(noise_level_input, colours, composed=composed).eval()
+        x = torch.empty(1, colours, 1022, 1022)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(x, 0.1 if noise_level_input else None)
-    macs = (counts.COMPOSED_MACS if composed else counts.PLAIN_MACS).of(model.conv0.in_channels)
+    macs = (counts.COMPOSED_MACS if composed else counts.PLAIN_MACS).of(model.conv0.in_channels, colours)
     # The head's 4x4 kernels hold nine taps that are not zero, and PyTorch multiplies by all sixteen.
-    zeros = (16 - 9) * 256 * 12 // 4 if composed else 0
+    zeros = (16 - 9) * 256 * colours if composed else 0
     # Borders: conv0 and out are not padded, and the network works on two pixels more in each direction.
     assert counter.get_total_flops() == pytest.approx(2 * (macs + zeros) * 1024**2, rel=0.01)
 
