@@ -16,13 +16,16 @@ from fastden.cli.console import say
 from fastden.cli.early import without_garbage_collection
 from fastden.errors import FAILURES, UserError, in_one_line
 
+#: Of maps: formats that hold gray values of 8 and 16 bits as they are.
+MAP_SUFFIXES = (".png", ".tif", ".tiff")
+
 
 def noise(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files, and folders of them.")],
     map_file: Annotated[
         Path | None,
         typer.Option(
-            "--map", help="Write the levels that one picture is denoised with as a gray image, for --sigma-map."
+            "--map", help="Write the levels that one picture is denoised with as a gray PNG or TIFF, for --sigma-map."
         ),
     ] = None,
     model: Annotated[
@@ -47,6 +50,8 @@ def noise(
         if len(files) != 1 or files[0].is_dir():
             what = f"{len(files)} pictures" if len(files) != 1 else "a folder"
             raise UserError(f"map: {map_file} with {what}; accepted: with one picture")
+        if map_file.suffix.lower() not in MAP_SUFFIXES:
+            raise UserError(f"map: {map_file}; accepted: a name with {', '.join(MAP_SUFFIXES)}, which keep its levels")
         check_target(map_file, overwrite)
     with naming("model"):
         estimator = estimator_of(model)

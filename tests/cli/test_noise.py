@@ -114,3 +114,20 @@ def test_a_shell_takes_the_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stem, suffix = name.rsplit(".", 1)
     target = f"{stem}-clean.{suffix.replace('gif', 'png')}"
     assert written == ["denoise", source, "-o", f"./{target}" if target.startswith("-") else target]
+
+
+@pytest.mark.parametrize("name", ["map.jpg", "map.webp", "map.avif", "map"])
+def test_a_map_is_written_where_it_keeps_its_levels(
+    picture: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("read before the map's name is checked")
+
+    monkeypatch.setattr("fastden.images.strips.read_samples", read)
+    fails("noise", picture, "--map", tmp_path / name, saying=f"map: .*{name}; accepted: a name with .png, .tif, .tiff")
+
+
+def test_a_map_as_tiff(picture: Path, tmp_path: Path) -> None:
+    works("noise", picture, "--map", tmp_path / "a.png")
+    works("noise", picture, "--map", tmp_path / "a.TIF")
+    assert np.array_equal(read_image(tmp_path / "a.png").pixels, read_image(tmp_path / "a.TIF").pixels)
