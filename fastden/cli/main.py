@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +26,7 @@ from fastden.cli.options import (
     check_output_name,
     is_number_list,
     naming,
+    parse_megapixels,
     parse_sigma,
     parse_tile,
     takes_several,
@@ -150,8 +150,6 @@ def denoise(
 
     asked = parse_sigma(sigma)
     check_output_name(output_name)
-    if not 0 < max_megapixels < math.inf:
-        raise UserError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
     settings = {
         "model": model,
         "sigma": asked,
@@ -165,7 +163,7 @@ def denoise(
         "max_memory": max_memory,
         "overwrite": overwrite,
         "strip_metadata": strip_metadata,
-        "max_pixels": int(max_megapixels * 1e6),
+        "max_pixels": parse_megapixels(max_megapixels),
     }
     request = Request(
         inputs,

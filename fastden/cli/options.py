@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fastden.cli.console import say
+from fastden.cli.console import INTERRUPTED, say
 from fastden.errors import UserError, in_one_line
 
 #: The commands in the order in which they are listed: what most people need comes first.
@@ -22,7 +22,7 @@ COMMANDS = ("denoise", "noise", "ui", "eval", "models", "info", "train", "calibr
 
 
 class OneLineErrors(TyperGroup):
-    """Lists the commands in their order, and turns the user's mistakes into one line and exit code 1."""
+    """Lists the commands in their order. The user's mistakes become one line and exit code 1, and Ctrl-C code 130."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=COMMANDS.index)
@@ -30,6 +30,8 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
         except (UserError, OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # typer ends quietly then
                 raise
@@ -201,6 +203,17 @@ def parse_number(text: str, accepted: str) -> float:
     if not 0 <= value <= 255:
         raise UserError(f"sigma: {text!r}; accepted: {accepted}")
     return value
+
+
+def parse_megapixels(megapixels: float) -> int:
+    """The pixels that ``--max-megapixels`` allows.
+
+    Raises:
+        UserError: no number, less than a pixel, or infinite.
+    """
+    if not 1 <= megapixels * 1e6 < math.inf:
+        raise UserError(f"max_megapixels: {megapixels:g}; accepted: a number above 0 (a pixel is 0.000001)")
+    return int(megapixels * 1e6)
 
 
 def parse_tile(text: str) -> Literal["auto"] | int | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from fastden.cli.console import clean_termination, say
-from fastden.cli.options import DeviceOption
+from fastden.cli.options import DeviceOption, naming, parse_megapixels
 from fastden.errors import UserError
 
 
@@ -19,7 +18,7 @@ def ui(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     device: DeviceOption = None,
     max_files: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 100,
-    max_megapixels: Annotated[float, typer.Option(min=0.000001, help="Refuse larger pictures.")] = 100.0,
+    max_megapixels: Annotated[float, typer.Option(help="Refuse larger pictures.")] = 100.0,
     max_upload: Annotated[int, typer.Option(min=1, help="Refuse larger files, MB.")] = 500,
 ) -> None:
     """Open a page to drop pictures on (needs pip install 'fastden[ui]').
@@ -28,12 +27,12 @@ def ui(
     """
     if find_spec("gradio") is None:
         raise UserError("ui: needs the package gradio; install: pip install 'fastden[ui]'")
-    from fastden.cli.options import naming
     from fastden.network.loading import parse_device
     from fastden.network.onednn import keep_freed_memory
     from fastden.ui.server import LOOPBACK, serve
     from fastden.ui.session import Limits
 
+    limits = Limits(max_files, parse_megapixels(max_megapixels), max_upload * 1_000_000)
     with naming("device"):
         parse_device(device)
     if host not in LOOPBACK:
@@ -47,6 +46,5 @@ def ui(
 
             webbrowser.open(url)
 
-    limits = Limits(max_files, int(max_megapixels * 1e6), max_upload * 1_000_000)
-    with clean_termination(), contextlib.suppress(KeyboardInterrupt):
+    with clean_termination():
         serve(host, port, limits, device=device, ready=ready)

@@ -119,8 +119,11 @@ def train(
     Raises:
         UserError: unusable data or network, a used output folder, other settings than those of the run to resume, or a
             loss that is not finite.
+        KeyboardInterrupt: Ctrl-C; the run can be resumed from its last epoch.
     """
     last = config.output / "checkpoints" / "last.ckpt"
+    if minutes is not None and not 0 <= minutes < math.inf:
+        raise UserError(f"minutes: {minutes:g}; accepted: a number of at least 0")
     if fit and minutes is None:
         raise UserError("fit: without minutes; accepted: with the minutes that the run may take")
     if fit and not resume:
@@ -151,7 +154,12 @@ def train(
         module, data = DenoiserTraining(model, config), DenoiserData(config)
     data.setup("fit")  # faults of the data show before anything is written
     _prepare_output(config)
-    trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=False)
+    try:
+        trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=False)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends the process with code 1 after Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
     # Lightning does this when a fit ends, but not if a resumed run had no step left to do.
     ema.on_train_end(trainer, module)
     target = config.output / "model"

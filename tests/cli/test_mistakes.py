@@ -334,3 +334,20 @@ def test_out_of_memory_says_what_to_do(
 def test_the_page_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastden.cli.ui.find_spec", lambda name: None)
     fails("ui", saying=r"error: ui: needs the package gradio; install: pip install 'fastden\[ui\]'")
+
+
+def test_ctrl_c_ends_the_page_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastden.cli.ui.find_spec", lambda name: True)
+    monkeypatch.setattr("fastden.ui.server.serve", interrupted)
+    assert CliRunner().invoke(app, ["ui", "--no-browser"]).exit_code == 130
+
+
+@pytest.mark.parametrize("megapixels", ["inf", "nan", "0", "1e-9"])
+def test_limits_of_the_page_are_those_of_denoise(megapixels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastden.cli.ui.find_spec", lambda name: True)
+    saying = f"^error: max_megapixels: {float(megapixels):g}; accepted: a number above 0"
+    fails("ui", "--max-megapixels", megapixels, saying=saying)
+    fails("denoise", "a.png", "-o", "b.png", "--max-megapixels", megapixels, saying=saying)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
+from typer.testing import CliRunner
 
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
+from fastden.cli.main import app
 from fastden.errors import UserError
 from fastden.network.model import Denoiser
 from fastden.ops.backends import interpreted
@@ -24,6 +27,7 @@ from fastden.training import denoise, trainer
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.data import find_photographs, load_rgb
 from fastden.training.denoise import DenoiserTraining
+from tests.cli.run import fails
 from tests.helpers import max_error, random_network
 from tests.training.conftest import Run
 
@@ -416,3 +420,22 @@ def test_no_log_replaces_an_earlier_one(tmp_path: Path) -> None:
         "metrics-3.csv": "three",
         "metrics-4.csv": "four",
     }
+
+
+def test_ctrl_c_ends_the_command_with_130(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning ends the process with code 1, and ignores Ctrl-C from then on."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DenoiserTraining, "training_step", interrupted)
+    config = tmp_path / "run.yaml"
+    config.write_text("steps: 1\nepoch_steps: 1\nbatch: 1\ncrop: 16\nvalidation: 0\nprecision: 32-true\n")
+    changes = [f"data=[{photographs}]", f"output={tmp_path / 'out'}"]
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        done = CliRunner().invoke(app, ["train", str(config), "--set", *changes, "--accelerator", "cpu"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert done.exit_code == 130, (done.output, done.exception)
+    fails("train", config, "--set", *changes, "--minutes", "inf", "--fit", saying="minutes: inf; accepted: a number")
