@@ -132,7 +132,7 @@ class BatchDenoiser:
 
         Args:
             inputs: files, folders (their images by suffix) and glob patterns.
-            output: a file for one input file, else a folder.
+            output: a file for one input file, else a folder; text that ends in a separator is a folder.
             recursive: descend into folders, keeping their structure.
             format: ``jpeg``, ``png``, ``tiff``, ``webp``, ``avif`` or ``heic``; None for that of each input.
             manifest: file of the records; ``"auto"`` is ``.fastden-manifest.jsonl`` in an output folder, and none for
@@ -156,7 +156,7 @@ class BatchDenoiser:
         made = made_before(manifest, Path(output)) if resume else None
         left_out: list[Path] = []
         planning: dict[str, Any] = {"recursive": recursive, "format_name": format, "made": made, "left_out": left_out}
-        jobs = plan([str(name) for name in names], Path(output), **planning)
+        jobs = plan([str(name) for name in names], output, **planning)
         report = self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
         report.left_out += left_out
         return report

@@ -31,7 +31,7 @@ class Job:
 
 def plan(
     inputs: list[str],
-    output: Path,
+    output: str | Path,
     *,
     recursive: bool = False,
     format_name: str | None = None,
@@ -43,7 +43,8 @@ def plan(
 
     Args:
         inputs: files, folders (their images by suffix) and glob patterns (``**`` descends).
-        output: a file for one input file, where it has an image's suffix and is no folder; else a folder.
+        output: a file for one input file, where it has a suffix and is no folder; else a folder. Text that ends in a
+            separator is a folder, whatever its suffix; a ``Path`` has lost the separator.
         recursive: descend into the folders, and keep their structure in ``output``.
         format_name: of the results; the inputs' suffixes otherwise.
         unreadable: as in :func:`find_images`; of patterns too.
@@ -60,8 +61,9 @@ def plan(
         raise UserError("input: ''; accepted: files, folders and glob patterns")
     if "-" in inputs and not Path("-").exists():
         raise UserError("input: -; accepted: files, folders and glob patterns (standard input is not read)")
+    as_folder, output = is_folder(output), Path(output)
     single = len(inputs) == 1 and _is_file(inputs[0])
-    if single and not output.is_dir() and output.suffix:
+    if single and not as_folder and output.suffix:
         format_for(output, format_name)
         return [Job(Path(inputs[0]), output)]
     for name in inputs:  # before the output is checked: with a missing input its message would mislead
@@ -71,11 +73,12 @@ def plan(
                     f"input: {name} is a link that leads nowhere; accepted: files, folders and glob patterns"
                 )
             raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
-    if single and output.exists() and not output.is_dir():
+    if single and output.exists() and not as_folder:
         raise UserError(f"output: {output} is a file without an image's suffix; accepted: an image file, or a folder")
     if output.exists() and not output.is_dir():
-        raise UserError(f"output: {output} is a file; accepted for more than one input: a folder")
-    if not single and output.suffix.lower() in SUFFIXES and not output.exists():
+        accepted = "accepted" if single else "accepted for more than one input"
+        raise UserError(f"output: {output} is a file; {accepted}: a folder")
+    if not single and not as_folder and output.suffix.lower() in SUFFIXES:
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
     for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False), left_out):
@@ -85,6 +88,12 @@ def plan(
         jobs.append(Job(source, output / relative.with_suffix(suffix)))
     _refuse_collisions(jobs)
     return jobs
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether ``name`` is a folder that exists, or text that ends in a separator and so means one."""
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    return Path(name).is_dir() or (isinstance(name, str) and name.endswith(separators))
 
 
 def _is_file(name: str) -> bool:

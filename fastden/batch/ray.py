@@ -84,7 +84,7 @@ def plan_rows(
     """
     if not any(map(has_scheme, (*inputs, output))):
         options: dict[str, Any] = {"recursive": recursive, "format_name": format_name}
-        jobs = plan(list(inputs), Path(output), unreadable=unreadable, made=made, left_out=left_out, **options)
+        jobs = plan(list(inputs), output, unreadable=unreadable, made=made, left_out=left_out, **options)
         return [{"input": os.path.abspath(job.source), "output": os.path.abspath(job.target)} for job in jobs]
     if not has_scheme(output):
         output = os.path.abspath(output)  # workers have working folders of their own

@@ -24,7 +24,7 @@ def denoise_here(request: Request, *, dry_run: bool) -> int:
     left_out: list[Path] = []
     jobs = plan(
         request.inputs,
-        output,
+        request.output,
         recursive=request.recursive,
         format_name=request.format_name,
         unreadable=unreadable,

@@ -189,9 +189,13 @@ def _on_cluster(request: Request, workers: int | None, workers_per_device: int, 
 
     if dry_run:
         raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
+    from fastden.cli.video import find_videos
     return denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device)
 
 
+    videos = find_videos(request.inputs)
+    if videos:
+        raise UserError(f"input: {videos[0]} is a video, with --engine ray; accepted: images, or --engine local")
 def _on_this_machine(request: Request, crf: int | None, *, dry_run: bool) -> int:
     """Denoise a video where the input is one, else images; returns the exit code."""
     from fastden.cli.local import denoise_here

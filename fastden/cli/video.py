@@ -13,11 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastden.batch.denoiser import BatchDenoiser
+from fastden.batch.plan import is_folder
 from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import FAILURES, UserError
 from fastden.network.loading import parse_memory
 from fastden.video.copy import ESTIMATED, denoise_video, is_video
+
+
+def find_videos(inputs: list[str]) -> list[str]:
+    """The names of videos among the inputs of the command; a folder is none, whatever its name."""
+    return [name for name in inputs if is_video(name) and not Path(name).is_dir()]
 
 
 def is_one_video(inputs: list[str], crf: int | None, others: list[str]) -> bool:
@@ -31,7 +37,7 @@ def is_one_video(inputs: list[str], crf: int | None, others: list[str]) -> bool:
     Raises:
         UserError: a video together with other inputs, or options that do not belong together.
     """
-    videos = [name for name in inputs if is_video(name) and not Path(name).is_dir()]
+    videos = find_videos(inputs)
     if videos and len(inputs) > 1:
         raise UserError(f"input: {videos[0]} with {len(inputs) - 1} more; accepted: a video alone, or images")
     if crf is not None and not videos:
@@ -53,7 +59,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
         with clean_termination():
             _run(
                 Path(request.inputs[0]),
-                Path(request.output),
+                request.output,
                 settings["sigma"],
                 batch.network,
                 crf=crf,
@@ -69,7 +75,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
 
 def _run(
     source: Path,
-    output: Path,
+    output: str,
     sigma: float | Literal["auto"],
     load: Callable[[bool, bool], Any],
     *,
@@ -78,7 +84,8 @@ def _run(
     max_pixels: int,
     options: dict[str, Any],
 ) -> None:
-    target = output if output.suffix and not output.is_dir() else output / source.name
+    named = Path(output)
+    target = named if named.suffix and not is_folder(output) else named / source.name
     new_folders = list(takewhile(lambda folder: not folder.exists(), target.absolute().parents))
     target.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)

@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastden
+from fastden.batch.ray import plan_rows
 from fastden.cli.main import app
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, outputs, process, works
@@ -184,3 +185,37 @@ def test_the_bar_is_for_terminals_and_lines_go_where_they_are_sent(photos: Path,
     assert " -> " not in shown
     assert done.stdout.count(" -> ") == 2
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["2024.05", "clean.png"])
+def test_a_separator_at_the_end_means_a_folder(
+    photos: Path, tmp_path: Path, model: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", model, "--sigma", 20)
+    works("denoise", photos / "a.png", "-o", f"{folder}/", *options)
+    assert outputs(tmp_path / folder) == ["a.png"]
+    works("denoise", photos, "-o", f"all/{folder}/", *options)
+    assert outputs(tmp_path / "all" / folder) == ["a.png", "b.jpg"]
+    batch = fastden.BatchDenoiser(model, sigma=20)
+    batch.run(photos / "a.png", f"other/{folder}/")
+    assert outputs(tmp_path / "other" / folder) == ["a.png"]
+    (row,) = plan_rows([str(photos / "a.png")], f"ray/{folder}/")
+    assert row["output"] == str(tmp_path / "ray" / folder / "a.png")
+    Path("file.png").touch()
+    fails("denoise", photos / "a.png", "-o", "file.png/", *options, saying="file.png is a file; accepted: a folder")
+
+
+def test_a_separator_at_the_end_means_a_folder_for_a_video(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets: list[Path] = []
+
+    def interrupted(source: Path, target: Path, *_: Any, **__: Any) -> None:
+        targets.append(target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastden.cli.video.denoise_video", interrupted)
+    arguments = ["denoise", str(tmp_path / "a.mp4"), "-o", f"{tmp_path}/2024.05/", "--model", model]
+    assert CliRunner().invoke(app, arguments).exit_code == 130
+    assert targets == [tmp_path / "2024.05" / "a.mp4"]

@@ -177,6 +177,9 @@ def test_what_concerns_all_files_is_said_once(
 def test_ray_takes_no_videos(photos: Path, tmp_path: Path, model: str) -> None:
     arguments = [photos, "-o", tmp_path / "out", "--model", model, "--engine", "ray"]
     fails("denoise", *arguments, "--crf", "20", saying="^error: crf: 20 with --engine ray")
+    clip = tmp_path / "clip.mp4"
+    clip.touch()
+    fails("denoise", clip, *arguments[1:], saying="^error: input: .*clip.mp4 is a video, with --engine ray; accepted")
     fails("denoise", *arguments[:-4], "--model", "nope", "--engine", "ray", saying="^error: model: 'nope'")
 
 
