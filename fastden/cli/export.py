@@ -92,9 +92,9 @@ def export(
     say(f"{model} -> {written}, {written.stat().st_size / 1e6:.1f} MB")
 
 
-def write_cards(folder: Path) -> None:
+def write_cards(folder: Path, *, overwrite: bool) -> None:
     """``fastden models --export-cards``."""
     from fastden.exports.hub_cards import export_cards
 
-    for made in export_cards(folder):
+    for made in export_cards(folder, overwrite=overwrite):
         say(f"{made.name} -> {made}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,9 @@ from fastden.cli.options import (
 )
 from fastden.cli.ui import ui
 from fastden.errors import FAILURES, UserError
+
+if TYPE_CHECKING:
+    from fastden.network.model import Denoiser
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -186,16 +189,16 @@ def denoise(
 
 def _on_cluster(request: Request, workers: int | None, workers_per_device: int, *, dry_run: bool) -> int:
     from fastden.cli.cluster import denoise_on_cluster
+    from fastden.cli.video import find_videos
 
     if dry_run:
         raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
-    from fastden.cli.video import find_videos
-    return denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device)
-
-
     videos = find_videos(request.inputs)
     if videos:
         raise UserError(f"input: {videos[0]} is a video, with --engine ray; accepted: images, or --engine local")
+    return denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device)
+
+
 def _on_this_machine(request: Request, crf: int | None, *, dry_run: bool) -> int:
     """Denoise a video where the input is one, else images; returns the exit code."""
     from fastden.cli.local import denoise_here
@@ -248,11 +251,16 @@ def models(
         Path | None,
         typer.Option(metavar="FOLDER", help="Write a folder for each model there, ready for the Hugging Face Hub."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --export-cards: replace existing files.")
+    ] = False,
 ) -> None:
     """List the models that come with the package, or write them with their cards for the Hugging Face Hub."""
     if export_cards is not None:
-        write_cards(export_cards)
+        write_cards(export_cards, overwrite=overwrite)
         return
+    if overwrite:
+        raise UserError("overwrite: given without --export-cards; accepted: with it")
     from fastden.network import hub
 
     bundled = hub.models()
@@ -315,17 +323,27 @@ def calibrate_model(
         Path | None, typer.Option("--output", "-o", help="Where to save the model; default: the folder that it is in.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures that are used, evenly spaced.")] = 32,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model with other weights in the output folder.")
+    ] = False,
 ) -> None:
     """Measure the ranges of a model's activations on photographs, for --quality fast; they are saved beside it."""
     from fastden.network.calibration import calibrate
+    from fastden.network.hub import models
     from fastden.network.int8 import save_ranges
     from fastden.network.model import Denoiser
     from fastden.training.data import central_crops, to_gray
 
     if output is None and not Path(model).is_dir():
         raise UserError(f"output: none, and {model!r} is not a folder; accepted: a folder for the calibrated model")
+    if output is None and model in models():  # the name is the bundled model's, whose folder is not the user's
+        raise UserError(f"output: none, and {model!r} is a bundled model; accepted: a folder, or ./{model} for yours")
     with naming("model"):
         network = Denoiser.from_pretrained(model)
+    if output is not None and not overwrite and _holds_other_weights(output, network):
+        raise UserError(
+            f"output: {output} holds a model with other weights; accepted: another folder, or overwrite (--overwrite)"
+        )
     crops = [
         to_gray(crop[0])[None, :1] if network.image_channels == 1 else crop for crop in central_crops(pictures, count)
     ]
@@ -337,3 +355,17 @@ def calibrate_model(
             assert network.int8_ranges is not None
             save_ranges(Path(model), *network.int8_ranges)
     say(f"ranges of {len(crops)} pictures written to {output or model}")
+
+
+def _holds_other_weights(folder: Path, network: Denoiser) -> bool:
+    """Whether a folder holds a model whose weights are not those of ``network``, or cannot be read."""
+    from fastden.network.hub import WEIGHTS_FILE
+    from fastden.network.int8 import fingerprint
+
+    if not (folder / WEIGHTS_FILE).exists():
+        return False
+    try:
+        other = type(network).from_pretrained(folder)
+    except FAILURES:
+        return True
+    return fingerprint(other) != fingerprint(network)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fastden.exports.cards import body, license_of, section
-from fastden.images.whole_files import write_bytes
+from fastden.images.whole_files import check_target, write_bytes
 from fastden.network.hub import models
 
 #: The Hub's name of the task, and tags.
@@ -19,7 +19,7 @@ TAGS = ("image-denoising", "denoising", "image-restoration", "pytorch")
 _FIGURE = re.compile(r"(\d+(?:\.\d+)?)(?: \((\d+(?:\.\d+)?)\))?")
 
 
-def export_cards(folder: Path) -> list[Path]:
+def export_cards(folder: Path, *, overwrite: bool = False) -> list[Path]:
     """Write a folder for each bundled model, to be uploaded as it stands.
 
     Each holds the model's files, and the card with a header for the Hub: library, licence of the weights, task, tags,
@@ -28,22 +28,27 @@ def export_cards(folder: Path) -> list[Path]:
 
     Args:
         folder: where; folders of the models' names appear in it.
+        overwrite: replace existing files; a folder's other files stay.
 
     Returns:
         The models' folders.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: a file exists, which is found out before anything is written; or it cannot be written.
     """
     made = []
+    files = {name: [file for file in sorted(source.iterdir()) if file.is_file()] for name, source in models().items()}
+    for target in (folder / name / file.name for name, inside in files.items() for file in inside):
+        if os.path.lexists(target):
+            check_target(target, overwrite)
     for name, source in models().items():
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name != "README.md":
-                shutil.copyfile(file, target / file.name)
+        for file in files[name]:
+            if file.name != "README.md":
+                write_bytes(target / file.name, file.read_bytes(), overwrite=overwrite)
         card = (source / "README.md").read_text(encoding="utf-8")
-        write_bytes(target / "README.md", hub_card(name, card).encode())
+        write_bytes(target / "README.md", hub_card(name, card).encode(), overwrite=overwrite)
         made.append(target)
     return made
 

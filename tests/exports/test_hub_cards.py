@@ -50,3 +50,15 @@ def test_a_card_that_states_nothing() -> None:
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     fails("models", "--export-cards", tmp_path / "file", saying="file")
+
+
+def test_existing_files_are_replaced_on_request_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "photo" / "model.safetensors"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    fails("models", "--export-cards", tmp_path, saying=r"photo/model.safetensors: exists already; .*--overwrite")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_bytes() == b"mine"
+    works("models", "--export-cards", tmp_path, "--overwrite")
+    assert mine.read_bytes() == (fastden.models()["photo"] / "model.safetensors").read_bytes()
+    fails("models", "--overwrite", saying="overwrite: given without --export-cards")

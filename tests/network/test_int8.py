@@ -17,6 +17,7 @@ from fastden.cli.main import app
 from fastden.network import int8
 from fastden.network.int8 import QuantizedConvolution
 from fastden.network.model import Denoiser
+from tests.cli.run import fails, works
 from tests.helpers import random_network
 
 pytestmark = pytest.mark.skipif(bool(int8.why_not()), reason="; ".join(int8.why_not()) or "runs")
@@ -185,3 +186,30 @@ def test_commands(tmp_path: Path, picture: Tensor) -> None:
     refused = run(app, ["calibrate", "color", str(tmp_path / "clean")])
     assert refused.exit_code == 1
     assert "output: none, and 'color' is not a folder" in refused.output
+
+
+def test_calibrate_keeps_other_models(tmp_path: Path, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's weights are replaced on request alone, and a bundled model's ranges do not go to another one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clean").mkdir()
+    Image.fromarray((picture[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(tmp_path / "clean" / "0.png")
+    weights = tmp_path / "mine" / "model.safetensors"
+    random_network().save_pretrained("mine")
+    before = weights.read_bytes()
+    refused = fails("calibrate", "color", "clean", "-o", "mine", saying="output: mine holds a model with other weights")
+    assert "--overwrite" in refused
+    assert weights.read_bytes() == before
+    assert not (tmp_path / "mine" / int8.RANGES_FILE).exists()
+    works("calibrate", "mine", "clean", "-o", "copy")
+    works("calibrate", "mine", "clean", "-o", "copy")  # the weights are the same
+    works("calibrate", "color", "clean", "-o", "mine", "--overwrite")
+    assert fingerprint_of("mine") == fingerprint_of("color")
+    weights.write_bytes(b"damaged")
+    fails("calibrate", "color", "clean", "-o", "mine", saying="holds a model with other weights")
+    (tmp_path / "copy").rename(tmp_path / "color")
+    fails("calibrate", "color", "clean", saying="output: none, and 'color' is a bundled model; accepted: .* ./color")
+    works("calibrate", "./color", "clean")
+
+
+def fingerprint_of(model: str) -> str:
+    return int8.fingerprint(Denoiser.from_pretrained(model))
