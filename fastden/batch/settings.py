@@ -18,7 +18,7 @@ from fastden.batch.transfer import Transfer
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import format_for
 from fastden.images.whole_files import digest
-from fastden.inference.run import Wishes
+from fastden.inference.run import Wishes, check_strengths
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import model_folder, models
 from fastden.network.loading import Model, default_model, load_network
@@ -75,6 +75,7 @@ class Settings:
         if (sigma != "auto" or sigma_map is not None) and not network.noise_level_input:
             asked = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"
             raise ValueError(f"sigma: {asked}, but this model is blind (it takes no noise level); accepted: 'auto'")
+        check_strengths(network, wishes)
         self.transfer = Transfer(network.device) if network.device.type == "cuda" else None
         # Images of more than 8 bits may use another network, which takes more memory. Without a limit it is not loaded.
         largest = network if max_memory is None else self.network(eight_bit=dtype != "auto")

@@ -41,7 +41,7 @@ from fastden.inference.array_noise import (
     value_range_of,
 )
 from fastden.inference.estimate import NoiseEstimate
-from fastden.inference.run import Quality, Wishes, denoise_pixels, noise_level_of
+from fastden.inference.run import Quality, Wishes, check_strengths, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import model_folder, models
@@ -131,6 +131,7 @@ def denoise_array(
     settings = _Settings(named, _text(device), dtype, parse_memory(max_memory), wishes)
     # A wrong model raises here, not in the first worker. Workers may have devices that this process does not have.
     network = load_network(named or default_model(sigma), "cpu", "float32")
+    check_strengths(network, wishes)
     axis = _colour_axis(array, channel_axis)
     if isinstance(array, np.ndarray) and out is None:
         planes = _planes(array, axis)

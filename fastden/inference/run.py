@@ -211,12 +211,18 @@ def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwo
     """
     if channels == 3 and network.image_channels == 1:
         raise ValueError("image: 3 channels, but the model is for gray images; accepted: 1 channel, or a colour model")
-    if not network.noise_level_input and (wishes.strength > 1 or (wishes.chroma is not None and wishes.chroma > 1)):
-        most = max(wishes.strength, wishes.chroma or 0)
-        raise ValueError(f"strength: {most:g}, but this model is blind (it takes no noise level); accepted: 0 to 1")
+    check_strengths(network, wishes)
     if channels == network.image_channels and wishes.plain:
         return network
     return Adapted(network, channels, wishes)
+
+
+def check_strengths(network: FusedDenoiser, wishes: Wishes) -> None:
+    """Raise ValueError for a strength above 1 and a blind network, whose result is blended with the image."""
+    for name, strength in (("strength", wishes.strength), ("chroma", wishes.chroma or 0.0)):
+        if strength > 1 and not network.noise_level_input:
+            blind = "but this model is blind (it takes no noise level)"
+            raise ValueError(f"{name}: {strength:g}, {blind}; accepted: 0 to 1")
 
 
 class Level(NamedTuple):

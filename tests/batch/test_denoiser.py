@@ -391,6 +391,13 @@ def test_wrong_options(network: Any, options: dict[str, Any], message: str) -> N
         fastden.BatchDenoiser(network, **options)
 
 
+@pytest.mark.parametrize("name", ["strength", "chroma"])
+def test_a_blind_model_takes_no_strength_above_1(name: str) -> None:
+    """It concerns all files: there is one error, before the first is read."""
+    with pytest.raises(ValueError, match=rf"{name}: 1.5, but this model is blind .*; accepted: 0 to 1"):
+        fastden.BatchDenoiser(random_network(noise_level_input=False), **{name: 1.5})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [

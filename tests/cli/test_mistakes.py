@@ -168,8 +168,21 @@ def test_what_concerns_all_files_is_said_once(
         if "--device" in arguments:
             pytest.skip("which devices there are, only the workers know")
         arguments = [*arguments, "--engine", "ray", "--manifest", "none"]
-    output = tmp_path / "out"
-    error = fails("denoise", photos, "-o", output, "--model", model, *arguments, saying=f"^error: {saying}")
+    _is_said_once([photos, "-o", tmp_path / "out", "--model", model, *arguments], saying)
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_a_strength_above_1_of_a_blind_model_is_said_once(
+    photos: Path, tmp_path: Path, blind: str, how: list[str]
+) -> None:
+    arguments = [photos, "-o", tmp_path / "out", "--model", blind, "--strength", 1.5, *how]
+    _is_said_once(arguments, r"strength: 1.5, but this model is blind")
+
+
+def _is_said_once(arguments: list[Any], saying: str) -> None:
+    """Check that ``fastden denoise`` fails in one line, and makes no folder for its outputs."""
+    output = arguments[arguments.index("-o") + 1]
+    error = fails("denoise", *arguments, saying=f"^error: {saying}")
     assert len(error.splitlines()) == 1, error
     assert not output.exists()
 

@@ -171,6 +171,8 @@ def test_blind_model_and_strength(blind: str) -> None:
     same(computed(lazy), fastden.denoise(image, model=blind, dtype="float64", strength=0.3))
     with pytest.raises(ValueError, match=r"sigma: 20, but this model is blind"):
         denoise_array(da.from_array(image), 20, model=blind)
+    with pytest.raises(ValueError, match=r"strength: 2, but this model is blind"):
+        denoise_array(da.from_array(image), model=blind, strength=2)
 
 
 def test_the_model_is_loaded_once_by_all_threads(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
