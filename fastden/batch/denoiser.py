@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from fastden.batch.grouping import Equality
-from fastden.batch.manifest import Manifest, Record, made_before, open_manifest
+from fastden.batch.manifest import Manifest, Record, made_before, open_for_run
 from fastden.batch.memory import Gate
 from fastden.batch.plan import Job, plan
 from fastden.batch.report import Listener, Report
@@ -171,9 +171,7 @@ class BatchDenoiser:
         listener: Listener | None = None,
     ) -> Report:
         """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`; errors as of it."""
-        opened = open_manifest(manifest, jobs, output)
-        if resume and opened is None:
-            raise UserError("resume: there is no manifest to resume from; accepted: an output folder, or a manifest")
+        opened = open_for_run(manifest, jobs, output, resume=resume)
         self._listener = listener or Listener()
         run = ThreadedRun(
             self.stages,

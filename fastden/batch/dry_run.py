@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from pathlib import Path
 import torch
 
 from fastden.batch.denoiser import BatchDenoiser
-from fastden.batch.manifest import Manifest, open_manifest
+from fastden.batch.manifest import Manifest, open_for_run
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
+from fastden.batch.threads import is_made
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.strips import read_header
+from fastden.images.whole_files import check_target
 from fastden.inference.run import denoise_batch, noise_level_of
 from fastden.inference.tiling import HALO, automatic_tile, bytes_per_pixel
 from fastden.network.fused import FusedDenoiser
@@ -93,9 +96,12 @@ def rehearse(
     Args:
         batch: what would run.
         jobs, output, manifest, resume: as in :meth:`fastden.BatchDenoiser.run_jobs`.
+
+    Raises:
+        UserError: the manifest cannot be read, or there is none to resume from.
     """
-    opened = open_manifest(manifest, jobs, output)
-    steps = [_step(batch, job, opened if resume else None) for job in jobs]
+    opened = open_for_run(manifest, jobs, output, resume=resume)
+    steps = [_step(batch, job, output, opened if resume else None) for job in jobs]
     todo = [step for step in steps if not (step.done or step.error)]
     if not todo:
         return Rehearsal(steps, 0.0, 0)
@@ -106,17 +112,20 @@ def rehearse(
     return Rehearsal(steps, sum(amounts.values()) / seconds, _memory(batch.settings, network, todo))
 
 
-def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
+def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | None) -> Step:
     settings = batch.settings
     try:
         if manifest is not None and manifest.finished(job, settings.known_weights, settings.options(job)):
             return Step(job, done=True)
-        _check_output(settings, job, manifest)
+        replaces = settings.overwrite or (manifest is not None and manifest.knows(job))
+        _check_output(job, output, replaces)
         picture = batch.stages.reading.look(job)
         if picture.header is None:
             if not job.source.is_file():
                 raise UserError(f"{job.source}: no regular file; only a run reads it")
             read_header(job.source, max_pixels=settings.max_pixels, several=True)  # raises what looking passed over
+        elif picture.streamed:
+            batch.stages.check_streamable(picture, picture.header)
     except FAILURES as error:
         return Step(job, error=in_one_line(error))
     if picture.header is None:
@@ -132,10 +141,13 @@ def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
     return Step(job, header.width, header.height, header.pages, sigma, deep, picture.streamed)
 
 
-def _check_output(settings: Settings, job: Job, manifest: Manifest | None) -> None:
-    replaces = settings.overwrite or (manifest is not None and manifest.knows(job))
-    if os.path.lexists(job.target) and not replaces:
-        raise UserError(f"{job.target}: exists already; accepted: another name, or overwrite (--overwrite)")
+def _check_output(job: Job, output: Path, replaces: bool) -> None:
+    """Raise the UserError with which a run would refuse an output."""
+    folder = job.target.parent
+    if folder.exists() or not is_made(folder, output):
+        check_target(job.target, replaces)
+    elif not next(path for path in folder.parents if path.exists()).is_dir():
+        raise UserError(f"output: cannot make the folder {folder}: {os.strerror(errno.ENOTDIR)}")
 
 
 def _rate(settings: Settings, deep: bool) -> float:

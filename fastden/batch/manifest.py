@@ -199,6 +199,18 @@ class Manifest:
             return False
 
 
+def open_for_run(manifest: str | Path | None, jobs: Sequence[Job], output: Path, *, resume: bool) -> Manifest | None:
+    """:func:`open_manifest` for a run on this machine, which cannot be resumed without one.
+
+    Raises:
+        UserError: there is no manifest to resume from.
+    """
+    opened = open_manifest(manifest, jobs, output)
+    if resume and opened is None:
+        raise UserError("resume: there is no manifest to resume from; accepted: an output folder, or a manifest")
+    return opened
+
+
 def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path) -> Manifest | None:
     """The manifest that :meth:`fastden.BatchDenoiser.run` means; None for none."""
     if manifest is None:

@@ -25,7 +25,7 @@ from fastden.images.samples import sigma_of_gray
 from fastden.images.strips import read_header, read_samples
 from fastden.images.whole_files import check_target, reason
 from fastden.inference.estimate import estimate_of, noise_of_samples
-from fastden.inference.run import Level, estimated_level, noise_level_of, to_batch
+from fastden.inference.run import Level, adapted, estimated_level, noise_level_of, to_batch
 
 
 class Reading:
@@ -57,7 +57,8 @@ class Reading:
         """The part of :meth:`open` that looks at the input alone.
 
         Raises:
-            UserError: an input that cannot be read, or whose result cannot be written.
+            UserError: an input that cannot be read, or whose result cannot be written; a map of another size.
+            ValueError: a colour image for a gray model.
         """
         format_name = format_for(job.target)
         try:
@@ -73,6 +74,9 @@ class Reading:
         if header is not None:
             check_alpha(header.has_alpha, format_name)
             check_pages(header.pages, format_name)
+            # Raises for a colour image and a gray model. All networks of a run have one form.
+            adapted(self.settings.network(eight_bit=True), header.channels, self.settings.wishes)
+            self._check_map(header.height, header.width)
             # Bytes of the decoded and of the denoised image; alpha is cut off the former, and joined to the latter.
             size += (4 if header.has_alpha else 2) * header.nbytes
             if self.settings.transfer is not None:
@@ -91,7 +95,6 @@ class Reading:
         start = time.perf_counter()
         job = picture.job
         if picture.streamed and picture.header is not None:
-            self._check_map(picture.header.height, picture.header.width)
             network = self.settings.network(picture.header.dtype == np.uint8)
             sigma: Any = self.settings.sigma
             estimated = sigma == "auto" and self.settings.sigma_map is None and network.noise_level_input
@@ -110,7 +113,8 @@ class Reading:
             check_colour(image.extras, picture.format_name, has_profile="icc-profile-data" in image.metadata)
             pages = image.split()
             height, width = pages[0].shape[:2]
-            self._check_map(height, width)
+            if picture.header is None:  # else its size is known, and was compared
+                self._check_map(height, width)
             sigma_map = self.settings.sigma_map
             asked = self.settings.sigma if sigma_map is None else self._loaded_map(sigma_map)
             network = self.settings.network(image.pixels.dtype == np.uint8)

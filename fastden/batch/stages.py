@@ -79,7 +79,7 @@ class Stages:
         start = time.perf_counter()
         reader = StripReader(picture.job.source, max_pixels=self.settings.max_pixels)
         header = reader.header
-        self._check_streamable(picture, header)
+        self.check_streamable(picture, header)
         with whole_file(picture.job.target, overwrite=picture.overwrites) as temporary:
             self._copy_by_strips(picture, reader, temporary, progress)
             self.reading.check_unchanged(picture)
@@ -94,13 +94,15 @@ class Stages:
                 manifest.add(record)
         return self.writing.finish(record, manifest)
 
-    def _check_streamable(self, picture: Picture, header: Header) -> None:
-        """Raise a UserError where the output cannot be made without the whole image in memory."""
+    def check_streamable(self, picture: Picture, header: Header) -> None:
+        """Raise a UserError or ValueError where the output cannot be made without the whole image in memory."""
         if picture.format_name == "heic":
             raise UserError("is larger than --max-memory, and heic is not written by strips; accepted: avif, tiff, ...")
         turned = int(header.metadata.get("orientation", 1)) > 1
         if self.settings.strip_metadata and turned:
             raise UserError("is larger than --max-memory and cannot be turned upright; accepted: its metadata kept")
+        # Raises where memory holds no strips of this width.
+        _StripTiles(self.settings, self.computing, header, self.settings.network(header.dtype == np.uint8)).side()
 
     def _copy_by_strips(self, picture: Picture, reader: StripReader, target: Path, progress: Progress | None) -> None:
         """Denoise what ``reader`` reads into the file ``target``; note the seconds of computing."""

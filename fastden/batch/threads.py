@@ -183,8 +183,8 @@ class ThreadedRun:
         return manifest.finished(job, self.stages.settings.known_weights, self.stages.settings.options(job))
 
     def _make_folder(self, folder: Path) -> None:
-        if folder == self.output.parent and folder != self.output:
-            return  # the folder of an output file has to exist
+        if not is_made(folder, self.output):
+            return
         with self.lock:
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             try:
@@ -324,6 +324,11 @@ class ThreadedRun:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._tell(job, self.stages.writing.failure(job, error, self.manifest))
+
+
+def is_made(folder: Path, output: Path) -> bool:
+    """Whether a run makes a folder of outputs that is missing. The folder of an output file has to exist."""
+    return folder == output or folder != output.parent
 
 
 def _grace(picture: Picture | None) -> float:

@@ -25,7 +25,7 @@ from fastden.batch.report import Interrupted, Report
 from fastden.cli.main import app
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, outputs, works
-from tests.image_files import encoded, pixels
+from tests.image_files import encoded, pixels, save_model
 
 
 def test_resume(photos: Path, tmp_path: Path, model: str) -> None:
@@ -63,7 +63,7 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> Non
     expected = r"would denoise 2 images, 0\.00 megapixels: about \S+ s at [\d.]+ MP/s, measured now; at most [\d.]+ GiB"
     assert re.search(expected, text)
     assert not output.exists()
-    works("denoise", photos / "a.png", "-o", output / "a.png", "--model", model, "--dry-run", "--sigma", 5)
+    works("denoise", photos / "a.png", "-o", tmp_path / "a.png", "--model", model, "--dry-run", "--sigma", 5)
     works("denoise", photos, "-o", output, "--model", model)
     (photos / "bad.png").write_bytes(b"no image")
     rest = ["-o", output, "--model", model, "--dry-run"]
@@ -75,6 +75,35 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> Non
     os.mkfifo(tmp_path / "pipe.png")
     fails("denoise", tmp_path / "pipe.png", *rest, saying="pipe.png: no regular file; only a run reads it")
     assert sorted(os.listdir(output)) == [NAME, "a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "saying"),
+    [
+        (["a.png", "-o", "missing/out.png"], r"missing/out.png: the folder \S+missing does not exist; accepted"),
+        (["a.png", "-o", "b.jpg"], "b.jpg: exists already; accepted"),
+        (["../photos", "-r", "-o", "a.png/out"], "output: cannot make the folder a.png/out: "),
+        (["a.png", "-o", "out.png", "--sigma-map", "small.png"], "sigma_map: small.png is 8 x 8 pixels; accepted: 40"),
+        (["a.png", "-o", "out.png", "--sigma-map", "b.jpg"], "sigma_map: b.jpg has 3 channels; accepted: 1"),
+        (["a.png", "-o", "out.png", "--model", "gray"], "image: 3 channels, but the model is for gray images"),
+        (["a.png", "-o", "out.png", "--resume"], "resume: there is no manifest to resume from"),
+        (["wide.tif", "-o", "out.tif", "--max-memory", "40M", "--tile", "auto"], "max_memory: strips of 400000 pixels"),
+        (["wide.tif", "-o", "out.heic", "--max-memory", "40M"], "is larger than --max-memory, and heic is not written"),
+    ],
+)
+def test_a_rehearsal_refuses_what_the_run_refuses(
+    photos: Path, model: str, arguments: list[str], saying: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The messages are the same, and neither writes anything."""
+    save_model(photos / "gray", image_channels=1)
+    write_image(photos / "small.png", ImageFile(np.full((8, 8, 1), 30, np.uint8)))
+    write_image(photos / "wide.tif", ImageFile(np.zeros((20, 400_000, 3), np.uint8)))
+    monkeypatch.chdir(photos)
+    before = sorted(photos.rglob("*"))
+    arguments = ["denoise", *arguments, *([] if "--model" in arguments else ["--model", model])]
+    refused = [fails(*arguments, *how, saying=saying).splitlines() for how in ([], ["--dry-run"])]
+    assert [line for line in refused[0] if "files failed" not in line] == refused[1]
+    assert sorted(photos.rglob("*")) == before
 
 
 def test_strength_and_sigma_map(photos: Path, tmp_path: Path, model: str) -> None:
