@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastden import joint, nn, ops
     from fastden.api import denoise
     from fastden.batch.denoiser import BatchDenoiser
+    from fastden.batch.report import Interrupted, Listener, Report
     from fastden.errors import ScaleWarning, UserError
     from fastden.exports.exporter import export
     from fastden.inference.arrays import denoise_array
@@ -30,7 +31,10 @@ __all__ = [
     "BatchDenoiser",
     "Denoiser",
     "FusedDenoiser",
+    "Interrupted",
+    "Listener",
     "NoiseEstimate",
+    "Report",
     "ScaleWarning",
     "UserError",
     "__version__",
@@ -51,7 +55,10 @@ _MODULES = {
     "BatchDenoiser": "fastden.batch.denoiser",
     "Denoiser": "fastden.network.model",
     "FusedDenoiser": "fastden.network.fused",
+    "Interrupted": "fastden.batch.report",
+    "Listener": "fastden.batch.report",
     "NoiseEstimate": "fastden.inference.estimate",
+    "Report": "fastden.batch.report",
     "ScaleWarning": "fastden.errors",
     "UserError": "fastden.errors",
     "calibrate": "fastden.network.calibration",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +21,7 @@ from fastden.batch.settings import Settings
 from fastden.batch.stages import Stages
 from fastden.batch.threads import ThreadedRun
 from fastden.errors import FAILURES, UserError
-from fastden.images.codec import MAX_PIXELS
+from fastden.images.codec import MAX_PIXELS, Format, check_format
 from fastden.inference.run import Quality, Wishes
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
@@ -39,6 +41,9 @@ class BatchDenoiser:
     While one image is denoised, threads decode and encode others. Images wait until they fit in ``max_memory``; an
     image that never fits is streamed strip by strip. A file that fails does not stop the others. An output gets its
     name when it is complete.
+
+    Threads may share one object: their calls of :meth:`run` wait for each other, so that together they keep to
+    ``max_memory``. A copy, or what ``pickle`` makes of it in another process, is built anew from the same arguments.
 
         >>> batch = fastden.BatchDenoiser("color", sigma=15)
         >>> report = batch.run("photographs/", "clean/", resume=True)
@@ -81,6 +86,8 @@ class BatchDenoiser:
         max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
     ) -> None:
+        # What copies are made of. It is the first statement: no other name is local yet.
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
         wishes = Wishes(_plain(strength), None if chroma is None else _plain(chroma), quality)
         sigma = sigma if isinstance(sigma, str) else _plain(sigma)
         check_max_pixels(max_pixels)
@@ -116,6 +123,11 @@ class BatchDenoiser:
         self.workers = workers or default_workers(on_cpu)
         self._equality = Equality()
         self._gate = Gate(self.settings.budget.images)
+        self._turn = threading.Lock()
+        self._running: ThreadedRun | None = None
+
+    def __reduce__(self) -> tuple[Callable[[], BatchDenoiser], tuple[()]]:
+        return partial(type(self), **self._arguments), ()
 
     def run(
         self,
@@ -123,7 +135,7 @@ class BatchDenoiser:
         output: str | Path,
         *,
         recursive: bool = False,
-        format: str | None = None,
+        format: Format | None = None,
         manifest: str | Path | None = "auto",
         resume: bool = False,
         listener: Listener | None = None,
@@ -140,12 +152,18 @@ class BatchDenoiser:
             resume: skip an image where the manifest says that it is done: same input, weights and options, output
                 unchanged. Other outputs in the manifest are replaced. Outputs that lie beside their inputs are not
                 taken as inputs. No other run may write to the same folders at the same time.
-            listener: its functions are called when something happens.
+            listener: a :class:`fastden.Listener`. Its functions are called when something happens, until the run ends.
+
+        Returns:
+            A :class:`fastden.Report`; a file that fails is in it, and raises nothing.
 
         Raises:
             UserError: nothing to do, two inputs with one output, no place for the outputs.
-            Interrupted: Ctrl-C.
+            ValueError: a format that cannot be written.
+            RuntimeError: called by a function of the ``listener`` of a run that is going on.
+            Interrupted: Ctrl-C; its ``report`` is that of the run until then.
         """
+        check_format(format)
         if output == "":  # it would be this folder
             raise UserError("output: ''; accepted: a file or a folder")
         given: Any = inputs
@@ -171,19 +189,26 @@ class BatchDenoiser:
         listener: Listener | None = None,
     ) -> Report:
         """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`; errors as of it."""
-        opened = open_for_run(manifest, jobs, output, resume=resume)
-        self._listener = listener or Listener()
-        run = ThreadedRun(
-            self.stages,
-            jobs,
-            output,
-            manifest=opened,
-            resume=resume,
-            listener=self._listener,
-            equality=self._equality,
-            workers=self.workers,
-        )
-        return run.all()
+        running = self._running
+        if running is not None and running.has(threading.current_thread()):
+            raise RuntimeError("run: called by its own listener; accepted: when it has ended, or another BatchDenoiser")
+        with self._turn:
+            opened = open_for_run(manifest, jobs, output, resume=resume)
+            self._listener = listener or Listener()
+            self._running = ThreadedRun(
+                self.stages,
+                jobs,
+                output,
+                manifest=opened,
+                resume=resume,
+                listener=self._listener,
+                equality=self._equality,
+                workers=self.workers,
+            )
+            try:
+                return self._running.all()
+            finally:
+                self._running, self._listener = None, Listener()
 
     def _note(self, text: str) -> None:
         self._listener.note(text)

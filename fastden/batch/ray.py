@@ -20,7 +20,7 @@ from typing import Any
 from fastden.batch.manifest import Record
 from fastden.batch.plan import SUFFIX_OF, Job, plan
 from fastden.errors import UserError
-from fastden.images.codec import SUFFIXES
+from fastden.images.codec import SUFFIXES, check_format
 from fastden.images.finder import has_image_name, is_left_out
 from fastden.images.formats import result_suffix
 
@@ -81,7 +81,9 @@ def plan_rows(
 
     Raises:
         UserError: as :func:`fastden.batch.plan.plan`.
+        ValueError: a format that cannot be written.
     """
+    check_format(format_name)
     if not any(map(has_scheme, (*inputs, output))):
         options: dict[str, Any] = {"recursive": recursive, "format_name": format_name}
         jobs = plan(list(inputs), output, unreadable=unreadable, made=made, left_out=left_out, **options)

@@ -91,6 +91,7 @@ class ThreadedRun:
         self.fatal: BaseException | None = None
         self.made: list[Path] = []
         workers = min(workers, max(len(jobs), 1))
+        self.caller = threading.current_thread()
         self.readers = [_Thread("fastden-read", self._read) for _ in range(workers)]
         self.writers = [_Thread("fastden-write", self._write) for _ in range(workers)]
 
@@ -122,6 +123,10 @@ class ThreadedRun:
             raise
         self._close(start)
         return self.report
+
+    def has(self, thread: threading.Thread) -> bool:
+        """Whether a thread works for this run."""
+        return thread in (self.caller, *self.readers, *self.writers)
 
     def _close(self, start: float) -> None:
         self.report.close(time.perf_counter() - start)

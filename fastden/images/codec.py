@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -29,8 +29,10 @@ __all__ = [
     "MAX_PIXELS",
     "METADATA",
     "SUFFIXES",
+    "Format",
     "Header",
     "ImageFile",
+    "check_format",
     "decode_image",
     "encode_image",
     "format_for",
@@ -50,7 +52,9 @@ SUFFIXES = {
     ".webp": "webp",
     ".avif": "avif",
 }
-FORMATS = ("jpeg", "png", "tiff", "webp", "avif", "heic")
+#: Formats that can be written.
+Format = Literal["jpeg", "png", "tiff", "webp", "avif", "heic"]
+FORMATS: tuple[str, ...] = get_args(Format)
 #: Images with more pixels are refused, so that a small file cannot claim all memory.
 MAX_PIXELS = 500_000_000
 
@@ -271,6 +275,12 @@ def _is_lossless(format_name: str, file: BinaryIO) -> bool:
     return next((name == b"VP8L" for name in names if name in (b"VP8 ", b"VP8L")), False)
 
 
+def check_format(format_name: str | None) -> None:
+    """Raise ValueError unless a format can be written; None is that of each input."""
+    if format_name is not None and format_name not in FORMATS:
+        raise ValueError(f"format: {format_name!r}; accepted: {', '.join(FORMATS)}")
+
+
 def format_for(path: str | Path, format_name: str | None = None) -> str:
     """The format for ``path``: the one that is asked for, else the suffix's.
 
@@ -279,8 +289,10 @@ def format_for(path: str | Path, format_name: str | None = None) -> str:
     """
     suffix = Path(path).suffix.lower()
     by_suffix = "heic" if suffix in OTHER_SUFFIXES["HEIC"] else SUFFIXES.get(suffix)
-    if format_name is not None and format_name not in FORMATS:
-        raise UserError(f"format: {format_name!r}; accepted: {', '.join(FORMATS)}")
+    try:
+        check_format(format_name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if by_suffix is None:
         raise UserError(
             f"{path}: cannot write {suffix or 'a file without suffix'}; accepted: {', '.join(SUFFIXES)}, .heic"
