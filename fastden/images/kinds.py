@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, BinaryIO
@@ -165,16 +168,51 @@ def fail_on(file: BinaryIO) -> str:
     return "warning" if _number(_first_directory(file), _TILE_WIDTH, 0) else "error"
 
 
+class _QuietTifffile(logging.Filter):
+    """Drops what tifffile logs in the threads that read a file here: a line for each oddity of it.
+
+    The program that uses fastden may read files with tifffile itself, at the same time: what those calls log passes.
+    The filter is there only while a file is read here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logger, self._lock = logging.getLogger("tifffile"), threading.Lock()
+        self._threads: Counter[int] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return threading.get_ident() not in self._threads
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A context in which this thread's records are dropped; contexts may lie inside each other."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._threads[thread] += 1
+            self._logger.addFilter(self)  # does nothing where it is there
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads[thread] -= 1
+                if not self._threads[thread]:
+                    del self._threads[thread]
+                if not self._threads:
+                    self._logger.removeFilter(self)
+
+
+_TIFFFILE = _QuietTifffile()
+
+
 def _directories(file: BinaryIO) -> Any:
     """The directories of a TIFF in tifffile's form."""
     import tifffile
 
-    # tifffile logs a line for each oddity, to standard error by default.
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     file.seek(0)
     return tifffile.TiffFile(file, name="image").pages
 
 
+@_TIFFFILE.reading()
 def _first_directory(file: BinaryIO) -> Any:
     """The first directory of a TIFF in tifffile's form; None for other files, and where it cannot be read."""
     file.seek(0)
@@ -186,6 +224,7 @@ def _first_directory(file: BinaryIO) -> Any:
         return None
 
 
+@_TIFFFILE.reading()
 def _number(page: Any, tag: int, default: int) -> int:
     """The whole number in a tag of a directory; ``default`` where there is none."""
     found = None if page is None else page.tags.get(tag)
@@ -195,6 +234,7 @@ def _number(page: Any, tag: int, default: int) -> int:
         return default
 
 
+@_TIFFFILE.reading()
 def is_raw_tiff(file: BinaryIO) -> bool:
     """Whether a file in TIFF's form holds what a sensor saw."""
     try:
@@ -211,6 +251,7 @@ def _photometric(page: Any) -> int:
     return _number(page, _PHOTOMETRIC, -1)
 
 
+@_TIFFFILE.reading()
 def full_pages(file: BinaryIO) -> int | None:
     """How many of a TIFF's pages are pictures of their own, behind which reduced copies and masks follow.
 
@@ -231,6 +272,7 @@ def full_pages(file: BinaryIO) -> int | None:
     raise UserError("a TIFF whose reduced copies come before its pictures; accepted: pictures first")
 
 
+@_TIFFFILE.reading()
 def stated_white(file: BinaryIO, metadata: Mapping[str, Any]) -> int:
     """The highest value that a TIFF says its 16 bits hold, 0 where it says nothing.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -71,8 +70,6 @@ class _Limited(io.RawIOBase):
 def _tifftools() -> Any:
     import tifftools
 
-    # tifftools logs a warning for each oddity, to standard error by default.
-    logging.getLogger("tifftools").addHandler(logging.NullHandler())
     return tifftools
 
 

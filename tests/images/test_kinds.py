@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 import fastden
 from fastden.batch.plan import plan
 from fastden.errors import UserError
-from fastden.images import formats
+from fastden.images import formats, kinds
 from fastden.images.codec import ImageFile, decode_image, read_image, write_image
 from fastden.images.finder import count_left_out
 from fastden.images.strips import StripReader
@@ -62,6 +64,42 @@ def test_what_libvips_does_not_support_is_not_called_damaged(tmp_path: Path) -> 
     (tmp_path / "a.tif").write_bytes(data)
     with pytest.raises(UserError, match="not supported here"):
         read_image(tmp_path / "a.tif")
+
+
+def test_what_tifffile_and_tifftools_log_of_files_read_here_is_dropped_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both libraries' loggers stay as they were, and other threads may use tifffile meanwhile."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        at = file.pages.first.tags[305].offset
+    data[at + 2] = 99  # no type of values
+    (tmp_path / "odd.tif").write_bytes(data)
+    read_image(tmp_path / "a.tif")  # from now on both libraries are imported
+
+    def own() -> int:
+        """The lines that tifffile logs of the file for a program that reads it itself."""
+        caplog.clear()
+        with tifffile.TiffFile(tmp_path / "odd.tif") as file:
+            assert len(file.pages) == 1
+        return sum(record.name == "tifffile" for record in caplog.records)
+
+    loggers = [logging.getLogger(name) for name in ("tifffile", "tifftools")]
+    before = [(list(logger.handlers), list(logger.filters), logger.level) for logger in loggers]
+    lines = own()
+    assert lines > 0
+    caplog.clear()
+    with ThreadPoolExecutor(4) as pool:
+        for image in pool.map(read_image, [tmp_path / "odd.tif"] * 40):
+            assert image.pixels.shape == (8, 8, 3)
+    assert [record.getMessage() for record in caplog.records if record.name == "tifffile"] == []
+    with kinds._TIFFFILE.reading(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(own).result() == lines
+        assert own() == 0
+    assert own() == lines
+    assert [(list(logger.handlers), list(logger.filters), logger.level) for logger in loggers] == before
+    assert capsys.readouterr().err == ""
 
 
 def test_another_colour_space_is_named(tmp_path: Path) -> None:
@@ -132,6 +170,18 @@ def test_of_a_masked_array_the_valid_pixels_are_denoised(channels: int | None) -
     valid = ~array.mask
     assert np.sqrt(np.mean((result.data[valid] - clean[valid]) ** 2)) < 0.65 * 10 / 255
     assert np.array_equal(array.data[valid], before.data[valid])
+
+
+@pytest.mark.parametrize("channels", [3, None])
+def test_the_noise_of_a_masked_array_is_that_of_its_valid_pixels(channels: int | None) -> None:
+    _, array = masked(channels)
+    estimate = fastden.estimate_noise(array)
+    assert fastden.estimate_sigma(array) == estimate.sigma == pytest.approx(10, abs=3)
+    given, automatic = fastden.denoise(array, estimate), fastden.denoise(array)
+    assert np.array_equal(given.mask, array.mask)
+    assert np.array_equal(given.filled(), automatic.filled())
+    array[:] = np.ma.masked
+    assert not fastden.estimate_noise(array).decided
 
 
 def test_a_value_beside_a_masked_one_of_its_pixel_stays_valid() -> None:
