@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastden.images.codec import MAX_PIXELS, read_image
-from fastden.images.pixels import Array, check_pixels
+from fastden.images.pixels import Array, check_pixels, without_mask
 from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.inference.estimate import check_dense, estimate_of
 from fastden.inference.run import (
@@ -199,32 +199,12 @@ def _denoise_array(array: Array, sigma: Any, options: _Options, stated: int = 0)
 
 def _denoise_masked(array: np.ma.MaskedArray[Any, Any], sigma: Any, options: _Options) -> Any:
     """Denoise the valid pixels; pixels under the mask count as equal to their nearest valid ones, and stay."""
-    check_pixels(np.asarray(array.data))
-    mask = np.ma.getmaskarray(array)
+    values, mask = without_mask(array), np.ma.getmaskarray(array)
     if mask.all():
         return array.copy()
-    values = np.array(array.data)
-    hidden: Array = np.asarray(mask if mask.ndim == 2 else mask.any(2))
-    if hidden.all():  # no pixel is valid in all channels: each channel has its own neighbours
-        for channel in range(values.shape[2]):
-            _fill(values[:, :, channel], np.asarray(mask[:, :, channel]))
-    else:
-        _fill(values, hidden)
-    values = np.where(mask, values, array.data)
     result = np.ma.MaskedArray(_denoise_array(values, sigma, options), mask=mask.copy(), fill_value=array.fill_value)
     result.data[mask] = array.data[mask]
     return result
-
-
-def _fill(values: Array, hidden: Array) -> None:
-    """Replace each hidden pixel by the nearest one that is not; all may be hidden."""
-    from scipy.ndimage import distance_transform_edt
-
-    if hidden.any() and not hidden.all():
-        nearest = distance_transform_edt(hidden, return_distances=False, return_indices=True)
-        values[hidden] = values[tuple(nearest)][hidden]
-    elif hidden.all():
-        values[:] = 0
 
 
 def _denoise_path(path: str | Path, sigma: Any, options: _Options) -> Array:

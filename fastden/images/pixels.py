@@ -56,6 +56,35 @@ def check_pixels(image: Any) -> None:
         raise ValueError(f"image: shape {image.shape}; accepted: height and width of at least 1")
 
 
+def without_mask(array: np.ma.MaskedArray[Any, Any]) -> Array:
+    """The pixels of a masked image, those under the mask equal to their nearest valid ones; 0 where none is valid.
+
+    Raises:
+        TypeError, ValueError: as of :func:`check_pixels`.
+    """
+    check_pixels(np.asarray(array.data))
+    mask = np.ma.getmaskarray(array)
+    values = np.array(array.data)
+    hidden: Array = np.asarray(mask if mask.ndim == 2 else mask.any(2))
+    if hidden.all() and mask.ndim == 3:  # no pixel is valid in all channels: each channel has its own neighbours
+        for channel in range(values.shape[2]):
+            _fill(values[:, :, channel], np.asarray(mask[:, :, channel]))
+    else:
+        _fill(values, hidden)
+    return np.where(mask, values, array.data)
+
+
+def _fill(values: Array, hidden: Array) -> None:
+    """Replace each hidden pixel by the nearest one that is not; all may be hidden."""
+    from scipy.ndimage import distance_transform_edt
+
+    if hidden.any() and not hidden.all():
+        nearest = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+        values[hidden] = values[tuple(nearest)][hidden]
+    elif hidden.all():
+        values[:] = 0
+
+
 def to_dtype(values: Array, dtype: Any) -> Array:
     """Image values at another depth, rounded and clipped: uint8, uint16, and float32 on [0, 1]."""
     dtype = np.dtype(dtype)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastden.images.pixels import Array, check_pixels
+from fastden.images.pixels import Array, check_pixels, without_mask
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.images.samples import MAX_SIGMA, sample_windows
 from fastden.images.strips import read_samples
@@ -155,7 +155,7 @@ def estimate_noise(image: Any, model: Model | None = None) -> NoiseEstimate:
     Args:
         image: one picture, as :func:`fastden.denoise` takes it: the path of a file, a PIL image, a tensor (C, H, W), or
             an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha, which is left out; uint8, uint16, or
-            floating in [0, 1].
+            floating in [0, 1]. In a masked array the valid pixels are judged, as :func:`fastden.denoise` does.
         model: as in :func:`fastden.denoise`: an estimator that was trained with it, if it has one, judges the picture.
             Else the bundled one does.
 
@@ -177,7 +177,7 @@ def estimate_noise(image: Any, model: Model | None = None) -> NoiseEstimate:
 
 
 def _as_array(image: Any) -> Any:
-    """The pixels of a PIL image or a tensor, (H, W) or (H, W, C); an array as it is."""
+    """The pixels of a PIL image or a tensor, (H, W) or (H, W, C); an array as it is, without its mask."""
     pil = sys.modules.get("PIL.Image")  # an image can exist only where its module is loaded
     if pil is not None and isinstance(image, pil.Image):
         modes = {"1": "L", "P": "RGB", "LA": "L", "PA": "RGB"}
@@ -194,7 +194,7 @@ def _as_array(image: Any) -> Any:
     if not isinstance(image, np.ndarray):
         accepted = "a path, a PIL image, a NumPy array or a tensor"
         raise TypeError(f"image: {type(image).__name__}; accepted: {accepted}")
-    return image
+    return without_mask(image) if isinstance(image, np.ma.MaskedArray) else image
 
 
 def check_dense(tensor: Tensor) -> None:
