@@ -315,7 +315,7 @@ def _ranges(da: Any, array: Any, planes: Any, axis: int | None, fixed: ValueRang
             warnings.warn(
                 f"array: an image of {size} bytes, whose range of values is not looked for, since Dask would keep all"
                 " of it: taken to fill its dtype's range, or [0, 1]; value_range=(black, white) says this or another",
-                stacklevel=4,
+                stacklevel=3,
             )
             fixed = ORDINARY
     if fixed is not None:

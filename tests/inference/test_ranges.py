@@ -222,8 +222,9 @@ def test_given_ranges_and_large_dask_arrays(clean: Array, monkeypatch: pytest.Mo
     given = fastden.denoise_array(noisy, 255 * 20 / 65535, value_range=(0, 1023))
     np.testing.assert_array_equal(given, fastden.denoise(noisy, 255 * 20 / 65535))
     monkeypatch.setattr("fastden.inference.arrays.LARGEST_KEPT", 1000)
-    with pytest.warns(UserWarning, match="value_range="):
+    with pytest.warns(UserWarning, match="value_range=") as told:
         plain = fastden.denoise_array(da.from_array(noisy), 10).compute()
+    assert [warning.filename for warning in told] == [__file__]  # it points at the call of denoise_array
     np.testing.assert_array_equal(plain, as_it_is(noisy, 10))
     with pytest.raises(ValueError, match="value_range"):
         fastden.denoise_array(noisy, 10, value_range=(5, 5))
