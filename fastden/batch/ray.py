@@ -11,8 +11,9 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,7 @@ def connect(workers: int | None, workers_per_device: int, device: str | None) ->
     return choose_pool(ray.cluster_resources(), workers, workers_per_device, device)
 
 
-def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
+def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Generator[Record, None, None]:
     """Denoise files on the workers of a Ray cluster.
 
     Args:
@@ -277,26 +278,39 @@ def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Ite
     Yields:
         The record of each row as it is finished, in no particular order; its names are those of the row.
     """
+    ray = _ray()
+    with _quiet(ray):
+        # One row a block: a worker that is free takes the next file, even where files differ much in size.
+        dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+        at_once = files_at_once(pool)
+        results = dataset.map(
+            Worker,
+            fn_constructor_args=(settings, pool.cpus),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(pool.workers, len(rows)),
+                max_concurrent_calls_per_actor=at_once,
+                max_tasks_in_flight_per_actor=at_once,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=pool.cpus if not pool.gpus else None,
+            num_gpus=pool.gpus or None,
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
+        for row in results.iter_rows():
+            yield Record.from_json(row["record"])
+
+
+@contextmanager
+def _quiet(ray: Any) -> Iterator[None]:
+    """Ray Data shows no bars and logs errors alone; both settings are the whole process's."""
     import logging
 
-    ray = _ray()
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # One row a block: a worker that is free takes the next file, even where files differ much in size.
-    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
-    at_once = files_at_once(pool)
-    results = dataset.map(
-        Worker,
-        fn_constructor_args=(settings, pool.cpus),
-        compute=ray.data.ActorPoolStrategy(
-            size=min(pool.workers, len(rows)),
-            max_concurrent_calls_per_actor=at_once,
-            max_tasks_in_flight_per_actor=at_once,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=pool.cpus if not pool.gpus else None,
-        num_gpus=pool.gpus or None,
-        runtime_env={"env_vars": ENVIRONMENT},
-    )
-    for row in results.iter_rows():
-        yield Record.from_json(row["record"])
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    bars, level = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        logger.setLevel(level)

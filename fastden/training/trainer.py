@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -30,8 +32,20 @@ from fastden.training.tasks import load_task
 #: Steps between looks at the clock.
 FIT_EVERY = 50
 
-# Lightning praises services of its maker at each start; neither has to do with this training.
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
+
+@contextmanager
+def _without_praise() -> Iterator[None]:
+    """Lightning praises services of its maker at each start; here it does not. Its logger is the whole process's."""
+
+    def is_no_praise(record: logging.LogRecord) -> bool:
+        return "💡" not in record.getMessage()
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(is_no_praise)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_praise)
 
 
 class _TimeLimit(pl.Callback):
@@ -86,6 +100,7 @@ class _FittedSteps(pl.Callback):
         self.config.steps = trainer.fit_loop.epoch_loop.max_steps = steps
 
 
+@_without_praise()
 def train(
     config: TrainConfig,
     *,

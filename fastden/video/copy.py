@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -109,7 +111,7 @@ def denoise_video(
     check_target(target, overwrite)
     if target.exists() and os.path.samefile(source, target):
         raise UserError(f"output: {target} is the input; accepted: another file")
-    with whole_file(target, target.suffix.lower(), overwrite=overwrite) as temporary:
+    with _QUIET.during(av), whole_file(target, target.suffix.lower(), overwrite=overwrite) as temporary:
         try:
             with (
                 _opened(av, source) as reader,
@@ -128,10 +130,41 @@ def _av() -> Any:
     except ModuleNotFoundError as error:
         how = "Python 3.11 or later" if sys.version_info < (3, 11) else "pip install 'fastden[video]'"
         raise UserError(f"video: the package {error.name} is missing; install: {how}") from error
-    # FFmpeg would print remarks to standard error. Errors are raised in any case.
-    av.logging.set_level(av.logging.FATAL)
-    os.environ.setdefault("SVT_LOG", "1")
     return av
+
+
+class _Quiet:
+    """What is printed besides errors while videos are denoised: nothing, as errors are raised in any case.
+
+    Both settings are the process's. The first of several threads makes them, the last one restores what was before.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._videos = threading.Lock(), 0
+        self._level: int | None = None
+        self._named = False
+
+    @contextmanager
+    def during(self, av: Any) -> Iterator[None]:
+        """A context around one video."""
+        with self._lock:
+            self._videos += 1
+            if self._videos == 1:
+                self._level, self._named = av.logging.get_level(), "SVT_LOG" in os.environ
+                av.logging.set_level(av.logging.FATAL)
+                os.environ.setdefault("SVT_LOG", "1")
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._videos -= 1
+                if not self._videos:
+                    av.logging.set_level(self._level)
+                    if not self._named:
+                        os.environ.pop("SVT_LOG", None)
+
+
+_QUIET = _Quiet()
 
 
 def _opened(av: Any, source: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from fastden.batch import ray as ray_module
 from fastden.batch.cost import Cost
 from fastden.batch.manifest import NAME, Record
 from fastden.batch.plan import Job
-from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, plan_rows
+from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, distribute, plan_rows
 from fastden.cli.main import app
 from fastden.errors import UserError
 from fastden.images.codec import read_image
@@ -52,6 +54,29 @@ def memory() -> Iterator[Any]:
     yield system
     system.store.clear()
     system.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_rays_settings_are_set_back(monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
+    """Progress bars and the logger are the process's; a run that is not read to its end sets them back too."""
+    context, logger = SimpleNamespace(enable_progress_bars=True), logging.getLogger("ray.data")
+    record = Record("a.png", "b.png", "done", "now", {}, {}).as_json()
+    rows = SimpleNamespace(iter_rows=lambda: iter([{"record": record}] * 2))
+    data = SimpleNamespace(
+        DataContext=SimpleNamespace(get_current=lambda: context),
+        from_items=lambda *_, **options: SimpleNamespace(map=lambda *_, **options: rows),
+        ActorPoolStrategy=lambda **options: None,
+    )
+    monkeypatch.setattr(ray_module, "_ray", lambda: SimpleNamespace(data=data))
+    level = logger.level
+    records = distribute([{"input": "a.png", "output": "b.png"}], {}, Pool(1, 0, 1))
+    assert next(records).output == "b.png"
+    assert (context.enable_progress_bars, logger.level) == (False, logging.ERROR)
+    if ended:
+        assert len(list(records)) == 1
+    else:
+        records.close()
+    assert (context.enable_progress_bars, logger.level) == (True, level)
 
 
 def test_rows_of_paths(photos: Path, tmp_path: Path) -> None:

@@ -405,8 +405,26 @@ def test_lightning_praises_nothing_here() -> None:
     """Its tips name services of its maker; all else that it says is shown."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tip, other = (logging.makeLogRecord({"msg": text}) for text in ("💡 Tip: try our service", "GPU available: False"))
-    assert not logger.filter(tip)
-    assert logger.filter(other)
+    with trainer._without_praise():
+        assert not logger.filter(tip)
+        assert logger.filter(other)
+    assert logger.filter(tip)
+
+
+def test_a_training_leaves_lightnings_logger_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = list(logger.filters)
+    during: list[int] = []
+
+    def stop(*_: Any) -> None:
+        during.append(len(logger.filters))
+        raise UserError("enough")
+
+    monkeypatch.setattr(trainer, "_trainer", stop)
+    with pytest.raises(UserError, match="enough"):
+        trainer.train(TrainConfig(data=[tmp_path], output=tmp_path / "run"))
+    assert during == [len(before) + 1]
+    assert list(logger.filters) == before
 
 
 def test_no_log_replaces_an_earlier_one(tmp_path: Path) -> None:

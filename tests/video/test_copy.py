@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -322,6 +325,51 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, network: FusedDenoise
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "b.mp4", network, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_the_process_gets_its_settings_back(
+    tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FFmpeg's level of logging and the environment, after an error too, and where two threads overlap."""
+    source = make_clip(tmp_path / "a.mp4", frames=2)
+    begun, may_end = threading.Barrier(2), threading.Event()
+    seen: list[tuple[int | None, str | None]] = []
+
+    def state(*_: int) -> tuple[int | None, str | None]:
+        seen.append((av.logging.get_level(), os.environ.get("SVT_LOG")))
+        return seen[-1]
+
+    def first(done: int, total: int) -> None:
+        if done == 1:
+            begun.wait(60)
+
+    def second(done: int, total: int) -> None:
+        if done == 1:
+            begun.wait(60)
+            assert may_end.wait(60)
+            assert state() == (av.logging.FATAL, "1")
+            raise KeyboardInterrupt
+
+    monkeypatch.delenv("SVT_LOG", raising=False)
+    level = av.logging.get_level()
+    try:
+        av.logging.set_level(av.logging.ERROR)
+        with ThreadPoolExecutor(2) as pool:
+            videos = [
+                pool.submit(run, source, tmp_path / f"{progress.__name__}.mp4", network, progress=progress)
+                for progress in (first, second)
+            ]
+            assert videos[0].result().frames == 2
+            may_end.set()
+            with pytest.raises(KeyboardInterrupt):
+                videos[1].result()
+        assert state() == (av.logging.ERROR, None)
+        monkeypatch.setenv("SVT_LOG", "3")
+        run(source, tmp_path / "b.mp4", network, progress=state)
+        assert seen[-1] == (av.logging.FATAL, "3")
+        assert state() == (av.logging.ERROR, "3")
+    finally:
+        av.logging.set_level(level)
 
 
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, network: FusedDenoiser) -> None:
