@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Manifest, open_for_run
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
-from fastden.batch.threads import is_made
+from fastden.batch.threads import check_folder, is_made
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.strips import read_header
 from fastden.images.whole_files import check_target
@@ -144,10 +142,10 @@ def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | Non
 def _check_output(job: Job, output: Path, replaces: bool) -> None:
     """Raise the UserError with which a run would refuse an output."""
     folder = job.target.parent
+    if is_made(folder, output):
+        check_folder(folder)
     if folder.exists() or not is_made(folder, output):
         check_target(job.target, replaces)
-    elif not next(path for path in folder.parents if path.exists()).is_dir():
-        raise UserError(f"output: cannot make the folder {folder}: {os.strerror(errno.ENOTDIR)}")
 
 
 def _rate(settings: Settings, deep: bool) -> float:

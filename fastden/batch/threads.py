@@ -191,6 +191,7 @@ class ThreadedRun:
         if not is_made(folder, self.output):
             return
         with self.lock:
+            check_folder(folder)
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -334,6 +335,13 @@ class ThreadedRun:
 def is_made(folder: Path, output: Path) -> bool:
     """Whether a run makes a folder of outputs that is missing. The folder of an output file has to exist."""
     return folder == output or folder != output.parent
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where a folder cannot be made, because it, or what would hold it, is a file."""
+    first = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if first is not None and not first.is_dir():
+        raise UserError(f"output: cannot make the folder {folder}: {first} is a file")
 
 
 def _grace(picture: Picture | None) -> float:

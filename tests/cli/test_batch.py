@@ -80,9 +80,9 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "saying"),
     [
-        (["a.png", "-o", "missing/out.png"], r"missing/out.png: the folder \S+missing does not exist; accepted"),
+        (["a.png", "-o", "missing/out.png"], r"missing.out.png: the folder \S+missing does not exist; accepted"),
         (["a.png", "-o", "b.jpg"], "b.jpg: exists already; accepted"),
-        (["../photos", "-r", "-o", "a.png/out"], "output: cannot make the folder a.png/out: "),
+        (["../photos", "-r", "-o", "a.png/out"], "output: cannot make the folder a.png.out: a.png is a file"),
         (["a.png", "-o", "out.png", "--sigma-map", "small.png"], "sigma_map: small.png is 8 x 8 pixels; accepted: 40"),
         (["a.png", "-o", "out.png", "--sigma-map", "b.jpg"], "sigma_map: b.jpg has 3 channels; accepted: 1"),
         (["a.png", "-o", "out.png", "--model", "gray"], "image: 3 channels, but the model is for gray images"),
