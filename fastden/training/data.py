@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,49 +15,89 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastden.errors import UserError
-from fastden.images.codec import SUFFIXES
-from fastden.images.finder import find_images
+from fastden.images.codec import SUFFIXES, read_image
+from fastden.images.encoding import described
+from fastden.images.finder import count_left_out, find_images
+from fastden.images.image_file import ImageFile
+from fastden.images.libvips import VIPS_FORMATS, load_vips
+from fastden.images.pixels import to_dtype
 
 Image = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+
+def tell(note: str) -> None:
+    """Show a note on standard error, once where several processes of a machine train."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logging.getLogger(__name__).warning("note: %s", note)
+
+
+def names_of(files: list[Path]) -> str:
+    """The names of at most ten files, for a note."""
+    more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+    return ", ".join(map(str, files[:10])) + more
 
 
 def find_photographs(folder: Path) -> list[Path]:
     """Image files below ``folder``, sorted; see :func:`fastden.images.finder.find_images`.
+
+    A note says how many image files are of a kind that is not read here.
 
     Raises:
         UserError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise UserError(f"data: {folder} is not a folder; accepted: folders of photographs")
-    files = find_images(folder, recursive=True)
+    left_out: list[Path] = []
+    files = find_images(folder, recursive=True, left_out=left_out)
     if not files:
-        raise UserError(f"data: no images in {folder}; accepted suffixes: {', '.join(SUFFIXES)}")
+        others = f" ({count_left_out(left_out)})" if left_out else ""
+        raise UserError(f"data: no images in {folder}{others}; accepted suffixes: {', '.join(SUFFIXES)}")
+    if left_out:
+        tell(f"data: {folder}: {count_left_out(left_out)}")
     return files
 
 
 def load_rgb(path: Path) -> Image:
     """(H, W, 3) uint8 pixels of an image file, upright, in sRGB: an embedded colour profile is applied.
 
+    Every kind is read that ``fastden denoise`` reads; of several pages, the first. Values on another range than that of
+    their dtype, such as 12 bits in 16, are brought to their own range, as they are before they are denoised
+    (:mod:`fastden.images.ranges`); what lies beyond it is cut off.
+
     Raises:
         UserError: the file cannot be read.
     """
-    import pyvips
-
     try:
-        image = _in_srgb(pyvips.Image.new_from_file(str(path), fail_on="truncated").autorot())
-        return np.asarray(image[:3].numpy(), dtype=np.uint8)
-    except pyvips.Error as error:
-        raise UserError(f"data: cannot read {path}: {str(error).splitlines()[0]}") from error
+        image = read_image(path, several=True)
+    except UserError as error:
+        raise UserError(f"data: cannot read {error}") from error
+    return _in_srgb(image.upright())
 
 
-def _in_srgb(image: Any) -> Any:
-    """An image of pyvips in sRGB. A profile that does not fit (of colours, in a gray file) is passed over."""
-    import pyvips
+def _in_srgb(image: ImageFile) -> Image:
+    """The first page in sRGB. A profile that does not fit (of colours, in a gray file) is passed over."""
+    vips = load_vips()
+    pixels = image.split()[0]
+    if pixels.dtype != np.uint8:
+        pixels = to_dtype(image.ranges[0].own_scale(pixels), np.uint16)
+    height, width, channels = pixels.shape
+    picture = vips.Image.new_from_memory(
+        np.ascontiguousarray(pixels).data, width, height, channels, VIPS_FORMATS[pixels.dtype]
+    )
+    profile = {name: value for name, value in image.metadata.items() if name == "icc-profile-data"}
+    picture = described(picture, profile, strip_metadata=True)
+    if profile:
+        with suppress(vips.Error):
+            picture = picture.icc_transform("srgb", embedded=True, depth=8)
+    # numpy() of pyvips would drop the dimensions of one-pixel images.
+    return np.ndarray((height, width, 3), np.uint8, picture.colourspace("srgb").write_to_memory())
 
-    if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
-        with suppress(pyvips.Error):
-            image = image.icc_transform("srgb", embedded=True, depth=8)
-    return image.colourspace("srgb")
+
+def evenly_spaced(items: list[T], count: int) -> list[T]:
+    """``count`` of the items, or all if there are fewer: a folder or a table may be sorted by what it shows."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def central_crops(folders: list[Path], count: int, side: int = 256) -> list[Tensor]:
@@ -68,7 +110,7 @@ def central_crops(folders: list[Path], count: int, side: int = 256) -> list[Tens
     """
     files = [file for folder in folders for file in find_photographs(folder)]
     crops = []
-    for file in files[:: -(-len(files) // count)]:
+    for file in evenly_spaced(files, count):
         pixels = torch.from_numpy(load_rgb(file).copy()).permute(2, 0, 1)[None].float().div_(255)
         top, left = (max(length - side, 0) // 2 for length in pixels.shape[2:])
         crops.append(pixels[:, :, top : top + side, left : left + side].contiguous())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import pyvips
+import tifffile
 import torch
 import yaml
 from PIL import Image as PIL
@@ -18,8 +20,9 @@ pytest.importorskip("pydantic")
 
 from fastden.errors import UserError
 from fastden.training.config import TrainConfig, load_config
-from fastden.training.data import CropDataset, find_photographs, load_rgb
+from fastden.training.data import CropDataset, central_crops, evenly_spaced, find_photographs, load_rgb
 from fastden.training.synthetic_noise import NoiseModel, NoisyDataset, compress, gaussian
+from tests.images.test_formats import dng, heic, jxl
 
 REQUIRED = ["data=[photographs]", "output=run"]
 
@@ -318,3 +321,73 @@ def test_pictures_are_upright_and_in_srgb(tmp_path: Path) -> None:
     PIL.fromarray(pixels[..., 0]).save(tmp_path / "gray.jpg", icc_profile=profile, quality=100)
     gray = load_rgb(tmp_path / "gray.jpg")
     np.testing.assert_allclose(gray, np.repeat(pixels[..., :1], 3, 2), rtol=0, atol=3)
+
+
+class TestKindsOfFiles:
+    @pytest.fixture
+    def pixels(self) -> np.ndarray:
+        coarse = PIL.fromarray(np.random.default_rng(3).integers(30, 226, (4, 5, 3), dtype=np.uint8))
+        return np.asarray(coarse.resize((80, 64), PIL.Resampling.BICUBIC))
+
+    @pytest.mark.parametrize(("suffix", "write"), [(".heic", heic), (".jxl", jxl)])
+    def test_formats_of_packages(self, tmp_path: Path, pixels: np.ndarray, suffix: str, write: Any) -> None:
+        """What a folder's search finds is read, with its colour profile."""
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(write(pixels))
+        assert find_photographs(tmp_path) == [path]
+        assert np.abs(load_rgb(path).astype(int) - pixels).mean() < 4
+
+    def test_camera_raw_is_developed(self, tmp_path: Path) -> None:
+        """The picture is read, not the thumbnail in the file; it grows brighter from left to right."""
+        path = tmp_path / "a.dng"
+        path.write_bytes(dng())
+        image = load_rgb(path)
+        assert image.shape == (48, 64, 3)
+        assert image[:, :16].mean() < image[:, 24:40].mean() < image[:, 48:].mean()
+
+    def test_the_rest_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "a.exr").touch()
+        with pytest.raises(UserError, match=r"no images in .* \(1 image file left out, .*: 1 OpenEXR\); accepted"):
+            find_photographs(tmp_path)
+        PIL.new("RGB", (8, 8)).save(tmp_path / "b.png")
+        with caplog.at_level(logging.WARNING):
+            assert find_photographs(tmp_path) == [tmp_path / "b.png"]
+        assert "1 image file left out, not read here: 1 OpenEXR" in caplog.text
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_floating_values(self, tmp_path: Path, pixels: np.ndarray, channels: int) -> None:
+        """The scale is [0, 1], for gray as for colours."""
+        expected = pixels[..., :channels]
+        photometric = "rgb" if channels == 3 else "minisblack"
+        tifffile.imwrite(tmp_path / "a.tif", np.squeeze(expected / np.float32(255)), photometric=photometric)
+        assert np.abs(load_rgb(tmp_path / "a.tif").astype(int) - expected).max() <= 1
+
+    @pytest.mark.parametrize("bits", [10, 12])
+    def test_few_bits_in_sixteen(self, tmp_path: Path, pixels: np.ndarray, bits: int) -> None:
+        values = np.rint(pixels / 255 * (2**bits - 1)).astype(np.uint16)
+        tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb")
+        assert np.abs(load_rgb(tmp_path / "a.tif").astype(int) - pixels).max() <= 1
+        (crop,) = central_crops([tmp_path], 1)
+        assert np.abs(crop[0].permute(1, 2, 0).numpy() * 255 - pixels).max() < 1.5
+
+    def test_another_scale_is_refused(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.float32), photometric="rgb")
+        with pytest.raises(UserError, match=r"data: cannot read .*a\.tif: floating image: .*accepted: the scale"):
+            load_rgb(tmp_path / "a.tif")
+
+    def test_the_first_of_several_pages(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        tifffile.imwrite(tmp_path / "a.tif", np.stack([pixels, 255 - pixels]), photometric="rgb")
+        np.testing.assert_array_equal(load_rgb(tmp_path / "a.tif"), pixels)
+
+
+@pytest.mark.parametrize(("length", "count"), [(33, 32), (5, 9), (64, 32)])
+def test_evenly_spaced(length: int, count: int) -> None:
+    chosen = evenly_spaced(list(range(length)), count)
+    assert len(chosen) == len(set(chosen)) == min(length, count)
+    assert max(np.diff(chosen), default=1) <= -(-length // count)
+
+
+def test_as_many_crops_as_asked_for(tmp_path: Path) -> None:
+    for index in range(5):
+        PIL.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+    assert len(central_crops([tmp_path], 4)) == 4
