@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
 from fastden.ops.backends import BackendError, use_backend
 from fastden.training.config import TrainConfig
-from fastden.training.data import CropDataset, Image, find_photographs, load_rgb
+from fastden.training.data import CropDataset, Image, find_photographs, load_rgb, names_of, tell
 from fastden.training.synthetic_noise import NoisyDataset, gaussian
 
 #: Levels (0-255 scale) of the validation noise, all on the same photographs.
@@ -86,12 +87,27 @@ class DenoiserData(pl.LightningDataModule):
             raise UserError(
                 f"validation: {config.validation} leaves no photograph to train on; accepted: up to {len(files[0]) - 1}"
             )
-        self.validation_images = [load_rgb(path) for path in held]
-        self.train_images = [image for image in map(load_rgb, for_training) if min(image.shape[:2]) >= config.crop]
+        small: list[Path] = []
+        self.validation_images, self.train_images = (self._usable(paths, small) for paths in (held, for_training))
+        size = f"{config.crop} x {config.crop} pixels (crop: {config.crop})"
         if not self.train_images:
-            raise UserError(
-                f"data: no photograph of at least {config.crop} x {config.crop} pixels (crop: {config.crop})"
-            )
+            raise UserError(f"data: no photograph of at least {size}")
+        if small:
+            tell(f"data: {len(small)} left out, smaller than {size}: {names_of(small)}")
+
+    def _usable(self, files: list[Path], small: list[Path]) -> list[Image]:
+        """The pixels of the files that hold a crop; the others are added to ``small``.
+
+        Those held out must hold one too: the smallest of them decides the size of all crops of the validation.
+        """
+        images = []
+        for path in files:
+            image = load_rgb(path)
+            if min(image.shape[:2]) >= self.config.crop:
+                images.append(image)
+            else:
+                small.append(path)
+        return images
 
     def crops(self, length: int, epoch: int) -> Dataset[dict[str, Tensor]]:
         """The clean crops of one epoch."""

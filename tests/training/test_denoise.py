@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
@@ -357,6 +358,21 @@ class TestData:
     def test_photographs_smaller_than_the_crop(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"data: no photograph of at least 64 x 64 pixels \(crop: 64\)"):
             run(tmp_path, crop=64)
+
+    def test_small_photographs_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """An icon among them neither ends the run nor makes the crops of the validation small."""
+        random = np.random.default_rng(0)
+        for name, side in (("a", 40), ("b", 12), ("c", 36), ("d", 2)):
+            image = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / f"{name}.png")
+        data = denoise.DenoiserData(configuration(data=[tmp_path], validation=2, crop=30))
+        with caplog.at_level(logging.WARNING):
+            data.setup("fit")
+        assert "2 left out, smaller than 30 x 30 pixels (crop: 30)" in caplog.text
+        assert all(str(tmp_path / name) in caplog.text for name in ("b.png", "d.png"))
+        assert [image.shape[0] for image in data.train_images + data.validation_images] == [40, 36]
+        (batch,) = data.val_dataloader()
+        assert batch[0].shape == (1, 3, 36, 36)
 
     def test_more_validation_than_photographs(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"validation: 6; accepted: up to the 5 photographs in"):
