@@ -70,7 +70,9 @@ def weave(clean: Tensor, random: np.random.Generator, ranges: FabricRanges | Non
     # Light that grazes the folds shows the threads more or less.
     pattern = pattern * (0.4 * _field(fields[3], random)).exp()
     contrast = _log_uniform(random, ranges.contrast) * clean.new_tensor(1 + 0.1 * random.standard_normal((3, 1, 1)))
-    contrast = contrast * float(random.random() >= ranges.plain)
+    # No number is drawn where no cloth is plain: textures of earlier runs stay as they were.
+    if ranges.plain and random.random() < ranges.plain:
+        contrast = torch.zeros_like(contrast)
     ground = blur(clean[None], _log_uniform(random, ranges.smooth))[0]
     cloth = (ground * (contrast * pattern).exp()).clamp(0, 1)
     if random.random() < 0.5:

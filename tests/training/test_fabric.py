@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,13 @@ def gray(side: int, value: float = 0.5) -> torch.Tensor:
 def test_threads_keep_their_distance(period: float) -> None:
     """Without folds, next to no power is coarser than the threads: it gathers at their waves and the overtones."""
     ranges = FabricRanges(
-        period=(period, period), stretch=(1.0, 1.0), skew=0.0, folds=(1e-6, 1e-6), contrast=(0.1, 0.1), roughness=0.0
+        period=(period, period),
+        stretch=(1.0, 1.0),
+        skew=0.0,
+        folds=(1e-6, 1e-6),
+        contrast=(0.1, 0.1),
+        roughness=0.0,
+        plain=0.0,
     )
     side = 128
     for seed in range(8):
@@ -38,14 +46,44 @@ def test_threads_keep_their_distance(period: float) -> None:
 def test_contrast_and_range() -> None:
     for seed in range(12):
         random = np.random.default_rng(seed)
-        cloth = weave(gray(96), random, FabricRanges(contrast=(0.05, 0.05)))
+        cloth = weave(gray(96), random, FabricRanges(contrast=(0.05, 0.05), plain=0.0))
         assert cloth.shape == (3, 96, 96)
         assert 0 <= float(cloth.min()) <= float(cloth.max()) <= 1
         # A part of the picture may stay bare; folds change the contrast by up to a third.
         assert 0.002 < float((cloth / 0.5).log().std()) < 0.08
         assert abs(float(cloth.mean()) - 0.5) < 0.02
-    bright = weave(gray(96, 0.99), np.random.default_rng(0), FabricRanges(contrast=(0.35, 0.35)))
+    bright = weave(gray(96, 0.99), np.random.default_rng(0), FabricRanges(contrast=(0.35, 0.35), plain=0.0))
     assert float(bright.max()) <= 1
+
+
+def test_share_of_plain_cloths() -> None:
+    """They are the smooth ground under the threads, whole or in part."""
+    seeds = range(200)
+    cloths = [weave(gray(16), np.random.default_rng(seed), FabricRanges(plain=0.25)) for seed in seeds]
+    plain = sum(bool((cloth - 0.5).abs().max() < 1e-5) for cloth in cloths)
+    assert 30 <= plain <= 70
+    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))
+    ground = blur(picture[None], 2.0)[0]
+    bare = [weave(picture, np.random.default_rng(seed), FabricRanges(plain=1.0, smooth=(2.0, 2.0))) for seed in seeds]
+    whole = [torch.allclose(cloth, ground, atol=1e-6) for cloth in bare]
+    assert 70 <= sum(whole) <= 130
+    for cloth in bare:
+        inside = (cloth >= torch.minimum(picture, ground) - 1e-5) & (cloth <= torch.maximum(picture, ground) + 1e-5)
+        assert bool(inside.all())
+
+
+@pytest.mark.parametrize(("plain", "draws"), [(0.0, 1), (0.25, 2)])
+def test_no_number_is_drawn_where_no_cloth_is_plain(plain: float, draws: int) -> None:
+    """Else a seed's textures would be others than before there were plain cloths."""
+    drawn = []
+
+    class Counting(np.random.Generator):
+        def random(self, *arguments: Any, **options: Any) -> Any:
+            drawn.append(arguments)
+            return super().random(*arguments, **options)
+
+    weave(gray(16), Counting(np.random.PCG64(0)), FabricRanges(plain=plain))
+    assert len(drawn) == draws
 
 
 def test_seeds() -> None:
