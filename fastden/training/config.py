@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastden.errors import UserError
 from fastden.images.samples import MAX_SIGMA
 from fastden.training.synthetic_noise import NoiseModel
+
+#: Settings that are a number or a range.
+RANGES = ("sigma", "gain", "jpeg", "clean_quality", "factor")
 
 
 class TrainConfig(BaseModel):
@@ -69,9 +73,13 @@ class TrainConfig(BaseModel):
     validation: int = Field(12, ge=0, description="photographs held out of the first folder for validation")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of crops, noise and initial weights")
 
-    @field_validator("sigma", "gain", "jpeg", mode="before")
+    @field_validator(*RANGES, mode="before", check_fields=False)
     @classmethod
     def _number_is_a_range(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            # YAML takes 1e-3 for text: its numbers have a point.
+            with suppress(ValueError):
+                value = float(value)
         return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @field_validator("sigma")
@@ -109,8 +117,8 @@ class TrainConfig(BaseModel):
 class PhotoConfig(TrainConfig):
     """Settings of training for photographs: the denoiser and the estimator of its noise level together.
 
-    :mod:`fastden.training.photo_noise` draws the noise. ``sigma`` is the range of its white share; ``gain`` and
-    ``jpeg`` are not used.
+    :mod:`fastden.training.photo_noise` draws the noise. ``sigma`` is the range of its white share, up to the highest
+    level that the network is given. ``gain`` and ``jpeg`` are refused: cameras have photon noise and JPEG of their own.
     """
 
     objective: Literal["photo"] = Field(  # type: ignore[assignment]
@@ -127,11 +135,13 @@ class PhotoConfig(TrainConfig):
     denoiser: bool = Field(
         True, description="train the denoiser too; false: the estimator alone, in a fraction of the time"
     )
-    estimator: Path | None = Field(None, description="weights of an estimator to start from; null is none")
+    estimator: Path | None = Field(
+        None, description="an estimator to start from: its weights, or a model's folder that holds them; null is none"
+    )
     kinds: tuple[float, float, float, float] = Field(
         (0.3, 0.42, 0.22, 0.06), description="shares of white noise, camera noise, grain and clean pictures"
     )
-    clean_quality: tuple[int, int] = Field((50, 98), description="JPEG quality of clean pictures")
+    clean_quality: tuple[int, int] = Field((50, 98), description="JPEG quality of clean pictures: a number or a range")
     twice: float = Field(0.15, ge=0, le=1, description="share of JPEGs that are saved as a JPEG twice")
     sigma_power: float = Field(1.0, gt=0, description="white noise: 2 draws more of the weak, 1 all alike")
     reduce: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are reduced before the noise")
@@ -145,10 +155,16 @@ class PhotoConfig(TrainConfig):
         ge=1,
         description="steps for each batch of new noise; all draw from the last replay_batches, turned and mirrored",
     )
-    replay_batches: int = Field(256, ge=1, description="batches to draw from; 64 crops of 126 pixels are 12 MB")
+    replay_batches: int = Field(
+        256,
+        ge=1,
+        description="batches to draw from; 64 crops of 126 pixels are 12 MB. A resumed run first makes them again",
+    )
     jitter: float = Field(0.1, ge=0, le=1, description="standard deviation of the true log level's error, where given")
     misjudged: float = Field(0.3, ge=0, le=1, description="share of crops whose level is wrong by a factor")
-    factor: tuple[float, float] = Field((0.6, 2.0), description="that factor, log-uniform")
+    factor: tuple[float, float] = Field(
+        (0.6, 2.0), description="that factor: a number, or a range that is drawn from log-uniformly"
+    )
     crop: int = Field(126, ge=32, description="side of a training crop, pixels; 2 under a multiple of 4 wastes nothing")
     batch: int = Field(8, ge=1, description="crops a step, over all devices")
 
@@ -163,6 +179,26 @@ class PhotoConfig(TrainConfig):
         if self.estimator_lr == 0 and not (self.denoiser and self.estimator):
             raise ValueError("estimator_lr: 0; accepted: above 0, or a denoiser that learns beside a given estimator")
         return self
+
+    @model_validator(mode="after")
+    def _check_denoiser(self) -> PhotoConfig:
+        if not self.denoiser and self.init is None:
+            raise ValueError("denoiser: false without init; accepted: with init, the model that stays as it is")
+        return self
+
+    @model_validator(mode="after")
+    def _check_noise(self) -> PhotoConfig:
+        accepted = "its cameras have noise and JPEG of their own"
+        if self.gain != (0, 0):
+            raise ValueError(f"gain: {self.gain}; accepted for photo: 0, {accepted}")
+        if self.jpeg is not None:
+            raise ValueError(f"jpeg: {self.jpeg}; accepted for photo: null, {accepted}")
+        return self
+
+    @field_validator("sigma")
+    @classmethod
+    def _check_sigma(cls, sigma: tuple[float, float]) -> tuple[float, float]:
+        return _check_range(sigma, 0, MAX_SIGMA)
 
     @field_validator("kinds")
     @classmethod
@@ -254,6 +290,8 @@ def load_config(path: Path | None, overrides: list[str]) -> TrainConfig:
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             lines.append(f"{name}: {item.get('input')!r}: {item['msg']}" if name else item["msg"])
+            if item["loc"] and item["loc"][0] in RANGES and item["type"] != "value_error":
+                lines[-1] += "; accepted: a number or [low, high]"
             if item["type"] == "extra_forbidden":
                 lines[-1] += f"; accepted keys: {known}"
         raise UserError("; ".join(lines)) from error

@@ -51,7 +51,15 @@ class TestConfiguration:
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         assert load_config(path, []) == config
 
-    @pytest.mark.parametrize(("override", "sigma"), [("sigma=25", (25, 25)), ("sigma=[5, 9.5]", (5, 9.5))])
+    @pytest.mark.parametrize(
+        ("override", "sigma"),
+        [
+            ("sigma=25", (25, 25)),
+            ("sigma=[5, 9.5]", (5, 9.5)),
+            ("sigma=1e1", (10, 10)),
+            ("sigma=[1e0, 2e1]", (1, 20)),
+        ],
+    )
     def test_number_or_range(self, override: str, sigma: tuple[float, float]) -> None:
         assert load_config(None, [*REQUIRED, override]).sigma == sigma
 
@@ -72,6 +80,8 @@ class TestConfiguration:
             ("sigma=[0, 300]", r"sigma: \[0, 300\]: .*0 <= low <= high <= 255"),
             ("sigma=[.nan, 3]", r"sigma: \[nan, 3\]: .*0 <= low <= high <= 255"),
             ("sigma=many", r"sigma: 'many': .*tuple"),
+            ("sigma=many", r"sigma: 'many': .*; accepted: a number or \[low, high\]"),
+            ("sigma=[1, 2, 3]", r"sigma: \[1, 2, 3\]: .*; accepted: a number or \[low, high\]"),
             ("sigma=-1", r"sigma: -1: .*0 <= low <= high <= 255"),
             ("gain=[0.1, 2]", r"gain: \[0\.1, 2\]: .*0 <= low <= high <= 1"),
             ("jpeg=0", r"jpeg: 0: .*1 <= low <= high <= 100"),
