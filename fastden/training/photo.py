@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from fastden.errors import UserError, in_one_line
 from fastden.images.samples import MAX_SIGMA
+from fastden.inference.estimate import LEAST_CELLS
 from fastden.network.level import (
     FLOOR,
     Cells,
@@ -29,6 +32,7 @@ from fastden.network.level import (
     white_factor,
 )
 from fastden.network.model import Denoiser
+from fastden.network.own_estimator import ESTIMATOR_FILE
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
 from fastden.training.data import Image, to_gray
@@ -158,7 +162,7 @@ class PhotoTraining(DenoiserTraining):
         super().__init__(model, config)
         self.estimator = NoiseEstimator()
         if config.estimator is not None:
-            self.estimator.load_state_dict(load_file(config.estimator))
+            load_estimator(self.estimator, config.estimator)
         self.estimator.requires_grad_(config.estimator_lr > 0)
         if not config.denoiser:
             model.requires_grad_(False)
@@ -230,8 +234,8 @@ class PhotoTraining(DenoiserTraining):
         with torch.autocast(noisy.device.type, enabled=False):
             true, cells = true_cells(clean, noisy), self.estimator(noisy)
             self.log("val_level_loss", estimator_loss(cells, true), batch_size=len(clean), sync_dist=True)
-            estimated = (_factor(cells) * levels_of(curve_of(cells))).clamp(max=MAX_SIGMA / 255)
-            estimated = level_map(estimated, noisy)
+            logs, factor = estimated_levels(cells)
+            estimated = level_map((factor * levels_of(logs)).clamp(max=MAX_SIGMA / 255), noisy)
         if not self.config.denoiser:
             return
         self._score("photo", noisy, estimated, clean, batch_index)
@@ -257,18 +261,24 @@ def known_levels(true: Cells, cells: Cells) -> dict[str, Tensor]:
     """Curves of log levels and the factors of coarse noise, both (N, knots) and (N, 1), true and estimated."""
     uniform = true.usable.float().flatten(1) + 1e-6
     coarseness = picture_coarseness(true, uniform)
+    logs, factor = estimated_levels(cells)
     return {
         "true_logs": fit_curve(true.log_level.flatten(1), true.brightness.flatten(1), uniform),
         "true_factor": white_factor(coarseness, torch.zeros_like(coarseness))[:, None],
-        "logs": curve_of(cells),
-        "factor": _factor(cells),
+        "logs": logs,
+        "factor": factor,
     }
 
 
-def _factor(cells: Cells) -> Tensor:
-    """The factor of each picture's estimated levels, (N, 1)."""
+def estimated_levels(cells: Cells) -> tuple[Tensor, Tensor]:
+    """Curves of estimated log levels (N, knots), and the factors of coarse noise (N, 1).
+
+    A picture with too few usable cells is not judged, as in inference: its level is 0, its factor 1.
+    """
     weights = weights_of(cells)
-    return white_factor(picture_coarseness(cells, weights), picture_uncertainty(cells, weights))[:, None]
+    factor = white_factor(picture_coarseness(cells, weights), picture_uncertainty(cells, weights))[:, None]
+    judged = cells.usable.flatten(1).sum(1, keepdim=True) >= LEAST_CELLS
+    return torch.where(judged, curve_of(cells), -math.inf), torch.where(judged, factor, 1.0)
 
 
 def estimator_loss(cells: Cells, true: Cells) -> Tensor:
@@ -291,3 +301,23 @@ def estimator_loss(cells: Cells, true: Cells) -> Tensor:
     difference = reached - wanted
     curve = torch.where(difference < 0, UNDERESTIMATE, 1.0) * F.smooth_l1_loss(reached, wanted, reduction="none") * held
     return ((likelihood + 0.2 * coarse) * usable).sum() / count + 2.0 * curve.sum(1).mean()
+
+
+def load_estimator(estimator: NoiseEstimator, path: Path) -> None:
+    """Read an estimator's weights.
+
+    Args:
+        estimator: gets them.
+        path: the file, or a model's folder that holds it.
+
+    Raises:
+        UserError: no such file, or one without these weights.
+    """
+    file = path / ESTIMATOR_FILE if path.is_dir() else path
+    accepted = f"accepted: {ESTIMATOR_FILE} of a model for photographs, or the folder that holds it"
+    if not file.is_file():
+        raise UserError(f"estimator: {file} does not exist; {accepted}")
+    try:
+        estimator.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of weights that do not fit
+        raise UserError(f"estimator: {file}: {in_one_line(error)}; {accepted}") from error

@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from fastden.errors import UserError
 from fastden.network.level import NoiseEstimator, true_cells
 from fastden.network.model import Denoiser
 from fastden.training.config import PhotoConfig, load_config
@@ -129,6 +130,26 @@ def test_noise_that_neighbours_share_is_given_as_twice_its_level(photographs: Pa
         assert torch.allclose(levels.mean((1, 2, 3)) / whole, torch.full((2,), 2.0), rtol=0.1)
 
 
+def test_pictures_that_cannot_be_judged_have_level_0(photographs: Path, tmp_path: Path) -> None:
+    """As in inference: of black, white and all but clipped crops the curve would be the highest level."""
+    clean = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), torch.zeros(3, 32, 32)])
+    noisy = clean.clone()
+    noisy[2, :, :8, :24] = 0.5 + 0.1 * torch.rand(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    estimator = NoiseEstimator()
+    with torch.no_grad():
+        cells = estimator(noisy)
+    assert cells.usable.flatten(1).sum(1).tolist() == [0, 0, 3]
+    levels = known_levels(true_cells(clean, noisy), cells)
+    assert torch.equal(levels["factor"], torch.ones(3, 1))
+    settings = configuration(photographs, tmp_path, estimate=1.0, estimate_from=0, misjudged=1.0, factor=(2.0, 2.0))
+    batch = {"clean": clean, "noisy": noisy, "white": torch.zeros(3, dtype=torch.bool), **levels}
+    assert not PhotoTraining(Denoiser(), settings)._level(batch, torch.full((3,), 0.1)).any()
+    noisy[2, :, 8:16, :8] = noisy[2, :, :8, :8]
+    with torch.no_grad():
+        cells = estimator(noisy)
+    assert known_levels(true_cells(clean, noisy), cells)["logs"][2].isfinite().all()
+
+
 def test_some_levels_are_wrong_by_a_factor(photographs: Path, tmp_path: Path) -> None:
     clean = torch.full((16, 3, 32, 32), 0.5)
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
@@ -154,11 +175,56 @@ def test_some_levels_are_wrong_by_a_factor(photographs: Path, tmp_path: Path) ->
         ("jitter=-1", "jitter: -1"),
         ("factor=[2, 1]", "factor: .*accepted"),
         ("blend=0.5", "blend: 0.5 without init"),
+        ("denoiser=false", "denoiser: false without init; accepted: with init"),
+        ("sigma=[0, 200]", r"sigma: \[0, 200\]: .*0 <= low <= high <= 75"),
+        ("gain=0.01", r"gain: \(0\.01, 0\.01\); accepted for photo: 0,"),
+        ("jpeg=[50, 90]", r"jpeg: \(50, 90\); accepted for photo: null,"),
+        ("clean_quality=many", r"clean_quality: 'many': .*accepted: a number or \[low, high\]"),
     ],
 )
 def test_impossible_settings(setting: str, message: str, photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=message):
         load_config(None, ["objective=photo", f"data=[{photographs}]", f"output={tmp_path}", setting])
+
+
+def test_numbers_are_ranges() -> None:
+    config = load_config(None, ["objective=photo", "data=[x]", "output=y", "clean_quality=80", "factor=2e0"])
+    assert isinstance(config, PhotoConfig)
+    assert (config.clean_quality, config.factor) == ((80, 80), (2, 2))
+
+
+def test_every_recipe_loads() -> None:
+    root = Path(__file__).parents[2]
+    recipes = [*root.glob("benchmarks/training/*.yaml"), *root.glob("fastden/weights/*/train.yaml")]
+    assert len(recipes) > 20
+    for recipe in recipes:
+        load_config(recipe, ["data=[x]", "output=y"])
+
+
+def test_an_estimator_is_a_file_or_a_folder(photographs: Path, tmp_path: Path) -> None:
+    state = NoiseEstimator().state_dict()
+    save_file(state, tmp_path / "noise.safetensors")
+    for path in (tmp_path, tmp_path / "noise.safetensors"):
+        loaded = PhotoTraining(Denoiser(), configuration(photographs, tmp_path, estimator=path)).estimator.state_dict()
+        assert all(torch.equal(values, state[name]) for name, values in loaded.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"noise\.safetensors does not exist; accepted: noise\.safetensors of a model"),
+        (b"no weights", r"noise\.safetensors: .*; accepted: noise\.safetensors of a model"),
+        ({"other": torch.zeros(1)}, r"noise\.safetensors: .*Missing key.*; accepted: noise\.safetensors of a model"),
+    ],
+)
+def test_a_wrong_estimator(photographs: Path, tmp_path: Path, content: Any, message: str) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "noise.safetensors").write_bytes(content)
+    elif content is not None:
+        save_file(content, tmp_path / "noise.safetensors")
+    with pytest.raises(UserError, match=f"estimator: .*{message}") as caught:
+        PhotoTraining(Denoiser(), configuration(photographs, tmp_path, estimator=tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_crops_come_from_anywhere(photographs: Path, tmp_path: Path) -> None:
