@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def capture(model: Denoiser, padded: Tensor) -> Any:
     return graphs
 
 
+class _Rest(Sampler[int]):
+    """The items of a sampler without the first ``done``. Its length counts them, for Lightning counts whole epochs."""
+
+    def __init__(self, items: Iterable[int], done: int) -> None:
+        self.items, self.done = items, done
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self.items, self.done, None)
+
+
 class DenoiserData(pl.LightningDataModule):
     """Photographs decoded once into memory; the last ones of the first folder are held out for validation."""
 
@@ -116,11 +130,29 @@ class DenoiserData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         config = self.config
-        epoch = self.trainer.current_epoch if self.trainer else 0
+        epoch, done = self.position()
         clean = self.crops(config.batch * config.epoch_steps, epoch)
-        noisy = NoisyDataset(clean, config.noise(), config.seed, epoch)
-        share = config.batch // (self.trainer.world_size if self.trainer else 1)
-        return DataLoader(noisy, share, sampler=self.shared(noisy), num_workers=config.workers, drop_last=True)
+        return self.loader(NoisyDataset(clean, config.noise(), config.seed, epoch), done)
+
+    def position(self) -> tuple[int, int]:
+        """The epoch, and how many of its steps are done: some, where a run is resumed that ended within it."""
+        if self.trainer is None:
+            return 0, 0
+        epoch = self.trainer.current_epoch
+        return epoch, self.trainer.global_step - epoch * self.config.epoch_steps
+
+    @property
+    def share(self) -> int:
+        """Crops of a batch in each process."""
+        return self.config.batch // (self.trainer.world_size if self.trainer else 1)
+
+    def loader(self, pairs: Dataset[dict[str, Tensor]], done: int) -> DataLoader[dict[str, Tensor]]:
+        """The batches of an epoch, without the first ``done``."""
+        sampler = self.shared(pairs)
+        if done:
+            sampler = _Rest(range(len(pairs)) if sampler is None else sampler, done * self.share)  # type: ignore[arg-type]
+        # Not pinned: a thread that pins memory would break the capture of CUDA graphs.
+        return DataLoader(pairs, self.share, sampler=sampler, num_workers=self.config.workers, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_images:
@@ -268,6 +300,13 @@ class DenoiserTraining(pl.LightningModule):
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Set the rate of the first step: a checkpoint of a run with fewer steps holds the rate behind its last, 0."""
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = peak * self.rate(schedule.last_epoch)
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at ``step``: linear warm-up, plateau, half a cosine down to 0."""

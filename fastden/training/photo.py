@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,21 +118,35 @@ class PhotoData(DenoiserData):
 
     def train_dataloader(self) -> Any:
         config = self.config
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        length, key = config.batch * config.epoch_steps // config.replay, (config.seed, epoch)
-        pairs = PhotoDataset(self.train_images, self.noise(), length, config.crop, config.gray, key)
-        share = config.batch // (self.trainer.world_size if self.trainer else 1)
-        # Not pinned: a thread that pins memory would break the capture of CUDA graphs.
-        fresh = DataLoader(pairs, share, sampler=self.shared(pairs), num_workers=config.workers, drop_last=True)
+        epoch, done = self.position()
         if config.replay == 1:
-            return fresh
+            return self.fresh(epoch, done)
         if self.past is None:
-            module = self.trainer.lightning_module if self.trainer else None
-            # An estimator that learns must judge anew.
-            judge = module.judge if isinstance(module, PhotoTraining) and config.estimator_lr == 0 else None
-            self.past = Past(config.replay_batches * share, self.device, judge)
+            self.past = self._refilled()
         rank = self.trainer.global_rank if self.trainer else 0
-        return Replay(fresh, config.replay, self.past, (*key, 2, rank))
+        return Replay(self.fresh(epoch), config.replay, self.past, (config.seed, epoch, 2, rank), done)
+
+    def fresh(self, epoch: int, done: int = 0) -> DataLoader[dict[str, Tensor]]:
+        """New batches of an epoch, without the first ``done``."""
+        config = self.config
+        length = config.batch * config.epoch_steps // config.replay
+        pairs = PhotoDataset(self.train_images, self.noise(), length, config.crop, config.gray, (config.seed, epoch))
+        return self.loader(pairs, done)
+
+    def _refilled(self) -> Past:
+        """The past of the run so far: that of a resumed run is made again, as it was where its epoch began."""
+        config = self.config
+        module = self.trainer.lightning_module if self.trainer else None
+        # An estimator that learns must judge anew.
+        judge = module.judge if isinstance(module, PhotoTraining) and config.estimator_lr == 0 else None
+        epochs = self.trainer.global_step // config.epoch_steps if self.trainer else 0
+        each = config.epoch_steps // config.replay
+        first = max(epochs * each - config.replay_batches, 0)
+        past = Past(config.replay_batches * self.share, self.device, judge, first * self.share)
+        for epoch in range(first // each, epochs):
+            for batch in self.fresh(epoch, max(first - epoch * each, 0)):
+                past.put(batch)
+        return past
 
     @property
     def device(self) -> torch.device:

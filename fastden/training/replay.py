@@ -21,6 +21,7 @@ class Past:
         device: of the training.
         judge: makes more tensors (N, ...) of a batch, none of which depends on how the crops are turned, to be kept
             with it; None for none.
+        before: crops that were put before the first, and whose places it follows.
     """
 
     def __init__(
@@ -28,10 +29,11 @@ class Past:
         capacity: int,
         device: torch.device,
         judge: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        before: int = 0,
     ) -> None:
         self.capacity, self.device, self.judge = capacity, device, judge
         self.count = 0
-        self._next = 0
+        self._next = before % capacity
         self._kept: dict[str, Tensor] = {}
 
     def put(self, batch: dict[str, Tensor]) -> None:
@@ -69,25 +71,29 @@ def _is_image(values: Tensor) -> bool:
 class Replay:
     """An epoch of batches: ``times`` draws from the past behind each new batch.
 
-    A run that is resumed begins with an empty past.
-
     Args:
-        fresh: new batches.
+        fresh: new batches, of the whole epoch.
         times: draws for each of them.
         past: what is drawn from; it outlives the epoch.
         key: seed of the draws.
+        done: draws of the epoch that an earlier part of the run learned from; they are made and left out.
     """
 
-    def __init__(self, fresh: DataLoader[Any], times: int, past: Past, key: tuple[int, ...]) -> None:
-        self.fresh, self.times, self.past, self.key = fresh, times, past, key
+    def __init__(self, fresh: DataLoader[Any], times: int, past: Past, key: tuple[int, ...], done: int = 0) -> None:
+        self.fresh, self.times, self.past, self.key, self.done = fresh, times, past, key, done
 
     def __len__(self) -> int:
         return len(self.fresh) * self.times
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         random = np.random.default_rng(self.key)
+        left_out = self.done
         for batch in self.fresh:
             self.past.put(batch)
             size = len(next(iter(batch.values())))
             for _ in range(self.times):
-                yield self.past.draw(size, random)
+                drawn = self.past.draw(size, random)
+                if left_out:
+                    left_out -= 1
+                else:
+                    yield drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -17,10 +18,12 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastden.errors import UserError
+from fastden.errors import UserError, in_one_line
+from fastden.images.whole_files import remove_leftovers, write_bytes
 from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
 from fastden.training.config import JointConfig, PhotoConfig, TrainConfig
@@ -48,6 +51,38 @@ def _without_praise() -> Iterator[None]:
         logger.removeFilter(is_no_praise)
 
 
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its target and renames it.
+
+    Lightning writes it in the folder for temporary files. On another disk that is copied over the last checkpoint, and
+    where the copy fails the run is lost.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(target, buffer.getvalue())
+
+
+class _Steps(pl.Callback):
+    """Keeps the number of steps in each checkpoint, as it was asked for and as it is, so that a fitted run goes on.
+
+    Args:
+        config: holds the number as it is.
+        asked: the number that the run began with.
+    """
+
+    def __init__(self, config: TrainConfig, asked: int) -> None:
+        self.config, self.asked = config, asked
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["fastden_steps"] = {"asked": self.asked, "steps": self.config.steps}
+
+
 class _TimeLimit(pl.Callback):
     """Ends a run behind the first epoch that ends after ``minutes``: what it leaves resumes as the whole run would."""
 
@@ -64,10 +99,15 @@ class _FittedSteps(pl.Callback):
 
     It does so only while neither the learning rate nor the BN statistics depend on that number, so that the run is the
     one that had this number from the start. For the speed to come it takes the mean so far.
+
+    Args:
+        config: its ``steps`` are set.
+        minutes: see above; those of a resumed run begin when it is resumed.
+        fitted: the number was fitted before the run was resumed, and stays where it matters already.
     """
 
-    def __init__(self, config: TrainConfig, minutes: float) -> None:
-        self.config, self.minutes = config, minutes
+    def __init__(self, config: TrainConfig, minutes: float, fitted: bool) -> None:
+        self.config, self.minutes, self.fitted = config, minutes, fitted
         self.began, self.first = 0.0, 0
 
     @staticmethod
@@ -85,7 +125,8 @@ class _FittedSteps(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began, self.first = monotonic(), trainer.global_step
-        self.check(self.config, self.first)
+        if not self.fitted:
+            self.check(self.config, self.first)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -121,6 +162,7 @@ def train(
     Args:
         config: all settings.
         resume: go on from the last checkpoint in ``config.output``, with the same settings; only ``steps`` may change.
+            With the ``steps`` that a fitted run began with, it has those that were fitted.
         minutes: stop behind the first epoch that ends after this time; the model is saved, and the run can be resumed.
             None for no limit.
         fit: set ``steps`` by the speed of the first part so that the run, its decay included, is complete after
@@ -147,14 +189,17 @@ def train(
         raise UserError(f"resume: {last} does not exist; accepted: an output folder with a checkpoint")
     if not resume and last.exists():
         raise UserError(f"output: {config.output} holds a run already; accepted: a new folder, or --resume")
+    asked = config.steps
     if resume:
         _check_settings(config)
+        asked = _restore_steps(config, last)
     pl.seed_everything(config.seed, verbose=False)
     # All tensors at once: one by one, as Lightning's own EMA callback goes, they take 300 kernels a step.
     ema = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     trainer = _trainer(config, ema, last, accelerator, devices)
+    trainer.callbacks.insert(0, _Steps(config, asked))  # type: ignore[attr-defined]
     if minutes is not None:
-        limit = _FittedSteps(config, minutes) if fit else _TimeLimit(minutes)
+        limit = _FittedSteps(config, minutes, fitted=asked != config.steps) if fit else _TimeLimit(minutes)
         trainer.callbacks.insert(0, limit)  # type: ignore[attr-defined]
     if config.batch % trainer.world_size:
         raise UserError(f"batch: {config.batch}; accepted for {trainer.world_size} processes: a multiple of them")
@@ -182,15 +227,16 @@ def train(
         if fit:
             _write_settings(config)
         blend_weights(model, config)
-        if isinstance(module, PhotoTraining):
-            model.estimator = OwnEstimator.of(module.estimator)
-        _save(model, target)
+        _save(module, target)
     return target
 
 
 def _model(config: TrainConfig) -> Denoiser:
     if config.init:
-        model = Denoiser.from_pretrained(config.init)
+        try:
+            model = Denoiser.from_pretrained(config.init)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: of weights that do not fit
+            raise UserError(f"init: {in_one_line(error).removeprefix('model: ')}") from error
         if model.image_channels != 3:
             raise UserError(f"init: {config.init} is a model for gray images; accepted: one for colour images")
         model = model.adapt(config.noise_level_input)
@@ -237,6 +283,7 @@ def _trainer(config: TrainConfig, ema: WeightAveraging, last: Path, accelerator:
         num_sanity_val_steps=0,
         enable_model_summary=False,
         log_every_n_steps=50,
+        plugins=[_WholeCheckpoints()],
         callbacks=[
             ema,
             LearningRateMonitor("step"),
@@ -268,9 +315,20 @@ def _check_settings(config: TrainConfig) -> None:
         raise UserError(f"resume: other settings than the run had ({shown}); accepted: the same, except for steps")
 
 
+def _restore_steps(config: TrainConfig, last: Path) -> int:
+    """Give a run that was fitted the number of steps of its checkpoint, and return the number that it began with."""
+    steps = torch.load(last, map_location="cpu", weights_only=False).get("fastden_steps", {})
+    if steps.get("asked") == config.steps:
+        config.steps = steps["steps"]
+        return int(steps["asked"])
+    # The fitted number, as train.yaml of a complete run has it, or one that was chosen for a longer run.
+    return int(steps["asked"]) if steps.get("steps") == config.steps else config.steps
+
+
 @rank_zero_only
 def _prepare_output(config: TrainConfig) -> None:
     """Write ``train.yaml``, and rename the log of the run that is resumed."""
+    remove_leftovers(config.output / "checkpoints")
     metrics = config.output / "log" / "metrics.csv"
     if metrics.exists():  # CSVLogger would delete it
         earlier = [
@@ -289,12 +347,15 @@ def _write_settings(config: TrainConfig) -> None:
     partial.replace(record)
 
 
-def _save(model: Denoiser, target: Path) -> None:
-    """Write the model beside ``target``, then put it there."""
+def _save(module: DenoiserTraining, target: Path) -> None:
+    """Write the model, and an estimator with it, beside ``target``, then put it there."""
+    model = module.model
     model.composed = False
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    if isinstance(module, PhotoTraining):
+        model.estimator = OwnEstimator.of(module.estimator)
     model.save_pretrained(partial)
     shutil.copy(target.parent / "train.yaml", partial / "train.yaml")
     shutil.rmtree(target, ignore_errors=True)

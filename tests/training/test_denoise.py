@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import logging
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
@@ -22,6 +24,7 @@ pytest.importorskip("pydantic")
 
 from fastden.cli.main import app
 from fastden.errors import UserError
+from fastden.images import whole_files
 from fastden.network.model import Denoiser
 from fastden.ops.backends import interpreted
 from fastden.training import denoise, trainer
@@ -210,6 +213,30 @@ class TestRun:
         fitted = weights(tmp_path / "fitted" / "model")
         assert all(torch.equal(fitted[name], value) for name, value in expected.items())
 
+    def test_a_fitted_run_resumes(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the number of steps that was fitted, also where that number matters already, with and without --fit."""
+        monkeypatch.setattr(trainer, "FIT_EVERY", 2)
+        clock = itertools.count(0, 6)
+        monkeypatch.setattr(trainer, "monotonic", lambda: float(next(clock)))
+        step = DenoiserTraining.training_step
+        settings: dict[str, Any] = {"steps": 1000, "decay": 0.5, "validation": 0}
+        for number, (stop, timed) in enumerate(((13, {"minutes": 1, "fit": True}), (17, {}))):
+
+            def failing(self: DenoiserTraining, batch: Any, index: int, stop: int = stop) -> torch.Tensor:
+                if self.global_step == stop:
+                    raise RuntimeError("power cut")
+                return step(self, batch, index)
+
+            monkeypatch.setattr(DenoiserTraining, "training_step", failing)
+            with pytest.raises(RuntimeError, match="power cut"):
+                run(tmp_path / "fitted", resume=number > 0, **timed, **settings)
+        monkeypatch.setattr(DenoiserTraining, "training_step", step)
+        resumed = weights(run(tmp_path / "fitted", resume=True, minutes=1, fit=True, **settings))
+        assert yaml.safe_load((tmp_path / "fitted" / "train.yaml").read_text())["steps"] == 20
+        monkeypatch.undo()
+        expected = weights(run(tmp_path / "whole", **{**settings, "steps": 20}))
+        assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
     def test_what_does_not_fit_is_refused(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="fit: without minutes"):
             run(tmp_path, fit=True)
@@ -231,6 +258,36 @@ class TestRun:
         run(tmp_path, steps=2)
         run(tmp_path, steps=3, resume=True)
         assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 3
+
+    @pytest.mark.parametrize("stopped", [1, 3])
+    def test_a_run_that_ended_within_an_epoch_goes_on(self, run: Run, tmp_path: Path, stopped: int) -> None:
+        """It repeats no crops: what is resumed equals the uninterrupted run."""
+        settings: dict[str, Any] = {"decay": 0, "freeze_bn": 0, "epoch_steps": 3, "validation": 0}
+        expected = weights(run(tmp_path / "whole", steps=5, **settings))
+        run(tmp_path / "parts", steps=stopped, **settings)
+        run(tmp_path / "parts", steps=4, resume=True, **settings)
+        resumed = weights(run(tmp_path / "parts", steps=5, resume=True, **settings))
+        assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+    def test_a_full_disk_leaves_the_last_checkpoint(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written: list[Path] = []
+        write = whole_files.write_synced
+
+        def full(path: Path, data: bytes) -> None:
+            write(path, data if not written else data[:100])
+            written.append(path)
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(whole_files, "write_synced", full)
+        with pytest.raises(UserError, match=r"last\.ckpt: cannot be written: No space left on device"):
+            run(tmp_path)
+        assert [path.parent for path in written] == [tmp_path / "checkpoints"] * 2
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+        saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+        assert saved["global_step"] == 2
 
     def test_existing_run_is_not_overwritten(self, finished: Path, run: Run) -> None:
         before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
@@ -326,6 +383,15 @@ class TestRun:
             UserError, match=r"init: .*gray is a model for gray images; accepted: one for colour images"
         ):
             run(tmp_path / "run", init=str(tmp_path / "gray"))
+
+    def test_from_weights_that_do_not_fit(self, run: Run, tmp_path: Path) -> None:
+        random_network().save_pretrained(tmp_path / "other")
+        save_file({"conv0.weight": torch.zeros(1)}, tmp_path / "other" / "model.safetensors")
+        with pytest.raises(UserError, match=r"init: .*other/model\.safetensors: .*conv0\.weight") as caught:
+            run(tmp_path / "run", init=str(tmp_path / "other"))
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match=r"^init: 'nothere'; accepted: .*color"):
+            run(tmp_path / "run", init="nothere")
 
     def test_blind_network_from_another(self, finished: Path, run: Run, tmp_path: Path) -> None:
         model = run(tmp_path, noise_level_input=False, init=str(finished / "model"), steps=1, lr=1e-8, composed=False)

@@ -76,6 +76,41 @@ def test_an_epoch_draws_several_times_for_each_new_batch() -> None:
     assert {number for batch in first[10:] for number in batch} <= set(range(4, 12))
 
 
+@pytest.mark.parametrize("done", [1, 7])
+def test_an_epoch_goes_on_where_it_ended(done: int) -> None:
+    items: Any = [{name: values[i] for name, values in numbered(4 * j, 4).items()} for j in range(3) for i in range(4)]
+    whole = list(Replay(DataLoader(items, 4), 5, Past(8, CPU), (0, 1)))
+    rest = list(Replay(DataLoader(items, 4), 5, Past(8, CPU), (0, 1), done))
+    assert len(rest) == len(whole) - done
+    for one, other in zip(rest, whole[done:], strict=True):
+        assert all(torch.equal(values, other[name]) for name, values in one.items())
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("estimator_lr", [0, 0.001])
+@pytest.mark.parametrize("stopped", [4, 5])
+def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(
+    photographs: Path, tmp_path: Path, estimator_lr: float, stopped: int
+) -> None:
+    """Behind an epoch and within one; the past no longer holds the first epoch's crops."""
+    save_file(NoiseEstimator().state_dict(), tmp_path / "noise.safetensors")
+
+    def run(output: str, steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
+        settings = {
+            "objective": "photo", "data": f"[{photographs}]", "output": tmp_path / output, "crop": 32, "batch": 2,
+            "steps": steps, "epoch_steps": 2, "replay": 2, "replay_batches": 2, "validation": 0, "warmup": 0,
+            "precision": "32-true", "estimator": tmp_path / "noise.safetensors", "estimator_lr": estimator_lr,
+            "decay": 0, "freeze_bn": 0, "estimate_from": 0,
+        }  # fmt: skip
+        config = load_config(None, [f"{name}={value}" for name, value in settings.items()])
+        return load_file(train(config, accelerator="cpu", resume=resume) / "model.safetensors")
+
+    whole = run("whole", 8)
+    run("parts", stopped)
+    for name, values in run("parts", 8, resume=True).items():
+        assert torch.equal(values, whole[name]), name
+
+
 def test_a_batch_beyond_the_capacity_is_refused() -> None:
     with pytest.raises(ValueError, match="4 crops; accepted: up to 3"):
         Past(3, CPU).put(numbered(0, 4))
