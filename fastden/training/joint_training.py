@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,8 +26,17 @@ from fastden.joint import (
 )
 from fastden.network.model import Denoiser
 from fastden.training.config import JointConfig
+from fastden.training.data import evenly_spaced
 from fastden.training.denoise import DenoiserData, DenoiserTraining
-from fastden.training.labelled import Label, LabelledCrops, LabelledImages, load_classified, load_segmented
+from fastden.training.labelled import (
+    Label,
+    LabelledCrops,
+    LabelledImages,
+    load_classified,
+    load_segmented,
+    read_classes,
+    read_masks,
+)
 from fastden.training.synthetic_noise import gaussian
 from fastden.training.tasks import Task
 
@@ -34,12 +45,18 @@ VALIDATION_SIGMAS = (30, 60)
 
 
 class JointData(DenoiserData):
-    """Labelled images, decoded once into memory."""
+    """Labelled images, decoded once into memory.
+
+    Args:
+        config: all settings.
+        task: the frozen network; its classes are what labels may be. None checks no labels.
+    """
 
     config: JointConfig
 
-    def __init__(self, config: JointConfig) -> None:
+    def __init__(self, config: JointConfig, task: Task | None = None) -> None:
         super().__init__(config)
+        self.task = task
         self.labelled: list[Any] = []
         self.held_out: list[Any] = []
 
@@ -49,10 +66,37 @@ class JointData(DenoiserData):
         config = self.config
         self.labelled = [pair for folder in config.data for pair in self._load(folder)]
         if config.validation_data is not None and config.validation:
-            labelled = self._load(config.validation_data)
-            # Evenly spaced: a table or a folder may be sorted by class.
-            count = min(config.validation, len(labelled))
-            self.held_out = [labelled[i * len(labelled) // count] for i in range(count)]
+            self.held_out = evenly_spaced(self._load(config.validation_data), config.validation)
+        if self.task is not None:
+            self._check_labels(self.task)
+
+    def _check_labels(self, task: Task) -> None:
+        """Refuse labels that are no class, which the validation would count as errors or fail at.
+
+        Raises:
+            UserError: naming the file, its labels and what is accepted.
+        """
+        config = self.config
+        held_out = [config.validation_data] if self.held_out else []
+        for part, folders, pairs in (
+            ("training", config.data, self.labelled),
+            ("validation", held_out, self.held_out),
+        ):
+            for number, (_, label) in enumerate(pairs):
+                values = np.asarray(label, np.int64)
+                values = values[values != task.ignore_index]
+                if not values.size or 0 <= values.min() <= values.max() < task.classes:
+                    continue
+                files = [file for folder in folders for file in self._label_files(folder)]
+                file = evenly_spaced(files, len(pairs))[number]
+                accepted = f"0 to {task.classes - 1}, and {task.ignore_index} to be ignored"
+                raise UserError(f"{part}: labels: from {values.min()} to {values.max()}; accepted: {accepted} ({file})")
+
+    def _label_files(self, folder: Any) -> list[Path]:
+        """The files that :meth:`_load` reads: images of a table, or label images."""
+        if self.config.objective == "joint-classify":
+            return [file for file, _ in read_classes(folder)]
+        return [label for _, label in read_masks(folder)]
 
     def _load(self, folder: Any) -> list[tuple[Any, Label]]:
         load = load_classified if self.config.objective == "joint-classify" else load_segmented

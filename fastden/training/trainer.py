@@ -206,8 +206,9 @@ def train(
     model = _model(config)
     module: DenoiserTraining
     if isinstance(config, JointConfig):
-        module = JointTraining(model, config, load_task(config.network, config.network_arguments))
-        data: DenoiserData = JointData(config)
+        task = load_task(config.network, config.network_arguments)
+        module = JointTraining(model, config, task)
+        data: DenoiserData = JointData(config, task)
     elif isinstance(config, PhotoConfig):
         module, data = PhotoTraining(model, config), PhotoData(config)
     else:

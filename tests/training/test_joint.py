@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
 import struct
 import sys
 import zlib
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PIL
 
 pytest.importorskip("lightning")
 
@@ -178,6 +181,28 @@ class TestMistakes:
             joint(tmp_path / "run", **changes)
         assert not (tmp_path / "run" / "model").exists()
 
+    @pytest.mark.parametrize(("kind", "void"), [("classify", 7), ("segment", 255)])
+    def test_labels_are_checked_before_the_run(
+        self, joint: Run, classified: Path, segmented: Path, tmp_path: Path, kind: str, void: int
+    ) -> None:
+        """Of validation too: a class too many counted as an error there, or ended the run at the first validation."""
+        folder = tmp_path / "labelled"
+        shutil.copytree(classified if kind == "classify" else segmented, folder)
+        if kind == "classify":
+            file = folder / "4.png"
+            (folder / "labels.csv").write_text((folder / "labels.csv").read_text().replace("4.png,1", f"4.png,{void}"))
+        else:
+            file = folder / "labels" / "2.png"
+            label = load_mask(file)
+            label[5, 5] = void
+            PIL.fromarray(label).save(file)
+        labels = rf"labels: from \d to {void}; accepted: 0 to 2, and -?\d+ to be ignored \({re.escape(str(file))}\)"
+        with pytest.raises(UserError, match=f"validation: {labels}"):
+            joint(tmp_path / "run", kind, validation_data=folder)
+        with pytest.raises(UserError, match=f"training: {labels}"):
+            joint(tmp_path / "run", kind, data=[folder], validation_data=None)
+        assert not (tmp_path / "run").exists()
+
     def test_wrong_data_leaves_nothing_behind(self, joint: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError):
             joint(tmp_path / "run", data=[tmp_path / "none"])
@@ -322,8 +347,6 @@ class TestLabels:
             read_masks(tmp_path)
 
     def test_bad_masks(self, segmented: Path, tmp_path: Path) -> None:
-        from PIL import Image as PIL
-
         for name in ("images", "labels"):
             (tmp_path / name).mkdir()
         PIL.new("RGB", (32, 30)).save(tmp_path / "images" / "a.png")
