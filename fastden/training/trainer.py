@@ -244,7 +244,7 @@ def _model(config: TrainConfig) -> Denoiser:
     else:
         model = Denoiser(config.noise_level_input)
     model.composed = config.composed
-    return model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @torch.no_grad()
