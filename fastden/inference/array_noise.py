@@ -33,7 +33,7 @@ def value_range_of(ranges: Array) -> ValueRange:
     return ValueRange(black, white, low, high)
 
 
-def estimates(da: Any, planes: Any, ranges: Any, estimator: OwnEstimator | None) -> Any:
+def estimates(da: Any, planes: Any, ranges: Any, estimator: OwnEstimator | None = None) -> Any:
     """The estimated curve of each image, lazily: (..., 1, 1, 1) of :data:`CURVE` for (..., Y, X, C)."""
     pieces: list[int] = []
     for axis in (planes.ndim - 3, planes.ndim - 2):
@@ -49,7 +49,7 @@ def estimates(da: Any, planes: Any, ranges: Any, estimator: OwnEstimator | None)
 
 
 def estimate_block(
-    planes: Array, ranges: Array, estimator: OwnEstimator | None, pieces: tuple[int, int] | None = None
+    planes: Array, ranges: Array, estimator: OwnEstimator | None = None, pieces: tuple[int, int] | None = None
 ) -> Array:
     """Curves of images (..., Y, X, C), or of their crops side by side: ``pieces`` along Y and along X."""
     curves = np.zeros((*planes.shape[:-3], 1, 1, 1), CURVE)

@@ -119,7 +119,7 @@ def denoise_tiled(
     _check(image, model.image_channels)
     if isinstance(model, Denoiser) and model.training:
         raise ValueError("model: in training mode; accepted: evaluation mode (model.eval()), or fastden.fuse(model)")
-    memory = parse_memory(max_memory)
+    memory = parse_memory(max_memory) if isinstance(max_memory, str) else max_memory
     check_tile(tile, memory)
     n, _, height, width = image.shape
     # A small integer of NumPy would overflow below.

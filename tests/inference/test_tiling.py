@@ -258,6 +258,7 @@ WRONG = {
         ValueError,
         r"max_memory: -1 bytes; accepted: at least \d+(\.\d+)? MiB for this model",
     ),
+    "memory in words": ({"max_memory": "much"}, ValueError, r"max_memory: 'much'; accepted: bytes, or a size such as"),
     "no sigma": ({"sigma": None}, ValueError, r"sigma: None.*accepted"),
     "sigma on the scale of bytes": ({"sigma": 25}, ValueError, r"sigma: 25; accepted: 0 to 1"),
     "map of another size": ({"sigma": torch.zeros(1, 1, 9, 8)}, ValueError, r"sigma: shape \(1, 1, 9, 8\); accepted"),
@@ -271,6 +272,19 @@ def test_wrong_arguments(case: str) -> None:
     arguments = {"image": torch.zeros(1, 3, 8, 8), "sigma": 0.1, **changes}
     with pytest.raises(kind, match=message):
         denoise_tiled(Denoiser().eval(), **arguments)
+
+
+def test_memory_may_be_text() -> None:
+    model, x = random_network().eval(), torch.rand(1, 3, 20, 24)
+    with torch.no_grad():
+        expected = denoise_tiled(model, x, 0.1, max_memory=1 << 29)
+        assert torch.equal(denoise_tiled(model, x, 0.1, max_memory="512MiB"), expected)
+
+
+def test_the_package_leads_to_it() -> None:
+    code = "import fastden; print(fastden.inference.denoise_tiled.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "denoise_tiled"
 
 
 def test_the_smallest_accepted_memory_is_what_the_message_says() -> None:

@@ -255,7 +255,7 @@ def test_frames_are_denoised_as_images_are(tmp_path: Path, network: FusedDenoise
 def test_sigma_is_estimated_once(tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_clip(tmp_path / "a.mp4", frames=8)
     estimates = iter(NoiseEstimate((sigma,) * 8, sigma, 0.5) for sigma in (1.0, 9.0, 5.0, 30.0, 2.0))
-    monkeypatch.setattr("fastden.inference.estimate.estimate_of", lambda pixels, values: next(estimates))
+    monkeypatch.setattr("fastden.inference.estimate.estimate_of", lambda *_: next(estimates))
     assert run(source, tmp_path / "b.mp4", network, "auto").sigma == 5
     monkeypatch.undo()
     short = make_clip(tmp_path / "c.mp4", frames=2)
