@@ -3,8 +3,9 @@
     python benchmarks/int8.py --calibration ../shared/data/train/free --quality ../shared/data/eval/kodak24 \\
         --json benchmarks/results/int8.json
 
-All run the same weights on the same pictures, in turn. NNCF (``pip install nncf``) makes OpenVINO's 8-bit form with its
-preset "mixed", calibrated on the same pictures, from the plain network: NNCF 3.4 fails on the composed one. The results
+All run the same weights on the same pictures, in turn. A bundled model has the ranges that ship with it. NNCF
+(``pip install nncf``) makes OpenVINO's 8-bit form with its preset "mixed", calibrated on noisy crops of the
+``--calibration`` pictures, from the plain network: NNCF 3.4 fails on the composed one. The results
 file holds an entry for each processor; a run on another machine adds its own.
 """
 

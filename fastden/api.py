@@ -92,8 +92,8 @@ def denoise(
         chroma: the same for colour noise alone; None follows ``strength``. Where they differ the network runs twice.
         quality: ``"best"`` averages the results of all eight flips and quarter turns, at eight times the work.
             ``"fast"`` computes in 8-bit integers, on CPUs with VNNI and with models that know the ranges of their
-            activations (the bundled ones, and others behind :func:`fastden.calibrate`): 1.4 (AMX) to
-            1.8 times (without) as fast as bfloat16, 0.02 to 0.04 dB worse (``benchmarks/results/int8.json``). On GPUs
+            activations (the bundled ones, and others behind :func:`fastden.calibrate`): 1.5 (AMX) to
+            1.8 times (without) as fast as bfloat16, 0.02 to 0.03 dB worse (``benchmarks/results/int8.json``). On GPUs
             of compute capability 9.0 it computes conv3 in 8-bit floating point, 0.003 dB worse; how fast, no GPU has
             shown yet (:func:`fastden.fuse`).
         progress: called with (pixels done, pixels in all) as tiles are finished.

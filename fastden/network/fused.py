@@ -56,8 +56,8 @@ def fuse(
             keeps the model's.
         device: device of the result; None keeps the model's.
         quality: ``"fast"`` computes in fewer bits where no gradient is needed. On CPUs with VNNI these are 8-bit
-            integers (:mod:`fastden.network.int8`): 1.4 (AMX) to 1.8 times (without) as fast as
-            bfloat16 and 0.02 to 0.04 dB worse (``benchmarks/results/int8.json``). On GPUs of compute capability 9.0, in
+            integers (:mod:`fastden.network.int8`): 1.5 (AMX) to 1.8 times (without) as fast as
+            bfloat16 and 0.02 to 0.03 dB worse (``benchmarks/results/int8.json``). On GPUs of compute capability 9.0, in
             float16 or bfloat16 and with the CUDA extension, conv3 computes in 8-bit floating point
             (:mod:`fastden.network.fp8`), 0.003 dB worse; no GPU has run that kernel yet. The model must know the
             ranges of its activations: bundled models know them, other models know them after
