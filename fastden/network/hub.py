@@ -138,6 +138,8 @@ class PretrainedMixin:
 
         Files that are there are replaced when all new ones are written; a model card stays.
         """
+        from fastden.network.own_estimator import ESTIMATOR_FILE
+
         folder = Path(os.path.abspath(save_directory))
         folder.mkdir(parents=True, exist_ok=True)
         upload, repository = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
@@ -153,6 +155,8 @@ class PretrainedMixin:
                     # replace, or of one that Python made here.
                     file.chmod(stat.S_IMODE(target.stat().st_mode if target.exists() else usual))
                     os.replace(file, target)
+            if self.estimator is None:  # that of another model, which was here before
+                (folder / ESTIMATOR_FILE).unlink(missing_ok=True)
         # What is saved stays, if the upload fails.
         return self.push_to_hub(repository or folder.name, **own, **kwargs) if upload else None
 

@@ -125,6 +125,11 @@ def test_saved_files_have_the_mode_of_others(tmp_path: Path, folder: Path) -> No
     assert modes["config.json"] == usual & 0o777
 
 
+def test_no_estimator_of_another_model_stays(folder: Path) -> None:
+    random_network(seed=3).save_pretrained(folder)
+    assert fastden.Denoiser.from_pretrained(folder).estimator is None
+
+
 def test_map_location_may_be_a_device() -> None:
     model = fastden.Denoiser.from_pretrained("color", map_location=torch.device("cpu"))
     assert model.conv0.weight.device == torch.device("cpu")
