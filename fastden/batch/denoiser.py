@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -87,7 +88,8 @@ class BatchDenoiser:
         workers: int | None = None,
     ) -> None:
         # What copies are made of. It is the first statement: no other name is local yet.
-        self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._arguments = dict(locals())
+        del self._arguments["self"]
         wishes = Wishes(_plain(strength), None if chroma is None else _plain(chroma), quality)
         sigma = sigma if isinstance(sigma, str) else _plain(sigma)
         check_max_pixels(max_pixels)
@@ -123,7 +125,7 @@ class BatchDenoiser:
         self.workers = workers or default_workers(on_cpu)
         self._equality = Equality()
         self._gate = Gate(self.settings.budget.images)
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._running: ThreadedRun | None = None
 
     def __reduce__(self) -> tuple[Callable[[], BatchDenoiser], tuple[()]]:
@@ -153,6 +155,7 @@ class BatchDenoiser:
                 unchanged. Other outputs in the manifest are replaced. Outputs that lie beside their inputs are not
                 taken as inputs. No other run may write to the same folders at the same time.
             listener: a :class:`fastden.Listener`. Its functions are called when something happens, until the run ends.
+                The run waits for them: they must not wait for another run of this object, in whatever thread.
 
         Returns:
             A :class:`fastden.Report`; a file that fails is in it, and raises nothing.
@@ -171,11 +174,12 @@ class BatchDenoiser:
         for name in names:
             if not isinstance(name, str | Path):
                 raise TypeError(f"inputs: {type(name).__name__}; accepted: a path or glob pattern, or several")
-        made = made_before(manifest, Path(output)) if resume else None
         left_out: list[Path] = []
-        planning: dict[str, Any] = {"recursive": recursive, "format_name": format, "made": made, "left_out": left_out}
-        jobs = plan([str(name) for name in names], output, **planning)
-        report = self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
+        planning: dict[str, Any] = {"recursive": recursive, "format_name": format, "left_out": left_out}
+        with self._its_turn():  # before it is planned: an earlier run may still write into these folders
+            planning["made"] = made_before(manifest, Path(output)) if resume else None
+            jobs = plan([str(name) for name in names], output, **planning)
+            report = self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
         report.left_out += left_out
         return report
 
@@ -189,26 +193,32 @@ class BatchDenoiser:
         listener: Listener | None = None,
     ) -> Report:
         """:meth:`run` for jobs that are planned already, see :func:`fastden.batch.plan.plan`; errors as of it."""
+        with self._its_turn():
+            opened = open_for_run(manifest, jobs, output, resume=resume)
+            try:
+                self._listener = listener or Listener()
+                self._running = ThreadedRun(
+                    self.stages,
+                    jobs,
+                    output,
+                    manifest=opened,
+                    resume=resume,
+                    listener=self._listener,
+                    equality=self._equality,
+                    workers=self.workers,
+                )
+                return self._running.all()
+            finally:
+                self._running, self._listener = None, Listener()
+
+    @contextmanager
+    def _its_turn(self) -> Iterator[None]:
+        """A context that no other thread is in; a thread of the run that is going on is refused."""
         running = self._running
         if running is not None and running.has(threading.current_thread()):
             raise RuntimeError("run: called by its own listener; accepted: when it has ended, or another BatchDenoiser")
         with self._turn:
-            opened = open_for_run(manifest, jobs, output, resume=resume)
-            self._listener = listener or Listener()
-            self._running = ThreadedRun(
-                self.stages,
-                jobs,
-                output,
-                manifest=opened,
-                resume=resume,
-                listener=self._listener,
-                equality=self._equality,
-                workers=self.workers,
-            )
-            try:
-                return self._running.all()
-            finally:
-                self._running, self._listener = None, Listener()
+            yield
 
     def _note(self, text: str) -> None:
         self._listener.note(text)

@@ -83,8 +83,10 @@ class Settings:
         self._weights = {False: {"name": _name(self.model), "sha256": _weights_digest(self.model, network)}}
         if self.by_noise:
             self._weights[True] = {"name": FOR_WHITE, "sha256": _weights_digest(FOR_WHITE, network)}
-        # An estimator of the user's own. The bundled one comes with the bundled weights.
-        own = network.estimator if self.sigma == "auto" and _name(self.model) not in models() else None
+        # An estimator of the user's own, where it is asked. The bundled one comes with the bundled weights.
+        asked = sigma == "auto" and sigma_map is None and network.noise_level_input
+        bundled = isinstance(self.model, str) and self.model in models()
+        own = network.estimator if asked and not bundled else None
         self._estimator = None if own is None else _digest_of(own.weights)
         #: The weights that a picture's noise may choose.
         self.known_weights = tuple(weights["sha256"] for weights in self._weights.values())

@@ -334,15 +334,18 @@ def calibrate_model(
     from fastden.network.model import Denoiser
     from fastden.training.data import central_crops, to_gray
 
+    if overwrite and output is None:
+        raise UserError("overwrite: given without --output; accepted: with it")
     if output is None and not Path(model).is_dir():
         raise UserError(f"output: none, and {model!r} is not a folder; accepted: a folder for the calibrated model")
     if output is None and model in models():  # the name is the bundled model's, whose folder is not the user's
         raise UserError(f"output: none, and {model!r} is a bundled model; accepted: a folder, or ./{model} for yours")
     with naming("model"):
         network = Denoiser.from_pretrained(model)
-    if output is not None and not overwrite and _holds_other_weights(output, network):
+    if output is not None and not overwrite and _holds_other_model(output, network):
         raise UserError(
-            f"output: {output} holds a model with other weights; accepted: another folder, or overwrite (--overwrite)"
+            f"output: {output} holds a model with other weights, or another estimator; accepted: another folder, or"
+            " overwrite (--overwrite)"
         )
     crops = [
         to_gray(crop[0])[None, :1] if network.image_channels == 1 else crop for crop in central_crops(pictures, count)
@@ -357,8 +360,8 @@ def calibrate_model(
     say(f"ranges of {len(crops)} pictures written to {output or model}")
 
 
-def _holds_other_weights(folder: Path, network: Denoiser) -> bool:
-    """Whether a folder holds a model whose weights are not those of ``network``, or cannot be read."""
+def _holds_other_model(folder: Path, network: Denoiser) -> bool:
+    """Whether a folder holds a model whose weights or estimator are not those of ``network``, or cannot be read."""
     from fastden.network.hub import WEIGHTS_FILE
     from fastden.network.int8 import fingerprint
 
@@ -368,4 +371,5 @@ def _holds_other_weights(folder: Path, network: Denoiser) -> bool:
         other = type(network).from_pretrained(folder)
     except FAILURES:
         return True
-    return fingerprint(other) != fingerprint(network)
+    estimators = [None if one.estimator is None else fingerprint(one.estimator.network) for one in (other, network)]
+    return fingerprint(other) != fingerprint(network) or estimators[0] != estimators[1]

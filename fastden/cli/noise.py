@@ -114,14 +114,17 @@ def _advice(file: Path, kind: str, model: str | None) -> list[str]:
     suffix = result_suffix(file.suffix)
     suffix = suffix if suffix.lower() in SUFFIXES or suffix.lower() in OTHER_SUFFIXES["HEIC"] else ".png"
     command = f"fastden denoise {_quoted(file)} -o {_quoted(file.with_name(f'{file.stem}-clean{suffix}'))}"
-    command += f" --model {_quoted(Path(model))}" if model is not None else ""
+    command += f" --model {_quoted(model)}" if model is not None else ""
     if kind == "unknown":
         return ["nothing would be removed; if you see noise, give its level:", f"{command} --sigma N"]
     return [command]
 
 
-def _quoted(path: Path) -> str:
-    """A path as a word of a shell: also one with a line's end in it, or that begins like an option."""
+def _quoted(path: str | Path) -> str:
+    """A path as a word of a shell: also one with a line's end in it, or that begins like an option.
+
+    Text stays as it is: ``./color`` is a folder, ``color`` a bundled model.
+    """
     name = f"./{path}" if str(path).startswith("-") else str(path)
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
         escaped = (_escaped(byte) for byte in os.fsencode(name))

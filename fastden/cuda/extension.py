@@ -24,6 +24,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 _config: dict[str, Any] | None = None
 #: Why the extension could not be loaded; empty before the first try, and behind a build.
 _reasons: list[str] = []
+#: How many builds this process has asked for.
+_builds = 0
 _after_loading: list[Callable[[], None]] = []
 _lock = threading.RLock()
 
@@ -80,7 +82,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
     Raises:
         fastden.cuda.build.BuildError: something is missing, or a compiler failed.
     """
-    global _reasons  # noqa: PLW0603 - a process has one extension
+    global _builds, _reasons
     source, toolkit = sources(), build.find_toolkit()
     reasons = build.missing(toolkit) + ([] if source else ["this installation has no CUDA sources"])
     if reasons or source is None or toolkit is None:
@@ -96,7 +98,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
     library = folder / f"{build.NAME}.so"
     if library.is_file() and (folder / build.DESCRIPTION).is_file() and not force:
         os.utime(library)  # the newest is loaded
-        _reasons = []
+        _builds, _reasons = _builds + 1, []
         say(f"built already: {library}")
         return library
     say(
@@ -104,7 +106,7 @@ def build_here(say: Callable[[str], None] = lambda text: None, force: bool = Fal
         f" {build.jobs(os.environ, os.cpu_count() or 1, build.free_memory())} compilers at once: this takes minutes"
     )
     library = build.build(wanted, folder)
-    _reasons = []
+    _builds, _reasons = _builds + 1, []
     say(f"built {library}")
     return library
 
@@ -223,6 +225,11 @@ def why_not() -> list[str]:
 def missing() -> bool:
     """Whether :func:`why_not` found reasons before. To look again reads all sources, and may start ``nvcc``."""
     return _config is None and bool(_reasons)
+
+
+def builds() -> int:
+    """How many builds this process has asked for: what was missing before may be there."""
+    return _builds
 
 
 def loaded() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,8 @@ import numpy as np
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import crop_windows, sample_windows
-from fastden.inference.estimate import NoiseEstimate, noise_of_samples
+from fastden.inference.estimate import NoiseEstimate, estimator_of, noise_of_samples
 from fastden.network.level import KNOTS
-from fastden.network.own_estimator import OwnEstimator
 
 #: Fields of an estimate beside its curve.
 OTHERS = ("coarseness", "uncertainty", "black", "white")
@@ -33,7 +33,7 @@ def value_range_of(ranges: Array) -> ValueRange:
     return ValueRange(black, white, low, high)
 
 
-def estimates(da: Any, planes: Any, ranges: Any, estimator: OwnEstimator | None = None) -> Any:
+def estimates(da: Any, planes: Any, ranges: Any, model: str | Path | None = None) -> Any:
     """The estimated curve of each image, lazily: (..., 1, 1, 1) of :data:`CURVE` for (..., Y, X, C)."""
     pieces: list[int] = []
     for axis in (planes.ndim - 3, planes.ndim - 2):
@@ -44,14 +44,15 @@ def estimates(da: Any, planes: Any, ranges: Any, estimator: OwnEstimator | None 
     planes = planes.rechunk(dict.fromkeys(range(planes.ndim - 3, planes.ndim), -1))
     chunks = (*planes.chunks[:-3], (1,), (1,), (1,))
     meta = np.empty((0,) * planes.ndim, CURVE)
-    settings = {"estimator": estimator, "pieces": tuple(pieces)}
+    settings = {"model": model, "pieces": tuple(pieces)}
     return da.map_blocks(estimate_block, planes, ranges, chunks=chunks, dtype=CURVE, meta=meta, **settings)
 
 
 def estimate_block(
-    planes: Array, ranges: Array, estimator: OwnEstimator | None = None, pieces: tuple[int, int] | None = None
+    planes: Array, ranges: Array, model: str | Path | None = None, pieces: tuple[int, int] | None = None
 ) -> Array:
     """Curves of images (..., Y, X, C), or of their crops side by side: ``pieces`` along Y and along X."""
+    estimator = estimator_of(model)
     curves = np.zeros((*planes.shape[:-3], 1, 1, 1), CURVE)
     spread = np.broadcast_to(ranges, curves.shape)
     for index in np.ndindex(planes.shape[:-3]):

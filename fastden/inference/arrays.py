@@ -46,7 +46,6 @@ from fastden.inference.tiling import HALO
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import model_folder, models
 from fastden.network.loading import default_model, load_network, parse_memory
-from fastden.network.own_estimator import OwnEstimator
 from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
@@ -141,14 +140,14 @@ def denoise_array(
             ranges = _range_block(_count_block(planes, planes.shape[-3:]), dtype=planes.dtype)
         else:
             ranges = as_ranges([fixed]).reshape((1,) * planes.ndim)
-        used = estimate_block(planes, ranges, network.estimator) if levels is None else levels
+        used = estimate_block(planes, ranges, named) if levels is None else levels
         done = _denoise_block(planes, used, ranges, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
     da = _package("dask.array")
     planes = _planes(_lazy(da, array), axis)
     levels = _levels(sigma, network, planes)
     ranges = _ranges(da, array, planes, axis, _fixed_range(value_range, planes))
-    result = _restored(_overlapped(da, planes, levels, ranges, network.estimator, settings), axis)
+    result = _restored(_overlapped(da, planes, levels, ranges, settings), axis)
     return result if out is None else _write(da, result, out, array)
 
 
@@ -255,16 +254,14 @@ def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
     return np.full((*ones, 1, 1, 1), float(sigma))
 
 
-def _overlapped(
-    da: Any, planes: Any, levels: Array | None, ranges: Any, estimator: OwnEstimator | None, settings: _Settings
-) -> Any:
+def _overlapped(da: Any, planes: Any, levels: Array | None, ranges: Any, settings: _Settings) -> Any:
     """The lazy result for lazy ``planes`` (..., Y, X, C)."""
     at_y, at_x, at_c = range(planes.ndim - 3, planes.ndim)
     chunks = {axis: snapped(planes.chunks[axis], ALIGNMENT, HALO) for axis in (at_y, at_x)}
     planes = planes.rechunk({**chunks, at_c: -1})
     # An axis of one chunk has no neighbours, and may be shorter than the halo.
     depth = {axis: HALO if len(sizes) > 1 else 0 for axis, sizes in chunks.items()}
-    noise = estimates(da, planes, ranges, estimator) if levels is None else da.from_array(levels, chunks=-1)
+    noise = estimates(da, planes, ranges, settings.model) if levels is None else da.from_array(levels, chunks=-1)
     noise_depth = {axis: halo if noise.shape[axis] > 1 else 0 for axis, halo in depth.items()}
     return da.map_overlap(
         _denoise_block,

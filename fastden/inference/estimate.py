@@ -16,7 +16,8 @@ from fastden.images.pixels import Array, check_pixels, without_mask
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.images.samples import MAX_SIGMA, sample_windows
 from fastden.images.strips import read_samples
-from fastden.network.hub import WEIGHTS, files_of
+from fastden.network.fused import FusedDenoiser
+from fastden.network.hub import WEIGHTS
 from fastden.network.level import (
     CELL,
     CERTAIN_UNTIL,
@@ -31,7 +32,8 @@ from fastden.network.level import (
     weights_of,
     white_factor,
 )
-from fastden.network.loading import Model
+from fastden.network.loading import Model, load_network
+from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
 from fastden.ops.modes import without_autocast
 
@@ -161,7 +163,7 @@ def estimate_noise(image: Any, model: Model | None = None) -> NoiseEstimate:
 
     Raises:
         UserError: a file that cannot be read.
-        TypeError: ``image`` has another type or dtype.
+        TypeError: ``image`` has another type or dtype, or ``model`` another type.
         ValueError: another shape, or floating values that are not finite or on another scale; no such model.
     """
     estimator = estimator_of(model)
@@ -208,9 +210,11 @@ def check_dense(tensor: Tensor) -> None:
 
 def estimator_of(model: Model | None) -> OwnEstimator | None:
     """The estimator that a model carries with it; None stands for the bundled one."""
-    if model is None or isinstance(model, str | Path):
-        return None if model is None else OwnEstimator.load(files_of(model))
-    return model.estimator
+    if model is None:
+        return None
+    if isinstance(model, Denoiser | FusedDenoiser):
+        return model.estimator
+    return load_network(model, "cpu", "float32").estimator  # networks loaded by name are kept
 
 
 def estimate_of(planes: Array, values: ValueRange, estimator: OwnEstimator | None = None) -> NoiseEstimate:

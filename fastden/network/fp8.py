@@ -34,9 +34,9 @@ def why_not(dtype: torch.dtype, device: torch.device) -> list[str]:
 @constant_result
 def runs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether conv3 can run in fp8 on a CUDA device. :func:`why_not` is asked once, and again behind a build."""
-    return _runs(dtype, device, extension.loaded())
+    return _runs(dtype, device, extension.loaded(), extension.builds())
 
 
 @cache
-def _runs(dtype: torch.dtype, device: torch.device, loaded: bool) -> bool:
+def _runs(dtype: torch.dtype, device: torch.device, loaded: bool, builds: int) -> bool:
     return not why_not(dtype, device)

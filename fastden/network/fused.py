@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -183,8 +184,8 @@ class FusedDenoiser(nn.Module):
             self._measured = {name: getattr(self, name).detach().cpu().float().clone() for name in kept}
             self.register_load_state_dict_post_hook(_check_loaded)
         self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
-        # Addresses and versions of the measured weights when they were checked last.
-        self._checked: list[tuple[int, int]] = []
+        # The measured weights when they were checked last, with their versions.
+        self._checked: list[tuple[ref[Tensor], int]] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
         before = {name: buffer for name, buffer in self.named_buffers() if name.endswith(("_bias", "_ranges"))}
@@ -282,7 +283,8 @@ class FusedDenoiser(nn.Module):
         wanted = backend or requested()
         # Elsewhere, quality="fast" is oneDNN's form, or does not change what operators do.
         in_fp8 = self.quality == "fast" and not self.differentiable
-        in_fp8 = in_fp8 and (fp8.runs(self.dtype, skip.device) if skip.is_cuda else wanted == "cuda")
+        # A GPU without fp8 computes as quality="normal" does. Where "cuda" is asked for, the operator says why not.
+        in_fp8 = in_fp8 and (wanted == "cuda" or (skip.is_cuda and fp8.runs(self.dtype, skip.device)))
         if in_fp8 and not wants_gradient(skip, up, weight, bias):
             self._check_weights(skip)
             return ops.concat_conv_fp8(skip, up, weight, bias, ranges=self.conv3_ranges, backend=wanted or "cuda")
@@ -291,15 +293,20 @@ class FusedDenoiser(nn.Module):
     def _check_weights(self, x: Tensor) -> None:
         """Refuse weights that have changed since the ranges of activations were measured.
 
-        A check reads all weights. So it runs only behind a change that a version counter or an address shows.
+        A check reads all weights. So it runs only where a weight is another tensor, or its version counter shows a
+        change. Weights of inference mode have no counter, and are read at each call.
         """
         if not runs_as_written(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         weights = [getattr(self, name) for name in self._measured]
-        now = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-        if now != self._checked:
+        # Tensors, not addresses: memory that was freed is given to others.
+        known = len(self._checked) == len(weights) and all(
+            seen() is weight and not weight.is_inference() and weight._version == version
+            for weight, (seen, version) in zip(weights, self._checked, strict=True)
+        )
+        if not known:
             _check_loaded(self, None)
-            self._checked = now
+            self._checked = [(ref(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -37,6 +38,9 @@ class OwnEstimator:
             estimator = NoiseEstimator().float()
             estimator.load_state_dict(self.weights)
         return estimator.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weights": self.weights}  # a copy makes its network again, from its own weights
 
     @classmethod
     def of(cls, estimator: NoiseEstimator) -> OwnEstimator:

@@ -15,6 +15,16 @@ from fastden.training.synthetic_noise import NoiseModel
 
 #: Settings that are a number or a range.
 RANGES = ("sigma", "gain", "jpeg", "clean_quality", "factor")
+#: Of these, qualities of JPEG.
+WHOLE = ("jpeg", "clean_quality")
+
+
+def _number(value: Any) -> Any:
+    """Text as the number that it spells. YAML takes 1e-3 for text: its numbers have a point."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 class TrainConfig(BaseModel):
@@ -76,10 +86,9 @@ class TrainConfig(BaseModel):
     @field_validator(*RANGES, mode="before", check_fields=False)
     @classmethod
     def _number_is_a_range(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            # YAML takes 1e-3 for text: its numbers have a point.
-            with suppress(ValueError):
-                value = float(value)
+        if isinstance(value, list | tuple):
+            return [_number(item) for item in value]
+        value = _number(value)
         return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @field_validator("sigma")
@@ -146,6 +155,7 @@ class PhotoConfig(TrainConfig):
     sigma_power: float = Field(1.0, gt=0, description="white noise: 2 draws more of the weak, 1 all alike")
     reduce: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are reduced before the noise")
     fabric: float = Field(0.0, ge=0, le=1, description="share of crops that a regular texture covers, as cloth has it")
+    plain: float = Field(0.0, ge=0, le=1, description="share of these textures that cannot be seen: even areas")
     dark: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are darkened before the noise")
     soft: float = Field(
         0.0, ge=0, le=1, description="share of camera noise and grain on pictures blurred as a lens blurs them"
@@ -291,7 +301,7 @@ def load_config(path: Path | None, overrides: list[str]) -> TrainConfig:
             name = ".".join(str(part) for part in item["loc"])
             lines.append(f"{name}: {item.get('input')!r}: {item['msg']}" if name else item["msg"])
             if item["loc"] and item["loc"][0] in RANGES and item["type"] != "value_error":
-                lines[-1] += "; accepted: a number or [low, high]"
+                lines[-1] += "; accepted: a number or [low, high]" + ", whole numbers" * (item["loc"][0] in WHOLE)
             if item["type"] == "extra_forbidden":
                 lines[-1] += f"; accepted keys: {known}"
         raise UserError("; ".join(lines)) from error

@@ -69,10 +69,11 @@ def load_rgb(path: Path) -> Image:
         UserError: the file cannot be read.
     """
     try:
-        image = read_image(path, several=True)
+        return _in_srgb(read_image(path, several=True).upright())
     except UserError as error:
         raise UserError(f"data: cannot read {error}") from error
-    return _in_srgb(image.upright())
+    except load_vips().Error as error:  # libvips computes late: what a profile cannot convert shows at the end
+        raise UserError(f"data: cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
 def _in_srgb(image: ImageFile) -> Image:

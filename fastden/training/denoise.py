@@ -95,17 +95,23 @@ class DenoiserData(pl.LightningDataModule):
             raise UserError(
                 f"validation: {config.validation}; accepted: up to the {len(files[0])} photographs in {config.data[0]}"
             )
-        held = files[0][len(files[0]) - config.validation :]
-        for_training = files[0][: len(files[0]) - config.validation] + [path for more in files[1:] for path in more]
-        if not for_training:
+        if config.validation == sum(map(len, files)):
             raise UserError(
                 f"validation: {config.validation} leaves no photograph to train on; accepted: up to {len(files[0]) - 1}"
             )
         small: list[Path] = []
-        self.validation_images, self.train_images = (self._usable(paths, small) for paths in (held, for_training))
+        first, *more = (self._usable(paths, small) for paths in files)
+        others = [image for images in more for image in images]
         size = f"{config.crop} x {config.crop} pixels (crop: {config.crop})"
-        if not self.train_images:
+        if not first and not others:
             raise UserError(f"data: no photograph of at least {size}")
+        if config.validation > len(first) - (not others):
+            raise UserError(
+                f"validation: {config.validation}; accepted: up to {len(first) - (not others)}, for {config.data[0]}"
+                f" has {len(first)} photographs of at least {size}" + " and one is to train on" * (not others)
+            )
+        kept = len(first) - config.validation
+        self.validation_images, self.train_images = first[kept:], first[:kept] + others
         if small:
             tell(f"data: {len(small)} left out, smaller than {size}: {names_of(small)}")
 

@@ -44,7 +44,7 @@ class FabricRanges:
     contrast: tuple[float, float] = (0.06, 0.4)
     folds: tuple[float, float] = (0.05, 3.0)
     roughness: float = 0.5
-    plain: float = 0.25
+    plain: float = 0.0
     smooth: tuple[float, float] = (1.0, 8.0)
 
 
@@ -70,7 +70,7 @@ def weave(clean: Tensor, random: np.random.Generator, ranges: FabricRanges | Non
     # Light that grazes the folds shows the threads more or less.
     pattern = pattern * (0.4 * _field(fields[3], random)).exp()
     contrast = _log_uniform(random, ranges.contrast) * clean.new_tensor(1 + 0.1 * random.standard_normal((3, 1, 1)))
-    # No number is drawn where no cloth is plain: textures of earlier runs stay as they were.
+    # No number is drawn where no cloth is plain: textures of runs without this setting stay as they were.
     if ranges.plain and random.random() < ranges.plain:
         contrast = torch.zeros_like(contrast)
     ground = blur(clean[None], _log_uniform(random, ranges.smooth))[0]

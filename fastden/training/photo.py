@@ -36,7 +36,7 @@ from fastden.network.model import Denoiser
 from fastden.network.own_estimator import ESTIMATOR_FILE
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
-from fastden.training.data import Image, to_gray
+from fastden.training.data import Image, tell, to_gray
 from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 from fastden.training.replay import Past, Replay
@@ -111,6 +111,7 @@ class PhotoData(DenoiserData):
             twice=config.twice,
             reduce=config.reduce,
             fabric=config.fabric,
+            plain=config.plain,
             dark=config.dark,
             soft=config.soft,
         )
@@ -143,6 +144,10 @@ class PhotoData(DenoiserData):
         each = config.epoch_steps // config.replay
         first = max(epochs * each - config.replay_batches, 0)
         past = Past(config.replay_batches * self.share, self.device, judge, first * self.share)
+        if self.trainer and self.trainer.global_step >= config.steps:
+            return past  # no step is left to draw for
+        if epochs:
+            tell(f"replay: {epochs * each - first} batches are made again before the run goes on")
         for epoch in range(first // each, epochs):
             for batch in self.fresh(epoch, max(first - epoch * each, 0)):
                 past.put(batch)

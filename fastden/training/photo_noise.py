@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastden.images.samples import MAX_SIGMA
 from fastden.training.camera import CameraNoise, blur
-from fastden.training.fabric import darken, weave
+from fastden.training.fabric import FabricRanges, darken, weave
 
 #: Chroma subsampling of JPEG: none, halved columns, halved rows and columns (Pillow's numbers).
 SUBSAMPLINGS = (0, 1, 2)
@@ -41,7 +41,7 @@ class PhotoRanges:
         reduce: probability that a clean picture is reduced before it gets noise, by up to ``smallest``, log-uniform. A
             reduced picture has more texture, which an estimator must tell from noise.
         fabric: probability that a regular, faint texture covers the clean picture or parts of it
-            (:func:`fastden.training.fabric.weave`).
+            (:func:`fastden.training.fabric.weave`). ``plain`` of these textures cannot be seen: their areas are even.
         dark: probability that the clean picture loses light, down to ``darkest``, log-uniform. Collections show
             pictures that are well lit; noise is seen where light was short.
         soft: probability that the picture of a camera or a scanner is blurred before it gets noise, as its lens and
@@ -69,6 +69,7 @@ class PhotoRanges:
     reduce: float = 0.0
     smallest: float = 0.4
     fabric: float = 0.0
+    plain: float = 0.0
     dark: float = 0.0
     darkest: float = 0.06
     soft: float = 0.0
@@ -149,7 +150,7 @@ class Recipe:
             clean = F.interpolate(clean[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 1)
         ranges = self.noise.ranges
         if ranges.fabric and random.random() < ranges.fabric:
-            clean = weave(clean, random)
+            clean = weave(clean, random, FabricRanges(plain=ranges.plain))
             clean = clean.mean(0, keepdim=True).expand_as(clean) if gray else clean
         if ranges.dark and random.random() < ranges.dark:
             clean = darken(clean, _log_uniform(random, (ranges.darkest, 1.0)))

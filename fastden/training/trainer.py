@@ -94,11 +94,12 @@ class _TimeLimit(pl.Callback):
         trainer.should_stop = trainer.strategy.reduce_boolean_decision(monotonic() >= self.end, all=False)
 
 
-class _FittedSteps(pl.Callback):
+class _FittedSteps(_TimeLimit):
     """Sets the number of steps so that the last one ends ``minutes`` after the first began.
 
     It does so only while neither the learning rate nor the BN statistics depend on that number, so that the run is the
-    one that had this number from the start. For the speed to come it takes the mean so far.
+    one that had this number from the start. For the speed to come it takes the mean so far. A run that is resumed
+    later keeps its number, and ends as with :class:`_TimeLimit`.
 
     Args:
         config: its ``steps`` are set.
@@ -107,8 +108,9 @@ class _FittedSteps(pl.Callback):
     """
 
     def __init__(self, config: TrainConfig, minutes: float, fitted: bool) -> None:
+        super().__init__(minutes)
         self.config, self.minutes, self.fitted = config, minutes, fitted
-        self.began, self.first = 0.0, 0
+        self.began, self.first, self.is_fixed = 0.0, 0, False
 
     @staticmethod
     def check(config: TrainConfig, step: int = 0) -> None:
@@ -125,12 +127,21 @@ class _FittedSteps(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began, self.first = monotonic(), trainer.global_step
+        self.is_fixed = self.fitted and self.first >= self._free() * self.config.steps
         if not self.fitted:
             self.check(self.config, self.first)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_fixed:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def _free(self) -> float:
+        """The share of the run in which nothing depends on the number of steps."""
+        return 1 - max(self.config.decay, self.config.freeze_bn)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        free = 1 - max(self.config.decay, self.config.freeze_bn)
+        free = self._free()
         if step % FIT_EVERY or step >= free * self.config.steps:
             return
         passed = monotonic() - self.began

@@ -87,8 +87,10 @@ def test_the_automatic_choice_looks_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(build, "ask_nvcc", lambda toolkit, option: "")
     monkeypatch.setattr(build, "choose_architectures", lambda *given: ["8.0"])
     monkeypatch.setattr(build, "plan", lambda *given, **options: Plan())
+    before = extension.builds()
     extension.build_here()
     assert not extension.missing()
+    assert extension.builds() == before + 1
 
 
 def test_what_came_with_the_installation_is_first_and_then_the_newest() -> None:

@@ -56,7 +56,7 @@ def test_existing_files_are_replaced_on_request_alone(tmp_path: Path) -> None:
     mine = tmp_path / "photo" / "model.safetensors"
     mine.parent.mkdir()
     mine.write_bytes(b"mine")
-    fails("models", "--export-cards", tmp_path, saying=r"photo/model.safetensors: exists already; .*--overwrite")
+    fails("models", "--export-cards", tmp_path, saying=r"photo[/\\]model\.safetensors: exists already; .*--overwrite")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
     assert mine.read_bytes() == b"mine"
     works("models", "--export-cards", tmp_path, "--overwrite")

@@ -115,6 +115,16 @@ def test_weights_that_changed_are_refused(fast: fastden.FusedDenoiser, monkeypat
             conv3(fast)
     fast.res1_conv_weight.div_(2)
     conv3(fast)
+    changed = fast.res1_conv_weight * 2
+    address, version = fast.res1_conv_weight.data_ptr(), fast.res1_conv_weight._version
+    monkeypatch.setattr(type(changed), "data_ptr", lambda tensor: address)  # as an allocator gives memory again
+    while changed._version < version:
+        changed.add_(0)
+    original_weight, fast.res1_conv_weight = fast.res1_conv_weight, changed
+    with pytest.raises(ValueError, match="res1_conv_weight has changed"):
+        conv3(fast)
+    fast.res1_conv_weight = original_weight
+    monkeypatch.undo()
     other = copy.deepcopy(fast)
     other.stem_bias = other.stem_bias + 1
     with pytest.raises(ValueError, match="'fast', but stem_bias has changed since the ranges"):
@@ -142,16 +152,19 @@ def test_a_gpu_without_fp8_computes_in_more_bits(
     with torch.no_grad():
         fast._conv3(skip, up, None)
     assert asked == ["concat_conv_fp8" if runs else "concat_conv_bn_relu"]
+    with torch.no_grad():
+        fast._conv3(skip, up, "cuda")  # whoever asks for it is told why it cannot run
+    assert asked[1:] == ["concat_conv_fp8"]
 
 
 def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again once the extension is loaded."""
+    """And again behind a build, and once the extension is loaded."""
     asked: list[str] = []
     monkeypatch.setattr(fp8, "why_not", lambda dtype, device: asked.append(device) or ["no"])
     fp8._runs.cache_clear()
-    for loaded in (False, True):
-        monkeypatch.setattr(extension, "loaded", lambda loaded=loaded: loaded)
+    for name, value in (("_config", None), ("_builds", extension.builds() + 1), ("_config", {})):
+        monkeypatch.setattr(extension, name, value)
         for _ in range(3):
             assert not fp8.runs(torch.bfloat16, CUDA)
-    assert asked == [CUDA, CUDA]
+    assert asked == [CUDA, CUDA, CUDA]
     fp8._runs.cache_clear()

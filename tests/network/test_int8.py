@@ -16,7 +16,9 @@ import fastden
 from fastden.cli.main import app
 from fastden.network import int8
 from fastden.network.int8 import QuantizedConvolution
+from fastden.network.level import NoiseEstimator
 from fastden.network.model import Denoiser
+from fastden.network.own_estimator import OwnEstimator
 from tests.cli.run import fails, works
 from tests.helpers import random_network
 
@@ -196,12 +198,21 @@ def test_calibrate_keeps_other_models(tmp_path: Path, picture: Tensor, monkeypat
     weights = tmp_path / "mine" / "model.safetensors"
     random_network().save_pretrained("mine")
     before = weights.read_bytes()
-    refused = fails("calibrate", "color", "clean", "-o", "mine", saying="output: mine holds a model with other weights")
+    refused = fails(
+        "calibrate", "color", "clean", "-o", "mine", saying="output: mine holds a model with other weights, or"
+    )
     assert "--overwrite" in refused
     assert weights.read_bytes() == before
     assert not (tmp_path / "mine" / int8.RANGES_FILE).exists()
     works("calibrate", "mine", "clean", "-o", "copy")
     works("calibrate", "mine", "clean", "-o", "copy")  # the weights are the same
+    other = Denoiser.from_pretrained("copy")
+    other.estimator = OwnEstimator.of(NoiseEstimator())
+    other.save_pretrained("copy")
+    fails("calibrate", "mine", "clean", "-o", "copy", saying="or another estimator; accepted")
+    works("calibrate", "mine", "clean", "-o", "copy", "--overwrite")
+    assert Denoiser.from_pretrained("copy").estimator is None
+    fails("calibrate", "mine", "clean", "--overwrite", saying="overwrite: given without --output")
     works("calibrate", "color", "clean", "-o", "mine", "--overwrite")
     assert fingerprint_of("mine") == fingerprint_of("color")
     weights.write_bytes(b"damaged")

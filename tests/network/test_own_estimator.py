@@ -48,6 +48,8 @@ def test_it_is_asked_everywhere(folder: Path, tmp_path: Path) -> None:
     model = fastden.Denoiser.from_pretrained(folder)
     for carrier in (str(folder), model, fastden.fuse(model)):
         assert fastden.estimate_noise(image, carrier) == own
+    with pytest.raises(TypeError, match="model: int; accepted: a name, folder"):
+        fastden.estimate_noise(image, 3)  # type: ignore[arg-type]
     assert fastden.estimate_noise(image, "photo") == bundled == fastden.estimate_noise(image, "color")
 
     wanted = fastden.denoise(image, own, model=folder)
@@ -90,6 +92,30 @@ def test_another_estimator_is_another_run(folder: Path, tmp_path: Path) -> None:
     assert [record.status for record in again.records] == ["done"]
     assert again.records[0].sigma == pytest.approx(first.records[0].sigma / 4, rel=1e-3)
     assert not fastden.BatchDenoiser(folder).run([tmp_path / "a.png"], tmp_path / "out", resume=True).records
+
+
+def test_it_is_recorded_where_it_is_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the user's may have a bundled model's name."""
+    monkeypatch.chdir(tmp_path)
+    folder.rename("color")
+    Image.fromarray(noisy()).save("a.png")
+    Image.fromarray(np.full((128, 128), 10, np.uint8)).save("map.png")
+    job = Job(Path("a.png"), Path("b.png"))
+    for model in (Path("color"), "./color"):
+        assert "estimator" in fastden.BatchDenoiser(model).settings.options(job)
+        for given in ({"sigma": 10}, {"sigma_map": "map.png"}):
+            assert "estimator" not in fastden.BatchDenoiser(model, **given).settings.options(job)
+    assert "estimator" not in fastden.BatchDenoiser("color").settings.options(job)
+    assert works("noise", "a.png", "--model", "./color").rstrip().endswith("--model ./color")
+
+
+def test_a_copy_makes_its_network_from_its_weights() -> None:
+    own = OwnEstimator.of(load_estimator())
+    assert own.network is own.network
+    for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert list(vars(other)) == ["weights"]
+        other.weights["trunk.6.bias"][0] += 1
+        assert other.network.trunk[6].bias[0] == own.network.trunk[6].bias[0] + 1
 
 
 def test_it_is_no_part_of_the_network(folder: Path) -> None:

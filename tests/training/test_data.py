@@ -63,6 +63,9 @@ class TestConfiguration:
     def test_number_or_range(self, override: str, sigma: tuple[float, float]) -> None:
         assert load_config(None, [*REQUIRED, override]).sigma == sigma
 
+    def test_qualities_may_be_spelled_so_too(self) -> None:
+        assert load_config(None, [*REQUIRED, "jpeg=[5e1, 9e1]"]).jpeg == (50, 90)
+
     @pytest.mark.parametrize(
         ("override", "message"),
         [
@@ -82,6 +85,7 @@ class TestConfiguration:
             ("sigma=many", r"sigma: 'many': .*tuple"),
             ("sigma=many", r"sigma: 'many': .*; accepted: a number or \[low, high\]"),
             ("sigma=[1, 2, 3]", r"sigma: \[1, 2, 3\]: .*; accepted: a number or \[low, high\]"),
+            ("jpeg=[5e1, 9.5e1, 9]", r"; accepted: a number or \[low, high\], whole numbers"),
             ("sigma=-1", r"sigma: -1: .*0 <= low <= high <= 255"),
             ("gain=[0.1, 2]", r"gain: \[0\.1, 2\]: .*0 <= low <= high <= 1"),
             ("jpeg=0", r"jpeg: 0: .*1 <= low <= high <= 100"),

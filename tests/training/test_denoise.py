@@ -8,6 +8,7 @@ import itertools
 import logging
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -231,6 +232,8 @@ class TestRun:
             with pytest.raises(RuntimeError, match="power cut"):
                 run(tmp_path / "fitted", resume=number > 0, **timed, **settings)
         monkeypatch.setattr(DenoiserTraining, "training_step", step)
+        run(tmp_path / "fitted", resume=True, minutes=0, fit=True, **settings)  # the time is a limit still
+        assert torch.load(tmp_path / "fitted/checkpoints/last.ckpt", weights_only=False)["global_step"] == 16
         resumed = weights(run(tmp_path / "fitted", resume=True, minutes=1, fit=True, **settings))
         assert yaml.safe_load((tmp_path / "fitted" / "train.yaml").read_text())["steps"] == 20
         monkeypatch.undo()
@@ -425,13 +428,38 @@ class TestData:
         with pytest.raises(UserError, match=r"data: no photograph of at least 64 x 64 pixels \(crop: 64\)"):
             run(tmp_path, crop=64)
 
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_each_process_resumes_within_an_epoch(self, photographs: Path, rank: int) -> None:
+        settings = configuration(data=[photographs], validation=0, crop=16, batch=4, epoch_steps=3)
+
+        def batches(done: int) -> list[torch.Tensor]:
+            data = denoise.DenoiserData(settings)
+            data.trainer = SimpleNamespace(  # type: ignore[assignment]
+                world_size=2, global_rank=rank, current_epoch=2, global_step=2 * 3 + done
+            )
+            data.setup("fit")
+            return [batch["noisy"] for batch in data.train_dataloader()]
+
+        whole = batches(0)
+        assert [len(batch) for batch in whole] == [2, 2, 2]
+        for done in (1, 2):
+            rest = batches(done)
+            assert len(rest) == 3 - done
+            assert all(torch.equal(one, other) for one, other in zip(rest, whole[done:], strict=True))
+
     def test_small_photographs_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """An icon among them neither ends the run nor makes the crops of the validation small."""
         random = np.random.default_rng(0)
         for name, side in (("a", 40), ("b", 12), ("c", 36), ("d", 2)):
             image = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(image).save(tmp_path / f"{name}.png")
-        data = denoise.DenoiserData(configuration(data=[tmp_path], validation=2, crop=30))
+        for validation, most in ((2, 1), (3, 1)):
+            data = denoise.DenoiserData(configuration(data=[tmp_path], validation=validation, crop=30))
+            with pytest.raises(
+                UserError, match=f"validation: {validation}; accepted: up to {most}, for .* has 2 photo"
+            ):
+                data.setup("fit")
+        data = denoise.DenoiserData(configuration(data=[tmp_path], validation=1, crop=30))
         with caplog.at_level(logging.WARNING):
             data.setup("fit")
         assert "2 left out, smaller than 30 x 30 pixels (crop: 30)" in caplog.text
