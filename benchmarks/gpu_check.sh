@@ -307,7 +307,13 @@ lacking = [f"{name} ({what})" for name, what in needs.items() if find_spec(name)
 print("packages that are missing:", ", ".join(lacking) or "none")
 PYTHON
 gpu=$($python -c 'import torch; print(torch.cuda.get_device_name())')
-python3 - "$out/status.json" "$(git describe --always --dirty 2>/dev/null)" "$gpu" <<'PYTHON'
+# As fastden.bench.machine has it: results are no part of what runs.
+commit=$(git describe --always 2>/dev/null)
+[[ -z $commit ]] || git diff --quiet HEAD -- :/ ':(top,exclude)benchmarks/results' || commit=$commit-dirty
+if [[ -z $commit || $commit == *-dirty ]]; then
+    echo "note: the commit is '$commit'; benchmarks/prove.py accepts results of a clean one alone" >&2
+fi
+python3 - "$out/status.json" "$commit" "$gpu" <<'PYTHON'
 import json, pathlib, sys
 file, commit, gpu = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 found = json.loads(file.read_text()) if file.exists() else {}

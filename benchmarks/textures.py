@@ -23,10 +23,9 @@ from torch import Tensor
 import fastden
 from fastden.bench.machine import describe
 from fastden.evaluation import psnr
-from fastden.images.finder import find_images
 from fastden.network.loading import load_network
 from fastden.training.camera import blur
-from fastden.training.data import load_rgb
+from fastden.training.data import find_photographs, load_rgb
 from fastden.training.fabric import FabricRanges, darken, weave
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24, help="crops of each kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    files = [file for folder in arguments.data for file in find_images(folder)]
+    files = [file for folder in arguments.data for file in find_photographs(folder)]
     results: dict[str, Any] = {name: {} for name in arguments.models}
     for kind in KINDS:
         pairs = [_pair(files, kind, index) for index in range(arguments.count)]
@@ -66,7 +65,12 @@ def main() -> None:
             results[name][kind] = row
             print(name, kind, row, flush=True)
     if arguments.json:
-        document = {"machine": describe(torch.device("cpu")), "crops": arguments.count, "psnr": results}
+        document = {
+            "machine": describe(torch.device("cpu")),
+            "data": [folder.name for folder in arguments.data],
+            "crops": arguments.count,
+            "psnr": results,
+        }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

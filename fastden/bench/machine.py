@@ -71,13 +71,21 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that fastden runs from, marked if files are changed; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit that fastden runs from, marked if files are changed; None outside a repository.
+
+    Results are no part of what runs: writing them does not mark the commit.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changed = ["diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        named, same = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=False, timeout=20)
+            for arguments in (["describe", "--always"], changed)
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    name = named.stdout.strip()
+    return name + "-dirty" * (same.returncode != 0) if named.returncode == 0 and name else None
 
 
 def report(entry: dict[str, Any], file: Path | None, name: str | None = None) -> None:

@@ -72,6 +72,28 @@ def test_commit_is_none_where_git_fails(monkeypatch: pytest.MonkeyPatch) -> None
     assert machine.commit() is None
 
 
+def test_results_do_not_mark_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    code, results = tmp_path / "fastden/bench/machine.py", tmp_path / "benchmarks/results/a.json"
+    for file in (code, results):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = git("describe", "--always")
+    monkeypatch.setattr(machine, "__file__", str(code))
+    assert machine.commit() == clean
+    results.write_text("2")
+    (results.parent / "b.json").write_text("3")
+    assert machine.commit() == clean
+    code.write_text("2")
+    assert machine.commit() == f"{clean}-dirty"
+
+
 def test_ceilings_are_rates() -> None:
     # A core makes between 1 MFLOP/s and 100 TFLOP/s, and copies between 1 MB/s and 10 TB/s.
     assert 1e6 < machine.matrix_rate(CPU, torch.float32, sides=(32, 64)) < 1e14
