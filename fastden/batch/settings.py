@@ -84,9 +84,9 @@ class Settings:
         if self.by_noise:
             self._weights[True] = {"name": FOR_WHITE, "sha256": _weights_digest(FOR_WHITE, network)}
         # An estimator of the user's own, where it is asked. The bundled one comes with the bundled weights.
-        asked = sigma == "auto" and sigma_map is None and network.noise_level_input
+        estimated = sigma == "auto" and sigma_map is None and network.noise_level_input
         bundled = isinstance(self.model, str) and self.model in models()
-        own = network.estimator if asked and not bundled else None
+        own = network.estimator if estimated and not bundled else None
         self._estimator = None if own is None else _digest_of(own.weights)
         #: The weights that a picture's noise may choose.
         self.known_weights = tuple(weights["sha256"] for weights in self._weights.values())

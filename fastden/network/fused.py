@@ -298,7 +298,7 @@ class FusedDenoiser(nn.Module):
         """
         if not runs_as_written(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        weights = [getattr(self, name) for name in self._measured]
+        weights: list[Tensor] = [getattr(self, name) for name in self._measured]
         # Tensors, not addresses: memory that was freed is given to others.
         known = len(self._checked) == len(weights) and all(
             seen() is weight and not weight.is_inference() and weight._version == version

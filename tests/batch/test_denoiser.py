@@ -26,7 +26,7 @@ from fastden.batch import reading, threads
 from fastden.batch.computing import Computing
 from fastden.batch.grouping import Equality, together
 from fastden.batch.memory import Gate, Stopped, split_memory
-from fastden.batch.plan import Job
+from fastden.batch.plan import Job, plan
 from fastden.batch.ray import plan_rows
 from fastden.batch.reading import Reading
 from fastden.batch.report import Interrupted, Listener
@@ -446,6 +446,10 @@ def test_threads_that_share_one_object_wait_for_each_other(
         finally:
             going.pop()
 
+    planned: list[int] = []
+    monkeypatch.setattr(
+        "fastden.batch.denoiser.plan", lambda *given, **options: planned.append(len(going)) or plan(*given, **options)
+    )
     monkeypatch.setattr(ThreadedRun, "all", watched)
     batch = fastden.BatchDenoiser(network, sigma=5)
     heard: dict[str, list[str]] = {"a": [], "b": []}
@@ -457,6 +461,7 @@ def test_threads_that_share_one_object_wait_for_each_other(
     with ThreadPoolExecutor(2) as pool:
         assert [len(report.done) for report in pool.map(run, heard)] == [5, 5]
     assert most == [1, 1]
+    assert planned == [0, 0]  # what the other run writes is there when the files are looked for
     assert heard == {"a": ["a"] * 5, "b": ["b"] * 5}
 
 

@@ -87,8 +87,24 @@ def test_inference_alone_is_proven(device: str, monkeypatch: pytest.MonkeyPatch)
     assert chosen(lambda: Convolution(bn=bn).to(device)(x), monkeypatch) == {"torch"}
 
 
+def test_compiled_training_is_pytorchs(device: str) -> None:
+    module, x = Convolution().to(device), torch.randn(1, 4, 5, 6, device=device, requires_grad=True)
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    compiled = torch.compile(module, backend=keep, fullgraph=True)
+    assert max_error(compiled(x), module(x)) < 1e-5
+    assert "fastden" not in "".join(line for line in graphs[0].splitlines(True) if "torch.ops" in line)
+    with torch.no_grad():
+        compiled(x)
+    assert "torch.ops.fastden.conv_bn_relu" in graphs[1]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_transforms_run_as_ever(device: str, compiled: bool) -> None:
+def test_transforms_run_as_ever(device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = Convolution().to(device), torch.randn(2, 4, 5, 6, device=device)
     gradient = torch.func.grad(lambda x: module(x).square().sum())
     batched = torch.func.vmap(lambda x: module(x[None])[0])
@@ -98,3 +114,5 @@ def test_transforms_run_as_ever(device: str, compiled: bool) -> None:
         call = torch.compile(function, backend="eager", fullgraph=True) if compiled else function
         with torch.no_grad():
             assert max_error(call(x), expected) < 1e-4
+            if not compiled:
+                assert chosen(lambda call=call: call(x), monkeypatch) == {"torch"}  # type: ignore[misc]
