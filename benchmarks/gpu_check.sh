@@ -14,18 +14,18 @@
 #   network    a training step against its rivals; tiles of conv3; gradients, by operator and on PyTorch's own; how busy
 #              the tensor cores are (ncu); a compiled training step; max-autotune                     8 to 15 minutes
 #   proof      what prove.py asks for, in the shortest time: "first" and "tests" at the same time, meanwhile
-#              torch.compile fills its cache; then the network and "operators"                      5 to 6 minutes
+#              torch.compile fills its cache; then "operators" and the network                      5 to 7 minutes
 #   tune       searches tiles into FOLDER/tuned.json, which the parts run on from then on. Users do not have that file:
 #              prove.py then proves nothing before it has become the kernels' defaults                   9 minutes
 #   color      trains benchmarks/training/color-gpu.yaml, or goes on with it, as far as the time allows  9 minutes
-#   photo      the same of photo-gpu.yaml                                                                9 minutes
+#   photo      trains benchmarks/training/photo-gpu-2.yaml; its steps are as many as fit                 9 minutes
 #
 # On an H200 first took 70 seconds, quick two minutes. On an H100 with 16 cores the checks of proof took 190 seconds; its
 # times did not fit into the 230 that it had. The others are guesses. Without a PART: first quick tests operators network.
-# BUDGET=seconds limits the call (default 570). With a quarter of an hour of a GPU, in calls of at most ten minutes:
+# BUDGET=seconds limits the call (default 570). With a quarter of an hour of a GPU, a minute or two of which its start takes:
 #
-#     BUDGET=560 benchmarks/gpu_check.sh FOLDER proof
-#     BUDGET=270 benchmarks/gpu_check.sh FOLDER network
+#     BUDGET=430 benchmarks/gpu_check.sh FOLDER proof
+#     BUDGET=300 benchmarks/gpu_check.sh FOLDER photo
 #
 # Steps run in the order of what they are worth, and what finds no time is the last ones. Each writes its log, and its JSON
 # after each result, so a call that is killed leaves what it has. ARCHIVE=FILE.tar.gz keeps a copy of the folder after each
@@ -114,6 +114,8 @@ backends_here() { # those that can run, once what can be built is
     if $python -c 'from fastden.cuda import extension; raise SystemExit(len(extension.why_not()))' 2>/dev/null; then
         inference=$training,cuda
         kernels=(triton cuda)
+    else
+        echo "note: the CUDA extension is not built: first or proof builds it; prove.py wants one of them" >&2
     fi
 }
 
@@ -219,8 +221,10 @@ part_proof() {
     first_checks triton
     wait
     keep
-    bench model-2160 60 "$inference" model --size 2160 3840 --batch 1 "${rivals[@]}"
+    # First what prove.py asks for. The network's times are written once all its contenders are timed.
     part_operators
+    if [[ ${kernels[*]} == *cuda* ]]; then run fp8-time 40 "$python" benchmarks/first_checks.py fp8 --backend cuda; fi
+    bench model-2160 90 "$inference" model --size 2160 3840 --batch 1 "${rivals[@]}"
     stack_of_crash tests-cuda tests/cuda/test_operators.py tests/cuda/test_network.py
 }
 
@@ -271,21 +275,22 @@ part_tune() {
     run tune 590 "$python" benchmarks/tune.py --budget "$((deadline - SECONDS > 40 ? deadline - SECONDS - 20 : 20))"
 }
 
-part_color() { train color; }
-part_photo() { train photo; }
+part_color() { train color-gpu; }
+part_photo() { train photo-gpu-2 --fit; }
 
-train() { # NAME: a run, or the rest of one, that ends in time; its last minute saves the model
-    local folder=$out/$1-gpu left=$((deadline - SECONDS - 60)) rest=()
+train() { # CONFIGURATION OPTION...: a run, or the rest of one, that ends in time; its last minute saves the model
+    local folder=$out/$1 left=$((deadline - SECONDS - 60)) rest=("${@:2}")
     [[ -e $folder/checkpoints/last.ckpt ]] && rest+=(--resume)
     ((left > 0)) || left=0
+    # On PyTorch: validations would take proven kernels, which are compiled on the run's clock.
     # shellcheck disable=SC2086 # TRAINING may hold several options
-    run "train-$1" 900 "$python" -m fastden train "benchmarks/training/$1-gpu.yaml" --accelerator gpu --devices 1 \
-        --set output="$folder" workers="$(($(nproc) > 1 ? $(nproc) - 1 : 1))" ${DATA:+"data=$(data_of "$1")"} \
-        --minutes "$(python3 -c "print($left / 60)")" "${rest[@]}" ${TRAINING-}
+    FASTDEN_BACKEND=torch run "train-${1%%-*}" 900 "$python" -m fastden train "benchmarks/training/$1.yaml" \
+        --accelerator gpu --devices 1 --set output="$folder" workers="$(($(nproc) > 1 ? $(nproc) - 1 : 1))" \
+        ${DATA:+"data=$(data_of "$1")"} --minutes "$(python3 -c "print($left / 60)")" "${rest[@]}" ${TRAINING-}
 }
 
-data_of() { # NAME: its folders of photographs below DATA
-    case $1 in color) echo "[$DATA/bsds432, $DATA/photos, $DATA/free]" ;; *) echo "[$DATA/photos, $DATA/free]" ;; esac
+data_of() { # CONFIGURATION: its folders of photographs below DATA
+    case $1 in color*) echo "[$DATA/bsds432, $DATA/photos, $DATA/free]" ;; *) echo "[$DATA/photos, $DATA/free]" ;; esac
 }
 
 trap keep EXIT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,48 @@ from fastden.inference.run import (
 )
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model, check_max_pixels, default_model, load_network, parse_memory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+#: An image in memory; the result is of the same type.
+_Image = TypeVar("_Image", bound="np.ndarray[Any, Any] | Tensor | PILImage")
+
+
+@overload
+def denoise(
+    image: str | Path,
+    sigma: Any = "auto",
+    *,
+    model: Model | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    tile: int | Literal["auto"] | None = "auto",
+    max_memory: int | str | None = None,
+    strength: float = 1.0,
+    chroma: float | None = None,
+    quality: Quality = "normal",
+    progress: Progress | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Array: ...
+
+
+@overload
+def denoise(
+    image: _Image,
+    sigma: Any = "auto",
+    *,
+    model: Model | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    tile: int | Literal["auto"] | None = "auto",
+    max_memory: int | str | None = None,
+    strength: float = 1.0,
+    chroma: float | None = None,
+    quality: Quality = "normal",
+    progress: Progress | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> _Image: ...
 
 
 def denoise(

@@ -122,6 +122,10 @@ def test_gpu_check_proves_in_one_part(root: Path, tmp_path: Path) -> None:
     assert not prove.unproven(status, "triton")
     assert prove.unproven(status, "cuda") == ["first-cuda-repeats: failed"]
     benches = [line.split()[2:] for line in log.read_text().splitlines() if line.startswith("-m fastden bench ops")]
+    commands = [line.split() for line in log.read_text().splitlines() if line.startswith(("-m fastden bench", "benchm"))]
+    timed = [command for command in commands if "--rounds" not in command]
+    last = [command[3] if command[1] == "fastden" else command[1] for command in timed][-6:]
+    assert last == ["ops"] * 4 + ["fp8", "model"]  # what is proven comes first, and nothing runs beside it
     for measured in (False, True):  # what fills the compiler's cache measures one round
         heights = {bench[bench.index("--size") + 1] for bench in benches if ("--rounds" not in bench) is measured}
         assert heights == {str(height) for height in prove.HEIGHTS}
@@ -142,24 +146,25 @@ def test_gpu_check_without_the_extension(root: Path, tmp_path: Path) -> None:
     assert not [name for name in status if "cuda" in name]
 
 
-@pytest.mark.parametrize("name", ["color", "photo"])
-def test_gpu_check_trains(root: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "recipe"), [("color", "color-gpu"), ("photo", "photo-gpu-2")])
+def test_gpu_check_trains(root: Path, tmp_path: Path, name: str, recipe: str) -> None:
     """The rest of a run goes on where it was, and its settings are those of a configuration."""
     log, out = tmp_path / "log", tmp_path / "results"
     environment = stand_ins(tmp_path / "bin", log) | {"DATA": "photographs", "BUDGET": "120"}
     for resumed in (False, True):
         assert gpu_check(root, environment, out, name).returncode == 0
         asked = log.read_text().splitlines()[-1].split()
-        assert asked[:4] == ["-m", "fastden", "train", f"benchmarks/training/{name}-gpu.yaml"]
+        assert asked[:4] == ["-m", "fastden", "train", f"benchmarks/training/{recipe}.yaml"]
+        assert ("--fit" in asked) == (name == "photo")
         assert ("--resume" in asked) == resumed
         assert 0 < float(asked[asked.index("--minutes") + 1]) <= 1
         first = asked.index("--set") + 1
         changes = " ".join(asked[first : asked.index("--minutes")]).replace(" workers=", "\nworkers=")
         config = load_config(root / asked[3], changes.replace(" data=", "\ndata=").splitlines())
-        assert config.output == out / f"{name}-gpu"
+        assert config.output == out / recipe
         assert {folder.parent for folder in config.data} == {Path("photographs")}
-        (out / f"{name}-gpu" / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (out / f"{name}-gpu" / "checkpoints" / "last.ckpt").touch()
+        (out / recipe / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / recipe / "checkpoints" / "last.ckpt").touch()
 
 
 def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def test_first_check(device: str, root: Path, monkeypatch: pytest.MonkeyPatch) -
         return y
 
     monkeypatch.setattr(ops, "concat_conv_fp8", wrong)
+    monkeypatch.setattr(script, "FP8_SIZES", ((1, 2),))  # the first size that has the pixel
     with pytest.raises(SystemExit, match=r"1 wrong, first at \[\[0, 3, 0, 1\]\]"):
         script.fp8(device, "cuda")
 
