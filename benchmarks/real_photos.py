@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--strengths", action="store_true", help="also other strengths")
     parser.add_argument("--best", action="store_true", help="also quality='best'")
+    parser.add_argument("--fast", action="store_true", help="also quality='fast', in 8 bits")
     parser.add_argument("--nlm", action="store_true", help="also OpenCV's non-local means")
     parser.add_argument("--bm3d", action="store_true", help="also CBM3D, which is slow: choose --sigmas and --crop")
     parser.add_argument("--sigmas", nargs="*", type=float, default=BM3D_SIGMAS, help="of CBM3D and --color")
@@ -70,6 +71,10 @@ def main() -> None:
     if arguments.best:
         methods["fastden, quality best"] = lambda image, estimate: fastden.denoise(
             image, estimate, quality="best", **options
+        )
+    if arguments.fast:
+        methods["fastden, quality fast"] = lambda image, estimate: fastden.denoise(
+            image, estimate, model=arguments.model, device="cpu", quality="fast"
         )
     if arguments.color:
         white = load_network("color", "cpu", arguments.dtype)

@@ -113,7 +113,8 @@ class Manifest:
 
     def _keep(self, output: str, record: dict[str, Any]) -> None:
         # A failure does not touch the output of an earlier run, so that run's record still holds.
-        if record["status"] != "failed" or output not in self._last:
+        # Without a checksum nothing had been written: a cluster's record says "writing" before its worker begins.
+        if record["status"] != "failed" or not self._last.get(output, {}).get("output_sha256"):
             self._last[output] = record
 
     def _read(self) -> bytes:

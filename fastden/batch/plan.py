@@ -61,6 +61,7 @@ def plan(
         raise UserError("input: ''; accepted: files, folders and glob patterns")
     if "-" in inputs and not Path("-").exists():
         raise UserError("input: -; accepted: files, folders and glob patterns (standard input is not read)")
+    check_no_url(output, "output")
     as_folder, output = is_folder(output), Path(output)
     single = len(inputs) == 1 and _is_file(inputs[0])
     if single and not as_folder and output.suffix:
@@ -88,6 +89,12 @@ def plan(
         jobs.append(Job(source, output / relative.with_suffix(suffix)))
     _refuse_collisions(jobs)
     return jobs
+
+
+def check_no_url(name: str | Path, argument: str) -> None:
+    """Raise UserError for a URL, of which ``Path`` would make a folder here, such as ``s3:``."""
+    if isinstance(name, str) and "://" in name:
+        raise UserError(f"{argument}: {name} is a URL; accepted: a path, or URLs with --engine ray")
 
 
 def is_folder(name: str | Path) -> bool:

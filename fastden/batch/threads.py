@@ -147,7 +147,7 @@ class ThreadedRun:
                         pass
         finally:  # also where a signal that ends the process came twice
             self.dropped = True
-            drop_unfinished()
+            drop_unfinished((self.caller, *self.readers, *self.writers))
 
     # In the threads that read.
 

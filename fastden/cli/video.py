@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastden.batch.denoiser import BatchDenoiser
-from fastden.batch.plan import is_folder
+from fastden.batch.plan import check_no_url, is_folder
 from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import FAILURES, UserError
@@ -84,6 +84,7 @@ def _run(
     max_pixels: int,
     options: dict[str, Any],
 ) -> None:
+    check_no_url(output, "output")
     named = Path(output)
     target = named if named.suffix and not is_folder(output) else named / source.name
     new_folders = list(takewhile(lambda folder: not folder.exists(), target.absolute().parents))
@@ -114,7 +115,7 @@ def _run(
         raise
     seconds = time.perf_counter() - start
     looked = min(ESTIMATED, result.frames)
-    held = f" (estimated on the first {looked} frames)" if sigma == "auto" else ""
+    held = f" (estimated on {looked} frames)" if sigma == "auto" else ""
     shown = "" if result.sigma is None else f", sigma {result.sigma:.1f}{held}"
     say(f"{source} -> {target}, {result.frames} frames of {result.width} x {result.height}{shown}")
     for note in result.notes:

@@ -61,4 +61,8 @@ def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:
             raise error
         unreadable.append(error)
 
-    return [Path(folder, name) for folder, _, names in os.walk(top, onerror=failed) for name in names]
+    files = []
+    for folder, below, names in os.walk(top, onerror=failed):
+        below[:] = [name for name in below if not name.startswith(".")]  # .Trash, .thumbnails: hidden, as files are
+        files += [Path(folder, name) for name in names]
+    return files

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
 import threading
@@ -147,15 +149,22 @@ def check_supported(file: BinaryIO) -> None:
         slices = _number(_first_directory(file), _DEPTH, 1)
         if slices > 1:
             raise UserError(f"a volume of {slices} slices in one TIFF page; accepted: a page for each slice")
+        images = _images_of_one_directory(file)
+        if images > 1:
+            raise UserError(
+                f"a stack of {images} images behind one TIFF directory (ImageJ, tifffile); accepted: a directory for"
+                " each image"
+            )
 
 
 def _check_end(file: BinaryIO) -> None:
     """Raise UserError for a JPEG without an end marker."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - _TAIL, 0))
+    jpeg_segments(file)
+    pixels = file.tell()  # a thumbnail in front of them has an end marker of its own
+    file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, pixels))
     if b"\xff\xd9" in file.read():
         return
-    jpeg_segments(file)
+    file.seek(pixels)
     if behind_jpeg(file) is None:
         raise UserError("corrupt or truncated (a JPEG without an end marker)")
 
@@ -245,6 +254,37 @@ def is_raw_tiff(file: BinaryIO) -> bool:
         return any(_photometric(page) in (_CFA, _LINEAR_RAW) for page in below)
     except Exception:  # as above
         return False
+
+
+@_TIFFFILE.reading()
+def _images_of_one_directory(file: BinaryIO) -> int:
+    """How many images follow each other behind a TIFF's only directory; ImageJ writes stacks above 4 GB so.
+
+    The description alone does not tell: programs that take one image out of a stack leave it as it was.
+    """
+    try:
+        pages = _directories(file)
+        first = pages.first
+        if not first.is_contiguous or _has_second(pages):
+            return 1
+        text = str(first.description)
+        stated = re.search(r"^images=(\d+)", text, re.MULTILINE) if text.startswith("ImageJ=") else None
+        if stated is not None:
+            count = int(stated[1])
+        else:
+            count = math.prod(json.loads(text)["shape"]) // first.size if text.startswith('{"shape"') else 1
+        size = file.seek(0, os.SEEK_END)
+        return count if first.dataoffsets[0] + count * first.nbytes <= size else 1
+    except Exception:  # as above
+        return 1
+
+
+def _has_second(pages: Any) -> bool:
+    try:
+        pages[1]  # its length would read all directories
+    except IndexError:
+        return False
+    return True
 
 
 def _photometric(page: Any) -> int:

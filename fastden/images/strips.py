@@ -243,7 +243,7 @@ class StripWriter:
             source.on_seek(self._stream.seek)
             image = vips.Image.new_from_source(source, "", access="sequential", fail_on="error")
             getattr(described(image, self._metadata, strip_metadata=self._strip_metadata), self._saver)(
-                str(self._path), **self._options
+                os.fsencode(self._path), **self._options
             )
         except vips.Error as error:
             self._error = UserError(f"cannot be written as {self._format_name} ({detail(error)})")

@@ -43,7 +43,9 @@ class _Limited(io.RawIOBase):
     """A file with a limit on the bytes that are read: directories may point in a circle."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._left, self._reads = file, _LIMIT, _READS
+        # A stack of many thousand pages has as many directories: their entries take 12 bytes each.
+        size = file.seek(0, io.SEEK_END)
+        self._file, self._left, self._reads = file, _LIMIT, min(max(_READS, size // 6), 5_000_000)
 
     def readable(self) -> bool:
         return True

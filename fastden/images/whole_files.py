@@ -8,13 +8,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fastden.errors import UserError
 
 _TEMPORARY = re.compile(r"\.fastden-[0-9a-f]{16}\.tmp(\.\w+)?")
-_in_progress: set[Path] = set()
+_in_progress: dict[Path, threading.Thread] = {}
 
 
 def reason(error: OSError) -> str:
@@ -58,7 +59,7 @@ def whole_file(path: Path, suffix: str = "", *, overwrite: bool = True) -> Itera
     # A link stays a link: its target is replaced.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp{suffix}")
-    _in_progress.add(temporary)
+    _in_progress[temporary] = threading.current_thread()
     try:
         yield temporary
         if overwrite:
@@ -74,7 +75,7 @@ def whole_file(path: Path, suffix: str = "", *, overwrite: bool = True) -> Itera
             raise UserError(f"{path}: cannot be written: {reason(error)}") from error
         raise
     finally:
-        _in_progress.discard(temporary)
+        _in_progress.pop(temporary, None)
 
 
 def _name_once(temporary: Path, target: Path, path: Path) -> None:
@@ -116,17 +117,18 @@ def write_bytes(path: Path, data: bytes, *, overwrite: bool = True) -> None:
         write_synced(temporary, data)
 
 
-def drop_unfinished() -> None:
-    """Remove what this process is writing and has not finished; for a process about to end."""
-    for temporary in list(_in_progress):
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def drop_unfinished(threads: Collection[threading.Thread]) -> None:
+    """Remove what these threads are writing and have not finished."""
+    for temporary, thread in list(_in_progress.items()):
+        if thread in threads:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process has left half-written in ``folder``; no other process may be writing there."""
     with contextlib.suppress(OSError):
-        for path in folder.iterdir():
+        for path in Path(os.path.realpath(folder)).iterdir():  # as the names in _in_progress
             if _TEMPORARY.fullmatch(path.name) and path not in _in_progress:
                 path.unlink(missing_ok=True)
 

@@ -403,6 +403,8 @@ def _write(da: Any, result: Any, out: Any, source: Any) -> Any:
         return _store(da, result, out)
     if not isinstance(out, str | Path):
         raise TypeError(f"out: {type(out).__name__}; accepted: a path, or a writable zarr.Array")
+    if "://" in str(out):  # Path would make a folder of it here
+        raise UserError(f"out: {out} is a URL; accepted: a path, or zarr.create_array(...) at that URL")
     path = Path(out)
     if os.path.lexists(path):
         raise UserError(f"out: {path} exists; accepted: a new path, or an opened zarr.Array")

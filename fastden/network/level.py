@@ -8,7 +8,6 @@ So tiles are exact, and people can read the curve: 12 in the shadows, 6 in the l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -142,17 +141,18 @@ class NoiseEstimator(nn.Module):
     """A small network that judges the noise of each cell of a picture.
 
     It has banks of zero-mean filters at three scales. It takes the logarithm of their energy in each cell, so that it
-    works equally well at all levels. Convolutions over neighbouring cells then tell noise from texture. It needs 7,100
-    multiply-accumulates a pixel, 5 % of the denoiser's, on at most a million pixels of a picture.
+    works equally well at all levels. Convolutions over neighbouring cells then tell noise from texture. It needs 4,200
+    multiply-accumulates a pixel, 3 % of the denoiser's, on at most a million pixels of a picture. A wider one (32
+    filters, 96 channels), trained for 40 minutes more, erred by 3 to 6 % less on crops of training, but real pictures
+    lost 0 to 0.05 dB with it.
 
     Args:
         filters: number of filters in each bank.
         width: number of channels of the convolutions over cells.
     """
 
-    def __init__(self, filters: int = 32, width: int = 96) -> None:
+    def __init__(self, filters: int = 24, width: int = 64) -> None:
         super().__init__()
-        self.filters, self.width = filters, width
         self.banks = nn.ModuleList(nn.Conv2d(3, filters, 5, bias=False) for _ in range(3))
         self.trunk = nn.Sequential(
             nn.Conv2d(3 * filters + 3, width, 3, padding=1, padding_mode="replicate"),
@@ -163,46 +163,6 @@ class NoiseEstimator(nn.Module):
             nn.ReLU(),
             nn.Conv2d(width, 3, 1),
         )
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> NoiseEstimator:
-        """The estimator with these weights, as wide as they are.
-
-        Raises:
-            RuntimeError: they are no estimator's.
-        """
-        try:
-            filters, width = len(state["banks.0.weight"]), len(state["trunk.0.weight"])
-        except (KeyError, TypeError):
-            filters, width = 32, 96  # load_state_dict says what is missing
-        estimator = cls(filters, width)
-        estimator.load_state_dict(state)
-        return estimator
-
-    @torch.no_grad()
-    def take(self, other: NoiseEstimator) -> None:
-        """Become the function that a narrower estimator is: what this one has more of is not read yet.
-
-        New channels keep their random incoming weights, and their outgoing weights are zero, so that both learn.
-
-        Raises:
-            ValueError: the other is wider.
-        """
-        if other.filters > self.filters or other.width > self.width:
-            wide = f"{other.filters} filters and {other.width} channels"
-            raise ValueError(f"other: {wide}; accepted: up to {self.filters} and {self.width}")
-        old = torch.arange(other.filters)
-        read = torch.cat([old, old + self.filters, old + 2 * self.filters, torch.arange(3) + 3 * self.filters])
-        for mine, its in zip(self.banks.parameters(), other.banks.parameters(), strict=True):
-            mine[: other.filters] = its
-        for mine, its in zip(self.trunk.parameters(), other.trunk.parameters(), strict=True):
-            outputs = len(its)
-            if its.dim() == 1:
-                mine[:outputs] = its
-                read = torch.arange(outputs)
-            else:
-                mine[:outputs] = 0
-                mine[:outputs, read] = its
 
     def forward(self, x: Tensor) -> Cells:
         """Judge pictures.

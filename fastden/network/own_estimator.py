@@ -35,7 +35,9 @@ class OwnEstimator:
         """The estimator with its weights, in evaluation mode."""
         # The caller may have set a default dtype, or a device context such as torch.device("meta").
         with torch.device("cpu"):
-            return NoiseEstimator.of(self.weights).float().eval()
+            estimator = NoiseEstimator().float()
+            estimator.load_state_dict(self.weights)
+        return estimator.eval()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self.weights}  # a copy makes its network again, from its own weights

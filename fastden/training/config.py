@@ -14,7 +14,7 @@ from fastden.images.samples import MAX_SIGMA
 from fastden.training.synthetic_noise import NoiseModel
 
 #: Settings that are a number or a range.
-RANGES = ("sigma", "gain", "jpeg", "clean_quality", "factor")
+RANGES = ("sigma", "gain", "jpeg", "clean_quality", "factor", "contrast")
 #: Of these, qualities of JPEG.
 WHOLE = ("jpeg", "clean_quality")
 
@@ -156,6 +156,9 @@ class PhotoConfig(TrainConfig):
     reduce: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are reduced before the noise")
     fabric: float = Field(0.0, ge=0, le=1, description="share of crops that a regular texture covers, as cloth has it")
     plain: float = Field(0.0, ge=0, le=1, description="share of these textures that cannot be seen: even areas")
+    contrast: tuple[float, float] = Field(
+        (0.06, 0.4), description="how plainly the others show: a range of the deviation of the logarithm of brightness"
+    )
     dark: float = Field(0.0, ge=0, le=1, description="share of crops from pictures that are darkened before the noise")
     soft: float = Field(
         0.0, ge=0, le=1, description="share of camera noise and grain on pictures blurred as a lens blurs them"
@@ -221,6 +224,11 @@ class PhotoConfig(TrainConfig):
     @classmethod
     def _check_factor(cls, factor: tuple[float, float]) -> tuple[float, float]:
         return _check_range(factor, 0.1, 10)
+
+    @field_validator("contrast")
+    @classmethod
+    def _check_contrast(cls, contrast: tuple[float, float]) -> tuple[float, float]:
+        return _check_range(contrast, 0.001, 2)
 
     @field_validator("clean_quality")
     @classmethod

@@ -112,6 +112,7 @@ class PhotoData(DenoiserData):
             reduce=config.reduce,
             fabric=config.fabric,
             plain=config.plain,
+            contrast=config.contrast,
             dark=config.dark,
             soft=config.soft,
         )
@@ -180,11 +181,9 @@ class PhotoTraining(DenoiserTraining):
 
     def __init__(self, model: Denoiser, config: PhotoConfig) -> None:
         super().__init__(model, config)
-        self.estimator = (
-            NoiseEstimator()
-            if config.estimator is None
-            else load_estimator(config.estimator, grow=config.estimator_lr > 0)
-        )
+        self.estimator = NoiseEstimator()
+        if config.estimator is not None:
+            load_estimator(self.estimator, config.estimator)
         self.estimator.requires_grad_(config.estimator_lr > 0)
         if not config.denoiser:
             model.requires_grad_(False)
@@ -325,12 +324,12 @@ def estimator_loss(cells: Cells, true: Cells) -> Tensor:
     return ((likelihood + 0.2 * coarse) * usable).sum() / count + 2.0 * curve.sum(1).mean()
 
 
-def load_estimator(path: Path, grow: bool) -> NoiseEstimator:
-    """Read an estimator.
+def load_estimator(estimator: NoiseEstimator, path: Path) -> None:
+    """Read an estimator's weights.
 
     Args:
+        estimator: gets them.
         path: the file, or a model's folder that holds it.
-        grow: give a narrow one the width of a new one, see :meth:`fastden.network.level.NoiseEstimator.take`.
 
     Raises:
         UserError: no such file, or one without these weights.
@@ -340,11 +339,6 @@ def load_estimator(path: Path, grow: bool) -> NoiseEstimator:
     if not file.is_file():
         raise UserError(f"estimator: {file} does not exist; {accepted}")
     try:
-        estimator = NoiseEstimator.of(load_file(file))
+        estimator.load_state_dict(load_file(file))
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of weights that do not fit
         raise UserError(f"estimator: {file}: {in_one_line(error)}; {accepted}") from error
-    wide = NoiseEstimator()
-    if not grow or estimator.filters > wide.filters or estimator.width > wide.width:
-        return estimator
-    wide.take(estimator)
-    return wide

@@ -41,7 +41,8 @@ class PhotoRanges:
         reduce: probability that a clean picture is reduced before it gets noise, by up to ``smallest``, log-uniform. A
             reduced picture has more texture, which an estimator must tell from noise.
         fabric: probability that a regular, faint texture covers the clean picture or parts of it
-            (:func:`fastden.training.fabric.weave`). ``plain`` of these textures cannot be seen: their areas are even.
+            (:func:`fastden.training.fabric.weave`). ``plain`` of these textures cannot be seen: their areas are even;
+            ``contrast`` is that of the others.
         dark: probability that the clean picture loses light, down to ``darkest``, log-uniform. Collections show
             pictures that are well lit; noise is seen where light was short.
         soft: probability that the picture of a camera or a scanner is blurred before it gets noise, as its lens and
@@ -70,6 +71,7 @@ class PhotoRanges:
     smallest: float = 0.4
     fabric: float = 0.0
     plain: float = 0.0
+    contrast: tuple[float, float] = (0.06, 0.4)
     dark: float = 0.0
     darkest: float = 0.06
     soft: float = 0.0
@@ -150,7 +152,7 @@ class Recipe:
             clean = F.interpolate(clean[None], sides, mode="bicubic", antialias=True)[0].clamp(0, 1)
         ranges = self.noise.ranges
         if ranges.fabric and random.random() < ranges.fabric:
-            clean = weave(clean, random, FabricRanges(plain=ranges.plain))
+            clean = weave(clean, random, FabricRanges(plain=ranges.plain, contrast=ranges.contrast))
             clean = clean.mean(0, keepdim=True).expand_as(clean) if gray else clean
         if ranges.dark and random.random() < ranges.dark:
             clean = darken(clean, _log_uniform(random, (ranges.darkest, 1.0)))

@@ -90,7 +90,8 @@ def denoise_video(
     Args:
         source: a file that FFmpeg can read.
         target: its suffix chooses the container; appears when it is complete.
-        sigma: on the scale 0-255 of the coded values, or ``"auto"``: the median of the estimates on the first frames.
+        sigma: on the scale 0-255 of the coded values, or ``"auto"``: the median of the estimates on frames from all
+            over the video, or on the first that can be judged where it cannot be sought in.
         load: gives the network, told whether the video has 8 bits, and whether its noise is white.
         crf: constant rate factor of the encoder (lower is better and larger); None is 18 to 24, depending on the codec.
         overwrite: replace an existing ``target``.
@@ -171,7 +172,8 @@ def _opened(av: Any, source: Path) -> Any:
     # Since PyAV 19 tags of other encodings are kept as they are; before, they stop the reading unless replaced.
     options = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
     try:
-        return av.open(str(source), **options)
+        # Absolute: FFmpeg takes what precedes a colon for a protocol.
+        return av.open(os.path.abspath(source), **options)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{source}: cannot be read as a video: {error.strerror or error}") from error
 
@@ -241,16 +243,27 @@ class _Copy:
         times = _Times(late)
         asked: Any = sigma
         waiting: deque[tuple[Any, Array]] = deque()
+        if sigma == "auto" and network.noise_level_input:
+            waiting.extend(self._spread(first, converter))
+            estimate = _held(sigma, network, waiting)
+            waiting.clear()
+            if getattr(estimate, "decided", False):
+                asked = estimate
+                network = load(eight_bit, True) if estimate.is_white else network
 
         def finish() -> None:
             """Denoise and write the waiting frames."""
             nonlocal asked, network
-            asked = _held(asked, network, waiting)
-            if getattr(asked, "is_white", False):
+            held = _held(asked, network, waiting)
+            if not getattr(held, "decided", True):  # black, as many videos begin: the frames behind are judged
+                self.note("frames that give nothing to judge the noise by (flat, clipped) are taken as clean")
+            elif waiting:
+                asked = held
+            if getattr(held, "is_white", False):
                 network = load(eight_bit, True)
             while waiting:
                 frame, pixels = waiting.popleft()
-                encoded = converter.frame(self._denoised(pixels, asked, network, options), frame, encoder.pix_fmt)
+                encoded = converter.frame(self._denoised(pixels, held, network, options), frame, encoder.pix_fmt)
                 encoded.pts = times.after(encoded.pts)
                 self.writer.mux(encoder.encode(encoded))
                 self.result.frames += 1
@@ -281,6 +294,26 @@ class _Copy:
         colours = pixels.shape[2] // 3 * 3 or 1
         done, self.result.sigma = denoise_pixels(pixels[:, :, :colours], sigma, network, values=ORDINARY, **options)
         return np.concatenate([done, pixels[:, :, colours:]], 2)
+
+    def _spread(self, first: Any, converter: FrameConverter) -> Iterator[tuple[Any, Array]]:
+        """Frames from all over the video, as far as it can be sought in: many begin and end in black.
+
+        They are read from the file anew, so that the copy stays where it is.
+        """
+        with _opened(self.av, self.source) as reader:
+            stream, length = reader.streams[self.video.index], reader.duration or 0
+            for index in range(ESTIMATED if length else 0):
+                wanted = (reader.start_time or 0) + length * (2 * index + 1) // (2 * ESTIMATED)
+                try:
+                    reader.seek(wanted)
+                    for frame in reader.decode(stream):
+                        if frame.pts is None or frame.pts * frame.time_base * self.av.time_base >= wanted:
+                            kinds = {(one.width, one.height, one.format.name) for one in (frame, first)}
+                            if len(kinds) == 1:
+                                yield frame, converter.pixels(frame)
+                            break
+                except (self.av.error.FFmpegError, OSError):
+                    continue
 
     def _packets(self) -> Iterator[Any]:
         try:

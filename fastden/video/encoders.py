@@ -9,7 +9,11 @@ from fastden.errors import UserError
 from fastden.video.frames import tags
 
 #: Default constant rate factor of each encoder: hardly any visible loss.
-RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}
+RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx": 8, "libvpx-vp9": 24, "libsvtav1": 24}
+#: Bits a second that VP8 may take at most. Without a limit its encoder takes 256 kbit/s, whatever the factor.
+VP8_RATE = 200_000_000
+#: Factors that encoders take, where not all from 0 to 63: they do not open with others.
+FACTORS = {"libx264": (0, 51), "libx265": (0, 51), "libvpx": (4, 63)}
 #: Quantiser of the other lossy encoders, where the input's bit rate is unknown: 1 is best, 31 worst.
 QUANTISER = 3
 #: Encoders to take in place of FFmpeg's default for a codec: they know more pixel formats.
@@ -92,6 +96,9 @@ class Encoders:
             if self.crf is not None:
                 raise UserError(f"crf: {self.crf}, but the encoder {name} has none; accepted: no --crf for this codec")
             return {}
+        least, most = FACTORS.get(name, (0, 63))
+        if self.crf is not None and not least <= self.crf <= most:
+            raise UserError(f"crf: {self.crf}; accepted by the encoder {name}: {least} to {most}")
         options = {"crf": str(RATE_FACTORS[name] if self.crf is None else self.crf)}
         if name == "libx265":
             options["x265-params"] = "log-level=error"
@@ -113,7 +120,7 @@ class Encoders:
         context.flags |= self.av.codec.context.Flags.frame_duration
         if self.writer.format.name == "avi":  # AVI has no times for frames out of order
             context.max_b_frames = 0
-        context.bit_rate = 0
+        context.bit_rate = VP8_RATE if context.codec.name == "libvpx" else 0
         if context.codec.name not in RATE_FACTORS:
             context.bit_rate = self.video.bit_rate or 0
             if not context.bit_rate:

@@ -335,7 +335,8 @@ def test_a_second_signal_while_it_stops_leaves_nothing(monkeypatch: pytest.Monke
     run.gate = Gate(1)
     waiting: Any = SimpleNamespace(picture=None, ended=SimpleNamespace(wait=signal_again))
     run.readers, run.writers, run.dropped = [waiting], [], False
-    monkeypatch.setattr(threads, "drop_unfinished", lambda: dropped.append(True))
+    run.caller = threading.current_thread()
+    monkeypatch.setattr(threads, "drop_unfinished", lambda of: dropped.append(run.caller in of))
     with pytest.raises(SystemExit):
         run._stop()
     assert run.dropped

@@ -31,6 +31,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_file_that_a_worker_never_wrote_is_not_the_runs(tmp_path: Path, written: bool) -> None:
+    """A cluster's record says "writing" before its worker begins: what lies there after a failure is someone else's."""
+    job = Job(tmp_path / "a.png", tmp_path / "b.png")
+    common = {"input": str(job.source), "output": "b.png", "model": {}}
+    records = [
+        {**common, "status": "writing"} | ({"output_sha256": "0"} if written else {}),
+        common | {"status": "failed"},
+    ]
+    (tmp_path / NAME).write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert Manifest(tmp_path / NAME).knows(job) is written
+
+
 def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
     (photos / "bad.png").write_bytes(b"no image")
     batch = fastden.BatchDenoiser(network, sigma=12.5, strength=0.5)

@@ -135,6 +135,17 @@ def test_rows_come_and_go_unchanged(tmp_path: Path, shape: tuple[int, int, int])
     assert noise_of_samples(*read_samples(tmp_path / "b.tif")) == fastden.estimate_noise(picture.pixels)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there alone")
+@pytest.mark.parametrize("format_name", ["tiff", "png", "jpeg"])
+def test_a_folder_whose_name_is_no_utf8(tmp_path: Path, format_name: str) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    values = pixels(64, 64, 3)
+    options: dict[str, Any] = {"bits": 8, "lossless": True, "metadata": {}, "strip_metadata": False}
+    write_all(StripWriter(folder / "a", values.shape, np.dtype(np.uint8), format_name, **options), values)
+    assert StripReader(folder / "a").read(64).shape == values.shape
+
+
 def write_all(writer: StripWriter, rows: Any) -> None:
     for top in range(0, len(rows), 100):
         writer.write(rows[top : top + 100])

@@ -122,7 +122,9 @@ def test_gpu_check_proves_in_one_part(root: Path, tmp_path: Path) -> None:
     assert not prove.unproven(status, "triton")
     assert prove.unproven(status, "cuda") == ["first-cuda-repeats: failed"]
     benches = [line.split()[2:] for line in log.read_text().splitlines() if line.startswith("-m fastden bench ops")]
-    commands = [line.split() for line in log.read_text().splitlines() if line.startswith(("-m fastden bench", "benchm"))]
+    commands = [
+        line.split() for line in log.read_text().splitlines() if line.startswith(("-m fastden bench", "benchm"))
+    ]
     timed = [command for command in commands if "--rounds" not in command]
     last = [command[3] if command[1] == "fastden" else command[1] for command in timed][-6:]
     assert last == ["ops"] * 4 + ["fp8", "model"]  # what is proven comes first, and nothing runs beside it

@@ -356,6 +356,22 @@ def test_a_jpeg_with_zeros_for_its_end_is_an_error(tmp_path: Path) -> None:
     assert np.array_equal(read_image(path).pixels, decode_image(data).pixels)
 
 
+def test_the_end_of_a_jpegs_thumbnail_is_not_its_own(tmp_path: Path) -> None:
+    thumbnail = encoded(pixels(16, 16), "JPEG")
+    # A segment of its own holds it, as those of EXIF and of cameras' notes do.
+    block = b"THUMB\0" + thumbnail
+    data = encoded(pixels(96, 96), "JPEG")
+    data = data[:2] + b"\xff\xe2" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    assert read_image(path).pixels.shape == (96, 96, 3)
+    half = len(block) + (len(data) - len(block)) // 2
+    path.write_bytes(data[:half] + bytes(len(data) - half))
+    for read in (read_image, StripReader):
+        with pytest.raises(UserError, match="without an end marker"):
+            read(path)
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read_image(tmp_path / "missing.png")

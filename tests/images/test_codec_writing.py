@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from fastden.errors import UserError
 from fastden.images import attachments, tiff_tags
 from fastden.images.codec import ImageFile, encode_image, format_for, read_image, write_image
-from fastden.images.whole_files import whole_file
+from fastden.images.whole_files import drop_unfinished, remove_leftovers, whole_file
 from tests.image_files import encoded, pixels
 
 
@@ -182,3 +183,26 @@ def test_floating_point_whose_zero_is_white(tmp_path: Path) -> None:
     whole = pixels(channels=0)
     tifffile.imwrite(path, whole, photometric="miniswhite")
     np.testing.assert_array_equal(read_image(path).pixels[..., 0], 255 - whole)
+
+
+def test_what_another_thread_writes_is_not_dropped(tmp_path: Path) -> None:
+    """A run that ends by an error drops what its own threads were writing."""
+    with whole_file(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"x")
+        drop_unfinished([threading.Thread()])
+    assert (tmp_path / "a").read_bytes() == b"x"
+    with whole_file(tmp_path / "b") as temporary:
+        temporary.write_bytes(b"x")
+        drop_unfinished([threading.current_thread()])
+        assert not temporary.exists()
+        temporary.write_bytes(b"y")
+
+
+def test_what_is_being_written_is_no_leftover_of_a_linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / f".fastden-{16 * '0'}.tmp").touch()
+    with whole_file(tmp_path / "real" / "a") as temporary:
+        temporary.write_bytes(b"x")
+        remove_leftovers(tmp_path / "link")
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["a"]

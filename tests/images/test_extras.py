@@ -569,3 +569,8 @@ def test_damaged_descriptions_do_no_harm() -> None:
                 again(bytes(data), "jpeg")
             except UserError:
                 continue
+
+
+def test_a_stack_of_many_thousand_pages_keeps_its_tags(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8000, 8, 8), np.uint8), imagej=True)
+    assert read_image(tmp_path / "a.tif", several=True).extras.tags

@@ -30,6 +30,13 @@ def test_folders_in_it(folder: Path) -> None:
     assert find_images(folder, recursive=True) == sorted(folder / name for name in NAMES)
 
 
+def test_hidden_folders_are_left_out_but_may_be_asked_for(folder: Path) -> None:
+    (folder / ".Trash-1000" / "files").mkdir(parents=True)
+    (folder / ".Trash-1000" / "files" / "x.jpg").touch()
+    assert find_images(folder, recursive=True) == sorted(folder / name for name in NAMES)
+    assert find_images(folder / ".Trash-1000", recursive=True) == [folder / ".Trash-1000" / "files" / "x.jpg"]
+
+
 def test_training_sees_what_a_batch_sees(folder: Path) -> None:
     pytest.importorskip("lightning")
     from fastden.training.data import find_photographs

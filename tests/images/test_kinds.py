@@ -102,6 +102,21 @@ def test_what_tifffile_and_tifftools_log_of_files_read_here_is_dropped_and_nothi
     assert capsys.readouterr().err == ""
 
 
+def test_a_stack_behind_one_directory_is_refused_and_not_cut(tmp_path: Path) -> None:
+    """ImageJ writes stacks above 4 GB so. One image of them, and ordinary stacks, are read."""
+    stack = np.random.default_rng(0).integers(0, 255, (10, 24, 32)).astype(np.uint8)
+    for name, options in {"imagej": {"imagej": True}, "shaped": {}}.items():
+        tifffile.imwrite(tmp_path / "cut.tif", stack, truncate=True, **options)
+        for read in (read_image, StripReader):
+            with pytest.raises(UserError, match="a stack of 10 images behind one TIFF directory"):
+                read(tmp_path / "cut.tif")
+        tifffile.imwrite(tmp_path / f"{name}.tif", stack, **options)
+        assert read_image(tmp_path / f"{name}.tif", several=True).pages == 10
+    description = "ImageJ=1.54\nimages=10\n"  # of a program that took one image out
+    tifffile.imwrite(tmp_path / "one.tif", stack[0], description=description, metadata=None)
+    assert np.array_equal(read_image(tmp_path / "one.tif").pixels.squeeze(), stack[0])
+
+
 def test_another_colour_space_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).convert("LAB").save(tmp_path / "lab.tif")
     for read in (read_image, StripReader):

@@ -15,8 +15,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import fastden
+from fastden.cli.main import app
 from fastden.errors import UserError
 from fastden.images.ranges import ORDINARY
 from fastden.inference import array_noise, arrays
@@ -342,3 +344,18 @@ def test_values_that_are_no_numbers(model: str, value_range: Any, wrong: float) 
     image[20, 20] = wrong
     with pytest.raises(ValueError, match="NaN or infinity"):
         computed(denoise_array(image, 10, model=model, value_range=value_range))
+
+
+def test_a_url_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder named ``memory:`` would be made here, and the run would seem to have uploaded its result."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"out: memory://bucket/x\.zarr is a URL; accepted: a path, or zarr\.create_array"
+    ):
+        denoise_array(pixels(8, 8), 20, out="memory://bucket/x.zarr")
+    for name in ("a.png", "a.mp4"):
+        (tmp_path / name).write_bytes(b"")
+        done = CliRunner().invoke(app, ["denoise", name, "-o", "s3://bucket/out/"])
+        assert done.exit_code == 1
+        assert "output: s3://bucket/out/ is a URL; accepted: a path, or URLs with --engine ray" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.png"]

@@ -112,45 +112,6 @@ def test_estimator_is_blind_to_brightness_alone_and_small() -> None:
     assert per_pixel < 0.1 * 140_000  # a tenth of the composed network's arithmetic
 
 
-@pytest.mark.parametrize("size", [(24, 64), (32, 96), (5, 9)])
-def test_an_estimator_is_as_wide_as_its_weights(size: tuple[int, int]) -> None:
-    narrow = NoiseEstimator(*size).eval()
-    again = NoiseEstimator.of(narrow.state_dict()).eval()
-    assert (again.filters, again.width) == size
-    x = torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for one, other in zip(narrow(x), again(x), strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_a_wider_estimator_starts_as_the_narrow_one_and_learns_everywhere() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        narrow, wide = NoiseEstimator(6, 12), NoiseEstimator(9, 20)
-    wide.take(narrow)
-    x = torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(0))
-    for one, other in zip(narrow(x)[:3], wide(x)[:3], strict=True):
-        torch.testing.assert_close(one, other)
-    optimizer = torch.optim.SGD(wide.parameters(), lr=1.0)
-    before = {name: value.clone() for name, value in wide.state_dict().items()}
-    for _ in range(4):  # layer by layer, from the end, the weights that read new channels leave zero
-        optimizer.zero_grad()
-        wide(x).log_level.sum().backward()
-        for parameter in wide.parameters():
-            parameter.grad = torch.sign(parameter.grad) * 1e-3
-        optimizer.step()
-    for number, bank in enumerate(wide.banks):
-        moved = (bank.weight - before[f"banks.{number}.weight"]).abs().sum((1, 2, 3))
-        assert bool((moved > 0).all()), f"filters of bank {number} that learn nothing"
-    with pytest.raises(ValueError, match=r"other: 9 filters and 20 channels; accepted: up to 6 and 12"):
-        narrow.take(wide)
-
-
-def test_weights_of_no_estimator() -> None:
-    with pytest.raises(RuntimeError, match="Missing key"):
-        NoiseEstimator.of({"other": torch.zeros(1)})
-
-
 def test_rounding_makes_no_negative_level() -> None:
     """The sum of the ramps of a curve that falls to zero may end slightly below zero."""
     generator = torch.Generator().manual_seed(0)

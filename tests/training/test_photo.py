@@ -209,24 +209,6 @@ def test_an_estimator_is_a_file_or_a_folder(photographs: Path, tmp_path: Path) -
         assert all(torch.equal(values, state[name]) for name, values in loaded.items())
 
 
-def test_a_narrow_estimator_begins_a_wide_one(photographs: Path, tmp_path: Path) -> None:
-    narrow = NoiseEstimator(24, 64)
-    save_file(narrow.state_dict(), tmp_path / "noise.safetensors")
-    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for rate, width in ((1e-3, NoiseEstimator().width), (0.0, 64)):  # one that does not learn stays as it is
-        changed = configuration(photographs, tmp_path, estimator=tmp_path, estimator_lr=rate)
-        estimator = PhotoTraining(Denoiser(), changed).estimator
-        assert estimator.width == width
-        with torch.no_grad():
-            torch.testing.assert_close(estimator(x).log_level, narrow(x).log_level)
-
-
-def test_a_wider_estimator_stays_as_wide(photographs: Path, tmp_path: Path) -> None:
-    save_file(NoiseEstimator(40, 100).state_dict(), tmp_path / "noise.safetensors")
-    changed = configuration(photographs, tmp_path, estimator=tmp_path, estimator_lr=1e-3)
-    assert PhotoTraining(Denoiser(), changed).estimator.width == 100
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
