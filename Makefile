@@ -49,10 +49,10 @@ format: $(VENV)/.dev
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format -i $(CUDA_SOURCES))
 
 bench: $(VENV)/.bench
-	results=$(or $(RESULTS),benchmarks/results/cpu/$$($(BIN)/python -c $(PROCESSOR))); mkdir -p $$results; \
+	results="$(or $(RESULTS),benchmarks/results/cpu/$$($(BIN)/python -c $(PROCESSOR)))"; mkdir -p "$$results" || exit 1; \
 	code=0; for dtype in $$($(BIN)/python -c $(NATIVE)); do \
-	    $(BIN)/fastden bench model --device cpu --dtype $$dtype $(LARGE) $(BENCH_ARGS) --json $$results/$$dtype.json || code=1; \
-	done; $(BIN)/fastden bench train --device cpu $(BENCH_ARGS) --json $$results/train.json || code=1; exit $$code
+	    $(BIN)/fastden bench model --device cpu --dtype $$dtype $(LARGE) $(BENCH_ARGS) --json "$$results/$$dtype.json" || code=1; \
+	done; $(BIN)/fastden bench train --device cpu $(BENCH_ARGS) --json "$$results/train.json" || code=1; exit $$code
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -30,6 +30,8 @@ VALIDATION_SIGMAS = (15, 25, 50)
 #: The loss "psnr": mean squared errors below this one (51 dB) hardly count. Its weight gives gradients of about the
 #: size that the limit on their norm was chosen for.
 LEAST_ERROR, PSNR_WEIGHT = (0.7 / 255) ** 2, 3e-4
+#: Largest side of a picture of the validation, pixels: four at once, untiled, must fit where training does.
+VALIDATION_SIDE = 512
 #: Steps on a GPU between looks at whether the loss is finite.
 LOOK_EVERY = 50
 
@@ -101,7 +103,9 @@ class DenoiserData(pl.LightningDataModule):
             )
         small: list[Path] = []
         first, *more = (self._usable(paths, small) for paths in files)
-        others = [image for images in more for image in images]
+        # Folders may overlap, or come twice to count twice: what is held out of one is trained on from none.
+        held = {path for path, _ in first[len(first) - config.validation :]} if config.validation else set()
+        others = [image for pairs in more for path, image in pairs if path not in held]
         size = f"{config.crop} x {config.crop} pixels (crop: {config.crop})"
         if not first and not others:
             raise UserError(f"data: no photograph of at least {size}")
@@ -111,12 +115,13 @@ class DenoiserData(pl.LightningDataModule):
                 f" has {len(first)} photographs of at least {size}" + " and one is to train on" * (not others)
             )
         kept = len(first) - config.validation
-        self.validation_images, self.train_images = first[kept:], first[:kept] + others
+        self.validation_images = [image for _, image in first[kept:]]
+        self.train_images = [image for path, image in first[:kept] if path not in held] + others
         if small:
             tell(f"data: {len(small)} left out, smaller than {size}: {names_of(small)}")
 
-    def _usable(self, files: list[Path], small: list[Path]) -> list[Image]:
-        """The pixels of the files that hold a crop; the others are added to ``small``.
+    def _usable(self, files: list[Path], small: list[Path]) -> list[tuple[Path, Image]]:
+        """The files that hold a crop, by their resolved names, with their pixels; the others are added to ``small``.
 
         Those held out must hold one too: the smallest of them decides the size of all crops of the validation.
         """
@@ -124,7 +129,7 @@ class DenoiserData(pl.LightningDataModule):
         for path in files:
             image = load_rgb(path)
             if min(image.shape[:2]) >= self.config.crop:
-                images.append(image)
+                images.append((path.resolve(), image))
             else:
                 small.append(path)
         return images
@@ -163,7 +168,7 @@ class DenoiserData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_images:
             return []
-        side = 4 * (min(min(image.shape[:2]) for image in self.validation_images) // 4)
+        side = 4 * (min(VALIDATION_SIDE, *(min(image.shape[:2]) for image in self.validation_images)) // 4)
         crops = [torch.from_numpy(image[:side, :side].transpose(2, 0, 1).copy()) for image in self.validation_images]
         dataset = TensorDataset(torch.stack(crops))
         return DataLoader(dataset, batch_size=4, sampler=self.shared(dataset), num_workers=0)

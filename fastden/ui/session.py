@@ -135,11 +135,18 @@ class Session:
                 directory.mkdir()
                 # Uploads of the same bytes share a path: a visitor's own copy outlives the other's.
                 source = directory / f"in{suffix}"
-                shutil.copyfile(path, source) if not _linked(path, source) else None
-                path.unlink(missing_ok=True)
                 picture = Picture(path.name, source, directory / f"out{suffix}")
                 self.pictures.append(picture)
-                self._look(picture)
+                try:
+                    shutil.copyfile(path, source) if not _linked(path, source) else None
+                except FileNotFoundError:  # another visitor's upload of the same bytes was taken meanwhile
+                    picture.error = f"{picture.name}: the upload was lost; drop it again"
+            # The same file may be among them twice: they go when all have been taken.
+            for upload in uploads:
+                Path(upload).unlink(missing_ok=True)
+            for picture in self.pictures:
+                if picture.error is None:
+                    self._look(picture)
 
     def _look(self, picture: Picture) -> None:
         """Estimate the noise of a picture, or find its error."""
@@ -269,10 +276,14 @@ def _unique(names: list[str]) -> list[str]:
 
 
 def _write_preview(path: Path, target: Path) -> None:
+    vips = load_vips()
     with vips_errors():
-        image: Any = load_vips().Image.new_from_buffer(path.read_bytes(), "").autorot()
+        image: Any = vips.Image.new_from_buffer(path.read_bytes(), "").autorot()
         if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
-            image = image.icc_transform("srgb", intent="relative")
+            try:
+                image = image.icc_transform("srgb", intent="relative")
+            except vips.Error:  # a profile of colours in a gray file does not fit, and is passed over
+                image = image.colourspace("srgb")
         elif image.format in ("float", "double"):
             image = (image * 255).cast("uchar").copy(interpretation="b-w" if image.bands < 3 else "srgb")
         else:

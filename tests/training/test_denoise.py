@@ -484,6 +484,25 @@ class TestData:
         assert all(np.array_equal(one, other) for one, other in zip(data.validation_images, held, strict=True))
         assert not any(np.array_equal(image, other) for image in data.train_images for other in held)
 
+    @pytest.mark.parametrize("again", ["", "sub"])
+    def test_what_is_held_out_of_one_folder_is_in_no_other(self, tmp_path: Path, again: str) -> None:
+        (tmp_path / "sub").mkdir()
+        random = np.random.default_rng(0)
+        for name in ("a.png", "sub/y.png", "sub/z.png"):
+            Image.fromarray(random.integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(tmp_path / name)
+        data = denoise.DenoiserData(configuration(data=[tmp_path, tmp_path / again], validation=1, crop=30))
+        data.setup("fit")
+        (held,) = data.validation_images
+        assert np.array_equal(held, load_rgb(tmp_path / "sub" / "z.png"))
+        assert len(data.train_images) == (4 if again == "" else 3)  # given twice, the others count twice
+        assert not any(np.array_equal(held, image) for image in data.train_images)
+
+    def test_pictures_of_the_validation_are_of_a_bounded_size(self) -> None:
+        data = denoise.DenoiserData(configuration(crop=30))
+        data.validation_images = [np.zeros((900, 700, 3), np.uint8), np.zeros((600, 1000, 3), np.uint8)]
+        (batch,) = data.val_dataloader()
+        assert batch[0].shape == (2, 3, 512, 512)
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("frozen", [False, True])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
 import pytest
+from PIL import Image, ImageCms
 
 from fastden.errors import UserError
 from fastden.inference.estimate import UNDECIDED, NoiseEstimate
@@ -90,8 +92,6 @@ def test_several_come_as_a_zip(session: Session, tmp_path: Path) -> None:
 
 
 def test_previews_are_upright_and_of_the_present_result(session: Session, tmp_path: Path) -> None:
-    from PIL import Image
-
     session.take(upload(tmp_path / "root", a_jpg=jpeg()))
     session.run(Choice(sigma=10.0))
     before, first = session.previews(session.pictures[0])
@@ -101,6 +101,24 @@ def test_previews_are_upright_and_of_the_present_result(session: Session, tmp_pa
     _, second = session.previews(session.pictures[0])
     assert second.read_bytes() != old
     assert not first.exists()
+
+
+def test_a_preview_of_a_gray_file_with_a_profile_of_colours(session: Session, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    file = io.BytesIO()
+    Image.fromarray(pixels(40, 56)[:, :, 0]).save(file, "JPEG", icc_profile=profile)
+    session.take(upload(tmp_path / "root", a_jpg=file.getvalue()))
+    session.run(Choice(sigma=10.0))
+    assert all(path.exists() for path in session.previews(session.pictures[0]))
+
+
+def test_the_same_upload_twice(session: Session, tmp_path: Path) -> None:
+    (path,) = upload(tmp_path / "root", a_jpg=jpeg())
+    session.take([path, path])
+    assert [picture.error for picture in session.pictures] == [None, None]
+    assert not path.exists()
+    session.take([path, *upload(tmp_path / "root", b_jpg=jpeg(1))])  # the first is gone
+    assert [picture.error for picture in session.pictures] == [f"{path.name}: the upload was lost; drop it again", None]
 
 
 def test_what_cannot_be_read(session: Session, tmp_path: Path) -> None:
