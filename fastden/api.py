@@ -284,7 +284,11 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
         raise ValueError(f"image: shape {tuple(tensor.shape)}; accepted: (C, H, W) or (N, C, H, W) with C 1 or 3")
     if 0 in tensor.shape:
         raise ValueError(f"image: shape {tuple(tensor.shape)}; accepted: no empty dimension")
-    batch = tensor.detach().cpu().reshape(-1, *tensor.shape[-3:])
+    host = tensor.detach().cpu()
+    # A subclass that only adds to a tensor would keep the network from its fast form, for which tiles are planned.
+    if type(host) is not Tensor and type(host).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        host = host.as_subclass(Tensor)
+    batch = host.reshape(-1, *tensor.shape[-3:])
     network = options.network(sigma, tensor.dtype == torch.uint8)
     if batch.is_floating_point():
         batch = batch.to(torch.float64 if network.dtype == torch.float64 else torch.float32)
@@ -311,4 +315,5 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
         for index, (own, values) in enumerate(zip(levels, ranges, strict=True)):
             item, part = batch[index : index + 1], part_of(options.progress, index, len(batch))
             result[index : index + 1] = options.run(networks[index], item, own, values, part)
-    return result.reshape(tensor.shape).to(tensor)
+    # Nothing is removed: a network of single precision would round double values.
+    return tensor.detach().clone() if options.wishes.idle else result.reshape(tensor.shape).to(tensor)

@@ -80,7 +80,8 @@ class NoiseEstimate:
 
         It is twice the coarseness, less where it is uncertain whether it is noise or texture.
         """
-        return float(white_factor(*torch.tensor([self.coarseness, self.uncertainty], device="cpu")))
+        both = torch.tensor([self.coarseness, self.uncertainty], dtype=torch.float32, device="cpu")
+        return float(white_factor(*both))
 
     @property
     def curve(self) -> Tensor:

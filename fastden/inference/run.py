@@ -199,8 +199,8 @@ def own_scale(
     limits = values.limits(known)
     if wishes.idle or (values.ordinary and limits is None):
         return own, None
-    # Where there is no noise, a lone bright pixel is no hot one: a star keeps its light.
-    return own, OwnScale(values.black, values.span, limits, lone=known == 0)
+    # Where there is no noise, or brightness stays, a lone bright pixel is no hot one: a star keeps its light.
+    return own, OwnScale(values.black, values.span, limits, lone=known == 0 or wishes.strength == 0)
 
 
 def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwork:
@@ -347,7 +347,9 @@ def denoise_batch(
         network: from :func:`load_network`.
         **options: of :func:`run_network`.
     """
-    return from_batch(run_network(network, to_batch(images, network), level, **options), images[0].dtype)
+    result = from_batch(run_network(network, to_batch(images, network), level, **options), images[0].dtype)
+    # A network of single precision rounds double ones.
+    return [image.copy() for image in images] if options.get("wishes", PLAIN).idle else result
 
 
 def to_batch(images: list[Array], network: FusedDenoiser) -> Tensor:

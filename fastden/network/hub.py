@@ -112,7 +112,10 @@ class PretrainedMixin:
         return cls._from_folder(folder, str(map_location), strict, kwargs)
 
     @classmethod
-    def _from_folder(cls, folder: Path, map_location: str, strict: bool, arguments: dict[str, Any]) -> Self:
+    def _from_folder(
+        cls, folder: Path, map_location: str, strict: bool, arguments: dict[str, Any], dtype: torch.dtype | None = None
+    ) -> Self:
+        """The network in a folder; ``dtype`` None is the caller's default, to which the weights are rounded."""
         import torch  # imported here: a list of the models does not need it
         from safetensors.torch import load_model
 
@@ -122,12 +125,17 @@ class PretrainedMixin:
         with naming_file(folder / CONFIG_FILE):
             saved = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         known = inspect.signature(cls).parameters
-        # The caller may have set a device context, such as torch.device("meta"). The network would be built there and
-        # lose its weights.
-        with torch.device(map_location):
+        # Built on meta, no random numbers are drawn: the caller's own go on as if nothing had been loaded. Other people's
+        # classes may hold what no file does. A device context of the caller's, such as meta, does not count.
+        drawn = not strict or not cls.__module__.startswith("fastden.")
+        with torch.device(map_location if drawn else "meta"):
             model: Any = cls(**({key: value for key, value in saved.items() if key in known} | arguments))
-            with naming_file(folder / WEIGHTS_FILE):
-                load_model(model, folder / WEIGHTS_FILE, strict=strict, device=map_location)
+        if dtype is not None:
+            model.to(dtype)
+        if not drawn:
+            model.to_empty(device=map_location)
+        with torch.device(map_location), naming_file(folder / WEIGHTS_FILE):
+            load_model(model, folder / WEIGHTS_FILE, strict=strict, device=map_location)
         model.int8_ranges = int8.load_ranges(folder)
         model.estimator = OwnEstimator.load(folder)
         loaded: Self = model.eval()

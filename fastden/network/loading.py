@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from fastden.network.fused import DTYPES, FusedDenoiser, fuse
-from fastden.network.hub import WEIGHTS_FILE, model_folder, models
+from fastden.network.hub import WEIGHTS_FILE, files_of, model_folder, models
 from fastden.network.model import Denoiser
 from fastden.network.onednn import native_bf16
 from fastden.network.own_estimator import ESTIMATOR_FILE
@@ -69,6 +69,9 @@ def load_network(
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
     target = parse_device(device)
+    if target.type == "cuda" and target.index is None:
+        # What is kept for one call must not decide where another one's current device is.
+        target = torch.device("cuda", torch.cuda.current_device())
     folder = model_folder(model)
     # The files' times are part of the cache key: a folder that was written again has another model.
     files = [folder / name for name in (WEIGHTS_FILE, ESTIMATOR_FILE)]
@@ -84,7 +87,7 @@ def _may_reduce(device: torch.device, eight_bit: bool, fast: bool) -> bool:
     return device.type == "cuda" if fast else eight_bit
 
 
-@lru_cache(maxsize=8)  # two models, chosen by the noise, in two dtypes, and as many of other names
+@lru_cache(maxsize=32)  # two models, chosen by the noise, in two dtypes, on each of eight GPUs
 def _load_cached(
     name: str | Path,
     device: torch.device,
@@ -92,7 +95,9 @@ def _load_cached(
     quality: Literal["normal", "fast"],
     changed: tuple[int, ...],
 ) -> FusedDenoiser:
-    return fuse(Denoiser.from_pretrained(name), dtype, device, quality=quality)
+    # As they are in the file: a default dtype that is narrower just now would round them for all calls to come.
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return fuse(Denoiser._from_folder(files_of(name, {}), "cpu", True, {}, exact), dtype, device, quality=quality)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -34,9 +34,11 @@ class OwnEstimator:
     def network(self) -> NoiseEstimator:
         """The estimator with its weights, in evaluation mode."""
         # The caller may have set a default dtype, or a device context such as torch.device("meta").
-        with torch.device("cpu"):
+        # On meta no random numbers are drawn.
+        with torch.device("meta"):
             estimator = NoiseEstimator().float()
-            estimator.load_state_dict(self.weights)
+        with torch.device("cpu"):
+            estimator.to_empty(device="cpu").load_state_dict(self.weights)
         return estimator.eval()
 
     def __getstate__(self) -> dict[str, Any]:
