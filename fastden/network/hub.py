@@ -125,8 +125,8 @@ class PretrainedMixin:
         with naming_file(folder / CONFIG_FILE):
             saved = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         known = inspect.signature(cls).parameters
-        # Built on meta, no random numbers are drawn: the caller's own go on as if nothing had been loaded. Other people's
-        # classes may hold what no file does. A device context of the caller's, such as meta, does not count.
+        # Built on meta, no random numbers are drawn: the caller's own go on as if nothing had been loaded. Classes of
+        # others may hold what no file does. A device context of the caller's, such as meta, does not count.
         drawn = not strict or not cls.__module__.startswith("fastden.")
         with torch.device(map_location if drawn else "meta"):
             model: Any = cls(**({key: value for key, value in saved.items() if key in known} | arguments))
