@@ -58,10 +58,11 @@ def fuse(
         device: device of the result; None keeps the model's.
         quality: ``"fast"`` computes in fewer bits where no gradient is needed. On CPUs with VNNI these are 8-bit
             integers (:mod:`fastden.network.int8`): 1.5 (AMX) to 1.8 times (without) as fast as
-            bfloat16 and 0.02 to 0.03 dB worse (``benchmarks/results/int8.json``). On GPUs of compute capability 9.0, in
+            bfloat16. ``color`` loses 0.02 to 0.03 dB (``benchmarks/results/int8.json``), ``photo`` on photographs 0.2
+            to 0.5 dB (``benchmarks/results/real-photos-fast.json``). On GPUs of compute capability 9.0, in
             float16 or bfloat16 and with the CUDA extension, conv3 computes in 8-bit floating point
-            (:mod:`fastden.network.fp8`), 0.003 dB worse; no GPU has run that kernel yet. The model must know the
-            ranges of its activations: bundled models know them, other models know them after
+            (:mod:`fastden.network.fp8`), with ``color`` 0.003 dB worse; no GPU has run that kernel yet. The model must
+            know the ranges of its activations: bundled models know them, other models know them after
             :func:`fastden.calibrate`.
         differentiable: compute with PyTorch's own operations, whatever backend is chosen. Then derivatives of every
             order exist (for score matching, or for the trace of the Jacobian in plug-and-play priors). Kernels have
