@@ -114,7 +114,7 @@ backends_here() { # those that can run, once what can be built is
     if $python -c 'from fastden.cuda import extension; raise SystemExit(len(extension.why_not()))' 2>/dev/null; then
         inference=$training,cuda
         kernels=(triton cuda)
-    else
+    elif [[ " ${steps[*]-} " != *" build "* ]]; then
         echo "note: the CUDA extension is not built: first or proof builds it; prove.py wants one of them" >&2
     fi
 }
@@ -278,8 +278,8 @@ part_tune() {
 part_color() { train color-gpu; }
 part_photo() { train photo-gpu-2 --fit; }
 
-train() { # CONFIGURATION OPTION...: a run, or the rest of one, that ends in time; its last minute saves the model
-    local folder=$out/$1 left=$((deadline - SECONDS - 60)) rest=("${@:2}")
+train() { # CONFIGURATION OPTION...: a run, or the rest of one, that ends in time; a minute and a half is for loading and saving
+    local folder=$out/$1 left=$((deadline - SECONDS - 90)) rest=("${@:2}")
     [[ -e $folder/checkpoints/last.ckpt ]] && rest+=(--resume)
     ((left > 0)) || left=0
     # On PyTorch: validations would take proven kernels, which are compiled on the run's clock.

@@ -32,8 +32,8 @@ from fastden.network.loading import Model, check_max_pixels, default_model, load
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-#: An image in memory; the result is of the same type.
-_Image = TypeVar("_Image", bound="np.ndarray[Any, Any] | Tensor | PILImage")
+#: An image in memory; the result is of the same kind.
+_Image = TypeVar("_Image", np.ndarray[Any, Any], Tensor, "PILImage")
 
 
 @overload

@@ -18,7 +18,7 @@ from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import FAILURES, UserError
 from fastden.network.loading import parse_memory
-from fastden.video.copy import ESTIMATED, denoise_video, is_video
+from fastden.video.copy import denoise_video, is_video
 
 
 def find_videos(inputs: list[str]) -> list[str]:
@@ -114,8 +114,7 @@ def _run(
                 folder.rmdir()
         raise
     seconds = time.perf_counter() - start
-    looked = min(ESTIMATED, result.frames)
-    held = f" (estimated on {looked} frames)" if sigma == "auto" else ""
+    held = " (estimated)" if sigma == "auto" else ""
     shown = "" if result.sigma is None else f", sigma {result.sigma:.1f}{held}"
     say(f"{source} -> {target}, {result.frames} frames of {result.width} x {result.height}{shown}")
     for note in result.notes:

@@ -161,7 +161,9 @@ def _check_end(file: BinaryIO) -> None:
     """Raise UserError for a JPEG without an end marker."""
     jpeg_segments(file)
     pixels = file.tell()  # a thumbnail in front of them has an end marker of its own
-    file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, pixels))
+    size = file.seek(0, os.SEEK_END)
+    # Stray bytes between segments, which decoders pass over, may have led beyond the end.
+    file.seek(max(size - _TAIL, min(pixels, size - 2), 0))
     if b"\xff\xd9" in file.read():
         return
     file.seek(pixels)

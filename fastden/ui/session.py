@@ -20,6 +20,7 @@ from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.codec import SUFFIXES
 from fastden.images.libvips import load_vips, vips_errors
 from fastden.images.strips import read_samples
+from fastden.images.whole_files import reason
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
 
 #: Called with the picture at work, its index, and the part of the run that is done, 0 to 1.
@@ -141,6 +142,8 @@ class Session:
                     shutil.copyfile(path, source) if not _linked(path, source) else None
                 except FileNotFoundError:  # another visitor's upload of the same bytes was taken meanwhile
                     picture.error = f"{picture.name}: the upload was lost; drop it again"
+                except OSError as error:  # such as a full disk
+                    picture.error = f"{picture.name}: the upload cannot be kept: {reason(error)}"
             # The same file may be among them twice: they go when all have been taken.
             for upload in uploads:
                 Path(upload).unlink(missing_ok=True)

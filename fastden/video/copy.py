@@ -93,7 +93,7 @@ def denoise_video(
         sigma: on the scale 0-255 of the coded values, or ``"auto"``: the median of the estimates on frames from all
             over the video, or on the first that can be judged where it cannot be sought in.
         load: gives the network, told whether the video has 8 bits, and whether its noise is white.
-        crf: constant rate factor of the encoder (lower is better and larger); None is 18 to 24, depending on the codec.
+        crf: constant rate factor of the encoder (lower is better and larger); None is 8 to 24, depending on the codec.
         overwrite: replace an existing ``target``.
         max_pixels: frames with more pixels are refused.
         progress: called after each frame with the frames done and the frames in all (0 if unknown).
@@ -298,18 +298,21 @@ class _Copy:
     def _spread(self, first: Any, converter: FrameConverter) -> Iterator[tuple[Any, Array]]:
         """Frames from all over the video, as far as it can be sought in: many begin and end in black.
 
-        They are read from the file anew, so that the copy stays where it is.
+        They are read from the file anew, so that the copy stays where it is. None come from a pipe: a second reader
+        would take what the copy reads.
         """
+        if not os.path.isfile(self.source) or not self.reader.duration:
+            return
         with _opened(self.av, self.source) as reader:
-            stream, length = reader.streams[self.video.index], reader.duration or 0
-            for index in range(ESTIMATED if length else 0):
+            stream, length = reader.streams[self.video.index], self.reader.duration
+            for index in range(ESTIMATED):
                 wanted = (reader.start_time or 0) + length * (2 * index + 1) // (2 * ESTIMATED)
                 try:
                     reader.seek(wanted)
                     for frame in reader.decode(stream):
                         if frame.pts is None or frame.pts * frame.time_base * self.av.time_base >= wanted:
                             kinds = {(one.width, one.height, one.format.name) for one in (frame, first)}
-                            if len(kinds) == 1:
+                            if len(kinds) == 1 and not frame.is_corrupt:
                                 yield frame, converter.pixels(frame)
                             break
                 except (self.av.error.FFmpegError, OSError):

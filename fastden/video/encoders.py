@@ -59,6 +59,8 @@ class Encoders:
                 continue
             if not self.writer.supported_codecs & {name, codec.name}:
                 continue
+            if name != own and self.crf is not None and not _takes(codec.name, self.crf):
+                continue  # the next one may
             formats = [known.name for known in codec.video_formats or ()]
             # The formats named yuvj are those named yuv, tagged as full range.
             for pixel_format in (wanted, wanted.replace("yuvj", "yuv")):
@@ -96,8 +98,8 @@ class Encoders:
             if self.crf is not None:
                 raise UserError(f"crf: {self.crf}, but the encoder {name} has none; accepted: no --crf for this codec")
             return {}
-        least, most = FACTORS.get(name, (0, 63))
-        if self.crf is not None and not least <= self.crf <= most:
+        if self.crf is not None and not _takes(name, self.crf):
+            least, most = FACTORS[name]
             raise UserError(f"crf: {self.crf}; accepted by the encoder {name}: {least} to {most}")
         options = {"crf": str(RATE_FACTORS[name] if self.crf is None else self.crf)}
         if name == "libx265":
@@ -127,3 +129,9 @@ class Encoders:
                 context.qscale, context.global_quality = True, QUANTISER * _LAMBDA
         if context.codec.name == "prores_ks" and source.profile:
             context.profile = source.profile
+
+
+def _takes(encoder: str, factor: int) -> bool:
+    """Whether an encoder opens with a constant rate factor from 0 to 63."""
+    least, most = FACTORS.get(encoder, (0, 63))
+    return least <= factor <= most

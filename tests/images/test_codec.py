@@ -356,6 +356,14 @@ def test_a_jpeg_with_zeros_for_its_end_is_an_error(tmp_path: Path) -> None:
     assert np.array_equal(read_image(path).pixels, decode_image(data).pixels)
 
 
+def test_a_stray_byte_between_a_jpegs_segments_does_no_harm(tmp_path: Path) -> None:
+    """Decoders pass over it."""
+    data = encoded(pixels(96, 96), "JPEG")
+    first = 4 + int.from_bytes(data[4:6], "big")
+    (tmp_path / "a.jpg").write_bytes(data[:first] + b"\0" + data[first:])
+    assert np.array_equal(read_image(tmp_path / "a.jpg").pixels, decode_image(data).pixels)
+
+
 def test_the_end_of_a_jpegs_thumbnail_is_not_its_own(tmp_path: Path) -> None:
     thumbnail = encoded(pixels(16, 16), "JPEG")
     # A segment of its own holds it, as those of EXIF and of cameras' notes do.

@@ -272,22 +272,50 @@ def test_sigma_is_estimated_once(tmp_path: Path, network: FusedDenoiser, monkeyp
     assert run(short, tmp_path / "e.mp4", blind, "auto").sigma is None
 
 
-@pytest.mark.parametrize(("black", "all_frames"), [(0, 6), (6, 12), (12, 18)])
-def test_black_frames_at_the_beginning_do_not_count(tmp_path: Path, black: int, all_frames: int) -> None:
-    """As titles and fades have them: judged alone they would leave the whole video as it is."""
-    source = tmp_path / "a.mkv"
+def clip_with_black(path: Path, black: int, frames: int) -> None:
+    """Gray frames with noise of 20, behind black ones."""
     random = np.random.default_rng(0)
     ramp = np.linspace(40, 200, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
-    with av.open(str(source), "w") as writer:
+    with av.open(str(path), "w") as writer:
         stream = writer.add_stream("ffv1", rate=25)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "gray"
-        for index in range(all_frames):
+        for index in range(frames):
             noisy = np.clip(ramp + random.normal(0, 20, ramp.shape), 0, 255)
             values = np.zeros_like(noisy) if index < black else noisy
             writer.mux(stream.encode(av.VideoFrame.from_ndarray(values.astype(np.uint8), format="gray")))
         writer.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(("black", "all_frames"), [(0, 6), (6, 12), (12, 18)])
+def test_black_frames_at_the_beginning_do_not_count(tmp_path: Path, black: int, all_frames: int) -> None:
+    """As titles and fades have them: judged alone they would leave the whole video as it is."""
+    source = tmp_path / "a.mkv"
+    clip_with_black(source, black, all_frames)
     network = load_network("color", "cpu", "float32")
     assert 12 < float(run(source, tmp_path / "b.mkv", network, "auto").sigma or 0) < 28
+
+
+def test_where_it_cannot_be_sought_in_black_frames_do_not_count_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a.mkv"
+    clip_with_black(source, black=2 * ESTIMATED, frames=4 * ESTIMATED)
+    monkeypatch.setattr("fastden.video.copy._Copy._spread", lambda *_: iter(()))
+    result = run(source, tmp_path / "b.mkv", load_network("color", "cpu", "float32"), "auto")
+    assert result.frames == 4 * ESTIMATED
+    assert 12 < float(result.sigma or 0) < 28
+    assert any("nothing to judge the noise by" in note for note in result.notes)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_read_once(tmp_path: Path, network: FusedDenoiser) -> None:
+    source, pipe = make_clip(tmp_path / "a.mkv", frames=4, sound=False), tmp_path / "pipe.mkv"
+    os.mkfifo(pipe)
+    feeder = threading.Thread(target=lambda: pipe.write_bytes(source.read_bytes()), daemon=True)
+    feeder.start()
+    assert run(pipe, tmp_path / "b.mkv", network, "auto").frames == 4
+    feeder.join(10)
+    assert not feeder.is_alive()
 
 
 def test_a_name_with_a_colon_is_a_file(tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +511,7 @@ def test_command(tmp_path: Path, model: str) -> None:
     done = call(source, "-o", tmp_path / "b.mp4", "--crf", 30)
     assert done.exit_code == 0, done.output
     assert f"{source} -> {tmp_path / 'b.mp4'}, 3 frames of 64 x 48, sigma " in done.stdout
-    assert "(estimated on 3 frames)" in done.stdout
+    assert " (estimated)" in done.stdout
     assert call(source, "-o", tmp_path / "folder").exit_code == 0
     assert (tmp_path / "folder" / "a.mp4").stat().st_size > (tmp_path / "b.mp4").stat().st_size
     for arguments, message in {
