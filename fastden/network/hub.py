@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -121,19 +121,17 @@ class PretrainedMixin:
 
         from fastden.network import int8
         from fastden.network.own_estimator import OwnEstimator
+        from fastden.ops.modes import Undrawn
 
         with naming_file(folder / CONFIG_FILE):
             saved = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         known = inspect.signature(cls).parameters
-        # Built on meta, no random numbers are drawn: the caller's own go on as if nothing had been loaded. Classes of
-        # others may hold what no file does. A device context of the caller's, such as meta, does not count.
-        drawn = not strict or not cls.__module__.startswith("fastden.")
-        with torch.device(map_location if drawn else "meta"):
+        # Classes of others may hold what no file does. A device context of the caller's, such as meta, does not count.
+        read = strict and cls.__module__.startswith("fastden.")
+        with torch.device(map_location), Undrawn() if read else nullcontext():
             model: Any = cls(**({key: value for key, value in saved.items() if key in known} | arguments))
         if dtype is not None:
             model.to(dtype)
-        if not drawn:
-            model.to_empty(device=map_location)
         with torch.device(map_location), naming_file(folder / WEIGHTS_FILE):
             load_model(model, folder / WEIGHTS_FILE, strict=strict, device=map_location)
         model.int8_ranges = int8.load_ranges(folder)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastden.network.level import NoiseEstimator
 from fastden.network.model_files import naming_file, replacing
+from fastden.ops.modes import Undrawn
 
 #: An estimator's file in a model's folder.
 ESTIMATOR_FILE = "noise.safetensors"
@@ -34,11 +35,9 @@ class OwnEstimator:
     def network(self) -> NoiseEstimator:
         """The estimator with its weights, in evaluation mode."""
         # The caller may have set a default dtype, or a device context such as torch.device("meta").
-        # On meta no random numbers are drawn.
-        with torch.device("meta"):
+        with torch.device("cpu"), Undrawn():
             estimator = NoiseEstimator().float()
-        with torch.device("cpu"):
-            estimator.to_empty(device="cpu").load_state_dict(self.weights)
+            estimator.load_state_dict(self.weights)
         return estimator.eval()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastden.ops._tracing import has_autocast, transform_active
 
@@ -34,3 +37,19 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+class Undrawn(TorchFunctionMode):
+    """A context in which layers do not draw their first weights, for networks whose weights are read next.
+
+    The caller's random numbers then go on as if nothing had been loaded. It counts in this thread alone. A network on
+    meta would draw none either, but that loads SymPy.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
