@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,20 @@ def test_the_same_upload_twice(session: Session, tmp_path: Path) -> None:
     assert not path.exists()
     session.take([path, *upload(tmp_path / "root", b_jpg=jpeg(1))])  # the first is gone
     assert [picture.error for picture in session.pictures] == [f"{path.name}: the upload was lost; drop it again", None]
+
+
+def test_an_upload_that_cannot_be_kept(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    uploads = upload(tmp_path / "root", a_jpg=jpeg())
+    monkeypatch.setattr("fastden.ui.session._linked", lambda *_: False)
+    monkeypatch.setattr("fastden.ui.session.shutil.copyfile", full)
+    session.take(uploads)
+    (picture,) = session.pictures
+    assert picture.error is not None
+    assert "the upload cannot be kept: No space left on device" in picture.error
+    assert not uploads[0].exists()
 
 
 def test_what_cannot_be_read(session: Session, tmp_path: Path) -> None:

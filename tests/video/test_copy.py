@@ -346,6 +346,22 @@ def test_a_factor_that_the_encoder_refuses(tmp_path: Path, network: FusedDenoise
         encoders.options("libx265")
 
 
+def test_a_factor_for_another_encoder_passes_over_those_that_refuse_it(
+    tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H.264 would come first in place of a codec that has no encoder, and takes no factor above 51."""
+    source = make_clip(tmp_path / "a.mkv", "mpeg4", frames=2, sound=False)
+    original = av.Codec
+    monkeypatch.setattr(
+        av, "Codec", lambda name, mode: original("none" if name.startswith("mpeg4") else name, mode), raising=True
+    )
+    result = run(source, tmp_path / "b.mkv", network, crf=55)
+    monkeypatch.undo()
+    assert not any("h264" in note for note in result.notes)
+    with av.open(str(tmp_path / "b.mkv")) as written:
+        assert written.streams.video[0].codec_context.name not in ("h264", "hevc")
+
+
 def test_other_codecs(tmp_path: Path, network: FusedDenoiser) -> None:
     """A codec that cannot be written is replaced, with a note; the container must take it."""
     source = make_clip(tmp_path / "a.webm", "libvpx-vp9", frames=3)
