@@ -2,12 +2,13 @@
 
 Weights have one scale for each output channel, and activations have one scale for each channel. The weights on both
 sides of an activation absorb its scale; this works because activations are rectified. So the convolutions use only the
-scales of their weights. Codes of rectified activations are unsigned and begin at 0. up2's activations have both signs,
-so 128 is added to their codes. The codes of the network's input begin where its range begins. Sums are exact integers,
-so tiles agree with the whole image in every bit. Only the head's results and the image's own path are floating point.
-The image itself is added at its own precision.
+scales of their weights. Each weight gets one of the two codes next to it (:mod:`fastden.network.weight_rounding`).
+Codes of rectified activations are unsigned and begin at 0. up2's activations have both signs, so 128 is added to their
+codes. The codes of the network's input begin where its range begins. Sums are exact integers, so tiles agree with the
+whole image in every bit. Only the head's results and the image's own path are floating point. The image itself is added
+at its own precision.
 
-:func:`calibrate` measures the ranges of activations once. They are stored beside the weights.
+:func:`calibrate` measures the ranges of activations once, and rounds the weights. Both are stored beside the weights.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import hashlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -42,10 +44,14 @@ RANGES_FILE = "int8.safetensors"
 #: Image values that 8 bits hold; noise goes beyond 0 and 1. A step is 1.5 grey levels, so the rounding error is 0.4,
 #: less than the noise. Only the features see this error. The correction is added to the unrounded image.
 IMAGE_RANGE = (-0.25, 1.25)
+#: The same for a model of photographs, which are clipped: 8 bits hold those of files without an error.
+CLIPPED_RANGE = (0.0, 1.0)
 #: Largest unsigned code of 8 bits.
 CODES = 255
 #: Code that stands for zero where values have both signs.
 MIDDLE = 128
+#: Largest code of a weight; the smallest is its negative.
+HIGHEST = 127
 #: Activations whose ranges are measured, and their number of channels. A bottleneck's input and output share a scale.
 ACTIVATIONS = {
     "res1": 128, "res1_reduce": 32, "res1_conv": 32,
@@ -58,7 +64,36 @@ LEAST_RANGE = 1e-4
 #: Users may have set another default dtype or device.
 FLOAT: _Float = {"dtype": torch.float32, "device": "cpu"}
 
+#: What :func:`fastden.calibrate` finds: by activation the range of each channel; the highest ``level``; ``image``, the
+#: lowest and highest value; ``share``, what share of the activations' ranges codes hold; ``up.<convolution>`` and
+#: ``mean.<convolution>``, see :class:`Rounding`. Earlier files hold the activations and ``level`` alone.
 Ranges = dict[str, Tensor]
+
+
+class Rounding(NamedTuple):
+    """How the weights of a convolution are rounded.
+
+    Attributes:
+        up: (O, C, k, k), bool, which weights get the code above them; the others get the one below.
+        mean: (O,), by how much the sums of rounded weights are too small in the mean, in units of codes.
+    """
+
+    up: Tensor
+    mean: Tensor
+
+    def as_tensors(self, name: str) -> Ranges:
+        """For a file: eight weights a byte."""
+        bits = np.packbits(self.up.flatten().numpy())
+        return {f"up.{name}": torch.from_numpy(bits), f"mean.{name}": self.mean}
+
+    @classmethod
+    def of(cls, ranges: Ranges, name: str, shape: torch.Size) -> Rounding | None:
+        """That of a convolution with weights of ``shape``; None where there is none."""
+        packed = ranges.get(f"up.{name}")
+        if packed is None:
+            return None
+        bits = np.unpackbits(packed.numpy(), count=shape.numel()).astype(bool)
+        return cls(torch.from_numpy(bits).view(shape), ranges[f"mean.{name}"])
 
 
 def why_not() -> list[str]:
@@ -162,6 +197,12 @@ def observed_ranges(weights: FoldedWeights, inputs: Iterable[Tensor]) -> Ranges:
     return {**observer.ranges, "level": torch.tensor([observer.level], **FLOAT)}
 
 
+def below(exact: Tensor) -> Tensor:
+    """The code below each weight (O, C, k, k), given in units of codes; the one above it is a code too."""
+    # The largest weight is 127 but for the last bits, of which machines may hold different ones.
+    return (exact - 1e-6).floor().clamp(-HIGHEST, HIGHEST - 1)
+
+
 class QuantizedConvolution:
     """A convolution of 8-bit codes, with its bias and, on call, a residual sum and ReLU as post-operations.
 
@@ -175,6 +216,9 @@ class QuantizedConvolution:
         zero: (C,), the input's code of zero. None stands for 0 in all channels; padding needs None.
         stride, padding: as in ``torch.nn.functional.conv2d``.
         relu: whether ReLU follows.
+
+    Attributes:
+        zero: (C,), float64, the code of zero of each channel of the input.
     """
 
     def __init__(
@@ -189,22 +233,39 @@ class QuantizedConvolution:
         padding: int = 0,
         relu: bool = True,
     ) -> None:
-        exact, offset = weight.double() * step.double()[:, None, None], bias.double()
-        if out_step is not None:
-            exact, offset = exact / out_step.double()[:, None, None, None], offset / out_step.double()
-        scale = exact.abs().amax((1, 2, 3)).clamp(min=1e-30) / 127
-        codes = (exact / scale[:, None, None, None]).round()
-        if zero is not None:
-            # Use the rounded weights: then this removes exactly what the products with the code of zero add.
-            offset = offset - scale * torch.einsum("ocij,c->o", codes, zero.double())
+        out = torch.ones_like(bias) if out_step is None else out_step
+        self._float = weight, step.double()[:, None, None], out.double()[:, None, None, None]
+        self._scale = self._scaled().abs().amax((1, 2, 3)).clamp(min=1e-30) / HIGHEST
+        self._offset = bias.double() / out.double()
         if out_step is not None and not relu:
-            offset = offset + MIDDLE
-        self.weight = codes.to(torch.int8)
-        self.scale, self.bias = scale.float(), offset.float()
-        self.zero_points = torch.zeros(len(scale), dtype=torch.int32, device="cpu")
+            self._offset += MIDDLE
+        self.zero = torch.zeros_like(step, dtype=torch.float64) if zero is None else zero.double()
+        self.scale = self._scale.float()
+        self.round(None)
+        self.zero_points = torch.zeros(len(bias), dtype=torch.int32, device="cpu")
         self.geometry = [stride] * 2, [padding] * 2, [1, 1], 1
         self.dtype = torch.uint8 if out_step is not None else torch.float32
         self.activation = "relu" if relu else "none"
+
+    def _scaled(self) -> Tensor:
+        """Weights between the codes of the input and of the result, float64; made anew to save memory."""
+        weight, step, out_step = self._float
+        return weight.double() * step / out_step
+
+    def exact(self) -> Tensor:
+        """(O, C, k, k), float64, the weights in units of their codes."""
+        return self._scaled() / self._scale[:, None, None, None]
+
+    def round(self, rounding: Rounding | None) -> None:
+        """Set the codes of the weights; None stands for the nearest ones."""
+        exact = self.exact()
+        codes = exact.round() if rounding is None else below(exact) + rounding.up
+        # Use the rounded weights: then this removes exactly what the products with the code of zero add.
+        sums = -torch.einsum("ocij,c->o", codes, self.zero)
+        if rounding is not None:
+            sums = sums + rounding.mean
+        self.weight = codes.to(torch.int8)
+        self.bias = (self._offset + self._scale * sums).float()
         self._packed = PackedWeights()
 
     def _pack(self, shape: tuple[int, ...]) -> Tensor:
@@ -257,15 +318,17 @@ class Int8Network(TiledNetwork):
         head = weights.head
         self.channels = head.image_weight.shape[0]
         colours = weights.stem.weight.shape[2]
-        lows, highs = ([bound] * self.channels for bound in IMAGE_RANGE)
+        bounds = ranges["image"].tolist() if "image" in ranges else IMAGE_RANGE
+        lows, highs = ([bound] * self.channels for bound in bounds)
         if colours > self.channels:
             lows, highs = [*lows, 0.0], [*highs, float(ranges["level"])]
         low, high = torch.tensor(lows, **FLOAT), torch.tensor(highs, **FLOAT)
         self.input_step = (high - low).clamp(min=LEAST_RANGE) / CODES
         self.input_zero = (-low / self.input_step).round()
-        step = {name: ranges[name].clamp(min=LEAST_RANGE) / CODES for name in ACTIVATIONS}
+        share = float(ranges.get("share", 1.0))
+        step = {name: (share * ranges[name]).clamp(min=LEAST_RANGE) / CODES for name in ACTIVATIONS}
         # MIDDLE - 1 steps on each side of the middle, so that both ends of the range have a code.
-        step["up2"] = ranges["up2"].clamp(min=LEAST_RANGE) / (MIDDLE - 1)
+        step["up2"] = step["up2"] * (CODES / (MIDDLE - 1))
         zero = torch.cat([torch.zeros_like(step["res1"]), torch.full_like(step["up2"], MIDDLE)])
 
         def block(name: str) -> _QuantizedBottleneck:
@@ -299,6 +362,19 @@ class Int8Network(TiledNetwork):
         self.zero_channels = 1 if self.image_dtype == torch.bfloat16 and colours == 3 else 0
         image_weight = head.image_weight.to(self.image_dtype)
         self.image = onednn.image_convolution(head._replace(image_weight=image_weight), self.zero_channels)
+        for name, convolution in self.convolutions().items():
+            rounding = Rounding.of(ranges, name, convolution.weight.shape)
+            if rounding is not None:
+                convolution.round(rounding)
+
+    def convolutions(self) -> dict[str, QuantizedConvolution]:
+        """All convolutions of codes but those of the image's left and top edges, in the order of their calls."""
+        found: dict[str, QuantizedConvolution] = {}
+        for name in ("stem", "res1", "conv2", "res2", "up2", "conv3", "res3", "head"):
+            part = getattr(self, name)
+            inner = ("reduce", "conv", "expand") if isinstance(part, _QuantizedBottleneck) else ()
+            found |= {f"{name}.{one}": getattr(part, one) for one in inner} or {name: part}
+        return found
 
     def left(self, folded: Tensor) -> Tensor:
         """The left column of the first features."""
