@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from fastden.network.weight_rounding import second_order_rounding
 SIGMAS = (5.0, 15.0, 25.0, 50.0, 75.0)
 #: The same for a model of photographs, whose noise is weaker.
 PHOTO_SIGMAS = (2.0, 5.0, 10.0, 20.0, 40.0)
+#: Values of clean pictures may lie this far beyond [0, 1], as those of sharpened ones do. Those of 0-255 do not.
+BOUNDS = (-1.0, 2.0)
 #: Shares of the activations' ranges that are tried. Codes that hold less of a range are finer, and clip more.
 SHARES = (1.0, 0.85, 0.7, 0.6, 0.5)
 
@@ -49,8 +52,11 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
 
     Raises:
         TypeError: an image is not a floating tensor.
-        ValueError: there are no images, or an image has another shape.
+        ValueError: there are no images, or an image has another shape, or values on another scale or not finite.
+        RuntimeError: this PyTorch has no oneDNN.
     """
+    if not torch.backends.mkldnn.is_available():
+        raise RuntimeError("calibrate: this PyTorch has no oneDNN; accepted: one that has it, as those for x86-64 do")
     fused = FusedDenoiser(model)
     weights = {name: buffer.detach().float().cpu() for name, buffer in fused.named_buffers()}
     folded = onednn.FoldedWeights.of(weights)
@@ -97,6 +103,9 @@ def _examples(model: Denoiser, images: Iterable[Tensor]) -> Iterator[_Example]:
     sigmas = PHOTO_SIGMAS if photographs else SIGMAS
     for index, image in enumerate(images):
         check_input(image, model.image_channels)
+        low, high = map(float, image.detach().aminmax()) if image.numel() else (math.nan, math.nan)
+        if not BOUNDS[0] <= low <= high <= BOUNDS[1]:
+            raise ValueError(f"images: values from {low:g} to {high:g}; accepted: finite ones in [0, 1]")
         clean = image.detach().float().cpu()
         coarse = bool(index % 2)
         level = sigmas[index // 2 % len(sigmas)] / 255

@@ -39,6 +39,9 @@ def weights(model: Denoiser) -> dict[str, Pair]:
         ValueError: a layer is not a plain one; the error names it.
     """
     _check_module("model", model, Denoiser, partial(_image, model))
+    for name in ("forward_padded", "_trunk", "_forward_composed"):
+        if getattr(type(model), name) is not getattr(Denoiser, name) or name in vars(model):
+            raise ValueError(_refusal("model", model, f"has a {name} of its own"))
     pairs = {"conv0": _conv("conv0", model.conv0, 5, 1, 0)}
     for name, kind, stride in (("conv1", ConvBNReLU, 2), ("conv2", ConvBNReLU, 2), ("conv3", ConcatConvBNReLU, 1)):
         block = getattr(model, name)

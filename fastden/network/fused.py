@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 from weakref import ref
 
@@ -58,8 +59,8 @@ def fuse(
         device: device of the result; None keeps the model's.
         quality: ``"fast"`` computes in fewer bits where no gradient is needed. On CPUs with VNNI these are 8-bit
             integers (:mod:`fastden.network.int8`): 1.5 (AMX) to 1.8 times (without) as fast as
-            bfloat16. ``color`` loses 0.02 to 0.03 dB (``benchmarks/results/int8.json``), ``photo`` on photographs 0.2
-            to 0.5 dB (``benchmarks/results/real-photos-fast.json``). On GPUs of compute capability 9.0, in
+            bfloat16. ``color`` loses 0.01 to 0.02 dB (``benchmarks/results/int8.json``), ``photo`` on photographs 0.02
+            to 0.09 dB (``benchmarks/results/real-photos-fast.json``). On GPUs of compute capability 9.0, in
             float16 or bfloat16 and with the CUDA extension, conv3 computes in 8-bit floating point
             (:mod:`fastden.network.fp8`), with ``color`` 0.003 dB worse; no GPU has run that kernel yet. The model must
             know the ranges of its activations: bundled models know them, other models know them after
@@ -87,7 +88,8 @@ def fuse(
     if quality == "fast":
         reasons = [f"device: {device}; accepted: cpu, cuda"]
         if device.type in ("cpu", "cuda"):
-            reasons = int8.why_not() if device.type == "cpu" else fp8.why_not(chosen, device)
+            on_cpu = device.type == "cpu"
+            reasons = int8.why_not() or why_not(device, chosen) if on_cpu else fp8.why_not(chosen, device)
         if reasons:
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
@@ -113,8 +115,28 @@ def calibrated_ranges(model: Denoiser) -> int8.Ranges:
         raise ValueError(f"quality: 'fast', but this model does not know the ranges of its activations; {wanted}")
     ranges, weights = model.int8_ranges
     if weights != int8.fingerprint(model):
-        raise ValueError(f"quality: 'fast', but the weights have changed since their ranges were measured; {wanted}")
+        raise ValueError(
+            "quality: 'fast', but the weights have changed since their ranges were measured, or were cast (give dtype"
+            f" to fuse() instead); {wanted}"
+        )
     return ranges
+
+
+def _keeping_order(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``fn`` of a weight whose memory keeps the order that kernels need, whatever memory format ``fn`` wants.
+
+    ``.to(memory_format=torch.channels_last)`` of a module around a fused network comes here, and refuses the stem's
+    five dimensions.
+    """
+    if tensor.dim() < 4:
+        return fn(tensor)
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    flat = tensor.permute(order).flatten()  # no memory format has one dimension
+    moved = fn(flat)
+    if moved is flat:
+        return tensor
+    back = [order.index(dim) for dim in range(tensor.dim())]
+    return moved.view([tensor.shape[dim] for dim in order]).permute(back)
 
 
 def _as_kernels_read(name: str, weight: Tensor) -> Tensor:
@@ -181,8 +203,7 @@ class FusedDenoiser(nn.Module):
         if ranges is not None:
             self.register_buffer("conv3_ranges", fp8.conv3_ranges(ranges), persistent=False)
             # On the CPU, and no buffers: they follow no cast.
-            kept = [name for name in self._names if not name.startswith("head")]  # behind all activations with ranges
-            self._measured = {name: getattr(self, name).detach().cpu().float().clone() for name in kept}
+            self._measured = {name: getattr(self, name).detach().cpu().float().clone() for name in self._names}
             self.register_load_state_dict_post_hook(_check_loaded)
         self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
         # The measured weights when they were checked last, with their versions.
@@ -190,17 +211,12 @@ class FusedDenoiser(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
         before = {name: buffer for name, buffer in self.named_buffers() if name.endswith(("_bias", "_ranges"))}
-        super()._apply(fn, recurse)
+        super()._apply(partial(_keeping_order, fn), recurse)
         for name, exact in before.items():
             cast = getattr(self, name)
             if cast.dtype in (torch.float16, torch.bfloat16) or name.endswith("_ranges"):
                 setattr(self, name, exact.to(device=cast.device, dtype=torch.float32))
         return self
-
-    def to(self, *args: Any, **kwargs: Any) -> FusedDenoiser:
-        """As ``torch.nn.Module.to``. ``memory_format`` changes nothing: weights keep the order that kernels need."""
-        kwargs.pop("memory_format", None)
-        return super().to(*args, **kwargs) if args or kwargs else self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -344,14 +360,24 @@ class FusedDenoiser(nn.Module):
             # Pack the snapshot's copies. So weights that are packed later, for another size, are the same weights.
             copies = dict(zip(self._names, snapshot.copies, strict=True))
             folded = onednn.FoldedWeights.of(copies)
-            # Integers have no NaN: weights that hold one keep it in floating point.
+            # Integers have no NaN: weights that hold one keep it in floating point. The CPU may be another one than
+            # that on which the network was made.
             network: onednn.TiledNetwork = (
                 onednn.OneDnnNetwork(folded)
-                if self._ranges is None or not folded.finite()
-                else int8.Int8Network(folded, self._checked_ranges(copies))
+                if self._ranges is None or not folded.finite() or int8.why_not()
+                else self._quantized(copies)
             )
             packed = self._onednn = (snapshot, network)
         return packed[1]
+
+    def _quantized(self, weights: Mapping[str, Tensor]) -> int8.Int8Network:
+        """The network in 8-bit integers, of weights that may have been cast."""
+        ranges = self._checked_ranges(weights)
+        exact = {name: weight for name, weight in self._measured.items() if name.endswith("_weight")}
+        if all(torch.equal(weight.to(weights[name]), weights[name]) for name, weight in exact.items()):
+            # A cast moves a weight by up to a quarter of a code. Those that were measured have the codes that fit them.
+            return int8.Int8Network(onednn.FoldedWeights.of({**weights, **exact}), ranges)
+        return int8.Int8Network(onednn.FoldedWeights.of(weights), int8.without_rounding(ranges))
 
     def _checked_ranges(self, weights: Mapping[str, Tensor]) -> int8.Ranges:
         """The ranges of activations.
@@ -361,6 +387,8 @@ class FusedDenoiser(nn.Module):
         """
         assert self._ranges is not None
         for name, measured in self._measured.items():
+            if name.startswith("head"):  # behind all activations with ranges
+                continue
             now = weights[name].detach().cpu().float()
             if now.shape != measured.shape or not torch.allclose(now, measured, rtol=CAST, atol=1e-6):
                 raise ValueError(

@@ -148,6 +148,11 @@ def load_ranges(folder: Path) -> tuple[Ranges, str] | None:
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()["weights"]  # noqa: SIM118
 
 
+def without_rounding(ranges: Ranges) -> Ranges:
+    """Ranges for weights that are near to those that were measured: these get the nearest codes."""
+    return {name: value for name, value in ranges.items() if not name.startswith(("up.", "mean."))}
+
+
 def save_ranges(folder: Path, ranges: Ranges, weights: str) -> None:
     """Write ranges and the fingerprint ``weights`` into ``folder``; :func:`load_ranges` reads them."""
     with replacing(folder / RANGES_FILE) as temporary:

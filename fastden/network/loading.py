@@ -12,6 +12,7 @@ import torch
 
 from fastden.network.fused import DTYPES, FusedDenoiser, fuse
 from fastden.network.hub import WEIGHTS_FILE, files_of, model_folder, models
+from fastden.network.int8 import RANGES_FILE
 from fastden.network.model import Denoiser
 from fastden.network.onednn import native_bf16
 from fastden.network.own_estimator import ESTIMATOR_FILE
@@ -74,7 +75,7 @@ def load_network(
         target = torch.device("cuda", torch.cuda.current_device())
     folder = model_folder(model)
     # The files' times are part of the cache key: a folder that was written again has another model.
-    files = [folder / name for name in (WEIGHTS_FILE, ESTIMATOR_FILE)]
+    files = [folder / name for name in (WEIGHTS_FILE, ESTIMATOR_FILE, RANGES_FILE)]
     changed = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
     chosen = choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast))
     # A path and its text are one model, unless the text names a bundled one.

@@ -400,3 +400,10 @@ def test_a_changed_block_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"model: Clamped is not fastden's Denoiser"):
         fuse(Clamped())
+
+    class ClampedInside(Denoiser):
+        def forward_padded(self, x: Tensor) -> Tensor:
+            return super().forward_padded(x).clamp(0, 1)
+
+    with pytest.raises(ValueError, match=r"model: ClampedInside has a forward_padded of its own"):
+        fuse(ClampedInside())

@@ -235,6 +235,8 @@ def test_uploads_what_it_would_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert random_network().push_to_hub("me/mine", private=True) == "address"
     assert uploaded["repo_id"] == "me/mine"
     assert uploaded["files"] == {"config.json", "model.safetensors", "README.md"}
+    # An estimator of another model, which was there before, would judge for this one.
+    assert uploaded["delete_patterns"] == ["noise.safetensors"]
 
 
 def test_an_upload_that_fails_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import pickle
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from fastden.network import calibration, int8, onednn
 from fastden.network.fused import FusedDenoiser
 from fastden.network.int8 import QuantizedConvolution
 from fastden.network.level import NoiseEstimator
+from fastden.network.loading import load_network
 from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
 from fastden.network.weight_rounding import Windows, chosen_above, rounding_of
@@ -147,6 +150,77 @@ def test_earlier_files_are_read(picture: Tensor) -> None:
         model.int8_ranges = {name: ranges[name] for name in (*int8.ACTIVATIONS, "level")}, weights
         found = fastden.fuse(model, quality="fast")(picture, 0.1) - picture
     assert (found - wanted).norm() < 0.08 * wanted.norm()
+
+
+def test_casts_keep_the_codes() -> None:
+    """A network that was cast has the codes of the weights that were measured, so its bits of rounding fit."""
+    model = Denoiser.from_pretrained("color")
+    networks = [fastden.fuse(model, dtype, quality="fast") for dtype in (torch.float32, torch.bfloat16)]
+    exact, cast = (quantized(network).convolutions() for network in networks)
+    assert all(torch.equal(exact[name].weight, cast[name].weight) for name in exact)
+
+
+def test_other_weights_get_the_nearest_codes() -> None:
+    """The head lies behind all activations with ranges, so it may change. Its bits of rounding are another head's."""
+    network = fastden.fuse(Denoiser.from_pretrained("color"), quality="fast")
+    network.head_weight[3] *= 1.3
+    head = quantized(network).convolutions()["head"]
+    assert torch.equal(head.weight.double(), head.exact().round())
+
+
+def quantized(network: FusedDenoiser) -> int8.Int8Network:
+    with torch.no_grad():
+        network(torch.rand(1, 3, 32, 32).to(network.dtype), 0.1)
+    assert network._onednn is not None
+    assert isinstance(network._onednn[1], int8.Int8Network)
+    return network._onednn[1]
+
+
+def test_a_cpu_without_vnni_computes_in_more_bits(monkeypatch: pytest.MonkeyPatch, picture: Tensor) -> None:
+    """A pickled network may come to another CPU, where sums of 8-bit products would saturate without a word."""
+    model = Denoiser.from_pretrained("color")
+    fast, normal = (fastden.fuse(model, quality=quality) for quality in ("fast", "normal"))
+    monkeypatch.setattr(int8, "saturates", lambda: True)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(fast))(picture, 0.1), normal(picture, 0.1))
+
+
+def test_dtypes_that_no_integers_serve_are_refused() -> None:
+    model = Denoiser.from_pretrained("color")
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(ValueError, match=rf"quality: 'fast', but dtype: {dtype}; accepted: torch\.float32"):
+            fastden.fuse(model, dtype, quality="fast")
+    with pytest.raises(ValueError, match=r"or were cast \(give dtype to fuse\(\) instead\)"):
+        fastden.fuse(model.bfloat16(), quality="fast")
+
+
+def test_calibration_takes_pictures_on_their_scale_alone(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_network()
+    for wrong in (255 * picture, torch.full_like(picture, torch.nan), picture[:0]):
+        with pytest.raises(ValueError, match=r"images: values from .*; accepted: finite ones in \[0, 1\]"):
+            fastden.calibrate(model, [wrong])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="calibrate: this PyTorch has no oneDNN"):
+        fastden.calibrate(model, [picture])
+
+
+def test_calibration_on_another_default_device() -> None:
+    model, generator = random_network(), torch.Generator().manual_seed(1)
+    pictures = [torch.rand(1, 3, 48, 48, generator=generator) for _ in range(6)]
+    with torch.device("meta"):
+        fastden.calibrate(model, pictures)
+    wanted = calibrated().int8_ranges
+    assert model.int8_ranges is not None
+    assert wanted is not None
+    assert all(torch.equal(value, wanted[0][name]) for name, value in model.int8_ranges[0].items())
+
+
+def test_new_ranges_reach_a_running_process(tmp_path: Path) -> None:
+    calibrated().save_pretrained(tmp_path / "mine")
+    first = load_network(tmp_path / "mine", "cpu", "float32", fast=True)
+    file = tmp_path / "mine" / int8.RANGES_FILE
+    os.utime(file, ns=(1, 1))
+    assert load_network(tmp_path / "mine", "cpu", "float32", fast=True) is not first
 
 
 def test_calibration_repeats() -> None:

@@ -133,6 +133,10 @@ def test_memory_format_of_modules(models: tuple[Denoiser, Denoiser]) -> None:
         assert max_error(moved(X.to(memory_format=torch.channels_last), 0.1), expected) < 1e-5
     fused = fuse(models[0]).to(torch.float64, memory_format=torch.channels_last)
     assert fused.dtype == torch.float64
+    strides = {name: buffer.stride() for name, buffer in fused.named_buffers()}
+    around = nn.Sequential(fused).to(memory_format=torch.channels_last).float()
+    assert {name: buffer.stride() for name, buffer in fused.named_buffers()} == strides
+    assert max_error(around[0](X, 0.1), expected) < 1e-5
 
 
 def test_weights_of_mixed_dtypes_are_named(models: tuple[Denoiser, Denoiser]) -> None:
