@@ -8,7 +8,11 @@ class UserError(Exception):
 
 
 class ScaleWarning(UserWarning):
-    """An image seems to be on another scale than [0, 1]."""
+    """An image that was given to a network seems to be on another scale than [0, 1], such as 0-255.
+
+    It is shown once in a process. ``warnings.filterwarnings("ignore", category=fastden.ScaleWarning)`` or the environment
+    variable ``FASTDEN_SCALE_WARNING=0`` turns it off.
+    """
 
 
 #: Errors that a single image can cause. All others are defects of the program.

@@ -99,8 +99,8 @@ def denoise_array(
         array: a ``dask.array.Array``, ``zarr.Array`` or ``numpy.ndarray`` (..., Y, X, C) or (..., Y, X); leading axes
             (frames, slices) number independent images. uint8, uint16, or floating in [0, 1].
         sigma: the noise's standard deviation on the scale 0-255 whatever the dtype, as in :func:`fastden.denoise`: a
-            number, an array of one for each image (the shape of the leading axes), a map (Y, X) for all images, or
-            ``"auto"``, which estimates it from each image.
+            number, an array of one for each image (the shape of the leading axes), a map (Y, X) for all images, a
+            :class:`fastden.NoiseEstimate`, or ``"auto"``, which estimates it from each image.
         model: a bundled name, a folder or a Hugging Face Hub id. Each process loads it once; it does not travel with
             the chunks.
         device, dtype, strength, chroma, quality: as in :func:`fastden.denoise`. Machines of several kinds give the same

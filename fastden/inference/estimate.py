@@ -229,6 +229,15 @@ def estimate_sigma(image: Any) -> float:
 
     To denoise, pass what :func:`estimate_noise` returns: of a camera's noise a number tells too little.
     ``denoise(sigma=)`` takes a number for the level of white noise, whose model ``color`` removes less of coarse noise.
+
+    Args:
+        image: as of :func:`estimate_noise`.
+
+    Returns:
+        The level; 0 where the picture cannot be judged.
+
+    Raises:
+        UserError, TypeError, ValueError: as :func:`estimate_noise`.
     """
     return estimate_noise(image).sigma
 
