@@ -327,7 +327,7 @@ def calibrate_model(
         bool, typer.Option("--overwrite", help="Replace a model with other weights in the output folder.")
     ] = False,
 ) -> None:
-    """Prepare a model for --quality fast: measure activations on photographs, round weights; both are saved beside it."""
+    """Prepare a model for --quality fast, with photographs: the result is saved beside it."""
     from fastden.network.calibration import calibrate
     from fastden.network.hub import models
     from fastden.network.int8 import save_ranges
