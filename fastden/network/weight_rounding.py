@@ -66,8 +66,9 @@ class Windows:
         self.number = number
         self.generator = torch.Generator().manual_seed(0)
         self.count = 0
-        self.sum: Tensor | None = None
-        self.products: Tensor | None = None
+        #: The mean of the first input's windows: sums of differences from it keep their digits.
+        self.near: Tensor | None = None
+        self.sum = self.products = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def see(self, convolution: QuantizedConvolution, x: Tensor) -> None:
         """Take windows of an input (N, C, H, W) of codes."""
@@ -78,20 +79,18 @@ class Windows:
         places = torch.randperm(n * height * width, generator=self.generator, device="cpu")[: self.number]
         places, column = places // width, places % width
         taken = views.permute(0, 2, 3, 1, 4, 5)[places // height, places % height, column].flatten(1)
-        products = taken.T @ taken
-        if self.sum is None or self.products is None:
-            self.sum, self.products = torch.zeros_like(products[0], dtype=torch.float64), products.double()
-        else:
-            self.products += products
-        self.sum += taken.sum(0, dtype=torch.float64)
+        if self.near is None:
+            self.near = taken.mean(0)
+        taken = taken - self.near
+        self.products = self.products + (taken.T @ taken).double()
+        self.sum = self.sum + taken.sum(0, dtype=torch.float64)
         self.count += len(taken)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean (K,) and covariance (K, K), K = C k k, float64."""
-        assert self.sum is not None
-        assert self.products is not None
+        assert self.near is not None
         mean = self.sum / self.count
-        return mean, self.products / self.count - torch.outer(mean, mean)
+        return self.near + mean, self.products / self.count - torch.outer(mean, mean)
 
 
 class _Recorder:
