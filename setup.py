@@ -1,7 +1,8 @@
 """What pyproject.toml cannot express: the CUDA extension, which ``FASTDEN_BUILD`` asks for, and its sources.
 
-``auto`` (default) builds it where nvcc and a CUDA build of PyTorch are found, ``none`` never does (a pure Python
-package), ``cuda`` fails, with the reasons, where it cannot be built. ``none`` imports no PyTorch.
+``auto`` (default, also where the variable is empty) builds it where nvcc and a CUDA build of PyTorch are found; if it
+does not compile, the package is pure Python. ``none`` never builds it, and imports no PyTorch. ``cuda`` fails, with the
+reasons, where it cannot be built.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
-CHOICE = os.environ.get("FASTDEN_BUILD", "auto")
+CHOICE = os.environ.get("FASTDEN_BUILD") or "auto"
 
 # By its path: fastden is not installed yet, and importing the checkout would import what it needs.
 _spec = importlib.util.spec_from_file_location("fastden_build", ROOT / "fastden" / "cuda" / "build.py")
@@ -52,10 +53,21 @@ class BuildExtension(build_ext):
         try:
             built = build.build(ahead_of_time(), Path(self.build_temp).resolve())
         except build.BuildError as error:
+            if CHOICE == "auto":  # nobody asked for it
+                print(f"{error.output}\nfastden: pure Python, without the CUDA extension: {error}", file=sys.stderr)
+                return
             raise SystemExit(f"{error.output}\nerror: {error}; FASTDEN_BUILD=none installs without it") from error
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(built.parent / build.DESCRIPTION, target.parent)
         shutil.copy(built, target)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            in_place, regular = map(Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext))
+            description = regular.with_name(build.DESCRIPTION)
+            if description.exists():
+                shutil.copy(description, in_place.parent)
 
 
 def ahead_of_time() -> "build.Plan":  # type: ignore[name-defined]
@@ -73,7 +85,8 @@ ADVICE = "" if importlib.util.find_spec("torch") else " (pip install --no-build-
 lacking = [] if CHOICE == "none" else build.missing(build.find_toolkit())
 if lacking and CHOICE == "cuda":
     raise SystemExit(f"FASTDEN_BUILD: 'cuda', but the CUDA extension cannot be built: {'; '.join(lacking)}{ADVICE}")
+extension = Extension(f"fastden.{build.NAME}", [], optional=CHOICE == "auto")
 setup(
-    ext_modules=[] if lacking or CHOICE == "none" else [Extension(f"fastden.{build.NAME}", [])],
+    ext_modules=[] if lacking or CHOICE == "none" else [extension],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
 )

@@ -23,9 +23,8 @@ def version(wheel: Path) -> str:
     return wheel.name.split("-")[1]
 
 
-def build_wheel(root: Path, folder: Path, **environ: str) -> tuple[Path, str]:
-    """The wheel, and the output; built from a copy: setuptools leaves files beside sources, and takes stale ones."""
-    source, target = folder / "fastden", folder / "wheel"
+def copied(root: Path, source: Path) -> Path:
+    """A copy of the tree: setuptools leaves files beside sources, and takes stale ones."""
     source.mkdir()
     for path in root.iterdir():
         if path.is_file():
@@ -33,10 +32,20 @@ def build_wheel(root: Path, folder: Path, **environ: str) -> tuple[Path, str]:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "_cuda.json")
     for name in filter(lambda name: (root / name).is_dir(), COPIED):
         shutil.copytree(root / name, source / name, ignore=ignored)
-    built = run(
+    return source
+
+
+def pip_wheel(source: Path, target: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return run(
         sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", target,
         source, env={**os.environ, **environ},
     )  # fmt: skip
+
+
+def build_wheel(root: Path, folder: Path, **environ: str) -> tuple[Path, str]:
+    """The wheel, and the output."""
+    target = folder / "wheel"
+    built = pip_wheel(copied(root, folder / "fastden"), target, **environ)
     assert built.returncode == 0, built.stdout + built.stderr
     (found,) = target.glob("fastden-*.whl")
     return found, built.stdout + built.stderr
@@ -145,9 +154,9 @@ def load(name, sources, extra_cflags, extra_cuda_cflags, extra_include_paths, bu
 
 
 @pytest.fixture(scope="module")
-def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A wheel with the extension, as setuptools sees it: PyTorch and nvcc are stand-ins."""
-    folder = tmp_path_factory.mktemp("built")
+def gpu_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment that has what the extension needs: PyTorch and nvcc are stand-ins."""
+    folder = tmp_path_factory.mktemp("machine")
     package = {"__init__.py": TORCH, "utils/__init__.py": "", "utils/cpp_extension.py": LOAD}
     for name, text in package.items():
         path = folder / "site" / "torch" / name
@@ -163,7 +172,14 @@ def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     environ = {"PYTHONPATH": str(folder / "site"), "CUDA_HOME": str(folder / "cuda"), "FASTDEN_BUILD": "auto"}
     for variable in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         environ[variable] = ""
-    wheel, _ = build_wheel(root, folder, **environ)
+    return environ
+
+
+@pytest.fixture(scope="module")
+def built(root: Path, gpu_machine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A wheel with the extension, as setuptools sees it."""
+    folder = tmp_path_factory.mktemp("built")
+    wheel, _ = build_wheel(root, folder, **gpu_machine)
     target = folder / "installed"
     done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
     assert done.returncode == 0, done.stderr
@@ -189,6 +205,32 @@ def test_an_extension_of_another_torch_says_so(built: tuple[Path, Path], tmp_pat
     description.write_text(json.dumps({**json.loads(description.read_text()), "sources": digest}))
     done = run(sys.executable, "-m", "fastden.info", cwd=tmp_path, env=environ)
     assert "built for torch 2.99.0+cu130 / CUDA 13.0; this is torch" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_editable_installation_has_the_description(root: Path, gpu_machine: dict[str, str], tmp_path: Path) -> None:
+    """Without it the library in the checkout would not be found."""
+    source = copied(root, tmp_path / "fastden")
+    done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, env={**os.environ, **gpu_machine})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((source / "fastden").glob("_cuda.*.so"))) == 1
+    assert json.loads((source / "fastden" / "_cuda.json").read_text())["torch"] == "2.99.0+cu130"
+
+
+def test_auto_installs_without_an_extension_that_does_not_compile(
+    root: Path, gpu_machine: dict[str, str], tmp_path: Path
+) -> None:
+    source, environ = copied(root, tmp_path / "fastden"), gpu_machine | {"TORCH_CUDA_ARCH_LIST": "7.5"}
+    done = pip_wheel(source, tmp_path / "auto", **environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fastden: pure Python, without the CUDA extension: TORCH_CUDA_ARCH_LIST: '7.5'" in done.stdout + done.stderr
+    (wheel,) = (tmp_path / "auto").glob("fastden-*.whl")
+    with ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "fastden/__init__.py" in names
+    assert not [name for name in names if name.startswith("fastden/_cuda")]
+    done = pip_wheel(source, tmp_path / "cuda", **environ | {"FASTDEN_BUILD": "cuda"})
+    assert done.returncode != 0
+    assert "error: TORCH_CUDA_ARCH_LIST: '7.5'" in done.stdout + done.stderr
 
 
 def test_auto_says_in_one_line_why_nothing_is_built(root: Path, tmp_path: Path) -> None:

@@ -214,6 +214,8 @@ def choose_architectures(
 ) -> tuple[str, ...]:
     """TORCH_CUDA_ARCH_LIST, or the GPUs that are here, or :data:`ARCHITECTURES` as far as the compiler has them.
 
+    A GPU here that is newer than the compiler takes the last, whose PTX it compiles for itself.
+
     Args:
         environ: environment variables.
         listed: what ``nvcc --list-gpu-arch`` prints.
@@ -225,9 +227,9 @@ def choose_architectures(
     """
     if environ.get("TORCH_CUDA_ARCH_LIST"):
         return parse_architectures(environ["TORCH_CUDA_ARCH_LIST"], say)
-    present = sorted({capability for capability in capabilities if capability >= (8, 0)})
-    if present:
-        return tuple(map(name_of, present))
+    present = tuple(map(name_of, sorted({capability for capability in capabilities if capability >= (8, 0)})))
+    if present and (not listed or known_architectures(present, listed) == present):
+        return present
     found = known_architectures(ARCHITECTURES, listed)
     if not found:
         raise BuildError(f"nvcc compiles for none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")

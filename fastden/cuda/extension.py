@@ -63,7 +63,7 @@ def sources() -> Path | None:
 def cache() -> Path:
     """The folder under which ``fastden build`` keeps its libraries."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if root is None:
+    if not root:
         variable = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
         root = os.environ.get(variable) or str(Path.home() / ".cache")
     return Path(root) / "fastden"

@@ -100,6 +100,13 @@ class TestArchitectures:
         with pytest.raises(BuildError, match="set TORCH_CUDA_ARCH_LIST"):
             choose_architectures({}, "compute_70")
 
+    def test_a_gpu_that_is_newer_than_the_compiler(self) -> None:
+        chosen = choose_architectures({}, CUDA_12_0, [(12, 0)])
+        assert chosen == known_architectures(ARCHITECTURES, CUDA_12_0)
+        assert covers(chosen, (12, 0))
+        both = choose_architectures({}, CUDA_12_0, [(9, 0), (12, 0)])
+        assert all(covers(both, capability) for capability in ((9, 0), (12, 0)))
+
     @pytest.mark.parametrize(
         ("built", "capability", "runs"),
         [
@@ -280,6 +287,11 @@ def setup(root: Path, choice: str, **environ: str) -> subprocess.CompletedProces
 class TestSetup:
     def test_unknown_choice(self, root: Path) -> None:
         assert setup(root, "fast").stderr.endswith("FASTDEN_BUILD: 'fast'; accepted: auto, cuda, none\n")
+
+    def test_an_empty_choice_counts_as_auto(self, root: Path, tmp_path: Path) -> None:
+        (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')\n")
+        done = setup(root, "", PYTHONPATH=str(tmp_path))
+        assert (done.returncode, done.stdout) == (0, "fastden\n"), done.stderr
 
     def test_none_imports_no_torch(self, root: Path, tmp_path: Path) -> None:
         (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")

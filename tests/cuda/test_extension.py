@@ -93,6 +93,13 @@ def test_the_automatic_choice_looks_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert extension.builds() == before + 1
 
 
+def test_an_empty_cache_variable_counts_as_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise libraries would be built into, and loaded from, the current folder."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path))
+    assert extension.cache() == tmp_path / "fastden"
+
+
 def test_what_came_with_the_installation_is_first_and_then_the_newest() -> None:
     library(extension.cache() / "a", age=9)
     newest = library(extension.cache() / "b", age=5)
