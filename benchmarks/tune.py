@@ -4,10 +4,11 @@ Each launch of the network is measured at four sizes of image, from its default 
 time, and a move stays where the call is right and takes at least 2 % less time. What was found is written to a file for
 this compute capability, version of Triton and text of the kernels (``kernels/_tuned.py``), which launches read from
 then on; a size that was not searched takes the nearest one's. The file is written after each launch, and a search that
-runs out of time keeps what it has. Delete the file to have the defaults again.
+runs out of time keeps what it has; a later one adds to it. Delete the file to have the defaults again.
 
     python benchmarks/tune.py                                     # inference in bfloat16, at most 9 minutes
     python benchmarks/tune.py --only conv_bn_relu weight_gradient --dtypes bf16 fp16
+    python benchmarks/tune.py --dtypes tf32                       # float32 as PyTorch computes it by default
     FASTDEN_TUNED=h100.json python benchmarks/tune.py             # into a file of that name, read under the same name
 """
 
@@ -18,7 +19,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,17 @@ def search(
     return best, {"ms": best_ms, "default_ms": first}
 
 
+@contextmanager
+def products(dtype: str) -> Iterator[None]:
+    """In the ``with`` block, products of float32 are in TF32 if ``dtype`` is tf32, and only then."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def tune(
     operators: list[str],
     dtypes: list[str],
@@ -131,8 +145,8 @@ def tune(
 ) -> dict[Request, tuple[Any, dict[str, float]]]:
     """Search every launch of the operators; ``keep`` is handed all that was found so far, after each."""
     found: dict[Request, tuple[Any, dict[str, float]]] = {}
-    for size in sizes:
-        for dtype in dtypes:
+    for size, dtype in product(sizes, dtypes):
+        with products(dtype):
             for operator in operators:
                 network = Network(DTYPES[dtype], 1, size[0] // 2, size[1] // 2, str(device))
                 for name, call in CALLS[operator](network).items():
@@ -165,19 +179,20 @@ class MedianTimer:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Search configurations of the Triton kernels on this GPU.")
     parser.add_argument("--only", nargs="+", choices=CALLS, default=list(OPERATORS))
-    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--size", type=int, nargs=2, action="append", help="height and width of an image; repeatable")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of a configuration")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu interprets, for a test")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    file = _tuned.path(_tuned.capability(torch.cuda.current_device() if device.type == "cuda" else None))
+    capability = _tuned.capability(torch.cuda.current_device() if device.type == "cuda" else None)
+    file = _tuned.path(capability)
     sizes = [tuple(size) for size in arguments.size] if arguments.size else list(SIZES)
     about = {"command": "python benchmarks/tune.py", "machine": machine.describe(device)}
 
     def keep(found: dict[Request, tuple[Any, dict[str, float]]]) -> None:
-        _tuned.write(Path(file), found, **about)
+        _tuned.write(Path(file), found, capability=capability, **about)
 
     timer, deadline = MedianTimer(device, arguments.repeats), time.monotonic() + arguments.budget
     with machine.steady_settings(device):

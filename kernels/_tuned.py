@@ -1,8 +1,9 @@
 """Configurations that a search found on this GPU (``benchmarks/tune.py``); they replace the defaults.
 
 There is one file for each compute capability, version of Triton and text of the kernels. So a configuration is never
-used with other kernels than those it was measured with. The file is in ``fastden/tuned`` in the user's cache folder, or
-FASTDEN_TUNED names it. A call of a kernel never starts a search. Without a file, kernels use the defaults.
+used with other kernels than those it was measured with, nor on a GPU of another compute capability. The file is in
+``fastden/tuned`` in the user's cache folder, or FASTDEN_TUNED names it. A call of a kernel never starts a search.
+Without a file, kernels use the defaults.
 """
 
 from __future__ import annotations
@@ -126,36 +127,59 @@ def capability(device: int | None) -> str:
     return f"{major}.{minor}"
 
 
-def write(file: Path, results: Mapping[Request, tuple[Any, Mapping[str, float]]], **about: Any) -> None:
+def write(
+    file: Path, results: Mapping[Request, tuple[Any, Mapping[str, float]]], *, capability: str, **about: Any
+) -> None:
     """Write configurations and their times in the format that :func:`choose` reads, in one atomic step.
+
+    What the file has for other requests stays, if it was found with the same kernels on the same kind of GPU.
 
     Args:
         file: the path that :func:`path` returns.
         results: a configuration and its times, for each request.
+        capability: the compute capability of the GPU on which they were found.
         about: more entries for the file, for example the machine.
     """
-    entries: dict[str, list[dict[str, Any]]] = {}
+    made = {**_made(), "capability": capability}
+    entries = _earlier(file, made)
     for request, (config, times) in results.items():
         row = {"pixels": request.pixels, "config": asdict(config), **times}
-        entries.setdefault(f"{request.kernel} {request.key}", []).append(row)
-    document = {"format": FORMAT, "triton": triton.__version__, "kernels": digest(), **about, "entries": entries}
+        name = f"{request.kernel} {request.key}"
+        entries[name] = [other for other in entries.get(name, []) if other["pixels"] != request.pixels] + [row]
+    document = {**made, **about, "entries": entries}
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{os.getpid()}")
     beside.write_text(json.dumps(document, indent=1) + "\n")
     beside.replace(file)
 
 
+def _made() -> dict[str, Any]:
+    """What a file says of the program that it is for."""
+    return {"format": FORMAT, "triton": triton.__version__, "kernels": digest()}
+
+
+def _earlier(file: Path, made: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The entries of a file that was ``made`` in the same way; empty if there is none, or another one."""
+    try:
+        document = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return dict(document["entries"]) if all(document.get(name) == value for name, value in made.items()) else {}
+
+
 @cache
 def _table(device: int | None) -> dict[str, list[dict[str, Any]]]:
-    file = path(capability(device))
+    here = capability(device)
+    file = path(here)
     try:
         document = json.loads(file.read_text())
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); accepted: what benchmarks/tune.py writes") from error
-    made = {"format": FORMAT, "triton": triton.__version__, "kernels": digest()}
+    made = _made()
     other = {name: document.get(name) for name, value in made.items() if document.get(name) != value}
     if other:
         raise ValueError(f"{file}: made with {other}; accepted: {made}. Run benchmarks/tune.py again, or delete it")
-    return dict(document["entries"])
+    # FASTDEN_TUNED names one file for all GPUs of a machine.
+    return dict(document["entries"]) if document.get("capability") == here else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -37,6 +38,10 @@ def tune(root: Path) -> Any:
 def inputs(device: str, pixels: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     return torch.randn(1, 16, pixels, 1, device=device), torch.randn(16, 16, 3, 3, device=device) / 12
+
+
+def here(device: str) -> str:
+    return _tuned.capability(0 if device == "cuda" else None)
 
 
 def trial_of() -> _tuned.Trial:
@@ -114,7 +119,8 @@ def test_launches_read_the_nearest_size(device: str, file: Path, monkeypatch: py
     small, large = (ConvConfig(size, 16, 16, warps=4, stages=2) for size in (16, 32))
     times = {"ms": 1.0, "default_ms": 2.0}
     _tuned._table.cache_clear()
-    _tuned.write(file, {request: (small, times), _tuned.Request("conv", request.key, 1000): (large, times)}, gpu="none")
+    results = {request: (small, times), _tuned.Request("conv", request.key, 1000): (large, times)}
+    _tuned.write(file, results, capability=here(device), gpu="none")
     for pixels, config in ((1, small), (12, small), (109, small), (120, large)):
         taken.clear()
         x, weight = inputs(device, pixels)
@@ -130,10 +136,40 @@ def test_launches_read_the_nearest_size(device: str, file: Path, monkeypatch: py
     assert taken != [default] or default == config_for(16, 16, 60, 4, precision(x))
 
 
+def test_tiles_of_another_kind_of_gpu_are_not_used(device: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, device=device)
+    own, default = (ConvConfig(size, 16, 16, warps=4, stages=2) for size in (16, 32))
+    results = {_tuned.Request("conv", "key float32", 12): (own, {})}
+    for capability, config in (("1.0", default), (here(device), own)):
+        _tuned.write(file, results, capability=capability)
+        _tuned._table.cache_clear()
+        assert _tuned.choose("conv", "key", 12, x, default) == config
+
+
+def test_a_later_search_adds_to_the_file(device: str, file: Path) -> None:
+    first, second = (ConvConfig(size, 16, 16, warps=4, stages=2) for size in (16, 32))
+    small, large, other = (_tuned.Request(*of) for of in (("conv", "k", 12), ("conv", "k", 1000), ("head", "k", 12)))
+    _tuned.write(file, {small: (first, {}), large: (first, {})}, capability="9.0")
+    _tuned.write(file, {small: (second, {}), other: (first, {})}, capability="9.0")
+    entries = json.loads(file.read_text())["entries"]
+    assert {name: {row["pixels"]: row["config"]["block_m"] for row in rows} for name, rows in entries.items()} == {
+        "conv k": {12: 32, 1000: 16},
+        "head k": {12: 16},
+    }
+    assert sum(map(len, entries.values())) == 3
+    # What other kernels or another GPU gave, and what is broken, is replaced.
+    for text in (json.dumps(json.loads(file.read_text()) | {"kernels": "0"}), "{"):
+        file.write_text(text)
+        _tuned.write(file, {small: (first, {})}, capability="9.0")
+        assert list(json.loads(file.read_text())["entries"]) == ["conv k"]
+    _tuned.write(file, {other: (first, {})}, capability="8.0")
+    assert list(json.loads(file.read_text())["entries"]) == ["head k"]
+
+
 def test_a_file_of_other_kernels_is_refused(device: str, file: Path) -> None:
     x, weight = inputs(device)
     ((request, default),) = asked(lambda: conv_bn_relu(x, weight, padding=1)).items()
-    _tuned.write(file, {request: (default, {})})
+    _tuned.write(file, {request: (default, {})}, capability=here(device))
     document = json.loads(file.read_text())
     for text, message in (
         (json.dumps(document | {"kernels": "0"}), r"made with \{'kernels': '0'\}; accepted: .* Run benchmarks/tune.py"),
@@ -160,7 +196,7 @@ def test_the_search_writes_what_it_found(device: str, tune: Any, file: Path, mon
 
     def keep(so_far: Any) -> None:
         kept.append(len(so_far))
-        _tuned.write(file, so_far)
+        _tuned.write(file, so_far, capability=here(device))
 
     search = partial(tune.tune, ["conv_bn_relu"], ["fp32"], [(8, 6)], torch.device(device), prefers({"stages": 2}))
     found = search(time.monotonic() + 600, keep)
@@ -168,6 +204,29 @@ def test_the_search_writes_what_it_found(device: str, tune: Any, file: Path, mon
     assert {config.stages for config, _ in found.values()} == {2}
     assert sum(map(len, json.loads(file.read_text())["entries"].values())) == len(found)
     assert search(time.monotonic() - 1, keep) == {}
+
+
+def test_float32_is_searched_with_and_without_tf32(tune: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls(network: Any) -> dict[str, Callable[[], torch.Tensor]]:
+        x = network.tensor(4)
+
+        def call() -> torch.Tensor:
+            key = f"tf32 {torch.backends.cudnn.allow_tf32}"
+            _tuned.choose("conv", key, 4, x, ConvConfig(16, 16, 16, warps=4, stages=2))
+            return x
+
+        return {"call": call}
+
+    monkeypatch.setattr(tune, "CALLS", {"conv_bn_relu": calls})
+    monkeypatch.setattr(tune, "STEPS", {})
+    options = ("--only", "conv_bn_relu", "--size", "8", "6", "--device", "cpu", "--dtypes", "tf32", "fp32")
+    monkeypatch.setattr(sys, "argv", ["tune.py", *options])
+    for before in (False, True):
+        file.unlink(missing_ok=True)
+        torch.backends.cudnn.allow_tf32 = before
+        assert tune.main() == 0
+        assert set(json.loads(file.read_text())["entries"]) == {"conv tf32 True float32", "conv tf32 False float32"}
+        assert torch.backends.cudnn.allow_tf32 is before
 
 
 def test_the_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
