@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastden.cuda import build
+from fastden.images.whole_files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,7 +175,7 @@ def main() -> int:
             "instructions_from": Path(program[0]).name if program else "PTX",
             "kernels": rows,
         }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_bytes(arguments.json, (json.dumps(document, indent=1) + "\n").encode())
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -33,6 +33,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastden.bench.tables import write
+
 ARCHITECTURES = (80, 90, 100)
 #: What each architecture's tensor cores are fed by, best first.
 INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
@@ -75,12 +77,21 @@ def missing(launch: Launch, architecture: int, ptx: str) -> list[str]:
 
 
 def kept(file: Path, operators: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
-    """Rows of a table of the same Triton that are neither of ``operators`` nor of ``dtypes``."""
+    """Rows of a table of the same Triton that are not of both ``operators`` and ``dtypes``.
+
+    Raises:
+        SystemExit: the table is of another Triton, and ``operators`` and ``dtypes`` would not replace all of it.
+    """
     if not file.exists():
         return []
     document = json.loads(file.read_text())
     if document["triton"] != triton.__version__:
-        return []
+        if set(CALLS) <= set(operators) and set(DTYPES) <= set(dtypes):
+            return []
+        raise SystemExit(
+            f"{file} is of Triton {document['triton']}, this is Triton {triton.__version__}; "
+            "accepted: another file, or all operators and dtypes"
+        )
     names = [(row["kernel"].split()[0], row["kernel"].rpartition(" ")[2], row) for row in document["kernels"]]
     return [row for operator, dtype, row in names if not (operator in operators and dtype in dtypes)]
 
@@ -91,6 +102,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     arguments = parser.parse_args()
+    # First, for compiling takes minutes.
+    others = kept(arguments.json, arguments.only, arguments.dtypes) if arguments.json else []
     rows = [
         inspect(launch, architecture)
         for operator in arguments.only
@@ -114,12 +127,11 @@ def main() -> int:
     Console(width=130).print(table)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        rows = kept(arguments.json, arguments.only, arguments.dtypes) + rows
         command = "python benchmarks/compile_kernels.py"
         if set(arguments.dtypes) != set(DTYPES):
             command += f" --dtypes {' '.join(arguments.dtypes)}"
-        document = {"command": command, "triton": triton.__version__, "kernels": rows}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        document = {"command": command, "triton": triton.__version__, "kernels": others + rows}
+        write(arguments.json, document)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -16,6 +16,7 @@ import onnxruntime as ort
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
 import fastden
+from fastden.bench.tables import write
 from fastden.images.codec import read_image
 from fastden.images.finder import find_images
 
@@ -56,10 +57,9 @@ def main() -> None:
         "psnr": {precision: round(float(np.mean(values)), 3) for precision, values in figures.items()},
         "versions": {name: version(name) for name in ("fastden", "onnxruntime")},
     }
-    text = json.dumps(document, indent=1)
-    print(text)
+    print(json.dumps(document, indent=1))
     if arguments.json is not None:
-        arguments.json.write_text(text + "\n")
+        write(arguments.json, document)
 
 
 if __name__ == "__main__":

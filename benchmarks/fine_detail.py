@@ -10,13 +10,13 @@ the median over the squares counts. It explains ``soft`` of ``fastden.training.p
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastden.bench.machine import describe
+from fastden.bench.tables import write
 from fastden.evaluation import LUMA
 from fastden.images.codec import read_image
 from fastden.images.finder import find_images
@@ -42,7 +42,7 @@ def main() -> None:
         print(f"{folder.name}: {len(files)} pictures, variance by band, the finest first: {median}", flush=True)
     document["folders"] = folders
     if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(arguments.json, document)
 
 
 def _energies(pixels: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]

@@ -10,7 +10,6 @@ accepted (at most 0.02 dB).
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastden import Denoiser, fuse, ops
+from fastden.bench.tables import write
 from fastden.network.fp8 import conv3_ranges
 from fastden.network.fused import FusedDenoiser, calibrated_ranges
 from fastden.ops.backends import use_backend
@@ -89,7 +89,7 @@ def main() -> int:
             "accepted_db": ACCEPTED,
             "rows": rows,
         }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(arguments.json, document)
     return 0
 
 

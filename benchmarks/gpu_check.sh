@@ -51,8 +51,8 @@ mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 export PYTHONPATH=${PYTHONPATH-} PYTHONUNBUFFERED=1
-# The extension is built for the GPU that is here.
-unset TRITON_INTERPRET TORCH_CUDA_ARCH_LIST
+# The extension is built for the GPU that is here, and what runs is what users have by default.
+unset TRITON_INTERPRET TORCH_CUDA_ARCH_LIST FASTDEN_BACKEND FASTDEN_BACKWARD
 deadline=$((SECONDS + ${BUDGET:-570}))
 steps=()
 
@@ -63,8 +63,18 @@ file, name, status = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 with file.with_suffix(".lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     found = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(found | {name: status}, indent=1) + "\n")
+    part = file.with_suffix(".part")  # what is killed while it writes leaves the file as it was
+    part.write_text(json.dumps(found | {name: status}, indent=1) + "\n")
+    part.replace(file)
 PYTHON
+}
+
+record_tiles() { # those that the next part runs on; results on searched ones stay in the folder, and so does the note
+    if [[ -e $FASTDEN_TUNED ]]; then
+        record tiles searched
+    elif ! grep -q '"tiles": "searched"' "$out/status.json"; then
+        record tiles default
+    fi
 }
 
 step() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines to the terminal
@@ -325,9 +335,10 @@ found = json.loads(file.read_text()) if file.exists() else {}
 # What passed at another commit, or on another GPU, says nothing of this one.
 if (found.get("commit"), found.get("gpu")) != (commit, gpu):
     found = {"commit": commit, "gpu": gpu}
-file.write_text(json.dumps(found, indent=1) + "\n")
+part = file.with_suffix(".part")
+part.write_text(json.dumps(found, indent=1) + "\n")
+part.replace(file)
 PYTHON
-if [[ -e $FASTDEN_TUNED ]]; then record tiles searched; else record tiles default; fi
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
 workers=()
 $python -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
@@ -336,6 +347,7 @@ peers=(--compare channels_last,compile,eager)
 rivals=(--compare channels_last,compile,fused_compile,eager)
 
 for part in "${parts[@]}"; do
+    record_tiles
     "part_$part"
     keep
 done

@@ -50,6 +50,7 @@ from training_traffic import Traffic, size
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastden.bench.tables import write
 from fastden.cuda import build
 from fastden.kernels import head
 from fastden.network.inputs import noise_level
@@ -599,17 +600,20 @@ def main() -> int:
         document: dict[str, Any] = {"command": "python benchmarks/kernel_counts.py", "counts": {}}
         if arguments.json.exists():
             document = json.loads(arguments.json.read_text())
-        earlier = document["counts"].get(arguments.note, {"kernels": []})["kernels"]
-        rows = [one for one in earlier if one["backend"] not in arguments.backends] + rows
+        earlier = document["counts"].get(arguments.note, {})
+        rows = [one for one in earlier.get("kernels", []) if one["backend"] not in arguments.backends] + rows
+        version = triton.__version__
+        if "triton" not in arguments.backends:
+            version, head_tiles = earlier.get("triton"), earlier.get("head_tiles", [])
         document["counts"][arguments.note] = {
-            "triton": triton.__version__,
+            "triton": version,
             "kernels": rows,
             "preparation": preparation,
             "head_tiles": head_tiles,
             "res3_forms": res3_forms,
             "conv3_forms": conv3_forms,
         }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(arguments.json, document)
     return 0
 
 

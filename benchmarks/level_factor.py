@@ -12,7 +12,6 @@ between which it falls to 1.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from fastden.bench.machine import describe
+from fastden.bench.tables import write
 from fastden.images.codec import read_image
 from fastden.images.finder import find_images
 from fastden.images.samples import MAX_SIGMA
@@ -84,7 +84,7 @@ def main() -> None:
         document["psnr"][name] = round(float(np.mean(scores)), 3)
         print(f"{name}: {document['psnr'][name]:.3f} dB", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(arguments.json, document)
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ Each picture of a folder as it is and with white Gaussian noise, and textures th
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 import fastden
 from fastden.bench.machine import describe
+from fastden.bench.tables import write
 from fastden.images.codec import read_image
 from fastden.images.finder import find_images
 
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"sigma {sigma}: {spread}", flush=True)
     print(f"textures: {document['textures']}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(arguments.json, document)
 
 
 def judged(pixels: Any, sigma: float, seed: int) -> dict[str, float]:

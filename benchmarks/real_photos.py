@@ -12,7 +12,6 @@ PSNR of RGB and SSIM, results of 8 bits, means over a set's pictures. Beside the
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 
 import fastden
 from fastden.bench.machine import describe
+from fastden.bench.tables import write
 from fastden.evaluation import dists, psnr, ssim
 from fastden.images.codec import read_image
 from fastden.network.loading import load_network
@@ -95,7 +95,7 @@ def main() -> None:
         document["sets"][name] = result
         print(_line(name, result), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+            write(arguments.json, document)
 
 
 def _run_set(

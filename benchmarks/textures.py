@@ -12,7 +12,6 @@ the kinds that the models were trained on; these draws of them are new.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import fastden
 from fastden.bench.machine import describe
+from fastden.bench.tables import write
 from fastden.evaluation import psnr
 from fastden.network.loading import load_network
 from fastden.training.camera import blur
@@ -71,7 +71,7 @@ def main() -> None:
             "crops": arguments.count,
             "psnr": results,
         }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(arguments.json, document)
 
 
 def _pair(files: list[Path], kind: str, index: int) -> tuple[Any, Any]:

@@ -24,7 +24,6 @@ For each form:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -43,6 +42,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastden import ops
+from fastden.bench.tables import write
 from fastden.bench.timing import Replay
 from fastden.network import model as network
 from fastden.network.model import Denoiser
@@ -260,7 +260,7 @@ def main() -> int:
         document["forms"][form] = result
         if arguments.json:  # after each form: what is stopped leaves what it has
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+            write(arguments.json, document)
     return int(failed)
 
 

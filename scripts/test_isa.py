@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from fastden.bench import tables
 from fastden.bench.machine import describe
 
 #: Limits of oneDNN and of PyTorch's own kernels; "native" sets no limit.
@@ -70,7 +71,7 @@ def write(path: Path, counts: dict[str, dict[str, int]]) -> None:
     processor = str(describe(torch.device("cpu")).get("cpu"))
     entry = {"date": date.today().isoformat(), **counts}
     entries.setdefault(processor, {}).setdefault(f"torch {torch.__version__}", {}).update(entry)
-    path.write_text(json.dumps(entries, indent=1) + "\n")
+    tables.write(path, entries)
 
 
 if __name__ == "__main__":

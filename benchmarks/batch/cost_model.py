@@ -23,6 +23,7 @@ from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Record
 from fastden.batch.plan import Job
 from fastden.batch.ray import connect, distribute, files_at_once, plan_rows
+from fastden.bench.tables import write
 from fastden.images.codec import ImageFile, write_image
 from fastden.info import collect
 from fastden.network.onednn import keep_freed_memory
@@ -119,7 +120,7 @@ def main() -> None:
             document["ray"] = {**steady, "workers_per_device": together, "start_seconds": round(ended[0] - start, 1)}
             print(json.dumps(document["ray"], indent=1))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    write(arguments.json, document)
     print(f"written to {arguments.json}")
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 import fastden
 from fastden.images.libvips import load_vips
+from fastden.images.whole_files import write_bytes
 from fastden.info import collect
 from fastden.network.loading import parse_memory
 
@@ -131,7 +132,7 @@ def main() -> None:
     target = arguments.json or (RESULTS / "gigapixel.json" if side == 32768 else None)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+        write_bytes(target, text.encode())
 
 
 if __name__ == "__main__":

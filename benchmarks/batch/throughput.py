@@ -19,6 +19,7 @@ import numpy as np
 
 import fastden
 from fastden.images.codec import ImageFile, write_image
+from fastden.images.whole_files import write_bytes
 from fastden.info import collect
 from fastden.network.onednn import keep_freed_memory
 
@@ -78,7 +79,7 @@ def main() -> None:
     target = arguments.json or (RESULTS / "throughput.json" if [width, height] == [6000, 4000] else None)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+        write_bytes(target, text.encode())
 
 
 if __name__ == "__main__":

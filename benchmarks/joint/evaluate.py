@@ -32,6 +32,7 @@ from experiment import Denoise, Predictor, add_noise, automatic_dtype, cbm3d, lo
 from rich.progress import Progress
 
 import fastden
+from fastden.bench.tables import write
 from fastden.evaluation import psnr, ssim
 from fastden.training.tasks import Task
 
@@ -217,10 +218,8 @@ def main() -> None:
                     lambda bar=bar: progress.advance(bar),
                 )  # fmt: skip
                 progress.remove_task(bar)
-                partial = target.with_suffix(".partial")
-                partial.write_text(json.dumps(document, indent=1) + "\n")
-                partial.replace(target)
-    target.write_text(json.dumps(document, indent=1) + "\n")
+                write(target, document)
+    write(target, document)
     text = show(document, experiment)
     target.with_suffix(".md").write_text(text)
     print(text)

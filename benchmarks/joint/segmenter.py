@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastden.bench.tables import write
 from fastden.training.tasks import Task, load_task, normalise_efficientnet_lite
 
 WEIGHTS = Path(__file__).with_name("camvid.safetensors")
@@ -126,7 +127,7 @@ def train(data: Path, output: Path, steps: int, batch: int, crop: int, lr: float
         **score,
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    write(RESULT, document)
     print(json.dumps(document, indent=1))
 
 

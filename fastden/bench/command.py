@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ DEFAULTS = {
     "train": {"cuda": (128, 128, 64, 20), "cpu": (64, 64, 4, 7)},
     "batch": {"cuda": (2160, 3840, 16, 3), "cpu": (512, 768, 8, 3)},
 }
+
+#: Environment variables that change which gradients and tiles are measured.
+CHANGING = ("FASTDEN_BACKWARD", "FASTDEN_TUNED")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything measured to a file.")]
 Plots = Annotated[Path | None, typer.Option("--plots", help="Draw bars and a roofline, PNG, into a folder.")]
@@ -121,6 +125,7 @@ class _Run:
             "command": f"fastden bench {self.command}",
             "name": self.command,
             "machine": machine.describe(self.settings.device),
+            "environment": {name: os.environ[name] for name in CHANGING if os.environ.get(name)},
             "settings": {
                 "model": self.model_name,
                 "size": list(self.size),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastden.bench.timing import Call, Stopwatch
+from fastden.images.whole_files import write_bytes
 
 #: NVML's reasons for a clock below the highest, by bit.
 THROTTLE_REASONS = {
@@ -105,7 +106,7 @@ def report(entry: dict[str, Any], file: Path | None, name: str | None = None) ->
         entries[processor] = entry
     else:
         entries.setdefault(processor, {})[name] = entry
-    file.write_text(json.dumps(entries, indent=1) + "\n")
+    write_bytes(file, (json.dumps(entries, indent=1) + "\n").encode())
 
 
 @contextmanager

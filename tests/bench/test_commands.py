@@ -53,6 +53,13 @@ def document(path: Path, command: str, contenders: set[str]) -> dict[str, Any]:
     return found
 
 
+def test_variables_that_change_what_is_measured_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDEN_BACKWARD", "aten")
+    monkeypatch.delenv("FASTDEN_TUNED", raising=False)
+    works("bench", "model", *TINY, "--size", 16, 16, "--compare", "", "--json", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["environment"] == {"FASTDEN_BACKWARD": "aten"}
+
+
 def test_model(tmp_path: Path) -> None:
     size = ("--size", 20, 24, "--batch", 2, "--compare", "eager,channels_last")
     plots = tmp_path / "plots" / "new"

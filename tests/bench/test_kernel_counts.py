@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +83,26 @@ def test_bytes_of_shared_memory_a_product(counts: Any, root: Path) -> None:
         names = dict(zip(("moved", "products"), kernels[layer].moved, strict=True))
         source = root / "csrc" / f"{kernels[layer].source}.cu"
         assert counts.evaluate(names, source, flags) == {"moved": moved, "products": products}, layer
+
+
+def test_counts_of_one_backend_keep_those_of_the_other(
+    counts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "counts.json"
+    earlier = {"triton": "0.0", "head_tiles": [{"groups": 1}], "kernels": [{"backend": "triton"}]}
+    file.write_text(json.dumps({"counts": {"now": earlier}}))
+    for name in ("count_triton", "count_cuda", "count_preparation", "count_res3_forms", "count_conv3_forms"):
+        monkeypatch.setattr(counts, name, lambda *_: [])
+    tiles = {"groups": 2, "warps": 4, "spilled_bytes": 0}
+    monkeypatch.setattr(counts, "count_head_tiles", lambda: [tiles])
+    for backend, expected in (
+        ("cuda", earlier),
+        ("triton", {"triton": counts.triton.__version__, "head_tiles": [tiles], "kernels": []}),
+    ):
+        monkeypatch.setattr(sys, "argv", ["kernel_counts.py", "--json", str(file), "--backends", backend])
+        assert counts.main() == 0
+        found = json.loads(file.read_text())["counts"]["now"]
+        assert {name: found[name] for name in expected} == expected
 
 
 def test_forms_of_res3(counts: Any) -> None:

@@ -17,6 +17,8 @@ import torch
 
 from fastden import info
 from fastden.bench import machine
+from fastden.errors import UserError
+from fastden.images import whole_files
 
 CPU = torch.device("cpu")
 
@@ -55,6 +57,22 @@ def test_a_report_keeps_other_entries_of_the_processor(tmp_path: Path) -> None:
         machine.report({"machine": {"cpu": "A"}, "seconds": seconds}, file, name)
     entries = json.loads(file.read_text())["A"]
     assert {name: entry["seconds"] for name, entry in entries.items()} == {"float32": 3.0, "bfloat16": 2.0}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "results.json"
+    machine.report({"machine": {"cpu": "A"}, "seconds": 1.0}, file)
+
+    def write_half(path: Path, data: str | bytes, *_: Any) -> None:
+        whole = data.encode() if isinstance(data, str) else data
+        path.write_bytes(whole[: len(whole) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    monkeypatch.setattr(whole_files, "write_synced", write_half)
+    with pytest.raises((OSError, UserError), match="No space left on device"):
+        machine.report({"machine": {"cpu": "B"}, "seconds": 2.0}, file)
+    assert list(json.loads(file.read_text())) == ["A"]
 
 
 def test_a_report_without_a_file_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,54 @@ def test_gpu_check_without_the_extension(root: Path, tmp_path: Path) -> None:
     assert not [name for name in status if "cuda" in name]
 
 
+def test_gpu_check_says_on_which_tiles_it_ran(root: Path, tmp_path: Path) -> None:
+    """Results on tiles that the same call searched are none on the defaults; those before the search are."""
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log")
+    python = tmp_path / "bin" / "python"
+    python.write_text(python.read_text() + 'case "$*" in *tune.py*) touch "$FASTDEN_TUNED" ;; esac\n')
+
+    def tiles(name: str, *parts: str) -> str:
+        assert gpu_check(root, environment, tmp_path / name, *parts).returncode == 0
+        return str(json.loads((tmp_path / name / "status.json").read_text())["tiles"])
+
+    assert tiles("before", "operators", "tune") == "default"
+    assert tiles("after", "tune", "operators") == "searched"
+    (tmp_path / "after" / "tuned.json").unlink()
+    assert tiles("after", "quick") == "searched"  # the results of "operators" are still there
+
+
+def test_gpu_check_measures_what_users_have_by_default(root: Path, tmp_path: Path) -> None:
+    """Whatever the caller's environment says of backends and gradients."""
+    log = tmp_path / "log"
+    environment = stand_ins(tmp_path / "bin", log) | {"FASTDEN_BACKWARD": "input=aten", "FASTDEN_BACKEND": "torch"}
+    python = tmp_path / "bin" / "python"
+    python.write_text(python.read_text().replace('"$@"', '"${FASTDEN_BACKWARD-}:${FASTDEN_BACKEND-}: $@"'))
+    assert gpu_check(root, environment, tmp_path / "out", "network").returncode == 0
+    own = [line.partition(" ")[0] for line in log.read_text().splitlines() if "-m fastden bench" in line]
+    assert sorted(own) == ["::"] * 6 + ["aten::"] * 2
+
+
+def test_gpu_check_keeps_its_status_on_a_full_disk(root: Path, tmp_path: Path) -> None:
+    out, site = tmp_path / "out", tmp_path / "site"
+    for folder in (out, site):
+        folder.mkdir()
+    earlier = {"commit": "c0ffee", "gpu": "", "build": "passed"}
+    (out / "status.json").write_text(json.dumps(earlier))
+    (site / "sitecustomize.py").write_text(
+        "import pathlib\n"
+        "def write_half(path, text):\n"
+        "    with path.open('w') as file:\n"
+        "        file.write(text[: len(text) // 2])\n"
+        "    raise OSError('No space left on device')\n"
+        "pathlib.Path.write_text = write_half\n"
+    )
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log") | {"PYTHONPATH": str(site)}
+    done = gpu_check(root, environment, out, "operators")
+    assert "No space left on device" in done.stderr
+    assert "failed: ops-2160 (did not run)" in done.stdout
+    assert json.loads((out / "status.json").read_text()) == earlier
+
+
 @pytest.mark.parametrize(("name", "recipe"), [("color", "color-gpu"), ("photo", "photo-gpu-2")])
 def test_gpu_check_trains(root: Path, tmp_path: Path, name: str, recipe: str) -> None:
     """The rest of a run goes on where it was, and its settings are those of a configuration."""

@@ -47,6 +47,28 @@ def test_compiled_without_a_gpu(root: Path, tmp_path: Path) -> None:
     assert all(row["matrix_instruction"] == BEST[row["architecture"]] for row in large)
 
 
+def test_a_part_does_not_replace_a_table_of_another_triton(root: Path, tmp_path: Path) -> None:
+    """In processes of their own: the script turns the interpreter off."""
+    pytest.importorskip("triton")
+    script, table = root / "benchmarks" / "compile_kernels.py", tmp_path / "table.json"
+    table.write_text(json.dumps({"triton": "0.0", "kernels": [{"kernel": "stem bf16"}]}))
+    command = [sys.executable, str(script), "--only", "head", "--dtypes", "bf16", "--json", str(table)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{table} is of Triton 0.0, this is Triton " in done.stderr
+    assert json.loads(table.read_text())["triton"] == "0.0"
+    code = (
+        "import pathlib, sys; import compile_kernels as script; table = pathlib.Path(sys.argv[1])\n"
+        "for operators, dtypes in ((script.CALLS, ['bf16']), (['head'], script.DTYPES)):\n"
+        "    try: script.kept(table, list(operators), list(dtypes))\n"
+        "    except SystemExit: print('refused')\n"
+        "print(script.kept(table, list(script.CALLS), list(script.DTYPES)))"
+    )
+    command = [sys.executable, "-c", code, str(table)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=script.parent)
+    assert done.stdout.splitlines() == ["refused", "refused", "[]"], done.stderr
+
+
 def test_committed_tables_have_no_spills(root: Path) -> None:
     """In any dtype; each table is of one version of Triton."""
     tables = [json.loads(path.read_text()) for path in sorted((root / "benchmarks" / "results").glob("compile*.json"))]

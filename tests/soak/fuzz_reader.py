@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastden.images import whole_files
+
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "batch"
 LIMIT = 10.0
 #: With this limit a header that claims a large image costs no time.
@@ -237,7 +239,7 @@ def main() -> None:
     target = arguments.json or (RESULTS / "fuzz.json" if arguments.inputs >= 20_000 else None)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+        whole_files.write_bytes(target, text.encode())
     if figures["problems"]:
         raise SystemExit(1)
 

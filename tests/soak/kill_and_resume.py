@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from fastden.images.codec import ImageFile, write_image
+from fastden.images.whole_files import write_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "batch"
 SUFFIXES = (".png", ".jpg", ".tif", ".webp")
@@ -119,7 +120,7 @@ def main() -> None:
     text = json.dumps(figures, indent=1) + "\n"
     print(text)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(text)
+    write_bytes(arguments.json, text.encode())
     if not figures["equal_bytes"] or incomplete:
         raise SystemExit("the files differ")
 
