@@ -125,7 +125,8 @@ class _Run:
             "command": f"fastden bench {self.command}",
             "name": self.command,
             "machine": machine.describe(self.settings.device),
-            "environment": {name: os.environ[name] for name in CHANGING if os.environ.get(name)},
+            # A file's name alone: the folder is the machine's.
+            "environment": {name: Path(os.environ[name]).name for name in CHANGING if os.environ.get(name)},
             "settings": {
                 "model": self.model_name,
                 "size": list(self.size),
