@@ -27,12 +27,21 @@ def shown_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def in_one_line(error: BaseException) -> str:
-    """The message of an error in one line, for a user."""
-    name = type(error).__name__
+def in_one_line(error: BaseException, remedy: str = "a smaller --max-memory or --tile needs less") -> str:
+    """The message of an error in one line, for a user.
+
+    Args:
+        error: what was raised.
+        remedy: what needs less memory, where it is used up.
+    """
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
-        return "out of memory; a smaller --max-memory or --tile needs less"
-    return text or name
+    if is_out_of_memory(error):
+        return f"out of memory; {remedy}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is used up: Python's, or that of a device, by PyTorch's errors."""
+    name = type(error).__name__
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -76,8 +76,9 @@ def evaluate(
     names = evaluation.set_names(folders)
     with naming():
         evaluation.check_levels(network, sigmas if real and sigmas else None, estimate=estimate)
+    remedy = "smaller photographs need less"
     for folder in folders:
-        with naming(str(folder), FAILURES):
+        with naming(str(folder), FAILURES, remedy=remedy):
             if real:
                 evaluation.check_pairs(folder, network)
             else:
@@ -99,7 +100,7 @@ def evaluate(
         with console.status("evaluating") as status:
             for name, folder in zip(names, folders, strict=True):
                 started = _shower(status, folder)
-                with naming(str(folder), FAILURES):
+                with naming(str(folder), FAILURES, remedy=remedy):
                     if real:
                         results = evaluation.evaluate_pairs(
                             folder, network, sigmas or None, white=white, measures=measures, started=started

@@ -310,7 +310,8 @@ def train(
     except ModuleNotFoundError as error:
         raise UserError(f"train: the package {error.name} is missing; install: pip install 'fastden[train]'") from error
     settings = load_config(config, changes or [])
-    with naming("train", (ValueError, TypeError, OSError, MemoryError, MisconfigurationException)):
+    errors = (ValueError, TypeError, OSError, MisconfigurationException)
+    with naming("train", errors, remedy="a smaller batch or crop needs less"):
         folder = run(settings, resume=resume, minutes=minutes, fit=fit, accelerator=accelerator, devices=devices)
     say(f"model written to {folder}")
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fastden.cli.console import INTERRUPTED, say
-from fastden.errors import UserError, in_one_line
+from fastden.errors import UserError, in_one_line, is_out_of_memory
 
 #: The commands in the order in which they are listed: what most people need comes first.
 COMMANDS = ("denoise", "noise", "ui", "eval", "models", "info", "train", "calibrate", "export", "bench", "build")
@@ -61,19 +61,24 @@ def takes_several(option: str, belongs: Callable[[str], bool]) -> type[TyperComm
 
 
 @contextmanager
-def naming(what: str = "", errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+def naming(
+    what: str = "", errors: tuple[type[Exception], ...] = (Exception,), *, remedy: str | None = None
+) -> Iterator[None]:
     """Turns an argument's ValueError or TypeError, or an error of a model's files, into a UserError.
 
     Args:
         what: to begin the message with, unless it does so already.
-        errors: those that are the user's; the others are defects and pass.
+        errors: those that are the user's; the others are defects and pass, except where memory is used up.
+        remedy: what needs less memory, where ``--max-memory`` and ``--tile`` are no options.
     """
     try:
         yield
     except UserError:
         raise
-    except errors as error:
-        text = in_one_line(error)
+    except Exception as error:
+        if not isinstance(error, errors) and not is_out_of_memory(error):
+            raise
+        text = in_one_line(error) if remedy is None else in_one_line(error, remedy)
         raise UserError(text if text.startswith(what) else f"{what}: {text}") from error
 
 

@@ -70,7 +70,7 @@ def denoise_layer(
         clean = denoise(image, sigma, strength=strength, tile=tile, progress=part)
         if scaled:
             clean = np.clip(clean.astype(np.float64), 0, 1) * (high - low) + low
-            clean = np.rint(clean) if values.dtype.kind in "iu" else clean
+            clean = np.rint(clean) if values.dtype.kind in "biu" else clean
         results[index] = clean
     return results.reshape(values.shape)
 
@@ -120,7 +120,8 @@ class DenoiseWidget(Container):
         self._stop.clear()
         self._busy(True)
         name = f"{layer.name} denoised"
-        appearance = {"rgb": layer.rgb, "scale": layer.scale, "translate": layer.translate}
+        placement = ("scale", "translate", "rotate", "shear", "affine")
+        appearance = {"rgb": layer.rgb, **{key: getattr(layer, key) for key in placement}}
         appearance |= {} if layer.rgb else {"colormap": layer.colormap, "contrast_limits": layer.contrast_limits}
         worker = create_worker(
             _work,

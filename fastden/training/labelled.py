@@ -81,7 +81,7 @@ def load_mask(path: Path) -> npt.NDArray[np.uint8]:
             spread = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else str(raw[0]))
             pixels = np.array(image)
             pixels = pixels // spread if spread else pixels
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, PIL.DecompressionBombError) as error:  # Pillow's errors of damaged PNGs
         raise UserError(f"data: cannot read {path}: {error}") from error
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         raise UserError(f"data: {path}: {pixels.dtype} {pixels.shape}; accepted: 8 bits, one channel or a palette")

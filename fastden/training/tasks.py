@@ -101,11 +101,13 @@ def _function(where: str, function: str) -> Callable[..., Any]:
 
 
 def _file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: the file may be called timm.py or random.py, and must not replace that module.
+    name = f"fastden_network_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError("no such file")
     module = importlib.util.module_from_spec(spec)
     # Pickling (workers, deepcopy of its classes) looks the module up by name.
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 import fastden
@@ -179,6 +180,19 @@ def test_train_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.delitem(sys.modules, "fastden.training.trainer", raising=False)
     fails("train", tmp_path / "run.yaml", saying=r"pip install 'fastden\[train\]'")
+
+
+def test_train_out_of_memory_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data: [{tmp_path}]\noutput: {tmp_path / 'out'}\n")
+    saying = "^error: train: out of memory; a smaller batch or crop needs less$"
+    for full in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")):
+
+        def run(*arguments: Any, full: Exception = full, **options: Any) -> None:
+            raise full
+
+        monkeypatch.setattr("fastden.training.trainer.train", run)
+        fails("train", config, saying=saying)
 
 
 def test_train_mistakes_are_one_line(photos: Path, tmp_path: Path) -> None:

@@ -305,3 +305,11 @@ def test_what_would_have_no_effect_is_refused(photos: Path, tmp_path: Path, mode
     works("eval", tmp_path, "--real", "--model", blind, "--json", results)
     settings = json.loads(results.read_text())["settings"]
     assert (settings["estimate"], settings["seed"]) == (False, None)
+
+
+def test_out_of_memory_names_no_option_that_it_lacks(photos: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "denoise_pixels", full)
+    fails("eval", photos, "--model", model, saying=f"^error: {photos}: out of memory; smaller photographs need less$")

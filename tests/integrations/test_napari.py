@@ -103,6 +103,16 @@ def test_a_stack_of_twelve_bits(viewer: Any, widget: Any) -> None:
     assert np.mean((layer.data - clean) ** 2) < 0.1 * np.mean((stack - clean) ** 2)
 
 
+def test_the_result_lies_where_the_layer_does(viewer: Any, widget: Any) -> None:
+    affine = np.array([[1.0, 0.2, 5.0], [0.0, 2.0, -3.0], [0.0, 0.0, 1.0]])
+    placement: dict[str, Any] = {"scale": (2, 3), "translate": (10, 20), "rotate": 30, "shear": [0.3], "affine": affine}
+    layer = viewer.add_image(noisy((40, 48)), name="turned", **placement)
+    press(widget)
+    result = viewer.layers["turned denoised"]
+    for corner in ((0, 0), (0, 47), (39, 0)):
+        np.testing.assert_allclose(result.data_to_world(corner), layer.data_to_world(corner))
+
+
 def test_values_on_any_scale_and_flat_ones() -> None:
     options: dict[str, Any] = {
         "rgb": False,
@@ -118,6 +128,10 @@ def test_values_on_any_scale_and_flat_ones() -> None:
         result = ours.denoise_layer(factor * picture + np.float32(offset), **options)
         assert result.dtype == np.float32
         np.testing.assert_allclose((result - offset) / factor, np.clip(wanted, low, high), atol=1e-4)
+    mask = picture > 0.5
+    result = ours.denoise_layer(mask, **options)
+    assert result.dtype == np.bool_
+    assert np.array_equal(result, fastden.denoise(mask.astype(np.float32), 25) > 0.5)
     flat = np.full((9, 9), 7, np.int32)
     assert np.array_equal(ours.denoise_layer(flat, **options), flat)
 

