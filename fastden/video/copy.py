@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import threading
 from collections import deque
@@ -35,6 +36,8 @@ SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 ESTIMATED = 5
 #: Tags about the container and the encoder, not about the content.
 NOT_COPIED = ("major_brand", "minor_version", "compatible_brands", "encoder", "duration")
+#: Tags about the old encoding, which are wrong for a new one: Matroska's statistics (with a language), and its alpha.
+OF_ENCODING = re.compile(r"(bps|number_of_(bytes|frames)|duration|_statistics_\w+)(-[\w-]+)?|alpha_mode", re.IGNORECASE)
 #: Kinds of side data that PyAV reads and cannot write.
 LOST = {
     "MASTERING_DISPLAY_METADATA": "the mastering display's description (HDR10)",
@@ -42,6 +45,9 @@ LOST = {
     "DYNAMIC_HDR_PLUS": "HDR10+ metadata",
     "DOVI_METADATA": "Dolby Vision metadata",
     "A53_CC": "closed captions inside the video stream",
+    "SPHERICAL": "the projection of a spherical (360 degree) video",
+    "STEREO3D": "the arrangement of a stereoscopic (3D) video",
+    "ICC_PROFILE": "the ICC profile of the frames",
 }
 
 
@@ -366,8 +372,13 @@ class _Copy:
         if frame.interlaced_frame:
             self.note("interlaced frames were denoised as whole frames, and are written as progressive ones")
         for data in _side_data(frame):
-            if data.type.name in LOST:
+            if data.type.name in LOST and not (data.type.name == "STEREO3D" and self._is_flat_or_kept(data)):
                 self.note(f"{LOST[data.type.name]} cannot be written, and is missing")
+
+    def _is_flat_or_kept(self, stereo: Any) -> bool:
+        """Whether side data about stereoscopy say that there is none, or Matroska writes them from its tag."""
+        matroska = self.writer.format.name in ("matroska", "webm")
+        return not any(bytes(stereo)[:4]) or (matroska and "stereo_mode" in self.video.metadata)
 
     def _add_streams(self, first: Any) -> dict[int, Any]:
         """The output's stream for each of the input's that goes into it, by index."""
@@ -377,7 +388,7 @@ class _Copy:
             if made is None:
                 continue
             outputs[stream.index] = made
-            made.metadata.update(_content(stream.metadata))
+            made.metadata.update(_content(stream.metadata, encoded=stream is self.video))
             made.disposition = stream.disposition
         self.writer.metadata.update(_content(self.reader.metadata))
         chapters = self.reader.chapters()
@@ -410,6 +421,10 @@ class _Copy:
     def _add_encoder(self, first: Any) -> Any:
         encoders = Encoders(self.av, self.video, self.writer, self.target.suffix, self.crf, self.note)
         codec, pixel_format = encoders.choose(first)
+        # VP8 and VP9 keep alpha as a second picture beside each frame, which FFmpeg's own decoders pass over.
+        tags = {key.lower(): value for key, value in self.video.metadata.items()}
+        if tags.get("alpha_mode") == "1" and not any(component.is_alpha for component in first.format.components):
+            self.note("transparency (alpha) of this video is not decoded, and is missing")
         stream = self.writer.add_stream(codec.name, options=encoders.options(codec.name))
         encoders.configure(stream.codec_context, first, pixel_format)
         stream.time_base = self.video.time_base
@@ -449,8 +464,10 @@ def _chain(items: list[Any], packets: Iterator[Any]) -> Iterator[Any]:
     yield from packets
 
 
-def _content(metadata: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key.lower() not in NOT_COPIED}
+def _content(metadata: dict[str, str], *, encoded: bool = False) -> dict[str, str]:
+    """The tags to copy; fewer for a stream that is encoded anew."""
+    content = {key: value for key, value in metadata.items() if key.lower() not in NOT_COPIED}
+    return {key: value for key, value in content.items() if not (encoded and OF_ENCODING.fullmatch(key))}
 
 
 def _held(sigma: Any, network: FusedDenoiser, waiting: deque[tuple[Any, Array]]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import fastden
 from fastden.errors import UserError
+from fastden.video import copy
 from tests.batch.conftest import Blend
 from tests.video.test_copy import HEIGHT, TIMES, WIDTH, decoded, frame, make_clip, run, streams
 
@@ -122,6 +124,7 @@ def make(path: Path, times: list[int], codec: str = "libx264", unit: int = 1000,
         context.time_base, context.framerate = Fraction(1, unit), Fraction(25)
         if path.suffix == ".avi":
             context.max_b_frames = 0
+        stream.metadata.update(settings.get("tags", {}))
         if "matrix" in settings:
             stream.set_display_matrix(settings["matrix"])
         for index, time in enumerate(times):
@@ -210,3 +213,76 @@ def test_avi(codec: str, tmp_path: Path, network: Any) -> None:
     with pytest.raises(UserError, match=r"d\.avi: AVI has no times of frames; accepted for \.mkv: \.mkv, \.mp4"):
         run(tmp_path / "b.mkv", tmp_path / "d.avi", network)
     assert not (tmp_path / "d.avi").exists()
+
+
+def tags_of(path: Path) -> dict[str, str]:
+    with av.open(str(path)) as reader:
+        return {key.upper(): value for key, value in reader.streams.video[0].metadata.items()}
+
+
+def test_alpha_that_is_not_decoded_is_said(tmp_path: Path, network: Any) -> None:
+    source = make(tmp_path / "a.webm", [0, 40], "libvpx-vp9", tags={"alpha_mode": "1", "title": "Clip"})
+    assert tags_of(source)["ALPHA_MODE"] == "1"
+    result = run(source, tmp_path / "b.webm", network)
+    assert result.notes == ["transparency (alpha) of this video is not decoded, and is missing"]
+    assert tags_of(tmp_path / "b.webm").keys() == {"TITLE", "DURATION"}
+
+
+def test_statistics_of_the_old_encoding_are_not_copied(tmp_path: Path, network: Any) -> None:
+    statistics = ("BPS", "BPS-eng", "NUMBER_OF_BYTES", "NUMBER_OF_FRAMES-pt-BR", "_STATISTICS_TAGS-eng", "DURATION-eng")
+    source, target = tmp_path / "a.mkv", tmp_path / "b.mkv"
+    make(source, [0, 40], tags={**dict.fromkeys(statistics, "1"), "title": "Clip", "BPS_KEY": "mine"})
+    assert {name.upper() for name in statistics} < tags_of(source).keys()
+    run(source, target, network)
+    assert tags_of(target).keys() == {"TITLE", "BPS_KEY", "DURATION"}
+    # Sound is copied as it is: its numbers still hold.
+    both = tmp_path / "both.mkv"
+    with av.open(str(with_all(tmp_path / "all.mkv"))) as reader, av.open(str(both), "w") as writer:
+        outputs = {stream.index: writer.add_stream_from_template(stream) for stream in tuple(reader.streams)[:2]}
+        outputs[1].metadata["BPS"] = "99"
+        for packet in reader.demux(*tuple(reader.streams)[:2]):
+            if packet.size:
+                packet.stream = outputs[packet.stream.index]
+                writer.mux(packet)
+    run(both, tmp_path / "c.mkv", network)
+    with av.open(str(tmp_path / "c.mkv")) as reader:
+        assert reader.streams.audio[0].metadata["BPS"] == "99"
+
+
+class SideData(bytes):
+    """A stand-in for side data of a frame, whose kind is ``type.name``."""
+
+    type: Any
+
+
+def side_data(name: str, first: int = 0) -> SideData:
+    made = SideData(first.to_bytes(4, "little"))
+    made.type = SimpleNamespace(name=name)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("data", "notes"),
+    [
+        (
+            side_data("SPHERICAL"),
+            ["the projection of a spherical (360 degree) video cannot be written, and is missing"],
+        ),
+        (side_data("ICC_PROFILE"), ["the ICC profile of the frames cannot be written, and is missing"]),
+        (side_data("STEREO3D", 2), ["the arrangement of a stereoscopic (3D) video cannot be written, and is missing"]),
+        (side_data("STEREO3D"), []),  # it says: not stereoscopic
+    ],
+)
+def test_what_frames_lose_is_said(
+    data: SideData, notes: list[str], tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy, "_side_data", lambda frame: [data])
+    assert run(make(tmp_path / "a.mp4", [0, 40]), tmp_path / "b.mp4", network).notes == notes
+
+
+def test_stereoscopy_is_kept_in_matroska_alone(tmp_path: Path, network: Any) -> None:
+    source = make(tmp_path / "a.mkv", [0, 40], tags={"stereo_mode": "left_right"})
+    assert run(source, tmp_path / "b.mkv", network).notes == []
+    assert tags_of(tmp_path / "b.mkv")["STEREO_MODE"] == "left_right"
+    (note,) = run(source, tmp_path / "b.mp4", network).notes
+    assert note.startswith("the arrangement of a stereoscopic (3D) video")
