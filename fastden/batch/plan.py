@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for
-from fastden.images.finder import count_left_out, find_images
+from fastden.images.finder import count_left_out, find_images, is_regular
 from fastden.images.formats import result_suffix
 
 #: The suffix that each format gets when ``--format`` renames a file.
@@ -126,6 +126,9 @@ def _sources(
             if left_out is not None:
                 left_out += others
             images = [image for image in images_here if not (_written_before(image, path, output) or made(image))]
+            # The pattern photos/* of a shell names the output folder photos/clean too, once it is there.
+            if not images and len(inputs) > 1 and os.path.realpath(path) == os.path.realpath(output):
+                continue
             if images_here and not images:
                 raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
             if not images:
@@ -139,9 +142,10 @@ def _sources(
         else:
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
             top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-            files = [match for match in matches if match.is_file() and not _written_before(match, top, output)]
-            files = [file for file in _once(files) if not made(file)]
             errors = _passed_over(name)
+            files = [match for match in matches if is_regular(match, errors)]
+            files = [file for file in files if not _written_before(file, top, output)]
+            files = [file for file in _once(files) if not made(file)]
             if errors and (unreadable is None or not files):
                 raise errors[0]
             if unreadable is not None:

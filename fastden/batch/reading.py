@@ -18,7 +18,7 @@ from fastden.batch.settings import Settings
 from fastden.errors import UserError, shown_bytes
 from fastden.images.attachments import check_colour
 from fastden.images.codec import format_for, read_image
-from fastden.images.encoding import check_alpha, check_pages
+from fastden.images.encoding import check_alpha, check_pages, check_sides
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import sigma_of_gray
@@ -74,6 +74,7 @@ class Reading:
         if header is not None:
             check_alpha(header.has_alpha, format_name)
             check_pages(header.pages, format_name)
+            check_sides(header.width, header.height, format_name)
             # Raises for a colour image and a gray model. All networks of a run have one form.
             adapted(self.settings.network(eight_bit=True), header.channels, self.settings.wishes)
             self._check_map(header.height, header.width)
@@ -113,6 +114,7 @@ class Reading:
             check_colour(image.extras, picture.format_name, has_profile="icc-profile-data" in image.metadata)
             pages = image.split()
             height, width = pages[0].shape[:2]
+            check_sides(width, height, picture.format_name)
             if picture.header is None:  # else its size is known, and was compared
                 self._check_map(height, width)
             sigma_map = self.settings.sigma_map

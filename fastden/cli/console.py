@@ -37,7 +37,10 @@ def printable(text: str, stream: IO[str]) -> str:
 
 @contextmanager
 def clean_termination() -> Iterator[None]:
-    """Make a termination signal raise an exception, so that a half-written file is removed."""
+    """Make a termination signal raise an exception, so that half-written and temporary files are removed.
+
+    It is SIGTERM, or SIGHUP: the terminal was closed.
+    """
 
     def stop(number: int, _frame: Any) -> None:
         sys.exit(128 + number)
@@ -45,11 +48,15 @@ def clean_termination() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    # nohup ignores SIGHUP: the command goes on. Windows has none.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def error_line(source: str | Path, target: str | Path, error: str) -> str:

@@ -18,6 +18,8 @@ from fastden.errors import FAILURES, UserError, in_one_line
 
 #: Of maps: formats that hold gray values of 8 and 16 bits as they are.
 MAP_SUFFIXES = (".png", ".tif", ".tiff")
+#: The limit that ``fastden denoise`` has, too.
+MAX_MEGAPIXELS = 500.0
 
 
 def noise(
@@ -34,6 +36,7 @@ def noise(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each file.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing map.")] = False,
+    max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = MAX_MEGAPIXELS,
 ) -> None:
     """Print how noisy pictures are, by brightness, and what to do about it; nothing is denoised.
 
@@ -41,11 +44,12 @@ def noise(
     noise is shared by neighbouring pixels, as cameras leave it; fine noise is not.
     """
     with without_garbage_collection():
-        from fastden.cli.options import naming
+        from fastden.cli.options import naming, parse_megapixels
         from fastden.images.strips import read_samples
         from fastden.images.whole_files import check_target
         from fastden.inference.estimate import estimator_of, noise_of_samples
 
+    max_pixels = parse_megapixels(max_megapixels)
     if map_file is not None:
         if len(files) != 1 or files[0].is_dir():
             what = f"{len(files)} pictures" if len(files) != 1 else "a folder"
@@ -58,10 +62,10 @@ def noise(
     failed = False
     for file in _pictures(files):
         try:
-            crops, values = read_samples(file)
+            crops, values = read_samples(file, max_pixels=max_pixels)
             estimate = noise_of_samples(crops, values, estimator)
             if map_file is not None:
-                _write_map(file, map_file, estimate, overwrite)
+                _write_map(file, map_file, estimate, overwrite, max_pixels)
         except FAILURES as error:
             failed = True
             say(f"error: {in_one_line(error)}", error=True)
@@ -78,7 +82,7 @@ def noise(
             say(f"{file}: {estimate.describe()}")
             if not values.ordinary:
                 say(f"    {values.describe(crops[0].dtype)}")
-            for line in _advice(file, estimate.kind, model):
+            for line in _advice(file, estimate.kind, model, max_megapixels):
                 say(f"    {line}")
     raise typer.Exit(1 if failed else 0)
 
@@ -103,7 +107,7 @@ def _pictures(files: list[Path]) -> list[Path]:
     return pictures
 
 
-def _advice(file: Path, kind: str, model: str | None) -> list[str]:
+def _advice(file: Path, kind: str, model: str | None, max_megapixels: float) -> list[str]:
     """What to do, and the command for it, which a shell can run."""
     from fastden.images.codec import SUFFIXES
     from fastden.images.formats import result_suffix
@@ -115,6 +119,7 @@ def _advice(file: Path, kind: str, model: str | None) -> list[str]:
     suffix = suffix if suffix.lower() in SUFFIXES or suffix.lower() in OTHER_SUFFIXES["HEIC"] else ".png"
     command = f"fastden denoise {_quoted(file)} -o {_quoted(file.with_name(f'{file.stem}-clean{suffix}'))}"
     command += f" --model {_quoted(model)}" if model is not None else ""
+    command += f" --max-megapixels {max_megapixels:.15g}" if max_megapixels != MAX_MEGAPIXELS else ""
     if kind == "unknown":
         return ["nothing would be removed; if you see noise, give its level:", f"{command} --sigma N"]
     return [command]
@@ -137,7 +142,7 @@ def _escaped(byte: int) -> str:
     return character if 32 <= byte < 127 and character not in "'\\" else f"\\x{byte:02x}"
 
 
-def _write_map(file: Path, target: Path, estimate: Any, overwrite: bool) -> None:
+def _write_map(file: Path, target: Path, estimate: Any, overwrite: bool, max_pixels: int) -> None:
     """The level of each pixel that a network takes, as a gray image, rounded up so that weak noise does not become 0.
 
     It has 8 bits, or 16 where the picture's values take a small part of their type's range.
@@ -149,7 +154,7 @@ def _write_map(file: Path, target: Path, estimate: Any, overwrite: bool) -> None
     from fastden.images.pixels import to_dtype
     from fastden.network.level import level_map
 
-    image = read_image(file)
+    image = read_image(file, max_pixels=max_pixels)
     black, white = estimate.black, estimate.white
     x = torch.from_numpy(to_dtype(image.pixels, np.float32)).permute(2, 0, 1)[None]
     levels = level_map(estimate.curve_on(black, white), (x - black) / (white - black))[0, 0]

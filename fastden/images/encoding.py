@@ -10,6 +10,8 @@ import numpy as np
 from fastden.errors import UserError
 from fastden.images.libvips import load_vips
 
+#: The most pixels a side that a format holds; AVIF's limit is libvips' own. The other formats hold larger pictures.
+MOST_PIXELS = {"jpeg": 65_500, "webp": 16_383, "avif": 16_384}
 INTERPRETATIONS = {"uchar": ("b-w", "srgb"), "ushort": ("grey16", "rgb16"), "float": ("b-w", "scrgb")}
 
 
@@ -24,6 +26,14 @@ def check_pages(pages: int, format_name: str) -> None:
     """Raise UserError where an image has several pages and the format one."""
     if pages > 1 and format_name != "tiff":
         raise UserError(f"{pages} pages, which {format_name} has not; accepted: tiff (by the suffix, or --format)")
+
+
+def check_sides(width: int, height: int, format_name: str) -> None:
+    """Raise UserError where an image has more pixels a side than a file of the format."""
+    most = MOST_PIXELS.get(format_name)
+    if most is not None and max(width, height) > most:
+        accepted = f"at most {most} pixels a side in {format_name}, or png or tiff (by the suffix, or --format)"
+        raise UserError(f"{width} x {height} pixels; accepted: {accepted}")
 
 
 def plan_encoding(

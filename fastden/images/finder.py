@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,13 +32,29 @@ def find_images(
     Args:
         folder: to look into.
         recursive: and into the folders in it.
-        unreadable: a list that gets the error of each folder below that cannot be read; None raises the first.
+        unreadable: a list that gets the error of each folder below that cannot be read, and of each image file that
+            cannot be looked at; None raises the first.
         left_out: a list that gets the files that are images of a kind that is not read here, by their names.
     """
     files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
     if left_out is not None:
-        left_out += sorted(path for path in files if is_left_out(path) and path.is_file())
-    return sorted(path for path in files if has_image_name(path) and path.is_file())
+        left_out += sorted(path for path in files if is_left_out(path) and is_regular(path, unreadable))
+    return sorted(path for path in files if has_image_name(path) and is_regular(path, unreadable))
+
+
+def is_regular(path: Path, unreadable: list[OSError] | None) -> bool:
+    """Whether ``path`` leads to a regular file; the error of one that cannot be looked at goes into ``unreadable``.
+
+    A refused permission and a failing disk or network are such errors; None raises them.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a link may lead nowhere
+            if unreadable is None:
+                raise
+            unreadable.append(error)
+        return False
 
 
 def is_left_out(path: str | Path) -> bool:

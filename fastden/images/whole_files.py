@@ -24,7 +24,10 @@ def reason(error: OSError) -> str:
 
 
 def check_target(path: str | Path, overwrite: bool) -> None:
-    """Raise UserError where ``path`` cannot be written: it exists (and ``overwrite`` is off) or its folder does not."""
+    """Raise UserError where ``path`` cannot be written.
+
+    It exists (and ``overwrite`` is off), or its folder does not, or no file can be made in that folder.
+    """
     target = Path(os.path.realpath(path))
     try:
         if target.exists():
@@ -36,6 +39,8 @@ def check_target(path: str | Path, overwrite: bool) -> None:
             raise UserError(f"{path}: is a link that leads to itself")
         elif not target.parent.is_dir():
             raise UserError(f"{path}: the folder {target.parent} does not exist; accepted: a folder that exists")
+        if not os.access(target.parent, os.W_OK | os.X_OK):  # an existing file is replaced by a new one
+            raise UserError(f"{path}: cannot be written: files cannot be made in the folder {target.parent}")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 

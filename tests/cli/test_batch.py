@@ -39,6 +39,21 @@ def test_resume(photos: Path, tmp_path: Path, model: str) -> None:
     assert [record["status"] for record in records].count("done") == 3
 
 
+def test_a_pattern_that_names_the_output_folder_too(photos: Path, tmp_path: Path, model: str) -> None:
+    """The shell's ``photos/*`` has the output folder in it from the second run on."""
+    inputs, output = [photos / "a.png", photos / "b.jpg"], photos / "clean"
+    rest = ["-o", output, "--model", model, "--sigma", 9, "--resume"]
+    works("denoise", *inputs, *rest)
+    (output / "a.png").unlink()
+    text = works("denoise", *inputs, output, *rest)
+    assert text.count(" -> ") == 1
+    assert re.search(r"done before.*\n.*\n. *1 *. *1 *. *0 *. *0 ", text), text
+    (output / "a.png").unlink()
+    (output / "b.jpg").unlink()
+    assert works("denoise", *inputs, output, *rest).count(" -> ") == 2
+    fails("denoise", output, *rest, saying="all images in .*clean are results of earlier runs")
+
+
 def test_manifest_options(photos: Path, tmp_path: Path, model: str) -> None:
     works("denoise", photos, "-o", tmp_path / "a", "--model", model, "--manifest", "none")
     assert sorted(os.listdir(tmp_path / "a")) == ["a.png", "b.jpg"]
@@ -82,6 +97,8 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> Non
     [
         (["a.png", "-o", "missing/out.png"], r"missing.out.png: the folder \S+missing does not exist; accepted"),
         (["a.png", "-o", "b.jpg"], "b.jpg: exists already; accepted"),
+        (["long.png", "-o", "out.webp"], "long.png: 16384 x 8 pixels; accepted: at most 16383 pixels a side in webp"),
+        (["long.png", "-o", "out", "--format", "webp"], "long.png: 16384 x 8 pixels; accepted: at most 16383 pixels"),
         (["../photos", "-r", "-o", "a.png/out"], "output: cannot make the folder a.png.out: a.png is a file"),
         (["a.png", "-o", "out.png", "--sigma-map", "small.png"], "sigma_map: small.png is 8 x 8 pixels; accepted: 40"),
         (["a.png", "-o", "out.png", "--sigma-map", "b.jpg"], "sigma_map: b.jpg has 3 channels; accepted: 1"),
@@ -97,6 +114,7 @@ def test_a_rehearsal_refuses_what_the_run_refuses(
     """The messages are the same, and neither writes anything."""
     save_model(photos / "gray", image_channels=1)
     write_image(photos / "small.png", ImageFile(np.full((8, 8, 1), 30, np.uint8)))
+    write_image(photos / "long.png", ImageFile(np.zeros((8, 16_384, 3), np.uint8)))
     write_image(photos / "wide.tif", ImageFile(np.zeros((20, 400_000, 3), np.uint8)))
     monkeypatch.chdir(photos)
     before = sorted(photos.rglob("*"))
@@ -136,6 +154,26 @@ def test_an_unreadable_folder_is_reported_and_skipped(
     error = fails("denoise", *what, *rest, saying=f"^error: {photos / 'inner'}: {os.strerror(errno.EACCES)}")
     assert "error: 1 of 3 files failed" in error
     assert outputs(tmp_path / "out") == ["a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize("pattern", [None, "[abc].*"])
+def test_a_file_that_cannot_be_looked_at_is_reported_and_skipped(
+    photos: Path, tmp_path: Path, model: str, pattern: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "c.png").write_bytes(encoded(pixels(seed=3), "PNG"))
+    system = os.stat
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path) == str(photos / "b.jpg"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return system(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    what = photos if pattern is None else f"{photos}/{pattern}"
+    rest = ["-o", tmp_path / "out", "--model", model]
+    error = fails("denoise", what, *rest, saying=f"^error: {photos / 'b.jpg'}: {os.strerror(errno.EACCES)}")
+    assert "error: 1 of 3 files failed" in error
+    assert outputs(tmp_path / "out") == ["a.png", "c.png"]
 
 
 @pytest.mark.usefixtures("unreadable_inner")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fastden.cli.console import clean_termination
 from fastden.cli.main import app
 from fastden.images.codec import read_image
 from tests.cli.run import fails, outputs, works
@@ -304,10 +305,12 @@ def test_devices_are_not_replaced(photos: Path, tmp_path: Path, model: str) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to handle")
-def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, model: str, name: str) -> None:
     """The process is ended while it writes (a stand-in for fsync waits), and removes what it has begun."""
     code = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # where these tests run under nohup, too
         "from fastden.cli import main as cli\n"
         "def wait(number):\n"
         "    print('writing', flush=True)\n"
@@ -326,13 +329,27 @@ def test_termination_leaves_no_half_written_file(photos: Path, tmp_path: Path, m
         assert running.stdout is not None
         assert running.stdout.readline() == "writing\n"
         assert len(list(output.iterdir())) == 1
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(timeout=120) == 128 + signal.SIGTERM
+        running.send_signal(getattr(signal, name))
+        assert running.wait(timeout=120) == 128 + getattr(signal, name)
     finally:
         running.kill()
         running.wait()
         running.stdout.close()
     assert not output.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with clean_termination():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with clean_termination():
+            assert callable(signal.getsignal(signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_out_of_memory_says_what_to_do(

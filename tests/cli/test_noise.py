@@ -131,3 +131,12 @@ def test_a_map_as_tiff(picture: Path, tmp_path: Path) -> None:
     works("noise", picture, "--map", tmp_path / "a.png")
     works("noise", picture, "--map", tmp_path / "a.TIF")
     assert np.array_equal(read_image(tmp_path / "a.png").pixels, read_image(tmp_path / "a.TIF").pixels)
+
+
+def test_large_pictures_are_refused_and_admitted(picture: Path, tmp_path: Path) -> None:
+    rest = ["--map", tmp_path / "map.png", "--max-megapixels"]
+    fails("noise", picture, *rest, 0.004, saying="64 x 64 pixels; accepted: at most 0.004 megapixels")
+    fails("noise", picture, *rest, "inf", saying="max_megapixels: inf; accepted")
+    text = works("noise", picture, *rest, 0.0041)
+    assert text.endswith("-clean.png' --max-megapixels 0.0041\n")
+    assert (tmp_path / "map.png").exists()

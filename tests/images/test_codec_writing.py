@@ -18,7 +18,7 @@ from PIL import Image
 from fastden.errors import UserError
 from fastden.images import attachments, tiff_tags
 from fastden.images.codec import ImageFile, encode_image, format_for, read_image, write_image
-from fastden.images.whole_files import drop_unfinished, remove_leftovers, whole_file
+from fastden.images.whole_files import check_target, drop_unfinished, remove_leftovers, whole_file
 from tests.image_files import encoded, pixels
 
 
@@ -101,6 +101,19 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
 def test_a_place_that_takes_no_files() -> None:
     with pytest.raises(UserError, match=r"^/proc/a\.png: cannot be written: "):
         write_image("/proc/a.png", ImageFile(pixels()))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_without_permission_is_found_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    path = tmp_path / "a.png"
+    if exists:
+        path.write_bytes(b"the old file")
+    # A folder without permissions would not do: root writes into it.
+    monkeypatch.setattr(os, "access", lambda folder, mode: not (Path(folder) == tmp_path and mode & os.W_OK))
+    with pytest.raises(UserError, match=r"a\.png: cannot be written: files cannot be made in the folder "):
+        check_target(path, overwrite=True)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
