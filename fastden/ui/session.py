@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -12,13 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 from zipfile import ZIP_STORED, ZipFile
 
+import numpy as np
+
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Record
 from fastden.batch.plan import Job
 from fastden.batch.report import Listener
 from fastden.errors import FAILURES, UserError, in_one_line
-from fastden.images.codec import SUFFIXES
-from fastden.images.libvips import load_vips, vips_errors
+from fastden.images.codec import SUFFIXES, read_image
+from fastden.images.encoding import described
+from fastden.images.formats import open_file, read_suffixes, result_suffix
+from fastden.images.libvips import VIPS_FORMATS, load_vips, vips_errors
 from fastden.images.strips import read_samples
 from fastden.images.whole_files import reason
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
@@ -80,8 +85,7 @@ class Picture:
     @property
     def result_name(self) -> str:
         """The result's file name for the visitor."""
-        path = Path(self.name)
-        return f"{path.stem}-clean{path.suffix}"
+        return f"{Path(self.name).stem}-clean{self.target.suffix}"
 
     def told(self, text: str) -> str:
         """A message without the paths of this machine."""
@@ -131,12 +135,12 @@ class Session:
                 raise UserError(f"{len(uploads)} pictures at a time; accepted: at most {self.limits.files}")
             for index, upload in enumerate(uploads):
                 path = Path(upload)
-                suffix = path.suffix if path.suffix.lower() in SUFFIXES else ""
+                suffix = path.suffix if path.suffix.lower() in (*SUFFIXES, *read_suffixes()) else ""
                 directory = self.folder / f"{self._round}-{index}"
                 directory.mkdir()
                 # Uploads of the same bytes share a path: a visitor's own copy outlives the other's.
                 source = directory / f"in{suffix}"
-                picture = Picture(path.name, source, directory / f"out{suffix}")
+                picture = Picture(path.name, source, directory / f"out{result_suffix(suffix)}")
                 self.pictures.append(picture)
                 try:
                     shutil.copyfile(path, source) if not _linked(path, source) else None
@@ -154,8 +158,8 @@ class Session:
     def _look(self, picture: Picture) -> None:
         """Estimate the noise of a picture, or find its error."""
         if not picture.source.suffix:
-            accepted = ", ".join(sorted({name.upper() for name in SUFFIXES.values()}))
-            picture.error = f"{picture.name}: not a kind of picture that is read here; accepted: {accepted}"
+            kinds = [*sorted({name.upper() for name in SUFFIXES.values()}), *dict.fromkeys(read_suffixes().values())]
+            picture.error = f"{picture.name}: not a kind of picture that is read here; accepted: {', '.join(kinds)}"
             return
         try:
             crops, values = read_samples(picture.source, max_pixels=self.limits.pixels, several=True)
@@ -278,10 +282,24 @@ def _unique(names: list[str]) -> list[str]:
     return result
 
 
+def _upright(path: Path) -> Any:
+    """A pyvips image of a file, turned upright."""
+    vips, data = load_vips(), path.read_bytes()
+    if open_file(io.BytesIO(data)) is None:
+        return vips.Image.new_from_buffer(data, "").autorot()
+    # Of these files libvips reads nothing, or a small picture that a camera has put in.
+    image = read_image(path).upright()
+    planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
+    height, width, bands = planes.shape
+    kind = VIPS_FORMATS[planes.dtype]
+    picture = vips.Image.new_from_memory(np.ascontiguousarray(planes).data, width, height, bands, kind)
+    return described(picture, image.metadata, strip_metadata=True)
+
+
 def _write_preview(path: Path, target: Path) -> None:
     vips = load_vips()
     with vips_errors():
-        image: Any = vips.Image.new_from_buffer(path.read_bytes(), "").autorot()
+        image = _upright(path)
         if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
             try:
                 image = image.icc_transform("srgb", intent="relative")

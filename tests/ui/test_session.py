@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -14,9 +15,11 @@ from PIL import Image, ImageCms
 
 from fastden.errors import UserError
 from fastden.inference.estimate import UNDECIDED, NoiseEstimate
+from fastden.training.data import load_rgb
 from fastden.ui.session import Cancelled, Choice, Limits, Session, in_words
 from tests.cli.run import works
 from tests.image_files import encoded, exif, pixels, png_claiming
+from tests.images.test_formats import dng, heic, jxl
 
 
 @pytest.fixture
@@ -111,6 +114,37 @@ def test_a_preview_of_a_gray_file_with_a_profile_of_colours(session: Session, tm
     session.take(upload(tmp_path / "root", a_jpg=file.getvalue()))
     session.run(Choice(sigma=10.0))
     assert all(path.exists() for path in session.previews(session.pictures[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "result"),
+    [
+        ("a_heic", lambda: heic(pixels(64, 80)), "a-clean.heic"),
+        ("a_jxl", lambda: jxl(pixels(64, 80, channels=4)), "a-clean.png"),
+        ("a_DNG", lambda: dng(64, 80), "a-clean.tif"),
+        ("a_jpg", lambda: heic(pixels(64, 80)), "a-clean.jpg"),  # as telephones name them
+    ],
+)
+def test_pictures_of_the_extra_formats(
+    session: Session, tmp_path: Path, name: str, make: Callable[[], bytes], result: str
+) -> None:
+    data = make()
+    session.take(upload(tmp_path / "root", **{name: data}))
+    (picture,) = session.pictures
+    assert picture.error is None
+    session.run(Choice(sigma=10.0))
+    assert picture.error is None
+    path = session.download()
+    assert path is not None
+    assert path.name == result
+    source = tmp_path / name.replace("_", ".")
+    source.write_bytes(data)
+    works("denoise", source, "-o", tmp_path / result, "--sigma", 10)
+    assert path.read_bytes() == (tmp_path / result).read_bytes()
+    for preview, shown in zip(session.previews(picture), (source, tmp_path / result), strict=True):
+        image = Image.open(preview).convert("RGB")
+        assert image.size == (80, 64)
+        assert np.abs(np.asarray(image).astype(int) - load_rgb(shown)).max() <= 1
 
 
 def test_the_same_upload_twice(session: Session, tmp_path: Path) -> None:
