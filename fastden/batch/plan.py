@@ -121,7 +121,12 @@ def _sources(
         path = Path(name)
         if path.is_dir():
             others: list[Path] = []
-            images_here = find_images(path, recursive, unreadable, others)
+            refused: list[OSError] = []
+            images_here = find_images(path, recursive, None if unreadable is None else refused, others)
+            if refused and not images_here:
+                raise refused[0]
+            if unreadable is not None:
+                unreadable += refused
             others = [other for other in others if not _written_before(other, path, output)]
             if left_out is not None:
                 left_out += others

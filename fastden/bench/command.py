@@ -66,6 +66,12 @@ Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images in a c
 Rounds = Annotated[int | None, typer.Option("--rounds", min=1, help="In each, every contender has its turn.")]
 
 
+def _changing() -> dict[str, str]:
+    """The variables of :data:`CHANGING` that are set, of a file its name; a file of tiles counts once it exists."""
+    given = {name: Path(os.environ[name]) for name in CHANGING if os.environ.get(name)}
+    return {name: value.name for name, value in given.items() if name != "FASTDEN_TUNED" or value.exists()}
+
+
 @dataclass
 class _Run:
     """A benchmark from its options to its exit code."""
@@ -125,8 +131,7 @@ class _Run:
             "command": f"fastden bench {self.command}",
             "name": self.command,
             "machine": machine.describe(self.settings.device),
-            # A file's name alone: the folder is the machine's.
-            "environment": {name: Path(os.environ[name]).name for name in CHANGING if os.environ.get(name)},
+            "environment": _changing(),
             "settings": {
                 "model": self.model_name,
                 "size": list(self.size),

@@ -50,7 +50,9 @@ def is_regular(path: Path, unreadable: list[OSError] | None) -> bool:
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a link may lead nowhere
+        # A link may lead nowhere. On Windows a drive may not be ready, a name be none, or a link lead to itself.
+        nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
+        if not nowhere and getattr(error, "winerror", None) not in (21, 123, 1921):
             if unreadable is None:
                 raise
             unreadable.append(error)

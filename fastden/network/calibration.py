@@ -16,6 +16,7 @@ from fastden.network.inputs import check_input
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
 from fastden.network.weight_rounding import second_order_rounding
+from fastden.ops.modes import without_autocast
 
 #: Noise levels on the 0-255 scale. The pictures get them in turn.
 SIGMAS = (5.0, 15.0, 25.0, 50.0, 75.0)
@@ -49,7 +50,8 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
         images: clean pictures (N, C, H, W), floating, in [0, 1]; 30 varied pictures of 256 pixels a side are enough.
             Each picture gets noise of level 5, 15, 25, 50 or 75 (0-255 scale) with a fixed seed. White noise and noise
             that 2x2 pixels share take turns. For a model of photographs, one with an estimator of its own, the levels
-            are 2, 5, 15, 40 and 75, and noisy pictures are clipped and rounded to 8 bits, as files hold them.
+            are 2, 5, 15, 40 and 75, and noisy pictures are clipped and rounded to 8 bits, as files hold them. All are
+            held in memory, 40 bytes a pixel, and each runs some twenty times.
 
     Raises:
         TypeError: an image is not a floating tensor.
@@ -58,6 +60,12 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("calibrate: this PyTorch has no oneDNN; accepted: one that has it, as those for x86-64 do")
+    with without_autocast(torch.device("cpu")):
+        model.int8_ranges = _found(model, images), int8.fingerprint(model)
+
+
+def _found(model: Denoiser, images: Iterable[Tensor]) -> int8.Ranges:
+    """What :func:`calibrate` finds for a model."""
     fused = FusedDenoiser(model)
     weights = {name: buffer.detach().float().cpu() for name, buffer in fused.named_buffers()}
     folded = onednn.FoldedWeights.of(weights)
@@ -70,7 +78,7 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
     if folded.finite() and not int8.why_not():
         ranges["share"] = torch.tensor([_best_share(folded, ranges, examples)], **int8.FLOAT)
         ranges |= second_order_rounding(int8.Int8Network(folded, ranges), [example.x for example in examples])
-    model.int8_ranges = ranges, int8.fingerprint(model)
+    return ranges
 
 
 def _best_share(weights: onednn.FoldedWeights, ranges: int8.Ranges, examples: list[_Example]) -> float:

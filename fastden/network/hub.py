@@ -170,7 +170,8 @@ class PretrainedMixin:
         """Upload to the Hugging Face Hub; arguments go to ``huggingface_hub.PyTorchModelHubMixin.push_to_hub``."""
         from fastden.network.own_estimator import ESTIMATOR_FILE
 
-        if self.estimator is None:  # that of another model, which was there before
+        some = kwargs.get("allow_patterns") or kwargs.get("ignore_patterns")
+        if self.estimator is None and not some:  # that of another model, which was there before
             others = kwargs.get("delete_patterns") or []
             kwargs["delete_patterns"] = [*([others] if isinstance(others, str) else others), ESTIMATOR_FILE]
         return self._on_hub().push_to_hub(repo_id, **kwargs)

@@ -174,6 +174,10 @@ def test_a_file_that_cannot_be_looked_at_is_reported_and_skipped(
     error = fails("denoise", what, *rest, saying=f"^error: {photos / 'b.jpg'}: {os.strerror(errno.EACCES)}")
     assert "error: 1 of 3 files failed" in error
     assert outputs(tmp_path / "out") == ["a.png", "c.png"]
+    # Where none can be looked at, the reason is told, and not that there are no images.
+    (photos / "a.png").unlink()
+    (photos / "c.png").unlink()
+    fails("denoise", what, *rest, saying=f"^error: {photos / 'b.jpg'}: {os.strerror(errno.EACCES)}")
 
 
 @pytest.mark.usefixtures("unreadable_inner")

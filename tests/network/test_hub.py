@@ -237,6 +237,8 @@ def test_uploads_what_it_would_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert uploaded["files"] == {"config.json", "model.safetensors", "README.md"}
     # An estimator of another model, which was there before, would judge for this one.
     assert uploaded["delete_patterns"] == ["noise.safetensors"]
+    random_network().push_to_hub("me/mine", allow_patterns="README.md")  # a new card: the weights there keep theirs
+    assert uploaded["delete_patterns"] is None
 
 
 def test_an_upload_that_fails_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
