@@ -4,9 +4,8 @@ To the nearest code, each weight is rounded as if no other were. But the inputs 
 so that errors of neighbouring weights may be made to cancel. Weights are rounded one after the other, and those that
 are still to come take up the error (Frantar et al., "GPTQ: Accurate post-training quantization for generative
 pre-trained transformers", ICLR 2023). Each weight gets one of the two codes next to it. So a bit a weight is kept, with
-which the codes are made again from the weights. Codes further away gained nothing more.
-
-A convolution's sum errs by a third to a half of what it errs with the nearest codes, and its mean does not err.
+which the codes are made again from the weights; in a trial, codes further away gained nothing more. The mean of a
+convolution's sum does not err. What the rounding is worth is in ``benchmarks/results/int8-parts.json``.
 """
 
 from __future__ import annotations
