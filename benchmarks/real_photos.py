@@ -162,7 +162,9 @@ def _middle(image: Any, side: int) -> Any:
 def _nlm(image: Any, strength: float) -> Any:
     import cv2
 
-    return cv2.fastNlMeansDenoisingColored(image, None, strength, strength, 7, 21)
+    # OpenCV's pictures are BGR; it denoises lightness and colours apart.
+    bgr = cv2.fastNlMeansDenoisingColored(np.ascontiguousarray(image[..., ::-1]), None, strength, strength, 7, 21)
+    return np.ascontiguousarray(bgr[..., ::-1])
 
 
 def _bm3d(image: Any, sigma: float) -> Any:
