@@ -26,6 +26,7 @@ from fastden.bench.machine import describe
 from fastden.bench.tables import write
 from fastden.evaluation import dists, psnr, ssim
 from fastden.images.codec import read_image
+from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import load_network
 
 #: Every n-th picture of a set, and the crop (rows, columns) that is compared: whole camera pictures take long.
@@ -91,7 +92,9 @@ def main() -> None:
     }
     document |= {"dtype": arguments.dtype, "crop": arguments.crop, "machine": describe(torch.device("cpu"))}
     for name in names:
-        result = _run_set(arguments.data / name, methods, measures, arguments.every, arguments.crop)
+        result = _run_set(
+            arguments.data / name, methods, measures, arguments.every, arguments.crop, options.get("model")
+        )
         document["sets"][name] = result
         print(_line(name, result), flush=True)
         if arguments.json:
@@ -104,6 +107,7 @@ def _run_set(
     measures: dict[str, Callable[[Any, Any], float]],
     every: int,
     crop: int | None,
+    model: FusedDenoiser | None,
 ) -> dict[str, Any]:
     noisy_files = sorted(folder.glob("*_real.*"))[:: EVERY.get(folder.name, 1)][::every]
     rows, columns = CROPS.get(folder.name, (slice(None), slice(None)))
@@ -114,8 +118,8 @@ def _run_set(
         noisy = whole[rows, columns]
         if crop:
             noisy, clean = _middle(noisy, crop), _middle(clean, crop)
-        # The noise is judged on the whole picture, as the command does.
-        estimate = fastden.estimate_noise(whole)
+        # The noise is judged on the whole picture, by the model's own estimator if it has one, as the command does.
+        estimate = fastden.estimate_noise(whole, model)
         row: dict[str, Any] = {
             "noisy": _scores(measures, clean, noisy),
             "level": {

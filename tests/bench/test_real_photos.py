@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import fastden
+from fastden.network.level import NoiseEstimator
+from fastden.network.own_estimator import OwnEstimator
+from tests.helpers import random_network
 from tests.scripts import load
 
 RANDOM = np.random.default_rng(0)
@@ -26,3 +33,22 @@ def test_non_local_means_takes_rgb(script: Any) -> None:
     colours = cv2.fastNlMeansDenoising(lab[..., 1:].copy(), None, 10, 7, 21)
     expected = cv2.cvtColor(np.dstack([lightness, colours]), cv2.COLOR_Lab2LRGB)
     np.testing.assert_array_equal(script._nlm(picture, 10), expected)
+
+
+def test_the_noise_is_judged_by_the_models_own_estimator(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pictures = tmp_path / "model", tmp_path / "data" / "set"
+    pictures.mkdir(parents=True)
+    random_network().save_pretrained(model)
+    torch.manual_seed(0)
+    OwnEstimator.of(NoiseEstimator()).save(model)
+    picture = RANDOM.normal(120, 10, (64, 72, 3)).round().clip(0, 255).astype(np.uint8)
+    for name in ("real", "mean"):
+        Image.fromarray(picture).save(pictures / f"a_{name}.png")
+    command = ["real_photos.py", "--data", pictures.parent, "--model", model, "--json", tmp_path / "a.json"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    script.main()
+    level = json.loads((tmp_path / "a.json").read_text())["sets"]["set"]["by_picture"]["a_real.png"]["level"]
+    own, bundled = fastden.estimate_noise(picture, model), fastden.estimate_noise(picture)
+    assert level["estimated"] == round(own.sigma, 2) != round(bundled.sigma, 2)
