@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from experiment import Denoise, Predictor, add_noise, automatic_dtype, cbm3d, load, network, none
 from rich.progress import Progress
+from torch import nn
 
 import fastden
 from fastden.bench.tables import write
@@ -115,6 +117,15 @@ def pictures_digest(images: list[tuple[Any, Any]]) -> str:
     return sha.hexdigest()[:16]
 
 
+def network_digest(network: nn.Module) -> str:
+    """A hash of the frozen network's weights: results of another network are not mixed in."""
+    sha = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
 def digest(model: str) -> str:
     """A hash of a model's weights: results of other weights are not mixed in."""
     folder = fastden.models().get(model, Path(model))
@@ -197,7 +208,7 @@ def main() -> None:
     count = len(images) if arguments.cbm3d_images is None else min(arguments.cbm3d_images, len(images))
     few = range(0, 0) if arguments.no_cbm3d else range(0, len(images), max(len(images) // count, 1))[:count]
     weights = {name: key for name, (_, key) in methods.items()}
-    document = begin(target, arguments, weights, images, len(few))
+    document = begin(target, arguments, weights, images, len(few), task.network)
     target.parent.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         if "clean" not in document:
@@ -221,7 +232,7 @@ def main() -> None:
                 write(target, document)
     write(target, document)
     text = show(document, experiment)
-    target.with_suffix(".md").write_text(text)
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -244,9 +255,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def begin(
-    target: Path, arguments: argparse.Namespace, weights: dict[str, str], images: list[tuple[Any, Any]], few: int
+    target: Path,
+    arguments: argparse.Namespace,
+    weights: dict[str, str],
+    images: list[tuple[Any, Any]],
+    few: int,
+    frozen: nn.Module,
 ) -> dict[str, Any]:
-    """The document to fill. It keeps those results of ``target`` that have the same images, dtype and weights.
+    """The document to fill. It keeps those results of ``target`` that have the same images, networks and dtype.
 
     Args:
         target: the file of an earlier run, or none.
@@ -254,11 +270,20 @@ def begin(
         weights: each method's :func:`digest`, by name.
         images: all methods get them, with their labels.
         few: how many of them CBM3D gets.
+        frozen: the network that looks at the results.
     """
-    document = json.loads(target.read_text()) if target.exists() else {}
+    document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     dtype = str(automatic_dtype(arguments.dtype)).removeprefix("torch.")
-    settings = {"images": len(images), "pictures": pictures_digest(images), "few": few, "dtype": dtype}
-    if any(document.get(name) != value for name, value in settings.items()):
+    settings = {
+        "images": len(images),
+        "pictures": pictures_digest(images),
+        "network": network_digest(frozen),
+        "few": few,
+        "dtype": dtype,
+    }
+    changed = [name for name, value in settings.items() if document.get(name) != value]
+    if document and changed:
+        print(f"{target}: other {' and '.join(changed)}; its results are dropped", file=sys.stderr)
         document = {}
     results, known = document.get("results", {}), document.get("weights", {})
     return document | {
