@@ -193,10 +193,26 @@ def test_numbers_are_ranges() -> None:
     assert (config.clean_quality, config.factor) == ((80, 80), (2, 2))
 
 
+def test_shares_are_rounded_as_people_write_them(photographs: Path, tmp_path: Path) -> None:
+    """NumPy refuses shares whose sum is off by more than 1.5e-8."""
+    third = 0.3333333
+    settings = configuration(photographs, tmp_path, kinds=(third, third, third, 0))
+    assert settings.kinds == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0), abs=1e-12)
+    data = PhotoData(settings)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["noisy"].shape == (2, 3, 32, 32)
+    # Shares that NumPy takes stay as they are, and with them the noise of earlier recipes.
+    for kinds in ((0.1, 0.2, 0.3, 0.4), (0.7, 0.1, 0.1, 0.1), (0.25, 0.25, 0.25, 0.250000005)):
+        assert configuration(photographs, tmp_path, kinds=kinds).kinds == kinds
+    with pytest.raises(ValueError, match="accepted: four shares of at least 0 that add up to 1"):
+        configuration(photographs, tmp_path, kinds=(0.333, 0.333, 0.333, 0))
+
+
 def test_every_recipe_loads() -> None:
     root = Path(__file__).parents[2]
-    recipes = [*root.glob("benchmarks/training/*.yaml"), *root.glob("fastden/weights/*/train.yaml")]
+    recipes = [*root.glob("benchmarks/*/*.yaml"), *root.glob("fastden/weights/*/train.yaml")]
     assert len(recipes) > 20
+    assert {"classify.yaml", "segment.yaml", "photo-free.yaml"} <= {recipe.name for recipe in recipes}
     for recipe in recipes:
         load_config(recipe, ["data=[x]", "output=y"])
 
