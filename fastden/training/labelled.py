@@ -22,24 +22,32 @@ def read_classes(folder: Path) -> list[tuple[Path, int]]:
     """Files and classes of ``labels.csv``, whose columns ``file`` and ``index`` (from 0) count.
 
     Raises:
-        UserError: no such folder or table, a missing column, a row without a class or with a file that is not there.
+        UserError: no such folder or table, one that cannot be read, a missing column, a row without a class or with a
+            file that is not there.
     """
     table = folder / "labels.csv"
     if not table.is_file():
         raise UserError(f"data: {table} does not exist; accepted: a folder with labels.csv (columns file and index)")
+    accepted = "accepted: comma-separated values in UTF-8, columns file and index"
     with table.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark
-        reader = csv.DictReader(file)
-        missing = {"file", "index"} - set(reader.fieldnames or [])
-        if missing:
-            raise UserError(f"data: {table} has no column {' and no column '.join(sorted(missing))}")
-        rows = []
-        for number, row in enumerate(reader, 2):
-            path = folder / str(row["file"])
-            if not str(row["index"]).isdecimal():
-                raise UserError(f"data: {table}, line {number}: index {row['index']!r}; accepted: a number from 0 on")
-            if not path.is_file():
-                raise UserError(f"data: {table}, line {number}: {path} does not exist")
-            rows.append((path, int(row["index"])))
+        reader = csv.DictReader(file, strict=True)  # else an open quote would swallow the lines behind it
+        try:
+            columns, table_rows = reader.fieldnames or [], list(reader)
+        except UnicodeDecodeError as error:
+            raise UserError(f"data: {table} is no text in UTF-8; {accepted}") from error
+        except csv.Error as error:  # in the row behind the last one that is whole: a quote may be open from there on
+            raise UserError(f"data: {table}, line {reader.line_num + 1}: {error}; {accepted}") from error
+    missing = {"file", "index"} - set(columns)
+    if missing:
+        raise UserError(f"data: {table} has no column {' and no column '.join(sorted(missing))}")
+    rows = []
+    for number, row in enumerate(table_rows, 2):
+        path = folder / str(row["file"])
+        if not str(row["index"]).isdecimal():
+            raise UserError(f"data: {table}, line {number}: index {row['index']!r}; accepted: a number from 0 on")
+        if not path.is_file():
+            raise UserError(f"data: {table}, line {number}: {path} does not exist")
+        rows.append((path, int(row["index"])))
     if not rows:
         raise UserError(f"data: {table} has no rows")
     return rows

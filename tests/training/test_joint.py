@@ -334,6 +334,21 @@ class TestLabels:
         with pytest.raises(UserError, match=message):
             read_classes(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("text", "encoding", "message"),
+        [
+            ("file,index\nMäuse.png,1\n", "cp1252", r"is no text in UTF-8; accepted: comma-separated values in UTF-8"),
+            ("file,index\na.png,1\n", "utf-16", r"is no text in UTF-8; accepted: .*columns file and index"),
+            ('file,index\n"a.png,1\na.png,1\n', "utf-8", r", line 2: unexpected end of data; accepted: comma-"),
+            ('file,index\n"' + "a.png,1\n" * 20000, "utf-8", r", line 2: field larger than .*; accepted: comma-"),
+        ],
+    )
+    def test_a_table_that_cannot_be_read(self, tmp_path: Path, text: str, encoding: str, message: str) -> None:
+        (tmp_path / "a.png").touch()
+        (tmp_path / "labels.csv").write_text(text, encoding=encoding)
+        with pytest.raises(UserError, match=rf"data: .*labels\.csv ?{message}"):
+            read_classes(tmp_path)
+
     def test_masks_in_folders(self, tmp_path: Path) -> None:
         """A picture's label has its path; without one its name, if only one picture has it."""
         for name in (
