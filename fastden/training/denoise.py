@@ -117,6 +117,8 @@ class DenoiserData(pl.LightningDataModule):
         kept = len(first) - config.validation
         self.validation_images = [image for _, image in first[kept:]]
         self.train_images = [image for path, image in first[:kept] if path not in held] + others
+        if not self.train_images:  # links to those held out
+            raise UserError(f"validation: {config.validation} leaves no other photograph to train on; accepted: fewer")
         if small:
             tell(f"data: {len(small)} left out, smaller than {size}: {names_of(small)}")
 

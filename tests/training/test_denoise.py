@@ -468,6 +468,13 @@ class TestData:
         (batch,) = data.val_dataloader()
         assert batch[0].shape == (1, 3, 36, 36)
 
+    def test_links_to_what_is_held_out(self, tmp_path: Path) -> None:
+        Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+        (tmp_path / "b.png").symlink_to("a.png")
+        data = denoise.DenoiserData(configuration(data=[tmp_path], validation=1, crop=16))
+        with pytest.raises(UserError, match=r"validation: 1 leaves no other photograph to train on; accepted: fewer"):
+            data.setup("fit")
+
     def test_more_validation_than_photographs(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"validation: 6; accepted: up to the 5 photographs in"):
             run(tmp_path, validation=6)
