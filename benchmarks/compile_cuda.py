@@ -114,7 +114,7 @@ def compile_one(
         instructions, wanted = matrix_instructions(listing), HOPPER[0].get(source.stem)
     else:
         subprocess.run([*nvcc, "-ptx", "-o", f"{target}.ptx", str(source)], capture_output=True, check=True)
-        text = Path(f"{target}.ptx").read_text()
+        text = Path(f"{target}.ptx").read_text(encoding="utf-8")
         best = next((name for name in PTX if name in text), None)
         instructions, wanted = dict.fromkeys(resources(done.stderr), best), PTX[0]
     found = resources(done.stderr)

@@ -84,7 +84,7 @@ def kept(file: Path, operators: list[str], dtypes: list[str]) -> list[dict[str, 
     """
     if not file.exists():
         return []
-    document = json.loads(file.read_text())
+    document = json.loads(file.read_text(encoding="utf-8"))
     if document["triton"] != triton.__version__:
         if set(CALLS) <= set(operators) and set(DTYPES) <= set(dtypes):
             return []

@@ -498,9 +498,9 @@ def evaluate(expressions: dict[str, str], source: Path, flags: list[str]) -> dic
     lines += ["}", "}"]
     with tempfile.TemporaryDirectory() as folder:
         file, target = Path(folder) / "counts.cpp", Path(folder) / "counts.s"
-        file.write_text("\n".join(lines))
+        file.write_text("\n".join(lines), encoding="utf-8")
         subprocess.run(["g++", "-S", "-w", *flags, f"-I{source.parent}", str(file), "-o", str(target)], check=True)
-        text = target.read_text()
+        text = target.read_text(encoding="utf-8")
     found = {}
     for name in expressions:
         value = re.search(rf"^count_{name}:\s*\.(long\s+(-?\d+)|zero)", text, re.MULTILINE)
@@ -511,7 +511,9 @@ def evaluate(expressions: dict[str, str], source: Path, flags: list[str]) -> dic
 
 def conv3_bytes(source: Path) -> str:
     """C++ expression for what a block of conv3 reads of level 2 for a tile: existing channels, half of the weights."""
-    text = "".join(path.read_text() for path in (source, source.with_name("concat_hopper.cuh")) if path.exists())
+    text = "".join(
+        path.read_text(encoding="utf-8") for path in (source, source.with_name("concat_hopper.cuh")) if path.exists()
+    )
     # Earlier versions read weights of 64 channels for the second source's 32 channels. The other channels of its pixels
     # are zeros, and are not read.
     halves = 5 if "weight_b" in text else 6
@@ -599,7 +601,7 @@ def main() -> int:
     if arguments.json:
         document: dict[str, Any] = {"command": "python benchmarks/kernel_counts.py", "counts": {}}
         if arguments.json.exists():
-            document = json.loads(arguments.json.read_text())
+            document = json.loads(arguments.json.read_text(encoding="utf-8"))
         earlier = document["counts"].get(arguments.note, {})
         rows = [one for one in earlier.get("kernels", []) if one["backend"] not in arguments.backends] + rows
         version = triton.__version__

@@ -100,7 +100,7 @@ def _cpu() -> dict[str, Any]:
     name, flags = platform.processor() or platform.machine(), set[str]()
     path = Path("/proc/cpuinfo")
     if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 name = value.strip()

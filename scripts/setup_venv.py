@@ -61,9 +61,10 @@ def main() -> None:
         print(f"keeping the PyTorch in {borrowed}")
         # A path file rather than --system-site-packages, which would not reach an active virtual environment.
         site = next((folder / "lib").glob("python*/site-packages"))
-        (site / "borrowed_torch.pth").write_text(f"{borrowed}\n")
+        # The system's encoding, as Python before 3.13 reads these files.
+        (site / "borrowed_torch.pth").write_text(f"{borrowed}\n", encoding="locale")
     version = subprocess.run([python, "-c", VERSION_QUERY], check=True, capture_output=True, text=True).stdout.strip()
-    (folder / "constraints.txt").write_text(f"torch=={version}\n")
+    (folder / "constraints.txt").write_text(f"torch=={version}\n", encoding="utf-8")
     print(f"torch {version}")
 
 

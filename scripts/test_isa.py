@@ -67,7 +67,7 @@ def run(isa: str, tests: list[str]) -> dict[str, int]:
 
 def write(path: Path, counts: dict[str, dict[str, int]]) -> None:
     """Add the counts to a results file, under this processor and PyTorch."""
-    entries: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     processor = str(describe(torch.device("cpu")).get("cpu"))
     entry = {"date": date.today().isoformat(), **counts}
     entries.setdefault(processor, {}).setdefault(f"torch {torch.__version__}", {}).update(entry)

@@ -44,9 +44,10 @@ try:
 except SystemExit as error:
     code = error.code
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-status = open("/proc/self/status").read()
+status = open("/proc/self/status", encoding="utf-8").read()
 high = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), peak)
-json.dump({"code": code, "seconds": time.perf_counter() - start, "peak": 1024 * high}, open(sys.argv[1], "w"))
+with open(sys.argv[1], "w", encoding="utf-8") as report:
+    json.dump({"code": code, "seconds": time.perf_counter() - start, "peak": 1024 * high}, report)
 """
 
 
@@ -105,10 +106,10 @@ def main() -> None:
         command += ["--manifest", str(folder / "manifest.jsonl")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", CHILD, str(report), *command], env=environment, check=True)
-        outcome = json.loads(report.read_text())
+        outcome = json.loads(report.read_text(encoding="utf-8"))
         if outcome["code"]:
             raise SystemExit(f"fastden denoise ended with code {outcome['code']}")
-        record = json.loads((folder / "manifest.jsonl").read_text().splitlines()[-1])
+        record = json.loads((folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         memory = parse_memory(arguments.max_memory)
         assert memory is not None
         figures = {

@@ -100,7 +100,7 @@ def report(entry: dict[str, Any], file: Path | None, name: str | None = None) ->
     print(json.dumps({key: value for key, value in entry.items() if key != "machine"}, indent=1))
     if file is None:
         return
-    entries: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    entries: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     processor = str(entry["machine"].get("cpu"))
     if name is None:
         entries[processor] = entry

@@ -128,7 +128,7 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
     try:
         # Memory that the allocator kept would serve the call without showing.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except (AttributeError, OSError, TypeError):  # not glibc, or no such file
         return None
     resident = status_mib("VmRSS")
@@ -141,5 +141,5 @@ def status_mib(key: str) -> float | None:
     """A line of Linux's status of this process: VmRSS, its resident memory, or VmHWM, the most so far."""
     # getrusage starts at the peak of the parent process.
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -266,12 +266,12 @@ def free_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/
     """Free bytes of the machine, or of the container that this runs in; None where the system does not tell."""
     found = []
     try:
-        available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
         if available:
             found.append(1024.0 * int(available[1]))
-        limit = (group / "memory.max").read_text().strip()
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
         if limit.isdigit():
-            found.append(float(limit) - int((group / "memory.current").read_text()))
+            found.append(float(limit) - int((group / "memory.current").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         pass
     return max(0.0, min(found)) if found else None
@@ -391,7 +391,9 @@ def _build_here(request: str) -> None:
         build_directory=asked["directory"],
         with_cuda=not asked["emulated"],
     )
-    (Path(asked["directory"]) / DESCRIPTION).write_text(json.dumps(module.build_config(), indent=1) + "\n")
+    (Path(asked["directory"]) / DESCRIPTION).write_text(
+        json.dumps(module.build_config(), indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _path() -> str:

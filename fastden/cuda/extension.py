@@ -120,7 +120,7 @@ def libraries() -> Iterator[Library]:
         description = path.parent / build.DESCRIPTION
         if path.is_file() and description.is_file():
             try:
-                yield Library(path, json.loads(description.read_text()))
+                yield Library(path, json.loads(description.read_text(encoding="utf-8")))
             except (OSError, ValueError):  # a damaged description counts as none
                 continue
 

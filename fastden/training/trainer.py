@@ -317,7 +317,7 @@ def _check_settings(config: TrainConfig) -> None:
     record = config.output / "train.yaml"
     if not record.exists():
         return
-    before = yaml.safe_load(record.read_text())
+    before = yaml.safe_load(record.read_text(encoding="utf-8"))
     settings = config.model_dump(mode="json")
     # A run of an earlier version does not record settings that came later: it had what is now their default.
     before = type(config).model_construct().model_dump(mode="json") | before
@@ -355,7 +355,7 @@ def _write_settings(config: TrainConfig) -> None:
     record = config.output / "train.yaml"
     # Renamed, because other processes of the run may be reading it.
     partial = record.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     partial.replace(record)
 
 
