@@ -33,6 +33,7 @@ class Contender:
         own: whether it is fastden.
         graphs: whether its call may be captured in a CUDA graph, and its memory read from PyTorch's allocator.
         bounds: its largest errors, if not the job's.
+        counted: whether it computes in the run's dtype, in which operations, bytes and the machine's rates are counted.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contender:
     own: bool = False
     graphs: bool = True
     bounds: Mapping[str, float] | None = None
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def compare(
         row = rows[contender.name]
         if contender.name in calls:
             row |= summary(times[contender.name]) | {"raw_ms": times[contender.name]}
-            row |= _rates(job, contender.flops, row["median_ms"], limits)
+            row |= _rates(job, contender, row["median_ms"], limits)
             if sensors is not None and settings.energy_seconds > 0 and row["right"]:
                 load = sensors.under_load(calls[contender.name], row["median_ms"], settings.energy_seconds)
                 used = load["joules_a_call"]
@@ -235,17 +237,17 @@ def ready(
     return call
 
 
-def _rates(job: Job, flops: float, milliseconds: float, limits: Mapping[str, float]) -> dict[str, float]:
+def _rates(job: Job, contender: Contender, milliseconds: float, limits: Mapping[str, float]) -> dict[str, float]:
     megapixels = job.pixels / 1e6
     rates = {
         "ms_a_megapixel": milliseconds / megapixels,
         "megapixels_a_second": 1e3 * megapixels / milliseconds,
         "images_a_second": 1e3 * job.images / milliseconds,
     }
-    if flops:
-        rates |= {"flops": flops, "tflops": flops / milliseconds / 1e9}
+    if contender.counted and contender.flops:
+        rates |= {"flops": contender.flops, "tflops": contender.flops / milliseconds / 1e9}
         rates["share_of_matrix_rate"] = rates["tflops"] / limits["matrix_tflops"]
-    if job.bytes:
+    if contender.counted and job.bytes:
         rates["gigabytes_a_second"] = job.bytes / milliseconds / 1e6
         rates["share_of_copy_bandwidth"] = rates["gigabytes_a_second"] / limits["copy_gigabytes_a_second"]
     return rates

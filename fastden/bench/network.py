@@ -72,8 +72,9 @@ def inference(
         graphs = name in (*forms.PLAIN, forms.FUSED_COMPILE) and name != "max_autotune"
         composed = name in (forms.FUSED_COMPILE, forms.FAST) or name.endswith(forms.COMPOSED)
         flops = own_flops if composed else plain_flops
-        bounds_of = {"relative_l2": forms.FAST_ERROR} if name == forms.FAST else None
-        contenders.append(Contender(name, build, flops, graphs=graphs, bounds=bounds_of))
+        fast = name == forms.FAST
+        bounds_of = {"relative_l2": forms.FAST_ERROR} if fast else None
+        contenders.append(Contender(name, build, flops, graphs=graphs, bounds=bounds_of, counted=not fast))
     moved = float(VALUES.of(channels, colours) * pixels * dtype.itemsize)
     return Job("model", batch, pixels, moved, (reference,), bound), contenders
 
