@@ -9,18 +9,23 @@ from typing import Any
 
 from fastden.errors import UserError
 
-#: Colour and marker of each contender in all pictures: Okabe and Ito's, which colour-blind readers tell apart.
+#: Colour and marker of each contender in all pictures, which colour-blind readers tell apart: most are Okabe and
+#: Ito's, and the others differ from these in simulated colour blindness too.
 STYLES = {
     "fastden": ("#0072B2", "o"),
     "fastden-triton": ("#0072B2", "o"),
     "fastden-torch": ("#56B4E9", "s"),
     "fastden-cuda": ("#000000", "*"),
+    "fastden-fast": ("#882255", "p"),
     "eager": ("#999999", "v"),
     "channels_last": ("#E69F00", "^"),
     "compile": ("#009E73", "D"),
     "max_autotune": ("#D55E00", "P"),
+    "fused_compile": ("#332288", "<"),
     "openvino": ("#CC79A7", "X"),
+    "openvino_composed": ("#DDCC77", ">"),
     "onnxruntime": ("#8C6D31", "h"),
+    "onnxruntime_composed": ("#553300", "8"),
 }
 OTHER = ("#444444", "d")
 

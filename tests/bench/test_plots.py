@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageColor
 
-from fastden.bench import plots
+from fastden.bench import forms, plots
+from fastden.ops.backends import NAMES
 
 
 def row(milliseconds: float, **changes: Any) -> dict[str, Any]:
@@ -47,6 +48,15 @@ def test_pictures_show_what_is_right(tmp_path: Path, jobs: list[str]) -> None:
         shown = colours(path)
         for name, right in (("fastden-torch", True), ("eager", True), ("compile", False)):
             assert (ImageColor.getrgb(plots.STYLES[name][0]) in shown) == right, (path.name, name)
+
+
+def test_every_contender_has_a_style_of_its_own() -> None:
+    own = {"fastden", forms.FAST, *map(forms.own_name, NAMES)}
+    assert set(plots.STYLES) == {*own, *forms.PLAIN, forms.FUSED_COMPILE, *forms.RUNTIMES}
+    # The command's pictures, of batches, are not those of the kernels.
+    apart = [style for name, style in plots.STYLES.items() if name != "fastden-triton"]
+    for values in zip(*apart, plots.OTHER, strict=True):
+        assert len(set(values)) == len(values)
 
 
 def test_no_roofline_without_counted_operations(tmp_path: Path) -> None:
