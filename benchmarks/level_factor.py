@@ -20,8 +20,6 @@ import torch
 
 from fastden.bench.machine import describe
 from fastden.bench.tables import write
-from fastden.images.codec import read_image
-from fastden.images.finder import find_images
 from fastden.images.samples import MAX_SIGMA
 from fastden.inference.estimate import load_estimator
 from fastden.network.level import (
@@ -33,6 +31,7 @@ from fastden.network.level import (
     weights_of,
 )
 from fastden.network.loading import load_network
+from fastden.training.data import find_photographs, load_rgb
 from fastden.training.photo import PhotoDataset
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400, help="crops")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    images = [read_image(file).pixels for folder in arguments.data for file in find_images(folder)]
+    images = [load_rgb(file) for folder in arguments.data for file in find_photographs(folder)]
     ranges = PhotoRanges(
         white=0.15,
         camera=0.5,
@@ -68,7 +67,7 @@ def main() -> None:
         dark=0.25,
     )
     smallest = CROP / ranges.smallest
-    images = [image for image in images if image.ndim == 3 and min(image.shape[:2]) >= smallest]
+    images = [image for image in images if min(image.shape[:2]) >= smallest]
     pairs = PhotoDataset(images, PhotoNoise(ranges), arguments.count, CROP, 0.03, (0, 1))
     decibels, coarseness, uncertainty = _measure(pairs)
     rules = {}

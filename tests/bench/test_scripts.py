@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastden.bench.machine import commit
 from fastden.training.config import load_config
@@ -42,6 +45,29 @@ def test_suites_run(root: Path) -> None:
     # Eleven places of operators, forward and in training; twelve of those that run in training alone; the step before
     # the network, the network and its training; two contenders each.
     assert f"{2 * (2 * 11 + 12 + 3)} passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_level_factor_takes_every_kind_of_picture(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    script = load(root / "benchmarks" / "level_factor.py")
+    monkeypatch.setattr(script, "CROP", 12)
+    columns = np.arange(40, dtype=np.uint16)[None] * np.ones((32, 1), np.uint16)
+    Image.fromarray((6 * columns).astype(np.uint8)).save(tmp_path / "gray.png")
+    Image.fromarray(257 * 6 * columns).save(tmp_path / "deep.png")
+    Image.new("RGB", (20, 40)).save(tmp_path / "narrow.png")
+    taken: list[np.ndarray] = []
+
+    def measure(pairs: Any) -> tuple[np.ndarray, ...]:
+        taken.extend(pairs.images)
+        assert pairs[0]["noisy"].shape == (3, 12, 12)
+        return np.ones((1, len(script.MULTIPLES))), np.ones(1), np.ones(1)
+
+    monkeypatch.setattr(script, "_measure", measure)
+    monkeypatch.setattr("sys.argv", ["level_factor.py", "--data", str(tmp_path)])
+    script.main()
+    assert len(taken) == 2
+    for image in taken:
+        np.testing.assert_array_equal(image, np.repeat(6 * columns.astype(np.uint8)[..., None], 3, axis=2))
 
 
 def stand_ins(folder: Path, log: Path, failing: str = "never") -> dict[str, str]:
