@@ -31,7 +31,7 @@ from fastden.network.packed import Snapshot
 #: Height and width of the crops, and how many of them are in a call.
 CASES = ((64, 1), (64, 8), (64, 32), (128, 1), (128, 8), (256, 1))
 PEERS = ("eager", "channels_last", "compile", "openvino")
-#: Rounds for images of so many pixels and fewer; larger ones get fewer.
+#: Rounds for images of so many pixels and fewer; still larger ones get the fewest.
 ROUNDS = {1 << 14: 9, 1 << 16: 5, 1 << 18: 3}
 #: Rounds of the call of 32 x 32 pixels: the difference that is looked for is small.
 COMPARISON_ROUNDS = 60
@@ -89,7 +89,7 @@ def prepare(cases: list[tuple[int, int]], dtype: torch.dtype, peers: tuple[str, 
 def measure(jobs: Jobs, dtype: torch.dtype) -> dict[str, Any]:
     """The times of all calls, in milliseconds."""
     for pixels, rows, calls in jobs.values():
-        rounds = next(count for most, count in ROUNDS.items() if pixels <= most)
+        rounds = next((count for most, count in ROUNDS.items() if pixels <= most), min(ROUNDS.values()))
         times = interleaved(calls, Stopwatch(CPU), rounds)
         for name, values in times.items():
             rows[name] |= {key: round(value, 3) for key, value in summary(values).items()}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def test_suites_run(root: Path) -> None:
     # Eleven places of operators, forward and in training; twelve of those that run in training alone; the step before
     # the network, the network and its training; two contenders each.
     assert f"{2 * (2 * 11 + 12 + 3)} passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_small_measures_many_pixels_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load(root / "benchmarks" / "small.py")
+    monkeypatch.setattr(script, "comparison", lambda dtype: {})
+    rows: dict[str, Any] = {"fastden-torch": {"right": True}}
+    jobs = {"256 x 256, 8": (8 * 256 * 256, rows, {"fastden-torch": lambda: time.sleep(0.002)})}
+    script.measure(jobs, torch.float32)
+    assert rows["fastden-torch"]["median_ms"] >= 2
+    assert rows["fastden-torch"]["slower_by"] == 1
 
 
 def test_level_factor_takes_every_kind_of_picture(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
