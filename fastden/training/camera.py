@@ -107,7 +107,7 @@ class CameraNoise:
         linear = srgb_to_linear(inverse_tone(clean[None].clamp(0, 1), share))
         sensor = (_mix(linear, torch.linalg.inv(matrix)) / gains).clamp(min=0)
         process = _demosaicing(random, sensor.shape[2], sensor.shape[3], clean.device)
-        shot = math.exp(random.uniform(math.log(ranges.shot[0]), math.log(ranges.shot[1])))
+        shot = log_uniform(random, ranges.shot)
         slope, offset, spread = ranges.read
         read = math.exp(slope * math.log(shot) + offset + random.normal(0, spread))
         row = math.sqrt(read) * random.uniform(*ranges.row)
@@ -288,6 +288,11 @@ def shrink_bands(x: Tensor, noise: Tensor, strengths: Sequence[float]) -> Tensor
         result += detail[: len(x)] - detail[: len(x)].clamp(-threshold, threshold)
         x, noise = smooth[: len(x)], smooth[len(x) :]
     return result + x
+
+
+def log_uniform(random: np.random.Generator, bounds: tuple[float, float]) -> float:
+    """A number between the bounds whose logarithm is uniform."""
+    return math.exp(random.uniform(math.log(bounds[0]), math.log(bounds[1])))
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:

@@ -124,12 +124,31 @@ def to_gray(image: Tensor) -> Tensor:
     return (image * weights).sum(0, keepdim=True).expand(3, -1, -1).contiguous()
 
 
+class Pictures:
+    """Photographs to draw from, each with a probability proportional to the square root of its area.
+
+    Large photographs hold more texture, but not in proportion.
+
+    Args:
+        images: (H, W, 3) uint8.
+    """
+
+    def __init__(self, images: list[Image]) -> None:
+        self.images = images
+        weight = np.sqrt([float(image.shape[0] * image.shape[1]) for image in images])
+        self.cumulative = np.cumsum(weight / weight.sum())
+
+    def draw(self, random: np.random.Generator) -> Image:
+        """One of them."""
+        chosen = int(np.searchsorted(self.cumulative, random.random()))
+        return self.images[min(chosen, len(self.images) - 1)]  # a rounded sum may lie below 1
+
+
 class CropDataset(Dataset[dict[str, Tensor]]):
     """Random square crops, flipped and turned, some made gray.
 
     Item ``index`` depends on the seed, the epoch and the index alone, so a resumed run sees the crops that the
-    uninterrupted one would have seen. A photograph is drawn with a probability proportional to the square root of its
-    area: large photographs hold more texture, but not in proportion.
+    uninterrupted one would have seen. Large photographs are drawn more often, see :class:`Pictures`.
 
     Args:
         images: (H, W, 3) uint8, both sides at least ``crop``.
@@ -140,21 +159,18 @@ class CropDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, images: list[Image], length: int, crop: int, gray: float, seed: int, epoch: int) -> None:
-        self.images = images
+        self.pictures = Pictures(images)
         self.length = length
         self.crop = crop
         self.gray = gray
         self.key = (seed, epoch)
-        weight = np.sqrt([float(image.shape[0] * image.shape[1]) for image in images])
-        self.cumulative = np.cumsum(weight / weight.sum())
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         random = np.random.default_rng((*self.key, index))
-        chosen = min(int(np.searchsorted(self.cumulative, random.random())), len(self.images) - 1)
-        image = self.images[chosen]
+        image = self.pictures.draw(random)
         top = random.integers(image.shape[0] - self.crop + 1)
         left = random.integers(image.shape[1] - self.crop + 1)
         crop = image[top : top + self.crop, left : left + self.crop]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastden.training.camera import blur, linear_to_srgb, srgb_to_linear
+from fastden.training.camera import blur, linear_to_srgb, log_uniform, srgb_to_linear
 
 #: Waves of a texture as multiples of its two base waves: threads, their crossings and the first overtones.
 WAVES = ((1, 0), (0, 1), (1, 1), (1, -1), (2, 0), (0, 2), (2, 1), (1, 2))
@@ -69,11 +69,11 @@ def weave(clean: Tensor, random: np.random.Generator, ranges: FabricRanges | Non
     pattern = math.sqrt(1 - share**2) * pattern + share * rough
     # Light that grazes the folds shows the threads more or less.
     pattern = pattern * (0.4 * _field(fields[3], random)).exp()
-    contrast = _log_uniform(random, ranges.contrast) * clean.new_tensor(1 + 0.1 * random.standard_normal((3, 1, 1)))
+    contrast = log_uniform(random, ranges.contrast) * clean.new_tensor(1 + 0.1 * random.standard_normal((3, 1, 1)))
     # No number is drawn where no cloth is plain: textures of runs without this setting stay as they were.
     if ranges.plain and random.random() < ranges.plain:
         contrast = torch.zeros_like(contrast)
-    ground = blur(clean[None], _log_uniform(random, ranges.smooth))[0]
+    ground = blur(clean[None], log_uniform(random, ranges.smooth))[0]
     cloth = (ground * (contrast * pattern).exp()).clamp(0, 1)
     if random.random() < 0.5:
         return cloth
@@ -91,16 +91,16 @@ def _pattern(fields: Tensor, random: np.random.Generator, ranges: FabricRanges) 
     height, width = fields.shape[1:]
     rows = torch.arange(height, device=fields.device, dtype=fields.dtype)[:, None]
     columns = torch.arange(width, device=fields.device, dtype=fields.dtype)
-    period = _log_uniform(random, ranges.period)
+    period = log_uniform(random, ranges.period)
     angle = random.uniform(0, math.pi)
     cross = angle + math.pi / 2 + math.radians(random.uniform(-ranges.skew, ranges.skew))
     phases = []
     for field, direction, length in (
         (fields[0], angle, period),
-        (fields[1], cross, max(period * _log_uniform(random, ranges.stretch), ranges.period[0])),
+        (fields[1], cross, max(period * log_uniform(random, ranges.stretch), ranges.period[0])),
     ):
         place = (math.cos(direction) * columns + math.sin(direction) * rows) / length
-        phases.append(2 * math.pi * (place + _log_uniform(random, ranges.folds) * _field(field, random)))
+        phases.append(2 * math.pi * (place + log_uniform(random, ranges.folds) * _field(field, random)))
     decay = random.uniform(0.5, 2.0)
     pattern = torch.zeros_like(fields[0])
     for first, second in WAVES:
@@ -111,11 +111,7 @@ def _pattern(fields: Tensor, random: np.random.Generator, ranges: FabricRanges) 
 
 def _field(noise: Tensor, random: np.random.Generator) -> Tensor:
     """A smooth random field (H, W) of deviation 1, from white noise (H, W)."""
-    return _unit(blur(noise[None, None], _log_uniform(random, (8.0, 40.0)))[0, 0])
-
-
-def _log_uniform(random: np.random.Generator, bounds: tuple[float, float]) -> float:
-    return math.exp(random.uniform(math.log(bounds[0]), math.log(bounds[1])))
+    return _unit(blur(noise[None, None], log_uniform(random, (8.0, 40.0)))[0, 0])
 
 
 def _unit(x: Tensor) -> Tensor:

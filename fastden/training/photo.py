@@ -36,7 +36,7 @@ from fastden.network.model import Denoiser
 from fastden.network.own_estimator import ESTIMATOR_FILE
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
-from fastden.training.data import Image, tell, to_gray
+from fastden.training.data import Image, Pictures, tell, to_gray
 from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 from fastden.training.replay import Past, Replay
@@ -65,17 +65,15 @@ class PhotoDataset(Dataset[dict[str, Tensor]]):
     def __init__(
         self, images: list[Image], noise: PhotoNoise, length: int, crop: int, gray: float, key: tuple[int, ...]
     ) -> None:
-        self.images, self.noise, self.length, self.crop, self.gray, self.key = images, noise, length, crop, gray, key
-        weight = np.sqrt([float(image.shape[0] * image.shape[1]) for image in images])
-        self.cumulative = np.cumsum(weight / weight.sum())
+        self.pictures = Pictures(images)
+        self.noise, self.length, self.crop, self.gray, self.key = noise, length, crop, gray, key
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         random = np.random.default_rng((*self.key, index))
-        chosen = min(int(np.searchsorted(self.cumulative, random.random())), len(self.images) - 1)
-        image = self.images[chosen]
+        image = self.pictures.draw(random)
         recipe = self.noise.plan(random, self.crop, min(image.shape[:2]))
         top = random.integers(image.shape[0] - recipe.taken + 1)
         left = random.integers(image.shape[1] - recipe.taken + 1)

@@ -6,7 +6,6 @@ large a piece of the picture it needs.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 
@@ -16,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.images.samples import MAX_SIGMA
-from fastden.training.camera import CameraNoise, blur
+from fastden.training.camera import CameraNoise, blur, log_uniform
 from fastden.training.fabric import FabricRanges, darken, weave
+from fastden.training.synthetic_noise import compress
 
 #: Chroma subsampling of JPEG: none, halved columns, halved rows and columns (Pillow's numbers).
 SUBSAMPLINGS = (0, 1, 2)
@@ -104,14 +104,14 @@ class PhotoNoise:
         kind = str(random.choice(["white", "camera", "grain", "clean"], p=shares))
         scale = 1.0
         if kind != "white" and random.random() < ranges.resize:
-            scale = math.exp(random.uniform(math.log(ranges.scale[0]), math.log(ranges.scale[1])))
+            scale = log_uniform(random, ranges.scale)
         margin = 0 if kind == "white" else MARGIN
         scale = max(scale, (crop + 2 * margin) / largest)
         side = min(crop if kind == "white" else math.ceil((crop + 2 * margin) / scale), largest)
         taken = side
         # No number is drawn where nothing is reduced: the recipes of earlier runs stay as they were.
         if ranges.reduce and random.random() < ranges.reduce:
-            taken = min(round(side / _log_uniform(random, (ranges.smallest, 1.0))), largest)
+            taken = min(round(side / log_uniform(random, (ranges.smallest, 1.0))), largest)
         return Recipe(self, kind, scale, crop, side, taken)
 
 
@@ -155,11 +155,11 @@ class Recipe:
             clean = weave(clean, random, FabricRanges(plain=ranges.plain, contrast=ranges.contrast))
             clean = clean.mean(0, keepdim=True).expand_as(clean) if gray else clean
         if ranges.dark and random.random() < ranges.dark:
-            clean = darken(clean, _log_uniform(random, (ranges.darkest, 1.0)))
+            clean = darken(clean, log_uniform(random, (ranges.darkest, 1.0)))
         if self.kind == "white":
             return clean, self._white(clean, random, gray)
         if self.kind != "clean" and ranges.soft and random.random() < ranges.soft:
-            clean = blur(clean[None], _log_uniform(random, ranges.lens))[0]
+            clean = blur(clean[None], log_uniform(random, ranges.lens))[0]
         if self.kind == "camera":
             target, noisy = self.noise.camera(clean, random)
         elif self.kind == "grain":
@@ -186,7 +186,7 @@ class Recipe:
         ranges = self.noise.ranges
         generator = torch.Generator().manual_seed(int(random.integers(2**63)))
         fields = torch.randn((2, 3, *clean.shape[1:]), generator=generator).to(clean)
-        length = _log_uniform(random, ranges.grain_blur)
+        length = log_uniform(random, ranges.grain_blur)
         luma = _unit(blur(fields[:1, :1], length))[0].expand_as(clean)
         # Colour blotches are coarser than luma grain where a camera or a scanner smoothed them.
         color = _unit(blur(fields[1:], length * random.uniform(1.0, 2.5)))[0]
@@ -201,7 +201,7 @@ class Recipe:
             floor + (1 - floor) * (1 - brightness) ** power,
             floor + (1 - floor) * 4 * brightness * (1 - brightness),
         )
-        return _log_uniform(random, ranges.grain_sigma) / 255 * shapes[int(random.integers(4))] * noise
+        return log_uniform(random, ranges.grain_sigma) / 255 * shapes[int(random.integers(4))] * noise
 
     def _resized(self, pair: Tensor, random: np.random.Generator) -> Tensor:
         side = self.crop + 2 * MARGIN
@@ -231,27 +231,6 @@ class Recipe:
             noisy = (noisy * 255).round() / 255
         cut = (slice(None), slice(top, top + self.crop), slice(left, left + self.crop))
         return target[cut].contiguous(), noisy[cut].contiguous()
-
-
-def compress(image: Tensor, quality: int, subsampling: int = 2) -> Tensor:
-    """An image (3, H, W), clipped to [0, 1], rounded to 8 bits and sent through JPEG.
-
-    Args:
-        image: float.
-        quality: 1 to 100.
-        subsampling: of chroma: 0 none (4:4:4), 1 columns (4:2:2), 2 rows and columns (4:2:0).
-    """
-    from PIL import Image
-
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    with Image.open(buffer) as decoded:
-        return torch.from_numpy(np.array(decoded)).to(image.device).permute(2, 0, 1).float().div_(255)
-
-
-def _log_uniform(random: np.random.Generator, bounds: tuple[float, float]) -> float:
-    return math.exp(random.uniform(math.log(bounds[0]), math.log(bounds[1])))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -59,15 +59,21 @@ class NoiseModel:
         return result.contiguous(), torch.tensor(sigma, dtype=torch.float32)
 
 
-def compress(image: Tensor, quality: int) -> Tensor:
-    """An image (3, H, W), clipped to [0, 1], rounded to 8 bits and sent through JPEG (4:2:0), quality 1 to 100."""
+def compress(image: Tensor, quality: int, subsampling: int = 2) -> Tensor:
+    """An image (3, H, W), clipped to [0, 1], rounded to 8 bits and sent through JPEG.
+
+    Args:
+        image: float.
+        quality: 1 to 100.
+        subsampling: of chroma: 0 none (4:4:4), 1 columns (4:2:2), 2 rows and columns (4:2:0).
+    """
     from PIL import Image
 
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
     with Image.open(buffer) as decoded:
-        return torch.from_numpy(np.array(decoded)).permute(2, 0, 1).float().div_(255)
+        return torch.from_numpy(np.array(decoded)).to(image.device).permute(2, 0, 1).float().div_(255)
 
 
 class NoisyDataset(Dataset[dict[str, Tensor]]):

@@ -69,7 +69,7 @@ def test_level_factor_takes_every_kind_of_picture(root: Path, tmp_path: Path, mo
     taken: list[np.ndarray] = []
 
     def measure(pairs: Any) -> tuple[np.ndarray, ...]:
-        taken.extend(pairs.images)
+        taken.extend(pairs.pictures.images)
         assert pairs[0]["noisy"].shape == (3, 12, 12)
         return np.ones((1, len(script.MULTIPLES))), np.ones(1), np.ones(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,17 @@ class TestNoise:
         assert float(level) == pytest.approx(40 / 255)
         assert torch.allclose(noisy * 255, (noisy * 255).round(), atol=1e-4)
         assert 0 <= noisy.min() < noisy.max() <= 1
+
+    @pytest.mark.parametrize("quality", [1, 30, 90, 100])
+    def test_compression_is_jpegs_own(self, quality: int) -> None:
+        """Without a choice of chroma it is Pillow's default: recipes of one noise model came from it."""
+        pixels = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
+        image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        for chosen, options in (((), {}), ((2,), {}), ((0,), {"subsampling": 0}), ((1,), {"subsampling": 1})):
+            buffer = io.BytesIO()
+            PIL.fromarray(pixels).save(buffer, "JPEG", quality=quality, **options)
+            expected = torch.from_numpy(np.array(PIL.open(buffer))).permute(2, 0, 1).float() / 255
+            assert torch.equal(compress(image, quality, *chosen), expected)
 
     def test_share_of_compressed_images(self) -> None:
         clean, random = torch.rand(3, 16, 16), np.random.default_rng(0)

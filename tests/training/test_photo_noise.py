@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastden.training.photo_noise import PhotoNoise, PhotoRanges, compress
+from fastden.training.photo_noise import PhotoNoise, PhotoRanges
+from fastden.training.synthetic_noise import compress
 
 KINDS = ("white", "camera", "grain", "clean")
 
