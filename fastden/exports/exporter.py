@@ -75,10 +75,11 @@ class Request:
             level = "the noise's standard deviation on the scale of the image, sigma / 255: a number, or a map"
         elif self.sigma is not None:
             level = f"built in: {self.sigma:g} on the scale 0-255"
+        colours = "gray" if self.weights.image_channels == 1 else "RGB"
         about = {
             "model": self.name,
             "version": fastden.__version__,
-            "image": "RGB, [0, 1], any height and width; the result is not clipped",
+            "image": f"{colours}, [0, 1], any height and width; the result is not clipped",
             "noise_level": level,
         }
         return about | ({"license": self.license} if self.license else {})
@@ -99,7 +100,7 @@ def export(
     """Write a network to a file that other programs run.
 
     The network in the file takes any batch, height and width of at least 1: padding and cropping are inside. It does
-    not clip its result.
+    not clip its result. A network for gray images takes and gives one channel in place of RGB.
 
     Args:
         model: a bundled name (:func:`fastden.models`), a folder, a Hub id, or a network. ``"noise"`` is the
@@ -113,7 +114,7 @@ def export(
               [0, 1], and ``sigma`` (1 or N, 1, 1 or H, 1 or W), float32 on the scale of ``input`` (25 of 255 is
               25 / 255); output ``output`` (N, 3, H, W), float32;
             - ``"dtmodel"``: a model package of darktable (an archive with that ONNX file, its description and licence).
-              darktable sets the noise level to 25 of 255; ``sigma`` builds in another;
+              darktable sends RGB, and sets the noise level to 25 of 255; ``sigma`` builds in another;
             - ``"pt2"``: a program of ``torch.export``, loaded by ``torch.export.load`` without fastden, called as
               ``program.module()(image, sigma)`` with ``sigma`` (N, 1, H, W);
             - ``"aoti"``: a package of AOTInductor for this machine's CPU, for C++ and Python without fastden, called
@@ -159,6 +160,8 @@ def export(
         given = {"format": kind, "precision": precision, "layout": layout, "composed": composed, "sigma": sigma}
         return _export_estimator(given, target, opset, overwrite)
     network, name, card = _load(model)
+    if kind == "dtmodel" and network.image_channels == 1:  # darktable sends three channels
+        raise ValueError("format: 'dtmodel' with a network for gray images; accepted: one for RGB")
     level = None if sigma is None else sigma / 255
     request = Request(name, card, collect(network, composed=composed, level=level), precision, layout, opset, sigma)
     with whole_file(target, overwrite=overwrite) as temporary:
@@ -202,7 +205,8 @@ def _load(model: Any) -> tuple[Denoiser | FusedDenoiser, str, str | None]:
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
     folder = files_of(model, card=True)
-    network, card = Denoiser.from_pretrained(folder), folder / CARD_FILE
+    # As the weights are in the file: a default dtype that is narrower just now would round them.
+    network, card = Denoiser._from_folder(folder, "cpu", True, {}, torch.float64), folder / CARD_FILE
     return network, Path(model).name, card.read_text(encoding="utf-8") if card.is_file() else None
 
 

@@ -34,9 +34,14 @@ def quantize(model: onnx.ModelProto, sigma: float | None) -> onnx.ModelProto:
 
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
     exact = [node.name for node in convolutions if node.input[1].startswith(EXACT)]
+    marked = onnx.ModelProto()
+    marked.CopyFrom(model)
+    # The graph needs no preprocessing. Without this mark ONNX Runtime advises it through the root logger, to which that
+    # adds a handler.
+    marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with tempfile.TemporaryDirectory(prefix="fastden-") as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-        onnx.save(model, str(source))
+        onnx.save(marked, str(source))
         quantize_static(
             str(source),
             str(target),

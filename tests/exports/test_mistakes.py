@@ -49,6 +49,8 @@ def test_wrong_types(tmp_path: Path) -> None:
         fastden.export(3, tmp_path / "a.onnx")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="composed: False with a FusedDenoiser"):
         fastden.export(fastden.fuse(random_network()), tmp_path / "a.onnx", composed=False)
+    with pytest.raises(ValueError, match="format: 'dtmodel' with a network for gray images; accepted: one for RGB"):
+        fastden.export(random_network(image_channels=1), tmp_path / "a.dtmodel")
     with pytest.raises(ValueError, match="sigma: given for a blind network"):
         fastden.export(random_network(noise_level_input=False), tmp_path / "a.onnx", sigma=25)
     assert not list(tmp_path.iterdir())

@@ -33,9 +33,10 @@ def test_a_program_without_fastden(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("composed", [True, False])
-def test_defaults_of_others_do_not_matter(tmp_path: Path, composed: bool) -> None:
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+def test_defaults_of_others_do_not_matter(tmp_path: Path, composed: bool, default: torch.dtype) -> None:
     """A default device or dtype that a program chose for itself."""
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(default)
     try:
         with torch.device("meta"):
             weights = collect(Denoiser.from_pretrained("color"), composed=composed)
