@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fastden import Denoiser, fuse, ops
 from fastden.bench.tables import write
+from fastden.network.calibrated import calibrated_ranges
 from fastden.network.fp8 import conv3_ranges
-from fastden.network.fused import FusedDenoiser, calibrated_ranges
+from fastden.network.fused import FusedDenoiser
 from fastden.ops.backends import use_backend
 from fastden.training.data import find_photographs, load_rgb
 

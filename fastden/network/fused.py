@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from fastden import ops
 from fastden.algebra import HeadWeights, compose_head, compose_stem
 from fastden.network import folding, fp8, int8, onednn
+from fastden.network.calibrated import Calibrated, calibrated_ranges
 from fastden.network.inputs import Sigma, as_map, check_input, map_or_curve, warn_of_scale
 from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
@@ -33,9 +33,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-#: Relative change of a weight by casts to bfloat16 and back, with room: such weights keep their ranges.
-CAST = 0.01
 
 
 @torch.inference_mode(mode=False)  # tensors made in inference mode have no version counter
@@ -94,33 +91,7 @@ def fuse(
         if reasons:
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
-    return FusedDenoiser(model, ranges, differentiable).to(dtype=chosen, device=device).eval()
-
-
-def _check_loaded(network: FusedDenoiser, _: object) -> None:
-    """Refuse weights that the ranges of activations do not belong to; called as soon as weights are loaded."""
-    weights = {name: getattr(network, name) for name in network._measured}
-    # Weights that hold a NaN keep it: they never run in integers.
-    if network.device.type != "meta" and all(bool(weight.isfinite().all()) for weight in weights.values()):
-        network._checked_ranges(weights)
-
-
-def calibrated_ranges(model: Denoiser) -> int8.Ranges:
-    """The ranges of a network's activations.
-
-    Raises:
-        ValueError: the model has no ranges, or its weights changed after the ranges were measured.
-    """
-    wanted = "accepted: a bundled model, or one behind fastden.calibrate()"
-    if model.int8_ranges is None:
-        raise ValueError(f"quality: 'fast', but this model does not know the ranges of its activations; {wanted}")
-    ranges, weights = model.int8_ranges
-    if weights != int8.fingerprint(model):
-        raise ValueError(
-            "quality: 'fast', but the weights have changed since their ranges were measured, or were cast (give dtype"
-            f" to fuse() instead); {wanted}"
-        )
-    return ranges
+    return FusedDenoiser(model, ranges, differentiable).to(dtype=chosen, device=device)
 
 
 def _keeping_order(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -167,6 +138,9 @@ class FusedDenoiser(nn.Module):
     Elsewhere, and under transforms (``torch.func``, ``torch.compile``, tracing), it runs on :mod:`fastden.ops`.
     Several threads may call it at the same time.
 
+    A new one has float64 weights on the CPU, which :func:`fuse` casts and moves, and is in evaluation mode, whatever
+    the mode of ``model``.
+
     Args:
         model: the network to fuse.
         ranges: ranges of its activations, for 8-bit numbers; None for more bits only.
@@ -185,9 +159,7 @@ class FusedDenoiser(nn.Module):
     @torch.no_grad()
     def __init__(self, model: Denoiser, ranges: int8.Ranges | None = None, differentiable: bool = False) -> None:
         super().__init__()
-        self._ranges = ranges
         self.estimator = model.estimator
-        self._measured: dict[str, Tensor] = {}
         self.differentiable = differentiable
         self.noise_level_input = model.noise_level_input
         self.image_channels = model.image_channels
@@ -201,17 +173,17 @@ class FusedDenoiser(nn.Module):
             self.register_buffer(f"{name}_bias", bias.clone())
         self.register_buffer("head_image_weight", _as_kernels_read("head_image", head.image_weight))
         self._names = tuple(self._buffers)
+        self._calibrated = None if ranges is None else Calibrated(ranges, self._weights())
         if ranges is not None:
             self.register_buffer("conv3_ranges", fp8.conv3_ranges(ranges), persistent=False)
-            # On the CPU, and no buffers: they follow no cast.
-            self._measured = {name: getattr(self, name).detach().cpu().float().clone() for name in self._names}
-            self.register_load_state_dict_post_hook(_check_loaded)
+            self.register_load_state_dict_post_hook(FusedDenoiser._check_loaded)
         self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
-        # The measured weights when they were checked last, with their versions.
-        self._checked: list[tuple[ref[Tensor], int]] = []
+        self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
         before = {name: buffer for name, buffer in self.named_buffers() if name.endswith(("_bias", "_ranges"))}
+        if self._calibrated is not None and self.conv3_ranges.is_meta:  # as behind to_empty(), no state dict has them
+            before["conv3_ranges"] = fp8.conv3_ranges(self._calibrated.ranges)
         super()._apply(partial(_keeping_order, fn), recurse)
         for name, exact in before.items():
             cast = getattr(self, name)
@@ -288,43 +260,35 @@ class FusedDenoiser(nn.Module):
 
     def _operators(self, x: Tensor, image: Tensor, backend: str | None) -> Tensor:
         """Run the network on its padded input ``x``; add the correction to ``image``, which has its own dtype."""
-        skip = self._bottleneck("res1", ops.stem(x, self.stem_weight, self.stem_bias, backend=backend))
+        skip = self._bottleneck("res1", ops.stem(x, self.stem_weight, self.stem_bias, backend=backend), backend)
         low = ops.conv_bn_relu(skip, *self._pair("conv2"), stride=2, padding=1, backend=backend)
-        up = ops.upsample(self._bottleneck("res2", low), *self._pair("up2"), backend=backend)
+        up = ops.upsample(self._bottleneck("res2", low, backend), *self._pair("up2"), backend=backend)
         joined = self._conv3(skip, up, backend)
         weights = HeadWeights(self.head_weight, self.head_image_weight, self.head_bias)
-        features = self._bottleneck("res3", joined)
+        features = self._bottleneck("res3", joined, backend)
         return ops.head(features, x, *weights, image=image, composed=True, backend=backend)
 
     def _conv3(self, skip: Tensor, up: Tensor, backend: str | None) -> Tensor:
         weight, bias = self._pair("conv3")
         wanted = backend or requested()
         # Elsewhere, quality="fast" is oneDNN's form, or does not change what operators do.
-        in_fp8 = self.quality == "fast" and not self.differentiable
+        calibrated = None if self.differentiable else self._calibrated
         # A GPU without fp8 computes as quality="normal" does. Where "cuda" is asked for, the operator says why not.
-        in_fp8 = in_fp8 and (wanted == "cuda" or (skip.is_cuda and fp8.runs(self.dtype, skip.device)))
-        if in_fp8 and not wants_gradient(skip, up, weight, bias):
-            self._check_weights(skip)
-            return ops.concat_conv_fp8(skip, up, weight, bias, ranges=self.conv3_ranges, backend=wanted or "cuda")
-        return ops.concat_conv_bn_relu(skip, up, weight, bias, backend=backend)
+        in_fp8 = calibrated and (wanted == "cuda" or (skip.is_cuda and fp8.runs(self.dtype, skip.device)))
+        if calibrated is None or not in_fp8 or wants_gradient(skip, up, weight, bias):
+            return ops.concat_conv_bn_relu(skip, up, weight, bias, backend=backend)
+        # Where the call is recorded, no value can be read.
+        if runs_as_written(skip) and not (skip.is_cuda and torch.cuda.is_current_stream_capturing()):
+            calibrated.check_changes(self._weights())
+        return ops.concat_conv_fp8(skip, up, weight, bias, ranges=self.conv3_ranges, backend=wanted or "cuda")
 
-    def _check_weights(self, x: Tensor) -> None:
-        """Refuse weights that have changed since the ranges of activations were measured.
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._names}
 
-        A check reads all weights. So it runs only where a weight is another tensor, or its version counter shows a
-        change. Weights of inference mode have no counter, and are read at each call.
-        """
-        if not runs_as_written(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        weights: list[Tensor] = [getattr(self, name) for name in self._measured]
-        # Tensors, not addresses: memory that was freed is given to others.
-        known = len(self._checked) == len(weights) and all(
-            seen() is weight and not weight.is_inference() and weight._version == version
-            for weight, (seen, version) in zip(weights, self._checked, strict=True)
-        )
-        if not known:
-            _check_loaded(self, None)
-            self._checked = [(ref(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
+    def _check_loaded(self, _: object) -> None:
+        """Refuse weights that the ranges of activations do not belong to, as soon as they are loaded."""
+        assert self._calibrated is not None
+        self._calibrated.check(self._weights())
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
@@ -332,15 +296,14 @@ class FusedDenoiser(nn.Module):
     def _triple(self, name: str) -> tuple[tuple[Tensor, Tensor], ...]:
         return self._pair(f"{name}_reduce"), self._pair(f"{name}_conv"), self._pair(f"{name}_expand")
 
-    def _bottleneck(self, name: str, x: Tensor) -> Tensor:
+    def _bottleneck(self, name: str, x: Tensor, backend: str | None) -> Tensor:
         (reduce, a), (conv, b), (expand, c) = self._triple(name)
-        backend = "torch" if self.differentiable else None
         return ops.bottleneck(x, reduce, conv, expand, biases=(a, b, c), backend=backend)
 
     @property
     def quality(self) -> str:
         """``"fast"`` where the module may compute in 8-bit numbers, else ``"normal"``."""
-        return "normal" if self._ranges is None else "fast"
+        return "normal" if self._calibrated is None else "fast"
 
     def _onednn_network(self) -> onednn.TiledNetwork | None:
         """The packed form of the current weights; None where oneDNN cannot run, or weights need gradients."""
@@ -365,42 +328,15 @@ class FusedDenoiser(nn.Module):
             # that on which the network was made.
             network: onednn.TiledNetwork = (
                 onednn.OneDnnNetwork(folded)
-                if self._ranges is None or not folded.finite() or int8.why_not()
-                else self._quantized(copies)
+                if self._calibrated is None or not folded.finite() or int8.why_not()
+                else self._calibrated.quantized(copies)
             )
             packed = self._onednn = (snapshot, network)
         return packed[1]
 
-    def _quantized(self, weights: Mapping[str, Tensor]) -> int8.Int8Network:
-        """The network in 8-bit integers, of weights that may have been cast."""
-        ranges = self._checked_ranges(weights)
-        exact = {name: weight for name, weight in self._measured.items() if name.endswith("_weight")}
-        if all(torch.equal(weight.to(weights[name]), weights[name]) for name, weight in exact.items()):
-            # A cast moves a weight by up to a quarter of a code. Those that were measured have the codes that fit them.
-            return int8.Int8Network(onednn.FoldedWeights.of({**weights, **exact}), ranges)
-        return int8.Int8Network(onednn.FoldedWeights.of(weights), int8.without_rounding(ranges))
-
-    def _checked_ranges(self, weights: Mapping[str, Tensor]) -> int8.Ranges:
-        """The ranges of activations.
-
-        Raises:
-            ValueError: ``weights`` are others than those with which the ranges were measured. A cast changes no range.
-        """
-        assert self._ranges is not None
-        for name, measured in self._measured.items():
-            if name.startswith("head"):  # behind all activations with ranges
-                continue
-            now = weights[name].detach().cpu().float()
-            if now.shape != measured.shape or not torch.allclose(now, measured, rtol=CAST, atol=1e-6):
-                raise ValueError(
-                    f"quality: 'fast', but {name} has changed since the ranges of activations were measured; accepted:"
-                    ' fuse(model, quality="fast") of the new model, behind fastden.calibrate'
-                )
-        return self._ranges
-
     def __getstate__(self) -> dict[str, Any]:
         # pickle and deepcopy cannot read packed weights. The copy makes them again on first use.
-        return {**self.__dict__, "_onednn": None, "_checked": []}
+        return {**self.__dict__, "_onednn": None}
 
     def extra_repr(self) -> str:
         told = (

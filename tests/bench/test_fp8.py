@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastden
 from fastden import ops
+from fastden.network.calibrated import calibrated_ranges
 from fastden.network.fp8 import conv3_ranges
-from fastden.network.fused import calibrated_ranges
 from tests.helpers import relative_l2
 from tests.scripts import load
 

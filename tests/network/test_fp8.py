@@ -101,8 +101,9 @@ def conv3(network: fastden.FusedDenoiser) -> Tensor:
 def test_weights_that_changed_are_refused(fast: fastden.FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     """However they were changed; the weights are read only behind a change."""
     read: list[int] = []
-    original = fast._checked_ranges
-    monkeypatch.setattr(fast, "_checked_ranges", lambda weights: read.append(1) or original(weights))
+    assert fast._calibrated is not None
+    original = fast._calibrated.check
+    monkeypatch.setattr(fast._calibrated, "check", lambda weights: read.append(1) or original(weights))
     for _ in range(3):
         conv3(fast)
     assert len(read) == 1

@@ -333,6 +333,17 @@ def test_other_weights_are_refused(picture: Tensor) -> None:
         network(picture, 0.1)
 
 
+def test_emptied_weights_are_loaded_again(picture: Tensor) -> None:
+    """As Accelerate and Transformers do: an empty network on meta, then memory for it, then its weights."""
+    network = fastden.fuse(calibrated(), "bfloat16", quality="fast")
+    state, ranges = copy.deepcopy(network.state_dict()), network.conv3_ranges.clone()
+    wanted = network(picture, 0.1)
+    network.to("meta").to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(network.conv3_ranges, ranges)
+    assert network.stem_bias.dtype == torch.float32
+    assert torch.equal(network(picture, 0.1), wanted)
+
+
 def test_saved_beside_the_weights(tmp_path: Path) -> None:
     model = calibrated()
     model.save_pretrained(tmp_path / "saved")
