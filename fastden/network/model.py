@@ -23,7 +23,8 @@ from fastden.nn import (
     is_plain_norm,
     is_plain_upsample,
 )
-from fastden.ops.modes import without_autocast
+from fastden.ops._tracing import autocast_enabled
+from fastden.ops.modes import Undrawn, without_autocast
 
 
 class Denoiser(nn.Module, PretrainedMixin):
@@ -88,7 +89,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         plain = is_plain_conv(self.conv0)
         height, width = check_input(x, self.image_channels, self.conv0.weight.device if plain else None)
         dtype = self.conv0.weight.dtype if plain else x.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not autocast_enabled(x.device.type):
             raise TypeError(
                 f"x: dtype {x.dtype}; accepted: {dtype}, the network's (convert x or the network, or use autocast)"
             )
@@ -154,11 +155,13 @@ class Denoiser(nn.Module, PretrainedMixin):
         """A network with or without noise-level input that starts from this one's weights.
 
         Without the input, conv0 loses the weights of that channel. With it, conv0 gets zeros there: the function stays
-        the same.
+        the same. The result is this very network where nothing changes, else a copy, with the same estimator.
         """
         if noise_level_input == self.noise_level_input:
             return self
-        other = Denoiser(noise_level_input, self.image_channels, self.composed)
+        with self.conv0.weight.device, Undrawn():
+            other = Denoiser(noise_level_input, self.image_channels, self.composed)
+        other.estimator = self.estimator
         state = self.state_dict()
         weight = state["conv0.weight"][:, : self.image_channels]
         if noise_level_input:

@@ -1,6 +1,6 @@
 """The operators of the network's hot path, each a plain function with a PyTorch reference."""
 
-from fastden.ops.backends import BACKENDS, use_backend, why_not
+from fastden.ops.backends import BACKENDS, BackendError, use_backend, why_not
 from fastden.ops.batch_norm import BatchNorm
 from fastden.ops.bottleneck import bottleneck
 from fastden.ops.concat_conv_bn_relu import concat_conv_bn_relu
@@ -12,6 +12,7 @@ from fastden.ops.upsample import upsample
 
 __all__ = [
     "BACKENDS",
+    "BackendError",
     "BatchNorm",
     "bottleneck",
     "concat_conv_bn_relu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastden.ops._tracing import autocast_enabled
 from fastden.ops.batch_norm import BatchNorm
 
 
@@ -31,7 +32,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
         if tensor.device != first.device:
             raise ValueError(f"{name}: on {tensor.device}; accepted: {first.device}, that of {other}")
         wide = name.endswith("bias") and tensor.dtype == torch.float32
-        if tensor.dtype != first.dtype and not wide and not torch.is_autocast_enabled(first.device.type):
+        if tensor.dtype != first.dtype and not wide and not autocast_enabled(first.device.type):
             raise TypeError(f"{name}: dtype {tensor.dtype}; accepted: {first.dtype}, that of {other} (or use autocast)")
 
 

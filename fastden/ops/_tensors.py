@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastden.ops._tracing import transform_active
+from fastden.ops._tracing import autocast_enabled, transform_active
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -18,7 +18,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype if autocast is on for their device, as for PyTorch's convolutions."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

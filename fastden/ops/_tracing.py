@@ -45,3 +45,8 @@ def has_autocast(kind: str) -> bool:
     PyTorch 2.11 cannot trace its own function: each operator would end the compiled graph.
     """
     return torch.amp.is_autocast_available(kind)
+
+
+def autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for devices of a kind; PyTorch's function raises where they have none."""
+    return has_autocast(kind) and torch.is_autocast_enabled(kind)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastden.ops._tensors import wants_gradient
-from fastden.ops._tracing import constant_result, has_autocast, transform_active
+from fastden.ops._tracing import autocast_enabled, constant_result, transform_active
 from fastden.ops.proven import PROVEN
 
 
@@ -326,8 +326,7 @@ def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str
 def _as_run(tensor: Tensor) -> torch.dtype:
     """The dtype that an operator computes in: autocast's dtype if autocast is on."""
     kind = tensor.device.type
-    # Some devices have no autocast (meta).
-    if tensor.dtype != torch.float64 and has_autocast(kind) and torch.is_autocast_enabled(kind):
+    if tensor.dtype != torch.float64 and autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
 

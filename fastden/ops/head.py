@@ -15,7 +15,7 @@ from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check
 from fastden.ops._tensors import in_autocast, like, wants_gradient
-from fastden.ops._tracing import exporting
+from fastden.ops._tracing import autocast_enabled, exporting
 from fastden.ops.activations import fold
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
@@ -68,7 +68,7 @@ def head(
         image = None
     backend = choose("head", backend, batch_statistics=False, **tensors)
     if backend != "torch":
-        if add_input and image is None and torch.is_autocast_enabled(x.device.type):
+        if add_input and image is None and autocast_enabled(x.device.type):
             image = x[:, :k]
         # The gradient needs to know if a value was outside the limits; a clamped value does not show this.
         later = clamp and wants_gradient(*tensors.values(), image)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastden.ops._tracing import has_autocast, transform_active
+from fastden.ops._tracing import autocast_enabled, transform_active
 
 
 def transforming() -> bool:
@@ -34,7 +34,7 @@ def runs_as_written(x: Tensor) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off for ``device``. It may be off already, or not exist (meta)."""
     kind = device.type
-    if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
+    if not autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 

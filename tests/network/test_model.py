@@ -288,6 +288,17 @@ def test_gradient_of_the_input() -> None:
     assert torch.autograd.gradcheck(model, (x, sigma), fast_mode=True)
 
 
+def test_adapt_keeps_the_estimator_and_draws_nothing() -> None:
+    photo, before = Denoiser.from_pretrained("photo"), torch.get_rng_state()
+    with torch.device("meta"):
+        adapted = photo.adapt(noise_level_input=False).adapt(noise_level_input=True)
+    assert photo.estimator is not None
+    assert adapted.estimator is photo.estimator
+    assert adapted.int8_ranges is None  # its weights are others
+    assert adapted.out.weight.device.type == "cpu"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("noise_level_input", [False, True])
 def test_adapt(noise_level_input: bool) -> None:
     model = random_network(noise_level_input)

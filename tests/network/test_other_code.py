@@ -186,6 +186,8 @@ def test_tracing(models: tuple[Denoiser, Denoiser]) -> None:
 @pytest.mark.parametrize("composed", [False, True])
 def test_meta_device(composed: bool, models: tuple[Denoiser, Denoiser]) -> None:
     x = torch.empty(2, 3, 9, 10, device="meta")
+    with pytest.raises(TypeError, match=r"x: dtype torch\.float64; accepted: torch\.float32, the network's"):
+        Denoiser(composed=composed).to("meta")(x.double(), 0.1)
     assert Denoiser(composed=composed).to("meta")(x, 0.1).shape == x.shape
     assert fuse(models[0]).to("meta")(x, 0.1).shape == x.shape
     with torch.device("meta"):

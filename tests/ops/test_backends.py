@@ -120,7 +120,7 @@ class TestMistakes:
     def test_missing_package_under_compile(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "_installed", lambda module: module != "triton")
         run = torch.compile(partial(ops.conv_bn_relu, backend="triton"), fullgraph=True, backend="eager")
-        with pytest.raises(RuntimeError, match=r"cannot run conv_bn_relu on x: \(1, 2, 4.*triton is not installed"):
+        with pytest.raises(ops.BackendError, match=r"cannot run conv_bn_relu on x: \(1, 2, 4.*triton is not installed"):
             run(x, torch.rand(3, 2, 1, 1))
 
     def test_uninstalled_checkout(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

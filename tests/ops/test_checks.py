@@ -69,8 +69,11 @@ def test_shapes(name: str, argument: str, change: Callable[[Any], Any], message:
 def test_dtypes_and_types(name: str) -> None:
     function, arguments = case(name)
     first, second = list(arguments)[:2]
-    with pytest.raises(TypeError, match=rf"{second}: dtype torch.float64; accepted: torch.float32, that of {first}"):
-        function(**{**arguments, second: arguments[second].double()})
+    refusal = rf"{second}: dtype torch.float64; accepted: torch.float32, that of {first}"
+    for device in ("cpu", "meta"):  # which has no autocast to ask for
+        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        with pytest.raises(TypeError, match=refusal):
+            function(**{**there, second: there[second].double()})
     with pytest.raises(TypeError, match=rf"{first}: dtype torch.int64; accepted: a floating dtype"):
         function(**{**arguments, first: arguments[first].long()})
     with pytest.raises(TypeError, match=rf"{first}: ndarray; accepted: a torch.Tensor"):
