@@ -20,6 +20,15 @@ from fastden.errors import UserError, in_one_line, is_out_of_memory
 #: The commands in the order in which they are listed: what most people need comes first.
 COMMANDS = ("denoise", "noise", "ui", "eval", "models", "info", "train", "calibrate", "export", "bench", "build")
 
+#: The noise levels that the bundled models were trained for, on the scale 0-255.
+TRAINED = {
+    "color": (0.0, 75.0),
+    "color-blind": (0.0, 75.0),
+    "color-classify": (10.0, 65.0),
+    "color-segment": (10.0, 65.0),
+    "photo": (0.0, 60.0),
+}
+
 
 class OneLineErrors(TyperGroup):
     """Lists the commands in their order. The user's mistakes become one line and exit code 1, and Ctrl-C code 130."""
@@ -119,12 +128,14 @@ class Request:
     resume: bool
 
     def note_sigma(self) -> None:
-        """Print a note where the noise level is above what the bundled models know."""
+        """Print a note where the noise level is outside of what the model knows, or above what all bundled ones do."""
         from fastden.images.samples import MAX_SIGMA
 
-        sigma = self.settings["sigma"]
-        if sigma != "auto" and sigma > MAX_SIGMA:
-            say(f"note: sigma {sigma:g}: the bundled models were trained for 0 to {MAX_SIGMA:g}", error=True)
+        sigma, model = self.settings["sigma"], self.settings["model"]
+        low, high = TRAINED.get(model, (0.0, MAX_SIGMA))
+        if sigma != "auto" and not low <= sigma <= high:
+            who = f"the model {model} was" if model in TRAINED else "the bundled models were"
+            say(f"note: sigma {sigma:g}: {who} trained for {low:g} to {high:g}", error=True)
 
 
 def check_model(settings: dict[str, Any], *, eight_bit: bool = True) -> Any:

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 import fastden
 from fastden.batch.ray import plan_rows
 from fastden.cli.main import app
+from fastden.cli.options import TRAINED
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, outputs, process, works
 from tests.image_files import MAKE, ORIENTATION, encoded, icc_profile, pixels
@@ -119,6 +121,17 @@ def test_sigma_beyond_training_is_said(photos: Path, tmp_path: Path, model: str)
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
     assert "trained for 0 to 75" in done.stderr
+    for name, sigma, levels in (("photo", "70", "0 to 60"), ("color-classify", "5", "10 to 65")):
+        arguments = ["denoise", str(photos / "a.png"), "-o", str(tmp_path / name / "a.png"), "--model", name]
+        done = CliRunner().invoke(app, [*arguments, "--sigma", sigma])
+        assert f"note: sigma {sigma}: the model {name} was trained for {levels}" in done.stderr
+
+
+def test_levels_that_the_models_were_trained_for(root: Path) -> None:
+    settings = {name: yaml.safe_load((folder / "train.yaml").read_text()) for name, folder in fastden.models().items()}
+    assert {name: list(levels) for name, levels in TRAINED.items()} == {
+        name: run["sigma"] for name, run in settings.items()
+    }
 
 
 def test_tile_and_memory_options_do_not_change_the_result(photos: Path, tmp_path: Path, model: str) -> None:
