@@ -177,11 +177,11 @@ class _ConvBNReLU(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        stride: int,
-        padding: int | None,
-        bias: bool,
-        relu: bool,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        bias: bool = True,
+        relu: bool = True,
     ) -> None:
         super().__init__()
         padding = kernel_size // 2 if padding is None else padding
@@ -223,18 +223,6 @@ class ConvBNReLU(_ConvBNReLU):
         bias: whether the convolution has one.
         relu: whether the ReLU is applied.
     """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | None = None,
-        bias: bool = True,
-        relu: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias, relu)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` (N, C, H, W) and ``residual``, of the result's shape, or None."""

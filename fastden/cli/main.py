@@ -273,15 +273,13 @@ def models(
 
 def _summary(card: Path) -> str:
     """The first sentence of a model card's text, after its header and titles."""
+    from fastden.exports.cards import summary
+
     try:
-        text = card.read_text(encoding="utf-8")
+        text = summary(card.read_text(encoding="utf-8"))
     except OSError:
         return "(no model card)"
-    if text.startswith("---"):
-        text = text.split("---", 2)[-1]
-    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
-    first = next((part for part in paragraphs if part and part[0] not in "#|!<["), "(empty model card)")
-    return first.split(". ")[0].rstrip(".")
+    return text.split(". ")[0].rstrip(".") or "(empty model card)"
 
 
 @app.command(cls=takes_several("--set", lambda word: "=" in word and not word.startswith("-")))

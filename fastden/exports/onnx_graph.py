@@ -6,7 +6,7 @@ needs. The padding is an index, since ONNX's own (Pad, mode reflect) refuses ima
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from fastden.network.padding import ALIGNMENT
 if TYPE_CHECKING:
     import onnx
 
-Layout = Literal["separate", "dpir"]
-LAYOUTS = ("separate", "dpir")
+    from fastden.exports.exporter import Layout
+
 #: Opsets that the graph can be written in: its operators have one form in all of them.
 OPSETS = (13, 23)
 

@@ -6,15 +6,14 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastden.algebra import BORDER
 from fastden.exports.weights import Weights
-from fastden.network.padding import ALIGNMENT
+from fastden.network.padding import exported_index
 
 if TYPE_CHECKING:
     from fastden.exports.exporter import Request
@@ -43,7 +42,7 @@ class Program(nn.Module):
         height, width = image.shape[2], image.shape[3]
         x = image if sigma is None else torch.cat([image, sigma], 1)
         for axis in (2, 3):
-            x = x.index_select(axis, _index(x.shape[axis], x.device))
+            x = x.index_select(axis, exported_index(x.shape[axis], x.device))
         return image + self._network(x.to(self.dtype)).to(image.dtype)[:, :, :height, :width]
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
@@ -81,17 +80,6 @@ class Program(nn.Module):
         if self.composed:
             return F.pixel_shuffle(self._conv("head", features, padding=1), 2) + self._conv("head_image", x)
         return self._conv("out", torch.cat([first, self._upsample("up3", features)], 1))
-
-
-def _index(size: Any, device: torch.device) -> Tensor:
-    """Positions that :func:`fastden.network.padding.pad_image` reads on an axis of ``size``, an int or a symbol."""
-    behind = 2 * BORDER - 4
-    blocks = (size + behind + ALIGNMENT - 1) // ALIGNMENT
-    # At least two blocks.
-    aligned = ALIGNMENT * torch.sym_max(blocks, 2)
-    period = torch.sym_max(2 * (size - 1), 1)
-    phase = (torch.arange(aligned + 4, device=device) - BORDER) % period
-    return torch.minimum(phase, period - phase)
 
 
 def trace(request: Request) -> torch.export.ExportedProgram:

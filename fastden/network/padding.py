@@ -27,8 +27,8 @@ def pad_image(x: Tensor) -> Tensor:
     height, width = x.shape[2], x.shape[3]
     if exporting():
         # The choice below would limit the exported graph to the sizes of the example.
-        rows = _exported_index(height, x.device)
-        columns = _exported_index(width, x.device)
+        rows = exported_index(height, x.device)
+        columns = exported_index(width, x.device)
         return x[:, :, rows][:, :, :, columns]
     (top, bottom), (left, right) = padding_for(height), padding_for(width)
     if height > bottom and width > right:
@@ -46,7 +46,7 @@ def reflected_index(start: int, stop: int, size: int, device: torch.device) -> T
     return torch.minimum(index, period - index) if size > 1 else torch.zeros_like(index)
 
 
-def _exported_index(size: int, device: torch.device) -> Tensor:
+def exported_index(size: int, device: torch.device) -> Tensor:
     """:func:`reflected_index` of the padded axis. ``size`` may be symbolic: no condition depends on it."""
     quarter = (size + 5) // ALIGNMENT
     # At least 2, as in padding_for. PyTorch 2.14 cannot prove its own guards on sym_max(quarter, 2).
