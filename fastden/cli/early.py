@@ -51,8 +51,7 @@ def _load() -> None:
 def without_garbage_collection() -> Iterator[None]:
     """Import without garbage collection, and exempt what is there afterwards from later ones, until Python ends.
 
-    Nearly all that an import makes lives to the end, and each full collection looks at all of it again: 80 ms with
-    PyTorch.
+    Nearly all that an import makes lives to the end, and each full collection looks at all of it again.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -228,7 +228,7 @@ class StripWriter:
         if format_name == "tiff":
             self._options |= {"tile": True, "tile_width": TIFF_TILE, "tile_height": TIFF_TILE}
         if format_name == "jpeg":
-            # Its second pass would hold the whole image's coefficients: 36 megapixels took 420 MiB with it, 9 without.
+            # Its second pass would hold the whole image's coefficients in memory.
             self._options["optimize_coding"] = False
         self._stream = _Stream(_tiff_header(height, width, bands, dtype), height * width * bands * dtype.itemsize)
         self._error: Exception | None = None

@@ -28,16 +28,16 @@ from fastden.network.packed import PackedWeights
 from fastden.ops.activations import channels_last_empty, fold, gathered, join_phases, tile_regions
 from fastden.ops.post_operations import finite, has_bf16, missing
 
-#: Rows and columns of half-resolution features that the last stages make at a time. oneDNN 3.12's bf16 convolutions
-#: run at 3.1 TFLOP/s on maps up to 192 columns wide, and at 1.1 TFLOP/s on the 386 columns of a 768-pixel image (2
-#: cores, conv3). Fewer rows need less memory, but more edges are computed twice. With 256, 128 and 64 rows, 512 x 768
-#: pixels take 83, 92 and 99 ms in bf16, and 404, 412 and 476 ms in float32.
+#: Rows and columns of half-resolution features that the last stages make at a time. Fewer rows need less memory, but
+#: more edges are computed twice. Chosen on a CPU with AMX, where oneDNN 3.12's bf16 convolutions were slower on wider
+#: maps, in a trial whose figures were not kept. On a CPU without AMX 64 rows take 7 to 11 % longer, and 512 rows or 384
+#: columns up to 5 % less (``benchmarks/results/cpu-tiles.json``).
 TILE_ROWS, TILE_COLUMNS = 256, 192
 #: Features that a tile needs before and behind its own. res3's 3x3 convolution needs 1 on each side; the head's 4x4
 #: needs 1 before and 2 behind. conv3's neighbours are inputs, see :func:`fastden.ops.activations.gathered`.
 BEFORE, BEHIND = 2, 3
-#: Rows of half-resolution features that stem and res1 make at a time. This saves 10 ms of 100 against all rows at once,
-#: and 5 ms against 16 rows (512 x 768 pixels, bf16).
+#: Rows of half-resolution features that stem and res1 make at a time, chosen as the above. On a CPU without AMX 16, 32
+#: and 128 rows take 0.96 to 1.03 times as long (``benchmarks/results/cpu-tiles.json``).
 FRONT_ROWS = 64
 #: Largest number of pixels of images that run together. Small images fill the cores better together; large images
 #: together do not fit into the cache.
@@ -60,10 +60,9 @@ def _has_bf16_units() -> bool:
 def keep_freed_memory() -> bool:
     """Ask the C library to keep freed memory, up to 2 GiB, and not to return it to the system.
 
-    Activations are freed and allocated again all the time, and the system needs time to map new pages. With this
-    setting, 512 x 768 pixels take 78 ms instead of 83 ms in bf16, and 395 ms instead of 404 ms in float32. The setting
-    is for the whole process. So programs, such as the command line, should use it, and libraries should not. It works
-    with glibc only.
+    Activations are freed and allocated again all the time, and the system needs time to map new pages. The setting is
+    for the whole process. So programs, such as the command line, should use it, and libraries should not. It works with
+    glibc only.
 
     Returns:
         Whether the C library accepted the setting.
@@ -134,7 +133,7 @@ class Convolution:
 class EdgeConvolution:
     """The stem's convolution for one edge of the image, with ReLU, as a matrix product.
 
-    For 32 x 32 pixels a product takes 22 us, and oneDNN's convolution 59 us, most of it to set it up. Sums, weights and
+    For a small image oneDNN's convolution takes most of its time to be set up; a product does not. Sums, weights and
     bias are float32, also where the network is bfloat16.
 
     Args:
@@ -340,8 +339,8 @@ class OneDnnNetwork(TiledNetwork):
         stem, head = weights.stem, weights.head
         self.features = head.weight.dtype
         self.channels = head.image_weight.shape[0]
-        # oneDNN's bf16 kernels run three times slower on 12 input channels than on 16 (stem, 386 columns): a blind
-        # colour network gets a channel of zeros. Float32 is faster without it.
+        # oneDNN's bf16 kernels are slower on 12 input channels than on 16: a blind colour network gets a channel of
+        # zeros. Float32 is faster without it.
         inputs = stem.weight.shape[2]
         self.zero_channels = 1 if self.features == torch.bfloat16 and inputs == 3 else 0
         inside, left, top = ((unshuffled_weight(w, 4, self.zero_channels), b) for w, b in stem_parts(stem))
@@ -350,8 +349,7 @@ class OneDnnNetwork(TiledNetwork):
         self.res1 = _bottleneck(weights.res1)
         self.conv2 = Convolution(*weights.conv2, stride=2, padding=1)
         self.res2 = _bottleneck(weights.res2)
-        # One convolution for all phases: for 32 x 32 pixels 157 us instead of 239 in float32, 122 instead of 210 in
-        # bfloat16; for 512 x 768 17.9 ms instead of 20.9, and 8.8 instead of 9.2 (2 cores of a Zen 4 CPU).
+        # One convolution for all phases reads its input once, and is one call.
         phases = torch.cat(phase_weights(weights.up2[0]))
         self.up2 = Convolution(phases, weights.up2[1].repeat(4), padding=1, relu=False)
         self.conv3 = Convolution(*weights.conv3)
@@ -401,8 +399,8 @@ def _bottleneck(pairs: tuple[tuple[Tensor, Tensor], ...]) -> FoldedBottleneck:
 def _head(weights: HeadWeights) -> _Head:
     bias = weights.bias.repeat_interleave(4)
     if weights.weight.dtype == torch.bfloat16:
-        # Two convolutions read and round once more, which costs more than they save: 8.9 ms against 8.0 ms for 0.4
-        # megapixels.
+        # Two convolutions would read and round once more, which cost more than they saved in a trial whose figures were
+        # not kept.
         return _Head((Convolution(weights.weight, bias, padding=1, relu=False),))
     rows, merge = separated_head(weights.weight)
     first = Convolution(rows, rows.new_zeros(len(rows)), padding=(0, 1), relu=False)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 #: Largest number of packed copies of each convolution's weights; the oldest is removed first. This limits the memory of
-#: packed weights. oneDNN chose one layout for all of 60 sizes between 1 and 119 pixels, and two layouts for one of 23
-#: convolutions.
+#: packed weights. oneDNN mostly chooses one layout for all sizes.
 PACKED_COPIES = 4
 #: Largest number of input shapes for which each convolution remembers the packed copy.
 PACKED_SHAPES = 1024

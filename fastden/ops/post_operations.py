@@ -16,9 +16,9 @@ from torch import Tensor
 from fastden.ops._tensors import like, wants_gradient
 from fastden.ops.modes import runs_as_written
 
-#: Up to this many values of ``x`` the call's own cost can be more than the passes that it saves: the operators of a
-#: picture of 64 x 64 pixels take 0.8 to 1.4 times the CPU time of PyTorch's operations, those of 512 x 768 pixels 0.5
-#: to 1.1 times (Zen 4, one thread, float32 and bfloat16).
+#: Up to this many values of ``x`` the call's own cost can be more than the passes that it saves. The operators of a
+#: picture of 512 x 768 pixels, which have more, take 0.4 to 1.1 times the time of PyTorch's operations
+#: (``benchmarks/results/post-operations.json``).
 FEW_VALUES = 1 << 20
 
 

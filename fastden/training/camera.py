@@ -305,7 +305,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 def _filtered(x: Tensor, taps: Tensor) -> Tensor:
     """Rows and columns of (N, C, H, W) convolved with ``taps`` (2 r + 1,), the image mirrored at its edges, r < H, W.
 
-    As two products of matrices: 0.6 ms in place of a convolution's 2.2 ms for 142 x 142 pixels and a deviation of 12.
+    As two products of matrices, which are faster than a convolution with many taps.
     """
     return _mirrored(taps, x.shape[2]) @ x @ _mirrored(taps, x.shape[3]).T
 
