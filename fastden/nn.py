@@ -25,90 +25,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
+from fastden.plain_layers import has_geometry, has_own_forward, is_hooked, is_plain_conv, is_plain_norm
 
 __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]
 
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: PyTorch's own methods, as they were at import. Where one is replaced later, the replacement must run.
-_CONV_FORWARDS = (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+#: PyTorch's own method, as it was at import. Where it is replaced later, the replacement must run.
 _TRANSPOSED_FORWARD = nn.ConvTranspose2d.forward
-_NORM_FORWARD = nn.BatchNorm2d.forward
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks of its own."""
-    return any(getattr(module, name) for name in _HOOKS)
-
-
-def is_plain_conv(layer: nn.Module, *, hooks: bool = False) -> bool:
-    """Whether calling ``layer`` is a square convolution with zero padding, computed of ``weight`` and ``bias``.
-
-    Args:
-        layer: any module.
-        hooks: whether it may have hooks of its own.
-    """
-    if not isinstance(layer, nn.Conv2d) or not (hooks or not is_hooked(layer)):
-        return False
-    if (type(layer).forward, type(layer)._conv_forward) != _CONV_FORWARDS or has_own_forward(layer):
-        return False
-    return (
-        layer.padding_mode == "zeros"
-        and layer.groups == 1
-        and tuple(layer.dilation) == (1, 1)
-        and _is_square(layer.kernel_size, layer.stride, layer.padding)
-    )
-
-
-def is_plain_upsample(layer: nn.Module, *, hooks: bool = False) -> bool:
-    """Whether calling ``layer`` is a transposed 4x4 convolution of stride 2, computed of ``weight`` and ``bias``.
-
-    Arguments as of :func:`is_plain_conv`.
-    """
-    if not isinstance(layer, Upsample) or not (hooks or not is_hooked(layer)):
-        return False
-    if type(layer).forward is not Upsample.forward or has_own_forward(layer):
-        return False
-    return layer._is_as_built()
-
-
-def is_plain_block(block: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``block`` is what the class ``kind`` of this module does, and nothing else."""
-    if not isinstance(block, kind) or is_hooked(block):
-        return False
-    return type(block).forward is kind.forward and not has_own_forward(block)
-
-
-def is_plain_norm(layer: nn.Module, *, hooks: bool = False) -> bool:
-    """Whether calling ``layer`` normalises as its :class:`fastden.ops.BatchNorm` does.
-
-    Arguments as of :func:`is_plain_conv`.
-    """
-    if not isinstance(layer, nn.BatchNorm2d) or not (hooks or not is_hooked(layer)):
-        return False
-    if type(layer).forward is not _NORM_FORWARD or has_own_forward(layer):
-        return False
-    tensors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-    if layer.training and not layer.track_running_stats:  # then PyTorch leaves the running statistics as they are
-        return False
-    return layer.momentum is not None and all(tensor is not None for tensor in tensors)
-
-
-def has_own_forward(layer: nn.Module) -> bool:
-    """Whether this very object has methods of its own, as hooks of some libraries set them, or its class a call."""
-    own = "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__
-    return own or type(layer).__call__ is not nn.Module.__call__
-
-
-def _is_square(kernel: tuple[int, ...], stride: tuple[int, ...], padding: Any) -> bool:
-    numbers = not isinstance(padding, str)
-    return numbers and kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
-
-
-def has_geometry(conv: nn.Conv2d, kernel: int, stride: int, padding: int) -> bool:
-    """Whether ``conv`` has this size of kernel, stride and padding."""
-    geometry = tuple(conv.kernel_size), tuple(conv.stride), conv.padding
-    return geometry == ((kernel, kernel), (stride, stride), (padding, padding))
 
 
 @torch.fx.wrap
@@ -327,3 +249,15 @@ class Upsample(nn.ConvTranspose2d):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
+
+
+def is_plain_upsample(layer: nn.Module, *, hooks: bool = False) -> bool:
+    """Whether calling ``layer`` is a transposed 4x4 convolution of stride 2, computed of ``weight`` and ``bias``.
+
+    Arguments as of :func:`fastden.plain_layers.is_plain_conv`.
+    """
+    if not isinstance(layer, Upsample) or not (hooks or not is_hooked(layer)):
+        return False
+    if type(layer).forward is not Upsample.forward or has_own_forward(layer):
+        return False
+    return layer._is_as_built()

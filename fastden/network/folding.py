@@ -13,16 +13,8 @@ from torch.nn import functional as F
 
 from fastden.algebra import fold_batch_norm
 from fastden.network.model import Denoiser
-from fastden.nn import (
-    Bottleneck,
-    ConcatConvBNReLU,
-    ConvBNReLU,
-    Upsample,
-    has_geometry,
-    has_own_forward,
-    is_plain_conv,
-    is_plain_upsample,
-)
+from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
+from fastden.plain_layers import has_geometry, has_own_forward, is_plain_conv
 
 Pair = tuple[Tensor, Tensor]
 _NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
