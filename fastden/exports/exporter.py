@@ -157,8 +157,8 @@ def export(
             raise ModuleNotFoundError(f"{what} needs the package {package}; install: pip install 'fastden[export]'")
     check_target(target, overwrite)
     if isinstance(model, str) and model == ESTIMATOR:
-        given = {"format": kind, "precision": precision, "layout": layout, "composed": composed, "sigma": sigma}
-        return _export_estimator(given, target, opset, overwrite)
+        settings = {"format": kind, "precision": precision, "layout": layout, "composed": composed, "sigma": sigma}
+        return _export_estimator(settings, target, opset, overwrite)
     network, name, card = _load(model)
     if kind == "dtmodel" and network.image_channels == 1:  # darktable sends three channels
         raise ValueError("format: 'dtmodel' with a network for gray images; accepted: one for RGB")
@@ -169,12 +169,12 @@ def export(
     return target
 
 
-def _export_estimator(given: dict[str, Any], target: Path, opset: int, overwrite: bool) -> Path:
+def _export_estimator(settings: dict[str, Any], target: Path, opset: int, overwrite: bool) -> Path:
     from fastden.exports.noise_graph import build_estimator
     from fastden.inference.estimate import load_estimator
 
     only = {"format": "onnx", "precision": "fp32", "layout": "separate", "composed": True, "sigma": None}
-    for name, value in given.items():
+    for name, value in settings.items():
         if value != only[name]:
             raise ValueError(f"{name}: {value!r} with the model 'noise'; accepted: {only[name]!r}")
     import fastden

@@ -150,8 +150,8 @@ class PretrainedMixin:
         folder.mkdir(parents=True, exist_ok=True)
         upload, repository = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         own = {name: kwargs.pop(name) for name in ("config", "model_card_kwargs") if name in kwargs}
-        with TemporaryDirectory(prefix=".fastden-", dir=folder) as place:
-            made = Path(place) / "model"
+        with TemporaryDirectory(prefix=".fastden-", dir=folder) as temporary:
+            made = Path(temporary) / "model"
             self._on_hub().save_pretrained(made, **own)
             usual = (made / CONFIG_FILE).stat().st_mode
             for file in list(made.iterdir()):

@@ -374,12 +374,12 @@ class Int8Network(TiledNetwork):
 
     def convolutions(self) -> dict[str, QuantizedConvolution]:
         """All convolutions of codes but those of the image's left and top edges, in the order of their calls."""
-        found: dict[str, QuantizedConvolution] = {}
+        convolutions: dict[str, QuantizedConvolution] = {}
         for name in ("stem", "res1", "conv2", "res2", "up2", "conv3", "res3", "head"):
             part = getattr(self, name)
             inner = ("reduce", "conv", "expand") if isinstance(part, _QuantizedBottleneck) else ()
-            found |= {f"{name}.{one}": getattr(part, one) for one in inner} or {name: part}
-        return found
+            convolutions |= {f"{name}.{one}": getattr(part, one) for one in inner} or {name: part}
+        return convolutions
 
     def left(self, folded: Tensor) -> Tensor:
         """The left column of the first features."""

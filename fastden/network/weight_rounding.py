@@ -41,7 +41,7 @@ def second_order_rounding(network: Int8Network, inputs: list[Tensor]) -> Ranges:
     Returns:
         ``up.<convolution>`` and ``mean.<convolution>``, which :class:`Int8Network` reads with the ranges.
     """
-    found: Ranges = {}
+    rounded: Ranges = {}
     for name in network.convolutions():
         windows = Windows(max(WINDOWS // len(inputs), 1))
         with _recorded(network, name, windows):
@@ -50,8 +50,8 @@ def second_order_rounding(network: Int8Network, inputs: list[Tensor]) -> Ranges:
         convolution = network.convolutions()[name]
         rounding = rounding_of(convolution, windows)
         convolution.round(rounding)
-        found |= rounding.as_tensors(name)
-    return found
+        rounded |= rounding.as_tensors(name)
+    return rounded
 
 
 class Windows:
@@ -75,9 +75,9 @@ class Windows:
         rows, columns = convolution.weight.shape[2:]
         views = F.pad(x.float(), (padding,) * 4).unfold(2, rows, stride).unfold(3, columns, stride)
         n, _, height, width = views.shape[:4]
-        places = torch.randperm(n * height * width, generator=self.generator, device="cpu")[: self.number]
-        places, column = places // width, places % width
-        taken = views.permute(0, 2, 3, 1, 4, 5)[places // height, places % height, column].flatten(1)
+        positions = torch.randperm(n * height * width, generator=self.generator, device="cpu")[: self.number]
+        positions, column = positions // width, positions % width
+        taken = views.permute(0, 2, 3, 1, 4, 5)[positions // height, positions % height, column].flatten(1)
         if self.near is None:
             self.near = taken.mean(0)
         taken = taken - self.near

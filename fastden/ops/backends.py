@@ -136,15 +136,15 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
     if missing:
         return missing
     reasons = _why_not_statistics(entry) if batch_statistics else []
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    devices = {tensor.device.type for tensor in given.values()}
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {tensor.device.type for tensor in present.values()}
     if devices != {"cuda"} and not (_runs_on_cpu(entry) and devices == {"cpu"}):
         reasons.append(f"device {', '.join(sorted(devices))}; accepted: cuda")
     # Biases may always be float32: kernels add them to float32 sums. Ranges are.
     wide = {
-        name for name, tensor in given.items() if name.endswith(("bias", "ranges")) and tensor.dtype == torch.float32
+        name for name, tensor in present.items() if name.endswith(("bias", "ranges")) and tensor.dtype == torch.float32
     }
-    dtypes = {_as_run(tensor) for name, tensor in given.items() if name not in wide}
+    dtypes = {_as_run(tensor) for name, tensor in present.items() if name not in wide}
     if not dtypes <= set(entry.dtypes):
         reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(entry.dtypes)}")
     elif len(dtypes) > 1:
@@ -152,10 +152,10 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
     if entry.name == "triton":
         if operator in CUDA_ONLY:
             return [*reasons, f"{operator} has no kernel in Triton; the cuda backend has one"]
-        return reasons + import_module(f"{KERNELS}.{operator}").why_not(**given)
+        return reasons + import_module(f"{KERNELS}.{operator}").why_not(**present)
     from fastden.cuda import limits
 
-    return reasons + limits.why_not(operator, **given)
+    return reasons + limits.why_not(operator, **present)
 
 
 def unavailable(backend: Backend) -> list[str]:
@@ -303,11 +303,11 @@ def proven_backends(operator: str, device: torch.device, dtype: torch.dtype) -> 
     if not PROVEN or device.type != "cuda":
         return []
     capability = torch.cuda.get_device_capability(device)
-    found = [name for name in NAMES if (name, operator, capability, _names([dtype])) in PROVEN]
-    if len(found) > 1:
+    fastest = [name for name in NAMES if (name, operator, capability, _names([dtype])) in PROVEN]
+    if len(fastest) > 1:
         order = list(PROVEN)
-        found.sort(key=lambda name: order.index((name, operator, capability, _names([dtype]))))
-    return found
+        fastest.sort(key=lambda name: order.index((name, operator, capability, _names([dtype]))))
+    return fastest
 
 
 def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:

@@ -60,12 +60,12 @@ def serves(x: Tensor, *others: Tensor | None) -> bool:
 
     ``x`` is what is convolved, or its first source. Small ones are left to PyTorch.
     """
-    given = [x, *(tensor for tensor in others if tensor is not None)]
+    operands = [x, *(tensor for tensor in others if tensor is not None)]
     return (
         x.is_cpu
         and x.numel() > FEW_VALUES
-        and all(map(runs_as_written, given))
-        and not wants_gradient(*given)
+        and all(map(runs_as_written, operands))
+        and not wants_gradient(*operands)
         and not torch.is_autocast_enabled("cpu")
         and not why_not(x.device, x.dtype)
     )

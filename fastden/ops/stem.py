@@ -161,7 +161,7 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     for part, kernel in zip(_REGIONS, weight, strict=True):
         # A region that begins at the second row or column has a row or column of zeros in place of the first. If the
         # weights belong to the first row or column, that one is enough.
-        above, before = (1 if place is _FIRST else 2 for place in part[1:])
+        above, before = (1 if span is _FIRST else 2 for span in part[1:])
         region = channels_last(F.pad(grad[part], (before, 1, above, 1)))
         made = torch.ops.fastden.upsample(region, F.pad(kernel, (0, 1, 0, 1)), None)
         if total is None:
