@@ -207,6 +207,7 @@ def test_shares_nothing_with_the_network() -> None:
     x = torch.rand(1, 3, 8, 11)
     before = fused(x, 0.1)
     assert model.training
+    assert not FusedDenoiser(model).training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         for value in model.state_dict().values():
