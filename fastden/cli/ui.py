@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -44,7 +45,14 @@ def ui(
         if browser:
             import webbrowser
 
-            webbrowser.open(url)
+            # Browsers of the terminal (lynx, w3m) and of BROWSER are waited for until they are closed: not here, or
+            # they would wait for the page, and the page for them.
+            threading.Thread(target=webbrowser.open, args=[_of_this_machine(url)], daemon=True).start()
 
     with clean_termination():
         serve(host, port, limits, device=device, ready=ready)
+
+
+def _of_this_machine(url: str) -> str:
+    """The address at which a browser here finds the page: 0.0.0.0 and [::] are no place to go to."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

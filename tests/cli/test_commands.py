@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,36 @@ def test_help_lists_the_commands_in_order_of_use(root: Path) -> None:
     assert shown[:3] == ["denoise", "noise", "ui"]
     page = (root / "docs" / "command_line.md").read_text()
     assert [name for name in shown if f"| `fastden {name}` |" not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("url", "opened"),
+    [
+        ("http://127.0.0.1:1", "http://127.0.0.1:1"),
+        ("http://0.0.0.0:1", "http://127.0.0.1:1"),
+        ("http://[::]:1", "http://[::1]:1"),
+    ],
+)
+def test_the_page_does_not_wait_for_the_browser(url: str, opened: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser of the terminal is waited for until it is closed, and itself waits for the page."""
+    serving, asked = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def browse(address: str) -> None:
+        seen.append(address)
+        assert serving.wait(10)
+        asked.set()
+
+    def serve(*_: Any, ready: Any, **__: Any) -> None:
+        ready(url)
+        serving.set()
+        assert asked.wait(10)
+
+    monkeypatch.setattr("fastden.cli.ui.find_spec", lambda name: True)
+    monkeypatch.setattr("fastden.ui.server.serve", serve)
+    monkeypatch.setattr("webbrowser.open", browse)
+    assert url in works("ui")
+    assert seen == [opened]
 
 
 def test_every_option_is_documented(root: Path) -> None:
