@@ -21,7 +21,7 @@ from fastden.batch.plan import Job
 from fastden.batch.report import Listener
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.codec import SUFFIXES, read_image
-from fastden.images.encoding import described
+from fastden.images.encoding import INTERPRETATIONS, described
 from fastden.images.formats import open_file, read_suffixes, result_suffix
 from fastden.images.libvips import VIPS_FORMATS, load_vips, vips_errors
 from fastden.images.strips import read_samples
@@ -300,6 +300,9 @@ def _write_preview(path: Path, target: Path) -> None:
     vips = load_vips()
     with vips_errors():
         image = _upright(path)
+        if image.bands > 2 and image.interpretation in ("b-w", "grey16", "multiband"):
+            # A TIFF that does not declare RGB: read_image takes it for RGB, libvips for gray with more channels.
+            image = image.copy(interpretation=INTERPRETATIONS.get(image.format, ("", "scrgb"))[1])
         if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
             try:
                 image = image.icc_transform("srgb", intent="relative")

@@ -11,6 +11,7 @@ from zipfile import ZipFile
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms
 
 from fastden.errors import UserError
@@ -114,6 +115,22 @@ def test_a_preview_of_a_gray_file_with_a_profile_of_colours(session: Session, tm
     session.take(upload(tmp_path / "root", a_jpg=file.getvalue()))
     session.run(Choice(sigma=10.0))
     assert all(path.exists() for path in session.previews(session.pictures[0]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_previews_of_colours_that_are_not_declared(
+    session: Session, tmp_path: Path, dtype: type[np.unsignedinteger[Any]], channels: int
+) -> None:
+    """Three channels that a TIFF calls gray are read as RGB, and shown so."""
+    colours = pixels(40, 56, channels, dtype)
+    path = tmp_path / "root" / "a.tif"
+    tifffile.imwrite(path, colours, photometric="minisblack", planarconfig="contig")
+    session.take([path])
+    session.run(Choice(sigma=10.0, strength=0.0))
+    wanted = colours.astype(float) * 255 / np.iinfo(dtype).max
+    for preview in session.previews(session.pictures[0]):
+        assert np.abs(np.asarray(Image.open(preview)) - wanted).max() <= 1
 
 
 @pytest.mark.parametrize(
