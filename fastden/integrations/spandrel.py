@@ -20,7 +20,14 @@ from fastden.integrations._missing import missing
 from fastden.network.model import Denoiser
 
 try:
-    from spandrel import MAIN_REGISTRY, Architecture, ArchSupport, ImageModelDescriptor, SizeRequirements
+    from spandrel import (
+        MAIN_REGISTRY,
+        Architecture,
+        ArchSupport,
+        ImageModelDescriptor,
+        ModelTiling,
+        SizeRequirements,
+    )
     from spandrel.util import KeyCondition
 except ModuleNotFoundError as error:
     raise missing(error, "spandrel") from error
@@ -33,7 +40,7 @@ class FastdenArch(Architecture):
 
     Args:
         sigma: the noise level for networks that take one, on the scale 0-255; ``"auto"`` estimates it from each
-            image (:func:`fastden.estimate_noise`).
+            image (:func:`fastden.estimate_noise`), and programs are advised against tiles.
 
     Raises:
         ValueError: another sigma.
@@ -75,6 +82,8 @@ class FastdenArch(Architecture):
             input_channels=channels,
             output_channels=channels,
             size_requirements=SizeRequirements(),
+            # A tile's level would be estimated from the tile alone, and neighbours would differ at the seam.
+            tiling=ModelTiling.DISCOURAGED if takes_level and self.sigma == "auto" else ModelTiling.SUPPORTED,
             call_fn=self._call,
         )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastden
 from fastden.network.model import Denoiser
@@ -57,6 +58,16 @@ def test_a_fixed_level() -> None:
     assert (loaded(image) - wanted).abs().max() < 1e-5
     with pytest.raises(ValueError, match="sigma: 300; accepted: 'auto', or a number from 0 to 255"):
         FastdenArch(sigma=300)
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma", "tiling"),
+    [("color", "auto", "DISCOURAGED"), ("color", 25, "SUPPORTED"), ("color-blind", "auto", "SUPPORTED")],
+)
+def test_tiles(name: str, sigma: Any, tiling: str) -> None:
+    """A program that cuts a picture into tiles would have the level of each estimated, and show the seams."""
+    loaded = FastdenArch(sigma).load(load_file(fastden.models()[name] / "model.safetensors"))
+    assert loaded.tiling.name == tiling
 
 
 def test_others_are_still_told_apart() -> None:
