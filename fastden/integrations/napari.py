@@ -66,7 +66,7 @@ def denoise_layer(
         def part(done: int, total: int, index: int = index) -> None:
             progress((index + done / max(total, 1)) / len(planes))
 
-        image = ((plane - low) / (high - low)).astype(np.float32) if scaled else plane
+        image = ((plane.astype(np.float64) - low) / (high - low)).astype(np.float32) if scaled else plane
         clean = denoise(image, sigma, strength=strength, tile=tile, progress=part)
         if scaled:
             clean = np.clip(clean.astype(np.float64), 0, 1) * (high - low) + low
@@ -119,10 +119,8 @@ class DenoiseWidget(Container):
             return
         self._stop.clear()
         self._busy(True)
-        name = f"{layer.name} denoised"
-        placement = ("scale", "translate", "rotate", "shear", "affine")
-        appearance = {"rgb": layer.rgb, **{key: getattr(layer, key) for key in placement}}
-        appearance |= {} if layer.rgb else {"colormap": layer.colormap, "contrast_limits": layer.contrast_limits}
+        # All but its pixels: place, units, metadata, colours, blending.
+        state = {**layer.as_layer_data_tuple()[1], "name": f"{layer.name} denoised", "visible": True}
         worker = create_worker(
             _work,
             layer.data,
@@ -132,7 +130,7 @@ class DenoiseWidget(Container):
             tile="auto" if self.tile.value == "automatic" else int(self.tile.value),
             progress=self._report,
         )
-        worker.returned.connect(lambda result: self._returned(result, name, appearance))
+        worker.returned.connect(lambda result: self._returned(result, state))
         worker.finished.connect(lambda: self._busy(False))
         worker.start()
 
@@ -146,11 +144,11 @@ class DenoiseWidget(Container):
     def _show(self, percent: int) -> None:
         self.progress.value = percent
 
-    def _returned(self, result: Array | str, name: str, appearance: dict[str, Any]) -> None:
+    def _returned(self, result: Array | str, state: dict[str, Any]) -> None:
         if isinstance(result, str):
             self.message.value = result
         else:
-            self._viewer.add_image(result, name=name, **appearance)
+            self._viewer.add_layer(napari.layers.Layer.create(result, state, "image"))
 
     def _busy(self, busy: bool) -> None:
         self.start.enabled, self.cancel.enabled = not busy, busy

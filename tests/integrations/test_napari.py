@@ -113,6 +113,18 @@ def test_the_result_lies_where_the_layer_does(viewer: Any, widget: Any) -> None:
         np.testing.assert_allclose(result.data_to_world(corner), layer.data_to_world(corner))
 
 
+def test_the_result_keeps_what_the_layer_says(viewer: Any, widget: Any) -> None:
+    kept: dict[str, Any] = {"axis_labels": ("y", "x"), "metadata": {"channel": "GFP"}, "blending": "additive"}
+    kept |= {"gamma": 0.5, "contrast_limits": [0.1, 0.7]}
+    layer = viewer.add_image(noisy((40, 48)), name="cells", units=("um", "um"), visible=False, **kept)
+    press(widget)
+    result = viewer.layers["cells denoised"]
+    assert result.units == layer.units
+    assert {name: getattr(result, name) for name in kept} == kept
+    assert result.metadata is not layer.metadata
+    assert result.visible
+
+
 def test_values_on_any_scale_and_flat_ones() -> None:
     options: dict[str, Any] = {
         "rgb": False,
@@ -128,6 +140,9 @@ def test_values_on_any_scale_and_flat_ones() -> None:
         result = ours.denoise_layer(factor * picture + np.float32(offset), **options)
         assert result.dtype == np.float32
         np.testing.assert_allclose((result - offset) / factor, np.clip(wanted, low, high), atol=1e-4)
+    half = (100_000 * picture - 50_000).astype(np.float16)  # wider than the largest number of 16 bits
+    result = (ours.denoise_layer(half, **options).astype(np.float32) + 50_000) / 100_000
+    np.testing.assert_allclose(result, np.clip(wanted, low, high), atol=1e-3)
     mask = picture > 0.5
     result = ours.denoise_layer(mask, **options)
     assert result.dtype == np.bool_
