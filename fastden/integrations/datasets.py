@@ -12,6 +12,8 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fastden.api import denoise
 from fastden.network.loading import check_strength
 
@@ -60,7 +62,7 @@ class DenoiseColumn:
         source = copy(rows) if lazy else rows
         images = source[self.column]
         sigmas = source[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
-        if isinstance(images, list):
+        if _is_a_batch(images):
             each: Any = sigmas if self._sigma_is_a_column() else [sigmas] * len(images)
             result: Any = [self._one(image, sigma) for image, sigma in zip(images, each, strict=True)]
         else:
@@ -74,3 +76,13 @@ class DenoiseColumn:
         if image is None:
             return None
         return denoise(image, sigma, model=self.model, strength=self.strength, device=self.device)
+
+
+def _is_a_batch(images: Any) -> bool:
+    """Whether a column holds several images: a list, or what ``with_format("numpy")`` makes of them.
+
+    Images of one shape come stacked there, those of several shapes as an array of objects.
+    """
+    if not isinstance(images, np.ndarray):
+        return isinstance(images, list)
+    return images.dtype == object or images.ndim > 3 or (images.ndim == 3 and images.shape[2] > 4)

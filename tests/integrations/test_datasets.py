@@ -36,6 +36,21 @@ def test_map(table: Any) -> None:
             assert np.array_equal(np.array(row["image"]), fastden.denoise(picture(seed), 25))
 
 
+@pytest.mark.parametrize("shapes", [((18, 24, 3),) * 3, ((18, 24),) * 3, ((18, 24, 3), (20, 24, 3), (18, 25, 3))])
+def test_batches_of_arrays(
+    shapes: tuple[tuple[int, ...], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the format numpy images of one shape come stacked, others as an array of objects."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    arrays = [np.random.default_rng(0).integers(0, 256, shape, np.uint8) for shape in shapes]
+    columns = {"image": [PIL.Image.fromarray(array) for array in arrays], "level": [10.0, 25.0, 50.0]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).with_format("numpy")
+    for options in ({}, {"batched": True}):
+        result = table.map(DenoiseColumn(sigma="level"), **options).with_format(None)
+        for array, row, sigma in zip(arrays, result, (10, 25, 50), strict=True):
+            assert np.array_equal(np.array(row["image"]), fastden.denoise(array, sigma))
+
+
 def test_levels_from_a_column_into_another(table: Any) -> None:
     features = datasets.Features({**table.features, "clean": datasets.Image()})
     result = table.map(DenoiseColumn(sigma="level", into="clean"), features=features)
