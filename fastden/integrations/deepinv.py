@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastden.images.samples import MAX_SIGMA
 from fastden.integrations._missing import missing
 from fastden.network.fused import FusedDenoiser, fuse
+from fastden.network.loading import Model
 from fastden.network.model import Denoiser
 
 try:
@@ -36,21 +38,32 @@ class FastdenDenoiser(_Base):
     range, denoised at the scaled level, and scaled back.
 
     Args:
-        model: a bundled name, a folder, a Hugging Face Hub id, or a :class:`fastden.Denoiser`.
+        model: a bundled name, a folder, a Hugging Face Hub id, a :class:`fastden.Denoiser`, or what
+            :func:`fastden.fuse` made of one.
         trainable: keep the network's parameters, for unfolded methods that train them. False takes its faster
             inference form; gradients with respect to the image flow through both.
         device: where it computes.
 
     Raises:
-        ValueError: the model takes no noise level.
+        ValueError: the model takes no noise level; ``trainable`` with a fused network, which has no parameters.
+        TypeError: ``model`` has another type.
     """
 
     def __init__(self, model: Any = "color", *, trainable: bool = False, device: str | torch.device = "cpu") -> None:
         super().__init__(device)
-        network = model if isinstance(model, Denoiser) else Denoiser.from_pretrained(model)
+        if not isinstance(model, Model):
+            accepted = "a name, folder, Hub id, Denoiser or FusedDenoiser"
+            raise TypeError(f"model: {type(model).__name__}; accepted: {accepted}")
+        if trainable and isinstance(model, FusedDenoiser):
+            raise ValueError("trainable: True, with a FusedDenoiser, which has no parameters; accepted: a Denoiser")
+        network = Denoiser.from_pretrained(model) if isinstance(model, str | Path) else model
         if not network.noise_level_input:
             raise ValueError(f"model: {model!r} takes no noise level; accepted: one that does, such as 'color'")
-        self.network: Denoiser | FusedDenoiser = network.to(device) if trainable else fuse(network, device=device)
+        self.network: Denoiser | FusedDenoiser
+        if trainable or isinstance(network, FusedDenoiser):
+            self.network = network.to(device)
+        else:
+            self.network = fuse(network, device=device)
 
     def forward(self, x: Tensor, sigma: Any, **kwargs: Any) -> Tensor:
         """Denoise a batch.
@@ -65,8 +78,13 @@ class FastdenDenoiser(_Base):
             As ``x``, not clipped.
 
         Raises:
-            ValueError: ``sigma`` of another shape; an image of other channels.
+            ValueError: ``sigma`` of another shape; an image of other dimensions or channels.
+            TypeError: ``sigma`` is no number.
         """
+        if x.dim() != 4:
+            raise ValueError(f"x: shape {tuple(x.shape)}; accepted: (N, {self.network.image_channels}, H, W)")
+        if sigma is None or isinstance(sigma, str):
+            raise TypeError(f"sigma: {sigma!r}; accepted: a number, or numbers, on the scale of x")
         n, channels, height, width = x.shape
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         if level.dim() < 2:

@@ -7,6 +7,7 @@ import torch
 from skimage import data
 from torch import Tensor
 
+from fastden.network.fused import fuse
 from fastden.network.model import Denoiser
 from tests.helpers import random_network
 from tests.integrations.installed import package
@@ -41,11 +42,24 @@ def test_forms_of_sigma(denoiser: FastdenDenoiser, picture: Tensor) -> None:
         torch.full((2, 1, 96, 96), 0.1),
     ):
         assert (denoiser(x, sigma) - wanted).abs().max() < 1e-5
+    with pytest.raises(TypeError, match="sigma: None; accepted: a number"):
+        denoiser(x, None)
+    with pytest.raises(ValueError, match=r"x: shape \(3, 96, 96\); accepted: \(N, 3, H, W\)"):
+        denoiser(x[0], 0.1)
     for wrong in (torch.full((3,), 0.1), torch.full((2, 3, 1, 1), 0.1), torch.full((1, 1, 5, 5), 0.1)):
         with pytest.raises(ValueError, match="sigma: shape"):
             denoiser(x, wrong)
     with pytest.raises(ValueError, match="takes no noise level"):
         FastdenDenoiser(random_network(noise_level_input=False))
+
+
+def test_networks_that_are_fused_already(denoiser: FastdenDenoiser, picture: Tensor) -> None:
+    network = fuse(Denoiser.from_pretrained("color"))
+    assert torch.equal(FastdenDenoiser(network)(picture, 0.1), denoiser(picture, 0.1))
+    with pytest.raises(ValueError, match="trainable: True, with a FusedDenoiser"):
+        FastdenDenoiser(network, trainable=True)
+    with pytest.raises(TypeError, match="model: int; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser"):
+        FastdenDenoiser(3)
 
 
 def test_gray_and_gradients(denoiser: FastdenDenoiser, picture: Tensor) -> None:
