@@ -22,6 +22,7 @@ AUTOMATIC = "automatic"
 POLL = 0.2
 
 TITLE = "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>"
+LOST = "The connection was lost, and the pictures with it: drop them again."
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -69,9 +70,7 @@ class Page:
         """The page."""
         # Analytics and the search for newer versions are off: the page talks to this machine alone.
         with gr.Blocks(title="fastden", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-            gr.HTML(
-                "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>", elem_id="title"
-            )
+            gr.HTML(TITLE, elem_id="title")
             drop = gr.File(file_count="multiple", label="Photographs", elem_id="drop", height=150)
             status = gr.HTML(elem_id="status")
             cancel = gr.Button("Cancel", visible=False, elem_id="cancel")
@@ -97,7 +96,7 @@ class Page:
             settings = [automatic, sigma, strength, model]
             dropped = drop.upload(self._take, [drop, automatic], [drop, *shown, *buttons], **private)
             dropped.success(self._run, settings, [*shown, *buttons], **running)
-            again.click(self._run, settings, [*shown, *buttons], **running)
+            again.click(self._again, settings, [*shown, *buttons], **running)
             cancel.click(self._cancel, None, None, queue=False, **private)
             which.input(self._show, [which, automatic], [compare, status, sigma], **private)
             automatic.change(self._automatic, [which, automatic], sigma, **private)
@@ -156,6 +155,16 @@ class Page:
             compare, text, level_shown = self._view(session, first, automatic)
             yield gr.Dropdown(value=first), compare, _summary(session) + text, level_shown, *_buttons(session)
 
+    def _again(
+        self, automatic: bool, sigma: float, strength: float, model: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Denoise the pictures that the window shows, if they are still here."""
+        session = self._session(request)
+        if session.pictures:
+            yield from self._run(automatic, sigma, strength, model, request)
+        else:
+            yield gr.Dropdown(visible=False), "", _wrong(LOST), gr.skip(), *_buttons(session)
+
     def _show(self, index: int, automatic: bool, request: gr.Request) -> tuple[Any, ...]:
         return self._view(self._session(request), index, automatic)
 
@@ -166,7 +175,8 @@ class Page:
         if picture is not None and picture.done:
             before, after = (f"gradio_api/file={quote(str(path))}" for path in session.previews(picture))
             compare = f'<fastden-compare before="{before}" after="{after}"></fastden-compare>'
-        return compare, "" if picture is None else _told(picture), gr.Slider(**_level(session, index, automatic))
+        text = _wrong(LOST) if picture is None else _told(picture)
+        return compare, text, gr.Slider(**_level(session, index, automatic))
 
     def _cancel(self, request: gr.Request) -> None:
         self._session(request).cancel()

@@ -14,11 +14,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
+from fastden.ui.session import Limits
 from tests.browser import browser, chromium, drop, opened
 from tests.cli.run import works
 from tests.image_files import encoded, exif, pixels, png_claiming
@@ -153,6 +155,28 @@ def test_leaving_the_page_removes_its_files(window: Any, url: str, files: Path) 
     while mine.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not mine.exists()
+
+
+def test_pictures_that_went_with_the_connection_are_told(tmp_path: Path) -> None:
+    """Gradio ends a session whose connection is lost; the window still shows its pictures and buttons."""
+    from fastden.ui.page import Page
+
+    page, request = Page(tmp_path, Limits(files=2)), SimpleNamespace(session_hash="mine")
+    settings: Any = (True, 0.0, 1.0, "automatic", request)
+    uploads = [tmp_path / f"{name}.jpg" for name in "abc"]
+    for upload in uploads:
+        upload.write_bytes(photo())
+    page._take([str(uploads[0])], True, request)
+    assert "noise of fine grain" in list(page._again(*settings))[-1][2]
+    page._leave(request)
+    lost = "The connection was lost, and the pictures with it: drop them again."
+    _, compare, told, *_, again, cancel, save = list(page._again(*settings))[-1]
+    assert (compare, lost in told, again.interactive, cancel.visible, save.visible) == ("", True, False, False, False)
+    assert lost in page._show(0, True, request)[1]
+    # After a drop that was refused there are none either, but its error stands.
+    assert "3 pictures at a time" in page._take([str(upload) for upload in uploads], True, request)[3]
+    assert lost not in str(list(page._run(*settings))[-1])
+    page.close()
 
 
 def answer(url: str, data: bytes | None = None, **headers: str) -> int:
