@@ -3,8 +3,8 @@
 The first is a real one, as it came (``examples/photographs/``). The others are a photograph that scikit-image ships,
 made noisy twice: as a camera would at a high ISO number (:mod:`fastden.training.camera`: noise in the sensor,
 demosaicing, tone curve, JPEG), and by white Gaussian noise of a known level. The command gets no parameter for the
-first two, and the level for the third. Writes the noisy and the denoised files, and ``real.png``, ``camera.png`` and
-``white.png``, which compare them.
+first two, and the level for the third, unless the model is blind. Writes the noisy and the denoised files, and
+``real.png``, ``camera.png`` and ``white.png``, which compare them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ def main() -> None:
     noisy = add_noise(photograph, arguments.sigma, arguments.seed)
     Image.fromarray(noisy).save(scan)
     print(f"White Gaussian noise of sigma {arguments.sigma:g} of 255, clipped to 8 bits")
-    show(folder / "white.png", scan, photograph, noisy, ["--sigma", f"{arguments.sigma:g}"], model, corner)
+    # A blind model takes no level.
+    takes_level = not model or fastden.Denoiser.from_pretrained(arguments.model).noise_level_input
+    level = ["--sigma", f"{arguments.sigma:g}"] if takes_level else []
+    show(folder / "white.png", scan, photograph, noisy, level, model, corner)
 
 
 def show(

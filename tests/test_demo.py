@@ -43,6 +43,14 @@ def test_demo_writes_the_pictures_and_prints_its_figures(root: Path, tmp_path: P
     assert re.search(r"denoising \d+\.\d+ s, \d+\.\d+ megapixels a second", output)
 
 
+def test_demo_of_a_blind_model(root: Path, tmp_path: Path) -> None:
+    """It takes no level, not even where the level is known."""
+    random_network(noise_level_input=False).eval().save_pretrained(tmp_path / "model")
+    output = run_demo(root, tmp_path / "demo", "--model", str(tmp_path / "model"))
+    assert "--sigma" not in output
+    assert (tmp_path / "demo" / "white.png").exists()
+
+
 @pytest.mark.skipif("photo" not in fastden.models(), reason="the model photo is not in this checkout")
 def test_demo_makes_a_noisy_photograph_clean(root: Path, tmp_path: Path) -> None:
     output = run_demo(root, tmp_path)
