@@ -5,6 +5,7 @@
 | :mod:`fastden.integrations.deepinv` | inverse problems with deepinv | ``deepinv`` |
 | :mod:`fastden.integrations.spandrel` | chaiNNer and others that load models with spandrel | ``spandrel`` |
 | :mod:`fastden.integrations.comfyui` | a node of ComfyUI | none |
+| :mod:`fastden.integrations.napari` | a dock widget of napari | ``napari`` |
 | :mod:`fastden.integrations.transforms` | a transform of torchvision | ``torchvision`` |
 | :mod:`fastden.integrations.datasets` | a map function of Hugging Face datasets | ``datasets`` |
 """
