@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import PIL.Image
+import torch
 from torch import Tensor
 
 from fastden.api import denoise
+from fastden.inference.estimate import estimate_noise, median_estimate
 from fastden.integrations._missing import missing
-from fastden.network.loading import check_strength
+from fastden.network.loading import check_strength, load_network
 
 try:
     from torchvision import tv_tensors
@@ -33,6 +35,8 @@ class Denoise(v2.Transform):
 
     Images are PIL images, ``tv_tensors.Image``, ``tv_tensors.Video`` (frame by frame) or plain tensors, as every
     transform of v2 takes them: gray or RGB, uint8, uint16 or floating in [0, 1]. Kind, size, dtype and device stay.
+    Where the level is estimated, all frames of a video get the median of theirs, so that it does not flicker; frames
+    that are denoised on a range of their own (:func:`fastden.denoise`) get each its own.
 
     The network is loaded where it is first needed, in each worker once: the transform itself is small to pickle.
 
@@ -63,7 +67,21 @@ class Denoise(v2.Transform):
         if not isinstance(inpt, Tensor):
             return denoise(inpt, self.sigma, **options)
         plain = inpt.as_subclass(Tensor)
+        is_video = isinstance(inpt, tv_tensors.Video)
         # Images and videos may have any dimensions in front.
-        batch = plain.reshape(-1, *plain.shape[-3:])
-        cleaned = denoise(batch, self.sigma, **options).reshape(plain.shape)
-        return tv_tensors.wrap(cleaned, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else cleaned
+        batches = plain[None].flatten(0, -5) if is_video else [plain.reshape(-1, *plain.shape[-3:])]
+        cleaned = [denoise(batch, self._level(batch) if is_video else self.sigma, **options) for batch in batches]
+        result = torch.stack(cleaned).reshape(plain.shape)
+        return tv_tensors.wrap(result, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else result
+
+    def _level(self, frames: Tensor) -> Any:
+        """The ``sigma`` of :func:`fastden.denoise` for all frames (N, C, H, W) of a video."""
+        if self.sigma != "auto":
+            return self.sigma
+        model = self.model
+        network = None if model is None else load_network(model, self.device, eight_bit=frames.dtype == torch.uint8)
+        if network is not None and not network.noise_level_input:
+            return "auto"
+        estimates = [estimate_noise(frame, network) for frame in frames]
+        ordinary = all((estimate.black, estimate.white) == (0, 1) for estimate in estimates)
+        return median_estimate(estimates) if ordinary else "auto"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import fastden
+from fastden.inference.estimate import median_estimate
 from tests.integrations.installed import torchvision
 
 torchvision()
@@ -55,6 +56,28 @@ def test_kinds_of_images() -> None:
     assert torch.equal(video[0].as_subclass(Tensor), wanted)
     pil = transform(PIL.Image.fromarray(picture().permute(1, 2, 0).numpy()))
     assert np.array_equal(np.array(pil), wanted.permute(1, 2, 0).numpy())
+
+
+def test_a_video_has_one_level() -> None:
+    """Levels that are estimated from each frame, and models with them, would make it flicker."""
+    clean = torch.linspace(0.2, 0.8, 64).expand(3, 48, 64)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((5, 3, 48, 64), generator=generator) * torch.tensor([0.02, 0.06, 0.08, 0.1, 0.2]).view(
+        5, 1, 1, 1
+    )
+    clip = ((clean + noise).clamp(0, 1) * 255).round().byte()
+    estimates = [fastden.estimate_noise(frame) for frame in clip]
+    shared = median_estimate(estimates)
+    assert len({estimate.sigma for estimate in estimates}) == 5
+    video = tv_tensors.Video(torch.stack([clip, clip.flip(0)]))
+    for model in (None, "photo"):
+        result = Denoise(model=model)(video).as_subclass(Tensor)
+        assert torch.equal(result[0], fastden.denoise(clip, shared, model=model))
+        assert torch.equal(result[1], result[0].flip(0))
+    blind = Denoise(model="color-blind")(video).as_subclass(Tensor)
+    assert torch.equal(blind[0], fastden.denoise(clip, model="color-blind"))
+    dark = tv_tensors.Video(clip / 2550)  # floating values that are denoised on a range of their own
+    assert torch.equal(Denoise()(dark).as_subclass(Tensor), fastden.denoise(clip / 2550))
 
 
 def test_the_rest_of_a_sample_passes() -> None:
