@@ -10,6 +10,7 @@ The file's tensors alone tell what the network is.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,7 @@ class FastdenArch(Architecture):
     """
 
     def __init__(self, sigma: float | Literal["auto"] = "auto") -> None:
-        if sigma != "auto" and not (isinstance(sigma, int | float) and 0 <= sigma <= 255):
+        if sigma != "auto" and not (isinstance(sigma, Real) and 0 <= sigma <= 255):
             raise ValueError(f"sigma: {sigma!r}; accepted: 'auto', or a number from 0 to 255")
         self.sigma = sigma
         super().__init__(

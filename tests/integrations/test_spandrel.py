@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,6 +57,7 @@ def test_a_fixed_level() -> None:
     with torch.no_grad():
         wanted = Denoiser.from_pretrained("color")(image, 25 / 255).clamp(0, 1)
     assert (loaded(image) - wanted).abs().max() < 1e-5
+    assert FastdenArch(np.float32(25)).sigma == 25
     with pytest.raises(ValueError, match="sigma: 300; accepted: 'auto', or a number from 0 to 255"):
         FastdenArch(sigma=300)
 
