@@ -1,0 +1,172 @@
+"""Modules and parameters that a function holds, and copies of such functions: what losses as functions need.
+
+PyTorch registers what a module has as attributes. A function may hold modules too, and :class:`FunctionModule` makes a
+module of it, so that they are trained, saved, moved and copied with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class FunctionModule(nn.Module):
+    """A function as a module. Modules and parameters that the function holds are registered.
+
+    They are found in bound methods, in the arguments of ``functools.partial``, in the variables that a closure
+    captured, and in the attributes of a callable object.
+
+    A module may come to hold this one: ``self.loss = JointLoss(weight, self.method)``. It registers its parameters
+    itself. Were it registered here too, it would be its own descendant, and ``state_dict``, ``train`` and ``to`` would
+    never end. So it is dropped before any of them looks.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        found = list(held(function, set()))
+        modules = [value for value in found if isinstance(value, nn.Module)]
+        self.owner = modules[0] if modules else None
+        if modules[1:]:
+            self.others = nn.ModuleList(modules[1:])
+        parameters = [value for value in found if isinstance(value, nn.Parameter)]
+        if parameters:
+            self.own = nn.ParameterList(parameters)
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def _drop_holders(self) -> None:
+        """Unregister modules that hold this one. None does when it is made; it is stored in one afterwards."""
+        if isinstance(self.owner, nn.Module) and _holds(self.owner, self):
+            self.owner = None
+        others = self._modules.get("others")
+        if others is not None and any(_holds(module, self) for module in others.children()):
+            self.others = nn.ModuleList(module for module in others.children() if not _holds(module, self))
+
+    # All ways in which PyTorch walks from a module to those below it begin with one of these.
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self._drop_holders()
+        return super().named_children()
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._drop_holders()
+        return super().named_modules(*arguments, **options)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._drop_holders()
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._drop_holders()
+        super()._load_from_state_dict(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionModule:
+        copy = FunctionModule.__new__(FunctionModule)
+        memo[id(self)] = copy
+        state = {name: value for name, value in self.__dict__.items() if name != "function"}
+        copy.__dict__ = {**deepcopy(state, memo), "function": copied(self.function, memo)}
+        return copy
+
+    def extra_repr(self) -> str:
+        self._drop_holders()
+        return str(getattr(self.function, "__qualname__", self.function))
+
+
+def _holds(module: nn.Module, sought: nn.Module) -> bool:
+    """Whether ``sought`` is below ``module``."""
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        if current is sought:
+            return True
+        if id(current) not in seen:
+            seen.add(id(current))
+            waiting.extend(child for child in current._modules.values() if child is not None)
+    return False
+
+
+#: Kinds of values in which modules and parameters are looked for.
+_FOLLOWED = (nn.Module, nn.Parameter, FunctionType, MethodType, partial, list, tuple, dict)
+#: Kinds of values that a copied closure gets a copy of. What cannot be copied, such as an open file, stays shared.
+_COPIED = (*_FOLLOWED, Tensor)
+
+
+def copied(function: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a function. A closure that holds modules or parameters gets copies of them.
+
+    ``copy.deepcopy`` takes a function for the same function, so that the copy would train the original's parameters.
+    """
+    if id(function) in memo:
+        return memo[id(function)]
+    if isinstance(function, partial):
+        arguments = [copied(value, memo) for value in function.args]
+        return partial(copied(function.func, memo), *arguments, **deepcopy(function.keywords, memo))
+    if type(function) is list:
+        values: list[Any] = []
+        memo[id(function)] = values  # it may hold itself
+        values.extend(copied(value, memo) for value in function)
+        return values
+    if type(function) is dict:
+        named: dict[Any, Any] = {}
+        memo[id(function)] = named
+        named.update((key, copied(value, memo)) for key, value in function.items())
+        return named
+    if type(function) is tuple:
+        fixed = tuple(copied(value, memo) for value in function)
+        return memo.setdefault(id(function), fixed)
+    if not isinstance(function, FunctionType) or not any(True for _ in held(function, set())):
+        return deepcopy(function, memo)
+    captured = function.__closure__ or ()
+    cells = tuple(CellType() for _ in captured)
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    memo[id(function)] = copy  # it may have captured itself
+    for cell, source in zip(cells, captured, strict=True):
+        for value in _contents(source):
+            cell.cell_contents = copied(value, memo) if isinstance(value, _COPIED) else value
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    copy.__qualname__, copy.__doc__ = function.__qualname__, function.__doc__
+    return copy
+
+
+def held(function: Any, seen: set[int]) -> Iterator[nn.Module | nn.Parameter]:
+    """The modules and parameters that a function carries with it, each once; ``seen`` holds the ids of what was met."""
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, nn.Module | nn.Parameter):
+        yield function
+        return
+    values: Iterable[Any]
+    if isinstance(function, partial):
+        values = (function.func, *function.args, *function.keywords.values())
+    elif isinstance(function, MethodType):
+        values = (function.__self__,)
+    elif isinstance(function, FunctionType):
+        values = [value for cell in function.__closure__ or () for value in _contents(cell)]
+    elif isinstance(function, list | tuple):
+        values = function
+    elif isinstance(function, dict):
+        values = function.values()
+    else:
+        values = getattr(function, "__dict__", {}).values()
+    for value in values:
+        # Of other objects only the attributes of the function itself or of its method's object are looked at.
+        if isinstance(value, _FOLLOWED) or isinstance(function, MethodType):
+            yield from held(value, seen)
+
+
+def _contents(cell: CellType) -> tuple[Any, ...]:
+    """What a cell of a closure holds; nothing where the variable is not assigned yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
