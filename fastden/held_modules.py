@@ -7,7 +7,7 @@ module of it, so that they are trained, saved, moved and copied with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -19,7 +19,7 @@ class FunctionModule(nn.Module):
     """A function as a module. Modules and parameters that the function holds are registered.
 
     They are found in bound methods, in the arguments of ``functools.partial``, in the variables that a closure
-    captured, and in the attributes of a callable object.
+    captured, in default arguments, and in the attributes of a callable object.
 
     A module may come to hold this one: ``self.loss = JointLoss(weight, self.method)``. It registers its parameters
     itself. Were it registered here too, it would be its own descendant, and ``state_dict``, ``train`` and ``to`` would
@@ -40,6 +40,20 @@ class FunctionModule(nn.Module):
 
     def forward(self, *arguments: Any) -> Any:
         return self.function(*arguments)
+
+    def train(self, mode: bool = True) -> FunctionModule:
+        """Set the mode, but leave frozen modules in theirs: training mode would move their BN statistics."""
+        self.training = mode
+        for name, child in self.named_children():
+            if name == "owner":
+                several = [child]
+            else:  # lists of this module's own
+                child.training = mode
+                several = list(child.children())
+            for module in several:
+                if not _is_frozen(module):
+                    module.train(mode)
+        return self
 
     def _drop_holders(self) -> None:
         """Unregister modules that hold this one. None does when it is made; it is stored in one afterwards."""
@@ -68,15 +82,22 @@ class FunctionModule(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FunctionModule:
-        copy = FunctionModule.__new__(FunctionModule)
-        memo[id(self)] = copy
+        result = FunctionModule.__new__(FunctionModule)
+        memo[id(self)] = result
         state = {name: value for name, value in self.__dict__.items() if name != "function"}
-        copy.__dict__ = {**deepcopy(state, memo), "function": copied(self.function, memo)}
-        return copy
+        result.__dict__ = {**deepcopy(state, memo), "function": copied(self.function, memo)}
+        return result
 
     def extra_repr(self) -> str:
         self._drop_holders()
         return str(getattr(self.function, "__qualname__", self.function))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters or statistics, and none of them is to be trained."""
+    parameters = list(module.parameters())
+    has_state = bool(parameters) or any(True for _ in module.buffers())
+    return has_state and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _holds(module: nn.Module, sought: nn.Module) -> bool:
@@ -108,33 +129,64 @@ def copied(function: Any, memo: dict[int, Any]) -> Any:
         return memo[id(function)]
     if isinstance(function, partial):
         arguments = [copied(value, memo) for value in function.args]
-        return partial(copied(function.func, memo), *arguments, **deepcopy(function.keywords, memo))
+        named = {name: copied(value, memo) for name, value in function.keywords.items()}
+        return partial(copied(function.func, memo), *arguments, **named)
+    if isinstance(function, MethodType):
+        return MethodType(function.__func__, copied(function.__self__, memo))
     if type(function) is list:
         values: list[Any] = []
         memo[id(function)] = values  # it may hold itself
         values.extend(copied(value, memo) for value in function)
         return values
     if type(function) is dict:
-        named: dict[Any, Any] = {}
-        memo[id(function)] = named
-        named.update((key, copied(value, memo)) for key, value in function.items())
-        return named
+        mapping: dict[Any, Any] = {}
+        memo[id(function)] = mapping
+        mapping.update((key, copied(value, memo)) for key, value in function.items())
+        return mapping
     if type(function) is tuple:
         fixed = tuple(copied(value, memo) for value in function)
         return memo.setdefault(id(function), fixed)
-    if not isinstance(function, FunctionType) or not any(True for _ in held(function, set())):
-        return deepcopy(function, memo)
+    if isinstance(function, FunctionType):
+        return _copied_function(function, memo)
+    if _is_plain_object(function):
+        result = copy(function)
+        memo[id(function)] = result  # its attributes may be methods of its own
+        vars(result).update((name, copied(value, memo)) for name, value in vars(function).items())
+        return result
+    return deepcopy(function, memo)
+
+
+def _copied_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    if not any(True for _ in held(function, set())):
+        return function
     captured = function.__closure__ or ()
     cells = tuple(CellType() for _ in captured)
-    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    memo[id(function)] = copy  # it may have captured itself
+    result = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    memo[id(function)] = result  # it may have captured itself
+
+    def own(value: Any) -> Any:
+        return copied(value, memo) if isinstance(value, _COPIED) else value
+
     for cell, source in zip(cells, captured, strict=True):
         for value in _contents(source):
-            cell.cell_contents = copied(value, memo) if isinstance(value, _COPIED) else value
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__dict__.update(function.__dict__)
-    copy.__qualname__, copy.__doc__ = function.__qualname__, function.__doc__
-    return copy
+            cell.cell_contents = own(value)
+    if function.__defaults__ is not None:
+        result.__defaults__ = tuple(map(own, function.__defaults__))
+    if function.__kwdefaults__ is not None:
+        result.__kwdefaults__ = {name: own(value) for name, value in function.__kwdefaults__.items()}
+    result.__dict__.update(function.__dict__)
+    result.__qualname__, result.__doc__ = function.__qualname__, function.__doc__
+    return result
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value has attributes and nothing else, and its class does not say how it is copied."""
+    kind = type(value)
+    if isinstance(value, nn.Module | Tensor | type) or hasattr(kind, "__slots__") or not hasattr(value, "__dict__"):
+        return False
+    methods = ("__reduce_ex__", "__reduce__", "__getstate__")
+    own = any(getattr(kind, name, None) is not getattr(object, name, None) for name in methods)
+    return not own and not hasattr(kind, "__deepcopy__")
 
 
 def held(function: Any, seen: set[int]) -> Iterator[nn.Module | nn.Parameter]:
@@ -151,7 +203,8 @@ def held(function: Any, seen: set[int]) -> Iterator[nn.Module | nn.Parameter]:
     elif isinstance(function, MethodType):
         values = (function.__self__,)
     elif isinstance(function, FunctionType):
-        values = [value for cell in function.__closure__ or () for value in _contents(cell)]
+        captured = (value for cell in function.__closure__ or () for value in _contents(cell))
+        values = (*captured, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     elif isinstance(function, list | tuple):
         values = function
     elif isinstance(function, dict):

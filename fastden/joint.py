@@ -229,9 +229,11 @@ class JointLoss(nn.Module):
         denoise_loss: ``(denoised, clean) -> scalar tensor``; None is the mean squared error, in at least float32.
 
     Losses that are modules are registered: their parameters are in ``parameters()``, their states in ``state_dict()``.
-    So are the modules and parameters that a function holds: in a closure, a ``functools.partial``, a bound method, or
-    the attributes of a callable object; also behind functions, lists and mappings that these hold. Modules that hold
-    this loss are left out, so ``self.loss = JointLoss(weight, self.method)`` may be written.
+    So are the modules and parameters that a function holds: in a closure, a default argument, a ``functools.partial``,
+    a bound method, or the attributes of a callable object; also behind functions, lists and mappings that these hold.
+    Modules that hold this loss are left out, so ``self.loss = JointLoss(weight, self.method)`` may be written. What a
+    function holds and is frozen, with no parameter that requires gradients, keeps its mode: ``train()`` does not reach
+    the statistics of a perceptual network, which are to be put into evaluation mode once, by ``eval()``.
 
     Raises:
         ValueError: a negative or non-finite weight, an unknown loss, or names that differ.

@@ -219,6 +219,82 @@ class TestModules:
         assert all(parameter.grad is None for parameter in loss.parameters())
         assert torch.equal(loss(output, clean, torch.zeros(2, 2)).total, before)
 
+    @pytest.mark.parametrize("case", ["keyword", "object", "its list", "its method", "default", "keyword default"])
+    def test_copies_of_functions_behind_others_have_their_own_parameters(self, case: str) -> None:
+        class Held:
+            def __init__(self, inner: Any) -> None:
+                self.inner, self.several = inner, [inner]
+
+            def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+                return self.inner(prediction, target)
+
+            def first(self, prediction: Tensor, target: Tensor) -> Tensor:
+                return self.several[0](prediction, target)
+
+        def task_loss() -> Any:  # its variables are local: the closures in it capture the layer alone
+            layer = nn.Linear(2, 2)
+            inner: Any = lambda p, t: (layer(p) - t).square().mean()  # noqa: E731
+            return {
+                "keyword": partial(lambda p, t, inner: inner(p, t), inner=inner),
+                "object": Held(inner),
+                "its list": partial(lambda p, t, held: held(p, t), held=Held(inner).first),
+                "its method": Held(inner).first,
+                "default": lambda p, t, layer=layer: (layer(p) - t).square().mean(),
+                "keyword default": lambda p, t, *, inner=inner: inner(p, t),
+            }[case]
+
+        loss, clean = JointLoss(1.0, task_loss()), labelled_batch()[1]
+        output = JointOutput(clean, {"task": torch.ones(2, 2)})
+        assert len(list(loss.parameters())) == 2
+        for name, own in (("original", loss), ("copy", copy.deepcopy(loss)), ("copy of it", copy.deepcopy(loss))):
+            own.zero_grad()
+            own(output, clean, torch.zeros(2, 2)).total.backward()
+            assert all(parameter.grad is not None for parameter in own.parameters()), name
+            loss.zero_grad()
+        assert all(parameter.grad is None for parameter in loss.parameters())
+        double = copy.deepcopy(loss).double()
+        ones = torch.ones(2, 2).double()
+        assert double(JointOutput(clean, {"task": ones}), clean, ones).tasks["task"].dtype == torch.float64
+
+    def test_copies_of_objects_that_hold_themselves(self) -> None:
+        class Held:
+            def __init__(self) -> None:
+                self.layer = nn.Linear(2, 2)
+                self.again, self.function = self.loss, lambda p, t: self.loss(p, t).clone()
+
+            def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+                return (self.layer(prediction) - target).square().mean()
+
+        loss, clean = JointLoss(1.0, Held().again), labelled_batch()[1]
+        copied = copy.deepcopy(loss)
+        assert (
+            copied.task_losses["task"].function.__self__.again.__self__ is copied.task_losses["task"].function.__self__
+        )
+        copied(JointOutput(clean, {"task": torch.ones(2, 2)}), clean, torch.zeros(2, 2)).total.backward()
+        assert all(parameter.grad is not None for parameter in copied.parameters())
+        assert all(parameter.grad is None for parameter in loss.parameters())
+
+    def test_a_frozen_network_in_a_closure_keeps_its_mode(self) -> None:
+        def losses() -> tuple[Any, nn.Module, nn.Module, nn.Module]:
+            frozen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+            frozen.eval().requires_grad_(False)
+            head, dropout = nn.Linear(2, 2), nn.Dropout()
+            features = lambda p, t: (frozen(p) - frozen(t)).square().mean() + dropout(head(p[..., :2])).mean()  # noqa: E731
+            return features, frozen, head, dropout
+
+        function, frozen, head, dropout = losses()
+        loss, clean = JointLoss(1.0, function, denoise_loss=lambda p, t: function(p, t).clone()), labelled_batch()[1]
+        outer = nn.ModuleList([loss]).eval()
+        assert not any(module.training for module in (head, dropout, *outer.modules()))
+        outer.train()
+        assert all(module.training for module in (head, dropout, loss, *loss.task_losses.values()))
+        assert not any(module.training for module in frozen.modules())
+        before = frozen[1].running_mean.clone()
+        loss(JointOutput(clean, {"task": clean}), clean, clean)
+        assert torch.equal(frozen[1].running_mean, before)
+        frozen.requires_grad_(True)
+        assert all(module.training for module in loss.train().modules())
+
     def test_copies_of_odd_closures(self, tmp_path: Path) -> None:
         """Open files stay shared; a function may have captured itself."""
         scale = nn.Parameter(torch.tensor(2.0))
