@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,6 +65,9 @@ class NoiseEstimate:
             is plain to see, 0.6 and more where it may be texture.
         black, white: the picture's own range, where white of its dtype is 1 (:mod:`fastden.images.ranges`). ``sigmas``
             and ``sigma`` are on the dtype's scale all the same, as ``denoise(sigma=)`` takes them.
+
+    Raises:
+        ValueError: ``sigmas`` are not eight finite numbers of at least 0.
     """
 
     sigmas: tuple[float, ...]
@@ -73,6 +77,10 @@ class NoiseEstimate:
     uncertainty: float = 0.0
     black: float = 0.0
     white: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.sigmas) != KNOTS or not all(0 <= sigma < math.inf for sigma in self.sigmas):  # refuses NaN too
+            raise ValueError(f"sigmas: {self.sigmas}; accepted: {KNOTS} finite numbers of at least 0")
 
     @property
     def factor(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from fastden.algebra import BORDER
 from fastden.errors import shown_bytes
 from fastden.network.fused import FusedDenoiser
-from fastden.network.inputs import map_or_curve, noise_level
-from fastden.network.level import BRIGHTNESS_RADIUS, level_inside
+from fastden.network.inputs import Sigma, as_tensor, map_or_curve, noise_level
+from fastden.network.level import BRIGHTNESS_RADIUS, KNOTS, level_inside
 from fastden.network.loading import parse_memory
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, padding_for, reflected_index
@@ -87,7 +87,7 @@ class Tile(NamedTuple):
 def denoise_tiled(
     model: Model,
     image: Tensor,
-    sigma: float | Tensor | None = None,
+    sigma: Sigma = None,
     *,
     tile: int | Literal["auto"] | None = "auto",
     max_memory: int | str | None = None,
@@ -100,8 +100,9 @@ def denoise_tiled(
         model: a network, on any device; tiles are copied there one at a time.
         image: (N, 3, H, W) in the host's memory, or on the model's device: float in [0, 1], or torch.uint8 or
             torch.uint16, scaled tile by tile so that no float copy of the whole image exists.
-        sigma: noise level on the 0-1 scale: a number, (N,), a map (N, 1, H, W), or a curve of levels over brightness
-            (N, 8) (:mod:`fastden.network.level`); None for a blind network.
+        sigma: noise level on the 0-1 scale, in each form that :meth:`fastden.Denoiser.forward` takes: a number, (N,), a
+            map (N, 1, H, W), or a curve of levels over brightness (N, 8) (:mod:`fastden.network.level`), as tensor,
+            array or list; None for a blind network.
         tile: side of the tiles in pixels (rounded up to a multiple of 4), ``"auto"`` to choose it from ``max_memory``,
             or None for the whole image at once.
         max_memory: what the network's tensors may take, bytes or such as ``"2GiB"``; with ``tile="auto"`` alone.
@@ -127,11 +128,12 @@ def denoise_tiled(
     if side == "auto":
         budget = DEFAULT_MEMORY if memory is None else memory
         side, together = automatic_tile(model, height, width, n, budget)
+    levels = _levels(sigma, image, model.noise_level_input)
     result = torch.empty_like(image)
     done = 0
     for first in range(0, n, together):
         images = slice(first, first + together)
-        level = sigma[images] if isinstance(sigma, Tensor) and sigma.dim() > 0 and sigma.shape[0] == n else sigma
+        level = levels[images] if isinstance(levels, Tensor) and len(levels) == n else levels
         for part in plan_tiles(height, width, side):
             target = result[images, :, part.top : part.bottom, part.left : part.right]
             target.copy_(_run(model, image[images], level, part, scale=scale))
@@ -228,6 +230,18 @@ def _check(image: Tensor, channels: int) -> None:
         raise ValueError(f"image: shape {tuple(image.shape)}; accepted: (N, {channels}, H, W) with H, W >= 1")
 
 
+def _levels(sigma: Sigma, image: Tensor, wanted: bool) -> float | Tensor | None:
+    """``sigma`` as tiles take it: a number, (N,), a map, or a curve; checked as the network does for a whole image."""
+    # Checked here, where the image is known: a tile would take a map's or a curve's shape for another one's.
+    map_or_curve(torch.empty(image.shape, device="meta"), sigma, wanted)
+    if sigma is None or isinstance(sigma, Real):
+        return None if sigma is None else float(sigma)
+    tensor = as_tensor(sigma)
+    if tensor.dim() == 4 and tuple(tensor.shape[2:]) == tuple(image.shape[2:]):
+        return tensor
+    return tensor if tensor.dim() == 2 and tensor.shape[1] == KNOTS else tensor.reshape(-1)
+
+
 def bytes_per_pixel(model: Model) -> float:
     """Peak memory of a forward pass, bytes for each pixel of a tile and its halo."""
     if isinstance(model, Denoiser):
@@ -293,7 +307,6 @@ def _run(
     device = model.conv0.weight.device if isinstance(model, Denoiser) else model.device
     level = sigma
     if isinstance(sigma, Tensor) and sigma.dim() == 4:
-        _check_map(sigma, image)
         level = _cut(sigma, rows, columns, first_row, height)
     margin = 0
     if isinstance(sigma, Tensor) and sigma.dim() == 2 and model.noise_level_input:
@@ -345,14 +358,6 @@ def _inward(x: Tensor, scale: OwnScale | None) -> tuple[Tensor, Tensor | None]:
 
 def _grown(span: tuple[int, int], margin: int = BRIGHTNESS_RADIUS) -> tuple[int, int]:
     return span[0] - margin, span[1] + margin
-
-
-def _check_map(sigma: Tensor, image: Tensor) -> None:
-    n, _, height, width = image.shape
-    if sigma.shape[0] not in (1, n) or tuple(sigma.shape[1:]) != (1, height, width):
-        raise ValueError(
-            f"sigma: shape {tuple(sigma.shape)}; accepted: a number, ({n},) or ({n}, 1, {height}, {width})"
-        )
 
 
 def _window(start: int, stop: int, size: int) -> tuple[tuple[int, int], int]:

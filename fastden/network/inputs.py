@@ -102,7 +102,7 @@ def map_or_curve(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
         if not 0.0 <= number <= 1.0:  # also refuses NaN
             raise ValueError(f"sigma: {sigma}; accepted: 0 to 1, on the scale of x (25 of 255 is 25 / 255)")
         return x.new_full((1, 1, 1, 1), number).expand(n, 1, height, width)
-    tensor = _as_tensor(sigma)
+    tensor = as_tensor(sigma)
     if runs_as_written(tensor) and tensor.device.type == "cpu" and tensor.numel():
         low, high = (float(bound) for bound in tensor.detach().aminmax())  # on a GPU the check would wait
         if not 0.0 <= low <= high <= 1.0:
@@ -122,7 +122,7 @@ def map_or_curve(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
     return level.expand(n, 1, height, width)
 
 
-def _as_tensor(sigma: Any) -> Tensor:
+def as_tensor(sigma: Any) -> Tensor:
     """A tensor of real numbers from a tensor, an array or a list of numbers."""
     accepted = "accepted: a number, a tensor (N,) or a map (N, 1, H, W)"
     if isinstance(sigma, _ARRAYS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -168,6 +170,20 @@ def test_a_network_takes_coarse_noise_as_up_to_twice_its_level(coarseness: float
         assert unsure.factor == pytest.approx(1 + share * (factor - 1), abs=1e-5)
     dark = NoiseEstimate(tuple(sigma / 10 for sigma in sigmas), 3.0, coarseness, black=0.1, white=0.2)
     np.testing.assert_allclose(2550 * dark.curve_on(0.1, 0.2)[0].numpy(), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sigmas", [(), (1.0,) * 7, (*(1.0,) * 7, -0.1), (*(1.0,) * 7, math.nan), (*(1.0,) * 7, math.inf)], ids=str
+)
+def test_sigmas_that_are_no_curve(sigmas: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"sigmas: {re.escape(str(sigmas))}; accepted: 8 finite numbers of at least"):
+        NoiseEstimate(sigmas, 1.0, 0.5)
+
+
+def test_an_estimate_of_a_brighter_picture() -> None:
+    """Its levels may exceed the scale of another picture."""
+    estimate = NoiseEstimate((700.0,) * KNOTS, 700.0, 0.5, white=10.0)
+    assert np.isfinite(fastden.denoise(noisy(20, (20, 24, 3), np.uint8), estimate)).all()
 
 
 def test_median_of_frames() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -88,6 +91,50 @@ def test_noise_level_in_every_form(sigma: str) -> None:
     }[sigma]
     with torch.no_grad():
         assert max_error(denoise_tiled(model, x, value, tile=16), model(x, value)) < 1e-13
+
+
+CURVE = [0.1 + 0.02 * knot for knot in range(8)]
+#: Noise levels for images (2, 3, 45, 38).
+LEVELS: dict[str, Any] = {
+    "a tensor without dimensions": torch.tensor(0.2),
+    "(N, 1)": torch.tensor([[0.1], [0.3]]),
+    "(N, 1, 1, 1)": torch.tensor([0.1, 0.3]).view(2, 1, 1, 1),
+    "(1, 1, 1, 1)": torch.full((1, 1, 1, 1), 0.2),
+    "a list": [0.1, 0.3],
+    "an array (N,)": np.array([0.1, 0.3]),
+    "an array as a map": np.linspace(0, 0.5, 2 * 45 * 38).reshape(2, 1, 45, 38),
+    "one curve": torch.tensor([CURVE]),
+    "curves": torch.tensor([CURVE, CURVE[::-1]]),
+    "a curve as an array": np.array([CURVE]),
+    "five knots": torch.full((1, 5), 0.1),
+    "nine knots below zero": torch.full((1, 9), -0.1),
+    "a curve below zero": torch.full((1, 8), -0.1),
+    "a curve with NaN": torch.full((1, 8), torch.nan),
+    "three curves": torch.full((3, 8), 0.1),
+    "a map without batch": torch.full((45, 38), 0.1),
+    "a map without channel": torch.full((2, 45, 38), 0.1),
+    "a map of another size": np.full((1, 1, 45, 39), 0.1),
+    "a map above one": np.full((1, 1, 45, 38), 1.5),
+    "three numbers": np.array([0.1, 0.2, 0.3]),
+    "none": None,
+    "a truth value": True,
+    "text": "0.1",
+}
+
+
+@pytest.mark.parametrize("case", LEVELS)
+def test_levels_are_those_that_the_network_takes(case: str) -> None:
+    model, sigma = random_network(dtype=torch.float64), LEVELS[case]
+    x = torch.rand(2, 3, 45, 38, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            untiled = model(x, sigma)
+    except (TypeError, ValueError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            denoise_tiled(model, x, sigma, tile=16)
+    else:
+        # The network keeps a curve's brightness in float32.
+        assert max_error(denoise_tiled(model, x, sigma, tile=16), untiled) < (1e-6 if "curve" in case else 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
