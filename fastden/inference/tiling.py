@@ -13,11 +13,12 @@ from numbers import Integral, Real
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastden.algebra import BORDER
 from fastden.errors import shown_bytes
+from fastden.network.folding import check_call
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import Sigma, as_tensor, map_or_curve, noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, KNOTS, level_inside
@@ -58,7 +59,7 @@ class TiledNetwork(Protocol):
     def forward_padded(self, x: Tensor) -> Tensor: ...
 
 
-Model = Denoiser | TiledNetwork
+Model = TiledNetwork
 
 
 class OwnScale(NamedTuple):
@@ -97,7 +98,8 @@ def denoise_tiled(
     """Denoise images tile by tile.
 
     Args:
-        model: a network, on any device; tiles are copied there one at a time.
+        model: a :class:`fastden.Denoiser` in evaluation mode or a :class:`fastden.FusedDenoiser`, on any device; tiles
+            are copied there one at a time.
         image: (N, 3, H, W) in the host's memory, or on the model's device: float in [0, 1], or torch.uint8 or
             torch.uint16, scaled tile by tile so that no float copy of the whole image exists.
         sigma: noise level on the 0-1 scale, in each form that :meth:`fastden.Denoiser.forward` takes: a number, (N,), a
@@ -117,9 +119,8 @@ def denoise_tiled(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is accepted.
     """
+    _check_model(model)
     _check(image, model.image_channels)
-    if isinstance(model, Denoiser) and model.training:
-        raise ValueError("model: in training mode; accepted: evaluation mode (model.eval()), or fastden.fuse(model)")
     memory = parse_memory(max_memory) if isinstance(max_memory, str) else max_memory
     check_tile(tile, memory)
     n, _, height, width = image.shape
@@ -221,6 +222,27 @@ def _round_up(value: int) -> int:
     return -(-value // ALIGNMENT) * ALIGNMENT
 
 
+def _check_model(model: object) -> None:
+    """Raise unless tiles, which call ``forward_padded``, give what a call of the model gives."""
+    if isinstance(model, Denoiser):
+        if model.training:
+            accepted = "evaluation mode (model.eval()), or fastden.fuse(model)"
+            raise ValueError(f"model: in training mode; accepted: {accepted}")
+        try:
+            check_call(model)
+        except ValueError as error:
+            changed = "has a forward of its own, or hooks that change its result, which tiles would leave out"
+            raise ValueError(
+                f"model: {type(model).__name__} {changed}; accepted: fastden.Denoiser as it is, or a subclass with a"
+                " forward_padded of its own"
+            ) from error
+    # A wrapper, such as torch.compile's, has what it wraps as attributes of its own.
+    elif not isinstance(model, FusedDenoiser) and (
+        isinstance(model, nn.Module) or not hasattr(model, "forward_padded")
+    ):
+        raise TypeError(f"model: {type(model).__name__}; accepted: fastden.Denoiser or FusedDenoiser")
+
+
 def _check(image: Tensor, channels: int) -> None:
     if not isinstance(image, Tensor):
         raise TypeError(f"image: {type(image).__name__}; accepted: a torch.Tensor (N, {channels}, H, W)")
@@ -244,13 +266,9 @@ def _levels(sigma: Sigma, image: Tensor, wanted: bool) -> float | Tensor | None:
 
 def bytes_per_pixel(model: Model) -> float:
     """Peak memory of a forward pass, bytes for each pixel of a tile and its halo."""
-    if isinstance(model, Denoiser):
-        dtype = model.conv0.weight.dtype
-        form = "plain"
-    else:
-        dtype = model.dtype
-        form = "operators" if why_not(model.device, dtype) else "onednn"
-    return BYTES_PER_PIXEL[form] * dtype.itemsize / 4
+    fused = "operators" if why_not(model.device, model.dtype) else "onednn"
+    form = "plain" if isinstance(model, Denoiser) else fused
+    return BYTES_PER_PIXEL[form] * model.dtype.itemsize / 4
 
 
 def least_memory(model: Model) -> int:
@@ -304,8 +322,7 @@ def _run(
     height = image.shape[2] if height is None else height
     rows, top = _window(part.top, part.bottom, height)
     columns, left = _window(part.left, part.right, image.shape[3])
-    device = model.conv0.weight.device if isinstance(model, Denoiser) else model.device
-    level = sigma
+    device, level = model.device, sigma
     if isinstance(sigma, Tensor) and sigma.dim() == 4:
         level = _cut(sigma, rows, columns, first_row, height)
     margin = 0
@@ -335,7 +352,7 @@ def _forward(model: Model, x: Tensor, level: float | Tensor | None, margin: int)
         level = level_inside(level, x)
         x = x[:, :, margin:-margin, margin:-margin]
     if isinstance(model, Denoiser):
-        x = x.to(model.conv0.weight.dtype)
+        x = x.to(model.dtype)
     levels = noise_level(x, level, model.noise_level_input)
     return model.forward_padded(x if levels is None else torch.cat([x, levels], 1))
 

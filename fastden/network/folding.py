@@ -30,7 +30,7 @@ def weights(model: Denoiser) -> dict[str, Pair]:
     Raises:
         ValueError: a layer is not a plain one; the error names it.
     """
-    _check_module("model", model, Denoiser, partial(_image, model))
+    check_call(model)
     for name in ("forward_padded", "_trunk", "_forward_composed"):
         if getattr(type(model), name) is not getattr(Denoiser, name) or name in vars(model):
             raise ValueError(_refusal("model", model, f"has a {name} of its own"))
@@ -50,6 +50,11 @@ def weights(model: Denoiser) -> dict[str, Pair]:
     pairs |= {name: _upsample(name, getattr(model, name)) for name in ("up2", "up3")}
     pairs["out"] = _conv("out", model.out, 3, 1, 0)
     return pairs
+
+
+def check_call(model: Denoiser) -> None:
+    """Raise ValueError where a call of ``model`` gives something else than :meth:`fastden.Denoiser.forward` does."""
+    _check_module("model", model, Denoiser, partial(_image, model))
 
 
 def _fold(name: str, bn: nn.Module, weight: Tensor, bias: Tensor) -> Pair:

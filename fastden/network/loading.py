@@ -65,7 +65,7 @@ def load_network(
             raise ValueError("device, dtype: given with a FusedDenoiser, which has its own; accepted: None and 'auto'")
         return model
     if isinstance(model, Denoiser):
-        target = model.conv0.weight.device if device is None else parse_device(device)
+        target = model.device if device is None else parse_device(device)
         return fuse(model, choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast)), target, quality=quality)
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")

@@ -57,6 +57,16 @@ class Denoiser(nn.Module, PretrainedMixin):
         self.up3 = Upsample(256, 64)
         self.out = nn.Conv2d(128, image_channels, 3)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first weights, which is that of all unless some were cast."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first weights."""
+        return next(self.parameters()).device
+
     def forward(self, x: Tensor, sigma: Sigma = None) -> Tensor:
         """Denoise a batch.
 

@@ -284,6 +284,50 @@ def test_automatic_tile_is_exact_too() -> None:
         assert max_error(y, model(x, 0.1)) < 1e-13
 
 
+class Clamped(Denoiser):
+    def forward(self, x: torch.Tensor, sigma: Any = None) -> torch.Tensor:
+        return super().forward(x, sigma).clamp(0, 1)
+
+
+class Halved(Denoiser):
+    def forward_padded(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward_padded(x) / 2
+
+
+def hooked(change: float) -> Denoiser:
+    model = Denoiser().eval()
+    model.register_forward_hook(lambda module, arguments, result: result + change)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        ("color", TypeError, r"model: str; accepted: fastden\.Denoiser or FusedDenoiser"),
+        (torch.nn.Conv2d(3, 3, 3), TypeError, r"model: Conv2d; accepted: fastden\.Denoiser"),
+        (torch.compile(Denoiser().eval()), TypeError, r"model: OptimizedModule; accepted: fastden\.Denoiser"),
+        (torch.compile(fuse(Denoiser())), TypeError, r"model: OptimizedModule; accepted: fastden\.Denoiser"),
+        (Clamped().eval(), ValueError, r"model: Clamped has a forward of its own, .*; accepted: fastden\.Denoiser as"),
+        (hooked(0.1), ValueError, r"model: Denoiser has .* hooks that change its result"),
+    ],
+)
+def test_networks_that_tiles_would_change(model: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        denoise_tiled(model, torch.zeros(1, 3, 8, 8), 0.1)
+
+
+@pytest.mark.parametrize("change", ["a wrapped layer", "forward_padded", "hooks that only look"])
+def test_changed_networks(change: str) -> None:
+    model = {"forward_padded": Halved().eval(), "hooks that only look": hooked(0)}.get(
+        change, random_network()
+    ).double()
+    if change == "a wrapped layer":
+        model.conv0 = torch.nn.Sequential(model.conv0)  # type: ignore[assignment]
+    x = torch.rand(1, 3, 41, 50, dtype=torch.float64)
+    with torch.no_grad():
+        assert max_error(denoise_tiled(model, x, 0.1, tile=16), model(x, 0.1)) < 1e-13
+
+
 WRONG = {
     "array": ({"image": [[1]]}, TypeError, r"image: list; accepted: a torch\.Tensor"),
     "int32": ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.int32)}, TypeError, r"image: dtype torch\.int32; accepted"),

@@ -32,6 +32,15 @@ def test_parameter_count() -> None:
     assert sum(p.numel() for p in Denoiser().parameters()) == 1_033_443 + 64 * 25
 
 
+def test_device_and_dtype() -> None:
+    model = Denoiser().half()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float16)
+    assert pickle.loads(pickle.dumps(model)).dtype == copy.deepcopy(model).dtype == torch.float16
+    assert model.to("meta").device == torch.device("meta")
+    model.conv0 = torch.nn.Sequential(model.conv0)  # type: ignore[assignment]
+    assert model.dtype == torch.float16
+
+
 @pytest.mark.parametrize("side", [16, 64])
 def test_multiply_accumulates_per_pixel(side: int) -> None:
     # out is unpadded: its result is two pixels smaller than the features that all other layers are counted on.
