@@ -171,11 +171,14 @@ class JointDenoiser(nn.Module):
         task: the network for the high-level task, or several by name; frozen in place (:class:`FrozenTask`).
         preprocess: as :class:`FrozenTask`'s; for several tasks a mapping by the same names, or one function for all.
         backend: of fastden's operators in the denoiser, forward and for gradients, see :mod:`fastden.ops.backends`;
-            None leaves it to the context, the environment or fastden. The tasks' networks are not concerned.
+            None leaves it to the context, the environment or fastden. The tasks' networks are not concerned. It cannot
+            be traced by ``torch.compile(fullgraph=True)``: there keep None and call what is compiled inside of
+            :func:`fastden.ops.use_backend`, or compile ``joint.denoiser`` alone.
 
     Raises:
         TypeError: not modules.
-        ValueError: no task, names of ``preprocess`` that are no task's, or no such backend.
+        ValueError: no task, names of ``preprocess`` that are no task's, no such backend, or a task with parameters of
+            the denoiser.
     """
 
     def __init__(
@@ -202,6 +205,13 @@ class JointDenoiser(nn.Module):
             functions = {name: preprocess.get(name) for name in tasks}
         else:
             functions = dict.fromkeys(tasks, preprocess)
+        frozen = nn.ModuleList(part for part in (*tasks.values(), *functions.values()) if isinstance(part, nn.Module))
+        trained = {id(parameter) for parameter in denoiser.parameters() if parameter.requires_grad}
+        shared = sum(id(parameter) in trained for parameter in frozen.parameters())
+        if shared:
+            raise ValueError(
+                f"task: shares {shared} parameters with the denoiser, which would be frozen; accepted: networks apart"
+            )
         self.denoiser = denoiser
         self.tasks = nn.ModuleDict({name: FrozenTask(tasks[name], functions[name], name) for name in tasks})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fastden.joint import FrozenTask, JointDenoiser, JointLoss, check_preprocess
 from fastden.network.model import Denoiser
-from fastden.ops.backends import requested
+from fastden.ops.backends import requested, use_backend
 from tests.helpers import labelled_batch, random_network
 
 
@@ -198,6 +199,37 @@ class TestJointDenoiser:
 
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         assert compiled(noisy, clean, labels).item() == pytest.approx(step(noisy, clean, labels).item(), rel=1e-5)
+
+    @pytest.mark.parametrize("way", ["block around the call", "denoiser alone"])
+    def test_compiles_without_a_break_on_a_named_backend(self, way: str) -> None:
+        joint = JointDenoiser(random_network().eval(), classifier(), backend=None if "block" in way else "torch")
+        noisy = labelled_batch()[0]
+        expected = joint(noisy, 0.1)
+        called: Any = joint
+        if way == "denoiser alone":
+            joint.denoiser = torch.compile(joint.denoiser, fullgraph=True, backend="eager")  # type: ignore[assignment]
+        else:
+            called = torch.compile(joint, fullgraph=True, backend="eager")
+        with use_backend("torch") if "block" in way else nullcontext():
+            output = called(noisy, 0.1)
+        torch.testing.assert_close(output.denoised, expected.denoised)
+        torch.testing.assert_close(output.prediction, expected.prediction)
+
+    @pytest.mark.parametrize("where", ["task", "preprocess"])
+    def test_parameters_of_the_denoiser_in_a_task(self, where: str) -> None:
+        """They would be frozen, and the denoiser would learn nothing."""
+        denoiser = nn.Conv2d(3, 3, 3)
+        parts: Any = (
+            {"task": nn.Sequential(denoiser, classifier())}
+            if where == "task"
+            else {"task": {"a": classifier(), "b": classifier()}, "preprocess": {"b": nn.Sequential(denoiser)}}
+        )
+        message = r"task: shares 2 parameters with the denoiser, which would be frozen; accepted: networks apart"
+        with pytest.raises(ValueError, match=message):
+            JointDenoiser(denoiser, **parts)
+        assert all(parameter.requires_grad for parameter in denoiser.parameters())
+        denoiser.requires_grad_(False)  # then nothing is lost
+        JointDenoiser(denoiser, **parts)
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),

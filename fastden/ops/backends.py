@@ -71,7 +71,8 @@ def use_backend(name: str) -> Iterator[None]:
     A backward pass inside the block runs in this thread, on any device. Activation checkpointing
     (``torch.utils.checkpoint``) runs the forward pass again when the backward pass needs it, on the backend of that
     moment: so keep the backward pass inside the block too, or PyTorch raises ``CheckpointError``. A function compiled
-    by ``torch.compile`` keeps the backend that it was traced with.
+    by ``torch.compile`` keeps the backend that it was traced with. With ``fullgraph=True`` the block must be around the
+    call of that function, and not inside of it, where it cannot be traced.
 
     Raises:
         ValueError: there is no such backend.
