@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastden.errors import ScaleWarning
 from fastden.images.codec import MAX_PIXELS, read_image
 from fastden.images.pixels import Array, check_pixels, without_mask
 from fastden.images.ranges import ORDINARY, ValueRange
@@ -27,11 +31,14 @@ from fastden.inference.run import (
     run_network,
 )
 from fastden.network.fused import FusedDenoiser
+from fastden.network.inputs import SCALE_ENVIRONMENT
 from fastden.network.loading import Model, check_max_pixels, default_model, load_network, parse_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
+#: Standard deviation of the rounding to 8 bits, on the scale 0-255: the root of 1 / 12, and a little more.
+ROUNDING = 0.3
 #: An image in memory; the result is of the same kind.
 _Image = TypeVar("_Image", np.ndarray[Any, Any], Tensor, "PILImage")
 
@@ -145,6 +152,9 @@ def denoise(
     Raises:
         UserError: a file that cannot be read (see :func:`fastden.images.codec.read_image`).
         ValueError, TypeError: naming the argument, what it was and what is accepted.
+
+    Warns:
+        ScaleWarning: a number above 0 is too small to matter in 8 bits, as the ``sigma`` of a network would be.
     """
     wishes = Wishes(strength, chroma, quality)
     options = _Options(model, device, dtype, tile, max_memory, wishes, progress, max_pixels)
@@ -188,6 +198,8 @@ class _Options:
 
     def network(self, sigma: Any, eight_bit: bool) -> FusedDenoiser:
         """The network for a noise level; an estimate may choose it."""
+        if eight_bit:
+            _warn_of_sigma(sigma)
         model = default_model(sigma) if self.model is None else self.model
         return load_network(model, self.device, self.dtype, eight_bit=eight_bit, fast=self.wishes.fast)
 
@@ -213,6 +225,21 @@ class _Options:
             progress=progress,
             values=values,
         )
+
+
+def _warn_of_sigma(sigma: Any) -> None:
+    """Warn where a number for an 8-bit image is probably on the scale 0-1: nothing else would tell."""
+    if not isinstance(sigma, Real) or not 0 < float(sigma) < ROUNDING or os.environ.get(SCALE_ENVIRONMENT) == "0":
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == "fastden":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"sigma: {float(sigma):.2g}, which on the scale 0-255 is less than the rounding of 8 bits and removes next to"
+        " nothing; 25 / 255 of a network is 25 here",
+        ScaleWarning,
+        stacklevel=level,
+    )
 
 
 def _denoise_array(array: Array, sigma: Any, options: _Options, stated: int = 0) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,32 @@ def test_strength_scales_the_level(network: fastden.FusedDenoiser, dtype: Any, c
     scaled = fastden.denoise(image, curve, model=network, strength=2)
     expected = fastden.denoise(image, twice, model=network)
     np.testing.assert_allclose(scaled, expected, atol=1e-5 if dtype == np.float32 else 1)
+
+
+@pytest.mark.parametrize("kind", ["array", "path", "PIL", "tensor"])
+def test_a_level_of_the_scale_0_to_1_for_8_bits(network: fastden.FusedDenoiser, kind: str, tmp_path: Path) -> None:
+    array = pixels(dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    image = {
+        "array": array,
+        "path": tmp_path / "a.png",
+        "PIL": Image.fromarray(array),
+        "tensor": torch.from_numpy(array).permute(2, 0, 1),
+    }[kind]
+    with pytest.warns(fastden.ScaleWarning, match=r"sigma: 0\.098, .* less than the rounding of 8 bits") as told:
+        fastden.denoise(image, 25 / 255, model=network)
+    assert [one.filename for one in told] == [__file__]
+
+
+def test_small_levels_that_are_meant(network: fastden.FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastden.denoise(pixels(dtype=np.float32), 0.1, model=network)
+        fastden.denoise(pixels(dtype=np.uint16), 0.1, model=network)
+        for sigma in (0, 0.5, 25, np.full((20, 30), 0.1)):
+            fastden.denoise(np.zeros((20, 30, 3), np.uint8), sigma, model=network)
+        monkeypatch.setenv("FASTDEN_SCALE_WARNING", "0")
+        fastden.denoise(pixels(dtype=np.uint8), 0.1, model=network)
 
 
 def test_a_blind_model_blends(blind: fastden.FusedDenoiser) -> None:

@@ -128,12 +128,17 @@ class Request:
     resume: bool
 
     def note_sigma(self) -> None:
-        """Print a note where the noise level is outside of what the model knows, or above what all bundled ones do."""
+        """Print a note where the noise level is outside of what the model knows, or too low to matter in 8 bits."""
+        from fastden.api import ROUNDING
         from fastden.images.samples import MAX_SIGMA
 
         sigma, model = self.settings["sigma"], self.settings["model"]
+        if sigma == "auto":
+            return
         low, high = TRAINED.get(model, (0.0, MAX_SIGMA))
-        if sigma != "auto" and not low <= sigma <= high:
+        if 0 < sigma < ROUNDING:
+            say(f"note: sigma {sigma:g}: on the scale 0-255, less than the rounding of 8-bit pictures", error=True)
+        elif not low <= sigma <= high:
             who = f"the model {model} was" if model in TRAINED else "the bundled models were"
             say(f"note: sigma {sigma:g}: {who} trained for {low:g} to {high:g}", error=True)
 
