@@ -43,9 +43,10 @@ from fastden.inference.array_noise import (
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Quality, Wishes, check_strengths, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
-from fastden.network.fused import FusedDenoiser
+from fastden.network.fused import FusedDenoiser, calibrated_ranges
 from fastden.network.hub import model_folder, models
-from fastden.network.loading import default_model, load_network, parse_memory
+from fastden.network.loading import choose_dtype, default_model, load_network, parse_memory
+from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
@@ -55,9 +56,16 @@ JOINED = 1024
 
 #: Bytes of an image of a Dask array up to which its range is looked for.
 LARGEST_KEPT = 1 << 30
-# One chunk at a time in a process: a network already uses all of PyTorch's threads, its packed weights are not made for
-# concurrent calls, and the memory of one pass is the memory of all. It guards the loading of the model too.
+# One chunk at a time in a process: a network already uses all of PyTorch's threads, and the memory of one pass is the
+# memory of all. It guards the loading of the model too.
 _COMPUTING = threading.Lock()
+
+#: Kinds of devices that workers may have, with the dtypes in which ``quality="fast"`` can run there.
+_DEVICES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+    "mps": (),
+}
 
 #: Errors of a file system that cannot take more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -128,7 +136,8 @@ def denoise_array(
     wishes = Wishes(strength, chroma, quality)
     named = None if model is None else _model_name(model)
     settings = _Settings(named, _text(device), dtype, parse_memory(max_memory), wishes)
-    # A wrong model raises here, not in the first worker. Workers may have devices that this process does not have.
+    # Wrong settings raise here, not in the first worker. Workers may have devices that this process does not have.
+    _check_settings(settings, named or default_model(sigma))
     network = load_network(named or default_model(sigma), "cpu", "float32")
     check_strengths(network, wishes)
     axis = _colour_axis(array, channel_axis)
@@ -149,6 +158,26 @@ def denoise_array(
     ranges = _ranges(da, array, planes, axis, _fixed_range(value_range, planes))
     result = _restored(_overlapped(da, planes, levels, ranges, settings), axis)
     return result if out is None else _write(da, result, out, array)
+
+
+def _check_settings(settings: _Settings, model: str) -> None:
+    """Raise ValueError for what no worker could do, whatever its devices."""
+    device, kinds = settings.device, list(_DEVICES)
+    if device is not None:
+        try:
+            kinds = [torch.device(device).type]
+        except RuntimeError:
+            kinds = []
+        if not kinds or kinds[0] not in _DEVICES:
+            raise ValueError(f"device: {device!r}; accepted: {', '.join(_DEVICES)}, or one of several such as cuda:1")
+    chosen = choose_dtype(settings.dtype, torch.device("cpu"), False)
+    if not settings.wishes.fast:
+        return
+    able = {dtype for kind in kinds for dtype in _DEVICES[kind]}
+    if not able or (settings.dtype != "auto" and chosen not in able):
+        which = f"dtype {chosen}" if able else f"device {device}"
+        raise ValueError(f"quality: 'fast', but {which}; accepted: cpu in float32 or bfloat16, cuda in 16 bits")
+    calibrated_ranges(Denoiser.from_pretrained(model))
 
 
 def _text(device: str | torch.device | None) -> str | None:

@@ -315,6 +315,37 @@ def test_wrong_arguments(case: str, model: str) -> None:
         denoise_array(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "half"}, r"dtype: 'half'; accepted: auto, float32"),
+        ({"device": "gpu"}, r"device: 'gpu'; accepted: cpu, cuda, mps, or one of several such as cuda:1"),
+        ({"device": "meta"}, r"device: 'meta'; accepted: cpu, cuda, mps"),
+        (
+            {"quality": "fast", "dtype": "float64", "model": "color"},
+            r"quality: 'fast', but dtype torch\.float64; accept",
+        ),
+        (
+            {"quality": "fast", "dtype": torch.float16, "device": "cpu", "model": "color"},
+            r"quality: 'fast', but dtype torch\.float16; accepted: cpu in float32 or bfloat16, cuda in 16 bits",
+        ),
+        ({"quality": "fast", "device": "mps", "model": "color"}, r"quality: 'fast', but device mps; accepted: cpu in"),
+        ({"quality": "fast"}, r"quality: 'fast', but this model does not know the ranges of its activations"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_worker_can_have(settings: dict[str, Any], message: str, model: str) -> None:
+    """They raise at once, not where the first chunk is computed."""
+    with pytest.raises(ValueError, match=message):
+        denoise_array(da.from_array(IMAGE), 20, **{"model": model, **settings})
+
+
+def test_settings_of_other_machines(model: str) -> None:
+    image = da.from_array(IMAGE)
+    assert denoise_array(image, 20, model=model, device="cuda:7").shape == image.shape
+    assert denoise_array(image, 20, quality="fast", dtype="float16").shape == image.shape
+
+
 def test_wrong_target(model: str, tmp_path: Path) -> None:
     source = stored(tmp_path / "a.zarr", IMAGE, (8, 9, 3))
     with pytest.raises(ValueError, match=r"out: the array itself"):
