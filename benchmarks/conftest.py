@@ -22,7 +22,8 @@ import torch
 import fastden
 from fastden.bench import files, forms, gradients, machine, network, operators, preparation
 from fastden.bench.compare import Contender, Job, Settings, ready, tensors
-from fastden.network.loading import choose_dtype, parse_device
+from fastden.network.devices import parse_device
+from fastden.network.loading import choose_dtype
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -204,7 +204,7 @@ def _prepare(command: str, options: _Options, training: bool = False, **settings
 
 
 def _device(name: str | None) -> torch.device:
-    from fastden.network.loading import parse_device
+    from fastden.network.devices import parse_device
 
     try:
         device = parse_device(name)

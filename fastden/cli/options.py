@@ -149,7 +149,8 @@ def check_model(settings: dict[str, Any], *, eight_bit: bool = True) -> Any:
     Raises:
         UserError: no such device, or no such model, in a line that names which.
     """
-    from fastden.network.loading import default_model, load_network, parse_device
+    from fastden.network.devices import parse_device
+    from fastden.network.loading import default_model, load_network
 
     with naming("device"):
         device = parse_device(settings["device"])

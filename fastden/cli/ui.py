@@ -28,7 +28,7 @@ def ui(
     """
     if find_spec("gradio") is None:
         raise UserError("ui: needs the package gradio; install: pip install 'fastden[ui]'")
-    from fastden.network.loading import parse_device
+    from fastden.network.devices import parse_device
     from fastden.network.onednn import keep_freed_memory
     from fastden.ui.server import LOOPBACK, serve
     from fastden.ui.session import Limits

@@ -55,10 +55,16 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
             held in memory, 40 bytes a pixel, and each runs some twenty times.
 
     Raises:
-        TypeError: an image is not a floating tensor.
+        TypeError: ``model`` is no :class:`fastden.Denoiser`, or an image is not a floating tensor.
         ValueError: there are no images, or an image has another shape, or values on another scale or not finite.
         RuntimeError: this PyTorch has no oneDNN.
     """
+    if not isinstance(model, Denoiser):
+        from_fused = "the network that it was made from" if isinstance(model, FusedDenoiser) else "fastden.Denoiser"
+        raise TypeError(f"model: {type(model).__name__}; accepted: {from_fused}")
+    if isinstance(images, Tensor) or not isinstance(images, Iterable):
+        accepted = "a list, or another iterable, of batches (N, C, H, W)"
+        raise TypeError(f"images: {type(images).__name__}; accepted: {accepted}, such as [batch]")
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("calibrate: this PyTorch has no oneDNN; accepted: one that has it, as those for x86-64 do")
     with without_autocast(torch.device("cpu")):
@@ -112,7 +118,10 @@ def _examples(model: Denoiser, images: Iterable[Tensor]) -> Iterator[_Example]:
     photographs = model.estimator is not None
     sigmas = PHOTO_SIGMAS if photographs else SIGMAS
     for index, image in enumerate(images):
-        check_input(image, model.image_channels)
+        try:
+            check_input(image, model.image_channels)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"images: number {index}, {str(error).removeprefix('x: ')}") from error
         low, high = map(float, image.detach().aminmax()) if image.numel() else (math.nan, math.nan)
         if not BOUNDS[0] <= low <= high <= BOUNDS[1]:
             raise ValueError(f"images: values from {low:g} to {high:g}; accepted: finite ones in [0, 1]")

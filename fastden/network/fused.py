@@ -14,6 +14,7 @@ from fastden import ops
 from fastden.algebra import HeadWeights, compose_head, compose_stem
 from fastden.network import folding, fp8, int8, onednn
 from fastden.network.calibrated import Calibrated, calibrated_ranges
+from fastden.network.devices import parse_device
 from fastden.network.inputs import Sigma, as_map, check_input, map_or_curve, warn_of_scale
 from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
@@ -69,7 +70,7 @@ def fuse(
 
     Raises:
         TypeError: ``model`` is not a Denoiser.
-        ValueError: the dtype or quality is not accepted; the device, the dtype or the model cannot run
+        ValueError: the device, dtype or quality is not accepted; the device, the dtype or the model cannot run
             ``quality="fast"``; or a layer was replaced, or is changed by hooks, so that it cannot be folded. Hooks that
             change nothing are accepted, and do not run in the result. To test this, a layer with hooks is called once.
     """
@@ -79,7 +80,7 @@ def fuse(
     chosen = own.dtype if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype: {dtype!r}; accepted: {', '.join(DTYPES)}")
-    device = own.device if device is None else torch.device(device)
+    device = own.device if device is None else parse_device(device, any_kind=True)
     if quality not in ("normal", "fast"):
         raise ValueError(f"quality: {quality!r}; accepted: 'normal', 'fast'")
     ranges = None

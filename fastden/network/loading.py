@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from fastden.network.devices import parse_device
 from fastden.network.fused import DTYPES, FusedDenoiser, fuse
 from fastden.network.hub import WEIGHTS_FILE, files_of, model_folder, models
 from fastden.network.int8 import RANGES_FILE
@@ -99,30 +100,6 @@ def _load_cached(
     # As they are in the file: a default dtype that is narrower just now would round them for all calls to come.
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return fuse(Denoiser._from_folder(files_of(name, {}), "cpu", True, {}, exact), dtype, device, quality=quality)
-
-
-def parse_device(device: str | torch.device | None) -> torch.device:
-    """A usable device; None means CUDA where PyTorch finds a CUDA device, else the CPU.
-
-    Raises:
-        ValueError: the device is not cpu, cuda or (where PyTorch has it) mps, or PyTorch does not find this device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    types = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
-    refusal = f"device: {str(device)!r}; accepted: {', '.join(types)}, or one of several such as cuda:1"
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(refusal) from error
-    # PyTorch knows more devices: some hold no data (meta), some need packages of their own (xla).
-    if parsed.type not in types:
-        raise ValueError(refusal)
-    if parsed.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {str(device)!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {str(device)!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return parsed
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool) -> torch.dtype:

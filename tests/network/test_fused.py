@@ -240,6 +240,24 @@ def test_dtype_by_name() -> None:
     assert fuse(random_network(), "bfloat16").dtype == fuse(random_network(), torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", r"device: 'gpu'; accepted: cpu, cuda, .*or one of several such as cuda:1"),
+        ("cuda:99", r"device: 'cuda:99', but PyTorch finds no CUDA device|device: 'cuda:99'; accepted: cuda:0 to"),
+    ],
+)
+def test_devices_that_do_not_exist(device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fuse(random_network(), device=device)
+
+
+def test_without_values() -> None:
+    """A network on PyTorch's meta device has shapes alone."""
+    model = random_network()
+    assert fuse(model, device="meta").device.type == "meta"
+
+
 def test_casting_afterwards() -> None:
     model = random_network()
     x = torch.rand(1, 3, 16, 16)

@@ -7,6 +7,7 @@ import os
 import pickle
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,6 +227,27 @@ def test_calibration_takes_pictures_on_their_scale_alone(picture: Tensor, monkey
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="calibrate: this PyTorch has no oneDNN"):
         fastden.calibrate(model, [picture])
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "kind", "message"),
+    [
+        ("color", [], TypeError, r"model: str; accepted: fastden\.Denoiser"),
+        (fastden.fuse(Denoiser()), [], TypeError, r"model: FusedDenoiser; accepted: the network that it was made from"),
+        (Denoiser(), torch.rand(1, 3, 8, 8), TypeError, r"images: Tensor; accepted: a list, .* such as \[batch\]"),
+        (Denoiser(), 5, TypeError, r"images: int; accepted: a list, .* of batches \(N, C, H, W\)"),
+        (
+            Denoiser(),
+            [torch.rand(1, 3, 8, 8), torch.rand(3, 8, 8)],
+            ValueError,
+            r"images: number 1, shape \(3, 8, 8\); accepted: \(N, 3, H, W\)",
+        ),
+        (Denoiser(), [np.zeros((1, 3, 8, 8))], TypeError, r"images: number 0, ndarray; accepted: a torch\.Tensor"),
+    ],
+)
+def test_wrong_arguments_of_calibrate(model: Any, images: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        fastden.calibrate(model, images)
 
 
 def test_calibration_on_another_default_device_and_under_autocast() -> None:

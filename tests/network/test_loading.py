@@ -12,6 +12,7 @@ import torch
 
 import fastden
 from fastden.network import loading
+from fastden.network.devices import parse_device
 from tests.helpers import random_network
 from tests.image_files import pixels, save_model
 
@@ -103,7 +104,7 @@ def test_wrong_memory_sizes(text: Any) -> None:
 def test_mps_is_a_device_where_it_is(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: available)
     if available:
-        assert loading.parse_device("mps") == torch.device("mps")
+        assert parse_device("mps") == torch.device("mps")
     else:
         with pytest.raises(ValueError, match=r"^device: 'mps'; accepted: cpu, cuda, or"):
-            loading.parse_device("mps")
+            parse_device("mps")

@@ -1,0 +1,33 @@
+"""Devices that a network may be on, by name."""
+
+from __future__ import annotations
+
+import torch
+
+
+def parse_device(device: str | torch.device | None, *, any_kind: bool = False) -> torch.device:
+    """A usable device; None means CUDA where PyTorch finds a CUDA device, else the CPU.
+
+    Args:
+        device: its name, or a torch device.
+        any_kind: take all kinds that PyTorch knows, also those on which nothing is computed.
+
+    Raises:
+        ValueError: the device is not cpu, cuda or (where PyTorch has it) mps, or PyTorch does not find this device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    types = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
+    refusal = f"device: {str(device)!r}; accepted: {', '.join(types)}, or one of several such as cuda:1"
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(refusal) from error
+    # PyTorch knows more devices: some hold no data (meta), some need packages of their own (xla).
+    if parsed.type not in types and not any_kind:
+        raise ValueError(refusal)
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {str(device)!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {str(device)!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return parsed
