@@ -247,6 +247,10 @@ def test_sigma_maps_and_batches(network: fastden.FusedDenoiser) -> None:
         torch.testing.assert_close(result[index], alone, rtol=0, atol=1e-5)
     maps = levels.view(2, 1, 1, 1).expand(2, 1, 16, 20)
     torch.testing.assert_close(fastden.denoise(batch, maps, model=network), result, rtol=0, atol=1e-5)
+    for form in ([5, 60], (5.0, 60.0), levels[:, None], levels.view(2, 1, 1, 1).numpy()):
+        assert torch.equal(fastden.denoise(batch, form, model=network), result)
+    for form in ([60], [[60]], torch.full((1, 1, 1, 1), 60.0)):  # one for all
+        assert torch.equal(fastden.denoise(batch, form, model=network)[1], result[1])
     half = np.zeros((16, 20), np.float32)
     half[:, 10:] = 50
     image = batch[0].permute(1, 2, 0).numpy()
@@ -361,7 +365,8 @@ def test_best_is_the_mean_of_eight(network: fastden.FusedDenoiser) -> None:
 def test_the_default_model_for_a_given_sigma() -> None:
     """Where none is given, the noise chooses: ``test_chosen_model.py``."""
     image = pixels(20, 20, dtype=np.uint8)
-    np.testing.assert_array_equal(fastden.denoise(image, 20), fastden.denoise(image, 20, model="color"))
+    for sigma in (20, [20], np.array([20])):
+        np.testing.assert_array_equal(fastden.denoise(image, sigma), fastden.denoise(image, 20, model="color"))
 
 
 def test_tiles_give_the_same_result_and_report_progress(network: fastden.FusedDenoiser) -> None:
@@ -449,6 +454,10 @@ def test_missing_path(network: fastden.FusedDenoiser, tmp_path: Path) -> None:
         ({"sigma": np.array("a")}, TypeError, "sigma: an array of dtype <U1; accepted"),
         ({"sigma": np.full((32, 40), 3 + 4j)}, TypeError, "sigma: an array of dtype complex128"),
         ({"sigma": np.ones((32, 40), bool)}, TypeError, "sigma: an array of dtype bool"),
+        ({"sigma": [1, 2, 3]}, ValueError, r"sigma: shape \(3,\); accepted: a number, \(32, 40\), \(1,\)"),
+        ({"sigma": []}, ValueError, r"sigma: shape \(0,\)"),
+        ({"sigma": ["a"]}, TypeError, "sigma: list holds values that are not numbers"),
+        ({"sigma": [300]}, ValueError, "sigma: values from 300 to 300; accepted: 0 to 255"),
         ({"progress": 3}, TypeError, "progress: int; accepted"),
         ({"sigma": np.zeros((3, 3))}, ValueError, r"sigma: shape \(3, 3\)"),
         ({"sigma": np.full((32, 40), -1.0)}, ValueError, "sigma: values from -1 to -1"),

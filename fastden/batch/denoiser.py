@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +23,7 @@ from fastden.batch.stages import Stages
 from fastden.batch.threads import ThreadedRun
 from fastden.errors import FAILURES, UserError
 from fastden.images.codec import MAX_PIXELS, Format, check_format
+from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Quality, Wishes
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
@@ -53,7 +54,8 @@ class BatchDenoiser:
 
     Args:
         model, device, dtype, tile, strength, chroma, quality, max_pixels: as in :func:`fastden.denoise`.
-        sigma: ``"auto"``, or a number on the scale 0-255.
+        sigma: ``"auto"``, a number on the scale 0-255, or a :class:`fastden.NoiseEstimate` that all images share, as
+            those of one camera do.
         sigma_map: an image file of the images' size, gray: its values are the noise level, white standing for 255 at
             any depth (an 8-bit value is the sigma itself). It needs ``sigma="auto"``.
         max_memory: bytes or such as ``"4GiB"``. Half of it is for the network's tensors, half for images that are not
@@ -73,7 +75,7 @@ class BatchDenoiser:
         self,
         model: Model | None = None,
         *,
-        sigma: Literal["auto"] | float = "auto",
+        sigma: Literal["auto"] | float | NoiseEstimate = "auto",
         sigma_map: str | Path | None = None,
         strength: float = 1.0,
         chroma: float | None = None,
@@ -95,15 +97,16 @@ class BatchDenoiser:
         check_max_pixels(max_pixels)
         memory = parse_memory(max_memory)
         check_tile(tile, memory)
-        accepted = "accepted: 'auto', or 0 to 255 (the scale of 8-bit values)"
+        accepted = "accepted: 'auto', or 0 to 255 (the scale of 8-bit values), or a NoiseEstimate"
         # The type first: an array has no single answer to a comparison.
-        if not isinstance(sigma, str | Real) or isinstance(sigma, bool):
+        if not isinstance(sigma, str | Real | NoiseEstimate) or isinstance(sigma, bool):
             raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
-        if sigma != "auto" and (isinstance(sigma, str) or not 0 <= sigma <= 255):
+        if sigma != "auto" and (isinstance(sigma, str) or (isinstance(sigma, Real) and not 0 <= float(sigma) <= 255)):
             raise ValueError(f"sigma: {sigma!r}; {accepted}")
         if sigma_map is not None and sigma != "auto":
-            raise ValueError(f"sigma_map: given together with sigma={sigma:g}; accepted: one of them")
-        if workers is not None and (not isinstance(workers, int) or workers < 1):
+            shown = f"{sigma:g}" if isinstance(sigma, Real) else type(sigma).__name__
+            raise ValueError(f"sigma_map: given together with sigma={shown}; accepted: one of them")
+        if workers is not None and (not isinstance(workers, Integral) or workers < 1):
             raise ValueError(f"workers: {workers!r}; accepted: None, or a whole number of at least 1")
         self._listener = Listener()
         self.settings = Settings(
@@ -122,7 +125,7 @@ class BatchDenoiser:
         )
         self.stages = Stages(self.settings)
         on_cpu = self.settings.network(eight_bit=True).device.type == "cpu"
-        self.workers = workers or default_workers(on_cpu)
+        self.workers = default_workers(on_cpu) if workers is None else int(workers)
         self._equality = Equality()
         self._gate = Gate(self.settings.budget.images)
         self._turn = threading.RLock()

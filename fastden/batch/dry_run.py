@@ -17,6 +17,7 @@ from fastden.batch.threads import check_folder, is_made
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.strips import read_header
 from fastden.images.whole_files import check_target
+from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import denoise_batch, noise_level_of
 from fastden.inference.tiling import HALO, automatic_tile, bytes_per_pixel
 from fastden.network.fused import FusedDenoiser
@@ -132,6 +133,8 @@ def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | Non
         sigma = f"sigma from {settings.sigma_map}"
     elif not settings.network(eight_bit=True).noise_level_input:
         sigma = "no sigma (blind model)"
+    elif isinstance(settings.sigma, NoiseEstimate):
+        sigma = f"sigma {settings.sigma.sigma:.3g} (the mean of an estimate)"
     else:
         sigma = "sigma to be estimated" if settings.sigma == "auto" else f"sigma {settings.sigma:g}"
     header = picture.header

@@ -127,7 +127,7 @@ class Reading:
                 self._set_level(picture, estimated_level(estimates))
                 picture.white = tuple(estimate.is_white for estimate in estimates)
             else:
-                self._set_level(picture, noise_level_of(asked, network, pages[:1], (height, width), ranges[:1]))
+                self._set_level(picture, noise_level_of(asked, network, list(pages), (height, width), ranges))
             self._set_values(picture, ranges, image.pixels.dtype)
             picture.image = image
             picture.notes += image.notes
@@ -148,7 +148,8 @@ class Reading:
             picture.notes.append(f"values go from {low:.3g} to {high:.3g}: {held}")
 
     def _set_level(self, picture: Picture, level: Level) -> None:
-        picture.level, picture.sigma, picture.noise = level
+        picture.level, picture.sigma, found = level
+        picture.noise = found if self.settings.sigma == "auto" else None  # else it was given
         picture.white = () if picture.noise is None else (picture.noise.is_white,)
         if picture.noise is not None and not picture.noise.decided:
             picture.notes.append(f"noise: {picture.noise.describe()}")

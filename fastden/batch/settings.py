@@ -18,6 +18,7 @@ from fastden.batch.transfer import Transfer
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import format_for
 from fastden.images.whole_files import digest
+from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Wishes, check_strengths
 from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import model_folder, models
@@ -35,7 +36,7 @@ class Settings:
         model, device, dtype, tile: as in :func:`fastden.denoise`. Without a model the estimate of each picture's noise
             chooses one.
         wishes: how the network is applied.
-        sigma: ``"auto"`` or a number on the scale 0-255.
+        sigma: ``"auto"``, a number on the scale 0-255, or an estimate that all images share.
         sigma_map: an image file of noise levels.
         max_memory: bytes, halved as :func:`fastden.batch.memory.split_memory` says.
         overwrite, strip_metadata: as in :func:`fastden.images.codec.write_image`.
@@ -47,7 +48,7 @@ class Settings:
         self,
         model: Model | None,
         *,
-        sigma: Literal["auto"] | float,
+        sigma: Literal["auto"] | float | NoiseEstimate,
         sigma_map: Path | None,
         wishes: Wishes,
         device: str | torch.device | None,
@@ -73,7 +74,8 @@ class Settings:
             raise UserError(f"sigma_map: {in_one_line(error)}") from error
         network = self.network(eight_bit=True)
         if (sigma != "auto" or sigma_map is not None) and not network.noise_level_input:
-            asked = f"{sigma}" if sigma_map is None else f"the map {sigma_map}"
+            number = "a NoiseEstimate" if isinstance(sigma, NoiseEstimate) else f"{sigma}"
+            asked = number if sigma_map is None else f"the map {sigma_map}"
             raise ValueError(f"sigma: {asked}, but this model is blind (it takes no noise level); accepted: 'auto'")
         check_strengths(network, wishes)
         self.transfer = Transfer(network.device) if network.device.type == "cuda" else None
@@ -115,7 +117,7 @@ class Settings:
     def options(self, job: Job) -> dict[str, Any]:
         """The settings that decide a result, beside input and weights. Tiles change rounding alone."""
         return {
-            "sigma": self.sigma,
+            "sigma": _as_json(asdict(self.sigma)) if isinstance(self.sigma, NoiseEstimate) else self.sigma,
             "sigma_map": self._map_digest,
             **asdict(self.wishes),
             "model_by_noise": self.by_noise,
@@ -124,6 +126,11 @@ class Settings:
             "strip_metadata": self.strip_metadata,
             **({"estimator": self._estimator} if self._estimator else {}),
         }
+
+
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """As a manifest gives them back: JSON has no tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _name(model: Model) -> str:

@@ -17,10 +17,11 @@ from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.inference.estimate import NoiseEstimate, estimate_of
 from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
+from fastden.network.inputs import as_tensor
 from fastden.network.loading import check_strength
 
 #: What the argument ``sigma`` takes, for messages.
-_SIGMAS = "'auto', a NoiseEstimate, a number from 0 to 255, or a map (H, W)"
+_SIGMAS = "'auto', a NoiseEstimate, a number from 0 to 255, a map (H, W), or numbers for a batch"
 Progress = Callable[[int, int], None]
 
 
@@ -245,8 +246,8 @@ def noise_level_of(
     """What to give to the network for the ``sigma`` of :func:`fastden.denoise`.
 
     Args:
-        sigma: ``"auto"``, a :class:`fastden.NoiseEstimate`, or on the scale 0-255 a number, (H, W), (N,) or (N, 1, H,
-            W).
+        sigma: ``"auto"``, a :class:`fastden.NoiseEstimate`, or on the scale 0-255 a number, (H, W), (N, 1, H, W), (N,),
+            (N, 1) or (N, 1, 1, 1); arrays may be lists.
         network: it takes a noise level or is blind.
         images: N arrays (H, W, C), for the estimate.
         shape: (H, W).
@@ -275,6 +276,8 @@ def noise_level_of(
         if not 0 <= value <= 255:  # refuses NaN too
             raise ValueError(f"sigma: {value:g}; accepted: 'auto', or 0 to 255 (the scale of 8-bit values)")
         return Level(value / 255, value)
+    if isinstance(sigma, list | tuple):
+        sigma = as_tensor(sigma)
     if isinstance(sigma, np.ndarray):
         check_plain(sigma, "sigma")
     if not isinstance(sigma, np.ndarray | Tensor):
@@ -289,7 +292,9 @@ def noise_level_of(
         return noise_level_of(float(level), network, images, shape, values)
     if tuple(level.shape) == shape:
         level = level[None, None]
-    elif tuple(level.shape) not in ((n,), (n, 1, *shape), (1, 1, *shape)):
+    elif level.dim() <= 4 and level.shape[0] in (1, n) and level.numel() == level.shape[0]:
+        level = level.reshape(-1)
+    elif tuple(level.shape) not in ((n, 1, *shape), (1, 1, *shape)):
         raise ValueError(f"sigma: shape {tuple(level.shape)}; accepted: a number, {shape}, ({n},) or {(n, 1, *shape)}")
     low, high = float(level.min()), float(level.max())
     if not 0 <= low <= high <= 255:

@@ -33,7 +33,7 @@ def default_model(sigma: object) -> str:
     Args:
         sigma: as in :func:`fastden.denoise`; ``"auto"`` stands for an estimate that is not made yet.
     """
-    white = isinstance(sigma, Real) or hasattr(sigma, "shape") or getattr(sigma, "is_white", False)
+    white = isinstance(sigma, Real | list | tuple) or hasattr(sigma, "shape") or getattr(sigma, "is_white", False)
     return "color" if white else "photo"
 
 

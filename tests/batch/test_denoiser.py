@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 import fastden
 from fastden.batch import reading, threads
 from fastden.batch.computing import Computing
+from fastden.batch.dry_run import rehearse
 from fastden.batch.grouping import Equality, together
 from fastden.batch.memory import Gate, Stopped, split_memory
 from fastden.batch.plan import Job, plan
@@ -40,6 +42,9 @@ from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Greedy
 from tests.helpers import random_network, streaming
 from tests.image_files import encoded, pixels
+
+#: Of one camera.
+ESTIMATE = fastden.NoiseEstimate(tuple(10.0 + knot for knot in range(8)), 13.5, 0.5)
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
@@ -383,12 +388,13 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
         ({"sigma": None}, "sigma: NoneType; accepted: 'auto', or 0 to 255"),
         ({"sigma": [25]}, "sigma: list; accepted"),
         ({"sigma": np.array([25.0, 30.0])}, "sigma: ndarray; accepted"),
-        ({"sigma": fastden.NoiseEstimate((1.0,) * 8, 1.0, 0.5)}, "sigma: NoiseEstimate; accepted"),
         ({"sigma_map": "missing.png"}, "sigma_map: missing.png: No such file"),
         ({"sigma": "much"}, "sigma: 'much'"),
         ({"sigma": 5, "sigma_map": "map.png"}, "sigma_map: given together with sigma=5"),
+        ({"sigma": ESTIMATE, "sigma_map": "map.png"}, "sigma_map: given together with sigma=NoiseEstimate"),
         ({"strength": 3}, "strength: 3"),
         ({"workers": 0}, "workers: 0"),
+        ({"workers": 1.5}, "workers: 1.5; accepted: None, or a whole number of at least 1"),
         ({"max_memory": "1k"}, r"max_memory: 1 KiB; accepted: at least \d\.\d+ MiB for"),
         ({"max_pixels": 0}, "max_pixels: 0"),
         ({"tile": 3}, "tile: 3"),
@@ -581,6 +587,44 @@ def test_images_of_more_than_8_bits_go_through_their_own_network(
         streaming(batch)
     assert batch.run(folder, tmp_path / "out").failed == []
     assert seen == {"uint8": {True}, "uint16": {False}, "float32": {False}}
+
+
+@pytest.mark.parametrize("estimate", [ESTIMATE, replace(ESTIMATE, white=2.0)], ids=["", "of brighter pictures"])
+def test_an_estimate_that_all_images_share(tmp_path: Path, network: Any, estimate: fastden.NoiseEstimate) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    dark = (pixels(32, 40, dtype=np.uint16) // 40).astype(np.uint16)  # its values fill a small part of 16 bits
+    pages = np.concatenate([dark, pixels(32, 40, dtype=np.uint16)])
+    write_image(folder / "a.png", ImageFile(pixels(32, 40)))
+    write_image(folder / "b.tif", ImageFile(pages, pages=2))
+    write_image(folder / "c.png", ImageFile(dark))
+    batch = fastden.BatchDenoiser(network, sigma=estimate)
+    report = batch.run(folder, tmp_path / "out")
+    assert [record.error for record in report.records] == [None] * 3
+    assert {(record.sigma, record.sigma_source) for record in report.records} == {(estimate.sigma, "given")}
+    assert all(record.noise is None for record in report.records)
+    for name in ("a.png", "c.png"):
+        alone = fastden.denoise(folder / name, estimate, model=network)
+        np.testing.assert_array_equal(read_image(tmp_path / "out" / name).pixels, alone)
+    done = read_image(tmp_path / "out" / "b.tif", several=True).pixels
+    for page, own in zip(np.split(pages, 2), np.split(done, 2), strict=True):
+        np.testing.assert_array_equal(own, fastden.denoise(page, estimate, model=network))
+    again = fastden.BatchDenoiser(network, sigma=estimate).run(folder, tmp_path / "out", resume=True)
+    assert len(again.skipped) == 3
+    other = fastden.BatchDenoiser(network, sigma=replace(estimate, coarseness=0.9))
+    assert len(other.run(folder, tmp_path / "out", resume=True).done) == 3
+
+
+def test_an_estimate_of_strips_and_of_a_dry_run(photos: Path, tmp_path: Path, network: Any) -> None:
+    batch = fastden.BatchDenoiser(network, sigma=ESTIMATE, workers=np.int64(2))
+    assert (batch.workers, type(batch.workers)) == (2, int)
+    target = tmp_path / "a.png"
+    (step,) = rehearse(batch, plan([str(photos / "0.png")], target), target, manifest=None, resume=False).steps
+    assert step.sigma == "sigma 13.5 (the mean of an estimate)"
+    batch.run(photos / "0.png", tmp_path / "a.png")
+    (record,) = streaming(batch).run(photos / "0.png", tmp_path / "b.png").records
+    assert record.streamed
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, read_image(tmp_path / "b.png").pixels)
 
 
 def test_numbers_of_numpy_and_torch(photos: Path, tmp_path: Path, network: Any) -> None:
