@@ -43,12 +43,13 @@ from tests.batch.conftest import Greedy
 from tests.helpers import random_network, streaming
 from tests.image_files import encoded, pixels
 
-#: Of one camera.
-ESTIMATE = fastden.NoiseEstimate(tuple(10.0 + knot for knot in range(8)), 13.5, 0.5)
-
 
 def outputs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+#: Of one camera.
+ESTIMATE = fastden.NoiseEstimate(tuple(10.0 + knot for knot in range(8)), 13.5, 0.5)
 
 
 def test_results_are_those_of_one_image_at_a_time(photos: Path, tmp_path: Path, real: Any) -> None:
@@ -69,6 +70,44 @@ def test_results_are_those_of_one_image_at_a_time(photos: Path, tmp_path: Path, 
         (tmp_path / "one").mkdir(exist_ok=True)
         assert alone.one(Job(path, tmp_path / "one" / path.name)).status == "done"
     assert outputs(tmp_path / "one") == outputs(tmp_path / "out")
+
+
+@pytest.mark.parametrize("estimate", [ESTIMATE, replace(ESTIMATE, white=2.0)], ids=["", "of brighter pictures"])
+def test_an_estimate_that_all_images_share(tmp_path: Path, network: Any, estimate: fastden.NoiseEstimate) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    dark = (pixels(32, 40, dtype=np.uint16) // 40).astype(np.uint16)  # its values fill a small part of 16 bits
+    pages = np.concatenate([dark, pixels(32, 40, dtype=np.uint16)])
+    write_image(folder / "a.png", ImageFile(pixels(32, 40)))
+    write_image(folder / "b.tif", ImageFile(pages, pages=2))
+    write_image(folder / "c.png", ImageFile(dark))
+    batch = fastden.BatchDenoiser(network, sigma=estimate)
+    report = batch.run(folder, tmp_path / "out")
+    assert [record.error for record in report.records] == [None] * 3
+    assert {(record.sigma, record.sigma_source) for record in report.records} == {(estimate.sigma, "given")}
+    assert all(record.noise is None for record in report.records)
+    for name in ("a.png", "c.png"):
+        alone = fastden.denoise(folder / name, estimate, model=network)
+        np.testing.assert_array_equal(read_image(tmp_path / "out" / name).pixels, alone)
+    done = read_image(tmp_path / "out" / "b.tif", several=True).pixels
+    for page, own in zip(np.split(pages, 2), np.split(done, 2), strict=True):
+        np.testing.assert_array_equal(own, fastden.denoise(page, estimate, model=network))
+    again = fastden.BatchDenoiser(network, sigma=estimate).run(folder, tmp_path / "out", resume=True)
+    assert len(again.skipped) == 3
+    other = fastden.BatchDenoiser(network, sigma=replace(estimate, coarseness=0.9))
+    assert len(other.run(folder, tmp_path / "out", resume=True).done) == 3
+
+
+def test_an_estimate_of_strips_and_of_a_dry_run(photos: Path, tmp_path: Path, network: Any) -> None:
+    batch = fastden.BatchDenoiser(network, sigma=ESTIMATE, workers=np.int64(2))
+    assert (batch.workers, type(batch.workers)) == (2, int)
+    target = tmp_path / "a.png"
+    (step,) = rehearse(batch, plan([str(photos / "0.png")], target), target, manifest=None, resume=False).steps
+    assert step.sigma == "sigma 13.5 (the mean of an estimate)"
+    batch.run(photos / "0.png", tmp_path / "a.png")
+    (record,) = streaming(batch).run(photos / "0.png", tmp_path / "b.png").records
+    assert record.streamed
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, read_image(tmp_path / "b.png").pixels)
 
 
 def test_small_images_go_together(photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,44 +626,6 @@ def test_images_of_more_than_8_bits_go_through_their_own_network(
         streaming(batch)
     assert batch.run(folder, tmp_path / "out").failed == []
     assert seen == {"uint8": {True}, "uint16": {False}, "float32": {False}}
-
-
-@pytest.mark.parametrize("estimate", [ESTIMATE, replace(ESTIMATE, white=2.0)], ids=["", "of brighter pictures"])
-def test_an_estimate_that_all_images_share(tmp_path: Path, network: Any, estimate: fastden.NoiseEstimate) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    dark = (pixels(32, 40, dtype=np.uint16) // 40).astype(np.uint16)  # its values fill a small part of 16 bits
-    pages = np.concatenate([dark, pixels(32, 40, dtype=np.uint16)])
-    write_image(folder / "a.png", ImageFile(pixels(32, 40)))
-    write_image(folder / "b.tif", ImageFile(pages, pages=2))
-    write_image(folder / "c.png", ImageFile(dark))
-    batch = fastden.BatchDenoiser(network, sigma=estimate)
-    report = batch.run(folder, tmp_path / "out")
-    assert [record.error for record in report.records] == [None] * 3
-    assert {(record.sigma, record.sigma_source) for record in report.records} == {(estimate.sigma, "given")}
-    assert all(record.noise is None for record in report.records)
-    for name in ("a.png", "c.png"):
-        alone = fastden.denoise(folder / name, estimate, model=network)
-        np.testing.assert_array_equal(read_image(tmp_path / "out" / name).pixels, alone)
-    done = read_image(tmp_path / "out" / "b.tif", several=True).pixels
-    for page, own in zip(np.split(pages, 2), np.split(done, 2), strict=True):
-        np.testing.assert_array_equal(own, fastden.denoise(page, estimate, model=network))
-    again = fastden.BatchDenoiser(network, sigma=estimate).run(folder, tmp_path / "out", resume=True)
-    assert len(again.skipped) == 3
-    other = fastden.BatchDenoiser(network, sigma=replace(estimate, coarseness=0.9))
-    assert len(other.run(folder, tmp_path / "out", resume=True).done) == 3
-
-
-def test_an_estimate_of_strips_and_of_a_dry_run(photos: Path, tmp_path: Path, network: Any) -> None:
-    batch = fastden.BatchDenoiser(network, sigma=ESTIMATE, workers=np.int64(2))
-    assert (batch.workers, type(batch.workers)) == (2, int)
-    target = tmp_path / "a.png"
-    (step,) = rehearse(batch, plan([str(photos / "0.png")], target), target, manifest=None, resume=False).steps
-    assert step.sigma == "sigma 13.5 (the mean of an estimate)"
-    batch.run(photos / "0.png", tmp_path / "a.png")
-    (record,) = streaming(batch).run(photos / "0.png", tmp_path / "b.png").records
-    assert record.streamed
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, read_image(tmp_path / "b.png").pixels)
 
 
 def test_numbers_of_numpy_and_torch(photos: Path, tmp_path: Path, network: Any) -> None:
