@@ -43,7 +43,8 @@ from fastden.inference.array_noise import (
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Quality, Wishes, check_strengths, denoise_pixels, noise_level_of
 from fastden.inference.tiling import HALO
-from fastden.network.fused import FusedDenoiser, calibrated_ranges
+from fastden.network.calibrated import calibrated_ranges
+from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import model_folder, models
 from fastden.network.loading import choose_dtype, default_model, load_network, parse_memory
 from fastden.network.model import Denoiser

@@ -124,18 +124,21 @@ def test_loss_is_said(tmp_path: Path, model: str) -> None:
     assert "rounded to the 8 bits of jpeg" in done.stderr
 
 
-def test_sigma_beyond_training_is_said(photos: Path, tmp_path: Path, model: str) -> None:
-    arguments = ["denoise", str(photos / "a.png"), "-o", str(tmp_path / "a.png"), "--sigma", "90", "--model", model]
-    done = CliRunner().invoke(app, arguments)
+@pytest.mark.parametrize(
+    ("name", "sigma", "who", "levels"),
+    [
+        (None, "90", "the bundled models were", "0 to 75"),
+        ("photo", "70", "the model photo was", "0 to 60"),
+        ("color-classify", "5", "the model color-classify was", "10 to 65"),
+    ],
+)
+def test_sigma_beyond_training_is_said(
+    photos: Path, tmp_path: Path, model: str, name: str | None, sigma: str, who: str, levels: str
+) -> None:
+    arguments = ["denoise", str(photos / "a.png"), "-o", str(tmp_path / "a.png"), "--sigma", sigma]
+    done = CliRunner().invoke(app, [*arguments, "--model", name or model])
     assert done.exit_code == 0
-    assert "trained for 0 to 75" in done.stderr
-
-
-@pytest.mark.parametrize(("name", "sigma", "levels"), [("photo", "70", "0 to 60"), ("color-classify", "5", "10 to 65")])
-def test_sigma_beyond_training_is_said(photos: Path, tmp_path: Path, name: str, sigma: str, levels: str) -> None:
-    arguments = ["denoise", str(photos / "a.png"), "-o", str(tmp_path / "a.png"), "--model", name, "--sigma", sigma]
-    done = CliRunner().invoke(app, arguments)
-    assert f"note: sigma {sigma}: the model {name} was trained for {levels}" in done.stderr
+    assert f"note: sigma {sigma}: {who} trained for {levels}" in done.stderr
 
 
 def test_levels_that_the_models_were_trained_for(root: Path) -> None:
