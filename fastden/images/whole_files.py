@@ -69,7 +69,8 @@ def whole_file(path: Path, suffix: str = "", *, overwrite: bool = True) -> Itera
         yield temporary
         if overwrite:
             if target.exists():
-                shutil.copymode(target, temporary)
+                with contextlib.suppress(PermissionError):  # SMB, FAT and WSL's drives: the mount decides the mode
+                    shutil.copymode(target, temporary)
             os.replace(temporary, target)
         else:
             _name_once(temporary, target, path)

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -18,7 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if target.exists():
-            shutil.copymode(target, temporary)
+            with suppress(PermissionError):  # SMB, FAT and WSL's drives: the mount decides the mode
+                shutil.copymode(target, temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

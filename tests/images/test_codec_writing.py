@@ -19,6 +19,7 @@ from fastden.errors import UserError
 from fastden.images import attachments, tiff_tags
 from fastden.images.codec import ImageFile, encode_image, format_for, read_image, write_image
 from fastden.images.whole_files import check_target, drop_unfinished, remove_leftovers, whole_file
+from fastden.network.model_files import replacing
 from tests.image_files import encoded, pixels
 
 
@@ -51,6 +52,24 @@ def test_existing_files_are_kept_unless_asked(tmp_path: Path) -> None:
     write_image(path, ImageFile(pixels()), overwrite=True)
     assert read_image(path).pixels.shape == (32, 40, 3)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_mounts_that_decide_the_mode_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SMB, FAT and WSL's drives refuse chmod."""
+
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    path, weights = tmp_path / "a.png", tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    weights.write_bytes(b"old")
+    monkeypatch.setattr("shutil.copymode", refuse)
+    write_image(path, ImageFile(pixels()), overwrite=True)
+    with replacing(weights) as temporary:
+        temporary.write_bytes(b"new")
+    assert read_image(path).pixels.shape == (32, 40, 3)
+    assert weights.read_bytes() == b"new"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "model.safetensors"]
 
 
 @pytest.mark.parametrize("links", [True, False])
