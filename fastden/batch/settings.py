@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from fastden.images.whole_files import digest
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Wishes, check_strengths
 from fastden.network.fused import FusedDenoiser
-from fastden.network.hub import model_folder, models
+from fastden.network.hub import files_of, model_folder, models
+from fastden.network.int8 import RANGES_FILE
 from fastden.network.loading import Model, default_model, load_network
 from fastden.network.model import Denoiser
 
@@ -90,6 +92,9 @@ class Settings:
         bundled = isinstance(self.model, str) and self.model in models()
         own = network.estimator if estimated and not bundled else None
         self._estimator = None if own is None else _digest_of(own.weights)
+        self._network_is_fast = network.quality == "fast"
+        if wishes.fast:
+            _ = self._ranges  # now, as the networks are loaded: a calibration may come before the first image
         #: The weights that a picture's noise may choose.
         self.known_weights = tuple(weights["sha256"] for weights in self._weights.values())
 
@@ -114,6 +119,11 @@ class Settings:
         """Name and SHA-256 of the weights for white noise, or for any noise."""
         return self._weights[white and self.by_noise]
 
+    @cached_property
+    def _ranges(self) -> str:
+        """SHA-256 of the calibrations of the models, where 8-bit numbers need them."""
+        return " ".join(map(_ranges_digest, [self.model, FOR_WHITE] if self.by_noise else [self.model]))
+
     def options(self, job: Job) -> dict[str, Any]:
         """The settings that decide a result, beside input and weights. Tiles change rounding alone."""
         return {
@@ -125,6 +135,8 @@ class Settings:
             "format": format_for(job.target),
             "strip_metadata": self.strip_metadata,
             **({"estimator": self._estimator} if self._estimator else {}),
+            # A cluster's driver computes nothing, and wishes for the workers' quality.
+            **({"ranges": self._ranges} if self.wishes.fast or self._network_is_fast else {}),
         }
 
 
@@ -147,8 +159,17 @@ def _weights_digest(model: Model, network: FusedDenoiser) -> str:
     return _digest_of(state)
 
 
+def _ranges_digest(model: Model) -> str:
+    """The SHA-256 of what :func:`fastden.calibrate` found: of its file, else of the ranges in memory; "" for none."""
+    if isinstance(model, str | Path):
+        file = files_of(model) / RANGES_FILE
+        return digest(file) if file.is_file() else ""
+    ranges = model._ranges if isinstance(model, FusedDenoiser) else (model.int8_ranges or (None, ""))[0]
+    return _digest_of(ranges) if ranges else ""
+
+
 def _digest_of(state: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of weights in memory."""
+    """The SHA-256 of tensors in memory, by their names."""
     sha = sha256()
     for name, tensor in sorted(state.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

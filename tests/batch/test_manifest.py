@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastden
 from fastden.batch.manifest import NAME, Manifest
@@ -19,6 +21,7 @@ from fastden.batch.report import Listener
 from fastden.errors import UserError
 from fastden.images.kinds import known_formats
 from fastden.images.whole_files import digest
+from fastden.network import int8
 from tests.helpers import streaming
 from tests.image_files import encoded, pixels, save_model
 
@@ -112,6 +115,46 @@ def test_other_weights_are_another_model(photos: Path, tmp_path: Path) -> None:
         report = fastden.BatchDenoiser(str(model)).run(photos / "0.png", tmp_path / "out", resume=True)
         assert len(report.done) == 1, report.failed
     assert report.done[0].sigma_source == "blind"
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_another_calibration_is_another_result(tmp_path: Path, in_memory: bool) -> None:
+    """On a cluster too, whose driver computes in more bits and wishes for the workers' quality."""
+    job, folder = Job(tmp_path / "a.png", tmp_path / "b.png"), save_model(tmp_path / "model")
+
+    def options(quality: Any) -> dict[str, Any]:
+        model = fastden.Denoiser.from_pretrained(folder) if in_memory else str(folder)
+        settings = fastden.BatchDenoiser(model, sigma=5).settings
+        settings.wishes = replace(settings.wishes, quality=quality)
+        return settings.options(job)
+
+    plain = options("normal")
+    assert "ranges" not in plain
+    seen = []
+    for level in (0.1, 0.1, 0.2):
+        int8.save_ranges(folder, {"level": torch.tensor([level])}, "0")
+        seen.append(options("fast")["ranges"])
+        assert options("normal") == plain
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.skipif(bool(int8.why_not()), reason="; ".join(int8.why_not()) or "runs")
+def test_resume_in_8_bits_after_another_calibration(photos: Path, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    model = fastden.Denoiser.from_pretrained(folder)
+
+    def again(model: Any) -> list[int]:
+        batch = fastden.BatchDenoiser(model, sigma=5, quality="fast")
+        report = batch.run(photos, tmp_path / "out", resume=True)
+        return [len(report.done), len(report.skipped)]
+
+    for largest, done in ((4.0, [5, 0]), (4.0, [0, 5]), (5.0, [5, 0])):
+        ranges = {name: torch.full((channels,), largest) for name, channels in int8.ACTIVATIONS.items()}
+        int8.save_ranges(folder, {**ranges, "level": torch.tensor([0.3])}, int8.fingerprint(model))
+        assert again(folder) == done
+    model.int8_ranges = int8.load_ranges(folder)
+    assert again(fastden.fuse(model, quality="fast")) == again(model) == [5, 0]
+    assert again(model) == [0, 5]
 
 
 def test_what_is_not_on_record_is_not_replaced(photos: Path, tmp_path: Path, network: Any) -> None:
