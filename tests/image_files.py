@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import struct
 import zlib
 from functools import cache
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image, ImageCms
 
 from fastden import Denoiser
@@ -86,3 +89,15 @@ def save_model(folder: Path, *, noise_level_input: bool = True, image_channels: 
     model = Denoiser(noise_level_input, image_channels).eval()
     model.save_pretrained(folder)
     return folder
+
+
+def cannot_be_looked_at(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the system refuses to look at ``file``."""
+    system = os.stat
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path) == str(file):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return system(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refused)

@@ -161,10 +161,12 @@ class BatchDenoiser:
                 The run waits for them: they must not wait for another run of this object, in whatever thread.
 
         Returns:
-            A :class:`fastden.Report`; a file that fails is in it, and raises nothing.
+            A :class:`fastden.Report`; a file that fails is in it, and raises nothing. So is one that cannot be looked
+            at.
 
         Raises:
             UserError: nothing to do, two inputs with one output, no place for the outputs.
+            OSError: a folder cannot be read, or none of its images be looked at.
             ValueError: a format that cannot be written.
             RuntimeError: called by a function of the ``listener`` of a run that is going on.
             Interrupted: Ctrl-C; its ``report`` is that of the run until then.
@@ -178,12 +180,15 @@ class BatchDenoiser:
             if not isinstance(name, str | Path):
                 raise TypeError(f"inputs: {type(name).__name__}; accepted: a path or glob pattern, or several")
         left_out: list[Path] = []
-        planning: dict[str, Any] = {"recursive": recursive, "format_name": format, "left_out": left_out}
+        unreadable: list[OSError] = []
+        planning: dict[str, Any] = {"recursive": recursive, "format_name": format}
+        planning |= {"left_out": left_out, "unreadable": unreadable}
         with self._its_turn():  # before it is planned: an earlier run may still write into these folders
             planning["made"] = made_before(manifest, Path(output)) if resume else None
             jobs = plan([str(name) for name in names], output, **planning)
             report = self.run_jobs(jobs, Path(output), manifest=manifest, resume=resume, listener=listener)
         report.left_out += left_out
+        report.unreadable += unreadable
         return report
 
     def run_jobs(

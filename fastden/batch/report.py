@@ -20,6 +20,8 @@ class Report:
         skipped: jobs that an earlier run had done.
         left: jobs that an interrupted run did not begin.
         left_out: image files in the folders of kinds that fastden does not read; of :meth:`fastden.BatchDenoiser.run`.
+        unreadable: errors of files that cannot be looked at, and of folders below that cannot be read, each with its
+            ``filename``; of the same. They are no jobs.
         seconds: from beginning to end.
         compute_seconds: time of the networks for the images that were done; on a CUDA device by its own clock.
         networks: how many compute at the same time; more than one on a cluster.
@@ -30,6 +32,7 @@ class Report:
     skipped: list[Job] = field(default_factory=list)
     left: int = 0
     left_out: list[Path] = field(default_factory=list)
+    unreadable: list[OSError] = field(default_factory=list)
     seconds: float = 0.0
     compute_seconds: float = 0.0
     networks: int = 1

@@ -59,8 +59,11 @@ def noise(
         check_target(map_file, overwrite)
     with naming("model"):
         estimator = estimator_of(model)
-    failed = False
-    for file in _pictures(files):
+    pictures, unreadable = _pictures(files)
+    for error in unreadable:
+        say(f"error: {in_one_line(error)}", error=True)
+    failed = bool(unreadable)
+    for file in pictures:
         try:
             crops, values = read_samples(file, max_pixels=max_pixels)
             estimate = noise_of_samples(crops, values, estimator)
@@ -87,24 +90,29 @@ def noise(
     raise typer.Exit(1 if failed else 0)
 
 
-def _pictures(files: list[Path]) -> list[Path]:
-    """The files, and in the place of each folder its pictures."""
+def _pictures(files: list[Path]) -> tuple[list[Path], list[OSError]]:
+    """The files, and in the place of each folder its pictures; and the errors of those that cannot be looked at."""
     from fastden.images.finder import count_left_out, find_images
 
     pictures: list[Path] = []
+    unreadable: list[OSError] = []
     for file in files:
         if not file.is_dir():
             pictures.append(file)
             continue
         left_out: list[Path] = []
-        inside = find_images(file, left_out=left_out)
+        refused: list[OSError] = []
+        inside = find_images(file, unreadable=refused, left_out=left_out)
+        if refused and not inside:
+            raise refused[0]
+        unreadable += refused
         told = count_left_out(left_out) if left_out else ""
         if not inside:
             raise UserError(f"file: no images in the folder {file}{f' ({told})' * bool(told)}; accepted: image files")
         if told:
             say(f"note: {told}", error=True)
         pictures += inside
-    return pictures
+    return pictures, unreadable
 
 
 def _advice(file: Path, kind: str, model: str | None, max_megapixels: float) -> list[str]:

@@ -41,7 +41,7 @@ from fastden.images.codec import ImageFile, read_image, write_image
 from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Greedy
 from tests.helpers import random_network, streaming
-from tests.image_files import encoded, pixels
+from tests.image_files import cannot_be_looked_at, encoded, pixels
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
@@ -626,6 +626,15 @@ def test_images_of_more_than_8_bits_go_through_their_own_network(
         streaming(batch)
     assert batch.run(folder, tmp_path / "out").failed == []
     assert seen == {"uint8": {True}, "uint16": {False}, "float32": {False}}
+
+
+def test_a_file_that_cannot_be_looked_at_is_reported_and_skipped(
+    photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cannot_be_looked_at(photos / "1.png", monkeypatch)
+    report = fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out")
+    assert (len(report.done), report.failed) == (4, [])
+    assert [error.filename for error in report.unreadable] == [str(photos / "1.png")]
 
 
 def test_numbers_of_numpy_and_torch(photos: Path, tmp_path: Path, network: Any) -> None:

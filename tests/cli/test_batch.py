@@ -25,7 +25,7 @@ from fastden.batch.report import Interrupted, Report
 from fastden.cli.main import app
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, outputs, works
-from tests.image_files import encoded, pixels, save_model
+from tests.image_files import cannot_be_looked_at, encoded, pixels, save_model
 
 
 def test_resume(photos: Path, tmp_path: Path, model: str) -> None:
@@ -161,14 +161,7 @@ def test_a_file_that_cannot_be_looked_at_is_reported_and_skipped(
     photos: Path, tmp_path: Path, model: str, pattern: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "c.png").write_bytes(encoded(pixels(seed=3), "PNG"))
-    system = os.stat
-
-    def refused(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
-        if str(path) == str(photos / "b.jpg"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return system(path, *arguments, **options)
-
-    monkeypatch.setattr(os, "stat", refused)
+    cannot_be_looked_at(photos / "b.jpg", monkeypatch)
     what = photos if pattern is None else f"{photos}/{pattern}"
     rest = ["-o", tmp_path / "out", "--model", model]
     error = fails("denoise", what, *rest, saying=f"^error: {photos / 'b.jpg'}: {os.strerror(errno.EACCES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import fastden
 from fastden.cli.main import app
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.cli.run import fails, works
-from tests.image_files import encoded
+from tests.image_files import cannot_be_looked_at, encoded
 
 
 def noisy(sigma: float, side: int = 64) -> np.ndarray:
@@ -88,6 +89,19 @@ def test_a_folder_stands_for_its_pictures(picture: Path, tmp_path: Path) -> None
     fails("noise", tmp_path, "--map", tmp_path / "map.png", saying="with a folder; accepted: with one picture")
     (tmp_path / "empty").mkdir()
     fails("noise", tmp_path / "empty", saying="file: no images in the folder .*empty; accepted: image files")
+
+
+def test_a_file_that_cannot_be_looked_at_is_reported_and_skipped(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = tmp_path / "b.png"
+    refused.write_bytes(picture.read_bytes())
+    cannot_be_looked_at(refused, monkeypatch)
+    done = CliRunner().invoke(app, ["noise", str(tmp_path)])
+    assert (done.exit_code, done.stderr) == (1, f"error: {refused}: {os.strerror(errno.EACCES)}\n")
+    assert f"{picture}: level" in done.stdout
+    picture.unlink()
+    fails("noise", tmp_path, saying=f"^error: {refused}: {os.strerror(errno.EACCES)}")
 
 
 def test_what_cannot_be_judged_gets_no_empty_advice(tmp_path: Path) -> None:
