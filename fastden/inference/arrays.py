@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import accumulate, pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +155,7 @@ def denoise_array(
         done = _denoise_block(planes, used, ranges, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
     da = _package("dask.array")
-    planes = _planes(_lazy(da, array), axis)
+    planes = _planes(_lazy(da, array, axis), axis)
     levels = _levels(sigma, network, planes)
     ranges = _ranges(da, array, planes, axis, _fixed_range(value_range, planes))
     result = _restored(_overlapped(da, planes, levels, ranges, settings), axis)
@@ -220,7 +221,7 @@ def _colour_axis(array: Any, channel_axis: int | Literal["auto"] | None) -> int 
     if axis == "auto":
         axis = -1 if len(shape) > 2 and shape[-1] in (1, 3, 4) else None
     if axis is not None and (
-        isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape)
+        isinstance(axis, bool) or not isinstance(axis, Integral) or not -len(shape) <= axis < len(shape)
     ):
         raise ValueError(f"channel_axis: {channel_axis!r}; accepted: 'auto', None, or an axis of the shape {shape}")
     if len(shape) < (2 if axis is None else 3) or 0 in shape:
@@ -229,7 +230,7 @@ def _colour_axis(array: Any, channel_axis: int | Literal["auto"] | None) -> int 
         raise ValueError(f"channel_axis: {axis}, {shape[axis]} channels; accepted: 1, 3 or 4, or None for gray")
     if array.dtype.newbyteorder("=") not in DTYPES:
         raise TypeError(f"array: dtype {array.dtype}; accepted: {', '.join(DTYPES)}, floating ones in [0, 1]")
-    return None if axis is None else axis % len(shape)
+    return None if axis is None else int(axis) % len(shape)
 
 
 def _planes(array: Any, axis: int | None) -> Any:
@@ -241,11 +242,16 @@ def _restored(planes: Any, axis: int | None) -> Any:
     return planes[..., 0] if axis is None else np.moveaxis(planes, -1, axis)
 
 
-def _lazy(da: Any, array: Any, *, again: bool = False) -> Any:
-    """A Dask array; ``again``: under another name than before, so that what is read twice is not kept."""
+def _lazy(da: Any, array: Any, axis: int | None, *, again: bool = False) -> Any:
+    """A Dask array; ``axis`` is that of colour.
+
+    ``again``: under another name than before, so that what is read twice is not kept.
+    """
     if _is("zarr", array):
-        # Axes with chunks of one item (frames, slices) stay so.
-        joined = (size if size == 1 else -(-JOINED // size) * size for size in _unit(array))
+        # Frames and slices stay in chunks as they are stored: joined, they would take as many times the memory.
+        sides = [other for other in range(array.ndim) if other != axis][-2:]
+        unit = enumerate(_unit(array))
+        joined = [-(-JOINED // size) * size if other in sides else size for other, size in unit]
         name = {"name": f"fastden-range-{secrets.token_hex(8)}"} if again else {}
         return da.from_zarr(array, chunks=tuple(map(min, joined, array.shape)), **name)
     if isinstance(array, np.ndarray):
@@ -347,7 +353,7 @@ def _ranges(da: Any, array: Any, planes: Any, axis: int | None, fixed: ValueRang
             fixed = ORDINARY
     if fixed is not None:
         return da.from_array(as_ranges([fixed]).reshape((1,) * planes.ndim), chunks=-1)
-    again = array if not isinstance(array, np.ndarray) and not _is("zarr", array) else _lazy(da, array, again=True)
+    again = _lazy(da, array, axis, again=True)
     source = _planes(again, axis)[..., :3]
     source = source.rechunk({axis: snapped(source.chunks[axis], BLOCK) for axis in (at_y, at_x)} | {at_y + 2: -1})
     ones = tuple((1,) * len(source.chunks[axis]) for axis in (at_y, at_x))

@@ -238,6 +238,21 @@ def test_zarr_lazily_and_written(model: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "b.zarr"]
 
 
+@pytest.mark.parametrize(
+    ("channel_axis", "chunks"), [(None, (2, 20, 30)), (np.int64(1), (2, 1, 20, 30)), (-1, (2, 20, 30, 1))]
+)
+def test_frames_stay_in_their_chunks(model: str, tmp_path: Path, channel_axis: Any, chunks: tuple[int, ...]) -> None:
+    """Chunks of a few pixels are joined to larger ones; joined along the frames they would not fit in memory."""
+    gray = channel_axis is None
+    frames = np.stack([pixels(40, 30, 0 if gray else 3, np.uint8, seed=seed) for seed in range(6)])
+    source = stored(tmp_path / "a.zarr", frames if gray else np.moveaxis(frames, -1, channel_axis), chunks)
+    lazy = denoise_array(source, 20, model=model, dtype="float64", channel_axis=channel_axis)
+    by_size = dict(zip(lazy.shape, lazy.chunks, strict=True))
+    assert [by_size[size] for size in (6, 40, 30)] == [(2, 2, 2), (40,), (30,)]
+    expected = np.stack([fastden.denoise(frame, 20, model=model, dtype="float64") for frame in frames])
+    same(computed(lazy), expected if gray else np.moveaxis(expected, -1, channel_axis))
+
+
 def test_written_chunks_are_never_shared(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With Zarr chunks of 25 pixels, shards of 50 and computed chunks of 32, each shard is written once, whole."""
     image = pixels(96, 100, 0, np.uint8)
@@ -295,6 +310,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "empty": ({"array": np.zeros((0, 5))}, ValueError, r"array: shape \(0, 5\); .*not empty"),
     "five channels": ({"channel_axis": 0}, ValueError, r"channel_axis: 0, 8 channels; accepted: 1, 3 or 4, or None"),
     "no axis": ({"channel_axis": 3}, ValueError, r"channel_axis: 3; accepted: .* an axis of the shape \(8, 9, 3\)"),
+    "truth": ({"channel_axis": True}, ValueError, r"channel_axis: True; accepted"),
+    "fraction": ({"channel_axis": 2.0}, ValueError, r"channel_axis: 2.0; accepted"),
     "network": ({"model": random_network()}, TypeError, r"model: Denoiser, which would travel .*accepted: a bundled"),
     "sigma": ({"sigma": 300}, ValueError, r"sigma: 300; accepted: 'auto', or 0 to 255"),
     "word": ({"sigma": "high"}, TypeError, r"sigma: 'high'; accepted"),
