@@ -11,10 +11,11 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def plan_rows(
         output = os.path.abspath(output)  # workers have working folders of their own
     rows: dict[str, str] = {}
     for name in inputs:
-        for source, relative in _sources(name, recursive, left_out):
+        for source, relative in _sources(name, output, recursive, left_out):
             stem, suffix = os.path.splitext(relative)
             target = f"{output.rstrip('/')}/{stem}{SUFFIX_OF[format_name] if format_name else result_suffix(suffix)}"
             if target in rows:
@@ -102,19 +103,23 @@ def plan_rows(
     return [{"input": source, "output": target} for target, source in rows.items()]
 
 
-def _sources(name: str, recursive: bool, left_out: list[Path] | None) -> list[tuple[str, str]]:
-    """Names of images, each with its path below the output."""
+def _sources(name: str, output: str, recursive: bool, left_out: list[Path] | None) -> list[tuple[str, str]]:
+    """Names of images, each with its path below the output. As in :func:`plan`, hidden folders and results are none."""
     system, path = _filesystem(name)
+    folder = ""
     try:
         if system.isdir(path):
             folder = path.rstrip("/")
-            files = sorted(system.find(folder, maxdepth=None if recursive else 1))
+            files = _inputs(system.find(folder, maxdepth=None if recursive else 1), folder, folder, system, output)
+        elif system.isfile(path):  # before patterns: the name may have a bracket in it
+            files = [path]
         elif glob.has_magic(path):
-            folder, files = "", sorted(system.glob(path))
+            top = "/".join(takewhile(lambda part: not glob.has_magic(part), path.split("/")))
+            files = _inputs(system.glob(path), path, top, system, output)
         else:
-            folder, files = "", [path] if system.isfile(path) else []
-    except OSError as error:
-        raise UserError(f"input: {name}: {error.strerror or error}") from error
+            files = []
+    except (OSError, ValueError) as error:  # some patterns are none for fsspec, such as **.png
+        raise UserError(f"input: {name}: {getattr(error, 'strerror', None) or error}") from error
     if folder and left_out is not None:
         left_out += [Path(file) for file in files if is_left_out(file)]
     images = [file for file in files if has_image_name(file)]
@@ -124,6 +129,19 @@ def _sources(name: str, recursive: bool, left_out: list[Path] | None) -> list[tu
         )
     full = system.unstrip_protocol if has_scheme(name) else os.path.abspath
     return [(full(file), file[len(folder) + 1 :] if folder else Path(file).name) for file in images]
+
+
+def _inputs(files: Iterable[str], asked: str, top: str, system: Any, output: str) -> list[str]:
+    """The files below ``top`` that are no results of an earlier run, and in no hidden folder unless it is asked for."""
+    other, results = _filesystem(output)
+    results = f"{results.rstrip('/')}/"
+    inside = other == system and results.startswith(f"{top}/") and results != f"{top}/"
+    hidden = "/." not in asked[len(top) :]
+    return sorted(
+        file
+        for file in files
+        if not (inside and file.startswith(results)) and not (hidden and "/." in os.path.dirname(file)[len(top) :])
+    )
 
 
 def _filesystem(name: str) -> tuple[Any, str]:

@@ -107,6 +107,31 @@ def test_rows_of_urls(memory: Any, photos: Path) -> None:
         plan_rows(["nosuch://x"], "memory://out")
 
 
+def test_what_is_no_input_behind_a_url(memory: Any) -> None:
+    """Results of an earlier run, and what lies in hidden folders, as of paths."""
+    for name in ("a.png", "b/c.png", ".trash/d.png", ".trash/deep/e.png", "clean/a.png", "clean2/f.png"):
+        memory.pipe(f"/in/{name}", b"x")
+
+    def names(*inputs: str, output: str = "memory://in/clean") -> list[str]:
+        rows = [_plain(row) for row in plan_rows(inputs, output, recursive=True)]
+        return [row["input"].removeprefix("memory://in/") for row in rows]
+
+    assert names("memory://in") == names("memory://in/**/*.png") == ["a.png", "b/c.png", "clean2/f.png"]
+    assert names("memory://in/*/*.png", output="memory://out") == ["b/c.png", "clean/a.png", "clean2/f.png"]
+    assert names("memory://in/.trash") == names("memory://in/.t*/**/*.png") == [".trash/d.png", ".trash/deep/e.png"]
+    with pytest.raises(UserError, match=r"input: memory://in/\*\*\.png: Invalid pattern"):
+        names("memory://in/**.png")
+    assert names("memory://in/clean", output="memory://out") == ["clean/a.png"], "the folder itself may be asked for"
+
+
+@pytest.mark.parametrize("name", ["a[1].png", "what?.png", "a*.png"])
+def test_names_that_look_like_patterns_behind_a_url(memory: Any, name: str) -> None:
+    for there in (name, "a1.png", "whats.png", "ab.png"):
+        memory.pipe(f"/in/{there}", b"x")
+    (row,) = plan_rows([f"memory://in/{name}"], "memory://out")
+    assert _plain(row) == {"input": f"memory://in/{name}", "output": f"memory://out/{name}"}
+
+
 def _plain(row: dict[str, str]) -> dict[str, str]:
     """File systems differ in the number of slashes behind the scheme."""
     return {key: value.replace(":///", "://") for key, value in row.items()}
