@@ -1,12 +1,14 @@
 """Many image files on many devices and machines through Ray Data.
 
-A row is a pair of names, with ``"replaces": "yes"`` where an earlier run's output may be replaced. Each actor reads its
-inputs and writes its outputs itself, so that no pixel passes through Ray's object store; records come back. Ray places
-the actors, restarts those that die, and balances the load.
+A row is a pair of names, with ``"replaces": "yes"`` where the output may be replaced: an earlier run's, or one that was
+not there when the run began. For Ray repeats a row whose worker died, perhaps after it had named its output. Each actor
+reads its inputs and writes its outputs itself, so that no pixel passes through Ray's object store; records come back.
+Ray places the actors, restarts those that die, and balances the load.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -103,6 +105,32 @@ def plan_rows(
     return [{"input": source, "output": target} for target, source in rows.items()]
 
 
+def mark_absent(rows: Sequence[Row], output: str) -> list[Row]:
+    """The rows, with ``"replaces": "yes"`` where there is no output yet.
+
+    Args:
+        rows, output: of :func:`plan_rows`.
+    """
+    try:
+        system, folder = _filesystem(output) if has_scheme(output) else (None, "")
+        there = set() if system is None else set(system.find(folder))  # one request, not one for each file
+    except Exception:  # each kind of store has its own errors; where it cannot be listed, no output is replaced
+        return list(rows)
+
+    def is_absent(name: str) -> bool:
+        return _is_missing(name) if system is None else system._strip_protocol(name) not in there
+
+    return [{**row, "replaces": "yes"} if is_absent(row["output"]) else row for row in rows]
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:  # another error does not say that nothing is there
+        return error.errno in (errno.ENOENT, errno.ENOTDIR)
+    return False
+
+
 def _sources(name: str, output: str, recursive: bool, left_out: list[Path] | None) -> list[tuple[str, str]]:
     """Names of images, each with its path below the output. As in :func:`plan`, hidden folders and results are none."""
     system, path = _filesystem(name)
@@ -178,13 +206,14 @@ class Worker:
     def __call__(self, row: Row) -> dict[str, str]:
         """The record of a row, its names those of the row, as one JSON text: Ray's columns hold no mixed types."""
         source, target = row["input"], row["output"]
+        replaces = row.get("replaces") == "yes"
         if has_scheme(source) or has_scheme(target):
-            record = self._through_copies(source, target)
+            record = self._through_copies(source, target, replaces)
         else:
-            record = self._one(Job(Path(source), Path(target)), replaces=row.get("replaces") == "yes")
+            record = self._one(Job(Path(source), Path(target)), replaces)
         return {"record": replace(record, input=source, output=target).as_json()}
 
-    def _one(self, job: Job, replaces: bool = False) -> Record:
+    def _one(self, job: Job, replaces: bool) -> Record:
         folder = job.target.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +221,7 @@ class Worker:
             return self._failure(job, UserError(f"output: cannot make the folder {folder}: {error.strerror}"))
         return self.denoiser.one(job, replaces=replaces, computer=self.computer)
 
-    def _through_copies(self, source: str, target: str) -> Record:
+    def _through_copies(self, source: str, target: str, replaces: bool) -> Record:
         with tempfile.TemporaryDirectory(prefix="fastden-") as folder:
             job = Job(
                 Path(folder, "input" + Path(source).suffix) if has_scheme(source) else Path(source),
@@ -203,9 +232,9 @@ class Worker:
                     _fetch(source, job.source)
                 if has_scheme(target):
                     system, path = _filesystem(target)
-                    if not self.overwrite and system.exists(path):
+                    if not (self.overwrite or replaces) and system.exists(path):
                         raise UserError(f"{target}: exists already; accepted: another name, or overwrite (--overwrite)")
-                record = self._one(job)
+                record = self._one(job, replaces)
                 if record.status == "done" and has_scheme(target):
                     _send(job.target, target)
             except Exception as error:  # each kind of store has its own errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Manifest, Record, made_before, open_manifest
 from fastden.batch.plan import Job
-from fastden.batch.ray import Row, connect, distribute, has_scheme, plan_rows
+from fastden.batch.ray import Row, connect, distribute, has_scheme, mark_absent, plan_rows
 from fastden.batch.report import Report
 from fastden.batch.settings import Settings
 from fastden.cli.console import say
@@ -60,6 +61,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
     if request.resume and manifest is None:
         raise UserError("resume: there is no manifest to resume from; accepted: local files and an output folder")
     display, report, start = Display(len(rows), unreadable), Report(len(rows)), time.perf_counter()
+    rows = mark_absent(rows, request.output)
     if manifest is not None:
         rows, report.skipped = _prepare(rows, known, manifest, request.resume)
     interrupted = False
@@ -123,8 +125,9 @@ def _prepare(rows: list[Row], shared: Settings, manifest: Manifest, resume: bool
             todo.append({**row, "replaces": "yes"})
         else:
             todo.append(row)
-            if not job.target.exists():
-                job.target.parent.mkdir(parents=True, exist_ok=True)
+            if "replaces" in row:
+                with suppress(OSError):  # the worker reports it
+                    job.target.parent.mkdir(parents=True, exist_ok=True)
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 name = manifest.name_of(job.target)
                 manifest.add(Record(row["input"], name, "writing", now, shared.weights(), dict(options)))

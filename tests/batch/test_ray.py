@@ -271,6 +271,42 @@ def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.Mo
     fails("denoise", photos, "-o", "memory://out", *options, "--resume", saying="resume: there is no manifest")
 
 
+@pytest.mark.parametrize("output", ["out", "memory://out"])
+def test_a_row_that_ray_repeats(
+    photos: Path, tmp_path: Path, memory: Any, model: str, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """A worker dies behind the naming of its output, and Ray gives the row to another one. What was there is kept."""
+
+    def repeating(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
+        worker = Worker(settings, pool.cpus)
+        for row in rows:
+            worker(row)
+            yield Record.from_json(worker(row)["record"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
+    monkeypatch.setattr("fastden.cli.cluster.distribute", repeating)
+    command = ["denoise", photos, "-o", output, "--model", model, "--sigma", 20, "--engine", "ray"]
+    works(*command)
+    assert "2 of 2 files failed" in fails(*command, saying="exists already")
+
+
+def test_a_folder_that_cannot_be_made(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
+        return (Record.from_json(Worker(settings, pool.cpus)(row)["record"]) for row in rows)
+
+    monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
+    monkeypatch.setattr("fastden.cli.cluster.distribute", here)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "inner").write_bytes(b"a file")
+    command = ["denoise", photos, "-o", out, "-r", "--model", model, "--sigma", 20, "--engine", "ray"]
+    assert "1 of 3 files failed" in fails(*command, saying=f"cannot make the folder {out / 'inner'}")
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["a.png", "b.jpg", "inner"]
+
+
 def test_mistakes(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(
         "denoise",
