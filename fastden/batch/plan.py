@@ -16,6 +16,7 @@ from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for
 from fastden.images.finder import count_left_out, find_images, is_regular
 from fastden.images.formats import result_suffix
+from fastden.images.kinds import OTHER_SUFFIXES
 
 #: The suffix that each format gets when ``--format`` renames a file.
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif", "heic": ".heic"}
@@ -79,7 +80,8 @@ def plan(
     if output.exists() and not output.is_dir():
         accepted = "accepted" if single else "accepted for more than one input"
         raise UserError(f"output: {output} is a file; {accepted}: a folder")
-    if not single and not as_folder and output.suffix.lower() in SUFFIXES:
+    names_a_file = output.suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES["HEIC"])
+    if not single and not as_folder and names_a_file:
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
     for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False), left_out):

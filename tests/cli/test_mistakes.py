@@ -107,6 +107,7 @@ def test_two_inputs_with_one_output(photos: Path, tmp_path: Path, model: str) ->
         ),
         (["photos/a.png", "-o", "out.png", "--format", "jpeg"], "suffix says png, format says jpeg"),
         (["photos", "-o", "out.png"], "names a file; accepted for more than one input: a folder"),
+        (["photos", "-o", "out.HEIC"], "names a file; accepted for more than one input: a folder"),
         (["photos", "-o", "photos/a.png"], "is a file; accepted for more than one input: a folder"),
         (["-", "-o", "out.png"], "input: -; accepted: .*standard input is not read"),
         (["", "-o", "out.png"], "input: ''; accepted: files"),
