@@ -58,7 +58,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._shown:  # rich 13 would print an empty line also where no bar is shown
+            self._bar.stop()
         self._shown = False
 
     def progress(self, ended: float) -> None:

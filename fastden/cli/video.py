@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +94,7 @@ def _run(
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, redirect_stdout=False)
     start = time.perf_counter()
     try:
-        with bar:
+        with bar if console.is_terminal else nullcontext():  # rich 13 would print an empty line
             task = bar.add_task("denoising", total=None)
             with naming("", FAILURES):
                 result = denoise_video(
