@@ -18,7 +18,8 @@ from fastden.batch.settings import Settings
 from fastden.errors import UserError, shown_bytes
 from fastden.images.attachments import check_colour
 from fastden.images.codec import format_for, read_image
-from fastden.images.encoding import check_alpha, check_pages, check_sides
+from fastden.images.encoding import check_alpha, check_pages, check_sides, encoding_memory, plan_encoding
+from fastden.images.image_file import Header
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import sigma_of_gray
@@ -84,12 +85,23 @@ class Reading:
                 size += 2 * header.nbytes
             if self.settings.sigma_map is not None:
                 size += 12 * header.width * header.height
+        # An image that fits until it is encoded is encoded whole, alone if need be: most take no less for strips.
         streamed = header is not None and size > self.settings.budget.images
+        if header is not None:
+            size = max(size, header.nbytes + self._for_encoding(header, format_name))
         if streamed and header is not None and header.pages > 1:
             raise UserError(
                 f"{job.source}: {header.pages} pages take {shown_bytes(size)}; accepted: less than half of --max-memory"
             )
         return Picture(job, format_name, stamp(status), header, size, streamed)
+
+    def _for_encoding(self, header: Header, format_name: str) -> int:
+        """Bytes that writing takes beside the denoised image."""
+        known = (header.channels, header.dtype, header.bits, header.metadata)
+        dtype, _, _ = plan_encoding(*known, format_name, strip_metadata=self.settings.strip_metadata)
+        nbytes = header.nbytes // header.dtype.itemsize * dtype.itemsize
+        copied = nbytes if header.has_alpha or dtype != header.dtype else 0
+        return copied + encoding_memory(format_name, nbytes)
 
     def read(self, picture: Picture) -> None:
         """Decode an image and find its noise level; an image that is streamed is not decoded here."""

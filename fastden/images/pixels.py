@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+#: Rows that are converted at a time: temporary values of a whole image would take more memory than the image.
+ROWS = 64
+
 
 def full_scale(dtype: np.dtype[Any]) -> float:
     """The value that stands for white: 255, 65535, or 1 for floating dtypes."""
@@ -90,6 +93,15 @@ def to_dtype(values: Array, dtype: Any) -> Array:
     dtype = np.dtype(dtype)
     if values.dtype == dtype:
         return values
+    if values.ndim == 0:
+        return _converted(values, dtype)
+    result: Array = np.empty_like(values, dtype, subok=False)
+    for top in range(0, len(values), ROWS):
+        result[top : top + ROWS] = _converted(values[top : top + ROWS], dtype)
+    return result
+
+
+def _converted(values: Array, dtype: np.dtype[Any]) -> Array:
     source = full_scale(values.dtype)
     if dtype.kind == "f":
         return values.astype(dtype) / dtype.type(source)

@@ -216,6 +216,21 @@ def test_memory_bounds_the_images_in_hand(
     assert highest <= batch.settings.budget.images
 
 
+@pytest.mark.parametrize(("suffix", "claimed"), [("jpg", 0.5 + 0.5 * 4.5), ("webp", 0.5 + 0.5 * 14), ("avif", 20)])
+def test_what_an_encoder_takes_is_claimed(tmp_path: Path, network: Any, suffix: str, claimed: float) -> None:
+    """Beside the image: a copy in the file's depth, and the encoder's memory. What does not fit goes through alone."""
+    image = np.full((300, 400, 3), 30_000, np.uint16)
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", ImageFile(image))
+    batch = fastden.BatchDenoiser(network, sigma=5, max_memory="12MiB")
+    picture = batch.stages.reading.look(Job(tmp_path / "a.png", tmp_path / f"out.{suffix}"))
+    assert (picture.size, picture.streamed) == (int((1 + claimed) * image.nbytes), False)
+    if suffix == "webp":
+        assert picture.size > batch.settings.budget.images / 2
+        report = batch.run(tmp_path, tmp_path / "out", format="webp")
+        assert [record.streamed for record in report.done] == [False, False]
+
+
 def test_gate() -> None:
     gate = Gate(10)
     gate.take(8)

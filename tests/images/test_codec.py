@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastden.errors import UserError
 from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
-from fastden.images.pixels import to_dtype
+from fastden.images.pixels import _converted, to_dtype
 from fastden.images.strips import StripReader
 from tests.image_files import (
     DATE,
@@ -409,6 +409,17 @@ def test_depth_conversions() -> None:
     np.testing.assert_array_equal(to_dtype(to_dtype(every, np.float32), np.uint16), every)
     np.testing.assert_array_equal(to_dtype(np.float32([-1, 0, 0.5, 1, 2]), np.uint8), [0, 0, 128, 255, 255])
     assert to_dtype(every, np.uint16) is every
+    assert to_dtype(np.uint16(65535)[()], np.uint8) == to_dtype(np.array(65535, np.uint16), np.uint8) == 255
+
+
+@pytest.mark.parametrize(("source", "target"), [("u2", "u1"), ("u1", "u2"), ("u2", "f4"), ("f8", "f4"), ("f4", "u2")])
+def test_depths_are_converted_in_pieces(source: str, target: str) -> None:
+    """To the bit as in one piece, and in the same order in memory."""
+    whole = pixels(200, 7, 3, source)
+    for values in (whole, whole[:64], whole[::-2], whole.transpose(1, 0, 2), whole[:0]):
+        result = to_dtype(values, target)
+        assert result.tobytes() == _converted(values, np.dtype(target)).tobytes()
+        assert result.strides == values.astype(target).strides
 
 
 @given(

@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import tifffile
 from PIL import Image
 
 from fastden.errors import UserError
-from fastden.images import attachments, tiff_tags
+from fastden.images import attachments, encoding, tiff_tags
 from fastden.images.codec import ImageFile, encode_image, format_for, read_image, write_image
 from fastden.images.whole_files import check_target, drop_unfinished, remove_leftovers, whole_file
 from fastden.network.model_files import replacing
@@ -163,6 +165,40 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         write_image(tmp_path / "a.png", ImageFile(pixels()))
     assert list(tmp_path.iterdir()) == []
+
+
+GROWTH = """
+import numpy as np
+from fastden.images.codec import ImageFile, encode_image
+
+def peak():  # getrusage's ru_maxrss would start at the peak of the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+image = np.random.default_rng(0).integers(0, 65536, (100, 5000, 3), dtype=np.uint16)
+encode_image(ImageFile(image), "jpeg")
+image = np.tile(image, (40, 1, 1))
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+encode_image(ImageFile(image), "jpeg")
+print((peak() - before) * 1024 / image.nbytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_large_jpeg_is_encoded_in_little_memory(root: Path) -> None:
+    """Growth in multiples of 20 megapixels of 16 bits: half of it are the pixels in 8 bits."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], cwd=root, check=True, capture_output=True, text=True)
+    assert 0.4 < float(done.stdout) < 1.5
+
+
+def test_the_second_pass_of_jpeg() -> None:
+    """It holds all coefficients: up to a size that is claimed. The smaller file is worth it."""
+    for nbytes, claimed in ((encoding.OPTIMIZED, 4.5), (encoding.OPTIMIZED + 1, 1)):
+        _, options = encoding.plan_saving(
+            "jpeg", np.dtype(np.uint8), nbytes, 8, False, exif=False, strip_metadata=False
+        )
+        assert options["optimize_coding"] == (claimed > 1)
+        assert encoding.encoding_memory("jpeg", nbytes) == int(claimed * nbytes)
 
 
 def test_too_large_for_the_format() -> None:
