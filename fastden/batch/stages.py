@@ -117,7 +117,7 @@ class Stages:
             picture.format_name,
             strip_metadata=settings.strip_metadata,
         )
-        picture.notes += [*header.notes, *notes, *_whole_image_notes(header.format, picture.format_name)]
+        picture.notes += [*header.notes, *notes, *_whole_image_notes(header, picture.format_name)]
         writer = StripWriter(
             target,
             (header.height, header.width, header.bands),
@@ -156,13 +156,17 @@ class Stages:
         return picture.level
 
 
-def _whole_image_notes(source: str, target: str) -> list[str]:
+def _whole_image_notes(header: Header, target: str) -> list[str]:
     """Notes on coders that hold the whole image in memory, whatever the size of strips."""
-    return [
-        f"the {coder} of {name} holds the whole image in memory"
-        for name, coder in ((source, "decoder"), (target, "encoder"))
+    coders = [
+        f"{coder} of {name}"
+        for name, coder in ((header.format, "decoder"), (target, "encoder"))
         if name in ("webp", "avif", "jxl", "heic", "raw")
     ]
+    if header.interlaced:
+        passes = "a progressive" if header.format == "jpeg" else "an interlaced"
+        coders.append(f"decoder of {passes} {header.format}")
+    return [f"the {coder} holds the whole image in memory" for coder in coders]
 
 
 class _StripTiles:

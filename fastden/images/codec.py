@@ -232,6 +232,7 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
         notes=tuple(notes),
         pages=pages,
         stated=stated_white(file, metadata) if format_name == "tiff" and dtype == np.uint16 else 0,
+        interlaced="interlaced" in fields and bool(image.get("interlaced")),
     )
     return image, header
 

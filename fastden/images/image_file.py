@@ -88,6 +88,7 @@ class Header:
         has_alpha: whether an alpha channel follows them.
         dtype: of the decoded values.
         format, bits, lossless, metadata, notes, pages, stated: as of :class:`ImageFile`.
+        interlaced: whether rows come in several passes, as in a progressive JPEG: its decoder holds the whole image.
     """
 
     width: int
@@ -102,6 +103,7 @@ class Header:
     notes: tuple[str, ...]
     pages: int = 1
     stated: int = 0
+    interlaced: bool = False
 
     @property
     def bands(self) -> int:

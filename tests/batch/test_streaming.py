@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pyvips
 import torch
 from PIL import Image
 
@@ -96,6 +97,18 @@ def test_formats_and_metadata(tmp_path: Path, network: Any, suffix: str, kind: s
     assert stream.metadata.keys() == memory.metadata.keys()
     assert Image.open(tmp_path / f"streamed.{suffix}").getexif()[MAKE] == "Camera"
     assert ("holds the whole image" in " ".join(record.notes)) == (suffix == "webp")
+
+
+@pytest.mark.parametrize("several_passes", [False, True])
+@pytest.mark.parametrize(("suffix", "what"), [("jpg", "a progressive jpeg"), ("png", "an interlaced png")])
+def test_rows_in_several_passes_are_held_whole_and_noted(
+    tmp_path: Path, network: Any, suffix: str, what: str, several_passes: bool
+) -> None:
+    pyvips.Image.new_from_array(pixels(*SIZE)).write_to_file(str(tmp_path / f"a.{suffix}"), interlace=several_passes)
+    batch = streaming(fastden.BatchDenoiser(network, sigma=20, tile=96))
+    (record,) = batch.run(tmp_path / f"a.{suffix}", tmp_path / "b.tif").done
+    note = f"the decoder of {what} holds the whole image in memory"
+    assert (note in record.notes) == ("holds the whole" in " ".join(record.notes)) == several_passes
 
 
 def test_the_result_is_a_tiled_tiff(tmp_path: Path, network: Any) -> None:
