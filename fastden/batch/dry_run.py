@@ -15,7 +15,8 @@ from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
 from fastden.batch.threads import check_folder, is_made
 from fastden.errors import FAILURES, UserError, in_one_line
-from fastden.images.strips import read_header
+from fastden.images.attachments import check_colour
+from fastden.images.strips import StripReader, read_header
 from fastden.images.whole_files import check_target
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import denoise_batch, noise_level_of
@@ -123,8 +124,11 @@ def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | Non
             if not job.source.is_file():
                 raise UserError(f"{job.source}: no regular file; only a run reads it")
             read_header(job.source, max_pixels=settings.max_pixels, several=True)  # raises what looking passed over
-        elif picture.streamed:
-            batch.stages.check_streamable(picture, picture.header)
+        else:
+            if picture.streamed:
+                batch.stages.check_streamable(picture, picture.header)
+            extras, metadata = StripReader(job.source, max_pixels=settings.max_pixels, several=True).extras()
+            check_colour(extras, picture.format_name, has_profile="icc-profile-data" in metadata)
     except FAILURES as error:
         return Step(job, error=in_one_line(error))
     if picture.header is None:

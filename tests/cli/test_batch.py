@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import PngImagePlugin
 from typer.testing import CliRunner
 
 import fastden
@@ -103,6 +104,7 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> Non
         (["a.png", "-o", "out.png", "--sigma-map", "small.png"], "sigma_map: small.png is 8 x 8 pixels; accepted: 40"),
         (["a.png", "-o", "out.png", "--sigma-map", "b.jpg"], "sigma_map: b.jpg has 3 channels; accepted: 1"),
         (["a.png", "-o", "out.png", "--model", "gray"], "image: 3 channels, but the model is for gray images"),
+        (["linear.png", "-o", "out.jpg"], "values have their own gamma or primaries .gAMA.*, which jpeg would not say"),
         (["a.png", "-o", "out.png", "--resume"], "resume: there is no manifest to resume from"),
         (["wide.tif", "-o", "out.tif", "--max-memory", "40M", "--tile", "auto"], "max_memory: strips of 400000 pixels"),
         (["wide.tif", "-o", "out.heic", "--max-memory", "40M"], "is larger than --max-memory, and heic is not written"),
@@ -113,6 +115,9 @@ def test_a_rehearsal_refuses_what_the_run_refuses(
 ) -> None:
     """The messages are the same, and neither writes anything."""
     save_model(photos / "gray", image_channels=1)
+    gamma = PngImagePlugin.PngInfo()
+    gamma.add(b"gAMA", (100_000).to_bytes(4, "big"))
+    (photos / "linear.png").write_bytes(encoded(pixels(), "PNG", pnginfo=gamma))
     write_image(photos / "small.png", ImageFile(np.full((8, 8, 1), 30, np.uint8)))
     write_image(photos / "long.png", ImageFile(np.zeros((8, 16_384, 3), np.uint8)))
     write_image(photos / "wide.tif", ImageFile(np.zeros((20, 400_000, 3), np.uint8)))
