@@ -70,13 +70,17 @@ class Record:
 
     def as_json(self) -> str:
         """One line."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return _line(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Record:
         """The record that :meth:`as_json` wrote."""
         values = json.loads(text)
         return cls(**{**values, "notes": tuple(values["notes"])})
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False)
 
 
 class Manifest:
@@ -135,9 +139,10 @@ class Manifest:
             UserError: the system refuses.
         """
         # File names are bytes. Python shows a byte that is not UTF-8 as a lone surrogate.
-        line = record.as_json().encode("utf-8", "surrogatepass") + b"\n"
+        values = asdict(record)
+        line = _line(values).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
-            self._keep(record.output, asdict(record))
+            self._keep(record.output, values)
             if self._held is not None:
                 self._held.append(line)
                 if record.status == "failed":

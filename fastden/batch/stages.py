@@ -24,7 +24,7 @@ from fastden.errors import UserError
 from fastden.images.encoding import plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.strips import StripReader, StripWriter
-from fastden.images.whole_files import check_target, digest, sync, whole_file
+from fastden.images.whole_files import digest, sync, whole_file
 from fastden.inference.tiling import automatic_tile
 from fastden.network.fused import FusedDenoiser
 
@@ -86,12 +86,7 @@ class Stages:
             sync(temporary)
             picture.seconds["write"] = time.perf_counter() - start - picture.seconds["compute"]
             output: dict[str, Any] = {"output_size": temporary.stat().st_size, "output_sha256": digest(temporary)}
-            record = self.writing.record(
-                picture, manifest, "writing", width=header.width, height=header.height, **output
-            )
-            check_target(picture.job.target, picture.overwrites)
-            if manifest is not None:
-                manifest.add(record)
+            record = self.writing.begin(picture, manifest, width=header.width, height=header.height, **output)
         return self.writing.finish(record, manifest)
 
     def check_streamable(self, picture: Picture, header: Header) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any
 
 from fastden.batch.manifest import Manifest, Record
 from fastden.batch.picture import Picture
@@ -54,12 +54,17 @@ class Writing:
             picture.seconds["write"] = time.perf_counter() - start
             output: dict[str, Any] = {"output_size": len(data), "output_sha256": sha256(data).hexdigest()}
             size = {"width": width, "height": height // pages, "pages": pages}
-            record = self.record(picture, manifest, "writing", **size, **output)
-            # Another process may have made the file since the image was opened: the record must not claim that file.
-            check_target(job.target, picture.overwrites)
-            if manifest is not None:
-                manifest.add(record)
+            record = self.begin(picture, manifest, **size, **output)
         return self.finish(record, manifest)
+
+    def begin(self, picture: Picture, manifest: Manifest | None, **values: Any) -> Record:
+        """Record that an output is whole and about to get its name: ``values`` are fields of the record."""
+        record = self._record(picture, manifest, **values)
+        # Another process may have made the file since the image was opened: the record must not claim that file.
+        check_target(picture.job.target, picture.overwrites)
+        if manifest is not None:
+            manifest.add(record)
+        return record
 
     def finish(self, record: Record, manifest: Manifest | None) -> Record:
         """Record that an output has its name."""
@@ -85,16 +90,13 @@ class Writing:
                 manifest.add(record)
         return record
 
-    def record(
-        self, picture: Picture, manifest: Manifest | None, status: Literal["writing", "done"], **values: Any
-    ) -> Record:
-        """The record of an image: ``values`` are fields of :class:`fastden.batch.manifest.Record`."""
+    def _record(self, picture: Picture, manifest: Manifest | None, **values: Any) -> Record:
         job = picture.job
         source = "blind" if picture.sigma is None else "estimated" if self.settings.sigma == "auto" else "given"
         return Record(
             input=os.path.abspath(job.source),
             output=str(job.target) if manifest is None else manifest.name_of(job.target),
-            status=status,
+            status="writing",
             time=_now(),
             model=self.settings.weights(picture.all_white),
             options=self.settings.options(job),
