@@ -51,7 +51,7 @@ def noise(
 
     max_pixels = parse_megapixels(max_megapixels)
     if map_file is not None:
-        if len(files) != 1 or files[0].is_dir():
+        if len(files) != 1 or os.path.isdir(files[0]):
             what = f"{len(files)} pictures" if len(files) != 1 else "a folder"
             raise UserError(f"map: {map_file} with {what}; accepted: with one picture")
         if map_file.suffix.lower() not in MAP_SUFFIXES:
@@ -97,7 +97,7 @@ def _pictures(files: list[Path]) -> tuple[list[Path], list[OSError]]:
     pictures: list[Path] = []
     unreadable: list[OSError] = []
     for file in files:
-        if not file.is_dir():
+        if not os.path.isdir(file):  # False where it cannot be looked at: reading it says why
             pictures.append(file)
             continue
         left_out: list[Path] = []

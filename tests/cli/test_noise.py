@@ -100,6 +100,7 @@ def test_a_file_that_cannot_be_looked_at_is_reported_and_skipped(
     done = CliRunner().invoke(app, ["noise", str(tmp_path)])
     assert (done.exit_code, done.stderr) == (1, f"error: {refused}: {os.strerror(errno.EACCES)}\n")
     assert f"{picture}: level" in done.stdout
+    assert f"{picture}: level" in works("noise", refused, picture), "reading a file that is named tells what is wrong"
     picture.unlink()
     fails("noise", tmp_path, saying=f"^error: {refused}: {os.strerror(errno.EACCES)}")
 
