@@ -1,7 +1,7 @@
 """Many image files on many devices and machines through Ray Data.
 
 A row is a pair of names, with ``"replaces": "yes"`` where the output may be replaced: an earlier run's, or one that was
-not there when the run began. For Ray repeats a row whose worker died, perhaps after it had named its output. Each actor
+not there when the run began, because Ray repeats a row whose worker died, perhaps when its output was there. Each actor
 reads its inputs and writes its outputs itself, so that no pixel passes through Ray's object store; records come back.
 Ray places the actors, restarts those that die, and balances the load.
 """

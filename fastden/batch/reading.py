@@ -87,12 +87,12 @@ class Reading:
                 size += 12 * header.width * header.height
         # An image that fits until it is encoded is encoded whole, alone if need be: most take no less for strips.
         streamed = header is not None and size > self.settings.budget.images
-        if header is not None:
-            size = max(size, header.nbytes + self._for_encoding(header, format_name))
         if streamed and header is not None and header.pages > 1:
             raise UserError(
                 f"{job.source}: {header.pages} pages take {shown_bytes(size)}; accepted: less than half of --max-memory"
             )
+        if header is not None:
+            size = max(size, header.nbytes + self._for_encoding(header, format_name))
         return Picture(job, format_name, stamp(status), header, size, streamed)
 
     def _for_encoding(self, header: Header, format_name: str) -> int:
