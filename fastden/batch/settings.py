@@ -164,7 +164,7 @@ def _ranges_digest(model: Model) -> str:
     if isinstance(model, str | Path):
         file = files_of(model) / RANGES_FILE
         return digest(file) if file.is_file() else ""
-    ranges = model._ranges if isinstance(model, FusedDenoiser) else (model.int8_ranges or (None, ""))[0]
+    ranges = model.ranges if isinstance(model, FusedDenoiser) else (model.int8_ranges or (None, ""))[0]
     return _digest_of(ranges) if ranges else ""
 
 

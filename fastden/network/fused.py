@@ -306,6 +306,11 @@ class FusedDenoiser(nn.Module):
         """``"fast"`` where the module may compute in 8-bit numbers, else ``"normal"``."""
         return "normal" if self._calibrated is None else "fast"
 
+    @property
+    def ranges(self) -> int8.Ranges | None:
+        """The ranges of activations by which quality ``"fast"`` computes; None for ``"normal"``."""
+        return None if self._calibrated is None else self._calibrated.ranges
+
     def _onednn_network(self) -> onednn.TiledNetwork | None:
         """The packed form of the current weights; None where oneDNN cannot run, or weights need gradients."""
         buffers = self._buffers
