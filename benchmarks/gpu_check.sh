@@ -77,6 +77,14 @@ record_tiles() { # those that the next part runs on; results on searched ones st
     fi
 }
 
+limited() { # NAME LIMIT COMMAND...: its output goes to NAME.log; it ends with the call
+    local log=$out/$1.log limit=$2 left=$((deadline - SECONDS))
+    shift 2
+    ((left > 0)) || return 124
+    # What hangs in the driver does not end at the first signal.
+    timeout -k 5 "$((limit < left ? limit : left))" "$@" >"$log" 2>&1
+}
+
 step() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines to the terminal
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status
     shift 2
@@ -85,8 +93,7 @@ step() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines
         return
     fi
     echo "== $name: $*"
-    # What hangs in the driver does not end at the first signal.
-    timeout -k 5 "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
+    limited "$name" "$limit" "$@"
     case $? in 0) status=passed ;; 124 | 137) status="timed out" ;; *) status=failed ;; esac
     record "$name" "$status"
     {
@@ -207,13 +214,13 @@ part_proof() {
         (
             for size in "${sizes%:*}" "${sizes#*:}"; do
                 # shellcheck disable=SC2086 # height and width
-                timeout 120 "$python" -m fastden bench ops --size $size --device cuda --dtype bfloat16 --backends torch \
-                    --compare compile --rounds 1 --energy 0 >"$out/compiling-${size% *}.log" 2>&1
+                limited "compiling-${size% *}" 120 "$python" -m fastden bench ops --size $size --device cuda \
+                    --dtype bfloat16 --backends torch --compare compile --rounds 1 --energy 0
             done
         ) &
     done
-    timeout 120 "$python" -m fastden bench model --size 2160 3840 --batch 1 --device cuda --dtype bfloat16 --backends torch \
-        --compare compile,fused_compile --rounds 1 >"$out/compiling-model.log" 2>&1 &
+    limited compiling-model 120 "$python" -m fastden bench model --size 2160 3840 --batch 1 --device cuda \
+        --dtype bfloat16 --backends torch --compare compile,fused_compile --rounds 1 &
     run build 120 "$python" -m fastden build
     backends_here
     if [[ ${kernels[*]} == *cuda* ]]; then

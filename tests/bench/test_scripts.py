@@ -280,6 +280,19 @@ def test_gpu_check_stops_what_hangs(root: Path, tmp_path: Path) -> None:
     assert status["first-triton-one-pixel"] == "passed"
 
 
+@pytest.mark.slow
+def test_gpu_check_stops_what_fills_caches(root: Path, tmp_path: Path) -> None:
+    """Also what does not end at the first signal, as in the driver: it would hold up the times for ever."""
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log") | {"BUDGET": "30"}
+    hanging = 'case "$*" in *"--rounds 1"*) trap "" TERM; for i in $(seq 99); do sleep 1; done ;; esac\n'
+    (tmp_path / "bin" / "python").write_text((tmp_path / "bin" / "python").read_text() + hanging)
+    begin = time.monotonic()
+    gpu_check(root, environment, tmp_path / "out", "proof")
+    assert time.monotonic() - begin < 60
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["first-triton-one-pixel"], status["ops-2160"]) == ("passed", "no time left")
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_bench_writes_into_a_new_folder(root: Path, tmp_path: Path) -> None:
     """Stand-ins for Python and the command: this one fails, as the command does, if the folder is missing."""
