@@ -7,7 +7,7 @@
 #
 #   first      builds the CUDA extension, and meanwhile checks conv3 on Triton in the order in which mistakes show
 #              soonest; then the same on CUDA                                                          2 to 3 minutes
-#   quick      the network at 2160 x 3840, and 8 x 1080 x 1920, against its rivals                       2 minutes
+#   quick      the network at 2160 x 3840, 256 x 256 and 8 x 1080 x 1920, against its rivals             2 minutes
 #   tests      the kernels' tests, and compute-sanitizer on small cases and on those where a block does several tiles,
 #              of Triton and of CUDA, all at the same time: nothing is timed                           3 to 4 minutes
 #   operators  each operator against its rivals at four sizes                                          3 to 4 minutes
@@ -155,6 +155,7 @@ part_first() {
 part_quick() {
     backends_here
     bench model-2160 120 "$inference" model --size 2160 3840 --batch 1 "${rivals[@]}"
+    calls_of_small_images
     bench model-1080 100 "$inference" model --size 1080 1920 --batch 8 "${rivals[@]}"
 }
 
@@ -240,9 +241,14 @@ part_proof() {
     keep
     # First what prove.py asks for. The network's times are written once all its contenders are timed.
     part_operators
+    calls_of_small_images
     if [[ ${kernels[*]} == *cuda* ]]; then run fp8-time 40 "$python" benchmarks/first_checks.py fp8 --backend cuda; fi
     bench model-2160 90 "$inference" model --size 2160 3840 --batch 1 "${rivals[@]}"
     stack_of_crash tests-cuda tests/cuda/test_operators.py tests/cuda/test_network.py
+}
+
+calls_of_small_images() { # without CUDA graphs: what the host needs for a launch decides here
+    bench model-256 60 "$inference" model --size 256 256 --batch 1 --compare channels_last,eager
 }
 
 part_operators() {

@@ -138,11 +138,11 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     assert sorted(tools) == ["memcheck"] * 3 + ["racecheck"] * 3 + ["synccheck"] * 3  # of Triton, CUDA, and fp8
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
     gradients = ["train", "train", "ops", "ops", "train", "ops", "train"]
-    assert [bench[1] for bench in benches] == ["model"] * 2 + ["ops"] * 4 + gradients + ["model"]
+    assert [bench[1] for bench in benches] == ["model"] * 3 + ["ops"] * 4 + gradients + ["model"]
     heights = {bench[bench.index("--size") + 1] for bench in benches if bench[1] == "ops" and "--backward" not in bench}
     assert heights == set(map(str, prove.HEIGHTS))
     own = [bench[bench.index("--backends") + 1] for bench in benches]
-    assert own == ["torch,triton,cuda"] * 6 + ["torch,triton"] * 7 + ["torch,triton,cuda"]
+    assert own == ["torch,triton,cuda"] * 7 + ["torch,triton"] * 7 + ["torch,triton,cuda"]
     for bench in benches:
         # The command knows every option: it fails only because it finds no GPU.
         fails(*bench, saying="finds no CUDA device")
@@ -163,8 +163,12 @@ def test_gpu_check_proves_in_one_part(root: Path, tmp_path: Path) -> None:
         line.split() for line in log.read_text().splitlines() if line.startswith(("-m fastden bench", "benchm"))
     ]
     timed = [command for command in commands if "--rounds" not in command]
-    last = [command[3] if command[1] == "fastden" else command[1] for command in timed][-6:]
-    assert last == ["ops"] * 4 + ["fp8", "model"]  # what is proven comes first, and nothing runs beside it
+    last = [command[3] if command[1] == "fastden" else command[1] for command in timed][-7:]
+    assert last == ["ops"] * 4 + ["model", "fp8", "model"]  # what is proven comes first, and nothing runs beside it
+    calls = timed[-3]
+    assert calls[calls.index("--size") + 1 :][:2] == ["256", "256"]
+    assert str(out / prove.CALLS) in calls
+    assert "--graphs" not in calls
     for measured in (False, True):  # what fills the compiler's cache measures one round
         heights = {bench[bench.index("--size") + 1] for bench in benches if ("--rounds" not in bench) is measured}
         assert heights == {str(height) for height in prove.HEIGHTS}
