@@ -29,7 +29,7 @@
 #
 # Steps run in the order of what they are worth, and what finds no time is the last ones. Each writes its log, and its JSON
 # after each result, so a call that is killed leaves what it has. ARCHIVE=FILE.tar.gz keeps a copy of the folder after each
-# part, for machines that hand back few files. PYTHON=... is another interpreter. DATA=... is the folder with the
+# step, for machines that hand back few files. PYTHON=... is another interpreter. DATA=... is the folder with the
 # photographs of the training (default data/train, as in the configurations). Packages that are missing are named first;
 # pip download fetches their wheels for a machine that reaches no registry. Pictures of results:
 # python -c 'import json, sys; from pathlib import Path; from fastden.bench import plots;
@@ -105,6 +105,7 @@ step() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines
 run() { # as step, and waits for it
     steps+=("$1")
     step "$@"
+    keep
 }
 
 start() { # as step, at the same time as what follows, up to the next wait
@@ -119,9 +120,12 @@ bench() { # NAME LIMIT BACKENDS ARGUMENTS...: a benchmark with its JSON
         --json "$out/$name.json"
 }
 
-keep() {
-    [[ -n ${ARCHIVE-} ]] || return
-    tar -czf "$ARCHIVE.part" -C "$(dirname "$out")" "$(basename "$out")" && mv "$ARCHIVE.part" "$ARCHIVE"
+keep() { # the folder, in ARCHIVE, which is whole at any time
+    [[ -n ${ARCHIVE-} ]] || return 0
+    local part=$ARCHIVE.$BASHPID # of this process: steps that run at the same time keep the folder, too
+    tar -czf "$part" -C "$(dirname "$out")" "$(basename "$out")"
+    # 1: files changed while tar read them, as those of steps that run do.
+    if (($? > 1)); then rm -f "$part"; else mv "$part" "$ARCHIVE"; fi
 }
 
 backends_here() { # those that can run, once what can be built is
@@ -238,7 +242,6 @@ part_proof() {
     fi
     first_checks triton
     wait
-    keep
     # First what prove.py asks for. The network's times are written once all its contenders are timed.
     part_operators
     calls_of_small_images

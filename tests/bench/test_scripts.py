@@ -189,6 +189,32 @@ def test_gpu_check_without_the_extension(root: Path, tmp_path: Path) -> None:
     assert not [name for name in status if "cuda" in name]
 
 
+@pytest.mark.parametrize(("code", "kept"), [(0, True), (1, True), (2, False)])
+def test_gpu_check_archives_what_changes(root: Path, tmp_path: Path, code: int, kept: bool) -> None:
+    """GNU tar ends with 1 where a file grew while it was read, as logs of steps that run do; 2 is an error."""
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log") | {"ARCHIVE": str(tmp_path / "results.tar.gz")}
+    tar = tmp_path / "bin" / "tar"
+    tar.write_text(f'#!/bin/sh\n{shutil.which("tar")} "$@"\nexit {code}\n')
+    tar.chmod(0o755)
+    assert gpu_check(root, environment, tmp_path / "out", "tune").returncode == 0
+    assert [path.name for path in tmp_path.glob("results.tar.gz*")] == ["results.tar.gz"] * kept
+    if kept:
+        with tarfile.open(tmp_path / "results.tar.gz") as archive:
+            assert {"out/tune.log", "out/status.json"} <= set(archive.getnames())
+
+
+def test_gpu_check_archives_each_step(root: Path, tmp_path: Path) -> None:
+    """What is killed has the steps before it in the archive."""
+    archive = tmp_path / "results.tar.gz"
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log") | {"ARCHIVE": str(archive)}
+    python = tmp_path / "bin" / "python"
+    then = f'case "$*" in *"--size 1080"*) cp {archive} {tmp_path}/then.tar.gz ;; esac\n'
+    python.write_text(python.read_text() + then)
+    assert gpu_check(root, environment, tmp_path / "out", "operators").returncode == 0
+    with tarfile.open(tmp_path / "then.tar.gz") as kept:
+        assert "out/ops-2160.log" in kept.getnames()
+
+
 def test_gpu_check_says_on_which_tiles_it_ran(root: Path, tmp_path: Path) -> None:
     """Results on tiles that the same call searched are none on the defaults; those before the search are."""
     environment = stand_ins(tmp_path / "bin", tmp_path / "log")
