@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU. Goes on past a failure, and says at the end what failed or found no time; status.json
 # in the folder says it to benchmarks/prove.py, which turns a folder of results into the table of the automatic choice. Its
-# steps are of one commit and one GPU: a call at another commit begins it anew.
+# steps are of one commit and one GPU: a call at another commit begins it anew, one at the same commit adds to it.
 #
 #     benchmarks/gpu_check.sh [FOLDER] [PART...]
 #
@@ -57,12 +57,15 @@ deadline=$((SECONDS + ${BUDGET:-570}))
 steps=()
 
 record() { # NAME STATUS: to status.json; steps that run at the same time wait for each other
+    # What found no time stays as an earlier call at this commit and on this GPU left it.
     python3 - "$out/status.json" "$1" "$2" <<'PYTHON'
 import fcntl, json, pathlib, sys
 file, name, status = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 with file.with_suffix(".lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     found = json.loads(file.read_text()) if file.exists() else {}
+    if status == "no time left":
+        status = found.get(name, status)
     part = file.with_suffix(".part")  # what is killed while it writes leaves the file as it was
     part.write_text(json.dumps(found | {name: status}, indent=1) + "\n")
     part.replace(file)
@@ -89,6 +92,7 @@ step() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status
     shift 2
     if ((left < 15)); then
+        echo "== $name: no time left"
         record "$name" "no time left"
         return
     fi

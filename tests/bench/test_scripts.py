@@ -298,6 +298,23 @@ def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
     assert "part: check; accepted: first, quick, tests" in done.stderr
 
 
+def test_gpu_check_leaves_what_passed_before(root: Path, tmp_path: Path) -> None:
+    """A second call at the same commit that finds no time says nothing new; at another commit, that there was none."""
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log", failing="--size 512 768")
+    steps = [f"ops-{height}" for height in (2160, 1080, 512, 256)]
+    for budget, also, wanted in (
+        ("100", {}, ["passed", "passed", "failed", "passed"]),
+        ("1", {}, ["passed", "passed", "failed", "passed"]),
+        ("1", {"commit": "c0ffee"}, ["no time left"] * 4),
+    ):
+        file = tmp_path / "out" / "status.json"
+        if also:
+            file.write_text(json.dumps(json.loads(file.read_text()) | also))
+        done = gpu_check(root, environment | {"BUDGET": budget}, tmp_path / "out", "operators")
+        assert [json.loads(file.read_text())[name] for name in steps] == wanted
+        assert ("== ops-2160: no time left" in done.stdout) == (budget == "1")
+
+
 @pytest.mark.slow
 def test_gpu_check_stops_what_hangs(root: Path, tmp_path: Path) -> None:
     """At the same time as others that go on."""
