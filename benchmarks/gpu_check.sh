@@ -50,7 +50,8 @@ done
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
-export PYTHONPATH=${PYTHONPATH-} PYTHONUNBUFFERED=1
+# Scripts find their own folder first, not this checkout: another one may be installed.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # The extension is built for the GPU that is here, and what runs is what users have by default.
 unset TRITON_INTERPRET TORCH_CUDA_ARCH_LIST FASTDEN_BACKEND FASTDEN_BACKWARD
 deadline=$((SECONDS + ${BUDGET:-570}))
@@ -327,9 +328,23 @@ trap keep EXIT
 export FASTDEN_TUNED=$out/tuned.json
 
 $python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
-# fastden.kernels is there only where fastden is installed. The extension is built by a step of its own, for this GPU alone.
-$python -c 'import fastden.kernels' 2>/dev/null ||
-    FASTDEN_BUILD=none timeout 60 $python -m pip install --quiet --no-deps --no-build-isolation -e . || exit 1
+# fastden.kernels is there only where fastden is installed, which may be another checkout. The extension is built by a
+# step of its own, for this GPU alone.
+of_this_checkout=$(
+    cat <<'PYTHON'
+import sys
+from pathlib import Path
+import fastden, fastden.kernels
+
+for module in (fastden, fastden.kernels):
+    if Path(module.__file__).resolve().parent.parent != Path(sys.argv[1]).resolve():
+        sys.exit(f"{module.__name__} is {module.__file__}; accepted: that of {sys.argv[1]}")
+PYTHON
+)
+if ! "$python" -c "$of_this_checkout" "$PWD" 2>/dev/null; then
+    FASTDEN_BUILD=none timeout 60 "$python" -m pip install --quiet --no-deps --no-build-isolation -e . &&
+        "$python" -c "$of_this_checkout" "$PWD" || exit 1
+fi
 $python - "${parts[@]}" <<'PYTHON'
 import sys
 from importlib.util import find_spec

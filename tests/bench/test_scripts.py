@@ -242,6 +242,45 @@ def test_gpu_check_measures_what_users_have_by_default(root: Path, tmp_path: Pat
     assert sorted(own) == ["::"] * 6 + ["aten::"] * 2
 
 
+@pytest.mark.parametrize("installed", ["this checkout", "another one", "none"])
+def test_gpu_check_runs_the_kernels_of_this_checkout(root: Path, tmp_path: Path, installed: str) -> None:
+    """An installation in place of another checkout brings that one's kernels, beside this one's other modules."""
+    log, other, site = tmp_path / "log", tmp_path / "other", tmp_path / "site"
+    shutil.copytree(root / "kernels", other / "kernels")
+    site.mkdir()
+    folder = {"this checkout": root, "another one": other, "none": tmp_path}[installed] / "kernels"
+    (site / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.util import spec_from_file_location\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'fastden.kernels':\n"
+        f"            return spec_from_file_location(name, {str(folder / '__init__.py')!r}, "
+        f"submodule_search_locations=[{str(folder)!r}])\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    environment = stand_ins(tmp_path / "bin", log) | {"PYTHONPATH": str(site)}
+    python = tmp_path / "bin" / "python"
+    # What asks for the modules' files runs; pip installs nothing.
+    python.write_text(f'{python.read_text()}case "$*" in *fastden.kernels*) exec {sys.executable} "$@" ;; esac\n')
+    done = gpu_check(root, environment, tmp_path / "out", "operators")
+    assert ("-m pip install --quiet --no-deps" in log.read_text()) == (installed != "this checkout")
+    assert ("bench ops" in log.read_text()) == (installed == "this checkout")
+    assert done.returncode == (0 if installed == "this checkout" else 1)
+    if installed == "another one":
+        assert f"fastden.kernels is {folder / '__init__.py'}; accepted: that of {root}" in done.stderr
+
+
+def test_gpu_check_runs_the_scripts_on_this_checkout(root: Path, tmp_path: Path) -> None:
+    """Python puts a script's own folder first, and fastden might come from an installation."""
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log") | {"PYTHONPATH": "elsewhere"}
+    python = tmp_path / "bin" / "python"
+    python.write_text(python.read_text().replace('"$@"', '"$PYTHONPATH $@"', 1))
+    assert gpu_check(root, environment, tmp_path / "out", "tune").returncode == 0
+    line = next(line for line in (tmp_path / "log").read_text().splitlines() if "benchmarks/tune.py" in line)
+    assert line.startswith(f"{root}:elsewhere benchmarks/tune.py")
+
+
 def test_gpu_check_keeps_its_status_on_a_full_disk(root: Path, tmp_path: Path) -> None:
     out, site = tmp_path / "out", tmp_path / "site"
     for folder in (out, site):
