@@ -56,6 +56,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET TORCH_CUDA_ARCH_LIST FASTDEN_BACKEND FASTDEN_BACKWARD
 deadline=$((SECONDS + ${BUDGET:-570}))
 steps=()
+pytest=("$python" -m pytest -q -p no:cacheprovider -m "not slow")
+sanitized_triton=(tests/kernels/test_{convolutions,bottleneck,head,stem,network_input}.py)
 
 record() { # NAME STATUS: to status.json; steps that run at the same time wait for each other
     # What found no time stays as an earlier call at this commit and on this GPU left it.
@@ -170,29 +172,24 @@ part_quick() {
 
 part_tests() {
     backends_here
-    local pytest=("$python" -m pytest -q -p no:cacheprovider -m "not slow") tool
     # What Triton compiles is most of the work.
     start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
+    if [[ ${kernels[*]} == *cuda* ]]; then tests_of_cuda; fi
+    sanitize triton "${sanitized_triton[@]}"
     if [[ ${kernels[*]} == *cuda* ]]; then
-        start tests-cuda 300 "${pytest[@]}" --maxfail=40 tests/cuda/test_operators.py tests/cuda/test_network.py
-        # Apart: it is not chosen by itself, so that its faults do not hold back the other kernels.
-        start tests-fp8 200 "${pytest[@]}" --maxfail=40 tests/cuda/test_fp8.py
-    fi
-    if command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck synccheck; do
-            sanitize triton "$tool" "${pytest[@]}" tests/kernels/test_convolutions.py tests/kernels/test_bottleneck.py \
-                tests/kernels/test_head.py tests/kernels/test_stem.py tests/kernels/test_network_input.py
-            if [[ ${kernels[*]} == *cuda* ]]; then
-                sanitize cuda "$tool" "${pytest[@]}" tests/cuda/test_operators.py
-                sanitize fp8 "$tool" "${pytest[@]}" tests/cuda/test_fp8.py
-            fi
-        done
-    else
-        steps+=(sanitizer)
-        record sanitizer "compute-sanitizer is not on the PATH"
+        sanitize cuda tests/cuda/test_operators.py
+        sanitize fp8 tests/cuda/test_fp8.py
     fi
     wait
     stack_of_crash tests-cuda tests/cuda/test_operators.py tests/cuda/test_network.py
+}
+
+tests_of_cuda() {
+    # Workers, because a test that ends its process would end all.
+    start tests-cuda 300 "${pytest[@]}" --maxfail=40 "${workers[@]:+-n4}" tests/cuda/test_operators.py \
+        tests/cuda/test_network.py
+    # Apart: it is not chosen by itself, so that its faults do not hold back the other kernels.
+    start tests-fp8 200 "${pytest[@]}" --maxfail=40 tests/cuda/test_fp8.py
 }
 
 stack_of_crash() { # STEP FILE...: if pytest died in that step, runs the test that it died in again, for its C++ stack
@@ -203,22 +200,26 @@ stack_of_crash() { # STEP FILE...: if pytest died in that step, runs the test th
         --args "$python" -m pytest -q -x -p no:cacheprovider -k "${test#in }" "${@:2}"
 }
 
-sanitize() { # BACKEND TOOL PYTEST...
-    local backend=$1 tool=$2
-    shift 2
-    # Without PyTorch's cache every tensor is an allocation of its own, whose bounds memcheck knows. Libraries ask the
-    # driver for what it may not have: such an answer is no error.
-    start "sanitizer-$backend-$tool" 300 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
-        "$@" -x -k "layout or nan or several_tiles or more_tiles"
+sanitize() { # BACKEND FILE...: each of the sanitizer's tools, at the same time
+    local tool
+    if ! command -v compute-sanitizer >/dev/null; then
+        steps+=(sanitizer)
+        record sanitizer "compute-sanitizer is not on the PATH"
+        return
+    fi
+    for tool in racecheck memcheck synccheck; do
+        # Without PyTorch's cache every tensor is an allocation of its own, whose bounds memcheck knows. Libraries ask the
+        # driver for what it may not have: such an answer is no error.
+        start "sanitizer-$1-$tool" 300 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
+            "${pytest[@]}" "${@:2}" -x -k "layout or nan or several_tiles or more_tiles"
+    done
 }
 
 part_proof() {
-    local check pytest=("$python" -m pytest -q -p no:cacheprovider -m "not slow") size sizes
-    local own=(tests/kernels/test_convolutions.py tests/kernels/test_bottleneck.py tests/kernels/test_head.py
-        tests/kernels/test_stem.py tests/kernels/test_network_input.py)
+    local check size sizes
     start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
-    for tool in racecheck memcheck synccheck; do sanitize triton "$tool" "${pytest[@]}" "${own[@]}"; done
+    sanitize triton "${sanitized_triton[@]}"
     # What PyTorch compiles for one process is there for the next. A process for two sizes: memory would not do for four.
     for sizes in "256 256:1080 1920" "512 768:2160 3840"; do
         (
@@ -234,13 +235,8 @@ part_proof() {
     run build 120 "$python" -m fastden build
     backends_here
     if [[ ${kernels[*]} == *cuda* ]]; then
-        for tool in racecheck memcheck synccheck; do
-            sanitize cuda "$tool" "${pytest[@]}" tests/cuda/test_operators.py
-        done
-        # Workers, because a test that ends its process would end all.
-        start tests-cuda 300 "${pytest[@]}" --maxfail=40 "${workers[@]:+-n4}" tests/cuda/test_operators.py \
-            tests/cuda/test_network.py
-        start tests-fp8 200 "${pytest[@]}" --maxfail=40 tests/cuda/test_fp8.py
+        sanitize cuda tests/cuda/test_operators.py
+        tests_of_cuda
         (first_checks cuda) &
         # The names that the process beside this one adds stay there.
         for check in one-pixel one-hot tiles large repeats thread graph fp8; do steps+=("first-cuda-$check"); done
