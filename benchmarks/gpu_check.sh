@@ -139,7 +139,7 @@ backends_here() { # those that can run, once what can be built is
     training=torch,triton # the CUDA kernels make no batch statistics
     inference=$training
     kernels=(triton)
-    if $python -c 'from fastden.cuda import extension; raise SystemExit(len(extension.why_not()))' 2>/dev/null; then
+    if timeout 60 "$python" -c 'from fastden.cuda import extension; raise SystemExit(len(extension.why_not()))' 2>/dev/null; then
         inference=$training,cuda
         kernels=(triton cuda)
     elif [[ " ${steps[*]-} " != *" build "* ]]; then
@@ -149,10 +149,21 @@ backends_here() { # those that can run, once what can be built is
 
 first_checks() { # BACKEND. Each apart: what hangs is stopped, and leaves the GPU to the next.
     local check
-    for check in one-pixel one-hot tiles large repeats thread graph; do
+    for check in $(checks_of "$1"); do
         run "first-$1-$check" 120 "$python" benchmarks/first_checks.py "$check" --backend "$1"
     done
-    if [[ $1 == cuda ]]; then run first-cuda-fp8 90 "$python" benchmarks/first_checks.py fp8 --backend cuda; fi
+}
+
+start_first_checks() { # BACKEND: at the same time as what follows
+    local check
+    first_checks "$1" &
+    # The names that the process beside this one adds stay there.
+    for check in $(checks_of "$1"); do steps+=("first-$1-$check"); done
+}
+
+checks_of() { # BACKEND
+    echo one-pixel one-hot tiles large repeats thread graph
+    if [[ $1 == cuda ]]; then echo fp8; fi
 }
 
 part_first() {
@@ -181,6 +192,7 @@ part_tests() {
         sanitize fp8 tests/cuda/test_fp8.py
     fi
     wait
+    keep
     stack_of_crash tests-cuda tests/cuda/test_operators.py tests/cuda/test_network.py
 }
 
@@ -217,7 +229,9 @@ sanitize() { # BACKEND FILE...: each of the sanitizer's tools, at the same time
 }
 
 part_proof() {
-    local check size sizes
+    local size sizes
+    # One after the other they take the longest (seen on an H100): they do not wait for the build.
+    start_first_checks triton
     start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
     sanitize triton "${sanitized_triton[@]}"
     # What PyTorch compiles for one process is there for the next. A process for two sizes: memory would not do for four.
@@ -237,12 +251,10 @@ part_proof() {
     if [[ ${kernels[*]} == *cuda* ]]; then
         sanitize cuda tests/cuda/test_operators.py
         tests_of_cuda
-        (first_checks cuda) &
-        # The names that the process beside this one adds stay there.
-        for check in one-pixel one-hot tiles large repeats thread graph fp8; do steps+=("first-cuda-$check"); done
+        start_first_checks cuda
     fi
-    first_checks triton
     wait
+    keep
     # First what prove.py asks for. The network's times are written once all its contenders are timed.
     part_operators
     calls_of_small_images
@@ -323,7 +335,7 @@ data_of() { # CONFIGURATION: its folders of photographs below DATA
 trap keep EXIT
 export FASTDEN_TUNED=$out/tuned.json
 
-$python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
+timeout 120 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
 # fastden.kernels is there only where fastden is installed, which may be another checkout. The extension is built by a
 # step of its own, for this GPU alone.
 of_this_checkout=$(
@@ -341,7 +353,7 @@ if ! "$python" -c "$of_this_checkout" "$PWD" 2>/dev/null; then
     FASTDEN_BUILD=none timeout 60 "$python" -m pip install --quiet --no-deps --no-build-isolation -e . &&
         "$python" -c "$of_this_checkout" "$PWD" || exit 1
 fi
-$python - "${parts[@]}" <<'PYTHON'
+"$python" - "${parts[@]}" <<'PYTHON'
 import sys
 from importlib.util import find_spec
 
@@ -352,7 +364,7 @@ if {"color", "photo"} & set(sys.argv[1:]):
 lacking = [f"{name} ({what})" for name, what in needs.items() if find_spec(name) is None]
 print("packages that are missing:", ", ".join(lacking) or "none")
 PYTHON
-gpu=$($python -c 'import torch; print(torch.cuda.get_device_name())')
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())')
 # As fastden.bench.machine has it: results are no part of what runs.
 commit=$(git describe --always 2>/dev/null)
 [[ -z $commit ]] || git diff --quiet HEAD -- :/ ':(top,exclude)benchmarks/results' || commit=$commit-dirty
@@ -370,9 +382,9 @@ part = file.with_suffix(".part")
 part.write_text(json.dumps(found, indent=1) + "\n")
 part.replace(file)
 PYTHON
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
+timeout 30 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
 workers=()
-$python -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 # The search for the fastest form takes minutes: it comes last.
 peers=(--compare channels_last,compile,eager)
 rivals=(--compare channels_last,compile,fused_compile,eager)
