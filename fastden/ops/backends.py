@@ -11,12 +11,15 @@ silently. The automatic choice uses a kernel only if committed results from a GP
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, util
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -209,6 +212,20 @@ def interpreted() -> bool:
 
 
 @cache
+def _has_compiler() -> bool:
+    """Whether there is what Triton compiles its launcher with: a C compiler and Python's headers.
+
+    Slim containers have neither. A backend that is asked for gives Triton's own error there.
+    """
+    # As in triton/runtime/build.py.
+    compiler = os.environ.get("CC")
+    names = ("gcc", "clang") if compiler is None else (compiler,)
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    return any(map(shutil.which, names)) and (headers / "Python.h").is_file()
+
+
+@cache
 def _installed(module: str) -> bool:
     try:
         return util.find_spec(module) is not None
@@ -278,8 +295,10 @@ def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor 
 
 
 @constant_result
-def _missing(name: str) -> bool:
-    """Whether the library of a backend could not be loaded before: the automatic choice looks for it once."""
+def missing(name: str) -> bool:
+    """Whether the automatic choice leaves a backend out, because it could not run before or has no compiler."""
+    if name == "triton":
+        return not (interpreted() or _has_compiler())
     if name != "cuda":
         return False
     from fastden.cuda import extension
@@ -288,7 +307,7 @@ def _missing(name: str) -> bool:
 
 
 def _can_run(operator: str, name: str, tensors: dict[str, Tensor | None]) -> bool:
-    if _missing(name):
+    if missing(name):
         return False
     if not torch.compiler.is_compiling():
         return not why_not(operator, name, batch_statistics=False, **tensors)

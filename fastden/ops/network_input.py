@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from fastden.ops._tensors import wants_gradient
-from fastden.ops.backends import proven_backends, requested, why_not
+from fastden.ops.backends import missing, proven_backends, requested, why_not
 
 Padding = tuple[int, int]
 
 
 def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether :func:`network_input` can run: the triton backend is requested or proven, and no gradient is needed.
+
+    It is proven for curves alone.
 
     :func:`network_input` is not an operator. On a CPU its result has the same bits as that of PyTorch's operations, so
     callers can use those instead if it cannot run. Compiled code does not need it, because PyTorch's compiler fuses
@@ -24,10 +26,16 @@ def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
         dtype: dtype of the network.
     """
     asked = requested()
-    wanted = asked == "triton" if asked else "triton" in proven_backends("network_input", x.device, dtype)
+    wanted = asked == "triton" if asked else _chosen(x, level, dtype)
     if not wanted or wants_gradient(x, level) or dtype == torch.float64:
         return False
     return (level is None or level.device == x.device) and not why_not("network_input", "triton", x=x)
+
+
+def _chosen(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
+    # A benchmark's job measures curves (fastden/bench/preparation.py). Without one, PyTorch has less to do.
+    curves = level is not None and level.dim() == 2
+    return curves and "triton" in proven_backends("network_input", x.device, dtype) and not missing("triton")
 
 
 def network_input(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sysconfig
 import threading
 from functools import partial
 from pathlib import Path
@@ -147,6 +148,7 @@ class TestAutomatic:
         monkeypatch.setattr(extension, "_reasons", [])  # another test may have looked for it
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
+        monkeypatch.setattr(backends, "_has_compiler", lambda: True)
         assert choose("stem", None, x=OnGpu()) == "triton"  # type: ignore[arg-type]
         assert choose("upsample", None, x=OnGpu()) == "cuda"  # type: ignore[arg-type]
         assert choose("head", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
@@ -154,6 +156,54 @@ class TestAutomatic:
         assert choose("stem", None, x=torch.rand(1)) == "torch"
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: ["no"])
         assert choose("stem", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
+
+    @pytest.mark.usefixtures("anything_goes")
+    def test_triton_that_cannot_build_its_launcher(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is left out; one that is asked for is not, so that Triton tells what it lacks."""
+        monkeypatch.setattr(backends, "proven_backends", lambda operator, device, dtype: ["triton"])
+        for interpreted, compiler, wanted in (
+            (False, True, "triton"),
+            (False, False, "torch"),
+            (True, False, "triton"),  # nothing is built
+        ):
+            monkeypatch.setattr(backends, "interpreted", lambda interpreted=interpreted: interpreted)
+            monkeypatch.setattr(backends, "_has_compiler", lambda compiler=compiler: compiler)
+            assert choose("stem", None, x=x) == wanted
+            assert choose("stem", "triton", x=x) == "triton"
+
+    @pytest.mark.parametrize(
+        ("programs", "cc", "header", "wanted"),
+        [
+            (["gcc"], None, True, True),
+            (["clang"], None, True, True),
+            (["cc", "g++"], None, True, False),  # Triton looks for none of these
+            ([], None, True, False),
+            (["gcc"], None, False, False),
+            (["mycc"], "mycc", True, True),
+            (["gcc"], "mycc", True, False),  # it takes what CC names, and no other
+            (["gcc"], "", True, False),
+        ],
+    )
+    def test_what_triton_compiles_with(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        programs: list[str],
+        cc: str | None,
+        header: bool,
+        wanted: bool,
+    ) -> None:
+        for name in programs:
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        if header:
+            (tmp_path / "Python.h").touch()
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+        if cc is not None:
+            monkeypatch.setenv("CC", cc)
+        monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+        assert backends._has_compiler.__wrapped__() is wanted  # type: ignore[attr-defined]
 
     def test_the_fastest_of_two_is_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The table has it first."""

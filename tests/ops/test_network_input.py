@@ -16,16 +16,34 @@ def test_automatic_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu:
         device = torch.device("cuda")
 
-    image: Any = OnGpu()
+        def __init__(self, *shape: int) -> None:
+            self.shape = shape
+
+        def dim(self) -> int:
+            return len(self.shape)
+
+    image: Any = OnGpu(1, 3, 8, 8)
+    curve: Any = OnGpu(1, 8)
+    level_map: Any = OnGpu(1, 1, 8, 8)
     monkeypatch.setattr(backends, "PROVEN", {("triton", "network_input", (9, 0), "bfloat16"): "a.json"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(operator, "why_not", lambda operator, backend, **tensors: [])
     monkeypatch.setattr(operator, "wants_gradient", lambda *tensors: False)
-    assert operator.can_prepare(image, None, torch.bfloat16)
-    assert not operator.can_prepare(image, None, torch.float16)
-    assert not operator.can_prepare(torch.rand(1, 3, 8, 8), None, torch.bfloat16)
+    monkeypatch.setattr(backends, "_has_compiler", lambda: True)
+    assert operator.can_prepare(image, curve, torch.bfloat16)
+    assert not operator.can_prepare(image, curve, torch.float16)
+    assert not operator.can_prepare(torch.rand(1, 3, 8, 8), torch.rand(1, 8), torch.bfloat16)
+    # Times are of curves: PyTorch takes fewer steps for a map, or for none.
+    assert not operator.can_prepare(image, None, torch.bfloat16)
+    assert not operator.can_prepare(image, level_map, torch.bfloat16)
     with ops.use_backend("torch"):
-        assert not operator.can_prepare(image, None, torch.bfloat16)
+        assert not operator.can_prepare(image, curve, torch.bfloat16)
+    with ops.use_backend("triton"):
+        for level in (None, curve, level_map):
+            assert operator.can_prepare(image, level, torch.bfloat16)
+    monkeypatch.setattr(backends, "_has_compiler", lambda: False)
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    assert not operator.can_prepare(image, curve, torch.bfloat16)
 
 
 def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
