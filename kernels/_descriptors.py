@@ -182,6 +182,8 @@ def why_not(a: Tensor, b: Tensor | None, weight: Tensor) -> list[str]:
     found = capability(a)
     if found is not None and found < CAPABILITY:
         reasons.append(f"device: compute capability {_version(found)}")
+    elif found is None and a.is_cuda:
+        reasons.append("device: a GPU of AMD; accepted: one of NVIDIA")
     elif not a.is_cuda and not INTERPRETED.value:
         reasons.append(f"device: {a.device.type}; accepted: cuda")
     for name, tensor in {"a": a, "b": b, "weight": weight}.items():
@@ -196,8 +198,8 @@ def why_not(a: Tensor, b: Tensor | None, weight: Tensor) -> list[str]:
 
 
 def capability(x: Tensor) -> tuple[int, int] | None:
-    """The compute capability of the GPU that ``x`` is on; None on a CPU."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    """The compute capability of the GPU that ``x`` is on; None on a CPU, and on AMD's, whose numbers are others."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda and not torch.version.hip else None
 
 
 def constants_of(

@@ -320,7 +320,8 @@ def _can_run(operator: str, name: str, tensors: dict[str, Tensor | None]) -> boo
 @constant_result
 def proven_backends(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """The backends that results of a GPU show right and faster there, the fastest first."""
-    if not PROVEN or device.type != "cuda":
+    # PyTorch for AMD's GPUs calls them "cuda", and an MI200 has the numbers of an H100 (9, 0).
+    if not PROVEN or device.type != "cuda" or torch.version.hip:
         return []
     capability = torch.cuda.get_device_capability(device)
     fastest = [name for name in NAMES if (name, operator, capability, _names([dtype])) in PROVEN]

@@ -166,3 +166,16 @@ class TestRefusals:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
         (reason,) = _descriptors.why_not(x, None, weight)
         assert reason == "device: compute capability 8.6; accepted: 9.0 or later"
+
+    def test_gpus_by_amd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An MI200 has the capability of an H100 and no bulk copies: neither they nor the tile measured there."""
+        a, b = (torch.zeros(1, channels, 2, 2, dtype=torch.bfloat16) for channels in (128, 32))
+        weight = torch.zeros(256, 160, 3, 3, dtype=torch.bfloat16)
+        monkeypatch.setattr(_conv, "precision", lambda x: "ieee")
+        monkeypatch.setattr(_conv, "choose", lambda kernel, key, pixels, x, default: default)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert chosen_config(a, b, weight, ONE_WAVE).descriptors
+        monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+        assert _descriptors.why_not(a, b, weight) == ["device: a GPU of AMD; accepted: one of NVIDIA"]
+        assert chosen_config(a, b, weight, ONE_WAVE) == config_for(128, 256, ONE_WAVE, 2, "ieee")

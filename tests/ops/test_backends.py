@@ -213,6 +213,14 @@ class TestAutomatic:
             monkeypatch.setattr(backends, "PROVEN", proven)
             assert backends.proven_backends("stem", torch.device("cuda"), torch.bfloat16) == order
 
+    def test_nothing_is_proven_of_gpus_by_amd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PyTorch calls them "cuda", and an MI200 has the capability of an H100."""
+        monkeypatch.setattr(backends, "PROVEN", {("triton", "stem", (9, 0), "bfloat16"): "a.json"})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        for hip, proven in ((None, ["triton"]), ("6.4.43482", [])):
+            monkeypatch.setattr(torch.version, "hip", hip)
+            assert backends.proven_backends("stem", torch.device("cuda"), torch.bfloat16) == proven
+
     def test_what_is_proven_has_its_results(self, root: Path) -> None:
         for (backend, operator, _, _), file in backends.PROVEN.items():
             names = {result["name"].split()[0] for result in json.loads((root / file).read_text())["results"]}
