@@ -108,7 +108,8 @@ def path(capability: str) -> Path:
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named)
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Not Path.home(), which fails where the user has no home.
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "fastden" / "tuned" / f"{capability}-triton-{triton.__version__}-{digest()}.json"
 
 
@@ -175,6 +176,10 @@ def _table(device: int | None) -> dict[str, list[dict[str, Any]]]:
         document = json.loads(file.read_text())
     except FileNotFoundError:
         return {}
+    except OSError:
+        if os.environ.get(ENVIRONMENT):
+            raise
+        return {}  # a cache folder of another user, or none
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); accepted: what benchmarks/tune.py writes") from error
     made = _made()

@@ -229,6 +229,32 @@ def test_float32_is_searched_with_and_without_tf32(tune: Any, file: Path, monkey
         assert torch.backends.cudnn.allow_tf32 is before
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")])
+def test_a_cache_that_cannot_be_read_is_none(device: str, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """As another user with HOME=/root, and with HOME=/dev/null; one that FASTDEN_TUNED names is an error."""
+
+    def refuse(path: Path) -> str:
+        raise error
+
+    x, weight = inputs(device)
+    expected = conv_bn_relu(x, weight, padding=1)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    _tuned._table.cache_clear()
+    with pytest.raises(type(error)):
+        conv_bn_relu(x, weight, padding=1)
+    monkeypatch.delenv(_tuned.ENVIRONMENT)
+    assert torch.equal(conv_bn_relu(x, weight, padding=1), expected)
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container that runs as a number of no user; then there is no file, and the defaults are used."""
+    for name in (_tuned.ENVIRONMENT, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    assert _tuned.path("9.0").parent.parts[-2:] == ("fastden", "tuned")
+    assert _tuned._table(None) == {}
+
+
 def test_the_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(_tuned.ENVIRONMENT)
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
