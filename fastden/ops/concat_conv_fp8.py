@@ -10,6 +10,7 @@ from fastden.ops._checks import check_convolution, check_shape, check_tensors
 from fastden.ops._library import OPERATORS, check, empty_like, shape_of_cuda
 from fastden.ops._tensors import in_autocast, like, may_overwrite, wants_gradient
 from fastden.ops.backends import choose
+from fastden.ops.modes import without_autocast
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -56,7 +57,7 @@ def concat_conv_fp8(
     if not torch.compiler.is_compiling():
         check_convolution({"a": a, "b": b}, weight, bias, None, None, 1, 1)
         check_shape("weight", weight, *weight.shape[:2], KERNEL, KERNEL)
-        check_tensors(bias=ranges)
+        check_tensors(ranges=ranges)
         if ranges.dtype != torch.float32 or ranges.device != a.device:
             raise TypeError(f"ranges: {ranges.dtype} on {ranges.device}; accepted: torch.float32 on {a.device}")
         check_shape("ranges", ranges, weight.shape[1])
@@ -69,7 +70,7 @@ def concat_conv_fp8(
     if backend != "torch":
         a, b, weight = in_autocast(a, b, weight)
         return OPERATORS[backend].concat_conv_fp8(a, b, weight, bias, ranges, relu)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         codes, weights, scales = rounded_factors(torch.cat([a, b], 1), weight, ranges)
         if a.dtype == torch.float64:
             codes, weights, scales = codes.double(), weights.double(), scales.double()

@@ -79,6 +79,20 @@ def test_channels_of_nothing() -> None:
     assert (y[:, 3] == given["bias"][3].relu()).all()
 
 
+def test_meta_tensors() -> None:
+    """They have no autocast that could be off."""
+    given = {name: tensor.to("meta") for name, tensor in inputs(torch.bfloat16).items()}
+    y = ops.concat_conv_fp8(**given)
+    assert (y.device.type, y.dtype, tuple(y.shape)) == ("meta", torch.bfloat16, (2, 16, 9, 7))
+
+
+def test_autocast_does_not_round_again() -> None:
+    given = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ops.concat_conv_fp8(**given)
+    assert torch.equal(inside, ops.concat_conv_fp8(**given))
+
+
 def test_an_empty_batch() -> None:
     given = inputs()
     given |= {"a": given["a"][:0], "b": given["b"][:0]}
@@ -94,6 +108,8 @@ def test_an_empty_batch() -> None:
             TypeError,
             "ranges: torch.float64 on cpu; accepted: torch.f",
         ),
+        ({"ranges": [1.0] * 48}, TypeError, r"ranges: list; accepted: a torch\.Tensor"),
+        ({"ranges": torch.ones(48, dtype=torch.int32)}, TypeError, r"ranges: dtype torch\.int32; accepted: a floating"),
         ({"ranges": torch.ones(48, device="meta")}, TypeError, "on meta; accepted: torch.float32 on cpu"),
         ({"weight": torch.ones(16, 48, 5, 5)}, ValueError, r"weight: shape .*; accepted: \(16, 48, 3, 3\)"),
         ({"b": torch.ones(2, 8, 9, 6)}, ValueError, r"b: shape \(2, 8, 9, 6\); accepted: \(2, C, 9, 7\)"),
