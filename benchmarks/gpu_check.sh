@@ -364,6 +364,11 @@ if {"color", "photo"} & set(sys.argv[1:]):
 lacking = [f"{name} ({what})" for name, what in needs.items() if find_spec(name) is None]
 print("packages that are missing:", ", ".join(lacking) or "none")
 PYTHON
+# Tiles that were searched for other kernels are refused at every launch.
+if [[ -e $FASTDEN_TUNED ]] && ! "$python" -c 'from fastden.kernels import _tuned; _tuned._table(0)'; then
+    mv "$FASTDEN_TUNED" "$out/tuned-other.json"
+    echo "note: $FASTDEN_TUNED is of other kernels; now it is tuned-other.json" >&2
+fi
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())')
 # As fastden.bench.machine has it: results are no part of what runs.
 commit=$(git describe --always 2>/dev/null)

@@ -231,6 +231,19 @@ def test_gpu_check_says_on_which_tiles_it_ran(root: Path, tmp_path: Path) -> Non
     assert tiles("after", "quick") == "searched"  # the results of "operators" are still there
 
 
+@pytest.mark.parametrize(("failing", "tiles"), [("never", "searched"), ("_tuned._table", "default")])
+def test_gpu_check_puts_tiles_of_other_kernels_aside(root: Path, tmp_path: Path, failing: str, tiles: str) -> None:
+    """They would end every launch of Triton."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tuned.json").write_text("{}")
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log", failing=failing)
+    assert gpu_check(root, environment, out, "operators").returncode == 0
+    assert json.loads((out / "status.json").read_text())["tiles"] == tiles
+    kept = "tuned.json" if tiles == "searched" else "tuned-other.json"
+    assert [path.name for path in out.glob("tuned*")] == [kept]
+
+
 def test_gpu_check_measures_what_users_have_by_default(root: Path, tmp_path: Path) -> None:
     """Whatever the caller's environment says of backends and gradients."""
     log = tmp_path / "log"
