@@ -275,19 +275,13 @@ Status bottleneck(const Bottleneck& arguments, cudaStream_t stream) {
     const cudaError_t error = device_attribute(&major, cudaDevAttrComputeCapabilityMajor);
     if (error != cudaSuccess) return error;
     if (major == 9 && hopper_bottleneck::fits(arguments)) {
-        return arguments.dtype == DType::kFloat16
-                   ? hopper_bottleneck::launch_for<__half>(arguments, blocks, stream)
-                   : hopper_bottleneck::launch_for<__nv_bfloat16>(arguments, blocks, stream);
+        return for_dtype(arguments.dtype, [&](auto zero) {
+            return hopper_bottleneck::launch_for<decltype(zero)>(arguments, blocks, stream);
+        });
     }
 #endif
-    switch (arguments.dtype) {
-        case DType::kFloat16:
-            return launch_for<__half>(problem, static_cast<int>(blocks), stream);
-        case DType::kBFloat16:
-            return launch_for<__nv_bfloat16>(problem, static_cast<int>(blocks), stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return for_dtype(arguments.dtype,
+                     [&](auto zero) { return launch_for<decltype(zero)>(problem, static_cast<int>(blocks), stream); });
 }
 
 }  // namespace fastden

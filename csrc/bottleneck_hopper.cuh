@@ -367,11 +367,8 @@ Status launch_for(const Bottleneck& arguments, int64_t tiles, cudaStream_t strea
     // The driver's functions need a context. A thread has one only after it has used the runtime.
     cudaError_t error = make_context_current();
     if (error != cudaSuccess) return error;
-    const uint64_t sizes[] = {static_cast<uint64_t>(arguments.channels), static_cast<uint64_t>(arguments.width),
-                              static_cast<uint64_t>(arguments.height), static_cast<uint64_t>(arguments.batch)};
-    const uint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1], 2 * sizes[0] * sizes[1] * sizes[2]};
-    const uint32_t box[] = {kStepChannels, kMarginColumns, kTileRows + 2, 1};
-    const Status status = encode_tensor_map<T>(&problem.x, 4, arguments.x, sizes, strides, box);
+    const Status status = encode_image<T>(&problem.x, arguments.x, arguments.batch, arguments.height, arguments.width,
+                                          arguments.channels, kTileRows + 2, kMarginColumns, kStepChannels);
     if (!status) return status;
     int multiprocessors = 0;
     error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);

@@ -26,8 +26,8 @@ Status concat_conv_bn_relu(const Convolution& arguments, cudaStream_t stream) {
     const cudaError_t error = device_attribute(&major, cudaDevAttrComputeCapabilityMajor);
     if (error != cudaSuccess) return error;
     if (major == 9 && hopper::fits(arguments)) {
-        return arguments.dtype == DType::kFloat16 ? hopper::launch_for<__half>(arguments, stream)
-                                                  : hopper::launch_for<__nv_bfloat16>(arguments, stream);
+        return for_dtype(arguments.dtype,
+                         [&](auto zero) { return hopper::launch_for<decltype(zero)>(arguments, stream); });
     }
 #endif
     return run_convolution(arguments, stream, false);

@@ -173,8 +173,8 @@ Status concat_conv_fp8(const Fp8Convolution& arguments, cudaStream_t stream) {
         return {cudaErrorInvalidValue, "accepted: 128 and 32 channels, outputs in multiples of 256, float16, bfloat16"};
     }
     if (major == 9) {
-        return arguments.dtype == DType::kFloat16 ? fp8::launch_for<__half>(arguments, stream)
-                                                  : fp8::launch_for<__nv_bfloat16>(arguments, stream);
+        return for_dtype(arguments.dtype,
+                         [&](auto zero) { return fp8::launch_for<decltype(zero)>(arguments, stream); });
     }
 #endif
     return {cudaErrorNotSupported, "needs compute capability 9.0, and a build for 9.0a"};

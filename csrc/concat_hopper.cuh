@@ -294,30 +294,19 @@ Status launch_tiles(const Convolution& arguments, const float* scale, cudaStream
     const int out_width = arguments.width + 2 * arguments.padding - arguments.kernel + 1;
     const int channels = arguments.channels_a + arguments.channels_b;
     Problem problem = {};
-    // `element`: a value of the tensor's type.
-    const auto encode_image = [&](CUtensorMap* map, auto element, const void* base, int image_channels, int height,
-                                  int width, int rows, int wide) {
-        using Element = decltype(element);
-        const uint64_t sizes[] = {static_cast<uint64_t>(image_channels), static_cast<uint64_t>(width),
-                                  static_cast<uint64_t>(height), static_cast<uint64_t>(arguments.batch)};
-        const uint64_t row = sizeof(Element) * sizes[0];
-        const uint64_t strides[] = {row, row * sizes[1], row * sizes[1] * sizes[2]};
-        const uint32_t box[] = {static_cast<uint32_t>(wide), kTileColumns, static_cast<uint32_t>(rows), 1};
-        return encode_tensor_map<Element>(map, 4, base, sizes, strides, box);
-    };
     // The driver's functions need a context. A thread has one only after it has used the runtime.
     Status status = make_context_current();
     if (!status) return status;
     const int rows = kTileRows + arguments.kernel - 1;
     constexpr int kStep = kStepBytes / sizeof(T), kSecond = 32 * kParts / sizeof(T);  // channels of a box of a, of b
-    status = encode_image(&problem.a, T(), arguments.a, arguments.channels_a, arguments.height, arguments.width, rows,
-                          kStep);
+    status = encode_image<T>(&problem.a, arguments.a, arguments.batch, arguments.height, arguments.width,
+                             arguments.channels_a, rows, kTileColumns, kStep);
     if (!status) return status;
-    status = encode_image(&problem.b, T(), arguments.b, arguments.channels_b, arguments.height, arguments.width, rows,
-                          kSecond);
+    status = encode_image<T>(&problem.b, arguments.b, arguments.batch, arguments.height, arguments.width,
+                             arguments.channels_b, rows, kTileColumns, kSecond);
     if (!status) return status;
-    status =
-        encode_image(&problem.y, Y(), arguments.y, arguments.outputs, out_height, out_width, kGroupRows, kStepChannels);
+    status = encode_image<Y>(&problem.y, arguments.y, arguments.batch, out_height, out_width, arguments.outputs,
+                             kGroupRows, kTileColumns, kStepChannels);
     if (!status) return status;
     const uint64_t sizes[] = {static_cast<uint64_t>(arguments.kernel) * arguments.kernel * channels,
                               static_cast<uint64_t>(arguments.outputs)};

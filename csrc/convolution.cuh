@@ -302,14 +302,8 @@ inline Status run_convolution(const Convolution& arguments, cudaStream_t stream,
     // In the kernel, indices of pixels have 32 bits, which saves registers. Indices of elements have 64.
     const int64_t rows = static_cast<int64_t>(arguments.batch) * (arguments.height + kernel) + kernel;
     if (rows * (arguments.width + kernel) > INT32_MAX) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
-    switch (arguments.dtype) {
-        case DType::kFloat16:
-            return launch_convolution_for<__half>(problem, stream);
-        case DType::kBFloat16:
-            return launch_convolution_for<__nv_bfloat16>(problem, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return for_dtype(arguments.dtype,
+                     [&](auto zero) { return launch_convolution_for<decltype(zero)>(problem, stream); });
 }
 
 }  // namespace fastden

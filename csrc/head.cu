@@ -263,14 +263,8 @@ Status head(const Head& arguments, cudaStream_t stream) {
     const int64_t blocks = static_cast<int64_t>(arguments.batch) * problem.tiles_down * problem.tiles_across;
     if (blocks <= 0) return cudaSuccess;
     if (blocks > INT32_MAX) return {cudaErrorInvalidValue, "pixels: accepted up to 2^31"};
-    switch (arguments.dtype) {
-        case DType::kFloat16:
-            return launch_for<__half>(problem, static_cast<int>(blocks), stream);
-        case DType::kBFloat16:
-            return launch_for<__nv_bfloat16>(problem, static_cast<int>(blocks), stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return for_dtype(arguments.dtype,
+                     [&](auto zero) { return launch_for<decltype(zero)>(problem, static_cast<int>(blocks), stream); });
 }
 
 }  // namespace fastden

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "fastden.h"
+
 #ifdef FASTDEN_EMULATED
 
 #include "emulator.h"
@@ -203,6 +205,19 @@ template <int kValue>
 struct Constant {
     static constexpr int value = kValue;
 };
+
+// Calls `run` with a value of the kernels' type for a dtype.
+template <typename Run>
+Status for_dtype(DType dtype, Run run) {
+    switch (dtype) {
+        case DType::kFloat16:
+            return run(__half());
+        case DType::kBFloat16:
+            return run(__nv_bfloat16());
+        default:
+            return cudaErrorInvalidValue;
+    }
+}
 
 __host__ __device__ constexpr int divide_up(int value, int by) {
     return (value + by - 1) / by;

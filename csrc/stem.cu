@@ -215,14 +215,9 @@ Status stem(const Stem& arguments, cudaStream_t stream) {
     const cudaError_t error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
     if (error != cudaSuccess) return error;
     const int blocks = problem.tiles < 2 * multiprocessors ? problem.tiles : 2 * multiprocessors;
-    switch (arguments.dtype) {
-        case DType::kFloat16:
-            return launch(stem_kernel<__half>, dim3(blocks), kThreads, kSharedBytes, 1, stream, problem);
-        case DType::kBFloat16:
-            return launch(stem_kernel<__nv_bfloat16>, dim3(blocks), kThreads, kSharedBytes, 1, stream, problem);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return for_dtype(arguments.dtype, [&](auto zero) {
+        return launch(stem_kernel<decltype(zero)>, dim3(blocks), kThreads, kSharedBytes, 1, stream, problem);
+    });
 }
 
 }  // namespace fastden

@@ -73,4 +73,17 @@ Status encode_tensor_map(CUtensorMap* map, int rank, const void* base, const uin
 
 #endif
 
+// Describes an image (batch, height, width, channels). A box has one image's rows x columns pixels.
+template <typename T>
+Status encode_image(CUtensorMap* map, const void* base, int batch, int height, int width, int channels, int rows,
+                    int columns, int box_channels) {
+    const uint64_t sizes[] = {static_cast<uint64_t>(channels), static_cast<uint64_t>(width),
+                              static_cast<uint64_t>(height), static_cast<uint64_t>(batch)};
+    const uint64_t pixel = sizeof(T) * sizes[0];
+    const uint64_t strides[] = {pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]};
+    const uint32_t box[] = {static_cast<uint32_t>(box_channels), static_cast<uint32_t>(columns),
+                            static_cast<uint32_t>(rows), 1};
+    return encode_tensor_map<T>(map, 4, base, sizes, strides, box);
+}
+
 }  // namespace fastden
