@@ -46,6 +46,11 @@ def precision(x: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
+def multiprocessors(x: Tensor, interpreted: int) -> int:
+    """The number of multiprocessors of the GPU that ``x`` is on; ``interpreted`` on the CPU, one program at a time."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else interpreted
+
+
 def device_guard(x: Tensor) -> torch.cuda.device:
     """Make the device of ``x`` the current one, on which kernels launch. On the CPU (interpreter) this does nothing."""
     return torch.cuda.device(x.device if x.is_cuda else -1)

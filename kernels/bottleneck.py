@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import device_guard, dot, locate, precision
+from fastden.kernels._common import device_guard, dot, locate, multiprocessors, precision
 from fastden.kernels._conv import _accumulate, launch_conv
 from fastden.kernels._layout import channels_last
 from fastden.kernels._tiles import ONE_WAVE
@@ -366,20 +366,20 @@ def bottleneck(
         "bottleneck", f"{channels}, {middle}, {precision(x)}", pixels, x,
         config_for(channels, middle, pixels, x.element_size(), precision(x)),
     )  # fmt: skip
+    constants = _constants(channels, middle, x.element_size(), precision(x), config)
     if not config.fused:
         reduced, _ = launch_conv(x, None, reduce, b1, None, relu=True)
         with device_guard(x):
-            conv_expand_kernel[(triton.cdiv(batch * height * width, config.block_m),)](
+            conv_expand_kernel[(triton.cdiv(pixels, config.block_m),)](
                 x, reduced, conv, expand, x if b2 is None else b2, x if b3 is None else b3, y, batch, height, width,
-                HAS_CONV_BIAS=b2 is not None, HAS_EXPAND_BIAS=b3 is not None,
-                **_constants(channels, middle, x.element_size(), precision(x), config),
+                HAS_CONV_BIAS=b2 is not None, HAS_EXPAND_BIAS=b3 is not None, **constants,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
         return y
-    constants = _constants(channels, middle, x.element_size(), precision(x), config)
     tile_height, tile_width = config.tile
     tiles = batch * triton.cdiv(height, tile_height) * triton.cdiv(width, tile_width)
-    programs = min(tiles, config.programs * _multiprocessors(x))
+    # Interpreted, two programs are enough to test that they do not share scratch.
+    programs = min(tiles, config.programs * multiprocessors(x, interpreted=1))
     scratch = x.new_empty(programs, constants["CHUNKS"] * constants["BLOCK_R"], constants["BLOCK_MID"])
     with device_guard(x):
         bottleneck_kernel[(programs,)](
@@ -430,8 +430,3 @@ def _constants(channels: int, middle: int, itemsize: int, products: str, config:
     block_r = min(128, max(64, config.block_m // 2))
     chunks = triton.cdiv((height + 2) * (width + 2), block_r)
     return {**shared, "TILE_HEIGHT": height, "TILE_WIDTH": width, "CHUNKS": chunks, "BLOCK_R": block_r}
-
-
-def _multiprocessors(x: Tensor) -> int:
-    # The interpreter runs programs one after another: two are enough to test that they do not share scratch.
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import INTERPRETED, device_guard, dot, locate, precision
+from fastden.kernels._common import INTERPRETED, device_guard, dot, locate, multiprocessors, precision
 from fastden.kernels._descriptors import capability
 from fastden.kernels._layout import channels_last
 from fastden.kernels._tuned import choose
@@ -364,9 +364,8 @@ def _launch(
 
 def _loops(pixels: int, blocks: int, in_loop: int, x: Tensor) -> int:
     """Loops of a run, each of ``in_loop`` pixels. There are as few runs as keep the GPU busy."""
-    # The interpreter runs programs one after another: a few are enough to test that runs are added.
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    runs = max(1, triton.cdiv(PROGRAMS * multiprocessors, blocks))
+    # Interpreted, a few programs are enough to test that runs are added.
+    runs = max(1, triton.cdiv(PROGRAMS * multiprocessors(x, interpreted=4), blocks))
     return max(1, int(triton.cdiv(triton.cdiv(pixels, in_loop), runs)))
 
 

@@ -100,7 +100,7 @@ def test_configurations_of_large_images(channels: int, middle: int, device: str)
 
 def test_several_tiles_a_program(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs for 24 tiles, on a GPU too: each writes its scratch again while its threads may still read it."""
-    monkeypatch.setattr(kernel, "_multiprocessors", lambda x: 1)
+    monkeypatch.setattr(kernel, "multiprocessors", lambda x, interpreted: 1)
     check(inputs(1, 32, 16, (24, 15), torch.bfloat16, device), FUSED)
 
 
