@@ -29,9 +29,11 @@
 #
 # Steps run in the order of what they are worth, and what finds no time is the last ones. Each writes its log, and its JSON
 # after each result, so a call that is killed leaves what it has. ARCHIVE=FILE.tar.gz keeps a copy of the folder after each
-# step, for machines that hand back few files. PYTHON=... is another interpreter. DATA=... is the folder with the
-# photographs of the training (default data/train, as in the configurations). Packages that are missing are named first;
-# pip download fetches their wheels for a machine that reaches no registry. Pictures of results:
+# step, for machines that hand back few files. RESUME=1 leaves out what an earlier call at this commit and on this GPU has
+# the result of, but for the build: a second call of proof then spends its time on what found none. PYTHON=... is another
+# interpreter. DATA=... is the folder with the photographs of the training (default data/train, as in the configurations).
+# Packages that are missing are named first; pip download fetches their wheels for a machine that reaches no registry.
+# Pictures of results:
 # python -c 'import json, sys; from pathlib import Path; from fastden.bench import plots;
 #     plots.draw(json.load(open(sys.argv[1])), Path(sys.argv[2]))' FOLDER/ops-2160.json FOLDER
 set -u
@@ -91,9 +93,18 @@ limited() { # NAME LIMIT COMMAND...: its output goes to NAME.log; it ends with t
     timeout -k 5 "$((limit < left ? limit : left))" "$@" >"$log" 2>&1
 }
 
+has_result() { # NAME: whether it passed, or failed because a contender was wrong, which its complete file says
+    grep -q "\"$1\": \"passed\"" "$out/status.json" && return
+    grep -q "\"$1\": \"failed\"" "$out/status.json" && grep -q '"complete": true' "$out/$1.json" 2>/dev/null
+}
+
 step() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines to the terminal
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status
     shift 2
+    if [[ -n ${RESUME-} && $name != build ]] && has_result "$name"; then
+        echo "== $name: has its result"
+        return
+    fi
     if ((left < 15)); then
         echo "== $name: no time left"
         record "$name" "no time left"
@@ -228,13 +239,9 @@ sanitize() { # BACKEND FILE...: each of the sanitizer's tools, at the same time
     done
 }
 
-part_proof() {
+fill_caches() { # what PyTorch compiles for one process is there for the next
     local size sizes
-    # One after the other they take the longest (seen on an H100): they do not wait for the build.
-    start_first_checks triton
-    start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
-    sanitize triton "${sanitized_triton[@]}"
-    # What PyTorch compiles for one process is there for the next. A process for two sizes: memory would not do for four.
+    # A process for two sizes: memory would not do for four.
     for sizes in "256 256:1080 1920" "512 768:2160 3840"; do
         (
             for size in "${sizes%:*}" "${sizes#*:}"; do
@@ -246,6 +253,15 @@ part_proof() {
     done
     limited compiling-model 120 "$python" -m fastden bench model --size 2160 3840 --batch 1 --device cuda \
         --dtype bfloat16 --backends torch --compare compile,fused_compile --rounds 1 &
+}
+
+part_proof() {
+    # One after the other they take the longest (seen on an H100): they do not wait for the build.
+    start_first_checks triton
+    start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
+    sanitize triton "${sanitized_triton[@]}"
+    # With the checks there, nothing would run at the same time.
+    [[ -n ${RESUME-} ]] || fill_caches
     run build 120 "$python" -m fastden build
     backends_here
     if [[ ${kernels[*]} == *cuda* ]]; then
