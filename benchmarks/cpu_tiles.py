@@ -61,11 +61,15 @@ def as_text(shape: tuple[int, ...]) -> str:
 
 def caches() -> dict[str, str]:
     """Sizes of the first core's caches, where Linux tells."""
+
+    def said(file: Path) -> str:
+        return file.read_text(encoding="ascii").strip()
+
     levels = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
     return {
-        f"L{(level / 'level').read_text().strip()} {(level / 'type').read_text().strip()}": size.read_text().strip()
+        f"L{said(level / 'level')} {said(level / 'type')}": said(level / "size")
         for level in levels
-        if (size := level / "size").exists()
+        if (level / "size").exists()
     }
 
 

@@ -29,9 +29,8 @@
 #
 # Steps run in the order of what they are worth, and what finds no time is the last ones. Each writes its log, and its JSON
 # after each result, so a call that is killed leaves what it has. ARCHIVE=FILE.tar.gz keeps a copy of the folder after each
-# step, for machines that hand back few files. RESUME=1 leaves out what an earlier call at this commit and on this GPU has
-# the result of, but for the build: a second call of proof then spends its time on what found none. PYTHON=... is another
-# interpreter. DATA=... is the folder with the photographs of the training (default data/train, as in the configurations).
+# step, for machines that hand back few files. PYTHON=... is another interpreter. DATA=... is the folder with the
+# photographs of the training (default data/train, as in the configurations).
 # Packages that are missing are named first; pip download fetches their wheels for a machine that reaches no registry.
 # Pictures of results:
 # python -c 'import json, sys; from pathlib import Path; from fastden.bench import plots;
@@ -93,18 +92,9 @@ limited() { # NAME LIMIT COMMAND...: its output goes to NAME.log; it ends with t
     timeout -k 5 "$((limit < left ? limit : left))" "$@" >"$log" 2>&1
 }
 
-has_result() { # NAME: whether it passed, or failed because a contender was wrong, which its complete file says
-    grep -q "\"$1\": \"passed\"" "$out/status.json" && return
-    grep -q "\"$1\": \"failed\"" "$out/status.json" && grep -q '"complete": true' "$out/$1.json" 2>/dev/null
-}
-
 step() { # NAME LIMIT COMMAND...: its output goes to NAME.log and its last lines to the terminal
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status
     shift 2
-    if [[ -n ${RESUME-} && $name != build ]] && has_result "$name"; then
-        echo "== $name: has its result"
-        return
-    fi
     if ((left < 15)); then
         echo "== $name: no time left"
         record "$name" "no time left"
@@ -150,7 +140,7 @@ backends_here() { # those that can run, once what can be built is
     training=torch,triton # the CUDA kernels make no batch statistics
     inference=$training
     kernels=(triton)
-    if timeout 60 "$python" -c 'from fastden.cuda import extension; raise SystemExit(len(extension.why_not()))' 2>/dev/null; then
+    if timeout -k 5 60 "$python" -c 'from fastden.cuda import extension; raise SystemExit(len(extension.why_not()))' 2>/dev/null; then
         inference=$training,cuda
         kernels=(triton cuda)
     elif [[ " ${steps[*]-} " != *" build "* ]]; then
@@ -260,8 +250,7 @@ part_proof() {
     start_first_checks triton
     start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
     sanitize triton "${sanitized_triton[@]}"
-    # With the checks there, nothing would run at the same time.
-    [[ -n ${RESUME-} ]] || fill_caches
+    fill_caches
     run build 120 "$python" -m fastden build
     backends_here
     if [[ ${kernels[*]} == *cuda* ]]; then
@@ -351,7 +340,7 @@ data_of() { # CONFIGURATION: its folders of photographs below DATA
 trap keep EXIT
 export FASTDEN_TUNED=$out/tuned.json
 
-timeout 120 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
+timeout -k 5 120 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 1
 # fastden.kernels is there only where fastden is installed, which may be another checkout. The extension is built by a
 # step of its own, for this GPU alone.
 of_this_checkout=$(
@@ -381,11 +370,14 @@ lacking = [f"{name} ({what})" for name, what in needs.items() if find_spec(name)
 print("packages that are missing:", ", ".join(lacking) or "none")
 PYTHON
 # Tiles that were searched for other kernels are refused at every launch.
-if [[ -e $FASTDEN_TUNED ]] && ! "$python" -c 'from fastden.kernels import _tuned; _tuned._table(0)'; then
-    mv "$FASTDEN_TUNED" "$out/tuned-other.json"
-    echo "note: $FASTDEN_TUNED is of other kernels; now it is tuned-other.json" >&2
+if [[ -e $FASTDEN_TUNED ]]; then
+    timeout -k 5 60 "$python" -c 'from fastden.kernels import _tuned; _tuned._table(0)'
+    if (($? == 1)); then
+        mv "$FASTDEN_TUNED" "$out/tuned-other.json"
+        echo "note: $FASTDEN_TUNED is of other kernels; now it is tuned-other.json" >&2
+    fi
 fi
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())')
+gpu=$(timeout -k 5 60 "$python" -c 'import torch; print(torch.cuda.get_device_name())')
 # As fastden.bench.machine has it: results are no part of what runs.
 commit=$(git describe --always 2>/dev/null)
 [[ -z $commit ]] || git diff --quiet HEAD -- :/ ':(top,exclude)benchmarks/results' || commit=$commit-dirty
@@ -403,7 +395,7 @@ part = file.with_suffix(".part")
 part.write_text(json.dumps(found, indent=1) + "\n")
 part.replace(file)
 PYTHON
-timeout 30 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
+timeout -k 5 30 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.txt"
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 # The search for the fastest form takes minutes: it comes last.

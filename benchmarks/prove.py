@@ -163,12 +163,12 @@ def merged(entries: dict[Key, str], tried: Iterable[tuple[tuple[int, int], str]]
 
 
 def write(table: dict[Key, str], path: Path) -> None:
-    head, _, _ = path.read_text().partition("PROVEN:")
+    head, _, _ = path.read_text(encoding="utf-8").partition("PROVEN:")
     # The order of backends stays: it is that of their times.
     ordered = sorted(table.items(), key=lambda entry: entry[0][1:])
     lines = [f"    {key!r}: {file!r},".replace("'", '"') for key, file in ordered]
     body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
-    path.write_text(f"{head}PROVEN: dict[tuple[str, str, tuple[int, int], str], str] = {body}\n")
+    path.write_text(f"{head}PROVEN: dict[tuple[str, str, tuple[int, int], str], str] = {body}\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -179,15 +179,18 @@ def main() -> int:
     folder = arguments.results.resolve()
     if not folder.is_relative_to(ROOT):
         parser.error(f"{folder} lies outside {ROOT}; the results are committed with the table")
-    status = json.loads((folder / "status.json").read_text())
+    status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     lacking = {backend: unproven(status, backend) for backend in CHECKS}
     for backend, checks in lacking.items():
         if checks:
             print(f"nothing of {backend} is proven:\n  " + "\n  ".join(checks), file=sys.stderr)
     if all(lacking.values()):
         return 1
-    files = {file.relative_to(ROOT).as_posix(): json.loads(file.read_text()) for file in folder.glob("ops-[0-9]*.json")}
-    calls = json.loads((folder / CALLS).read_text()) if (folder / CALLS).exists() else None
+    files = {
+        file.relative_to(ROOT).as_posix(): json.loads(file.read_text(encoding="utf-8"))
+        for file in folder.glob("ops-[0-9]*.json")
+    }
+    calls = json.loads((folder / CALLS).read_text(encoding="utf-8")) if (folder / CALLS).exists() else None
     apart = why_not_together(status, files | ({CALLS: calls} if calls else {}))
     if apart:
         print("nothing is proven:\n  " + "\n  ".join(apart), file=sys.stderr)

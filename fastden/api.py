@@ -233,7 +233,8 @@ def _warn_of_sigma(sigma: Any) -> None:
     if not isinstance(sigma, Real) or not 0 < float(sigma) < ROUNDING or os.environ.get(SCALE_ENVIRONMENT) == "0":
         return
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == "fastden":
+    # Code that exec() runs may have no name.
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "fastden":
         frame, level = frame.f_back, level + 1
     warnings.warn(
         f"sigma: {float(sigma):.2g}, which on the scale 0-255 is less than the rounding of 8 bits and removes next to"

@@ -42,7 +42,7 @@ class FunctionModule(nn.Module):
         return self.function(*arguments)
 
     def train(self, mode: bool = True) -> FunctionModule:
-        """Set the mode, but leave frozen modules in theirs: training mode would move their BN statistics."""
+        """Set the mode, but put no frozen module into training mode: that would move its BN statistics."""
         self.training = mode
         for name, child in self.named_children():
             if name == "owner":
@@ -51,7 +51,7 @@ class FunctionModule(nn.Module):
                 child.training = mode
                 several = list(child.children())
             for module in several:
-                if not _is_frozen(module):
+                if not (mode and _is_frozen(module)):
                     module.train(mode)
         return self
 
@@ -182,7 +182,8 @@ def _copied_function(function: FunctionType, memo: dict[int, Any]) -> FunctionTy
 def _is_plain_object(value: Any) -> bool:
     """Whether a value has attributes and nothing else, and its class does not say how it is copied."""
     kind = type(value)
-    if isinstance(value, nn.Module | Tensor | type) or hasattr(kind, "__slots__") or not hasattr(value, "__dict__"):
+    others = (nn.Module, Tensor, type, list, tuple, dict)  # copy() of a container shares what is in it
+    if isinstance(value, others) or hasattr(kind, "__slots__") or not hasattr(value, "__dict__"):
         return False
     methods = ("__reduce_ex__", "__reduce__", "__getstate__")
     own = any(getattr(kind, name, None) is not getattr(object, name, None) for name in methods)

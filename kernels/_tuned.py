@@ -150,7 +150,7 @@ def write(
     document = {**made, **about, "entries": entries}
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=1) + "\n")
+    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     beside.replace(file)
 
 
@@ -162,7 +162,7 @@ def _made() -> dict[str, Any]:
 def _earlier(file: Path, made: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The entries of a file that was ``made`` in the same way; empty if there is none, or another one."""
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return dict(document["entries"]) if all(document.get(name) == value for name, value in made.items()) else {}
@@ -173,7 +173,7 @@ def _table(device: int | None) -> dict[str, list[dict[str, Any]]]:
     here = capability(device)
     file = path(here)
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except OSError:

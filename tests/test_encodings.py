@@ -18,15 +18,19 @@ def without_encoding(path: Path) -> list[str]:
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        constants = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
-        binary = any(isinstance(value, str) and "b" in value for value in constants[-1:])
+        modes = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
+        binary = any("b" in str(mode) for mode in modes)
         if name in ("read_text", "write_text") or (isinstance(node.func, ast.Name) and name == "open" and not binary):
             lines.append(f"{path}:{node.lineno}")
     return lines
 
 
 def test_encodings_are_named(root: Path) -> None:
-    files = [path for folder in ("fastden", "scripts") for path in (root / folder).rglob("*.py")]
+    files = [
+        path
+        for folder in ("fastden", "kernels", "scripts", "benchmarks", "examples")
+        for path in (root / folder).rglob("*.py")
+    ]
     assert len(files) > 100
     assert not [line for path in files for line in without_encoding(path)]
 

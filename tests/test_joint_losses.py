@@ -219,7 +219,9 @@ class TestModules:
         assert all(parameter.grad is None for parameter in loss.parameters())
         assert torch.equal(loss(output, clean, torch.zeros(2, 2)).total, before)
 
-    @pytest.mark.parametrize("case", ["keyword", "object", "its list", "its method", "default", "keyword default"])
+    @pytest.mark.parametrize(
+        "case", ["keyword", "object", "its list", "its method", "mapping", "default", "keyword default"]
+    )
     def test_copies_of_functions_behind_others_have_their_own_parameters(self, case: str) -> None:
         class Held:
             def __init__(self, inner: Any) -> None:
@@ -231,6 +233,10 @@ class TestModules:
             def first(self, prediction: Tensor, target: Tensor) -> Tensor:
                 return self.several[0](prediction, target)
 
+        class Layers(dict[str, nn.Module]):
+            def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+                return (self["layer"](prediction) - target).square().mean()
+
         def task_loss() -> Any:  # its variables are local: the closures in it capture the layer alone
             layer = nn.Linear(2, 2)
             inner: Any = lambda p, t: (layer(p) - t).square().mean()  # noqa: E731
@@ -239,6 +245,7 @@ class TestModules:
                 "object": Held(inner),
                 "its list": partial(lambda p, t, held: held(p, t), held=Held(inner).first),
                 "its method": Held(inner).first,
+                "mapping": partial(lambda p, t, held: held(p, t), held=Layers(layer=layer)),
                 "default": lambda p, t, layer=layer: (layer(p) - t).square().mean(),
                 "keyword default": lambda p, t, *, inner=inner: inner(p, t),
             }[case]
@@ -284,7 +291,9 @@ class TestModules:
 
         function, frozen, head, dropout = losses()
         loss, clean = JointLoss(1.0, function, denoise_loss=lambda p, t: function(p, t).clone()), labelled_batch()[1]
+        frozen.train()
         outer = nn.ModuleList([loss]).eval()
+        assert not frozen.training, "eval() reaches it"
         assert not any(module.training for module in (head, dropout, *outer.modules()))
         outer.train()
         assert all(module.training for module in (head, dropout, loss, *loss.task_losses.values()))

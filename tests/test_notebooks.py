@@ -46,10 +46,9 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("white", [65535, 4095])
-def test_a_gray_photograph_of_sixteen_bits(white: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gray_photograph_of_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PIL cuts off values above 255 where it makes RGB of them: white squares without noise."""
-    gray = pixels(400, 440, 0, np.uint16) // (65536 // (white + 1))
+    gray = pixels(400, 440, 0, np.uint16) // 16  # 12 bits
     Image.fromarray(gray).save(tmp_path / "gray.png")
     notebook = nbformat.read(EXAMPLES / "your_photograph.ipynb", as_version=4)
     code = next(cell for cell in notebook.cells if "PHOTOGRAPH = None" in cell.source)

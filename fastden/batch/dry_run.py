@@ -16,7 +16,8 @@ from fastden.batch.settings import Settings
 from fastden.batch.threads import check_folder, is_made
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.attachments import check_colour
-from fastden.images.strips import StripReader, read_header
+from fastden.images.extras import read_extras
+from fastden.images.strips import read_header
 from fastden.images.whole_files import check_target
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import denoise_batch, noise_level_of
@@ -127,7 +128,9 @@ def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | Non
         else:
             if picture.streamed:
                 batch.stages.check_streamable(picture, picture.header)
-            extras, metadata = StripReader(job.source, max_pixels=settings.max_pixels, several=True).extras()
+            header = picture.header
+            with job.source.open("rb") as file:
+                extras, metadata = read_extras(file, header.format, header.metadata, has_alpha=header.has_alpha)
             check_colour(extras, picture.format_name, has_profile="icc-profile-data" in metadata)
     except FAILURES as error:
         return Step(job, error=in_one_line(error))

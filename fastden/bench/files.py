@@ -85,7 +85,7 @@ def folder_job(
             and writer.
         folder: for all files.
     """
-    device = model.conv0.weight.device
+    device = model.device
     inputs, single = folder / "images", folder / "one"
     for path in (inputs, single, folder / "plain"):
         path.mkdir()
@@ -128,7 +128,7 @@ def results(folder: Path) -> tuple[Tensor]:
 
 def _loop(model: Denoiser, form: str, dtype: torch.dtype, inputs: Path, output: Path) -> Callable[[], Path]:
     network = forms.prepared(form, forms.WithLevel(model, level(model)), dtype)
-    device = model.conv0.weight.device
+    device = model.device
 
     def run() -> Path:
         for path in sorted(inputs.glob("*.png")):

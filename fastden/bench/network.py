@@ -45,7 +45,7 @@ def inference(
         backends: fastden's own.
         folder: for the files of other runtimes.
     """
-    device = model.conv0.weight.device
+    device = model.device
     x = photograph(*size, count=batch, channels=model.image_channels).to(device)
     with use_backend("torch"):
         # By tiles: float64 activations of large images would not fit.
@@ -131,7 +131,7 @@ def training(
     The optimiser's part is the same for all and left out. Errors are those of the gradients of all parameters, by their
     relative L2 norms. Arguments as of :func:`inference`; ``size`` is that of the crops.
     """
-    x = photograph(*size, count=batch, channels=model.image_channels).to(model.conv0.weight.device)
+    x = photograph(*size, count=batch, channels=model.image_channels).to(model.device)
     reference = _step("eager", copy.deepcopy(model).double(), x.double(), torch.float64, None)()
     eager = [_step(form, model, x, dtype, None)() for form in ("eager", "channels_last")]
     bound = bounds(eager, reference, dtype, gradients=True)

@@ -151,7 +151,7 @@ def jobs(
             yield backward(case, size, dtype, peers, backends)
         else:
             yield forward(case, model, size, dtype, peers, backends)
-    device = model.conv0.weight.device
+    device = model.device
     if preparation.NAME in names:
         yield preparation.job(size, batch, device, dtype, peers, backends)
     others = [name for name in names if name in gradients.OPERATORS]
@@ -160,7 +160,7 @@ def jobs(
 
 def cases(model: Denoiser, size: tuple[int, int], batch: int, operators: Sequence[str]) -> Iterator[Case]:
     """The cases of ``operators`` for ``batch`` images of ``size`` (height, width), on the model's device."""
-    device = model.conv0.weight.device
+    device = model.device
     generator = torch.Generator(device).manual_seed(0)
     height, width = (length + sum(padding_for(length)) for length in size)
     half, quarter = ((height - 4) // 2, (width - 4) // 2), ((height - 4) // 4, (width - 4) // 4)

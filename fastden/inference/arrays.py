@@ -46,7 +46,7 @@ from fastden.inference.run import Quality, Wishes, check_strengths, denoise_pixe
 from fastden.inference.tiling import HALO
 from fastden.network.calibrated import calibrated_ranges
 from fastden.network.fused import FusedDenoiser
-from fastden.network.hub import model_folder, models
+from fastden.network.hub import files_of, model_folder, models
 from fastden.network.loading import choose_dtype, default_model, load_network, parse_memory
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT
@@ -139,7 +139,6 @@ def denoise_array(
     named = None if model is None else _model_name(model)
     settings = _Settings(named, _text(device), dtype, parse_memory(max_memory), wishes)
     # Wrong settings raise here, not in the first worker. Workers may have devices that this process does not have.
-    _check_settings(settings, named or default_model(sigma))
     network = load_network(named or default_model(sigma), "cpu", "float32")
     check_strengths(network, wishes)
     axis = _colour_axis(array, channel_axis)
@@ -154,6 +153,7 @@ def denoise_array(
         used = estimate_block(planes, ranges, named) if levels is None else levels
         done = _denoise_block(planes, used, ranges, settings=settings)
         return np.ascontiguousarray(_restored(done, axis))
+    _check_settings(settings, named or default_model(sigma))
     da = _package("dask.array")
     planes = _planes(_lazy(da, array, axis), axis)
     levels = _levels(sigma, network, planes)
@@ -179,7 +179,8 @@ def _check_settings(settings: _Settings, model: str) -> None:
     if not able or (settings.dtype != "auto" and chosen not in able):
         which = f"dtype {chosen}" if able else f"device {device}"
         raise ValueError(f"quality: 'fast', but {which}; accepted: cpu in float32 or bfloat16, cuda in 16 bits")
-    calibrated_ranges(Denoiser.from_pretrained(model))
+    # Loaded as workers load it: a default dtype that is narrower just now would round the weights.
+    calibrated_ranges(Denoiser._from_folder(files_of(model), "cpu", True, {}, torch.float32))
 
 
 def _text(device: str | torch.device | None) -> str | None:

@@ -177,9 +177,8 @@ def run_network(
 
 def own_level(level: float | Tensor, values: ValueRange) -> float | Tensor:
     """A noise level on a picture's own scale, at most 1."""
-    if values.ordinary and not (
-        isinstance(level, Tensor) and level.dim() == 2
-    ):  # another picture's curve may be higher
+    is_curve = isinstance(level, Tensor) and level.dim() == 2  # perhaps another picture's, which may be above 1
+    if values.ordinary and not is_curve:
         return level
     return (level / values.span).clamp(max=1) if isinstance(level, Tensor) else min(level / values.span, 1.0)
 

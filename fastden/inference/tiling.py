@@ -223,7 +223,7 @@ def _round_up(value: int) -> int:
 
 
 def _check_model(model: object) -> None:
-    """Raise unless tiles, which call ``forward_padded``, give what a call of the model gives."""
+    """Raise for what is no network, and for a ``Denoiser`` of whose call tiles would leave something out."""
     if isinstance(model, Denoiser):
         if model.training:
             accepted = "evaluation mode (model.eval()), or fastden.fuse(model)"

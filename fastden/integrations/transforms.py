@@ -71,7 +71,7 @@ class Denoise(v2.Transform):
         # Images and videos may have any dimensions in front.
         batches = plain[None].flatten(0, -5) if is_video else [plain.reshape(-1, *plain.shape[-3:])]
         cleaned = [denoise(batch, self._level(batch) if is_video else self.sigma, **options) for batch in batches]
-        result = torch.stack(cleaned).reshape(plain.shape)
+        result = (cleaned[0] if len(cleaned) == 1 else torch.stack(cleaned)).reshape(plain.shape)
         return tv_tensors.wrap(result, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else result
 
     def _level(self, frames: Tensor) -> Any:

@@ -55,14 +55,16 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
             held in memory, 40 bytes a pixel, and each runs some twenty times.
 
     Raises:
-        TypeError: ``model`` is no :class:`fastden.Denoiser`, or an image is not a floating tensor.
+        TypeError: ``model`` is no :class:`fastden.Denoiser`, ``images`` is a single batch or not iterable, or an image
+            is not a floating tensor.
         ValueError: there are no images, or an image has another shape, or values on another scale or not finite.
         RuntimeError: this PyTorch has no oneDNN.
     """
     if not isinstance(model, Denoiser):
         from_fused = "the network that it was made from" if isinstance(model, FusedDenoiser) else "fastden.Denoiser"
         raise TypeError(f"model: {type(model).__name__}; accepted: {from_fused}")
-    if isinstance(images, Tensor) or not isinstance(images, Iterable):
+    one_batch = isinstance(images, Tensor) and images.dim() < 5  # with five dimensions it is several
+    if one_batch or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):  # as map-style data sets have
         accepted = "a list, or another iterable, of batches (N, C, H, W)"
         raise TypeError(f"images: {type(images).__name__}; accepted: {accepted}, such as [batch]")
     if not torch.backends.mkldnn.is_available():

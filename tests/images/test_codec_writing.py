@@ -177,8 +177,11 @@ def peak():  # getrusage's ru_maxrss would start at the peak of the process that
 image = np.random.default_rng(0).integers(0, 65536, (100, 5000, 3), dtype=np.uint16)
 encode_image(ImageFile(image), "jpeg")
 image = np.tile(image, (40, 1, 1))
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
+try:
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+except (OSError, StopIteration):  # some containers have neither
+    raise SystemExit(77)
 encode_image(ImageFile(image), "jpeg")
 print((peak() - before) * 1024 / image.nbytes)
 """
@@ -187,7 +190,10 @@ print((peak() - before) * 1024 / image.nbytes)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_large_jpeg_is_encoded_in_little_memory(root: Path) -> None:
     """Growth in multiples of 20 megapixels of 16 bits: half of it are the pixels in 8 bits."""
-    done = subprocess.run([sys.executable, "-c", GROWTH], cwd=root, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", GROWTH], cwd=root, check=False, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("this system does not tell a process's peak of memory")
+    assert done.returncode == 0, done.stderr
     assert 0.4 < float(done.stdout) < 1.5
 
 
