@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 
 
+def named_device(device: str | torch.device) -> torch.device:
+    """The device of a name, usable or not.
+
+    Raises:
+        ValueError: PyTorch knows no such device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(_refusal(device)) from error
+
+
 def parse_device(device: str | torch.device | None, *, any_kind: bool = False) -> torch.device:
     """A usable device; None means CUDA where PyTorch finds a CUDA device, else the CPU.
 
@@ -17,17 +29,20 @@ def parse_device(device: str | torch.device | None, *, any_kind: bool = False) -
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    types = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
-    refusal = f"device: {str(device)!r}; accepted: {', '.join(types)}, or one of several such as cuda:1"
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(refusal) from error
+    parsed = named_device(device)
     # PyTorch knows more devices: some hold no data (meta), some need packages of their own (xla).
-    if parsed.type not in types and not any_kind:
-        raise ValueError(refusal)
+    if parsed.type not in _kinds() and not any_kind:
+        raise ValueError(_refusal(device))
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {str(device)!r}, but PyTorch finds no CUDA device (see fastden info); accepted: cpu")
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {str(device)!r}; accepted: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return parsed
+
+
+def _kinds() -> tuple[str, ...]:
+    return ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
+
+
+def _refusal(device: object) -> str:
+    return f"device: {str(device)!r}; accepted: {', '.join(_kinds())}, or one of several such as cuda:1"

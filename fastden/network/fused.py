@@ -14,7 +14,7 @@ from fastden import ops
 from fastden.algebra import HeadWeights, compose_head, compose_stem
 from fastden.network import folding, fp8, int8, onednn
 from fastden.network.calibrated import Calibrated, calibrated_ranges
-from fastden.network.devices import parse_device
+from fastden.network.devices import named_device, parse_device
 from fastden.network.inputs import Sigma, as_map, check_input, map_or_curve, warn_of_scale
 from fastden.network.level import BRIGHTNESS_RADIUS
 from fastden.network.model import Denoiser
@@ -80,7 +80,7 @@ def fuse(
     chosen = own.dtype if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype: {dtype!r}; accepted: {', '.join(DTYPES)}")
-    device = own.device if device is None else parse_device(device, any_kind=True)
+    device = own.device if device is None else named_device(device)
     if quality not in ("normal", "fast"):
         raise ValueError(f"quality: {quality!r}; accepted: 'normal', 'fast'")
     ranges = None
@@ -92,6 +92,8 @@ def fuse(
         if reasons:
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
+    if device != own.device:
+        parse_device(device, any_kind=True)
     return FusedDenoiser(model, ranges, differentiable).to(dtype=chosen, device=device)
 
 

@@ -233,7 +233,7 @@ def test_float32_is_searched_with_and_without_tf32(tune: Any, file: Path, monkey
 def test_a_cache_that_cannot_be_read_is_none(device: str, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     """As another user with HOME=/root, and with HOME=/dev/null; one that FASTDEN_TUNED names is an error."""
 
-    def refuse(path: Path) -> str:
+    def refuse(path: Path, encoding: str) -> str:
         raise error
 
     x, weight = inputs(device)
