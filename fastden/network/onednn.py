@@ -29,15 +29,14 @@ from fastden.ops.activations import channels_last_empty, fold, gathered, join_ph
 from fastden.ops.post_operations import finite, has_bf16, missing
 
 #: Rows and columns of half-resolution features that the last stages make at a time. Fewer rows need less memory, but
-#: more edges are computed twice. Chosen on a CPU with AMX, where oneDNN 3.12's bf16 convolutions were slower on wider
-#: maps, in a trial whose figures were not kept. On a CPU without AMX 64 rows take 7 to 11 % longer, and 512 rows or 384
-#: columns up to 5 % less (``benchmarks/results/cpu-tiles.json``).
+#: more edges are computed twice. With and without AMX, in three dtypes, 64 rows take 5 to 11 % longer, and 512 rows or
+#: 384 columns from 6 % less to 2 % more (``benchmarks/results/cpu-tiles.json``).
 TILE_ROWS, TILE_COLUMNS = 256, 192
 #: Features that a tile needs before and behind its own. res3's 3x3 convolution needs 1 on each side; the head's 4x4
 #: needs 1 before and 2 behind. conv3's neighbours are inputs, see :func:`fastden.ops.activations.gathered`.
 BEFORE, BEHIND = 2, 3
-#: Rows of half-resolution features that stem and res1 make at a time, chosen as the above. On a CPU without AMX 16, 32
-#: and 128 rows take 0.96 to 1.03 times as long (``benchmarks/results/cpu-tiles.json``).
+#: Rows of half-resolution features that stem and res1 make at a time, chosen as the above: 16 rows take 0.99 to 1.10
+#: times as long, 32 and 128 rows 0.96 to 1.03 times.
 FRONT_ROWS = 64
 #: Largest number of pixels of images that run together. Small images fill the cores better together; large images
 #: together do not fit into the cache.
