@@ -81,7 +81,7 @@ def test_joint_training_saves_a_denoiser_and_leaves_the_classifier(folder: Path)
 def test_commands_of_the_readme_run(line: str, folder: Path) -> None:
     if "clip.mp4" in line:
         pytest.importorskip("av")
-        from tests.video.test_copy import make_clip
+        from tests.video.clips import make_clip
 
         make_clip(folder / "clip.mp4")
     arguments = shlex.split(line)[1:]

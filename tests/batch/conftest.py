@@ -13,6 +13,11 @@ from tests.helpers import random_network
 from tests.image_files import encoded, pixels
 
 
+def outputs(folder: Path) -> dict[str, bytes]:
+    """Name and bytes of each result in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
 class Blend(fastden.FusedDenoiser):
     """Stands for a network where the arithmetic does not matter: each pixel blended with neighbours and sigma."""
 

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-import os
-import pickle
-import resource
-import subprocess
-import sys
 import threading
-import time
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,27 +17,19 @@ import fastden
 from fastden.batch import reading, threads
 from fastden.batch.computing import Computing
 from fastden.batch.dry_run import rehearse
-from fastden.batch.grouping import Equality, together
-from fastden.batch.memory import Gate, Stopped, split_memory
+from fastden.batch.memory import Gate
 from fastden.batch.plan import Job, plan
 from fastden.batch.ray import plan_rows
 from fastden.batch.reading import Reading
 from fastden.batch.report import Interrupted, Listener
 from fastden.batch.streaming import denoise_strips
-from fastden.batch.threads import ThreadedRun
 from fastden.batch.transfer import Pending
 from fastden.batch.writing import Writing
-from fastden.errors import UserError, shown_bytes
+from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image, write_image
-from fastden.inference.tiling import least_memory
-from tests.batch.conftest import Greedy
+from tests.batch.conftest import outputs
 from tests.helpers import random_network, streaming
 from tests.image_files import cannot_be_looked_at, encoded, pixels
-
-
-def outputs(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
-
 
 #: Of one camera.
 ESTIMATE = fastden.NoiseEstimate(tuple(10.0 + knot for knot in range(8)), 13.5, 0.5)
@@ -110,76 +93,6 @@ def test_an_estimate_of_strips_and_of_a_dry_run(photos: Path, tmp_path: Path, ne
     np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, read_image(tmp_path / "b.png").pixels)
 
 
-def test_small_images_go_together(photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the reader is far ahead, all images of one size make one pass, and their files keep their bytes."""
-    sizes: list[int] = []
-    compute = Computing.compute
-    ready = threading.Event()
-    monkeypatch.setattr(
-        Computing, "compute", lambda self, works, progress: sizes.append(len(works)) or compute(self, works)
-    )
-    limit = Computing.group_limit
-    monkeypatch.setattr(Computing, "group_limit", lambda self, work: ready.wait(30) and limit(self, work))
-    read = Reading.read
-
-    def count(self: Any, work: Any) -> None:
-        read(self, work)
-        if work.job.source.name == "wide.jpg":
-            threading.Timer(0.3, ready.set).start()
-
-    monkeypatch.setattr(Reading, "read", count)
-    fastden.BatchDenoiser(network, sigma=20).run(photos, tmp_path / "out")
-    assert sizes == [4, 1]
-    for index in range(4):
-        expected = fastden.denoise(photos / f"{index}.png", 20, model=network)
-        np.testing.assert_array_equal(read_image(tmp_path / "out" / f"{index}.png").pixels, expected)
-
-
-def test_bright_values_are_judged_alike_alone_and_in_groups(tmp_path: Path, network: Any) -> None:
-    """A value of 2 is noise of an unknown level, but none of sigma 5."""
-    folder, generator = tmp_path / "in", np.random.default_rng(0)
-    folder.mkdir()
-    for name in ("a", "b"):
-        bright = (0.5 + 5 / 255 * generator.standard_normal((40, 40, 3))).astype(np.float32)
-        bright[20, 20], bright[5:7, 30:32] = 2.0, 1.6
-        write_image(folder / f"{name}.tif", ImageFile(bright))
-    stages = fastden.BatchDenoiser(network, sigma=5).stages
-    works = [stages.reading.look(Job(path, tmp_path / path.name)) for path in sorted(folder.iterdir())]
-    for work in works:
-        stages.reading.read(work)
-    assert not stages.computing.alike(*works)
-    assert stages.computing.group_limit(works[0]) == 1
-    assert fastden.BatchDenoiser(network, sigma=5).run(folder, tmp_path / "out").failed == []
-    for path in sorted(folder.iterdir()):
-        expected = fastden.denoise(read_image(path).pixels, 5, model=network)
-        np.testing.assert_array_equal(read_image(tmp_path / "out" / path.name).pixels, expected)
-        tensor = torch.from_numpy(read_image(path).pixels).permute(2, 0, 1)
-        for batch in (tensor, torch.stack([tensor, tensor / 2])):
-            other = fastden.denoise(batch, 5, model=network).reshape(-1, 3, 40, 40)[0].permute(1, 2, 0).numpy()
-            np.testing.assert_allclose(other, expected, atol=3e-6, rtol=0)
-
-
-def test_batches_that_change_bits_are_not_used(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [pixels(seed=index) for index in range(3)]
-    levels = torch.tensor([0.1, 0.2, 0.3])
-    assert Equality().holds(real, images, levels, 1 << 28)
-    exact = fastden.batch.grouping.denoise_batch
-
-    def other_order(images: list[Any], level: Any, network: Any, **options: Any) -> list[Any]:
-        results = exact(images, level, network, **options)
-        return [result + np.float32(1e-6) * (len(images) > 1) for result in results]
-
-    monkeypatch.setattr("fastden.batch.grouping.denoise_batch", other_order)
-    assert not Equality().holds(real, images, levels, 1 << 28)
-
-
-def test_how_many_go_together(network: Any) -> None:
-    assert together(network, 32, 40, 1 << 30) == 16
-    assert together(network, 200, 200, 1 << 30) == 2
-    assert together(network, 400, 400, 1 << 30) == 1
-    assert together(network, 32, 40, 2 * least_memory(network)) == 1
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_gray_and_deep_images(tmp_path: Path, network: Any, dtype: Any) -> None:
     picture = ImageFile(pixels(channels=1, dtype=dtype), pixels(channels=0, dtype=dtype, seed=9))
@@ -188,99 +101,6 @@ def test_gray_and_deep_images(tmp_path: Path, network: Any, dtype: Any) -> None:
     back = read_image(tmp_path / "b.tif")
     np.testing.assert_array_equal(back.pixels[:, :, 0], fastden.denoise(picture.pixels[:, :, 0], 15, model=network))
     np.testing.assert_array_equal(back.alpha, picture.alpha)
-
-
-def test_memory_bounds_the_images_in_hand(
-    photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the limit holds two images, so at most two are between reading and writing."""
-    for path in photos.iterdir():
-        path.unlink()
-    for index in range(8):
-        (photos / f"{index}.png").write_bytes(encoded(pixels(400, 600, seed=index), "PNG"))
-    batch = fastden.BatchDenoiser(network, sigma=5, strength=0.5, max_memory="12MiB")
-    work = batch.stages.reading.open(Job(photos / "0.png", tmp_path / "0.png"))
-    assert not work.streamed
-    assert 2 * work.size <= batch.settings.budget.images < 3 * work.size
-    highest = 0
-    take = Gate.take
-
-    def watched(self: Gate, size: int) -> None:
-        nonlocal highest
-        take(self, size)
-        highest = max(highest, self.taken)
-
-    monkeypatch.setattr(Gate, "take", watched)
-    monkeypatch.setattr("fastden.inference.run.denoise_tiled", lambda network, batch, *_, **__: batch)
-    assert len(batch.run(photos, tmp_path / "out").done) == 8
-    assert highest <= batch.settings.budget.images
-
-
-@pytest.mark.parametrize(("suffix", "claimed"), [("jpg", 0.5 + 0.5 * 4.5), ("webp", 0.5 + 0.5 * 14), ("avif", 20)])
-def test_what_an_encoder_takes_is_claimed(tmp_path: Path, network: Any, suffix: str, claimed: float) -> None:
-    """Beside the image: a copy in the file's depth, and the encoder's memory. What does not fit goes through alone."""
-    image = np.full((300, 400, 3), 30_000, np.uint16)
-    for name in "ab":
-        write_image(tmp_path / f"{name}.png", ImageFile(image))
-    batch = fastden.BatchDenoiser(network, sigma=5, max_memory="12MiB")
-    picture = batch.stages.reading.look(Job(tmp_path / "a.png", tmp_path / f"out.{suffix}"))
-    assert (picture.size, picture.streamed) == (int((1 + claimed) * image.nbytes), False)
-    if suffix == "webp":
-        assert picture.size > batch.settings.budget.images / 2
-        report = batch.run(tmp_path, tmp_path / "out", format="webp")
-        assert [record.streamed for record in report.done] == [False, False]
-
-
-def test_gate() -> None:
-    gate = Gate(10)
-    gate.take(8)
-    admitted: list[str] = []
-
-    def wait() -> None:
-        try:
-            gate.take(100)  # an image that is alone always fits
-            admitted.append("in")
-            gate.take(1)
-        except Stopped:
-            admitted.append("stopped")
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    assert admitted == []
-    gate.give_back(8)
-    gate_closer = threading.Timer(0.2, gate.close)
-    gate_closer.start()
-    thread.join(10)
-    assert admitted == ["in", "stopped"]
-
-
-def test_memory_is_split(network: Any) -> None:
-    assert split_memory(1 << 30, network).images == split_memory(1 << 30, network).network == 1 << 29
-    with pytest.raises(ValueError, match=f"accepted: at least {shown_bytes(2 * least_memory(network))} for"):
-        split_memory(2 * least_memory(network) - 1, network)
-    split_memory(2 * least_memory(network), network)
-
-
-def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, network: Any) -> None:
-    greedy = Greedy(fastden.Denoiser().eval()).float()
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for index in range(2):
-        (folder / f"{index}.png").write_bytes(encoded(pixels(150, 170, seed=index), "PNG"))
-    notes: list[str] = []
-    batch = fastden.BatchDenoiser(greedy, sigma=20)
-    assert batch.run(folder, tmp_path / "out", listener=Listener(note=notes.append)).failed == []
-    assert notes == ["out of memory on cpu: going on in tiles of 84 pixels or less"]
-    for index in range(2):
-        expected = fastden.denoise(folder / f"{index}.png", 20, model=network, tile=40).astype(int)
-        result = read_image(tmp_path / "out" / f"{index}.png").pixels.astype(int)
-        assert np.abs(result - expected).max() <= 1
-    greedy.largest = 50
-    report = batch.run(folder, tmp_path / "none")
-    assert [record.error for record in report.failed] == [
-        "out of memory; a smaller --max-memory or --tile needs less"
-    ] * 2
-    assert not (tmp_path / "none").exists()
 
 
 class OnTheSpot:
@@ -491,123 +311,9 @@ def test_a_format_that_cannot_be_written(photos: Path, tmp_path: Path, network: 
     assert not (tmp_path / "out").exists()
 
 
-def test_threads_that_share_one_object_wait_for_each_other(
-    photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    going: list[int] = []
-    most: list[int] = []
-    every = ThreadedRun.all
-
-    def watched(self: ThreadedRun) -> Any:
-        going.append(1)
-        most.append(len(going))
-        time.sleep(0.2)
-        try:
-            return every(self)
-        finally:
-            going.pop()
-
-    planned: list[int] = []
-    monkeypatch.setattr(
-        "fastden.batch.denoiser.plan", lambda *given, **options: planned.append(len(going)) or plan(*given, **options)
-    )
-    monkeypatch.setattr(ThreadedRun, "all", watched)
-    batch = fastden.BatchDenoiser(network, sigma=5)
-    heard: dict[str, list[str]] = {"a": [], "b": []}
-
-    def run(name: str) -> Any:
-        listener = Listener(record=lambda job, record: heard[name].append(job.target.parent.name))
-        return batch.run(photos, tmp_path / name, listener=listener)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert [len(report.done) for report in pool.map(run, heard)] == [5, 5]
-    assert most == [1, 1]
-    assert planned == [0, 0]  # what the other run writes is there when the files are looked for
-    assert heard == {"a": ["a"] * 5, "b": ["b"] * 5}
-
-
-def test_a_run_that_its_own_listener_starts_is_refused(photos: Path, tmp_path: Path, network: Any) -> None:
-    """It would wait for itself: in the thread that computes, and in those that read and write."""
-    batch = fastden.BatchDenoiser(network, sigma=5)
-    refused: list[str] = []
-
-    def again(*_: Any) -> None:
-        try:
-            batch.run(photos / "0.png", tmp_path / "again.png")
-        except RuntimeError as error:
-            refused.append(f"{threading.current_thread().name}: {error}")
-
-    (photos / "bad.png").write_bytes(b"no image")
-    assert len(batch.run(photos, tmp_path / "out", listener=Listener(record=again, progress=again)).done) == 5
-    assert {text.split(": ", 1)[1] for text in refused} == {
-        "run: called by its own listener; accepted: when it has ended, or another BatchDenoiser"
-    }
-    assert {text.split(":")[0] for text in refused} == {threading.main_thread().name, "fastden-read", "fastden-write"}
-    assert not (tmp_path / "again.png").exists()
-
-
-def test_the_listener_is_not_kept(photos: Path, tmp_path: Path, network: Any) -> None:
-    class Window:
-        def show(self, text: str) -> None:
-            pass
-
-    window = Window()
-    seen = weakref.ref(window)
-    batch = fastden.BatchDenoiser(network, sigma=5)
-    batch.run(photos, tmp_path / "out", listener=Listener(note=window.show))
-    del window
-    gc.collect()
-    assert seen() is None
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_copies_and_pickles_denoise(photos: Path, tmp_path: Path, real: Any, named: bool) -> None:
-    import cloudpickle
-
-    model = "color" if named else real
-    batch = fastden.BatchDenoiser(model, sigma=15, strength=0.5, overwrite=True, max_memory="400M")
-    batch.run(photos, tmp_path / "out")
-    expected = outputs(tmp_path / "out")
-    copies = [copy.copy(batch), copy.deepcopy(batch)]
-    copies += [module.loads(module.dumps(batch)) for module in (pickle, cloudpickle)]
-    for other in copies:
-        assert other.settings.budget == batch.settings.budget
-        assert other.run(photos, tmp_path / "out").failed == []
-        assert outputs(tmp_path / "out") == expected
-
-
 def test_resume_without_a_manifest(photos: Path, tmp_path: Path, network: Any) -> None:
     with pytest.raises(UserError, match="resume: there is no manifest"):
         fastden.BatchDenoiser(network).run(photos / "0.png", tmp_path / "out.png", resume=True)
-
-
-LIMITED = """
-import resource, sys
-from fastden import BatchDenoiser
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-report = BatchDenoiser(sys.argv[1], sigma=0, strength=0).run(sys.argv[2], sys.argv[3])
-for record in report.failed:
-    print(record.error)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of file sizes")
-def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
-    """A limit of file sizes stands for the full disk: the system refuses to write on, in the middle of a file."""
-    from tests.image_files import save_model
-
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(encoded(pixels(), "PNG"))
-    (folder / "big.png").write_bytes(encoded(pixels(100, 100), "PNG"))
-    model = save_model(tmp_path / "model")
-    command = [sys.executable, "-c", LIMITED, str(model), str(folder), str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout == f"{tmp_path / 'out' / 'big.png'}: cannot be written: {os.strerror(27)}\n"
-    assert sorted(outputs(tmp_path / "out")) == ["a.png"]
-    assert list(tmp_path.rglob("*.tmp")) == []
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -16,132 +16,25 @@ from PIL import Image, PngImagePlugin
 import fastden
 from fastden.errors import UserError
 from fastden.images import formats, xmp
-from fastden.images.attachments import check_colour
 from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
-from fastden.images.containers import SEGMENT, jpeg_segments, png_chunks
-from fastden.images.extras import read_extras
-from fastden.images.pixels import Array
+from fastden.images.containers import SEGMENT, jpeg_segments
 from fastden.images.strips import StripReader, StripWriter
-from tests.image_files import icc_profile
-
-MAKE, ARTIST, EXIF, GPS, MAKER_NOTE, ORIENTATION = 271, 315, 0x8769, 0x8825, 0x927C, 274
-RDF = 'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"'
-
-
-def pixels(height: int = 24, width: int = 20, dtype: Any = np.uint8) -> Array:
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(0).integers(0, top, (height, width, 3)).astype(dtype)
-
-
-def exif(orientation: int = 1) -> Image.Exif:
-    block = Image.Exif()
-    block[MAKE], block[ARTIST], block[ORIENTATION] = "Maker", "Jane Doe", orientation
-    block.get_ifd(EXIF)[34855] = 640
-    block.get_ifd(EXIF)[MAKER_NOTE] = b"MAKER\0NOTE" + bytes(range(60))
-    block.get_ifd(GPS)[1] = "N"
-    return block
-
-
-def packet(body: str, spaces: str = "") -> bytes:
-    inside = (
-        f'<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/" {spaces}>{body}</rdf:Description>'
-    )
-    return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF {RDF}>{inside}</rdf:RDF></x:xmpmeta>'.encode()
-
-
-def png_with(*chunks: tuple[bytes, bytes], dtype: Any = np.uint8) -> bytes:
-    data, _ = encode_image(ImageFile(pixels(dtype=dtype)), "png")
-    at = data.index(b"IDAT") - 4
-    raw = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
-    return data[:at] + raw + data[at:]
-
-
-def chunks_of(data: bytes) -> dict[bytes, bytes]:
-    return dict(png_chunks(io.BytesIO(data)))
-
-
-def jpeg_with(*segments: tuple[int, bytes], behind: bytes = b"", **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels()).save(file, "JPEG", quality=95, **options)
-    data = file.getvalue()
-    raw = b"".join(struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload for marker, payload in segments)
-    return data[:2] + raw + data[2:] + behind
-
-
-def again(data: bytes, format_name: str, **options: Any) -> tuple[bytes, list[str]]:
-    image = decode_image(data)
-    written, notes = encode_image(image, format_name, **options)
-    return written, [*image.notes, *notes]
-
-
-@pytest.mark.parametrize(
-    "chunk",
-    [
-        (b"gAMA", struct.pack(">I", 100000)),
-        (b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)),
-        (b"cICP", bytes([9, 16, 0, 1])),
-    ],
-    ids=lambda chunk: chunk[0].decode(),
+from tests.images.files import (
+    ARTIST,
+    EXIF,
+    GPS,
+    MAKE,
+    MAKER_NOTE,
+    ORIENTATION,
+    again,
+    chunks_of,
+    exif,
+    jpeg_with,
+    packet,
+    pixels,
+    png_with,
+    tiff_with_tags,
 )
-def test_colours_outside_of_profiles_are_written_back_or_refused(chunk: tuple[bytes, bytes]) -> None:
-    source = png_with(chunk)
-    for strip_metadata in (False, True):
-        data, notes = again(source, "png", strip_metadata=strip_metadata)
-        assert chunks_of(data)[chunk[0]] == chunk[1]
-        assert notes == []
-    for format_name in ("jpeg", "webp", "tiff", "avif"):
-        with pytest.raises(UserError, match="shown wrong; accepted: png"):
-            again(source, format_name)
-
-
-def test_hdr_metadata_of_png_is_written_back() -> None:
-    source = png_with((b"cICP", bytes([9, 18, 0, 1])), (b"mDCV", bytes(24)), (b"cLLI", bytes(8)), dtype=np.uint16)
-    found = chunks_of(again(source, "png")[0])
-    assert {b"cICP", b"mDCV", b"cLLI"} <= found.keys()
-
-
-def test_usual_colours_go_into_every_format() -> None:
-    colours = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
-    source = png_with((b"gAMA", struct.pack(">I", 45455)), (b"cHRM", colours))
-    for format_name in ("jpeg", "webp", "tiff", "avif"):
-        assert again(source, format_name)[1] == []
-
-
-def test_nclx_of_avif_becomes_cicp_or_is_refused() -> None:
-    data, _ = encode_image(ImageFile(pixels()), "avif")
-    at = data.index(b"ipco") - 4
-    box = struct.pack(">I4s4sHHHB", 19, b"colr", b"nclx", 9, 16, 9, 128)
-    # The reader finds a box in the list of properties even if no item names it; offsets behind the box move.
-    source = bytearray(data[: at + 8] + box + data[at + 8 :])
-    for name in (b"ipco", b"iprp", b"meta"):
-        start = source.index(name) - 4
-        source[start : start + 4] = struct.pack(">I", struct.unpack(">I", source[start : start + 4])[0] + len(box))
-    extras, _ = read_extras(io.BytesIO(bytes(source)), "avif", {})
-    assert extras.colour() == {b"cICP": bytes([9, 16, 0, 1])}
-    for format_name in ("avif", "jpeg", "tiff", "webp"):
-        with pytest.raises(UserError, match=r"BT.2020 and PQ .*accepted: png"):
-            check_colour(extras, format_name, has_profile=False)
-    check_colour(extras, "png", has_profile=False)
-    check_colour(extras, "avif", has_profile=True)
-
-
-def test_a_profile_goes_before_nclx_and_unspecified_colours_say_nothing() -> None:
-    box = b"\0\0\0\x13colrnclx" + struct.pack(">HHHB", 9, 16, 9, 128)
-    plain = b"\0\0\0\x13colrnclx" + struct.pack(">HHHB", 2, 2, 6, 128)
-    for content, metadata, expected in (
-        (box, {}, {b"cICP": bytes([9, 16, 0, 1])}),
-        (box, {"icc-profile-data": icc_profile()}, {}),
-        (plain, {}, {}),
-    ):
-        file = io.BytesIO(struct.pack(">I4s", 8 + len(content), b"meta") + content)
-        assert read_extras(file, "avif", metadata)[0].colour() == expected
-
-
-def test_the_narrow_range_of_video_goes_to_png_alone() -> None:
-    source = png_with((b"cICP", bytes([1, 13, 0, 0])))
-    assert chunks_of(again(source, "png")[0])[b"cICP"] == bytes([1, 13, 0, 0])
-    with pytest.raises(UserError, match=r"narrow range of video .*accepted: png"):
-        again(source, "tiff")
 
 
 def stated_density(data: bytes, format_name: str) -> tuple[int, int] | None:
@@ -238,13 +131,6 @@ def test_orientation_is_changed_in_place() -> None:
     assert len(changed) == len(block)
     assert sum(a != b for a, b in zip(changed, block, strict=True)) == 1
     assert Image.open(io.BytesIO(data)).getexif()[ORIENTATION] == 3
-
-
-def tiff_with_tags(**options: Any) -> bytes:
-    block = exif()
-    file = io.BytesIO()
-    Image.fromarray(pixels()).save(file, "TIFF", exif=block.tobytes(), **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("format_name", ["tiff", "jpeg", "png", "webp", "avif"])
@@ -388,15 +274,6 @@ def test_metadata_of_imagej(byteorder: Any) -> None:
     assert before is not None
     assert after is not None
     assert {name: after[name] for name in about} == {name: before[name] for name in about}
-
-
-@pytest.mark.parametrize("format_name", ["jpeg", "png", "tiff"])
-def test_a_profile_for_other_channels_is_named(format_name: str) -> None:
-    file = io.BytesIO()
-    Image.fromarray(pixels()[:, :, 0]).save(file, "JPEG", icc_profile=icc_profile())
-    data, notes = again(file.getvalue(), format_name)
-    assert "icc-profile-data" not in decode_image(data).metadata
-    assert notes == ["the ICC profile is not kept: it is for RGB, the picture is gray"]
 
 
 def test_xmp_beyond_a_segment_is_joined_and_split() -> None:

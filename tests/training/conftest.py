@@ -21,6 +21,10 @@ from fastden.training.trainer import train
 Run = Callable[..., Path]
 
 
+def configuration(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"data": ["photographs"], "output": "run", **changes})
+
+
 def smooth(random: np.random.Generator, size: tuple[int, int] = (44, 40)) -> PIL.Image:
     coarse = PIL.fromarray(random.integers(0, 256, (6, 7, 3), dtype=np.uint8))
     return coarse.resize(size, PIL.Resampling.BICUBIC)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,112 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fastden
-from fastden.cli.main import app
 from fastden.errors import UserError
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Wishes
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.loading import load_network
-from fastden.video.copy import ESTIMATED, VideoResult, denoise_video
+from fastden.video.copy import ESTIMATED, denoise_video
 from fastden.video.encoders import Encoders
 from fastden.video.frames import FrameConverter
 from tests.helpers import random_network
+from tests.video.clips import FRAMES, HEIGHT, TIMES, WIDTH, decoded, luma, make_clip, run, streams
 
 av = pytest.importorskip("av")
-
-WIDTH, HEIGHT, FRAMES = 64, 48, 10
-#: Times of the frames in units of 1 / 1000 s: the rate varies.
-TIMES = [0, 40, 80, 130, 170, 300, 340, 380, 390, 430]
-
-
-def planes(index: int, bits: int) -> Any:
-    """(H, W) luma with noise, in limited range, all levels in use."""
-    random = np.random.default_rng(index)
-    top = 1 << bits
-    ramp = np.linspace(0.1 * top, 0.85 * top, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
-    return np.clip(ramp + random.normal(0, 0.03 * top, ramp.shape), 0, top - 1).astype(np.uint8 if bits == 8 else "<u2")
-
-
-def frame(index: int, pixel_format: str) -> Any:
-    bits = max(component.bits for component in av.VideoFormat(pixel_format).components)
-    made = av.VideoFrame(WIDTH, HEIGHT, pixel_format)
-    for number, plane in enumerate(made.planes):
-        values = planes(index, bits) if number == 0 else np.full((plane.height, plane.width), 1 << (bits - 1))
-        rows = np.zeros((plane.height, plane.line_size), np.uint8)
-        data = np.ascontiguousarray(values.astype(np.uint8 if bits == 8 else "<u2")).view(np.uint8)
-        rows[:, : data.shape[1]] = data
-        plane.update(rows.tobytes())
-    made.color_range, made.colorspace, made.color_primaries, made.color_trc = 1, 1, 1, 1
-    return made
-
-
-def make_clip(
-    path: Path,
-    codec: str = "libx264",
-    pixel_format: str = "yuv420p",
-    *,
-    frames: int = FRAMES,
-    sound: bool = True,
-    rotation: int = 0,
-    **options: str,
-) -> Path:
-    with av.open(str(path), "w") as writer:
-        writer.metadata["title"] = "A clip"
-        stream = writer.add_stream(codec, options=options or ({"qp": "0"} if codec == "libx264" else {}))
-        context = stream.codec_context
-        context.width, context.height, context.pix_fmt = WIDTH, HEIGHT, pixel_format
-        context.time_base, context.framerate = Fraction(1, 1000), Fraction(25)
-        context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 1, 1, 1
-        context.sample_aspect_ratio = Fraction(4, 3)
-        if rotation:
-            stream.set_display_rotation(rotation)
-        name = "libopus" if path.suffix == ".webm" else "aac"
-        audio = writer.add_stream(name, rate=48000, layout="mono") if sound else None
-        if audio is not None:
-            audio.metadata["language"] = "deu"
-            tone = np.sin(np.arange(48000 // 2) * 0.05).astype(np.float32)[None]
-            sample = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-            sample.sample_rate, sample.pts = 48000, 0
-            resampler = av.AudioResampler(format=audio.codec_context.format, layout="mono", rate=48000)
-            for part in resampler.resample(sample):
-                writer.mux(audio.encode(part))
-            writer.mux(audio.encode(None))
-        for index in range(frames):
-            picture = frame(index, pixel_format)
-            picture.pts, picture.time_base = TIMES[index % 10] + 470 * (index // 10), Fraction(1, 1000)
-            writer.mux(stream.encode(picture))
-        writer.mux(stream.encode(None))
-    return path
-
-
-def streams(path: Path, kind: str) -> list[tuple[Any, bytes]]:
-    """Times and bytes of the packets of a kind of stream."""
-    with av.open(str(path)) as reader:
-        stream = next(stream for stream in reader.streams if stream.type == kind)
-        return [(packet.pts * packet.time_base, bytes(packet)) for packet in reader.demux(stream) if packet.size]
-
-
-def decoded(path: Path) -> list[Any]:
-    with av.open(str(path)) as reader:
-        return list(reader.decode(video=0))
-
-
-def luma(picture: Any) -> Any:
-    plane = picture.planes[0]
-    kind = "<u2" if picture.format.components[0].bits > 8 else np.uint8
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, -1).view(kind)[:, : plane.width].astype(int)
-
-
-@pytest.fixture(scope="module")
-def network() -> FusedDenoiser:
-    return fuse(random_network(), torch.float32)
-
-
-def run(source: Path, target: Path, network: Any, sigma: Any = 20.0, **options: Any) -> VideoResult:
-    return denoise_video(source, target, sigma, lambda eight_bit, white: network, **options)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
@@ -379,192 +284,6 @@ def test_other_codecs(tmp_path: Path, network: FusedDenoiser) -> None:
         run(make_clip(tmp_path / "c.mp4", frames=1), tmp_path / "e.webm", network)
     with pytest.raises(UserError, match=r"crf: 20, but the encoder ffv1 has none"):
         run(tmp_path / "a.mkv", tmp_path / "e.mkv", network, crf=20)
-
-
-def test_damaged_files(tmp_path: Path, network: FusedDenoiser) -> None:
-    source = make_clip(tmp_path / "a.mkv", frames=10, sound=False)
-    data = bytearray(source.read_bytes())
-    (tmp_path / "truncated.mkv").write_bytes(data[: len(data) * 6 // 10])
-    result = run(tmp_path / "truncated.mkv", tmp_path / "b.mkv", network)
-    assert 2 < result.frames < 10
-    middle = len(data) // 2
-    data[middle : middle + 600] = bytes(600)
-    (tmp_path / "zeros.mkv").write_bytes(data)
-    result = run(tmp_path / "zeros.mkv", tmp_path / "c.mkv", network)
-    assert result.damaged > 0
-    assert any("damaged packets or frames in the input" in note for note in result.notes)
-    (tmp_path / "text.mp4").write_text("no video" * 100)
-    with pytest.raises(UserError, match=r"text\.mp4: cannot be read as a video: Invalid data"):
-        run(tmp_path / "text.mp4", tmp_path / "d.mp4", network)
-    make_sound_only(tmp_path / "sound.mp4")
-    with pytest.raises(UserError, match=r"sound\.mp4: no video stream"):
-        run(tmp_path / "sound.mp4", tmp_path / "d.mp4", network)
-    assert not any(path.name.startswith((".fastden", "d.")) for path in tmp_path.iterdir())
-
-
-def make_sound_only(path: Path) -> None:
-    with av.open(str(path), "w") as writer:
-        audio = writer.add_stream("aac", rate=48000, layout="mono")
-        sample = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
-        sample.sample_rate = 48000
-        writer.mux(audio.encode(sample))
-        writer.mux(audio.encode(None))
-
-
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, network: FusedDenoiser) -> None:
-    source = make_clip(tmp_path / "a.mp4", frames=3)
-
-    def interrupt(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "b.mp4", network, progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
-
-
-def test_the_process_gets_its_settings_back(
-    tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FFmpeg's level of logging and the environment, after an error too, and where two threads overlap."""
-    source = make_clip(tmp_path / "a.mp4", frames=2)
-    begun, may_end = threading.Barrier(2), threading.Event()
-    seen: list[tuple[int | None, str | None]] = []
-
-    def state(*_: int) -> tuple[int | None, str | None]:
-        seen.append((av.logging.get_level(), os.environ.get("SVT_LOG")))
-        return seen[-1]
-
-    def first(done: int, total: int) -> None:
-        if done == 1:
-            begun.wait(60)
-
-    def second(done: int, total: int) -> None:
-        if done == 1:
-            begun.wait(60)
-            assert may_end.wait(60)
-            assert state() == (av.logging.FATAL, "1")
-            raise KeyboardInterrupt
-
-    monkeypatch.delenv("SVT_LOG", raising=False)
-    level = av.logging.get_level()
-    try:
-        av.logging.set_level(av.logging.ERROR)
-        with ThreadPoolExecutor(2) as pool:
-            videos = [
-                pool.submit(run, source, tmp_path / f"{progress.__name__}.mp4", network, progress=progress)
-                for progress in (first, second)
-            ]
-            assert videos[0].result().frames == 2
-            may_end.set()
-            with pytest.raises(KeyboardInterrupt):
-                videos[1].result()
-        assert state() == (av.logging.ERROR, None)
-        monkeypatch.setenv("SVT_LOG", "3")
-        run(source, tmp_path / "b.mp4", network, progress=state)
-        assert seen[-1] == (av.logging.FATAL, "3")
-        assert state() == (av.logging.ERROR, "3")
-    finally:
-        av.logging.set_level(level)
-
-
-def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, network: FusedDenoiser) -> None:
-    source, target = make_clip(tmp_path / "a.mp4", frames=1), tmp_path / "b.mp4"
-    with pytest.raises(UserError, match=r"b\.mp4: exists already"):
-        run(source, target, network, progress=lambda done, total: target.write_bytes(b"mine"))
-    assert target.read_bytes() == b"mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
-
-
-def test_targets(tmp_path: Path, network: FusedDenoiser) -> None:
-    source = make_clip(tmp_path / "a.mp4", frames=1)
-    before = source.read_bytes()
-    with pytest.raises(UserError, match=r"a\.mp4: exists already"):
-        run(source, source, network)
-    with pytest.raises(UserError, match=r"is the input; accepted: another file"):
-        run(source, source, network, overwrite=True)
-    with pytest.raises(UserError, match=r"b\.png; accepted suffixes for a video: \.mp4"):
-        run(source, tmp_path / "b.png", network)
-    assert source.read_bytes() == before
-    (tmp_path / "b.mp4").write_bytes(b"old")
-    run(source, tmp_path / "b.mp4", network, overwrite=True)
-    assert len(decoded(tmp_path / "b.mp4")) == 1
-
-
-def test_memory_does_not_grow_with_the_length(tmp_path: Path, network: FusedDenoiser) -> None:
-    """No more frames are alive at once in a long video than in a short one."""
-    alive: list[int] = []
-    frames: list[Any] = []
-    original = FrameConverter.pixels
-
-    def watched(self: Any, *arguments: Any) -> Any:
-        array = original(self, *arguments)
-        frames.append(weakref.ref(array))
-        gc.collect(0)
-        alive.append(sum(reference() is not None for reference in frames))
-        return array
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FrameConverter, "pixels", watched)
-        run(make_clip(tmp_path / "a.mp4", frames=20, sound=False), tmp_path / "b.mp4", network, "auto")
-    assert len(alive) == 20 + ESTIMATED
-    assert max(alive) <= ESTIMATED + 1
-    assert max(alive[10 + ESTIMATED :]) <= 2
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    random_network().save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-def test_command(tmp_path: Path, model: str) -> None:
-    source = make_clip(tmp_path / "a.mp4", frames=3)
-
-    def call(*arguments: Any) -> Any:
-        return CliRunner().invoke(app, ["denoise", *map(str, arguments), "--model", model])
-
-    done = call(source, "-o", tmp_path / "b.mp4", "--crf", 30)
-    assert done.exit_code == 0, done.output
-    assert f"{source} -> {tmp_path / 'b.mp4'}, 3 frames of 64 x 48, sigma " in done.stdout
-    assert " (estimated)" in done.stdout
-    assert call(source, "-o", tmp_path / "folder").exit_code == 0
-    assert (tmp_path / "folder" / "a.mp4").stat().st_size > (tmp_path / "b.mp4").stat().st_size
-    for arguments, message in {
-        (source, tmp_path / "b.mp4", "-o", tmp_path / "c"): "with 1 more; accepted: a video alone, or images",
-        (source, "-o", tmp_path / "c.mp4", "--format", "png"): "format: given with a video; accepted: with images",
-        (source, "-o", tmp_path / "c.mp4", "--manifest", "m"): "manifest: given with a video; accepted: with images",
-        (source, "-o", tmp_path / "c.mp4", "--max-megapixels", 0.003): "frames of 64 x 48 pixels; accepted: at most",
-        (tmp_path / "a.png", "-o", tmp_path / "c.png", "--crf", 20): "crf: 20, but the input is no video",
-        (tmp_path / "missing.mp4", "-o", tmp_path / "new" / "c.mp4"): "missing.mp4: cannot be read as a video: No such",
-    }.items():
-        failed = call(*arguments)
-        assert failed.exit_code == 1
-        assert message in failed.stderr
-        assert len(failed.stderr.splitlines()) == 1
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_interrupted_command_says_so(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fastden.cli.video.denoise_video", interrupt)
-    arguments = ["denoise", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "new" / "b.mp4"), "--model", model]
-    done = CliRunner().invoke(app, arguments)
-    assert (done.exit_code, done.stderr) == (130, "error: interrupted; nothing was written\n")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_command_out_of_memory_says_so(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-    monkeypatch.setattr("fastden.cli.video.denoise_video", full)
-    arguments = ["denoise", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "x" / "y" / "b.mp4"), "--model", model]
-    done = CliRunner().invoke(app, arguments)
-    assert (done.exit_code, done.stderr) == (1, "error: out of memory; a smaller --max-memory or --tile needs less\n")
-    assert not (tmp_path / "x").exists()
 
 
 def test_without_pyav(tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import fastden
 from fastden.errors import UserError
 from fastden.video import copy
 from tests.batch.conftest import Blend
-from tests.video.test_copy import HEIGHT, TIMES, WIDTH, decoded, frame, make_clip, run, streams
+from tests.video.clips import HEIGHT, TIMES, WIDTH, decoded, frame, make_clip, run, streams
 
 av = pytest.importorskip("av")
 

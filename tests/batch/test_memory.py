@@ -1,0 +1,146 @@
+"""Memory of a batch: what is in hand, what encoders take, tiles where a device has too little, a full disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastden
+from fastden.batch.memory import Gate, Stopped, split_memory
+from fastden.batch.plan import Job
+from fastden.batch.report import Listener
+from fastden.errors import shown_bytes
+from fastden.images.codec import ImageFile, read_image, write_image
+from fastden.inference.tiling import least_memory
+from tests.batch.conftest import Greedy, outputs
+from tests.image_files import encoded, pixels
+
+
+def test_memory_bounds_the_images_in_hand(
+    photos: Path, tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the limit holds two images, so at most two are between reading and writing."""
+    for path in photos.iterdir():
+        path.unlink()
+    for index in range(8):
+        (photos / f"{index}.png").write_bytes(encoded(pixels(400, 600, seed=index), "PNG"))
+    batch = fastden.BatchDenoiser(network, sigma=5, strength=0.5, max_memory="12MiB")
+    work = batch.stages.reading.open(Job(photos / "0.png", tmp_path / "0.png"))
+    assert not work.streamed
+    assert 2 * work.size <= batch.settings.budget.images < 3 * work.size
+    highest = 0
+    take = Gate.take
+
+    def watched(self: Gate, size: int) -> None:
+        nonlocal highest
+        take(self, size)
+        highest = max(highest, self.taken)
+
+    monkeypatch.setattr(Gate, "take", watched)
+    monkeypatch.setattr("fastden.inference.run.denoise_tiled", lambda network, batch, *_, **__: batch)
+    assert len(batch.run(photos, tmp_path / "out").done) == 8
+    assert highest <= batch.settings.budget.images
+
+
+@pytest.mark.parametrize(("suffix", "claimed"), [("jpg", 0.5 + 0.5 * 4.5), ("webp", 0.5 + 0.5 * 14), ("avif", 20)])
+def test_what_an_encoder_takes_is_claimed(tmp_path: Path, network: Any, suffix: str, claimed: float) -> None:
+    """Beside the image: a copy in the file's depth, and the encoder's memory. What does not fit goes through alone."""
+    image = np.full((300, 400, 3), 30_000, np.uint16)
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", ImageFile(image))
+    batch = fastden.BatchDenoiser(network, sigma=5, max_memory="12MiB")
+    picture = batch.stages.reading.look(Job(tmp_path / "a.png", tmp_path / f"out.{suffix}"))
+    assert (picture.size, picture.streamed) == (int((1 + claimed) * image.nbytes), False)
+    if suffix == "webp":
+        assert picture.size > batch.settings.budget.images / 2
+        report = batch.run(tmp_path, tmp_path / "out", format="webp")
+        assert [record.streamed for record in report.done] == [False, False]
+
+
+def test_gate() -> None:
+    gate = Gate(10)
+    gate.take(8)
+    admitted: list[str] = []
+
+    def wait() -> None:
+        try:
+            gate.take(100)  # an image that is alone always fits
+            admitted.append("in")
+            gate.take(1)
+        except Stopped:
+            admitted.append("stopped")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert admitted == []
+    gate.give_back(8)
+    gate_closer = threading.Timer(0.2, gate.close)
+    gate_closer.start()
+    thread.join(10)
+    assert admitted == ["in", "stopped"]
+
+
+def test_memory_is_split(network: Any) -> None:
+    assert split_memory(1 << 30, network).images == split_memory(1 << 30, network).network == 1 << 29
+    with pytest.raises(ValueError, match=f"accepted: at least {shown_bytes(2 * least_memory(network))} for"):
+        split_memory(2 * least_memory(network) - 1, network)
+    split_memory(2 * least_memory(network), network)
+
+
+def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, network: Any) -> None:
+    greedy = Greedy(fastden.Denoiser().eval()).float()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(2):
+        (folder / f"{index}.png").write_bytes(encoded(pixels(150, 170, seed=index), "PNG"))
+    notes: list[str] = []
+    batch = fastden.BatchDenoiser(greedy, sigma=20)
+    assert batch.run(folder, tmp_path / "out", listener=Listener(note=notes.append)).failed == []
+    assert notes == ["out of memory on cpu: going on in tiles of 84 pixels or less"]
+    for index in range(2):
+        expected = fastden.denoise(folder / f"{index}.png", 20, model=network, tile=40).astype(int)
+        result = read_image(tmp_path / "out" / f"{index}.png").pixels.astype(int)
+        assert np.abs(result - expected).max() <= 1
+    greedy.largest = 50
+    report = batch.run(folder, tmp_path / "none")
+    assert [record.error for record in report.failed] == [
+        "out of memory; a smaller --max-memory or --tile needs less"
+    ] * 2
+    assert not (tmp_path / "none").exists()
+
+
+LIMITED = """
+import resource, sys
+from fastden import BatchDenoiser
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+report = BatchDenoiser(sys.argv[1], sigma=0, strength=0).run(sys.argv[2], sys.argv[3])
+for record in report.failed:
+    print(record.error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of file sizes")
+def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
+    """A limit of file sizes stands for the full disk: the system refuses to write on, in the middle of a file."""
+    from tests.image_files import save_model
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(encoded(pixels(), "PNG"))
+    (folder / "big.png").write_bytes(encoded(pixels(100, 100), "PNG"))
+    model = save_model(tmp_path / "model")
+    command = [sys.executable, "-c", LIMITED, str(model), str(folder), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == f"{tmp_path / 'out' / 'big.png'}: cannot be written: {os.strerror(27)}\n"
+    assert sorted(outputs(tmp_path / "out")) == ["a.png"]
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000

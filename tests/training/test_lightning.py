@@ -1,0 +1,81 @@
+"""Training: what Lightning says, logs and does with Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("lightning")
+pytest.importorskip("pydantic")
+
+from fastden.cli.main import app
+from fastden.errors import UserError
+from fastden.training import trainer
+from fastden.training.config import TrainConfig
+from fastden.training.denoise import DenoiserTraining
+from tests.cli.run import fails
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+def test_lightning_praises_nothing_here() -> None:
+    """Its tips name services of its maker; all else that it says is shown."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tip, other = (logging.makeLogRecord({"msg": text}) for text in ("💡 Tip: try our service", "GPU available: False"))
+    with trainer._without_praise():
+        assert not logger.filter(tip)
+        assert logger.filter(other)
+    assert logger.filter(tip)
+
+
+def test_a_training_leaves_lightnings_logger_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = list(logger.filters)
+    during: list[int] = []
+
+    def stop(*_: Any) -> None:
+        during.append(len(logger.filters))
+        raise UserError("enough")
+
+    monkeypatch.setattr(trainer, "_trainer", stop)
+    with pytest.raises(UserError, match="enough"):
+        trainer.train(TrainConfig(data=[tmp_path], output=tmp_path / "run"))
+    assert during == [len(before) + 1]
+    assert list(logger.filters) == before
+
+
+def test_no_log_replaces_an_earlier_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.mkdir()
+    for name, text in (("metrics-1.csv", "one"), ("metrics-3.csv", "three"), ("metrics.csv", "four")):
+        (log / name).write_text(text)
+    trainer._prepare_output(TrainConfig(data=[tmp_path], output=tmp_path))
+    assert {path.name: path.read_text() for path in log.iterdir()} == {
+        "metrics-1.csv": "one",
+        "metrics-3.csv": "three",
+        "metrics-4.csv": "four",
+    }
+
+
+def test_ctrl_c_ends_the_command_with_130(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning ends the process with code 1, and ignores Ctrl-C from then on."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DenoiserTraining, "training_step", interrupted)
+    config = tmp_path / "run.yaml"
+    config.write_text("steps: 1\nepoch_steps: 1\nbatch: 1\ncrop: 16\nvalidation: 0\nprecision: 32-true\n")
+    changes = [f"data=[{photographs}]", f"output={tmp_path / 'out'}"]
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        done = CliRunner().invoke(app, ["train", str(config), "--set", *changes, "--accelerator", "cpu"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert done.exit_code == 130, (done.output, done.exception)
+    fails("train", config, "--set", *changes, "--minutes", "inf", "--fit", saying="minutes: inf; accepted: a number")
