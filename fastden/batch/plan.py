@@ -13,10 +13,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from fastden.errors import UserError
-from fastden.images.codec import SUFFIXES, format_for
+from fastden.images.codec import SUFFIXES, format_for, format_of_suffix
 from fastden.images.finder import count_left_out, find_images, is_regular
 from fastden.images.formats import result_suffix
-from fastden.images.kinds import OTHER_SUFFIXES
 
 #: The suffix that each format gets when ``--format`` renames a file.
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif", "heic": ".heic"}
@@ -80,8 +79,7 @@ def plan(
     if output.exists() and not output.is_dir():
         accepted = "accepted" if single else "accepted for more than one input"
         raise UserError(f"output: {output} is a file; {accepted}: a folder")
-    names_a_file = output.suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES["HEIC"])
-    if not single and not as_folder and names_a_file:
+    if not single and not as_folder and format_of_suffix(output.suffix):
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
     for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False), left_out):
@@ -123,12 +121,7 @@ def _sources(
         path = Path(name)
         if path.is_dir():
             others: list[Path] = []
-            refused: list[OSError] = []
-            images_here = find_images(path, recursive, None if unreadable is None else refused, others)
-            if refused and not images_here:
-                raise refused[0]
-            if unreadable is not None:
-                unreadable += refused
+            images_here = find_images(path, recursive, unreadable, others)
             others = [other for other in others if not _written_before(other, path, output)]
             if left_out is not None:
                 left_out += others

@@ -16,6 +16,7 @@ from fastden.cli.evaluate import evaluate
 from fastden.cli.export import export, write_cards
 from fastden.cli.noise import noise
 from fastden.cli.options import (
+    MAX_MEGAPIXELS,
     DeviceOption,
     Dtype,
     Engine,
@@ -118,7 +119,7 @@ def denoise(
     strip_metadata: Annotated[
         bool, typer.Option("--strip-metadata", help="Drop EXIF, XMP, IPTC and comments (the ICC profile stays).")
     ] = False,
-    max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 500.0,
+    max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = MAX_MEGAPIXELS,
     sigma_map: Annotated[
         Path | None,
         typer.Option(help="Gray image of the input's size, its values the noise level; white is 255 at any depth."),

@@ -14,12 +14,11 @@ import typer
 
 from fastden.cli.console import say
 from fastden.cli.early import without_garbage_collection
+from fastden.cli.options import MAX_MEGAPIXELS, naming, parse_megapixels
 from fastden.errors import FAILURES, UserError, in_one_line
 
 #: Of maps: formats that hold gray values of 8 and 16 bits as they are.
 MAP_SUFFIXES = (".png", ".tif", ".tiff")
-#: The limit that ``fastden denoise`` has, too.
-MAX_MEGAPIXELS = 500.0
 
 
 def noise(
@@ -44,7 +43,6 @@ def noise(
     noise is shared by neighbouring pixels, as cameras leave it; fine noise is not.
     """
     with without_garbage_collection():
-        from fastden.cli.options import naming, parse_megapixels
         from fastden.images.strips import read_samples
         from fastden.images.whole_files import check_target
         from fastden.inference.estimate import estimator_of, noise_of_samples
@@ -101,11 +99,7 @@ def _pictures(files: list[Path]) -> tuple[list[Path], list[OSError]]:
             pictures.append(file)
             continue
         left_out: list[Path] = []
-        refused: list[OSError] = []
-        inside = find_images(file, unreadable=refused, left_out=left_out)
-        if refused and not inside:
-            raise refused[0]
-        unreadable += refused
+        inside = find_images(file, unreadable=unreadable, left_out=left_out)
         told = count_left_out(left_out) if left_out else ""
         if not inside:
             raise UserError(f"file: no images in the folder {file}{f' ({told})' * bool(told)}; accepted: image files")
@@ -117,14 +111,13 @@ def _pictures(files: list[Path]) -> tuple[list[Path], list[OSError]]:
 
 def _advice(file: Path, kind: str, model: str | None, max_megapixels: float) -> list[str]:
     """What to do, and the command for it, which a shell can run."""
-    from fastden.images.codec import SUFFIXES
+    from fastden.images.codec import format_of_suffix
     from fastden.images.formats import result_suffix
-    from fastden.images.kinds import OTHER_SUFFIXES
 
     if kind == "clean":
         return ["nothing to do: fastden denoise would leave it nearly as it is"]
     suffix = result_suffix(file.suffix)
-    suffix = suffix if suffix.lower() in SUFFIXES or suffix.lower() in OTHER_SUFFIXES["HEIC"] else ".png"
+    suffix = suffix if format_of_suffix(suffix) else ".png"
     command = f"fastden denoise {_quoted(file)} -o {_quoted(file.with_name(f'{file.stem}-clean{suffix}'))}"
     command += f" --model {_quoted(model)}" if model is not None else ""
     command += f" --max-megapixels {max_megapixels:.15g}" if max_megapixels != MAX_MEGAPIXELS else ""

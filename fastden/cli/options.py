@@ -20,6 +20,8 @@ from fastden.errors import UserError, in_one_line, is_out_of_memory
 #: The commands in the order in which they are listed: what most people need comes first.
 COMMANDS = ("denoise", "noise", "ui", "eval", "models", "info", "train", "calibrate", "export", "bench", "build")
 
+#: The default of ``--max-megapixels``: that of ``fastden.images.codec.MAX_PIXELS``, which is slow to import here.
+MAX_MEGAPIXELS = 500.0
 #: The noise levels that the bundled models were trained for, on the scale 0-255.
 TRAINED = {
     "color": (0.0, 75.0),

@@ -282,6 +282,12 @@ def check_format(format_name: str | None) -> None:
         raise ValueError(f"format: {format_name!r}; accepted: {', '.join(FORMATS)}")
 
 
+def format_of_suffix(suffix: str) -> str | None:
+    """The format that is written under a suffix, such as ``".JPG"``; None where none is."""
+    suffix = suffix.lower()
+    return "heic" if suffix in OTHER_SUFFIXES["HEIC"] else SUFFIXES.get(suffix)
+
+
 def format_for(path: str | Path, format_name: str | None = None) -> str:
     """The format for ``path``: the one that is asked for, else the suffix's.
 
@@ -289,7 +295,7 @@ def format_for(path: str | Path, format_name: str | None = None) -> str:
         UserError: an unknown format or suffix, or a suffix that says another format.
     """
     suffix = Path(path).suffix.lower()
-    by_suffix = "heic" if suffix in OTHER_SUFFIXES["HEIC"] else SUFFIXES.get(suffix)
+    by_suffix = format_of_suffix(suffix)
     try:
         check_format(format_name)
     except ValueError as error:

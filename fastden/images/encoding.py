@@ -12,11 +12,11 @@ from fastden.images.libvips import load_vips
 
 #: The most pixels a side that a format holds; AVIF's limit is libvips' own. The other formats hold larger pictures.
 MOST_PIXELS = {"jpeg": 65_500, "webp": 16_383, "avif": 16_384}
-#: The most bytes of pixels for which JPEG's codes are fitted to the picture. Without this second pass nine
-#: photographs took 1 to 5 % more, two small old ones 22 and 35 %, but it holds the coefficients of the whole image.
+#: The most bytes of pixels for which JPEG's codes are fitted to the picture. This second pass makes
+#: files smaller, but holds the coefficients of the whole image.
 OPTIMIZED = 32 << 20
-#: Bytes that encoding takes for each byte of the pixels in the file's depth, the file included: the growth of a process
-#: on 2 cores with libvips 8.18, of noisy and of smooth pictures of 1.5 to 20 megapixels.
+#: Bytes that encoding takes for each byte of the pixels in the file's depth, the file included: allowances, which
+#: another libvips or more cores may exceed.
 ENCODER = {"jpeg": 4.5, "png": 2.0, "tiff": 2.0, "webp": 14.0, "avif": 20.0, "heic": 14.0}
 INTERPRETATIONS = {"uchar": ("b-w", "srgb"), "ushort": ("grey16", "rgb16"), "float": ("b-w", "scrgb")}
 

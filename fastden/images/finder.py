@@ -33,13 +33,19 @@ def find_images(
         folder: to look into.
         recursive: and into the folders in it.
         unreadable: a list that gets the error of each folder below that cannot be read, and of each image file that
-            cannot be looked at; None raises the first.
+            cannot be looked at. None raises the first, and so does a folder in which no image can be looked at.
         left_out: a list that gets the files that are images of a kind that is not read here, by their names.
     """
-    files = _walk(folder, unreadable) if recursive else list(folder.iterdir())
+    refused: list[OSError] | None = None if unreadable is None else []
+    files = _walk(folder, refused) if recursive else list(folder.iterdir())
     if left_out is not None:
-        left_out += sorted(path for path in files if is_left_out(path) and is_regular(path, unreadable))
-    return sorted(path for path in files if has_image_name(path) and is_regular(path, unreadable))
+        left_out += sorted(path for path in files if is_left_out(path) and is_regular(path, refused))
+    images = sorted(path for path in files if has_image_name(path) and is_regular(path, refused))
+    if unreadable is not None and refused:
+        if not images:
+            raise refused[0]
+        unreadable += refused
+    return images
 
 
 def is_regular(path: Path, unreadable: list[OSError] | None) -> bool:

@@ -43,7 +43,7 @@ def calibrate(model: Denoiser, images: Iterable[Tensor]) -> None:
     """Prepare a network for ``fuse(model, quality="fast")``: measure its activations' ranges, and round its weights.
 
     ``save_pretrained`` writes both beside the weights. They belong to these weights: calibrate again after training. 32
-    pictures of 256 pixels take half a minute to a minute of two CPU cores.
+    pictures of 256 pixels take a minute or less of two CPU cores.
 
     Args:
         model: a network of any device and dtype. The calibration runs on the CPU in float32. On a CPU that cannot run

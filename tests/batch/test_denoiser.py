@@ -365,3 +365,8 @@ def test_numbers_of_numpy_and_torch(photos: Path, tmp_path: Path, network: Any) 
         assert report.failed == []
         assert len(report.done) == len(plain.done)
         assert outputs(tmp_path / name) == outputs(tmp_path / "plain")
+
+
+def test_a_blind_model_takes_no_estimate() -> None:
+    with pytest.raises(ValueError, match="sigma: a NoiseEstimate, but this model is blind"):
+        fastden.BatchDenoiser(random_network(noise_level_input=False), sigma=ESTIMATE)

@@ -21,13 +21,13 @@ from fastden.batch import ray as ray_module
 from fastden.batch.cost import Cost
 from fastden.batch.manifest import NAME, Record
 from fastden.batch.plan import Job
-from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, distribute, plan_rows
+from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, distribute, mark_absent, plan_rows
 from fastden.cli.main import app
 from fastden.errors import UserError
 from fastden.images.codec import read_image
 from fastden.images.finder import count_left_out
 from tests.cli.run import fails, works
-from tests.image_files import encoded, exif, pixels, save_model
+from tests.image_files import cannot_be_looked_at, encoded, exif, pixels, save_model
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -456,3 +456,18 @@ def test_cost() -> None:
     assert cost.images_an_hour(24, files_at_once=1, cores=2) == pytest.approx(1000)
     with pytest.raises(ValueError, match=r"records: none is done"):
         Cost.of(records[2:])
+
+
+def test_what_cannot_be_looked_at_is_not_replaced(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"input": "a.png", "output": "memory://out/a.png"}
+    assert mark_absent([row], "memory://out") == [{**row, "replaces": "yes"}]
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ValueError("no listing")
+
+    monkeypatch.setattr(type(memory), "find", refused)
+    assert mark_absent([row], "memory://out") == [row]
+    here = {"input": "a.png", "output": str(tmp_path / "b.png")}
+    assert mark_absent([here], str(tmp_path)) == [{**here, "replaces": "yes"}]
+    cannot_be_looked_at(tmp_path / "b.png", monkeypatch)
+    assert mark_absent([here], str(tmp_path)) == [here]

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import fastden
 from fastden.cli.main import app
-from fastden.images.codec import ImageFile, read_image, write_image
+from fastden.cli.options import MAX_MEGAPIXELS, parse_megapixels
+from fastden.images.codec import MAX_PIXELS, ImageFile, read_image, write_image
 from tests.cli.run import fails, works
 from tests.image_files import cannot_be_looked_at, encoded
 
@@ -155,3 +156,7 @@ def test_large_pictures_are_refused_and_admitted(picture: Path, tmp_path: Path) 
     text = works("noise", picture, *rest, 0.0041)
     assert text.endswith("-clean.png' --max-megapixels 0.0041\n")
     assert (tmp_path / "map.png").exists()
+
+
+def test_the_default_limit_is_that_of_reading() -> None:
+    assert parse_megapixels(MAX_MEGAPIXELS) == MAX_PIXELS

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastden.images.codec import SUFFIXES
-from fastden.images.finder import find_images, has_image_name
+from fastden.images.finder import find_images, has_image_name, is_regular
 
 NAMES = ("a.AVIF", "b.jfif", "c.Jpg", "d.png", "inner/e.tif", "inner/deep/f.webp")
 OTHERS = (".hidden.png", "._a.jpg", "notes.txt", "png", "inner/.g.png")
@@ -47,3 +50,19 @@ def test_training_sees_what_a_batch_sees(folder: Path) -> None:
 def test_names() -> None:
     assert all(has_image_name(f"x{suffix}") and has_image_name(Path(f"a/b/x{suffix.upper()}")) for suffix in SUFFIXES)
     assert not any(map(has_image_name, OTHERS))
+
+
+@pytest.mark.parametrize(("number", "told"), [(21, 0), (123, 0), (1921, 0), (5, 1)])
+def test_errors_of_windows_for_names_that_lead_nowhere(
+    number: int, told: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        error = OSError(errno.EINVAL, "refused")
+        error.winerror = number
+        raise error
+
+    unreadable: list[OSError] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refused)
+        assert not is_regular(tmp_path, unreadable)
+    assert len(unreadable) == told
