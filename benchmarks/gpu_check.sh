@@ -187,6 +187,9 @@ part_tests() {
     # What Triton compiles is most of the work.
     start tests-triton 300 "${pytest[@]}" --maxfail=40 "${workers[@]}" tests/kernels
     if [[ ${kernels[*]} == *cuda* ]]; then tests_of_cuda; fi
+    # All else that waits for a GPU. The last -m counts.
+    start tests-gpu 200 "${pytest[@]}" -m "gpu and not slow" --continue-on-collection-errors tests \
+        --ignore tests/kernels --ignore tests/cuda
     sanitize triton "${sanitized_triton[@]}"
     if [[ ${kernels[*]} == *cuda* ]]; then
         sanitize cuda tests/cuda/test_operators.py
@@ -363,19 +366,20 @@ import sys
 from importlib.util import find_spec
 
 needs = {"typer": "all", "rich": "all", "safetensors": "all", "huggingface_hub": "all", "skimage": "all", "triton": "all"}
+needs |= {"pyvips": "tests-gpu, training"}
 needs |= {"pytest": "tests", "hypothesis": "tests", "xdist": "tests (quicker)", "ninja": "first", "pynvml": "sensors"}
 if {"color", "photo"} & set(sys.argv[1:]):
-    needs |= dict.fromkeys(("lightning", "tensorboard", "yaml", "pydantic", "torchmetrics", "pyvips"), "training")
+    needs |= dict.fromkeys(("lightning", "tensorboard", "yaml", "pydantic", "torchmetrics"), "training")
 lacking = [f"{name} ({what})" for name, what in needs.items() if find_spec(name) is None]
 print("packages that are missing:", ", ".join(lacking) or "none")
 PYTHON
-# Tiles that were searched for other kernels are refused at every launch.
+# Tiles of other kernels are refused at every launch, and those of another kind of GPU are not used.
 if [[ -e $FASTDEN_TUNED ]]; then
-    timeout -k 5 60 "$python" -c 'from fastden.kernels import _tuned; _tuned._table(0)'
+    timeout -k 5 60 "$python" -c 'from fastden.kernels import _tuned; raise SystemExit(not _tuned._table(0))'
     status=$?
     if ((status != 0 && status != 124 && status != 137)); then # the last two: it hung
         mv "$FASTDEN_TUNED" "$out/tuned-other.json"
-        echo "note: $FASTDEN_TUNED is of other kernels; now it is tuned-other.json" >&2
+        echo "note: $FASTDEN_TUNED holds no tiles of these kernels on this GPU; now it is tuned-other.json" >&2
     fi
 fi
 gpu=$(timeout -k 5 60 "$python" -c 'import torch; print(torch.cuda.get_device_name())')

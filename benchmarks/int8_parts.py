@@ -70,13 +70,12 @@ def main() -> None:
 def _variants(model: Denoiser, folders: list[Path]) -> dict[str, FusedDenoiser]:
     assert model.int8_ranges is not None
     ranges, weights = model.int8_ranges
-    wide = {name: value for name, value in ranges.items() if name != "image"}
-    whole = {name: value for name, value in ranges.items() if name != "share"}
-    plain = {name: value for name, value in int8.without_rounding(whole).items() if name != "image"}
-    made = {"ships": ranges, "nearest": int8.without_rounding(ranges)}
     # Other steps need other codes: theirs are the nearest.
-    made |= {"nearest, whole ranges": int8.without_rounding(whole), "nearest, wide image": int8.without_rounding(wide)}
-    made |= {"nearest, whole, wide": plain}
+    nearest = int8.without_rounding(ranges)
+    made = {"ships": ranges, "nearest": nearest}
+    without = {"whole ranges": ("share",), "wide image": ("image",), "whole, wide": ("share", "image")}
+    for name, parts in without.items():
+        made[f"nearest, {name}"] = {part: value for part, value in nearest.items() if part not in parts}
     networks = {name: _fast(model, found, weights) for name, found in made.items()}
     if model.estimator is not None:
         other = copy.deepcopy(model)

@@ -143,8 +143,9 @@ def copied(function: Any, memo: dict[int, Any]) -> Any:
         memo[id(function)] = mapping
         mapping.update((key, copied(value, memo)) for key, value in function.items())
         return mapping
-    if type(function) is tuple:
-        fixed = tuple(copied(value, memo) for value in function)
+    make = tuple if type(function) is tuple else getattr(type(function), "_make", None)
+    if isinstance(function, tuple) and make is not None:  # a named tuple too
+        fixed = make([copied(value, memo) for value in function])
         return memo.setdefault(id(function), fixed)
     if isinstance(function, FunctionType):
         return _copied_function(function, memo)

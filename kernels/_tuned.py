@@ -165,7 +165,8 @@ def _earlier(file: Path, made: Mapping[str, Any]) -> dict[str, list[dict[str, An
         document = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return dict(document["entries"]) if all(document.get(name) == value for name, value in made.items()) else {}
+    same = isinstance(document, dict) and all(document.get(name) == value for name, value in made.items())
+    return dict(document["entries"]) if same else {}
 
 
 @cache
@@ -182,6 +183,8 @@ def _table(device: int | None) -> dict[str, list[dict[str, Any]]]:
         return {}  # a cache folder of another user, or none
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); accepted: what benchmarks/tune.py writes") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{file}: a JSON {type(document).__name__}; accepted: what benchmarks/tune.py writes")
     made = _made()
     other = {name: document.get(name) for name, value in made.items() if document.get(name) != value}
     if other:

@@ -497,3 +497,8 @@ def test_the_file_tag_is_not_lost_from_pil(network: fastden.FusedDenoiser, tmp_p
     result = fastden.denoise(Image.open(path), SIGMA, model=network)
     assert result.getexif()[ORIENTATION] == 6
     assert result.size == (40, 32)
+
+
+def test_the_warning_reaches_code_without_a_module() -> None:
+    with pytest.warns(fastden.ScaleWarning, match=r"sigma: 0\.1,"):
+        exec("denoise(image, 0.1, model='color')", {"denoise": fastden.denoise, "image": pixels(dtype=np.uint8)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,18 @@ class TestModules:
         assert torch.equal(loss(output, clean, torch.zeros(2, 2)).total, before)
 
     @pytest.mark.parametrize(
-        "case", ["keyword", "object", "its list", "its method", "mapping", "default", "keyword default"]
+        "case",
+        [
+            "keyword",
+            "object",
+            "its list",
+            "its method",
+            "mapping",
+            "tuple",
+            "named tuple",
+            "default",
+            "keyword default",
+        ],
     )
     def test_copies_of_functions_behind_others_have_their_own_parameters(self, case: str) -> None:
         class Held:
@@ -245,6 +257,8 @@ class TestModules:
                 "object": Held(inner),
                 "its list": partial(lambda p, t, held: held(p, t), held=Held(inner).first),
                 "its method": Held(inner).first,
+                "tuple": partial(lambda p, t, held: held[0](p, t), held=(inner,)),
+                "named tuple": partial(lambda p, t, held: held.inner(p, t), held=namedtuple("Held", "inner")(inner)),
                 "mapping": partial(lambda p, t, held: held(p, t), held=Layers(layer=layer)),
                 "default": lambda p, t, layer=layer: (layer(p) - t).square().mean(),
                 "keyword default": lambda p, t, *, inner=inner: inner(p, t),

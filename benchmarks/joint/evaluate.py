@@ -34,6 +34,7 @@ from rich.progress import Progress
 from torch import nn
 
 import fastden
+from fastden.batch.settings import digest_of
 from fastden.bench.tables import write
 from fastden.evaluation import psnr, ssim
 from fastden.training.tasks import Task
@@ -114,15 +115,6 @@ def pictures_digest(images: list[tuple[Any, Any]]) -> str:
         for values in map(np.ascontiguousarray, pair):
             sha.update(f"{values.dtype} {values.shape}".encode())
             sha.update(values.tobytes())
-    return sha.hexdigest()[:16]
-
-
-def network_digest(network: nn.Module) -> str:
-    """A hash of the frozen network's weights: results of another network are not mixed in."""
-    sha = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -277,7 +269,7 @@ def begin(
     settings = {
         "images": len(images),
         "pictures": pictures_digest(images),
-        "network": network_digest(frozen),
+        "network": digest_of(frozen.state_dict())[:16],  # results of another network are not mixed in
         "few": few,
         "dtype": dtype,
     }

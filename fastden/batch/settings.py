@@ -91,7 +91,7 @@ class Settings:
         estimated = sigma == "auto" and sigma_map is None and network.noise_level_input
         bundled = isinstance(self.model, str) and self.model in models()
         own = network.estimator if estimated and not bundled else None
-        self._estimator = None if own is None else _digest_of(own.weights)
+        self._estimator = None if own is None else digest_of(own.weights)
         self._network_is_fast = network.quality == "fast"
         if wishes.fast:
             _ = self._ranges  # now, as the networks are loaded: a calibration may come before the first image
@@ -156,7 +156,7 @@ def _weights_digest(model: Model, network: FusedDenoiser) -> str:
         if file.is_file():
             return digest(file)
     state = model.state_dict() if isinstance(model, Denoiser) else network.state_dict()
-    return _digest_of(state)
+    return digest_of(state)
 
 
 def _ranges_digest(model: Model) -> str:
@@ -165,10 +165,10 @@ def _ranges_digest(model: Model) -> str:
         file = files_of(model) / RANGES_FILE
         return digest(file) if file.is_file() else ""
     ranges = model.ranges if isinstance(model, FusedDenoiser) else (model.int8_ranges or (None, ""))[0]
-    return _digest_of(ranges) if ranges else ""
+    return digest_of(ranges) if ranges else ""
 
 
-def _digest_of(state: Mapping[str, Tensor]) -> str:
+def digest_of(state: Mapping[str, Tensor]) -> str:
     """The SHA-256 of tensors in memory, by their names."""
     sha = sha256()
     for name, tensor in sorted(state.items()):

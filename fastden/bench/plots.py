@@ -9,8 +9,8 @@ from typing import Any
 
 from fastden.errors import UserError
 
-#: Colour and marker of each contender in all pictures, which colour-blind readers tell apart: most are Okabe and
-#: Ito's, and the others differ from these in simulated colour blindness too.
+#: Colour and marker of each contender in all pictures. Most colours are Okabe and Ito's. To colour-blind readers some
+#: of the others are close, so each has a marker of its own.
 STYLES = {
     "fastden": ("#0072B2", "o"),
     "fastden-triton": ("#0072B2", "o"),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastden
 from fastden.bench.machine import commit
 from fastden.training.config import load_config
 from tests.cli.run import fails
@@ -81,6 +82,23 @@ def test_level_factor_takes_every_kind_of_picture(root: Path, tmp_path: Path, mo
         np.testing.assert_array_equal(image, np.repeat(6 * columns.astype(np.uint8)[..., None], 3, axis=2))
 
 
+def test_int8_parts_leaves_one_part_out_at_a_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    script = load(root / "benchmarks" / "int8_parts.py")
+    levels: list[tuple[float, ...]] = []
+    monkeypatch.setattr(script, "_fast", lambda model, ranges, weights: set(ranges))
+    monkeypatch.setattr(script, "central_crops", lambda folders, count: [])
+    monkeypatch.setattr(script, "calibrate", lambda model, crops: levels.append(script.calibration.PHOTO_SIGMAS))
+    monkeypatch.setattr(script, "fuse", lambda model, quality: None)
+    variants = script._variants(fastden.Denoiser.from_pretrained("photo"), [])
+    ships, nearest = variants["ships"], variants["nearest"]
+    assert {name.split(".")[0] for name in ships - nearest} == {"up", "mean"}
+    assert nearest - variants["nearest, whole ranges"] == {"share"}
+    assert nearest - variants["nearest, wide image"] == {"image"}
+    assert nearest - variants["nearest, whole, wide"] == {"share", "image"}
+    assert ([max(one) for one in levels], max(script.calibration.PHOTO_SIGMAS)) == ([40], 75)
+
+
 def stand_ins(folder: Path, log: Path, failing: str = "never") -> dict[str, str]:
     """An environment in which Python and a GPU's tools only note what they are asked; what is ``failing`` fails."""
     folder.mkdir()
@@ -122,12 +140,22 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
         assert "results/status.json" in kept.getnames()
     asked = log.read_text().splitlines()
     tests = [line for line in asked if line.startswith("-m pytest")]
-    assert sorted(file for line in tests for file in line.split() if file.startswith("tests/")) == [
+    (others,) = (line for line in tests if " tests " in line)
+    assert (
+        "-m gpu and not slow --continue-on-collection-errors tests --ignore tests/kernels --ignore tests/cuda" in others
+    )
+    tests.remove(others)
+    apart = [file for line in tests for file in line.split() if file.startswith("tests/")]
+    assert sorted(apart) == [
         "tests/cuda/test_fp8.py",
         "tests/cuda/test_network.py",
         "tests/cuda/test_operators.py",
         "tests/kernels",
     ]
+    waiting = [
+        path for path in (root / "tests/cuda").glob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    assert {f"tests/cuda/{path.name}" for path in waiting} <= set(apart)
     for file in {word for line in asked for word in line.split() if word.startswith(("tests/", "benchmarks/"))}:
         assert (root / file).exists(), file
     assert any(line.startswith("ncu --csv --clock-control none --metrics sm__pipe_tensor") for line in asked)

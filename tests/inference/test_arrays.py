@@ -407,3 +407,13 @@ def test_a_url_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert done.exit_code == 1
         assert "output: s3://bucket/out/ is a URL; accepted: a path, or URLs with --engine ray" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.png"]
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_an_estimate_for_all_images(lazy: bool) -> None:
+    images = np.stack([pixels(64, 70, 3, np.uint8, seed=seed) for seed in range(2)])
+    estimate = fastden.estimate_noise(images[0])
+    source = da.from_array(images, (1, 32, 32, 3)) if lazy else images
+    done = denoise_array(source, estimate, model="color", dtype="float64")
+    expected = np.stack([fastden.denoise(one, estimate, model="color", dtype="float64") for one in images])
+    same(computed(done) if lazy else done, expected)

@@ -158,7 +158,7 @@ def test_a_later_search_adds_to_the_file(device: str, file: Path) -> None:
     }
     assert sum(map(len, entries.values())) == 3
     # What other kernels or another GPU gave, and what is broken, is replaced.
-    for text in (json.dumps(json.loads(file.read_text()) | {"kernels": "0"}), "{"):
+    for text in (json.dumps(json.loads(file.read_text()) | {"kernels": "0"}), "{", "[]"):
         file.write_text(text)
         _tuned.write(file, {small: (first, {})}, capability="9.0")
         assert list(json.loads(file.read_text())["entries"]) == ["conv k"]

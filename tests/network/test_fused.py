@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from fastden.network import onednn
+from fastden.network.devices import parse_device
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.model import Denoiser
 from fastden.ops.backends import use_backend
@@ -396,3 +397,12 @@ def test_derivatives_of_every_order() -> None:
         assert max_error(single(x, 0.1), plain(x, 0.1)) < 1e-5
     assert "differentiable=True" in repr(single)
     assert copy.deepcopy(single).differentiable
+
+
+def test_a_cuda_device_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^device: 'cuda:1'; accepted: cuda:0 to cuda:0$"):
+        parse_device("cuda:1")
+    with pytest.raises(ValueError, match=r"quality: 'fast', but device: cuda:1; accepted: cuda:0 to cuda:0"):
+        fuse(Denoiser.from_pretrained("color"), "float16", "cuda:1", quality="fast")

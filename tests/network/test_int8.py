@@ -465,3 +465,27 @@ def test_calibrate_keeps_other_models(tmp_path: Path, picture: Tensor, monkeypat
 
 def fingerprint_of(model: str) -> str:
     return int8.fingerprint(Denoiser.from_pretrained(model))
+
+
+def test_sums_of_bright_inputs_keep_their_digits() -> None:
+    codes = torch.randint(249, 252, (2, 8, 64, 65), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    ones = torch.ones(4, 8, 1, 1)
+    layer = QuantizedConvolution(ones, torch.zeros(4), torch.ones(8), None, zero=torch.zeros(8), relu=False)
+    windows = Windows(64 * 65)
+    for one in codes.split(1):
+        windows.see(layer, one)
+    wanted = codes.permute(1, 0, 2, 3).flatten(1).double()
+    mean, covariance = windows.statistics()
+    assert (covariance - wanted.cov(correction=0)).abs().max() < 1e-5
+    assert torch.allclose(mean, wanted.mean(1), rtol=1e-6)
+
+
+def test_weights_that_hold_nan_are_no_others() -> None:
+    """They never run in integers, so that they need to belong to no ranges."""
+    network = fastden.fuse(Denoiser.from_pretrained("color"), quality="fast")
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    state["res2_conv_weight"][0, 0, 0, 0] = torch.nan
+    network.load_state_dict(state)
+    with torch.no_grad():
+        assert network(torch.rand(1, 3, 32, 32), 0.1).isnan().any()
