@@ -148,7 +148,9 @@ def find() -> tuple[Library | None, list[str]]:
         # The user learns of a library for another PyTorch, but not of those from older sources, which fill any cache.
         return None, [next((reason for reason in reasons if "built for" in reason), reasons[0])]
     lacking = build.missing(build.find_toolkit())
-    return None, ["not built; run `fastden build`" + (f", which needs: {'; '.join(lacking)}" if lacking else "")]
+    return None, [
+        f"not built, and cannot be built here: {'; '.join(lacking)}" if lacking else "not built; run `fastden build`"
+    ]
 
 
 def _unserved(library: Library) -> tuple[int, int]:

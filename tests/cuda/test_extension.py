@@ -55,9 +55,7 @@ def reasons() -> list[str]:
 
 def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "missing", lambda toolkit: ["nvcc is not found", "this PyTorch is not a CUDA build"])
-    assert reasons() == [
-        "not built; run `fastden build`, which needs: nvcc is not found; this PyTorch is not a CUDA build"
-    ]
+    assert reasons() == ["not built, and cannot be built here: nvcc is not found; this PyTorch is not a CUDA build"]
     monkeypatch.setattr(build, "missing", lambda toolkit: [])
     assert reasons() == ["not built; run `fastden build`"]
     assert extension.why_not() == ["not built; run `fastden build`"]
