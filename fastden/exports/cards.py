@@ -22,11 +22,22 @@ def summary(card: str) -> str:
     return next((part for part in paragraphs if part and part[0] not in "#|!<["), "")
 
 
-def license_of(card: str) -> str | None:
-    """The licence in a card's header, as an SPDX name where it is one; None where none is stated."""
+def stated(card: str, key: str) -> str | None:
+    """The word behind ``key`` in a card's header; None where there is none."""
     header = card.split("---", 2)[1] if card.startswith("---") and card.count("---") > 1 else ""
-    stated = re.search(r"^license: *(\S+)", header, re.MULTILINE)
-    return _SPDX.get(stated[1], stated[1]) if stated else None
+    match = re.search(rf"^{re.escape(key)}: *(\S+)", header, re.MULTILINE)
+    return match[1] if match else None
+
+
+def license_of(card: str) -> str | None:
+    """The licence in a card's header, as an SPDX name where it is one, or the card's own name of another licence.
+
+    None where none is stated.
+    """
+    found = stated(card, "license")
+    if found == "other":  # the Hub's word for licences that it does not know
+        found = stated(card, "license_name") or found
+    return None if found is None else _SPDX.get(found, found)
 
 
 #: The Hub writes licences in lower case.

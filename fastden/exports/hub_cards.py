@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fastden.exports.cards import body, license_of, section
+from fastden.exports.cards import body, section, stated
 from fastden.images.whole_files import check_target, write_bytes
 from fastden.network.hub import models
 
@@ -61,7 +61,9 @@ def hub_card(name: str, card: str) -> str:
         card: as the package ships it.
     """
     data = ModelCardData(
-        license=(license_of(card) or "unknown").lower(),
+        license=(stated(card, "license") or "unknown").lower(),
+        license_name=stated(card, "license_name"),
+        license_link=stated(card, "license_link"),
         library_name="fastden",
         pipeline_tag=TASK,
         tags=list(TAGS),

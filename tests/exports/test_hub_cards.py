@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import fastden
+from fastden.exports.cards import license_of
 from fastden.exports.hub_cards import hub_card
 from fastden.network.model import Denoiser
 from tests.cli.run import fails, works
@@ -19,7 +20,12 @@ def test_every_model(tmp_path: Path) -> None:
         folder = tmp_path / "hub" / name
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in source.iterdir())
         card = ModelCard.load(folder / "README.md")
-        assert (card.data.license, card.data.library_name) == ("apache-2.0", "fastden")
+        # ImageNet's terms forbid commercial use.
+        wanted = "other" if name == "color-classify" else "apache-2.0"
+        assert (card.data.license, card.data.library_name) == (wanted, "fastden")
+        if wanted == "other":
+            assert card.data.license_name == "apache-2.0-within-the-terms-of-imagenet"
+            assert card.data.license_link == "https://www.image-net.org/download.php"
         assert card.data.pipeline_tag == "image-to-image"
         # It says all that the shipped card says, with the licences of the data.
         assert (source / "README.md").read_text().split("---", 2)[2].strip() in card.text
@@ -39,6 +45,13 @@ def test_figures_are_the_cards_own() -> None:
         column = ["sigma 15", "sigma 25", "sigma 35", "sigma 50", "sigma 75"].index(level) + 2
         cell = row.split("|")[column].strip().strip(")").split(" (")
         assert value == float(cell[metric == "ssim"])
+
+
+def test_the_licence_of_a_card() -> None:
+    assert license_of("---\nlicense: mit\n---\n# A\n") == "MIT"
+    assert license_of("---\nlicense: other\nlicense_name: mine\n---\n# A\n") == "mine"
+    assert license_of("---\nlicense: other\n---\n# A\n") == "other"
+    assert license_of("# A\n\nlicense: mit\n") is None
 
 
 def test_a_card_that_states_nothing() -> None:
