@@ -16,9 +16,11 @@ let worker = null;
 let file = null;
 let urls = [];
 let gpu = true;
+// Told with every message about a picture: that others were dropped with it.
+let left = "";
 
 function say(text, wrong = false) {
-  parts.status.textContent = text;
+  parts.status.textContent = [text, left].filter(Boolean).join(" ");
   parts.status.classList.toggle("wrong", wrong);
 }
 
@@ -106,7 +108,8 @@ async function run() {
     if (worker !== mine) return; // another picture, or Cancel, came meanwhile
     offer(given, shown, saved, lossy);
     const megapixels = (picture.width * picture.height) / 1e6;
-    say(`${inWords(done.seen)} ${megapixels.toFixed(1)} megapixels in ${done.seconds.toFixed(1)} s (${done.how}).`);
+    const how = `by the model ${done.name} in ${done.seconds.toFixed(1)} s (${done.how})`;
+    say(`${inWords(done.seen)} ${megapixels.toFixed(1)} megapixels ${how}.`);
     parts.status.dataset.seconds = done.seconds;
     parts.status.dataset.how = done.how;
   } catch (error) {
@@ -135,6 +138,7 @@ function setSigma(value) {
 function take(files) {
   if (!files.length) return;
   [file] = files;
+  left = files.length > 1 ? `${files.length} files were dropped: this page took ${file.name} alone. fastden ui takes several.` : "";
   show("settings", true);
   run();
 }

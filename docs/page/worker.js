@@ -168,7 +168,7 @@ self.onmessage = async ({ data: { picture, sigma, strength, gpu } }) => {
       const pixels = await denoise(picture, network, curve, strength);
       return { pixels, seconds: (performance.now() - start) / 1000 };
     });
-    self.postMessage({ pixels, seen, seconds, how: runtime.how }, [pixels.buffer]);
+    self.postMessage({ pixels, seen, seconds, name, how: runtime.how }, [pixels.buffer]);
   } catch (error) {
     self.postMessage({ error: String(error?.message ?? error) });
   }

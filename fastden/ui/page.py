@@ -22,6 +22,11 @@ AUTOMATIC = "automatic"
 POLL = 0.2
 
 TITLE = "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>"
+#: As of ``--sigma``: see docs/noise.md.
+BY_HAND = (
+    "<p>A level set by hand is one of white noise: automatic takes the model color for it. For coarse grain move"
+    " Strength instead, or choose the model photo and 1.4 to 2 times the level (docs/noise.md).</p>"
+)
 LOST = "The connection was lost, and the pictures with it: drop them again."
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
@@ -29,9 +34,12 @@ footer { display: none !important; }
 #title h1 { margin: 0; } #title p { margin: 2px 0 0; }
 #drop { height: 150px !important; }
 #status { padding: 2px 4px; min-height: 24px; }
-#status progress { width: 100%; height: 10px; accent-color: #2563eb; }
+#by-hand { background: var(--block-background-fill); } #by-hand p { margin: 0; }
+#bar progress { width: 100%; height: 10px; accent-color: #2563eb; }
 #status .wrong { color: #c2410c; } .dark #status .wrong { color: #fdba74; }
 """
+#: Screen readers tell what changes below it. Gradio keeps this element, and makes what is in it anew.
+ANNOUNCED = """() => document.querySelector("#status").setAttribute("role", "status")"""
 
 
 class Page:
@@ -73,6 +81,7 @@ class Page:
             gr.HTML(TITLE, elem_id="title")
             drop = gr.File(file_count="multiple", label="Photographs", elem_id="drop", height=150)
             status = gr.HTML(elem_id="status")
+            bar = gr.HTML(visible=False, elem_id="bar")
             cancel = gr.Button("Cancel", visible=False, elem_id="cancel")
             save = gr.DownloadButton("Download", visible=False, variant="primary", elem_id="save")
             which = gr.Dropdown([], label="Picture", visible=False, elem_id="which")
@@ -85,11 +94,13 @@ class Page:
                     automatic = gr.Checkbox(True, label="Find the noise level by itself", min_width=200)
                     sigma = gr.Slider(0, MAX_SIGMA, 0, step=0.1, label="Noise level (sigma)", interactive=False)
                     model = gr.Dropdown([AUTOMATIC, *models()], value=AUTOMATIC, label="Model", min_width=160)
+                gr.HTML(BY_HAND, elem_id="by-hand", padding=True)
             again = gr.Button("Denoise again", interactive=False, elem_id="again")
 
             shown = [which, compare, status, sigma]
-            buttons = [again, cancel, save]
+            buttons = [bar, again, cancel, save]
             private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+            page.load(None, None, None, js=ANNOUNCED)
             page.unload(self._leave)
             # One run at a time: pictures of several visitors would share the memory.
             running: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "run", **private}
@@ -137,10 +148,14 @@ class Page:
 
         thread = threading.Thread(target=work, name="fastden-ui", daemon=True)
         thread.start()
+        said = None
         try:
             while thread.is_alive():
-                text = _progress(session, *told[0])
-                yield gr.skip(), gr.skip(), text, gr.skip(), *_buttons(session, running=True)
+                index, part = told[0]
+                text = _at_work(session, index)
+                # Text that stays is not sent again, or a screen reader would read it again.
+                yield gr.skip(), gr.skip(), gr.skip() if text == said else text, gr.skip(), *_buttons(session, part)
+                said = text
                 thread.join(POLL)
         finally:
             if thread.is_alive():
@@ -198,14 +213,16 @@ def _level(session: Session, index: int, automatic: bool) -> dict[str, Any]:
     return {"value": round(picture.estimate.sigma, 1)}
 
 
-def _buttons(session: Session, *, running: bool = False) -> tuple[Any, ...]:
-    """The buttons *Denoise*, *Cancel* and *Download*."""
+def _buttons(session: Session, part: float | None = None) -> tuple[Any, ...]:
+    """The bar of progress, and the buttons *Denoise*, *Cancel* and *Download*; ``part`` of a run is done."""
+    running = part is not None
     some = any(picture.estimate is not None for picture in session.pictures)
     path = None if running else session.download()
     count = sum(picture.done for picture in session.pictures)
     text = "Download" if count < 2 else f"Download all {count} (zip)"
     save = gr.DownloadButton(text, visible=path is not None, value=None if path is None else str(path))
-    return gr.Button(interactive=some and not running), gr.Button(visible=running), save
+    bar = gr.HTML(f'<progress aria-label="Progress" value="{part or 0:.3f}"></progress>', visible=running)
+    return bar, gr.Button(interactive=some and not running), gr.Button(visible=running), save
 
 
 def _wrong(text: str) -> str:
@@ -213,10 +230,12 @@ def _wrong(text: str) -> str:
 
 
 def _told(picture: Picture) -> str:
-    """The text about a picture: its noise, its error and its notes."""
+    """The text about a picture: its noise, its model, its error and its notes."""
     parts = []
     if picture.estimate is not None:
         parts.append(f"<p><b>{html.escape(picture.name)}</b>: {html.escape(in_words(picture.estimate))}</p>")
+    if picture.model is not None:
+        parts.append(f"<p>Denoised by the model {html.escape(picture.model)}.</p>")
     if picture.error is not None:
         parts.append(_wrong(picture.error))
     parts += [f"<p>{html.escape(note)}</p>" for note in picture.notes]
@@ -232,13 +251,14 @@ def _summary(session: Session) -> str:
     return f"<p>{done} of {len(session.pictures)} pictures denoised.</p>" + "".join(map(_wrong, wrong))
 
 
-def _progress(session: Session, index: int, part: float) -> str:
+def _at_work(session: Session, index: int) -> str:
+    """Which picture is at work."""
     names = [picture.name for picture in session.pictures if picture.estimate is not None]
     if not names:
         return ""
     name = html.escape(names[min(index, len(names) - 1)])
     count = f" ({index + 1} of {len(names)})" if len(names) > 1 else ""
-    return f'<p>Denoising {name}{count} ...</p><progress value="{part:.3f}"></progress>'
+    return f"<p>Denoising {name}{count} ...</p>"
 
 
 def theme() -> Any:

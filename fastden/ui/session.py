@@ -66,6 +66,7 @@ class Picture:
         estimate: of its noise; None where it cannot be read.
         error: why there is no result, or None.
         sigma: the level that was used, 0-255, or None.
+        model: the name of the model that was used, or None.
         notes: what the visitor should know of the result.
     """
 
@@ -75,6 +76,7 @@ class Picture:
     estimate: NoiseEstimate | None = None
     error: str | None = None
     sigma: float | None = None
+    model: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -183,11 +185,12 @@ class Session:
             for old in (*self.folder.glob("save-*"), *self.folder.glob("*/out*")):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             for picture in todo:
-                picture.error, picture.sigma, picture.notes = None, None, ()
+                picture.error, picture.sigma, picture.model, picture.notes = None, None, None, ()
 
             def finished(job: Job, record: Record) -> None:
                 picture = by_target[job.target]
                 picture.sigma = record.sigma
+                picture.model = None if record.error is not None else record.model.get("name")
                 picture.notes = tuple(picture.told(note) for note in record.notes)
                 picture.error = None if record.error is None else picture.told(record.error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs" / "page", folder / "docs" / "page")
     page = (ROOT / "docs" / "browser.md").read_text()
-    (folder / "docs" / "browser.md").write_text(page.replace("(command_line.md)", "(index.md)"))
+    (folder / "docs" / "browser.md").write_text(re.sub(r"\((command_line|noise)\.md\)", "(index.md)", page))
     (folder / "docs" / "index.md").write_text("# Start\n")
     config = CONFIG + f"hooks: [{json.dumps(str(ROOT / 'scripts' / 'docs_site.py'))}]\n"
     (folder / "mkdocs.yml").write_text(config)
@@ -145,6 +146,8 @@ def test_a_photograph(page: Any, url: str, site: Path, tmp_path: Path) -> None:
     assert np.abs(result.astype(int) - wanted).max() <= 2
     assert in_words(fastden.estimate_noise(noisy)) in status(page)
     assert "(WebAssembly, 1 thread)" in status(page)
+    name = "color" if fastden.estimate_noise(noisy).is_white else "photo"
+    assert f" by the model {name} in " in status(page)
     size = {model.stem: model.stat().st_size for model in (site / "page" / "models").iterdir()}
     # A visitor's picture needs the estimator and one of the networks.
     assert size["noise"] + max(size["photo"], size["color"]) < 2.5e6
@@ -166,6 +169,30 @@ def test_settings(page: Any, tmp_path: Path) -> None:
     result = np.asarray(Image.open(download.value.path()).convert("RGB"))
     wanted = fastden.denoise(noisy, 40, strength=0.5, dtype="float32")
     assert np.abs(result.astype(int) - wanted).max() <= 2
+    # As with --sigma, noise of a level set by hand counts as white.
+    assert " by the model color in " in status(page)
+    assert "A level set by hand is one of white noise" in page.inner_text("#fastden-page .settings")
+
+
+def test_coarse_grain_goes_to_photo(page: Any) -> None:
+    coarse = np.repeat(np.repeat(pixels(40, 40), 2, 0), 2, 1)
+    assert not fastden.estimate_noise(coarse).is_white
+    drop(page, ZONE, {"coarse.png": encoded(coarse, "PNG")})
+    page.wait_for_selector(SAVE)
+    assert " by the model photo in " in status(page)
+
+
+def test_of_several_the_first_is_taken_and_the_page_says_so(page: Any) -> None:
+    drop(page, ZONE, {name: encoded(pixels(40, 40), "PNG") for name in ("a.png", "b.png")})
+    page.wait_for_selector(SAVE)
+    assert status(page).endswith("2 files were dropped: this page took a.png alone. fastden ui takes several.")
+    drop(page, ZONE, {"c.png": encoded(pixels(40, 40), "PNG")})
+    page.wait_for_selector("#fastden-page .save[download='c-clean.png']")
+    assert "were dropped" not in status(page)
+
+
+def test_the_bar_has_a_name(page: Any) -> None:
+    assert page.get_by_role("progressbar", name="Progress", include_hidden=True).count() == 1
 
 
 def test_threads_where_the_server_allows_them(site: Path, window: Any) -> None:

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from fastden.ui.session import Limits
+from fastden.ui.session import Limits, Session
 from tests.browser import browser, chromium, drop, opened
 from tests.cli.run import works
 from tests.image_files import encoded, exif, pixels, png_claiming
@@ -79,8 +79,12 @@ def saved(page: Any) -> Any:
 
 
 def test_drop_wait_slider_download(page: Any, url: str, tmp_path: Path) -> None:
+    # Screen readers tell what changes in an element that stays.
+    assert page.get_attribute("#status", "role") == "status"
+    page.evaluate("window.kept = document.querySelector('#status')")
     drop(page, ZONE, {"photo.jpg": photo()})
     page.wait_for_selector("fastden-compare")
+    assert page.evaluate("window.kept === document.querySelector('#status[role=status]')")
     assert "noise of fine grain" in page.inner_text("#status")
     # The slider moves the border between the two pictures, which are at 100 %.
     look = "element => element.shadowRoot.querySelector('.after').style.clipPath"
@@ -99,13 +103,17 @@ def test_drop_wait_slider_download(page: Any, url: str, tmp_path: Path) -> None:
     assert Path(download.path()).read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
 
     # A level set by hand and another strength give the command's bytes too.
+    assert page.get_by_text("A level set by hand is one of white noise").is_visible()
     page.get_by_label("Find the noise level by itself").uncheck()
     page.get_by_label("number input for Noise level (sigma)").fill("30")
     page.get_by_label("number input for Strength").fill("0.5")
     page.get_by_label("number input for Strength").press("Tab")
+    first = page.get_attribute("fastden-compare", "after")
     page.click("#again")
-    page.wait_for_selector("#cancel")
+    # The bar and Cancel may be gone before anybody looks: a small picture takes no time.
+    page.wait_for_selector(f"fastden-compare:not([after='{first}'])")
     page.wait_for_selector("#save")
+    assert "Denoised by the model color." in page.inner_text("#status")
     options = ("--sigma", "30", "--strength", "0.5", "--overwrite")
     works("denoise", tmp_path / "photo.jpg", "-o", tmp_path / "wanted.jpg", *options)
     assert Path(saved(page).path()).read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
@@ -155,6 +163,28 @@ def test_leaving_the_page_removes_its_files(window: Any, url: str, files: Path) 
     while mine.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not mine.exists()
+
+
+def test_progress_for_screen_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is sent once, while the bar moves on, and the bar has a name."""
+    from fastden.ui.page import POLL, Page
+
+    run = Session.run
+
+    def slow(session: Session, *given: Any) -> None:
+        time.sleep(3 * POLL)
+        run(session, *given)
+
+    monkeypatch.setattr(Session, "run", slow)
+    page, request = Page(tmp_path, Limits()), SimpleNamespace(session_hash="mine")
+    (tmp_path / "a.jpg").write_bytes(photo())
+    page._take([str(tmp_path / "a.jpg")], True, request)
+    *working, ended = list(page._run(True, 0.0, 1.0, "automatic", request))
+    assert len(working) > 1
+    assert [text for _, _, text, *_ in working if isinstance(text, str)] == ["<p>Denoising a.jpg ...</p>"]
+    assert all(bar.visible and 'aria-label="Progress"' in bar.value for *_, bar, _, _, _ in working)
+    assert not ended[-4].visible
+    page.close()
 
 
 def test_pictures_that_went_with_the_connection_are_told(tmp_path: Path) -> None:

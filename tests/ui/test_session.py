@@ -71,6 +71,7 @@ def test_the_bytes_are_the_commands(session: Session, tmp_path: Path, choice: Ch
     (tmp_path / "photo.jpg").write_bytes(jpeg())
     works("denoise", tmp_path / "photo.jpg", "-o", tmp_path / "wanted.jpg", *options)
     assert path.read_bytes() == (tmp_path / "wanted.jpg").read_bytes()
+    assert session.pictures[0].model == (choice.model or "color")  # white noise, or a level that is given
 
 
 def test_several_come_as_a_zip(session: Session, tmp_path: Path) -> None:
