@@ -32,6 +32,20 @@ def test_a_program_without_fastden(tmp_path: Path) -> None:
             assert (network(image, level) - model(image, level)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("level", [True, False])
+def test_a_program_takes_every_size(tmp_path: Path, level: bool) -> None:
+    """All remainders of 4: it failed where one of the sides is 2 more than a multiple of 4."""
+    path = fastden.export("color", tmp_path / "color.pt2", sigma=None if level else 25.5)
+    model, network = Denoiser.from_pretrained("color"), torch.export.load(path).module()
+    for height in (1, 2, 10, 11, 12, 13):
+        for width in (1, 2, 6, 7, 8, 9, 34):
+            image, sigma = torch.rand(2, 3, height, width), torch.full((2, 1, height, width), 0.1)
+            with torch.no_grad():
+                y = network(image, sigma) if level else network(image)
+                assert y.shape == image.shape
+                assert (y - model(image, 0.1)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("composed", [True, False])
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
 def test_defaults_of_others_do_not_matter(tmp_path: Path, composed: bool, default: torch.dtype) -> None:
