@@ -11,8 +11,9 @@ class ScaleWarning(UserWarning):
     """An image that was given to a network seems to be on another scale than [0, 1], such as 0-255.
 
     Networks show it once in a process. :func:`fastden.denoise` warns, too, where the noise level of an 8-bit image
-    seems to be on the scale 0-1. ``warnings.filterwarnings("ignore", category=fastden.ScaleWarning)`` or the
-    environment variable ``FASTDEN_SCALE_WARNING=0`` turns it off.
+    seems to be on the scale 0-1, and :func:`fastden.denoise_array` where one for integers exceeds their given range.
+    ``warnings.filterwarnings("ignore", category=fastden.ScaleWarning)`` or the environment variable
+    ``FASTDEN_SCALE_WARNING=0`` turns it off.
     """
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from fastden.images.pixels import Array
+from fastden.errors import ScaleWarning
+from fastden.images.pixels import Array, full_scale
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import crop_windows, sample_windows
 from fastden.inference.estimate import NoiseEstimate, estimator_of, noise_of_samples
+from fastden.inference.run import noise_level_of
+from fastden.network.fused import FusedDenoiser
+from fastden.network.inputs import SCALE_ENVIRONMENT, as_tensor, with_values
 from fastden.network.level import KNOTS
 
 #: Fields of an estimate beside its curve.
@@ -76,3 +83,64 @@ def noise_estimate(element: Array) -> NoiseEstimate:
     sigmas = element["sigmas"].reshape(KNOTS)
     fields: dict[str, Any] = {name: float(element[name].item()) for name in OTHERS}
     return NoiseEstimate(tuple(sigmas.tolist()), float(sigmas.mean()), **fields)
+
+
+def levels_of_images(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
+    """``sigma`` on the scale 0-255 as a float64 array (..., Y, X, 1) that broadcasts against ``planes`` (..., Y, X, C).
+
+    NaN for a blind network; of :data:`CURVE` for an estimate; None where it is to be estimated.
+
+    Raises:
+        TypeError, ValueError: as of :func:`fastden.inference.run.noise_level_of`.
+    """
+    lead, (height, width) = planes.shape[:-3], planes.shape[-3:-1]
+    ones = (1,) * len(lead)
+    if isinstance(sigma, str) and sigma == "auto":
+        return None if network.noise_level_input else np.full((*ones, 1, 1, 1), np.nan)
+    if isinstance(sigma, NoiseEstimate):
+        noise_level_of(sigma, network, [], (height, width))
+        curve = np.zeros((*ones, 1, 1, 1), CURVE)
+        curve[...] = element(sigma)
+        return curve
+    if isinstance(sigma, list | tuple | Tensor):
+        sigma = _as_array(sigma)
+    if isinstance(sigma, np.ndarray) and sigma.ndim:
+        if sigma.shape == lead:
+            shape = (*lead, 1, 1, 1)
+        elif sigma.shape == (height, width):
+            shape = (*ones, height, width, 1)
+        else:
+            each = f"{lead} (one for each image), " if lead else ""
+            raise ValueError(f"sigma: shape {sigma.shape}; accepted: a number, {each}{(height, width)} (a map)")
+        # Range and kind are checked as for one image of this many pixels.
+        noise_level_of(sigma.reshape(1, -1), network, [], (1, sigma.size))
+        return np.array(sigma, np.float64).reshape(shape)
+    noise_level_of(sigma, network, [], (height, width))
+    return np.full((*ones, 1, 1, 1), float(sigma))
+
+
+def _as_array(sigma: Any) -> Array:
+    """The values of a list or a tensor; refuses what :func:`fastden.network.inputs.as_tensor` refuses."""
+    tensor = with_values(as_tensor(sigma))
+    if isinstance(sigma, list | tuple) and not any(isinstance(value, Tensor) for value in sigma):
+        return np.array(sigma)  # in double precision
+    host = tensor.detach().cpu().resolve_neg()
+    return (host.double() if host.is_floating_point() else host).numpy()
+
+
+def warn_of_levels(levels: Array | None, fixed: ValueRange | None, dtype: np.dtype[Any]) -> None:
+    """Warn where a level for integers exceeds the range that was given: white of the dtype was hardly meant."""
+    if levels is None or levels.dtype == CURVE or fixed is None or dtype.kind == "f":
+        return
+    highest = float(levels.max())
+    if not highest / 255 > fixed.span or os.environ.get(SCALE_ENVIRONMENT) == "0":  # False for NaN too
+        return
+    white = full_scale(dtype)
+    counts, span = highest / 255 * white, fixed.span * white
+    warnings.warn(
+        f"sigma: {highest:g}, which for {dtype} is a deviation of {counts:.4g} counts, more than the {span:.4g} of"
+        f" value_range: for integers 255 is white of the dtype; {highest:g} of 255 of this range is sigma ="
+        f" {highest * fixed.span:.3g}",
+        ScaleWarning,
+        stacklevel=3,
+    )

@@ -35,17 +35,16 @@ from fastden.inference.array_noise import (
     CURVE,
     RANGE,
     as_ranges,
-    element,
     estimate_block,
     estimates,
+    levels_of_images,
     noise_estimate,
     value_range_of,
+    warn_of_levels,
 )
-from fastden.inference.estimate import NoiseEstimate
-from fastden.inference.run import Quality, Wishes, check_strengths, denoise_pixels, noise_level_of
+from fastden.inference.run import Quality, Wishes, check_strengths, denoise_pixels
 from fastden.inference.tiling import HALO
 from fastden.network.calibrated import calibrated_ranges
-from fastden.network.fused import FusedDenoiser
 from fastden.network.hub import files_of, model_folder, models
 from fastden.network.loading import choose_dtype, default_model, load_network, parse_memory
 from fastden.network.model import Denoiser
@@ -82,6 +81,8 @@ class _Settings:
     dtype: str | torch.dtype
     max_memory: int | None
     wishes: Wishes
+    #: Whether a number or a map is on the scale 0-255 of each image's range, not of the dtype.
+    of_range: bool
 
 
 def denoise_array(
@@ -110,7 +111,10 @@ def denoise_array(
             (frames, slices) number independent images. uint8, uint16, or floating in [0, 1].
         sigma: the noise's standard deviation on the scale 0-255 whatever the dtype, as in :func:`fastden.denoise`: a
             number, an array of one for each image (the shape of the leading axes), a map (Y, X) for all images, a
-            :class:`fastden.NoiseEstimate`, or ``"auto"``, which estimates it from each image.
+            :class:`fastden.NoiseEstimate`, or ``"auto"``, which estimates it from each image. Of floating arrays with a
+            ``value_range``, white of a number or a map is white of that range, for these have no other: with
+            ``value_range=(0, 4095)`` sigma 25 is a deviation of 25 / 255 * 4095. Of integers it stays white of the
+            dtype, 255 or 65535, as in a file: noise of 120 counts in uint16 is sigma 120 / 65535 * 255.
         model: a bundled name, a folder or a Hugging Face Hub id. Each process loads it once; it does not travel with
             the chunks.
         device, dtype, strength, chroma, quality: as in :func:`fastden.denoise`. Machines of several kinds give the same
@@ -134,18 +138,23 @@ def denoise_array(
         TypeError, ValueError: naming the argument, its value and what is accepted; what concerns pixel values
             (NaN, another scale) when chunks are computed.
         UserError: ``out`` exists, cannot be written, or a package is missing.
+
+    Warns:
+        ScaleWarning: ``sigma`` for integers exceeds all of ``value_range``.
     """
     wishes = Wishes(strength, chroma, quality)
     named = None if model is None else _model_name(model)
-    settings = _Settings(named, _text(device), dtype, parse_memory(max_memory), wishes)
+    memory = parse_memory(max_memory)
     # Wrong settings raise here, not in the first worker. Workers may have devices that this process does not have.
     network = load_network(named or default_model(sigma), "cpu", "float32")
     check_strengths(network, wishes)
     axis = _colour_axis(array, channel_axis)
+    of_range = value_range is not None and array.dtype.kind == "f"
+    settings = _Settings(named, _text(device), dtype, memory, wishes, of_range)
     if isinstance(array, np.ndarray) and out is None:
         planes = _planes(array, axis)
-        levels = _levels(sigma, network, planes)
-        fixed = _fixed_range(value_range, planes)
+        levels, fixed = levels_of_images(sigma, network, planes), _fixed_range(value_range, planes)
+        warn_of_levels(levels, fixed, planes.dtype)
         if fixed is None:
             ranges = _range_block(_count_block(planes, planes.shape[-3:]), dtype=planes.dtype)
         else:
@@ -156,8 +165,9 @@ def denoise_array(
     _check_settings(settings, named or default_model(sigma))
     da = _package("dask.array")
     planes = _planes(_lazy(da, array, axis), axis)
-    levels = _levels(sigma, network, planes)
-    ranges = _ranges(da, array, planes, axis, _fixed_range(value_range, planes))
+    levels, fixed = levels_of_images(sigma, network, planes), _fixed_range(value_range, planes)
+    warn_of_levels(levels, fixed, planes.dtype)
+    ranges = _ranges(da, array, planes, axis, fixed)
     result = _restored(_overlapped(da, planes, levels, ranges, settings), axis)
     return result if out is None else _write(da, result, out, array)
 
@@ -191,8 +201,9 @@ def _model_name(model: Any) -> str:
     if not isinstance(model, str | Path):
         accepted = "a bundled name, a folder or a Hub id (write a network with save_pretrained)"
         raise TypeError(f"model: {type(model).__name__}, which would travel with every chunk; accepted: {accepted}")
-    # Workers have working directories of their own.
-    return str(Path(model).resolve()) if model not in models() and model_folder(model).is_dir() else str(model)
+    # Workers have working directories of their own, and a Path is a folder whatever its name.
+    is_folder = isinstance(model, Path) or (model not in models() and model_folder(model).is_dir())
+    return str(Path(model).resolve()) if is_folder else str(model)
 
 
 def _package(name: str) -> Any:
@@ -258,37 +269,6 @@ def _lazy(da: Any, array: Any, axis: int | None, *, again: bool = False) -> Any:
     if isinstance(array, np.ndarray):
         return da.from_array(array, name=False if again else None)
     return array
-
-
-def _levels(sigma: Any, network: FusedDenoiser, planes: Any) -> Array | None:
-    """``sigma`` on the scale 0-255 as a float64 array (..., Y, X, 1) that broadcasts against ``planes``.
-
-    NaN for a blind network; of :data:`CURVE` for an estimate; None where it is to be estimated.
-    """
-    lead, (height, width) = planes.shape[:-3], planes.shape[-3:-1]
-    ones = (1,) * len(lead)
-    if isinstance(sigma, str) and sigma == "auto":
-        return None if network.noise_level_input else np.full((*ones, 1, 1, 1), np.nan)
-    if isinstance(sigma, NoiseEstimate):
-        noise_level_of(sigma, network, [], (height, width))
-        curve = np.zeros((*ones, 1, 1, 1), CURVE)
-        curve[...] = element(sigma)
-        return curve
-    if isinstance(sigma, list | tuple | torch.Tensor):
-        sigma = np.array(sigma)
-    if isinstance(sigma, np.ndarray) and sigma.ndim:
-        if sigma.shape == lead:
-            shape = (*lead, 1, 1, 1)
-        elif sigma.shape == (height, width):
-            shape = (*ones, height, width, 1)
-        else:
-            each = f"{lead} (one for each image), " if lead else ""
-            raise ValueError(f"sigma: shape {sigma.shape}; accepted: a number, {each}{(height, width)} (a map)")
-        # Range and kind are checked as for one image of this many pixels.
-        noise_level_of(sigma.reshape(1, -1), network, [], (1, sigma.size))
-        return np.array(sigma, np.float64).reshape(shape)
-    noise_level_of(sigma, network, [], (height, width))
-    return np.full((*ones, 1, 1, 1), float(sigma))
 
 
 def _overlapped(da: Any, planes: Any, levels: Array | None, ranges: Any, settings: _Settings) -> Any:
@@ -418,6 +398,7 @@ def _denoise_block(planes: Array, levels: Array, ranges: Array, *, settings: _Se
                 max_memory=settings.max_memory,
                 wishes=settings.wishes,
                 values=value_range_of(own[index]),
+                of_range=settings.of_range,
             )
             result[index][..., 3:] = planes[index][..., 3:]
     return result

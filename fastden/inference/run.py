@@ -17,7 +17,7 @@ from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.inference.estimate import NoiseEstimate, estimate_of
 from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
-from fastden.network.inputs import as_tensor
+from fastden.network.inputs import as_tensor, with_values
 from fastden.network.loading import check_strength
 
 #: What the argument ``sigma`` takes, for messages.
@@ -284,7 +284,11 @@ def noise_level_of(
     real = sigma.dtype.kind in "fiu" if isinstance(sigma, np.ndarray) else not sigma.is_complex()
     if not real or sigma.dtype == torch.bool:
         raise TypeError(f"sigma: an array of dtype {sigma.dtype}; accepted: {_SIGMAS}")
-    host = sigma.detach().cpu() if isinstance(sigma, Tensor) else torch.from_numpy(np.array(sigma, np.float32))
+    host = (
+        with_values(sigma).detach().cpu()
+        if isinstance(sigma, Tensor)
+        else torch.from_numpy(np.array(sigma, np.float32))
+    )
     level = host.float()
     n = len(images)
     if level.dim() == 0:
@@ -313,7 +317,13 @@ def _shown(value: Any) -> str:
 
 
 def denoise_pixels(
-    pixels: Array, sigma: Any, network: FusedDenoiser, *, values: ValueRange | None = None, **options: Any
+    pixels: Array,
+    sigma: Any,
+    network: FusedDenoiser,
+    *,
+    values: ValueRange | None = None,
+    of_range: bool = False,
+    **options: Any,
 ) -> tuple[Array, float | None]:
     """Denoise (H, W, C), C 1 or 3, with a network that is loaded already.
 
@@ -322,6 +332,7 @@ def denoise_pixels(
         sigma: as in :func:`denoise`.
         network: from :func:`load_network`.
         values: what they span; None finds it.
+        of_range: white of a number or a map is white of ``values``, not of the dtype.
         **options: of :func:`run_network`.
 
     Returns:
@@ -330,7 +341,10 @@ def denoise_pixels(
     if values is None:
         values = range_of_image(pixels)
     level = noise_level_of(sigma, network, [pixels], (pixels.shape[0], pixels.shape[1]), [values])
-    (result,) = denoise_batch([pixels], level.value, network, values=values, **options)
+    value = level.value
+    if of_range and value is not None and level.estimate is None:
+        value = value * values.span
+    (result,) = denoise_batch([pixels], value, network, values=values, **options)
     return result, level.sigma
 
 

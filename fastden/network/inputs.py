@@ -103,6 +103,10 @@ def map_or_curve(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
             raise ValueError(f"sigma: {sigma}; accepted: 0 to 1, on the scale of x (25 of 255 is 25 / 255)")
         return x.new_full((1, 1, 1, 1), number).expand(n, 1, height, width)
     tensor = as_tensor(sigma)
+    if tensor.device.type == "meta" and x.device.type != "meta":
+        with_values(tensor)
+    if not tensor.is_floating_point():
+        tensor = tensor.to(x.dtype)  # PyTorch finds no extremes of uint16
     if runs_as_written(tensor) and tensor.device.type == "cpu" and tensor.numel():
         low, high = (float(bound) for bound in tensor.detach().aminmax())  # on a GPU the check would wait
         if not 0.0 <= low <= high <= 1.0:
@@ -141,7 +145,19 @@ def as_tensor(sigma: Any) -> Tensor:
     return sigma
 
 
+def with_values(sigma: Tensor) -> Tensor:
+    """``sigma``; refuses a tensor on meta, which has none."""
+    if sigma.device.type == "meta":
+        raise TypeError("sigma: a meta tensor, without values; accepted: one with values, or a number")
+    return sigma
+
+
 def _from_numpy(array: Any, accepted: str) -> Tensor:
+    if not torch.compiler.is_compiling():
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError("sigma: a masked array; accepted: a plain array (array.filled(value))")
+        # A copy: torch takes neither negative strides nor foreign byte orders, and warns about read-only memory.
+        array = np.array(array, array.dtype.newbyteorder("="), order="C")
     try:
         return torch.as_tensor(array, device="cpu")
     except TypeError as error:

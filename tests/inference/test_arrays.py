@@ -316,12 +316,30 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sigma": ({"sigma": 300}, ValueError, r"sigma: 300; accepted: 'auto', or 0 to 255"),
     "word": ({"sigma": "high"}, TypeError, r"sigma: 'high'; accepted"),
     "map": ({"sigma": np.zeros((9, 8))}, ValueError, r"sigma: shape \(9, 8\); accepted: a number, \(8, 9\) \(a map\)"),
+    "ragged": ({"sigma": [[1, 2], [3]]}, TypeError, r"sigma: list holds values that are not numbers; accepted"),
+    "meta": ({"sigma": torch.empty(8, 9, device="meta")}, TypeError, r"sigma: a meta tensor, without values; accepted"),
     "negative map": ({"sigma": np.full((8, 9), -1.0)}, ValueError, r"sigma: values from -1 to -1; accepted: 0 to 255"),
     "strength": ({"strength": 3}, ValueError, r"strength: 3; accepted"),
     "three numbers": ({"value_range": (0, 1, 2)}, ValueError, r"value_range: \(0, 1, 2\); accepted: None, or"),
     "one number": ({"value_range": 1}, ValueError, r"value_range: 1; accepted"),
     "out": ({"out": 5}, TypeError, r"out: int; accepted: a path, or a writable zarr\.Array"),
 }
+
+
+def test_levels_as_tensors(model: str) -> None:
+    image = pixels(40, 40, dtype=np.float32)[None]
+    wanted = denoise_array(image, 20, model=model)
+    level = torch.tensor(20.0, requires_grad=True)
+    for sigma in (level, level[None], [level], level.detach().bfloat16()[None], torch.tensor([20]), (20,)):
+        np.testing.assert_array_equal(denoise_array(image, sigma, model=model), wanted)
+
+
+@pytest.mark.gpu
+def test_levels_on_a_gpu(model: str) -> None:
+    image = pixels(40, 40, dtype=np.float32)[None]
+    level = torch.tensor([20.0], device="cuda")
+    wanted = denoise_array(image, 20, model=model, device="cpu")
+    np.testing.assert_array_equal(denoise_array(image, level, model=model, device="cpu"), wanted)
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import fastden
 from fastden.batch.manifest import Record
 from fastden.cli.main import app
-from fastden.errors import UserError
+from fastden.errors import ScaleWarning, UserError
 from fastden.images.codec import ImageFile, read_image, write_image
 from fastden.images.pixels import Array
 from fastden.images.ranges import ORDINARY, ValueRange, count_range, find_range, joined, range_of
@@ -228,6 +228,27 @@ def test_given_ranges_and_large_dask_arrays(clean: Array, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(plain, as_it_is(noisy, 10))
     with pytest.raises(ValueError, match="value_range"):
         fastden.denoise_array(noisy, 10, value_range=(5, 5))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("black", [0.0, -300.0])
+def test_levels_are_of_the_range_that_floats_are_given(clean: Array, lazy: bool, black: float) -> None:
+    """Sigma 25 of values on 0-255 would have had to be 25 * 255, which is refused."""
+    da = pytest.importorskip("dask.array")
+    noisy = (clean[:64, :72] + noise((64, 72, 3), 25)).astype(np.float32)
+    span = 4095.0 - black
+    array = noisy * np.float32(span) + np.float32(black)
+    for sigma in (25, np.full((64, 72), 25.0)):
+        wanted = fastden.denoise(noisy, sigma)
+        done = fastden.denoise_array(da.from_array(array) if lazy else array, sigma, value_range=(black, 4095))
+        np.testing.assert_allclose((np.asarray(done) - black) / span, wanted, atol=1e-5)
+
+
+def test_levels_of_integers_stay_on_their_scale(clean: Array) -> None:
+    noisy = np.rint(np.clip(clean[:64, :72] * 700 + noise((64, 72, 3), 255) * 20, 0, 65535)).astype(np.uint16)
+    with pytest.warns(ScaleWarning, match=r"sigma: 20, .*5140 counts, more than the 1023 .* sigma = 0\.312") as told:
+        fastden.denoise_array(noisy, 20, value_range=(0, 1023))
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def test_an_estimate_goes_to_a_picture_of_another_range(clean: Array) -> None:

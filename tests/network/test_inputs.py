@@ -51,6 +51,18 @@ def test_each_image_has_its_own_sigma(models: tuple[Denoiser, Denoiser]) -> None
             assert torch.equal(models[0](X, form), expected)
 
 
+def test_arrays_that_pytorch_does_not_take(models: tuple[Denoiser, Denoiser]) -> None:
+    whole, level = np.array([0, 1], np.uint16), np.random.default_rng(0).random((2, 1, *X.shape[2:]), np.float32)
+    for network in (models[0], fuse(models[0])):
+        for form in (whole, whole.astype(">u2"), torch.from_numpy(whole), np.array([1.0, 0.0])[::-1]):
+            with torch.no_grad():
+                assert torch.equal(network(X, form), network(X, torch.tensor([0.0, 1.0])))
+        for form in (level[:, :, ::-1], level.astype(">f4")):
+            plain = torch.from_numpy(np.array(form, np.float32, order="C"))
+            with torch.no_grad():
+                assert torch.equal(network(X, form), network(X, plain))
+
+
 def test_sigma_in_a_list_keeps_its_gradient(models: tuple[Denoiser, Denoiser]) -> None:
     sigma = torch.tensor(0.1, requires_grad=True)
     models[0](X, [sigma, sigma]).sum().backward()
@@ -66,6 +78,9 @@ def test_sigma_in_a_list_keeps_its_gradient(models: tuple[Denoiser, Denoiser]) -
         (np.array([0.1, 3.0]), ValueError, r"sigma: values from 0\.1.* to 3\.0; accepted: 0 to 1"),
         (torch.tensor([True, False]), TypeError, r"sigma: dtype torch\.bool; accepted"),
         (torch.tensor(0.1 + 0.1j), TypeError, r"sigma: dtype torch\.complex64; accepted"),
+        (np.ma.masked_array([0.1, 0.1], [0, 1]), TypeError, r"sigma: a masked array; accepted: a plain array"),
+        (np.array([0, 7], np.uint16), ValueError, r"sigma: values from 0\.0 to 7\.0; accepted: 0 to 1"),
+        (torch.empty(2, device="meta"), TypeError, r"sigma: a meta tensor, without values; accepted: one with values"),
         (np.bool_(True), TypeError, r"sigma: dtype torch\.bool; accepted"),
         ([], ValueError, r"sigma: shape \(0,\); accepted"),
     ],
