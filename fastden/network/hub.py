@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -50,8 +50,10 @@ def files_of(model: str | Path, download: Mapping[str, Any] | None = None, *, ca
         card: download the model card too.
 
     Raises:
-        ValueError: see :meth:`PretrainedMixin.from_pretrained`.
+        TypeError, ValueError: see :meth:`PretrainedMixin.from_pretrained`.
     """
+    if not isinstance(model, str | Path):
+        raise TypeError(f"model: {type(model).__name__}; accepted: a bundled name, a folder or a Hugging Face Hub id")
     name, folder = str(model), model_folder(model)
     accepted = (
         f"accepted: {', '.join(models()) or 'no bundled names'}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE},"
@@ -62,6 +64,8 @@ def files_of(model: str | Path, download: Mapping[str, Any] | None = None, *, ca
         if missing:
             raise ValueError(f"model: {name!r} holds no {' and no '.join(missing)}; {accepted}")
         return folder
+    if isinstance(model, Path):
+        raise ValueError(f"model: {name!r}, a Path but no folder that exists; {accepted} as text")
     if name.count("/") == 1 and name[0].isalnum():
         return _downloaded(name, dict(download or {}), accepted, card)
     raise ValueError(f"model: {name!r}; {accepted}")
@@ -96,8 +100,8 @@ class PretrainedMixin:
 
         Args:
             pretrained_model_name_or_path: a name of :func:`fastden.models`, a folder written by ``save_pretrained``,
-                or a Hugging Face Hub repository ``owner/name``. A ``Path`` is a folder, even if a bundled model has
-                its name.
+                or a Hugging Face Hub repository ``owner/name``. A ``Path`` is a folder, even if a bundled model or a
+                repository has its name.
             map_location: device of the weights.
             strict: whether missing or unknown names of weights are errors.
             **kwargs: ``revision``, ``cache_dir``, ``force_download``, ``local_files_only`` and ``token`` go to
@@ -106,8 +110,14 @@ class PretrainedMixin:
         Raises:
             ValueError: the name is not a bundled name, a folder with both files, or a repository that can be
                 downloaded.
+            TypeError: it is no text or Path, or ``kwargs`` has another name.
         """
         download = {key: kwargs.pop(key) for key in DOWNLOAD if key in kwargs}
+        known = inspect.signature(cls).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            for key in kwargs.keys() - known.keys():
+                accepted = ", ".join((*DOWNLOAD, *known))
+                raise TypeError(f"{key}: {kwargs[key]!r}, an argument that is not known; accepted: {accepted}")
         folder = files_of(pretrained_model_name_or_path, download)
         return cls._from_folder(folder, str(map_location), strict, kwargs)
 
@@ -222,15 +232,30 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: 
     from fastden.network.int8 import RANGES_FILE
     from fastden.network.own_estimator import ESTIMATOR_FILE
 
-    try:
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
+    needed, others = (CONFIG_FILE, WEIGHTS_FILE), (RANGES_FILE, ESTIMATOR_FILE, *([CARD_FILE] if card else []))
+    for file in (*needed, *others):
+        try:
             path = Path(hf_hub_download(repository, file, **settings))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        why = "the Hugging Face Hub cannot be reached, and no earlier download has its files"
-        raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
-    except (HFValidationError, HfHubHTTPError) as error:
-        raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error
-    for file in (RANGES_FILE, ESTIMATOR_FILE, *([CARD_FILE] if card else [])):
-        with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):  # not every network has them
-            hf_hub_download(repository, file, **settings)
-    return path.parent
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            if file in others and _may_lack(repository, file, settings):
+                continue
+            # A network without the estimator that was trained with it would denoise, and worse.
+            why = f"the Hugging Face Hub cannot be reached, and no earlier download has its {file}"
+            raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
+        except (HFValidationError, HfHubHTTPError, EntryNotFoundError) as error:
+            if file in others and isinstance(error, EntryNotFoundError):  # not every network has them
+                continue
+            raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error
+        if file == WEIGHTS_FILE:
+            folder = path.parent
+    return folder
+
+
+def _may_lack(repository: str, file: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a file that cannot be downloaded now is known not to exist, or the user wants no connection."""
+    from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
+
+    if settings.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return True
+    where = {key: settings[key] for key in ("cache_dir", "revision") if key in settings}
+    return try_to_load_from_cache(repository, file, **where) is _CACHED_NO_EXIST

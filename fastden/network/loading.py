@@ -79,8 +79,8 @@ def load_network(
     files = [folder / name for name in (WEIGHTS_FILE, ESTIMATOR_FILE, RANGES_FILE)]
     changed = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
     chosen = choose_dtype(dtype, target, _may_reduce(target, eight_bit, fast))
-    # A path and its text are one model, unless the text names a bundled one.
-    name = model if str(model) in models() else str(model)
+    # The path of a folder and its text are one model, unless the text names a bundled one.
+    name = str(model) if folder.is_dir() and str(model) not in models() else model
     return _load_cached(name, target, chosen, quality, changed)
 
 

@@ -9,12 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+import fastden
 import fastden.network.hub
 from fastden.network.int8 import fingerprint
 from fastden.network.loading import load_network
@@ -122,7 +126,7 @@ def test_unreachable_repository(name: str) -> None:
 
 def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("An error happened, and the files are not in the cache.")
+        raise LocalEntryNotFoundError("An error happened, and the files are not in the cache.")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(ValueError, match=r"^model: 'a/b': the Hugging Face Hub cannot be reached, and no earlier"):
@@ -209,7 +213,7 @@ def test_the_hub_downloads_into_one_folder(tmp_path: Path, monkeypatch: pytest.M
     def download(repository: str, file: str, **settings: Any) -> str:
         asked.append((file, settings))
         if not (tmp_path / file).is_file():
-            raise huggingface_hub.errors.LocalEntryNotFoundError(file)
+            raise EntryNotFoundError(file)
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -272,3 +276,58 @@ def test_a_path_is_a_folder_whatever_its_name(tmp_path: Path, monkeypatch: pytes
     assert max_error(load_network("photo", None, "float32")(x, 0.1), wanted) > 1e-3
     with pytest.raises(ValueError, match="model: 'none'"):
         Denoiser.from_pretrained(Path("none"))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", ["runs/model7", "color"])
+def test_a_path_that_does_not_exist_is_no_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's repository ``runs/model7`` is downloaded in place of a folder, nor the bundled model taken."""
+    monkeypatch.chdir(tmp_path)
+    image = np.zeros((16, 16, 3), np.float32)
+    for load in (
+        Denoiser.from_pretrained,
+        lambda path: load_network(path, "cpu"),
+        lambda path: fastden.denoise_array(image, 10, model=path),
+        lambda path: fastden.export(path, tmp_path / "a.pt2"),
+    ):
+        with pytest.raises(ValueError, match=rf"model: '.*{name}'.*; accepted"):
+            load(Path(name))
+
+
+def test_arguments_that_loading_does_not_know() -> None:
+    with pytest.raises(TypeError, match="model: NoneType; accepted: a bundled name, a folder or"):
+        Denoiser.from_pretrained(None)  # type: ignore[arg-type]
+    for wrong in ({"subfolder": "x"}, {"torch_dtype": "float16"}):
+        with pytest.raises(TypeError, match=rf"{next(iter(wrong))}: .*; accepted: revision, .*composed"):
+            Denoiser.from_pretrained("color", **wrong)
+
+
+ANSWER = Mock(status_code=500, headers={})
+LOST = LocalEntryNotFoundError("lost")
+
+
+@pytest.mark.parametrize("failure", [LOST, HfHubHTTPError("500", response=ANSWER)])
+def test_a_connection_that_is_lost_drops_no_estimator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """The network would denoise by another estimate, and nothing would tell."""
+    random_network().save_pretrained(tmp_path)
+
+    def download(repository: str, file: str, **settings: Any) -> str:
+        if file == "int8.safetensors":
+            raise EntryNotFoundError(file)
+        if file == "noise.safetensors":
+            raise failure
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=r"model: 'owner/name': .*; accepted"):
+        Denoiser.from_pretrained("owner/name", cache_dir=tmp_path)
+    if failure is not LOST:
+        return
+    # Nobody who asks for no connection, and nobody who knows that the file does not exist, is kept from the network.
+    assert Denoiser.from_pretrained("owner/name", local_files_only=True).estimator is None
+    absent = huggingface_hub._CACHED_NO_EXIST
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: absent)
+    assert Denoiser.from_pretrained("owner/name").estimator is None
