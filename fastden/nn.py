@@ -14,6 +14,9 @@ averages cumulatively (``momentum=None``, which ``update_bn`` sets) or has no ru
 place of the flag ``relu`` (another activation), and under
 ``torch.fx.symbolic_trace``. Parametrisations (``torch.nn.utils.parametrize``) need no call: reading the tensor applies
 them.
+
+Under autocast a block's result has autocast's dtype, and a residual in float32 is rounded to it, whether or not the
+layers are called one by one. (In a plain sequence ``y + residual`` would be float32, twice the memory to read.)
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
+from fastden.ops._tracing import autocast_enabled
 from fastden.plain_layers import has_geometry, has_own_forward, is_hooked, is_plain_conv, is_plain_norm
 
 __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]
@@ -35,8 +39,13 @@ _TRANSPOSED_FORWARD = nn.ConvTranspose2d.forward
 
 @torch.fx.wrap
 def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
-    """``y + residual``, one node of a graph: in a block that is traced alone, the residual may be None."""
-    return y if residual is None else y + residual
+    """``y + residual``, one node of a graph: in a block that is traced alone, the residual may be None.
+
+    Under autocast in the dtype of ``y``, as the operators add: a hook on a layer must not change a block's result.
+    """
+    if residual is None:
+        return y
+    return y + (residual.to(y.dtype) if autocast_enabled(y.device.type) else residual)
 
 
 class _SumOfProcesses(torch.autograd.Function):
@@ -147,7 +156,7 @@ class ConvBNReLU(_ConvBNReLU):
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x`` (N, C, H, W) and ``residual``, of the result's shape, or None."""
+        """``x`` (N, C, H, W) and ``residual``, of the result's shape, or None; autocast rounds it."""
         if not self._fuses(x):
             return self._call_layers(x, residual)
         conv = self.conv
@@ -206,7 +215,7 @@ class Bottleneck(nn.Module):
         if not self._fuses(x):
             y = torch.relu(normalise(self.bn1, self.reduce(x)))
             y = torch.relu(normalise(self.bn2, self.conv(y)))
-            return torch.relu(x + normalise(self.bn3, self.expand(y)))
+            return torch.relu(_plus(normalise(self.bn3, self.expand(y)), x))
         bns = (ops.BatchNorm.of(self.bn1), ops.BatchNorm.of(self.bn2), ops.BatchNorm.of(self.bn3))
         return ops.bottleneck(x, self.reduce.weight, self.conv.weight, self.expand.weight, bns=bns)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -64,6 +65,21 @@ def test_equals_its_layers(make: Callable[[], tuple[nn.Module, Plain, list[Tenso
         torch.testing.assert_close(value, statistics[name], msg=name)
     found.sum().backward()
     assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", [with_residual, bottleneck, conv_bn_relu, concat, upsample])
+def test_a_hook_changes_no_dtype_under_autocast(
+    make: Callable[[], tuple[nn.Module, Plain, list[Tensor]]], training: bool
+) -> None:
+    block, _, inputs = make()
+    hooked = copy.deepcopy(block.train(training))
+    for module in (hooked, *hooked.children()):
+        module.register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = block(*inputs), hooked(*inputs)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert max_error(found.float(), expected.float()) < 0.05
 
 
 def test_in_another_network() -> None:

@@ -220,8 +220,10 @@ class FusedDenoiser(nn.Module):
         if self.prepares(x, level):
             y = self.forward_prepared(x, level, padding_for(height), padding_for(width))
         else:
-            level = as_map(level, x)
-            y = self.forward_padded(pad_image(x if level is None else torch.cat([x, level], 1)))
+            with without_autocast(x.device):  # its torch.cat refuses float16 where it is on for bfloat16
+                level = as_map(level, x)
+                padded = pad_image(x if level is None else torch.cat([x, level], 1))
+            y = self.forward_padded(padded)
         if torch.compiler.is_compiling():
             # A view's strides would limit an exported graph to sizes that need cropping, or to sizes that do not.
             y = F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]))

@@ -18,6 +18,22 @@ from fastden.ops.modes import Undrawn, without_autocast
 from fastden.plain_layers import has_geometry, is_plain_block, is_plain_conv, is_plain_norm
 
 
+def _for_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` for a network of ``dtype``, in another dtype where autocast is on and could not take its own.
+
+    Raises:
+        TypeError: the two dtypes differ, and autocast is off or one of them is float64, which it leaves alone.
+    """
+    kind, double = x.device.type, torch.float64 in (x.dtype, dtype)
+    autocast = autocast_enabled(kind)
+    if x.dtype != dtype and (double or not autocast):
+        also = "" if double else ", or use autocast"
+        raise TypeError(f"x: dtype {x.dtype}; accepted: {dtype}, the network's (convert x or the network{also})")
+    if not autocast or double or x.dtype in (torch.float32, torch.get_autocast_dtype(kind)):
+        return x
+    return x.float()  # autocast's convolutions take the other 16-bit dtype too, its torch.cat does not
+
+
 class Denoiser(nn.Module, PretrainedMixin):
     """Image denoiser: ``model(x, sigma) -> y``, all images RGB, float, in [0, 1].
 
@@ -90,10 +106,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         plain = is_plain_conv(self.conv0)
         height, width = check_input(x, self.image_channels, self.conv0.weight.device if plain else None)
         dtype = self.conv0.weight.dtype if plain else x.dtype
-        if x.dtype != dtype and not autocast_enabled(x.device.type):
-            raise TypeError(
-                f"x: dtype {x.dtype}; accepted: {dtype}, the network's (convert x or the network, or use autocast)"
-            )
+        x = _for_autocast(x, dtype)
         warn_of_scale(x)
         level = noise_level(x, sigma, self.noise_level_input)
         padded = pad_image(x if level is None else torch.cat([x, level], 1))

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastden
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image, padding_for
 from tests.helpers import level, max_error, poison_freed_memory, random_network
@@ -219,6 +220,33 @@ def test_autocast(composed: bool) -> None:
             y = model(x, 0.1)
     assert y.shape == x.shape
     assert 0 < max_error(y, exact) < 0.05
+
+
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_takes_both_short_dtypes(autocast: torch.dtype, dtype: torch.dtype) -> None:
+    """Its torch.cat, with the level, refuses the one that is not its own; a convolution does not."""
+    model, x = random_network(), torch.rand(1, 3, 21, 18).to(dtype)
+    hooked = copy.deepcopy(model)
+    hooked.conv0.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        exact = model(x.float(), 0.1)
+        for network in (model, hooked, fastden.fuse(model)):
+            with torch.autocast("cpu", autocast):
+                y = network(x, 0.1)
+            assert max_error(y, exact) < 0.05
+    assert y.dtype == dtype  # of a fused network, which autocast does not change
+
+
+def test_autocast_does_not_convert_double() -> None:
+    for model, x in (
+        (random_network(), torch.rand(1, 3, 9, 9).double()),
+        (random_network().double(), torch.rand(1, 3, 9, 9)),
+    ):
+        accepted = rf"accepted: {model.dtype}, the network's \(convert x or the network\)$"
+        for on in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on), pytest.raises(TypeError, match=accepted):
+                model(x, 0.1)
 
 
 @pytest.mark.parametrize("composed", [False, True])
