@@ -7,22 +7,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastden.api import denoise
 from fastden.network.loading import check_strength
+
+
+class _Process:
+    """The process that computed last, or imported this file: another one is its fork."""
+
+    number = os.getpid()
+
+
+def _use_one_thread_in_a_fork() -> None:
+    """One thread for PyTorch, once in a forked process.
+
+    A fork has none of the threads that its parent computed with, and waits for them for ever: PyTorch's OpenMP.
+    """
+    if _Process.number != os.getpid():
+        torch.set_num_threads(1)
+        _Process.number = os.getpid()
 
 
 @dataclass(frozen=True)
 class DenoiseColumn:
     """Denoises the images of one column; rows and batches of rows, on any number of processes.
 
-    The network is loaded where it is first needed, in each process once. The settings alone make the fingerprint by
+    The network is loaded where it is first needed, in each process once. A process that was forked, as those of
+    ``num_proc`` are on Linux, computes on one thread (``torch.set_num_threads``): in a fork of a process that has
+    computed on several, PyTorch hangs. The settings alone make the fingerprint by
     which ``datasets`` finds results of an earlier run.
 
     Args:
@@ -31,6 +52,10 @@ class DenoiseColumn:
         into: the column for the results; None replaces the images.
         model, strength, device: as of :func:`fastden.denoise`. A CPU by default, because processes that are forked
             cannot use CUDA.
+
+    Raises:
+        TypeError, ValueError: a column's name is no text or is empty, ``sigma`` is none of these, or ``strength`` is
+            outside 0 to 2.
     """
 
     column: str = "image"
@@ -42,6 +67,19 @@ class DenoiseColumn:
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
+        for name, column in (("column", self.column), ("into", self.into)):
+            if not isinstance(column, str) and not (name == "into" and column is None):
+                raise TypeError(f"{name}: {column!r}; accepted: the name of a column")
+            if column == "":
+                raise ValueError(f"{name}: ''; accepted: the name of a column")
+        sigma: Any = self.sigma
+        accepted = "accepted: 'auto', the name of a column, a number from 0 to 255, or a NoiseEstimate"
+        if sigma is None or isinstance(sigma, bool):
+            raise TypeError(f"sigma: {sigma!r}; {accepted}")
+        if (isinstance(sigma, str) and not sigma) or (
+            isinstance(sigma, Real) and not 0 <= float(sigma) <= 255
+        ):  # refuses NaN too
+            raise ValueError(f"sigma: {sigma!r}; {accepted}")
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Denoise a row, or a batch as ``batched=True`` and ``with_transform`` give it.
@@ -75,6 +113,7 @@ class DenoiseColumn:
     def _one(self, image: Any, sigma: Any) -> Any:
         if image is None:
             return None
+        _use_one_thread_in_a_fork()
         return denoise(image, sigma, model=self.model, strength=self.strength, device=self.device)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from skimage import data
 from skimage.restoration import calibrate_denoiser
 
 import fastden
+from fastden.integrations.datasets import DenoiseColumn
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -35,3 +39,43 @@ def test_a_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ModuleNotFoundError, match=rf"needs the package {package}; install: pip install 'fastden\[{package}\]'"
     ):
         importlib.import_module(f"fastden.integrations.{name}")
+
+
+FORKED = """
+import multiprocessing, sys
+import numpy as np, torch
+from fastden.integrations.datasets import DenoiseColumn
+
+row, column = {"image": np.full((64, 64, 3), 0.5, np.float32)}, DenoiseColumn(sigma=20)
+torch.set_num_threads(2)
+column(row)
+process = multiprocessing.get_context("fork").Process(target=column, args=(row,), daemon=True)
+process.start()
+process.join(60)
+sys.exit(9 if process.is_alive() else process.exitcode)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_a_column_in_a_fork_of_a_process_with_threads() -> None:
+    """PyTorch waits for ever for the threads of the parent; here ``datasets`` itself is not needed."""
+    assert subprocess.run([sys.executable, "-c", FORKED], check=False, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"sigma": 300}, ValueError, "sigma: 300; accepted: 'auto', the name of a column, a number from 0 to 255"),
+        ({"sigma": float("nan")}, ValueError, "sigma: nan; accepted"),
+        ({"sigma": ""}, ValueError, "sigma: ''; accepted"),
+        ({"sigma": None}, TypeError, "sigma: None; accepted"),
+        ({"sigma": True}, TypeError, "sigma: True; accepted"),
+        ({"column": 3}, TypeError, "column: 3; accepted: the name of a column"),
+        ({"column": ""}, ValueError, "column: ''; accepted: the name of a column"),
+        ({"into": 3}, TypeError, "into: 3; accepted: the name of a column"),
+    ],
+)
+def test_wrong_settings_of_a_column(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
+    """They were told at the first row, in another process."""
+    with pytest.raises(kind, match=message):
+        DenoiseColumn(**settings)
