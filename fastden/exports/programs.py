@@ -90,7 +90,8 @@ def trace(request: Request) -> torch.export.ExportedProgram:
     program = Program(request.weights, request.dtype).eval()
     free = torch.export.Dim.DYNAMIC
     # Sizes that are equal, or 1, would be taken for constants.
-    image = torch.rand(2, request.weights.image_channels, 33, 47, dtype=torch.float32, device="cpu")
+    # Not random ones: the caller's random numbers go on as if nothing had been exported.
+    image = torch.full((2, request.weights.image_channels, 33, 47), 0.5, dtype=torch.float32, device="cpu")
     inputs: tuple[Tensor, ...] = (image,)
     if request.weights.takes_level:
         inputs = (image, image.new_full((2, 1, 33, 47), 0.1))

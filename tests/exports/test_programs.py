@@ -64,6 +64,13 @@ def test_defaults_of_others_do_not_matter(tmp_path: Path, composed: bool, defaul
         assert (torch.export.load(path).module()(image, level) - wanted).abs().max() < 1e-5
 
 
+def test_exports_draw_no_random_numbers(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    fastden.export("color", tmp_path / "color.pt2")
+    fastden.export("color", tmp_path / "color.onnx")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_layers_without_biases() -> None:
     """The plain form takes what the composed one takes."""
     model = random_network(noise_level_input=True)
