@@ -314,7 +314,7 @@ def _denoise_tensor(tensor: Tensor, sigma: Any, options: _Options) -> Tensor:
         raise ValueError(f"image: shape {tuple(tensor.shape)}; accepted: (C, H, W) or (N, C, H, W) with C 1 or 3")
     if 0 in tensor.shape:
         raise ValueError(f"image: shape {tuple(tensor.shape)}; accepted: no empty dimension")
-    host = tensor.detach().cpu()
+    host = tensor.detach().cpu().resolve_neg()
     # A subclass that only adds to a tensor would keep the network from its fast form, for which tiles are planned.
     if type(host) is not Tensor and type(host).__torch_dispatch__ is Tensor.__torch_dispatch__:
         host = host.as_subclass(Tensor)

@@ -15,10 +15,10 @@ from fastden.errors import ScaleWarning
 from fastden.images.pixels import Array, full_scale
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import crop_windows, sample_windows
-from fastden.inference.estimate import NoiseEstimate, estimator_of, noise_of_samples
+from fastden.inference.estimate import NoiseEstimate, check_dense, estimator_of, noise_of_samples
 from fastden.inference.run import noise_level_of
 from fastden.network.fused import FusedDenoiser
-from fastden.network.inputs import SCALE_ENVIRONMENT, as_tensor, with_values
+from fastden.network.inputs import SCALE_ENVIRONMENT, as_tensor
 from fastden.network.level import KNOTS
 
 #: Fields of an estimate beside its curve.
@@ -121,7 +121,8 @@ def levels_of_images(sigma: Any, network: FusedDenoiser, planes: Any) -> Array |
 
 def _as_array(sigma: Any) -> Array:
     """The values of a list or a tensor; refuses what :func:`fastden.network.inputs.as_tensor` refuses."""
-    tensor = with_values(as_tensor(sigma))
+    tensor = as_tensor(sigma)
+    check_dense(tensor, "sigma")
     if isinstance(sigma, list | tuple) and not any(isinstance(value, Tensor) for value in sigma):
         return np.array(sigma)  # in double precision
     host = tensor.detach().cpu().resolve_neg()

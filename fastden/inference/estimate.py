@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ CLEAN = 1.0
 COARSE = 0.65
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class NoiseEstimate:
     """The noise of one picture.
@@ -67,7 +72,9 @@ class NoiseEstimate:
             and ``sigma`` are on the dtype's scale all the same, as ``denoise(sigma=)`` takes them.
 
     Raises:
-        ValueError: ``sigmas`` are not eight finite numbers of at least 0.
+        TypeError: a field has another type.
+        ValueError: ``sigmas`` are not eight finite numbers of at least 0, another number is not finite, ``sigma``,
+            ``coarseness`` or ``uncertainty`` is negative, or ``black`` is not below ``white``.
     """
 
     sigmas: tuple[float, ...]
@@ -79,8 +86,19 @@ class NoiseEstimate:
     white: float = 1.0
 
     def __post_init__(self) -> None:
-        if len(self.sigmas) != KNOTS or not all(0 <= sigma < math.inf for sigma in self.sigmas):  # refuses NaN too
-            raise ValueError(f"sigmas: {self.sigmas}; accepted: {KNOTS} finite numbers of at least 0")
+        sigmas: Any = self.sigmas
+        if not isinstance(sigmas, tuple | list | np.ndarray) or not all(_is_number(sigma) for sigma in sigmas):
+            raise TypeError(f"sigmas: {sigmas!r}; accepted: {KNOTS} finite numbers of at least 0")
+        if len(sigmas) != KNOTS or not all(0 <= sigma < math.inf for sigma in sigmas):  # refuses NaN too
+            raise ValueError(f"sigmas: {sigmas}; accepted: {KNOTS} finite numbers of at least 0")
+        for name in ("sigma", "coarseness", "uncertainty", "black", "white"):
+            value, least = getattr(self, name), -math.inf if name in ("black", "white") else 0
+            if not _is_number(value):
+                raise TypeError(f"{name}: {value!r}; accepted: a finite number")
+            if not (least <= value and math.isfinite(value)):
+                raise ValueError(f"{name}: {value}; accepted: a finite number{' of at least 0' if least == 0 else ''}")
+        if not self.black < self.white:
+            raise ValueError(f"black, white: {self.black}, {self.white}; accepted: black below white")
 
     @property
     def factor(self) -> float:
@@ -200,7 +218,7 @@ def _as_array(image: Any) -> Any:
         check_dense(image)
         if image.dim() != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"image: shape {tuple(image.shape)}; accepted: (C, H, W) with C 1 or 3")
-        image = image.detach().cpu()
+        image = image.detach().cpu().resolve_neg()
         return (image.float() if image.dtype == torch.bfloat16 else image).permute(1, 2, 0).numpy()
     if not isinstance(image, np.ndarray):
         accepted = "a path, a PIL image, a NumPy array or a tensor"
@@ -208,13 +226,16 @@ def _as_array(image: Any) -> Any:
     return without_mask(image) if isinstance(image, np.ma.MaskedArray) else image
 
 
-def check_dense(tensor: Tensor) -> None:
+def check_dense(tensor: Tensor, name: str = "image") -> None:
     """Raise TypeError unless a tensor has its values in memory, one for each place."""
     if type(tensor).__name__ == "MaskedTensor":
-        raise TypeError("image: a masked tensor; accepted: a plain tensor, or a NumPy masked array")
+        raise TypeError(f"{name}: a masked tensor; accepted: a plain tensor, or a NumPy masked array")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        inside = "a tensor inside torch.vmap or a transform of torch.func, where it has no values to read"
+        raise TypeError(f"{name}: {inside}; accepted: a plain tensor (a network, model(x, sigma), can be transformed)")
     if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else "meta, without values" if tensor.is_meta else str(tensor.layout)
-        raise TypeError(f"image: a tensor of another kind ({kind}); accepted: a dense tensor")
+        raise TypeError(f"{name}: a tensor of another kind ({kind}); accepted: a dense tensor")
 
 
 def estimator_of(model: Model | None) -> OwnEstimator | None:

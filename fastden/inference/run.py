@@ -14,10 +14,10 @@ from torch import Tensor
 from fastden.algebra import BORDER
 from fastden.images.pixels import Array, check_plain
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
-from fastden.inference.estimate import NoiseEstimate, estimate_of
+from fastden.inference.estimate import NoiseEstimate, check_dense, estimate_of
 from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
-from fastden.network.inputs import as_tensor, with_values
+from fastden.network.inputs import as_tensor
 from fastden.network.loading import check_strength
 
 #: What the argument ``sigma`` takes, for messages.
@@ -279,16 +279,14 @@ def noise_level_of(
         sigma = as_tensor(sigma)
     if isinstance(sigma, np.ndarray):
         check_plain(sigma, "sigma")
+    elif isinstance(sigma, Tensor):
+        check_dense(sigma, "sigma")
     if not isinstance(sigma, np.ndarray | Tensor):
         raise TypeError(f"sigma: {_shown(sigma)}; accepted: {_SIGMAS}")
     real = sigma.dtype.kind in "fiu" if isinstance(sigma, np.ndarray) else not sigma.is_complex()
     if not real or sigma.dtype == torch.bool:
         raise TypeError(f"sigma: an array of dtype {sigma.dtype}; accepted: {_SIGMAS}")
-    host = (
-        with_values(sigma).detach().cpu()
-        if isinstance(sigma, Tensor)
-        else torch.from_numpy(np.array(sigma, np.float32))
-    )
+    host = sigma.detach().cpu() if isinstance(sigma, Tensor) else torch.from_numpy(np.array(sigma, np.float32))
     level = host.float()
     n = len(images)
     if level.dim() == 0:

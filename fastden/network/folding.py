@@ -28,8 +28,10 @@ def weights(model: Denoiser) -> dict[str, Pair]:
         By name: conv0, conv1, res1_reduce, res1_conv, res1_expand, conv2, ..., up2, conv3, up3, out.
 
     Raises:
-        ValueError: a layer is not a plain one; the error names it.
+        ValueError: a layer is not a plain one; the error names it. Or the model is on meta.
     """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model: on meta, without weights; accepted: one with weights (load_state_dict(assign=True))")
     check_call(model)
     for name in ("forward_padded", "_trunk", "_forward_composed"):
         if getattr(type(model), name) is not getattr(Denoiser, name) or name in vars(model):

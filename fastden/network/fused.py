@@ -141,6 +141,10 @@ class FusedDenoiser(nn.Module):
     Elsewhere, and under transforms (``torch.func``, ``torch.compile``, tracing), it runs on :mod:`fastden.ops`.
     Several threads may call it at the same time.
 
+    Weights lie in memory as kernels read them. So ``safetensors.torch.save_file`` refuses the state of a module that
+    holds a fused network ("non contiguous"): ``safetensors.torch.save_model(module, path)`` saves it, and so does
+    ``save_file`` of ``{name: tensor.contiguous()}``.
+
     A new one has float64 weights on the CPU, which :func:`fuse` casts and moves, and is in evaluation mode, whatever
     the mode of ``model``.
 

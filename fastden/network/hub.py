@@ -118,6 +118,8 @@ class PretrainedMixin:
             for key in kwargs.keys() - known.keys():
                 accepted = ", ".join((*DOWNLOAD, *known))
                 raise TypeError(f"{key}: {kwargs[key]!r}, an argument that is not known; accepted: {accepted}")
+        if str(map_location).partition(":")[0] == "meta":
+            raise ValueError(f"map_location: {str(map_location)!r}, which holds no weights; accepted: another device")
         folder = files_of(pretrained_model_name_or_path, download)
         return cls._from_folder(folder, str(map_location), strict, kwargs)
 

@@ -104,7 +104,7 @@ def map_or_curve(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
         return x.new_full((1, 1, 1, 1), number).expand(n, 1, height, width)
     tensor = as_tensor(sigma)
     if tensor.device.type == "meta" and x.device.type != "meta":
-        with_values(tensor)
+        raise TypeError("sigma: a meta tensor, without values; accepted: one with values, or a number")
     if not tensor.is_floating_point():
         tensor = tensor.to(x.dtype)  # PyTorch finds no extremes of uint16
     if runs_as_written(tensor) and tensor.device.type == "cpu" and tensor.numel():
@@ -142,13 +142,6 @@ def as_tensor(sigma: Any) -> Tensor:
         raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
     if sigma.is_complex() or sigma.dtype == torch.bool:
         raise TypeError(f"sigma: dtype {sigma.dtype}; {accepted}")
-    return sigma
-
-
-def with_values(sigma: Tensor) -> Tensor:
-    """``sigma``; refuses a tensor on meta, which has none."""
-    if sigma.device.type == "meta":
-        raise TypeError("sigma: a meta tensor, without values; accepted: one with values, or a number")
     return sigma
 
 

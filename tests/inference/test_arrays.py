@@ -317,7 +317,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "word": ({"sigma": "high"}, TypeError, r"sigma: 'high'; accepted"),
     "map": ({"sigma": np.zeros((9, 8))}, ValueError, r"sigma: shape \(9, 8\); accepted: a number, \(8, 9\) \(a map\)"),
     "ragged": ({"sigma": [[1, 2], [3]]}, TypeError, r"sigma: list holds values that are not numbers; accepted"),
-    "meta": ({"sigma": torch.empty(8, 9, device="meta")}, TypeError, r"sigma: a meta tensor, without values; accepted"),
+    "meta": ({"sigma": torch.empty(8, 9, device="meta")}, TypeError, r"sigma: a tensor of another kind \(meta"),
     "negative map": ({"sigma": np.full((8, 9), -1.0)}, ValueError, r"sigma: values from -1 to -1; accepted: 0 to 255"),
     "strength": ({"strength": 3}, ValueError, r"strength: 3; accepted"),
     "three numbers": ({"value_range": (0, 1, 2)}, ValueError, r"value_range: \(0, 1, 2\); accepted: None, or"),

@@ -180,6 +180,23 @@ def test_sigmas_that_are_no_curve(sigmas: tuple[float, ...]) -> None:
         NoiseEstimate(sigmas, 1.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"sigmas": 5}, TypeError, "sigmas: 5; accepted: 8 finite numbers"),
+        ({"sigmas": ("a",) * 8}, TypeError, r"sigmas: \('a', .*; accepted: 8 finite numbers"),
+        ({"sigma": None}, TypeError, "sigma: None; accepted: a finite number"),
+        ({"coarseness": math.nan}, ValueError, "coarseness: nan; accepted: a finite number of at least 0"),
+        ({"uncertainty": -1}, ValueError, "uncertainty: -1; accepted: a finite number of at least 0"),
+        ({"black": 1}, ValueError, "black, white: 1, 1.0; accepted: black below white"),
+        ({"white": math.inf}, ValueError, "white: inf; accepted: a finite number"),
+    ],
+)
+def test_fields_that_are_no_estimate(fields: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        NoiseEstimate(**{"sigmas": (5.0,) * 8, "sigma": 5.0, "coarseness": 0.5, **fields})
+
+
 def test_an_estimate_of_a_brighter_picture() -> None:
     """Its levels may exceed the scale of another picture."""
     estimate = NoiseEstimate((700.0,) * KNOTS, 700.0, 0.5, white=10.0)

@@ -257,6 +257,8 @@ def test_without_values() -> None:
     """A network on PyTorch's meta device has shapes alone."""
     model = random_network()
     assert fuse(model, device="meta").device.type == "meta"
+    with pytest.raises(ValueError, match="model: on meta, without weights; accepted: one with weights"):
+        fuse(Denoiser().to("meta"))
 
 
 def test_casting_afterwards() -> None:

@@ -297,6 +297,8 @@ def test_a_path_that_does_not_exist_is_no_name(name: str, tmp_path: Path, monkey
 def test_arguments_that_loading_does_not_know() -> None:
     with pytest.raises(TypeError, match="model: NoneType; accepted: a bundled name, a folder or"):
         Denoiser.from_pretrained(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="map_location: 'meta', which holds no weights; accepted: another device"):
+        Denoiser.from_pretrained("color", map_location="meta")
     for wrong in ({"subfolder": "x"}, {"torch_dtype": "float16"}):
         with pytest.raises(TypeError, match=rf"{next(iter(wrong))}: .*; accepted: revision, .*composed"):
             Denoiser.from_pretrained("color", **wrong)

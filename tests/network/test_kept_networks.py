@@ -119,3 +119,26 @@ def test_colour_noise_alone_leaves_a_star_its_light(channels: int) -> None:
     done = fastden.denoise(image, 5, strength=0, chroma=1, device="cpu")
     weights = np.float32([0.299, 0.587, 0.114]) if channels == 3 else np.float32([1.0])
     np.testing.assert_allclose(done @ weights, image @ weights, rtol=0, atol=1e-4)
+
+
+def test_views_with_the_negative_bit() -> None:
+    """The imaginary part of a conjugate, as Fourier transforms give it."""
+    image = torch.rand(3, 20, 24)
+    view = torch.complex(image, -image).conj().imag
+    assert view.is_neg()
+    assert torch.equal(fastden.denoise(view, 20), fastden.denoise(image, 20))
+    assert fastden.estimate_noise(view) == fastden.estimate_noise(image)
+
+
+def test_transforms_are_refused() -> None:
+    """Pixels are read here, which no tensor inside a transform has; a network can be transformed."""
+    image, inside = torch.rand(2, 3, 20, 24), r"a tensor inside torch\.vmap .*; accepted: a plain tensor"
+    for call in (
+        lambda: torch.vmap(lambda one: fastden.denoise(one, 20))(image),
+        lambda: torch.func.grad(lambda one: fastden.denoise(one, 20).sum())(image),
+        lambda: torch.vmap(fastden.denoise)(image),
+    ):
+        with pytest.raises(TypeError, match=f"image: {inside}"):
+            call()
+    with pytest.raises(TypeError, match=f"sigma: {inside}"):
+        torch.vmap(lambda sigma: fastden.denoise(image, sigma))(torch.tensor([10.0, 20.0]))
