@@ -140,6 +140,8 @@ def export(
         UserError: the file exists or cannot be written.
         ModuleNotFoundError: a package is missing; the message has the command that installs it.
     """
+    if not isinstance(output, str | Path):
+        raise TypeError(f"output: {type(output).__name__}; accepted: the path of a file")
     target = Path(output)
     kind = _format(format, target)
     if precision not in PRECISIONS[kind]:

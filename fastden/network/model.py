@@ -169,7 +169,8 @@ class Denoiser(nn.Module, PretrainedMixin):
         """A network with or without noise-level input that starts from this one's weights.
 
         Without the input, conv0 loses the weights of that channel. With it, conv0 gets zeros there: the function stays
-        the same. The result is this very network where nothing changes, else a copy, with the same estimator.
+        the same. The result is this very network where nothing changes, else a copy, with the same estimator and the
+        same parameters frozen.
         """
         if noise_level_input == self.noise_level_input:
             return self
@@ -181,6 +182,9 @@ class Denoiser(nn.Module, PretrainedMixin):
         if noise_level_input:
             weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1)
         other.to(weight.device, weight.dtype).load_state_dict({**state, "conv0.weight": weight})
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         return other.train(self.training)
 
     def extra_repr(self) -> str:

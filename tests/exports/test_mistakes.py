@@ -47,6 +47,8 @@ def test_wrong_types(tmp_path: Path) -> None:
         fastden.export("color", tmp_path / "a.onnx", sigma="auto")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model: int; accepted: a name, folder"):
         fastden.export(3, tmp_path / "a.onnx")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="output: NoneType; accepted: the path of a file"):
+        fastden.export("color", None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="composed: False with a FusedDenoiser"):
         fastden.export(fastden.fuse(random_network()), tmp_path / "a.onnx", composed=False)
     with pytest.raises(ValueError, match="format: 'dtmodel' with a network for gray images; accepted: one for RGB"):

@@ -336,6 +336,15 @@ def test_adapt_keeps_the_estimator_and_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_adapt_keeps_what_is_frozen() -> None:
+    model = random_network()
+    model.res1.requires_grad_(False)
+    model.conv0.requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    adapted = model.adapt(noise_level_input=False)
+    assert {name for name, parameter in adapted.named_parameters() if not parameter.requires_grad} == frozen
+
+
 @pytest.mark.parametrize("noise_level_input", [False, True])
 def test_adapt(noise_level_input: bool) -> None:
     model = random_network(noise_level_input)
