@@ -238,7 +238,12 @@ def _reference(noisy: Path) -> Path:
     references = [path for path in find_images(noisy.parent) if path.stem == stem]
     if not references:
         raise UserError(f"pairs: {noisy} has no reference {stem}.*")
-    return references[0]
+    # A preview beside the reference, such as a JPEG beside PNGs, would lower every score.
+    alike = [path for path in references if path.suffix == noisy.suffix] or references
+    if len(alike) > 1:
+        names = ", ".join(path.name for path in alike)
+        raise UserError(f"pairs: {noisy} has references {names}; accepted: one, or one of suffix {noisy.suffix}")
+    return alike[0]
 
 
 def _eight_bit(file: Path) -> Header:

@@ -15,7 +15,15 @@ import numpy as np
 from fastden.errors import UserError
 from fastden.images.attachments import for_libvips, has_exif, plan_attachment, png_kind
 from fastden.images.containers import riff_chunks
-from fastden.images.encoding import check_alpha, check_pages, described, plan_encoding, plan_saving
+from fastden.images.encoding import (
+    check_alpha,
+    check_pages,
+    described,
+    for_shift,
+    plan_encoding,
+    plan_saving,
+    stored_bits,
+)
 from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, encode_heic, open_file
 from fastden.images.image_file import Header, ImageFile
@@ -358,7 +366,7 @@ def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = F
     shape = image.pixels.shape[2], image.pixels.dtype, image.bits
     dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name, strip_metadata=strip_metadata)
     planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
-    planes = np.ascontiguousarray(to_dtype(planes, dtype))
+    planes = for_shift(np.ascontiguousarray(to_dtype(planes, dtype)), stored_bits(format_name, dtype, image.bits))
     height, width, bands = planes.shape
     kind = png_kind(bands, planes.itemsize)
     attachment = plan_attachment(image.extras, metadata, format_name, kind=kind, strip_metadata=strip_metadata)

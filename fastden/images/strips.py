@@ -15,7 +15,7 @@ import numpy as np
 from fastden.errors import UserError
 from fastden.images.attachments import for_libvips, has_exif, plan_attachment, png_kind
 from fastden.images.codec import MAX_PIXELS, header_of, open_image
-from fastden.images.encoding import described, plan_saving
+from fastden.images.encoding import described, for_shift, plan_saving, stored_bits
 from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, open_file
 from fastden.images.image_file import Header
@@ -225,6 +225,7 @@ class StripWriter:
             exif=has_exif(self._metadata, self._attachment),
             strip_metadata=strip_metadata,
         )
+        self._bits = stored_bits(format_name, dtype, bits)
         if format_name == "tiff":
             self._options |= {"tile": True, "tile_width": TIFF_TILE, "tile_height": TIFF_TILE}
         if format_name == "jpeg":
@@ -258,7 +259,7 @@ class StripWriter:
         Raises:
             UserError: the file cannot be written.
         """
-        if not self._stream.put(np.ascontiguousarray(rows, self._dtype)):
+        if not self._stream.put(for_shift(np.ascontiguousarray(rows, self._dtype), self._bits)):
             self._thread.join()
             raise self._error or UserError(f"cannot be written as {self._format_name}")
 
