@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -87,7 +88,7 @@ def check_pairs(folder: Path, network: FusedDenoiser) -> list[tuple[Path, Path]]
     pairs = [(file, _reference(file)) for file in noisy_files]
     for pair in pairs:
         headers = [_eight_bit(file) for file in pair]
-        noisy, clean = [(header.height, header.width, header.channels) for header in headers]
+        noisy, clean = map(_upright_shape, headers)
         if clean != noisy:
             raise UserError(f"pairs: {pair[0]} is {noisy}, its reference {clean}; accepted: the same size")
         adapted(network, headers[0].channels, PLAIN)
@@ -201,12 +202,14 @@ def evaluate_pairs(
     for file, reference in pairs:
         if started is not None:
             started(file.name)
-        clean, noisy = read_image(reference).pixels, read_image(file).pixels
+        clean, noisy = read_image(reference).upright().pixels, read_image(file)
+        # 8 bits span 0 to 255, however dark; of floating values the range would be looked for.
+        floats = to_dtype(noisy.pixels, np.float32)
         for sigma, by_name in zip(asked, scores, strict=True):
-            # 8 bits span 0 to 255, however dark; of floating values the range would be looked for.
-            floats = to_dtype(noisy, np.float32)
             denoised, used = denoise_pixels(floats, *_chosen(floats, sigma, network, white), values=ORDINARY)
-            by_name[file.name] = _scores(clean, floats, denoised, measures)
+            # Denoised as stored, as fastden denoise does it; compared as shown.
+            shown = [replace(noisy, pixels=pixels).upright().pixels for pixels in (floats, denoised)]
+            by_name[file.name] = _scores(clean, shown[0], shown[1], measures)
             if used is not None:
                 by_name[file.name]["sigma"] = round(used, 3)
     return [
@@ -251,6 +254,13 @@ def _eight_bit(file: Path) -> Header:
     if header.dtype != np.uint8:
         raise UserError(f"{file}: {header.bits} bits; accepted for an evaluation: 8 bits")
     return header
+
+
+def _upright_shape(header: Header) -> tuple[int, int, int]:
+    """(H, W, C) of an image as it is shown."""
+    turned = int(header.metadata.get("orientation", 1)) >= 5
+    height, width = (header.width, header.height) if turned else (header.height, header.width)
+    return height, width, header.channels
 
 
 def _scores(clean: Bytes, noisy: Floats, denoised: Floats, measures: Mapping[str, Measure] | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -103,8 +104,38 @@ def test_eval_of_real_pairs(tmp_path: Path, model: str) -> None:
     assert row["psnr_noisy"] == pytest.approx(expected, abs=1e-3)
     (folder / "x_mean.csv").write_text("its scores, no image")
     works("eval", folder, "--real", "--model", model)
+    # A lossy preview beside a reference of the shot's own suffix is none; of several others none is preferred.
+    (folder / "x_mean.jpg").write_bytes(encoded(np.full((32, 40, 3), 120, np.uint8), "JPEG"))
+    works("eval", folder, "--real", "--model", model, "--json", results)
+    assert json.loads(results.read_text())["sets"]["pairs"][0] == row
+    (folder / "x_mean.png").rename(folder / "x_mean.tif")
+    message = r"x_real.png has references x_mean.jpg, x_mean.tif; accepted: one, or one of suffix .png"
+    fails("eval", folder, "--real", "--model", model, saying=message)
+    (folder / "x_mean.jpg").unlink()
     (folder / "y_mean.png").unlink()
     fails("eval", folder, "--real", "--model", model, saying="has no reference y_mean")
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_eval_of_turned_pairs(tmp_path: Path, model: str, orientation: int) -> None:
+    """Cameras turn by a tag, and references are often saved upright."""
+    stored = pixels()
+    write_image(tmp_path / "x_real.png", ImageFile(stored, metadata={"orientation": orientation}))
+    upright = np.rot90(stored, 2 if orientation == 3 else -1)
+    (tmp_path / "x_mean.png").write_bytes(encoded(np.ascontiguousarray(upright), "PNG"))
+    network = load_network(model)
+    (row,) = evaluation.evaluate_pairs(tmp_path, network, [10.0])
+    assert row["psnr_noisy"] == math.inf
+    found = fastden.denoise(stored, sigma=10, model=model, dtype="float32").astype(float)
+    expected = 10 * np.log10(255**2 / np.square(found - stored).mean())
+    assert row["psnr"] == pytest.approx(expected, abs=0.01)
+
+
+def test_eval_compares_the_sizes_of_turned_pairs(tmp_path: Path, model: str) -> None:
+    write_image(tmp_path / "x_real.png", ImageFile(pixels(), metadata={"orientation": 6}))
+    (tmp_path / "x_mean.png").write_bytes(encoded(pixels(), "PNG"))
+    message = r"x_real.png is \(40, 32, 3\), its reference \(32, 40, 3\)"
+    fails("eval", tmp_path, "--real", "--model", model, saying=message)
 
 
 def test_eval_with_the_estimated_level(photos: Path, tmp_path: Path, model: str) -> None:
