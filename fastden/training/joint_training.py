@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,14 +26,14 @@ from fastden.joint import (
 )
 from fastden.network.model import Denoiser
 from fastden.training.config import JointConfig
-from fastden.training.data import evenly_spaced
+from fastden.training.data import Image, evenly_spaced, tell
 from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.labelled import (
     Label,
     LabelledCrops,
     LabelledImages,
-    load_classified,
-    load_segmented,
+    load_one_classified,
+    load_one_segmented,
     read_classes,
     read_masks,
 )
@@ -44,8 +44,16 @@ from fastden.training.tasks import Task
 VALIDATION_SIGMAS = (30, 60)
 
 
+class _Read(NamedTuple):
+    """A labelled image: its file, the file that names its label, and its pixels with the label."""
+
+    image: Path
+    label: Path
+    pair: tuple[Image, Label]
+
+
 class JointData(DenoiserData):
-    """Labelled images, decoded once into memory.
+    """Labelled images, decoded once into memory; those that are held out for validation are not trained on.
 
     Args:
         config: all settings.
@@ -64,43 +72,21 @@ class JointData(DenoiserData):
         if self.labelled:
             return
         config = self.config
-        self.labelled = [pair for folder in config.data for pair in self._load(folder)]
+        training = [read for folder in config.data for read in self._load(folder)]
+        held_out: list[_Read] = []
         if config.validation_data is not None and config.validation:
-            self.held_out = evenly_spaced(self._load(config.validation_data), config.validation)
+            held_out = evenly_spaced(self._load(config.validation_data), config.validation)
+            training = _without(training, held_out)
         if self.task is not None:
-            self._check_labels(self.task)
+            _check_labels(self.task, "training", training)
+            _check_labels(self.task, "validation", held_out)
+        self.labelled, self.held_out = [read.pair for read in training], [read.pair for read in held_out]
 
-    def _check_labels(self, task: Task) -> None:
-        """Refuse labels that are no class, which the validation would count as errors or fail at.
-
-        Raises:
-            UserError: naming the file, its labels and what is accepted.
-        """
-        config = self.config
-        held_out = [config.validation_data] if self.held_out else []
-        for part, folders, pairs in (
-            ("training", config.data, self.labelled),
-            ("validation", held_out, self.held_out),
-        ):
-            for number, (_, label) in enumerate(pairs):
-                values = np.asarray(label, np.int64)
-                values = values[values != task.ignore_index]
-                if not values.size or 0 <= values.min() <= values.max() < task.classes:
-                    continue
-                files = [file for folder in folders for file in self._label_files(folder)]
-                file = evenly_spaced(files, len(pairs))[number]
-                accepted = f"0 to {task.classes - 1}, and {task.ignore_index} to be ignored"
-                raise UserError(f"{part}: labels: from {values.min()} to {values.max()}; accepted: {accepted} ({file})")
-
-    def _label_files(self, folder: Any) -> list[Path]:
-        """The files that :meth:`_load` reads: images of a table, or label images."""
+    def _load(self, folder: Any) -> list[_Read]:
+        crop = self.config.crop
         if self.config.objective == "joint-classify":
-            return [file for file, _ in read_classes(folder)]
-        return [label for _, label in read_masks(folder)]
-
-    def _load(self, folder: Any) -> list[tuple[Any, Label]]:
-        load = load_classified if self.config.objective == "joint-classify" else load_segmented
-        return load(folder, self.config.crop)
+            return [_Read(file, file, load_one_classified(file, label, crop)) for file, label in read_classes(folder)]
+        return [_Read(file, label, load_one_segmented(file, label, crop)) for file, label in read_masks(folder)]
 
     def crops(self, length: int, epoch: int) -> Dataset[dict[str, Tensor]]:
         config = self.config
@@ -112,6 +98,34 @@ class JointData(DenoiserData):
         classify = self.config.objective == "joint-classify"
         images = LabelledImages(self.held_out, self.config.crop if classify else None)
         return DataLoader(images, batch_size=4 if classify else 1, sampler=self.shared(images), num_workers=0)
+
+
+def _without(training: list[_Read], held_out: list[_Read]) -> list[_Read]:
+    """The images that are not held out, by their resolved names; all of them, with a note, where that leaves none."""
+    held = {read.image.resolve() for read in held_out}
+    kept = [read for read in training if read.image.resolve() not in held]
+    if kept:
+        return kept
+    tell(
+        f"validation: all {len(training)} images to train on are held out too and stay, so that its figures are of"
+        " images that the denoiser knows; others in validation_data, or a smaller validation, would not be"
+    )
+    return training
+
+
+def _check_labels(task: Task, part: str, images: list[_Read]) -> None:
+    """Refuse labels that are no class, which the validation would count as errors or fail at.
+
+    Raises:
+        UserError: naming the file, its labels and what is accepted.
+    """
+    for read in images:
+        values = np.asarray(read.pair[1], np.int64)
+        values = values[values != task.ignore_index]
+        if values.size and not 0 <= values.min() <= values.max() < task.classes:
+            accepted = f"0 to {task.classes - 1}, and {task.ignore_index} to be ignored"
+            text = f"{part}: labels: from {values.min()} to {values.max()}; accepted: {accepted} ({read.label})"
+            raise UserError(text)
 
 
 class JointTraining(DenoiserTraining):

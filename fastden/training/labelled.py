@@ -98,7 +98,12 @@ def load_mask(path: Path) -> npt.NDArray[np.uint8]:
 
 def load_classified(folder: Path, crop: int) -> list[tuple[Image, Label]]:
     """Images of :func:`read_classes` in memory; those whose shorter side is below ``crop`` are scaled up to it."""
-    return [(_at_least(load_rgb(path), crop), label) for path, label in read_classes(folder)]
+    return [load_one_classified(path, label, crop) for path, label in read_classes(folder)]
+
+
+def load_one_classified(path: Path, label: int, crop: int) -> tuple[Image, Label]:
+    """One of :func:`load_classified`."""
+    return _at_least(load_rgb(path), crop), label
 
 
 def load_segmented(folder: Path, crop: int) -> list[tuple[Image, Label]]:
@@ -107,15 +112,17 @@ def load_segmented(folder: Path, crop: int) -> list[tuple[Image, Label]]:
     Raises:
         UserError: an image and its label of different sizes, or smaller than ``crop``.
     """
-    labelled: list[tuple[Image, Label]] = []
-    for path, label_path in read_masks(folder):
-        image, label = load_rgb(path), load_mask(label_path)
-        if image.shape[:2] != label.shape:
-            raise UserError(f"data: {path} is {image.shape[:2]}, its label {label.shape}; accepted: the same size")
-        if min(label.shape) < crop:
-            raise UserError(f"data: {path} is {label.shape}; accepted: at least crop ({crop}) pixels a side")
-        labelled.append((image, label))
-    return labelled
+    return [load_one_segmented(path, label, crop) for path, label in read_masks(folder)]
+
+
+def load_one_segmented(path: Path, label_path: Path, crop: int) -> tuple[Image, Label]:
+    """One of :func:`load_segmented`."""
+    image, label = load_rgb(path), load_mask(label_path)
+    if image.shape[:2] != label.shape:
+        raise UserError(f"data: {path} is {image.shape[:2]}, its label {label.shape}; accepted: the same size")
+    if min(label.shape) < crop:
+        raise UserError(f"data: {path} is {label.shape}; accepted: at least crop ({crop}) pixels a side")
+    return image, label
 
 
 def _at_least(image: Image, side: int) -> Image:

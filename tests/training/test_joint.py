@@ -438,17 +438,29 @@ class TestLabels:
         assert (tuple(item["clean"].shape), tuple(item["label"].shape)) == ((3, 40, 44), (40, 44))
 
     def test_validation_is_evenly_spaced(self, classified: Path) -> None:
-        config = JointConfig.model_validate(
-            {
-                "objective": "joint-classify",
-                "data": [classified],
-                "validation_data": classified,
-                "validation": 3,
-                "output": "run",
-                "network": "efficientnet-lite0",
-                "crop": 20,
-            }
-        )
-        data = JointData(config)
+        data = JointData(self.config(classified, classified))
         data.setup("fit")
         assert [label for _, label in data.held_out] == [0, 2, 1]  # images 0, 2 and 4 of 6
+
+    def test_validation_is_not_trained_on(
+        self, classified: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        linked = tmp_path / "linked"
+        linked.mkdir()
+        (linked / "1.png").symlink_to(classified / "1.png")
+        (linked / "labels.csv").write_text("file,index\n1.png,1\n")
+        for folder, validation, kept in ((classified, 3, [1, 0, 2]), (linked, 3, [0, 2, 0, 1, 2])):
+            data = JointData(self.config(classified, folder, validation=validation))
+            data.setup("fit")
+            assert [label for _, label in data.labelled] == kept
+            assert not any(np.array_equal(image, other) for image, _ in data.labelled for other, _ in data.held_out)
+        assert caplog.text == ""
+        data = JointData(self.config(classified, classified, validation=6))
+        data.setup("fit")
+        assert (len(data.labelled), len(data.held_out)) == (6, 6)
+        assert "note: validation: all 6 images to train on are held out too" in caplog.text
+
+    def config(self, data: Path, validation_data: Path, validation: int = 3) -> JointConfig:
+        settings: dict[str, Any] = {"objective": "joint-classify", "data": [data], "output": "run", "crop": 20}
+        settings |= {"validation_data": validation_data, "validation": validation, "network": "efficientnet-lite0"}
+        return JointConfig.model_validate(settings)
