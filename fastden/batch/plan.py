@@ -83,12 +83,16 @@ def plan(
         raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
     jobs = []
     for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False), left_out):
-        suffix = SUFFIX_OF[format_name] if format_name else result_suffix(source.suffix)
-        if format_name and SUFFIXES.get(source.suffix.lower()) == format_name:
-            suffix = source.suffix
-        jobs.append(Job(source, output / relative.with_suffix(suffix)))
+        jobs.append(Job(source, output / relative.with_suffix(suffix_of_result(source.suffix, format_name))))
     _refuse_collisions(jobs)
     return jobs
+
+
+def suffix_of_result(suffix: str, format_name: str | None) -> str:
+    """The suffix of a result for an input of that suffix, which stays where it says the format already."""
+    if format_name is None:
+        return result_suffix(suffix)
+    return suffix if SUFFIXES.get(suffix.lower()) == format_name else SUFFIX_OF[format_name]
 
 
 def check_no_url(name: str | Path, argument: str) -> None:

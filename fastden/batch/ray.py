@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from fastden.batch.manifest import Record
-from fastden.batch.plan import SUFFIX_OF, Job, plan
-from fastden.errors import UserError
-from fastden.images.codec import SUFFIXES, check_format
+from fastden.batch.plan import Job, plan, suffix_of_result
+from fastden.errors import UserError, in_one_line
+from fastden.images.codec import SUFFIXES, check_format, format_for, format_of_suffix
 from fastden.images.finder import has_image_name, is_left_out
-from fastden.images.formats import result_suffix
 
 Row = dict[str, str]
 
@@ -77,7 +78,7 @@ def plan_rows(
 
     Args:
         inputs: files, folders and patterns: paths, or URLs that fsspec knows.
-        output: a folder, or for one local file a file.
+        output: a folder, or for one file a file; of URLs one that an image's suffix says.
         recursive: descend into folders, keeping their structure.
         format_name: of the results; the inputs' suffixes otherwise.
         unreadable, made: as in :func:`fastden.batch.plan.plan`; of paths alone.
@@ -92,17 +93,40 @@ def plan_rows(
         options: dict[str, Any] = {"recursive": recursive, "format_name": format_name}
         jobs = plan(list(inputs), output, unreadable=unreadable, made=made, left_out=left_out, **options)
         return [{"input": os.path.abspath(job.source), "output": os.path.abspath(job.target)} for job in jobs]
+    as_file = format_of_suffix(os.path.splitext(output)[1]) is not None and not _is_folder(output)
     if not has_scheme(output):
         output = os.path.abspath(output)  # workers have working folders of their own
+    if as_file:
+        if len(inputs) > 1 or not _is_file(inputs[0]):
+            raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
+        format_for(output, format_name)
+        (source, _), *_ = _sources(inputs[0], output, recursive, left_out)
+        return [{"input": source, "output": output}]
     rows: dict[str, str] = {}
     for name in inputs:
         for source, relative in _sources(name, output, recursive, left_out):
             stem, suffix = os.path.splitext(relative)
-            target = f"{output.rstrip('/')}/{stem}{SUFFIX_OF[format_name] if format_name else result_suffix(suffix)}"
+            target = f"{output.rstrip('/')}/{stem}{suffix_of_result(suffix, format_name)}"
             if target in rows:
                 raise UserError(f"output: {rows[target]}, {source} would both be written to {target}")
             rows[target] = source
     return [{"input": source, "output": target} for target, source in rows.items()]
+
+
+def _is_folder(name: str) -> bool:
+    system, path = _filesystem(name)
+    try:
+        return name.endswith("/") or bool(system.isdir(path))
+    except Exception:  # each kind of store has its own errors; writing meets them again
+        return False
+
+
+def _is_file(name: str) -> bool:
+    system, path = _filesystem(name)
+    try:
+        return bool(system.isfile(path)) and not system.isdir(path)
+    except Exception:  # as above; the input is looked at again, with a message
+        return True
 
 
 def mark_absent(rows: Sequence[Row], output: str) -> list[Row]:
@@ -189,6 +213,8 @@ class Worker:
     Args:
         settings: keyword arguments of :class:`fastden.BatchDenoiser`.
         cpus: threads to compute with.
+
+    What keeps it from starting is told by its calls: of an actor that cannot be made, Ray prints 300 lines.
     """
 
     def __init__(self, settings: dict[str, Any], cpus: float) -> None:
@@ -199,19 +225,28 @@ class Worker:
 
         keep_freed_memory()
         torch.set_num_threads(max(int(cpus), 1))
-        self.denoiser = BatchDenoiser(**settings)
+        self.broken = ""
+        try:
+            self.denoiser = BatchDenoiser(**settings)
+        except Exception as error:
+            self.broken = in_one_line(error)
         self.overwrite = bool(settings.get("overwrite"))
         self.computer = ThreadPoolExecutor(1, "fastden-compute")
 
     def __call__(self, row: Row) -> dict[str, str]:
-        """The record of a row, its names those of the row, as one JSON text: Ray's columns hold no mixed types."""
+        """The record of a row, its names those of the row, as one JSON text: Ray's columns hold no mixed types.
+
+        Beside it is ``"broken"``, why this worker can do nothing; empty where it can.
+        """
+        if self.broken:
+            return {"record": "", "broken": self.broken}
         source, target = row["input"], row["output"]
         replaces = row.get("replaces") == "yes"
         if has_scheme(source) or has_scheme(target):
             record = self._through_copies(source, target, replaces)
         else:
             record = self._one(Job(Path(source), Path(target)), replaces)
-        return {"record": replace(record, input=source, output=target).as_json()}
+        return {"record": replace(record, input=source, output=target).as_json(), "broken": ""}
 
     def _one(self, job: Job, replaces: bool) -> Record:
         folder = job.target.parent
@@ -238,7 +273,10 @@ class Worker:
                 if record.status == "done" and has_scheme(target):
                     _send(job.target, target)
             except Exception as error:  # each kind of store has its own errors
-                return self._failure(job, error)
+                record = self._failure(job, error)
+        if record.error is not None:  # the copies are gone
+            text = record.error.replace(str(job.source), source).replace(str(job.target), target)
+            record = replace(record, error=text)
         return record
 
     def _failure(self, job: Job, error: Exception) -> Record:
@@ -280,12 +318,14 @@ def choose_pool(resources: dict[str, float], workers: int | None, per_device: in
         device: ``"cpu"`` leaves GPUs alone.
 
     Raises:
-        UserError: less than one worker.
+        UserError: less than one worker, or CUDA where the cluster has no GPU.
     """
     for name, value in (("workers", workers), ("workers_per_device", per_device)):
         if value is not None and value < 1:
             raise UserError(f"{name}: {value}; accepted: 1 or more")
     gpus, cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
+    if not gpus and device is not None and device.startswith("cuda"):
+        raise UserError(f"device: {device}, but the Ray cluster has no GPU; accepted: cpu, or none given")
     if gpus and device != "cpu":
         count = workers or int(gpus) * per_device
         return Pool(count, 1 / per_device, max(cpus // count, 1))
@@ -314,6 +354,15 @@ def connect(workers: int | None, workers_per_device: int, device: str | None) ->
     return choose_pool(ray.cluster_resources(), workers, workers_per_device, device)
 
 
+def told_by_ray(error: Exception) -> str:
+    """The cause in an error of Ray's own, such as that of a worker that died: the last line; empty for other errors."""
+    exceptions = sys.modules.get("ray.exceptions")
+    if exceptions is None or not isinstance(error, exceptions.RayError):
+        return ""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)
+
+
 def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Generator[Record, None, None]:
     """Denoise files on the workers of a Ray cluster.
 
@@ -324,6 +373,9 @@ def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Gen
 
     Yields:
         The record of each row as it is finished, in no particular order; its names are those of the row.
+
+    Raises:
+        UserError: a worker cannot start.
     """
     ray = _ray()
     with _quiet(ray):
@@ -344,20 +396,26 @@ def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Gen
             runtime_env={"env_vars": ENVIRONMENT},
         )
         for row in results.iter_rows():
+            if row.get("broken"):
+                raise UserError(f"engine: ray, but a worker cannot start: {row['broken']}")
             yield Record.from_json(row["record"])
 
 
 @contextmanager
 def _quiet(ray: Any) -> Iterator[None]:
-    """Ray Data shows no bars and logs errors alone; both settings are the whole process's."""
+    """Ray Data shows no bars and logs errors alone, without stack traces; these settings are the whole process's."""
     import logging
 
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    bars, level = context.enable_progress_bars, logger.level
+    context = ray.data.DataContext.get_current()
+    bars = context.enable_progress_bars
+    loggers = {logging.getLogger("ray.data"): logging.ERROR, logging.getLogger("ray.data.exceptions"): logging.CRITICAL}
+    levels = {logger: logger.level for logger in loggers}
     context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         yield
     finally:
         context.enable_progress_bars = bars
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -13,7 +13,7 @@ from typing import Any
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Manifest, Record, made_before, open_manifest
 from fastden.batch.plan import Job
-from fastden.batch.ray import Row, connect, distribute, has_scheme, mark_absent, plan_rows
+from fastden.batch.ray import Row, connect, distribute, has_scheme, mark_absent, plan_rows, told_by_ray
 from fastden.batch.report import Report
 from fastden.batch.settings import Settings
 from fastden.cli.console import say
@@ -33,7 +33,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         workers, workers_per_device: as of :func:`fastden.batch.ray.choose_pool`.
 
     Raises:
-        UserError: a wrong setting, an output that is its own input, or Ray does not start.
+        UserError: a wrong setting, an output that is its own input, or Ray does not start or stops.
     """
     unreadable: list[OSError] = []
     left_out: list[Path] = []
@@ -78,6 +78,11 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
                     display.progress(len(report.skipped) + len(report.records))
         except KeyboardInterrupt:
             interrupted = True
+        except Exception as error:
+            cause = told_by_ray(error)
+            if not cause:
+                raise
+            raise UserError(f"engine: ray stopped: {cause}") from error
     report.close(time.perf_counter() - start)
     code = display.summary(
         report, interrupted=interrupted, resumable=manifest is not None, including=", Ray's start included"

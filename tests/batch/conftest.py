@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +59,12 @@ def photos(tmp_path: Path) -> Path:
         (folder / f"{index}.png").write_bytes(encoded(pixels(seed=index), "PNG"))
     (folder / "wide.jpg").write_bytes(encoded(pixels(24, 61, seed=9), "JPEG"))
     return folder
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """A file system behind URLs, in this process alone."""
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]

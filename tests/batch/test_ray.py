@@ -29,7 +29,7 @@ from fastden.images.finder import count_left_out
 from tests.cli.run import fails, works
 from tests.image_files import cannot_be_looked_at, encoded, exif, pixels, save_model
 
-fsspec = pytest.importorskip("fsspec")
+pytest.importorskip("fsspec")
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,6 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    """A file system behind URLs, in this process alone."""
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-
-
 @pytest.mark.parametrize("ended", [False, True])
 def test_rays_settings_are_set_back(monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
     """Progress bars and the logger are the process's; a run that is not read to its end sets them back too."""
@@ -68,73 +59,18 @@ def test_rays_settings_are_set_back(monkeypatch: pytest.MonkeyPatch, ended: bool
         ActorPoolStrategy=lambda **options: None,
     )
     monkeypatch.setattr(ray_module, "_ray", lambda: SimpleNamespace(data=data))
+    traces = logging.getLogger("ray.data.exceptions")
     level = logger.level
     records = distribute([{"input": "a.png", "output": "b.png"}], {}, Pool(1, 0, 1))
     assert next(records).output == "b.png"
     assert (context.enable_progress_bars, logger.level) == (False, logging.ERROR)
+    assert traces.level == logging.CRITICAL
     if ended:
         assert len(list(records)) == 1
     else:
         records.close()
     assert (context.enable_progress_bars, logger.level) == (True, level)
-
-
-def test_rows_of_paths(photos: Path, tmp_path: Path) -> None:
-    rows = plan_rows([str(photos)], str(tmp_path / "out"), recursive=True, format_name="png")
-    assert [(row["input"], row["output"]) for row in rows] == [
-        (str(photos / name), str(tmp_path / "out" / target))
-        for name, target in (("a.png", "a.png"), ("b.jpg", "b.png"), ("inner/c.tif", "inner/c.png"))
-    ]
-
-
-def test_rows_of_urls(memory: Any, photos: Path) -> None:
-    for name in ("in/a.png", "in/b/a.PNG", "in/notes.txt", "in/.hidden.png"):
-        memory.pipe(f"/{name}", b"x")
-    below = {"input": "memory:///in/b/a.PNG", "output": "memory://out/b/a.PNG"}
-    first = {"input": "memory:///in/a.png", "output": "memory://out/a.png"}
-    assert [_plain(row) for row in plan_rows(["memory://in"], "memory://out/")] == [_plain(first)]
-    rows = plan_rows(["memory://in"], "memory://out", recursive=True)
-    assert [_plain(row) for row in rows] == [_plain(first), _plain(below)]
-    (row,) = plan_rows(["memory://in/*.png"], "/data/out", format_name="jpeg")
-    assert row["output"] == "/data/out/a.jpg"
-    (row,) = plan_rows([str(photos / "a.png")], "memory://out")
-    assert row == {"input": str(photos / "a.png"), "output": "memory://out/a.png"}
-    with pytest.raises(UserError, match=r"would both be written to memory://out/a\.png"):
-        plan_rows(["memory://in/a.png", str(photos / "a.png")], "memory://out")
-    with pytest.raises(UserError, match=r"input: no images at memory://nothing"):
-        plan_rows(["memory://nothing"], "memory://out")
-    with pytest.raises(UserError, match=r"nosuch://x: Protocol not known"):
-        plan_rows(["nosuch://x"], "memory://out")
-
-
-def test_what_is_no_input_behind_a_url(memory: Any) -> None:
-    """Results of an earlier run, and what lies in hidden folders, as of paths."""
-    for name in ("a.png", "b/c.png", ".trash/d.png", ".trash/deep/e.png", "clean/a.png", "clean2/f.png"):
-        memory.pipe(f"/in/{name}", b"x")
-
-    def names(*inputs: str, output: str = "memory://in/clean") -> list[str]:
-        rows = [_plain(row) for row in plan_rows(inputs, output, recursive=True)]
-        return [row["input"].removeprefix("memory://in/") for row in rows]
-
-    assert names("memory://in") == names("memory://in/**/*.png") == ["a.png", "b/c.png", "clean2/f.png"]
-    assert names("memory://in/*/*.png", output="memory://out") == ["b/c.png", "clean/a.png", "clean2/f.png"]
-    assert names("memory://in/.trash") == names("memory://in/.t*/**/*.png") == [".trash/d.png", ".trash/deep/e.png"]
-    with pytest.raises(UserError, match=r"input: memory://in/\*\*\.png: Invalid pattern"):
-        names("memory://in/**.png")
-    assert names("memory://in/clean", output="memory://out") == ["clean/a.png"], "the folder itself may be asked for"
-
-
-@pytest.mark.parametrize("name", ["a[1].png", "what?.png", "a*.png"])
-def test_names_that_look_like_patterns_behind_a_url(memory: Any, name: str) -> None:
-    for there in (name, "a1.png", "whats.png", "ab.png"):
-        memory.pipe(f"/in/{there}", b"x")
-    (row,) = plan_rows([f"memory://in/{name}"], "memory://out")
-    assert _plain(row) == {"input": f"memory://in/{name}", "output": f"memory://out/{name}"}
-
-
-def _plain(row: dict[str, str]) -> dict[str, str]:
-    """File systems differ in the number of slashes behind the scheme."""
-    return {key: value.replace(":///", "://") for key, value in row.items()}
+    assert traces.level == logging.NOTSET
 
 
 def record_of(worker: Worker, source: Any, target: Any) -> Record:
@@ -188,7 +124,10 @@ def test_a_worker(photos: Path, tmp_path: Path, memory: Any, model: str) -> None
     memory.pipe("/in/text.png", b"no image")
     bad = record_of(worker, "memory://in/text.png", tmp_path / "text.png")
     assert bad.status == "failed"
-    assert bad.error
+    assert bad.error.startswith("memory://in/text.png: ")  # not the copy, which is gone
+    assert "fastden-" not in bad.error
+    other = record_of(worker, "memory://in/b.jpg", "memory://out/b.bmp")
+    assert other.error.startswith("memory://out/b.bmp: cannot write .bmp")
     assert memory.find("/out") == ["/out/deep/b.jpg"]
     assert not (tmp_path / "text.png").exists()
 
@@ -203,6 +142,47 @@ def test_pools() -> None:
     assert choose_pool({"CPU": 2.0, "node:a": 1.0}, 4, 1, None) == Pool(4, 0, 1)
     with pytest.raises(UserError, match=r"workers: 0; accepted: 1 or more"):
         choose_pool(machine, 0, 1, None)
+    assert choose_pool(machine, None, 1, "cuda") == Pool(2, 1, 8)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"device: {device}, but the Ray cluster has no GPU; accepted: cpu"):
+            choose_pool({"CPU": 8.0, "node:a": 1.0}, None, 1, device)
+
+
+def test_a_worker_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its calls say why. An error of the actor's own would be repeated by Ray, with 300 lines."""
+    row = Worker({"model": str(tmp_path / "none")}, 1)({"input": "a.png", "output": "b.png"})
+    assert row["record"] == ""
+    assert row["broken"].startswith(f"model: '{tmp_path / 'none'}'; accepted:")
+    data = SimpleNamespace(
+        DataContext=SimpleNamespace(get_current=lambda: SimpleNamespace(enable_progress_bars=True)),
+        from_items=lambda *_, **options: SimpleNamespace(
+            map=lambda *_, **options: SimpleNamespace(iter_rows=lambda: iter([row]))
+        ),
+        ActorPoolStrategy=lambda **options: None,
+    )
+    monkeypatch.setattr(ray_module, "_ray", lambda: SimpleNamespace(data=data))
+    with pytest.raises(UserError, match="engine: ray, but a worker cannot start: model: "):
+        next(distribute([{"input": "a.png", "output": "b.png"}], {}, Pool(1, 0, 1)))
+
+
+def test_errors_of_rays_own(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, the last of the cause; a defect of fastden keeps its trace."""
+
+    class RayError(Exception):
+        """As ``ray.exceptions.RayError``."""
+
+    def dying(*_: Any) -> Iterator[Record]:
+        raise RayError("\x1b[36mray::Map\x1b[39m died\n  File x\n\x1b[31mOutOfMemoryError: 3 GB\x1b[0m\n\n")
+        yield
+
+    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayError=RayError))
+    monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
+    monkeypatch.setattr("fastden.cli.cluster.distribute", dying)
+    command = ["denoise", photos, "-o", tmp_path / "out", "--model", model, "--sigma", 20, "--engine", "ray"]
+    errors = fails(*command, saying="^error: engine: ray stopped: OutOfMemoryError: 3 GB$")
+    assert len(errors.splitlines()) == 1
+    assert ray_module.told_by_ray(KeyError("x")) == ""
+    assert ray_module.told_by_ray(RayError()) == "RayError"
 
 
 @pytest.mark.slow
