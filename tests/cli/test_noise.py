@@ -53,13 +53,43 @@ def test_the_map_serves_as_sigma_map(picture: Path, tmp_path: Path) -> None:
     target = tmp_path / "map.png"
     works("noise", picture, "--map", target)
     levels = read_image(target).pixels
-    assert levels.shape == (64, 64, 1)
+    assert (levels.shape, levels.dtype) == ((64, 64, 1), np.uint16)
     estimate = fastden.estimate_noise(noisy(20))
-    assert abs(float(levels.mean()) - 255 * float(estimate.curve.mean())) < 2.5
+    assert abs(float(levels.mean()) / 257 - 255 * float(estimate.curve.mean())) < 2.5
     works("denoise", picture, "-o", tmp_path / "out.png", "--sigma-map", target)
     fails("noise", picture, "--map", target, saying="exists")
     works("noise", picture, "--map", target, "--overwrite")
     fails("noise", picture, picture, "--map", tmp_path / "two.png", saying="with 2 pictures; accepted: with one")
+
+
+def test_a_map_of_weak_noise_is_what_the_picture_is_denoised_with(tmp_path: Path) -> None:
+    """In 8 bits the map was rounded up, here from level 1.4 to 2."""
+    source, target = tmp_path / "weak.png", tmp_path / "map.png"
+    source.write_bytes(encoded(noisy(1), "PNG"))
+    works("noise", source, "--map", target)
+    levels = read_image(target).pixels / 257
+    estimate = fastden.estimate_noise(noisy(1))
+    least, most = (float(level) for level in (estimate.curve.min() * 255, estimate.curve.max() * 255))
+    assert least < 1.5
+    assert least - 1e-4 <= levels.min() <= levels.max() <= most + 0.0041
+    works("denoise", source, "-o", tmp_path / "by_map.png", "--sigma-map", target, "--model", "color")
+    works("denoise", source, "-o", tmp_path / "auto.png", "--model", "color")
+    by_map, auto = (read_image(tmp_path / f"{name}.png").pixels.astype(int) for name in ("by_map", "auto"))
+    assert (by_map != auto).mean() < 0.01
+
+
+def test_of_several_pages_the_first_is_judged(tmp_path: Path) -> None:
+    """As fastden denoise, the command takes such a TIFF."""
+    pages, first = tmp_path / "pages.tif", tmp_path / "first.tif"
+    both = np.concatenate([noisy(20), np.full((64, 64, 3), 90, np.uint8)])
+    write_image(pages, ImageFile(both, pages=2))
+    write_image(first, ImageFile(noisy(20)))
+    done = CliRunner().invoke(app, ["noise", str(pages), "--map", str(tmp_path / "map.png")])
+    assert (done.exit_code, done.stderr) == (0, f"note: {pages}: of 2 pages the first is judged\n")
+    judged_first = works("noise", first, "--map", tmp_path / "one.png")
+    assert done.stdout.replace(str(tmp_path / "pages"), str(tmp_path / "first")) == judged_first
+    one, judged = (read_image(tmp_path / name).pixels for name in ("one.png", "map.png"))
+    assert np.array_equal(one, judged)
 
 
 def test_a_bad_file_does_not_stop_the_others(picture: Path, tmp_path: Path) -> None:
