@@ -117,6 +117,30 @@ def test_out_of_device_memory_halves_the_tile_and_is_said_once(tmp_path: Path, n
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_images_that_cannot_be_computed_give_their_memory_back(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Else a run of many failures would wait for memory that nobody holds."""
+    for index in range(count):
+        (tmp_path / f"{index}.png").write_bytes(encoded(pixels(seed=index), "PNG"))
+    batch, gates = fastden.BatchDenoiser(network, sigma=5), set()
+    take = Gate.take
+
+    def watched(self: Gate, size: int) -> None:
+        gates.add(self)
+        take(self, size)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("no result")
+
+    monkeypatch.setattr(Gate, "take", watched)
+    monkeypatch.setattr(batch.stages.computing, "compute", failing)
+    report = batch.run(tmp_path, tmp_path / "out")
+    assert [record.error for record in report.failed] == ["no result"] * count
+    assert [gate.taken for gate in gates] == [0]
+
+
 LIMITED = """
 import resource, sys
 from fastden import BatchDenoiser
