@@ -233,7 +233,8 @@ class JointLoss(nn.Module):
 
     Args:
         weight: lambda, at least 0; for several tasks a mapping by name. It balances losses on
-            different scales: a squared error on [0, 1] is about 0.001, a cross entropy about 1.
+            different scales: a squared error on [0, 1] is about 0.001, a cross entropy about 1. 0 leaves a task out
+            of the sum; its loss is still among the terms.
         task_loss: "classification" (:class:`ClassificationLoss`), "segmentation" (:class:`SegmentationLoss`), or any
             callable ``(prediction, target) -> scalar tensor``; for several tasks a mapping by name.
         denoise_loss: ``(denoised, clean) -> scalar tensor``; None is the mean squared error, in at least float32.
@@ -293,7 +294,8 @@ class JointLoss(nn.Module):
         denoise = self.denoise_loss(output.denoised, clean)
         total = denoise
         for name in names:
-            total = total + self.weights[name] * tasks[name]
+            if self.weights[name]:  # 0 times an infinite loss would be NaN
+                total = total + self.weights[name] * tasks[name]
         return JointTerms(total, denoise, tasks)
 
     def _scalar(self, name: str, prediction: Any, target: Any) -> Tensor:

@@ -35,6 +35,17 @@ class TestJointLoss:
         assert terms.total.item() == pytest.approx(0.5 * 1.609438 + 2 * 2, rel=1e-5)
         assert set(terms.tasks) == {"a", "b"}
 
+    def test_a_weight_of_0_leaves_a_task_out(self) -> None:
+        """Zero times an infinite loss would be NaN, and so would its gradient."""
+        denoised, clean = torch.rand(1, 3, 4, 4, requires_grad=True), torch.rand(1, 3, 4, 4)
+        output = JointOutput(denoised, {"a": denoised.mean(), "b": denoised.sum() * torch.inf})
+        loss = JointLoss({"a": 0.5, "b": 0.0}, dict.fromkeys("ab", lambda prediction, _: prediction))
+        terms = loss(output, clean, {"a": None, "b": None})
+        torch.testing.assert_close(terms.total, terms.denoise + 0.5 * terms.tasks["a"])
+        assert terms.tasks["b"].item() == torch.inf
+        (gradient,) = torch.autograd.grad(terms.total, denoised)
+        assert bool(gradient.isfinite().all())
+
     def test_one_weight_for_all(self) -> None:
         assert JointLoss(0.1, {"a": "classification", "b": "segmentation"}).weights == {"a": 0.1, "b": 0.1}
 
