@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,37 @@ def test_variance_is_that_of_the_formula(shot: float, value: float) -> None:
         assert float(raw.var()) == pytest.approx(shot * value + read, rel=0.02)
         assert float(raw.mean()) == pytest.approx(value, abs=5 * math.sqrt((shot * value + read) / raw.numel()))
     assert float(raw.max()) <= 1
+
+
+def test_read_noise_follows_the_shot_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log variance is a line over that of the shot noise."""
+    seen = []
+
+    def exposed(sensor: torch.Tensor, process: Any, shot: float, read: float, *_: Any) -> torch.Tensor:
+        seen.append((shot, read))
+        return torch.as_tensor(process.sample(sensor))
+
+    monkeypatch.setattr(camera, "_expose", exposed)
+    model = CameraNoise(CameraRanges(read=(2.18, 1.20, 0.0)))
+    for seed in range(3):
+        model(constant(0.5, 16), np.random.default_rng(seed))
+    for shot, read in seen:
+        assert math.log(read) == pytest.approx(2.18 * math.log(shot) + 1.20)
+    assert len({shot for shot, _ in seen}) == 3
+
+
+def test_matrices_are_those_of_the_profiles() -> None:
+    """Their sums over rows and columns, in the profiles' unit, 1/10000: one wrong number changes two of them."""
+    profiles = np.rint(camera.XYZ_TO_CAMERA * 10_000).astype(int)
+    np.testing.assert_allclose(profiles / 10_000, camera.XYZ_TO_CAMERA, rtol=0, atol=1e-12)
+    rows = [[4999, 10234, 7891], [4170, 10289, 7770], [5111, 10334, 6238], [3955, 10167, 5792]]
+    columns = [[3906, 15547, 3671], [-2781, 15123, 9887], [4866, 9522, 7295], [844, 12518, 6552]]
+    assert profiles.sum(2).tolist() == rows
+    assert profiles.sum(1).tolist() == columns
+    # White is D65, and the sum over a column of a primary's XYZ what its chromaticity asks for.
+    np.testing.assert_allclose(camera.RGB_TO_XYZ.sum(1), (0.95047, 1.0, 1.08883), atol=2e-6)
+    chromaticity = camera.RGB_TO_XYZ[:2] / camera.RGB_TO_XYZ.sum(0)
+    np.testing.assert_allclose(chromaticity.T, [(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)], atol=2e-6)
 
 
 def test_rows_share_an_offset() -> None:

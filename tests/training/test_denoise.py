@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ class TestModule:
         for name, value in expected.items():
             loss = DenoiserTraining(Denoiser(), configuration(loss=name)).loss(output, clean, sigma)
             assert loss.item() == pytest.approx(value.item(), rel=1e-5), name
+
+    def test_quality_is_of_8_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As of files: what rounding removes costs nothing, what it enlarges costs a level."""
+        module, seen = DenoiserTraining(Denoiser(), configuration()), {}
+        monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: float(value)}))
+        clean = torch.randint(0, 255, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
+        error = torch.full_like(clean, 0.4 / 255)
+        error[:, :, :4] = 0.6 / 255
+        module.log_quality(25, clean + error, clean)
+        assert seen["val_psnr_25"] == pytest.approx(10 * math.log10(255**2 / 0.5), abs=1e-3)
 
     @pytest.mark.parametrize("noise_level_input", [False, True])
     def test_forward_is_the_network(self, noise_level_input: bool) -> None:
@@ -115,6 +126,18 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
 
 
 class TestRun:
+    def test_saves_averages_of_the_decay_that_is_asked_for(self, run: Run, tmp_path: Path) -> None:
+        """After two steps the average is ``ema`` times the first weights and the rest the last."""
+        saved = {}
+        for ema in (0.0, 0.25, 0.5):
+            model = Denoiser.from_pretrained(run(tmp_path / str(ema), steps=2, ema=ema, freeze_bn=0.0))
+            saved[ema] = dict(model.named_parameters())
+        last = torch.load(tmp_path / "0.0" / "checkpoints" / "last.ckpt", weights_only=False)["current_model_state"]
+        for name, value in saved[0.0].items():
+            torch.testing.assert_close(value, last[f"model.{name}"], rtol=0, atol=0)
+            torch.testing.assert_close(saved[0.25][name], (value + saved[0.5][name]) / 2, rtol=0, atol=1e-6)
+        assert max(max_error(saved[0.5][name], value) for name, value in saved[0.0].items()) > 1e-4
+
     def test_writes_a_model_that_loads(self, finished: Path) -> None:
         model = Denoiser.from_pretrained(finished / "model")
         assert not model.composed

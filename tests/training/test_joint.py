@@ -23,7 +23,7 @@ from fastden.errors import UserError
 from fastden.joint import FrozenTask
 from fastden.network.model import Denoiser
 from fastden.training.config import JointConfig, TrainConfig, load_config
-from fastden.training.joint_training import JointData, JointTraining
+from fastden.training.joint_training import VALIDATION_SIGMAS, JointData, JointTraining
 from fastden.training.labelled import (
     LabelledCrops,
     LabelledImages,
@@ -33,7 +33,8 @@ from fastden.training.labelled import (
     read_classes,
     read_masks,
 )
-from fastden.training.tasks import load_task, normalise_efficientnet_lite
+from fastden.training.synthetic_noise import gaussian
+from fastden.training.tasks import Task, load_task, normalise_efficientnet_lite
 from fastden.training.trainer import train
 from tests.image_files import png_claiming
 from tests.training.conftest import Run
@@ -96,6 +97,32 @@ class TestRun:
         for key in ("state_dict", "current_model_state"):
             for name, value in before[0].items():
                 assert torch.equal(saved[key][f"task.{name}"], value), (key, name)
+
+    @pytest.mark.parametrize("kind", ["classify", "segment"])
+    def test_the_metric_is_of_the_predictions(self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Labels that are the network's own predictions are all right, and others that are none of them all wrong."""
+        if kind == "classify":
+            task = Task(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()), 3, "classification")
+        else:
+            task = Task(torch.nn.Identity(), 3, "segmentation")
+        settings = {"objective": f"joint-{kind}", "data": ["x"], "output": tmp_path, "network": "x:y"}
+        module = JointTraining(Denoiser().eval(), JointConfig.model_validate(settings), task)
+        for name in ("log", "log_quality", "log_picture"):
+            monkeypatch.setattr(module, name, lambda *_, **__: None)
+        clean = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(1))
+        clean[:, :, :, :10] *= torch.eye(3).repeat(2, 1)[:, :, None, None]  # red, green and blue ones
+        clean[:, :, :, 10:] *= torch.eye(3).repeat(2, 1)[:, :, None, None].flip(1)
+        clean[:, :, :, 10:] *= 0.1
+        for sigma, metric in zip(VALIDATION_SIGMAS, module.metrics, strict=True):
+            level = torch.full((6,), sigma / 255)
+            noisy = gaussian(clean, level, torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                own = task.network(module(noisy, level)).argmax(1)
+                assert {0, 2} <= set(own.flatten().tolist())
+                for labels, share in ((own, 1.0), ((own + 1) % 3, 0.0)):
+                    metric.reset()
+                    module.validation_step({"clean": clean, "label": labels}, 0)
+                    assert float(metric.compute()) == share
 
     def test_the_weight_of_the_task_counts(self, joint: Run, tmp_path: Path) -> None:
         alone = weights(joint(tmp_path / "0", weight=0.0))
@@ -434,6 +461,10 @@ class TestLabels:
     def test_validation_images(self, classified: Path, segmented: Path) -> None:
         item = LabelledImages(load_classified(classified, 30), 30)[2]
         assert (tuple(item["clean"].shape), int(item["label"])) == ((3, 30, 30), 2)
+        image, _ = load_classified(classified, 30)[2]
+        assert image.shape == (40, 44, 3)
+        centre = torch.from_numpy(image[5:35, 7:37].copy()).permute(2, 0, 1).float() / 255
+        torch.testing.assert_close(item["clean"], centre)
         item = LabelledImages(load_segmented(segmented, 30), None)[1]
         assert (tuple(item["clean"].shape), tuple(item["label"].shape)) == ((3, 40, 44), (40, 44))
 

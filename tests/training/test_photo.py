@@ -255,9 +255,11 @@ def test_processes_draw_what_one_would(photographs: Path, tmp_path: Path, monkey
     training = PhotoTraining(Denoiser(), configuration(photographs, tmp_path, misjudged=0.5))
     noisy = torch.rand(6, 3, 16, 16)
     batch = {"noisy": noisy, "white": torch.zeros(6, dtype=torch.bool)}
-    batch |= {"true_logs": torch.zeros(6, 8), "true_factor": torch.ones(6, 1)}
+    # Levels of about 0.14 and 0.05. Above the highest, 0.29, all would be alike.
+    batch |= {"true_logs": torch.full((6, 8), -2.0), "true_factor": torch.ones(6, 1)}
     batch |= {"logs": torch.full((6, 8), -3.0), "factor": torch.ones(6, 1)}
     whole = training._level(batch, torch.full((6,), 0.1))
+    assert len(whole.amax((1, 2, 3)).unique()) == 6
     for rank in range(2):
         shared = {name: value[rank::2] for name, value in batch.items()}
         monkeypatch.setattr(training, "_trainer", SimpleNamespace(global_rank=rank, world_size=2, global_step=0))
