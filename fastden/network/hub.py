@@ -194,7 +194,8 @@ class PretrainedMixin:
 
         network = self
 
-        class OnHub(PyTorchModelHubMixin, library_name="fastden", tags=["image-denoising"], license="apache-2.0"):
+        # No licence: whoever trained a network chooses it, and writes it into the card.
+        class OnHub(PyTorchModelHubMixin, library_name="fastden", tags=["image-denoising"]):
             def _save_pretrained(self, save_directory: Path) -> None:
                 network._save_weights(save_directory)
 

@@ -68,7 +68,7 @@ def test_saved_files(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
-    assert "apache-2.0" in (tmp_path / "README.md").read_text()
+    assert huggingface_hub.ModelCard.load(tmp_path / "README.md").data.library_name == "fastden"
 
 
 def test_adapted_network_saves_its_own_arguments(tmp_path: Path) -> None:
@@ -254,6 +254,15 @@ def test_an_upload_that_fails_leaves_what_was_saved(tmp_path: Path, monkeypatch:
         random_network(seed=1).save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
     assert torch.equal(Denoiser.from_pretrained(tmp_path / "mine").conv0.weight, random_network(seed=1).conv0.weight)
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_a_card_grants_no_licence_unasked(tmp_path: Path) -> None:
+    random_network().save_pretrained(tmp_path / "mine")
+    card = tmp_path / "mine" / "README.md"
+    assert huggingface_hub.ModelCard.load(card).data.license is None
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+    random_network(seed=1).save_pretrained(tmp_path / "mine")  # a card that is there stays
+    assert huggingface_hub.ModelCard.load(card).data.license == "mit"
 
 
 def test_loading_a_folder_needs_no_hub() -> None:
