@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastden.errors import UserError
-from fastden.video.frames import tags
+from fastden.video.frames import has_alpha, tags
 
 #: Default constant rate factor of each encoder: hardly any visible loss.
 RATE_FACTORS = {"libx264": 18, "libx265": 20, "libvpx": 8, "libvpx-vp9": 24, "libsvtav1": 24}
@@ -22,6 +22,8 @@ ENCODERS = {"prores": "prores_ks"}
 INSTEAD = ("h264", "hevc", "av1", "ffv1")
 #: Frames a second that SVT-AV1 takes at most. Times are given with each frame; this serves its control of the rate.
 SVT_RATE = 240
+#: FFmpeg's names of the writers of MP4, MOV and M4V.
+MP4_LIKE = ("mp4", "mov", "ipod")
 #: The FFmpeg constant by which quantisers are scaled in ``global_quality``.
 _LAMBDA = 118
 
@@ -61,20 +63,28 @@ class Encoders:
                 continue
             if name != own and self.crf is not None and not _takes(codec.name, self.crf):
                 continue  # the next one may
+            rgb = first.format.is_rgb or first.format.has_palette
+            if rgb and codec.name == "rawvideo" and self.writer.format.name == "matroska":
+                continue  # the writer refuses it, at the first frame
             formats = [known.name for known in codec.video_formats or ()]
-            # The formats named yuvj are those named yuv, tagged as full range.
-            for pixel_format in (wanted, wanted.replace("yuvj", "yuv")):
+            # The formats named yuvj are those named yuv, tagged as full range. FFmpeg's scaler writes no palettes.
+            for pixel_format in () if first.format.has_palette else (wanted, wanted.replace("yuvj", "yuv")):
                 if (not formats or pixel_format in formats) and self._opens(codec, first, pixel_format):
                     if name != own:
                         self.note(f"{own} cannot be encoded into {self.suffix}; the video is encoded as {name}")
                     return codec, pixel_format
             usable.append((codec, formats))
-        for codec, formats in usable:
-            best, _ = self.av.codec.codec.find_best_pix_fmt_of_list(formats, wanted)
-            if best is not None and self._opens(codec, first, best.name):
-                made = f"the video is {codec.canonical_name}, {best.name}"
-                self.note(f"{own} in {wanted} cannot be encoded into {self.suffix}; {made}")
-                return codec, best.name
+        alpha = has_alpha(first.format)
+        # Raw video names no formats, as it takes all. AVI and MOV take this one.
+        best = self.av.codec.codec.find_best_pix_fmt_of_list
+        found = [(codec, best(formats or ["bgr24"], wanted, alpha)[0]) for codec, formats in usable]
+        # Those that keep transparency come first.
+        for codec, made in sorted(found, key=lambda one: alpha and one[1] is not None and not has_alpha(one[1])):
+            if made is not None and self._opens(codec, first, made.name):
+                text = f"{own} in {wanted} cannot be encoded into {self.suffix}; the video is {codec.canonical_name}"
+                lost = ", without transparency (alpha)" if alpha and not has_alpha(made) else ""
+                self.note(f"{text}, {made.name}{lost}")
+                return codec, made.name
         raise UserError(f"output: nothing encodes {own} in {wanted} into {self.suffix}; accepted: .mkv, .mp4")
 
     def _opens(self, codec: Any, first: Any, pixel_format: str) -> bool:
@@ -122,6 +132,8 @@ class Encoders:
         context.flags |= self.av.codec.context.Flags.frame_duration
         if self.writer.format.name == "avi":  # AVI has no times for frames out of order
             context.max_b_frames = 0
+        if context.codec.canonical_name == "hevc" and self.writer.format.name in MP4_LIKE:
+            context.codec_tag = "hvc1"  # Apple's players refuse hev1, the writer's own choice
         context.bit_rate = VP8_RATE if context.codec.name == "libvpx" else 0
         if context.codec.name not in RATE_FACTORS:
             context.bit_rate = self.video.bit_rate or 0

@@ -60,8 +60,13 @@ def tags(av: Any, first: Any, pixel_format: str) -> tuple[int, int]:
     return _FULL if full else _LIMITED, HIGH if first.height >= HIGH_LINES else SMALL
 
 
+def has_alpha(kind: Any) -> bool:
+    """Whether a pixel format has transparency."""
+    return any(component.is_alpha for component in kind.components)
+
+
 def _is_yuv(kind: Any) -> bool:
-    colours = len(kind.components) - any(component.is_alpha for component in kind.components)
+    colours = len(kind.components) - has_alpha(kind)
     return colours > 1 and not (kind.is_rgb or kind.has_palette)
 
 
@@ -76,7 +81,7 @@ class FrameConverter:
     def __init__(self, av: Any, first: Any) -> None:
         self.av = av
         components = first.format.components
-        alpha = any(component.is_alpha for component in components)
+        alpha = has_alpha(first.format)
         coloured = len(components) - alpha > 1 or first.format.has_palette
         self.is_yuv = _is_yuv(first.format)
         if self.is_yuv:

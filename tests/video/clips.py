@@ -14,6 +14,8 @@ from fastden.video.copy import VideoResult, denoise_video
 av = pytest.importorskip("av")
 
 WIDTH, HEIGHT, FRAMES = 64, 48, 10
+#: Rates of sound that headers must state: blocks of ADPCM hold 2036 samples in 1024 bytes.
+BIT_RATES = {"adpcm_ms": 8 * 48000 * 1024 // 2036}
 #: Times of the frames in units of 1 / 1000 s: the rate varies.
 TIMES = [0, 40, 80, 130, 170, 300, 340, 380, 390, 430]
 
@@ -107,3 +109,58 @@ def make_sound_only(path: Path) -> None:
         sample.sample_rate = 48000
         writer.mux(audio.encode(sample))
         writer.mux(audio.encode(None))
+
+
+def make_video(
+    path: Path,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    *,
+    frames: int = 4,
+    sound: str | None = None,
+    tags: dict[str, str] | None = None,
+    **options: str,
+) -> Path:
+    """A clip of 25 frames a second, with as much sound if its codec is given."""
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream(codec, 25, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixel_format
+        stream.metadata.update(tags or {})
+        audio = writer.add_stream(sound, rate=48000, layout="mono") if sound else None
+        if audio is not None:
+            audio.bit_rate = BIT_RATES.get(audio.codec_context.name, 128_000)
+        for index in range(frames):
+            made = frame(index, "yuv444p").reformat(format=pixel_format)
+            made.pts, made.time_base = index, Fraction(1, 25)
+            writer.mux(stream.encode(made))
+        writer.mux(stream.encode(None))
+        if audio is not None:
+            context = audio.codec_context
+            tone = np.sin(np.arange(1920 * frames) * 0.05).astype(np.float32)[None]
+            sample = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            sample.sample_rate, sample.pts = 48000, 0
+            resampler = av.AudioResampler(
+                format=context.format, layout="mono", rate=48000, frame_size=context.frame_size
+            )
+            for part in resampler.resample(sample):
+                writer.mux(audio.encode(part))
+            writer.mux(audio.encode(None))
+    return path
+
+
+def copied(source: Path, target: Path, late: Fraction = Fraction(0), **options: str) -> Path:
+    """The streams in a new file, their times ``late`` seconds less."""
+    with av.open(str(source)) as reader, av.open(str(target), "w", options=options) as writer:
+        outputs = {stream.index: writer.add_stream_from_template(stream) for stream in reader.streams}
+        for packet in reader.demux():
+            if packet.size:
+                units = int(late / packet.time_base)
+                packet.pts, packet.dts = packet.pts - units, packet.dts - units
+                packet.stream = outputs[packet.stream.index]
+                writer.mux(packet)
+    return target
+
+
+def cut(source: Path, target: Path) -> Path:
+    """The clip without its first 0.25 s: they are there and hidden by an edit list, as times before 0 are."""
+    return copied(source, target, Fraction(1, 4))
