@@ -24,9 +24,10 @@ from fastden.errors import UserError
 from fastden.images.codec import MAX_PIXELS, check_size
 from fastden.images.pixels import Array
 from fastden.images.ranges import ORDINARY
-from fastden.images.whole_files import check_target, whole_file
+from fastden.images.whole_files import check_target, sync, whole_file
+from fastden.video.demuxing import Input, is_cover, opened, tag_errors
 from fastden.video.encoders import Encoders
-from fastden.video.frames import FrameConverter
+from fastden.video.frames import FrameConverter, has_alpha
 
 if TYPE_CHECKING:
     from fastden.network.fused import FusedDenoiser
@@ -89,9 +90,10 @@ def denoise_video(
 ) -> VideoResult:
     """Denoise the video stream of a file and copy its other streams.
 
-    Audio, subtitles, chapters, metadata, rotation, colour tags, and the time of every frame are kept; memory does not
-    grow with the length. The video is encoded with the input's codec where there is an encoder for it that takes the
-    input's pixel format, else with another, which is noted.
+    Audio, subtitles, chapters, metadata, rotation, colour tags, and the time of every frame are kept. Not kept is
+    the position of chroma between the pixels: PyAV sets none in encoders. Memory does not grow with the length. The
+    video is encoded with the input's codec where there is an encoder for it that takes the input's pixel format, else
+    with another, which is noted.
 
     Args:
         source: a file that FFmpeg can read.
@@ -116,16 +118,17 @@ def denoise_video(
     if not is_video(target):
         raise UserError(f"output: {target}; accepted suffixes for a video: {', '.join(SUFFIXES)}")
     check_target(target, overwrite)
-    if target.exists() and os.path.samefile(source, target):
+    if source.exists() and target.exists() and os.path.samefile(source, target):
         raise UserError(f"output: {target} is the input; accepted: another file")
     with _QUIET.during(av), whole_file(target, target.suffix.lower(), overwrite=overwrite) as temporary:
         try:
             with (
-                _opened(av, source) as reader,
-                av.open(str(temporary), "w", options=_container_options(reader)) as writer,
+                opened(av, source) as reader,
+                av.open(str(temporary), "w", options=_container_options(reader, target), **tag_errors(av)) as writer,
             ):
                 copy = _Copy(av, source, target, reader, writer, crf)
                 copy.run(sigma, load, max_pixels, progress, options)
+            sync(temporary)
         except (av.error.FFmpegError, OSError) as error:
             raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
     return copy.result
@@ -174,24 +177,15 @@ class _Quiet:
 _QUIET = _Quiet()
 
 
-def _opened(av: Any, source: Path) -> Any:
-    # Since PyAV 19 tags of other encodings are kept as they are; before, they stop the reading unless replaced.
-    options = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
-    try:
-        # Absolute: FFmpeg takes what precedes a colon for a protocol.
-        return av.open(os.path.abspath(source), **options)
-    except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"{source}: cannot be read as a video: {error.strerror or error}") from error
-
-
 def _side_data(frame: Any) -> list[Any]:
     # By number: an iterator gives the data in PyAV 18 and its kind in PyAV 19.
     return [frame.side_data[number] for number in range(len(frame.side_data))]
 
 
-def _container_options(reader: Any) -> dict[str, str]:
-    # Cameras write keys of their own, which MP4 and MOV keep only on request.
-    return {"movflags": "use_metadata_tags"} if any(key.startswith("com.") for key in reader.metadata) else {}
+def _container_options(reader: Any, target: Path) -> dict[str, str]:
+    # Cameras write keys of their own, which MP4 and MOV keep only on request. PyAV warns of options that are not taken.
+    keys = target.suffix.lower() in (".mp4", ".m4v", ".mov") and any(key.startswith("com.") for key in reader.metadata)
+    return {"movflags": "use_metadata_tags"} if keys else {}
 
 
 class _Copy:
@@ -201,26 +195,17 @@ class _Copy:
         self.av, self.source, self.target, self.reader, self.writer = av, source, target, reader, writer
         self.crf = crf
         self.result = VideoResult()
-        pictures = [stream for stream in reader.streams.video if not self._is_cover(stream)]
-        if not pictures:
-            raise UserError(f"{source}: no video stream; accepted: a file with one")
+        self.input = Input(av, source, reader, self.note)
+        self.video = self.input.video
+        self.total = self.input.expected()
+        self.is_matroska = writer.format.name in ("matroska", "webm")
         if writer.format.name == "avi" and reader.format.name != "avi":
             raise UserError(f"output: {target}: AVI has no times of frames; accepted for {source.suffix}: .mkv, .mp4")
-        self.video = pictures[0]
-        self.video.thread_type = "AUTO"
-        self.total = self.video.frames or self._expected()
-
-    def _is_cover(self, stream: Any) -> bool:
-        return bool(stream.disposition & self.av.stream.Disposition.attached_pic)
 
     def _is_gap(self, packet: Any) -> bool:
         """Whether a packet is the gap between two subtitles of an MP4. The writer makes such gaps itself."""
         codec = packet.stream.codec_context
         return codec is not None and codec.name == "mov_text" and bytes(packet) == b"\0\0"
-
-    def _expected(self) -> int:
-        rate, duration = self.video.average_rate, self.reader.duration
-        return int(duration / self.av.time_base * rate) if rate and duration else 0
 
     def note(self, text: str) -> None:
         if text not in self.result.notes:
@@ -234,7 +219,8 @@ class _Copy:
         progress: Callable[[int, int], None] | None,
         options: dict[str, Any],
     ) -> None:
-        first, packets = self._first_frame()
+        first, packets = self.input.first_frame()
+        self.result.width, self.result.height = first.width, first.height
         try:
             check_size(first.width, first.height, max_pixels)
         except UserError as error:
@@ -244,9 +230,7 @@ class _Copy:
         network = load(eight_bit, False)
         outputs = self._add_streams(first)
         encoder = outputs[self.video.index]
-        # Frames of an AVI have the times of packets, which are late by as many as the decoder holds back.
-        late = (first.pts or 0) - (self.video.start_time or 0) if self.reader.format.name == "avi" else 0
-        times = _Times(late)
+        times = _Times(self.input.delay(first))
         asked: Any = sigma
         waiting: deque[tuple[Any, Array]] = deque()
         if sigma == "auto" and network.noise_level_input:
@@ -270,13 +254,13 @@ class _Copy:
             while waiting:
                 frame, pixels = waiting.popleft()
                 encoded = converter.frame(self._denoised(pixels, held, network, options), frame, encoder.pix_fmt)
-                encoded.pts = times.after(encoded.pts)
+                encoded.pts = times.after(self.input.time(frame))
                 self.writer.mux(encoder.encode(encoded))
                 self.result.frames += 1
                 if progress is not None:
                     progress(self.result.frames, self.total)
 
-        for item in self._items(packets):
+        for item in self.input.items(packets):
             if isinstance(item, self.av.Packet):
                 if item.stream.index in outputs and not self._is_gap(item):
                     item.stream = outputs[item.stream.index]
@@ -288,6 +272,7 @@ class _Copy:
                 finish()
         finish()
         self.writer.mux(encoder.encode(None))
+        self.result.damaged = self.input.damaged
         if self.result.damaged:
             self.note(
                 f"{self.result.damaged} damaged packets or frames in the input, missing or made up by the decoder"
@@ -309,7 +294,7 @@ class _Copy:
         """
         if not os.path.isfile(self.source) or not self.reader.duration:
             return
-        with _opened(self.av, self.source) as reader:
+        with opened(self.av, self.source) as reader:
             stream, length = reader.streams[self.video.index], self.reader.duration
             for index in range(ESTIMATED):
                 wanted = (reader.start_time or 0) + length * (2 * index + 1) // (2 * ESTIMATED)
@@ -324,47 +309,6 @@ class _Copy:
                 except (self.av.error.FFmpegError, OSError):
                     continue
 
-    def _packets(self) -> Iterator[Any]:
-        try:
-            for packet in self.reader.demux():
-                if packet.size or packet.stream is self.video:
-                    yield packet
-        except self.av.error.InvalidDataError:
-            self.note("the input ends early: it is damaged")
-
-    def _frames(self, packet: Any) -> list[Any]:
-        try:
-            frames = packet.decode()
-        except self.av.error.InvalidDataError:
-            self.result.damaged += 1
-            return []
-        # A damaged frame is kept as the decoder repaired it: a missing frame would be more visible.
-        self.result.damaged += sum(frame.is_corrupt for frame in frames)
-        return list(frames)
-
-    def _first_frame(self) -> tuple[Any, Iterator[Any]]:
-        """The first frame, which tells more than the header, and packets and frames from the beginning."""
-        items: list[Any] = []
-        packets = self._packets()
-        for packet in packets:
-            if packet.stream is not self.video:
-                items.append(packet)
-                continue
-            frames = self._frames(packet)
-            items.extend(frames)
-            if frames:
-                self.result.width, self.result.height = frames[0].width, frames[0].height
-                return frames[0], _chain(items, packets)
-        raise UserError(f"{self.source}: no frame can be decoded ({self.result.damaged} damaged)")
-
-    def _items(self, packets: Iterator[Any]) -> Iterator[Any]:
-        """Packets to copy, and decoded frames of the video."""
-        for item in packets:
-            if isinstance(item, self.av.Packet) and item.stream is self.video:
-                yield from self._frames(item)
-            else:
-                yield item
-
     def _check_frame(self, frame: Any, first: Any) -> None:
         if (frame.width, frame.height, frame.format.name) != (first.width, first.height, first.format.name):
             now, before = (f"{f.width} x {f.height} {f.format.name}" for f in (frame, first))
@@ -377,8 +321,7 @@ class _Copy:
 
     def _is_flat_or_kept(self, stereo: Any) -> bool:
         """Whether side data about stereoscopy say that there is none, or Matroska writes them from its tag."""
-        matroska = self.writer.format.name in ("matroska", "webm")
-        return not any(bytes(stereo)[:4]) or (matroska and "stereo_mode" in self.video.metadata)
+        return not any(bytes(stereo)[:4]) or (self.is_matroska and "stereo_mode" in self.video.metadata)
 
     def _add_streams(self, first: Any) -> dict[int, Any]:
         """The output's stream for each of the input's that goes into it, by index."""
@@ -408,7 +351,7 @@ class _Copy:
                 raise UserError(f"output: {text}; accepted: {self.source.suffix}, or .mkv") from error
             self.note(f"{text}, and is missing")
             return None
-        if stream.type == "video" and not self._is_cover(stream):
+        if stream.type == "video" and not is_cover(self.av, stream):
             self.note(f"stream {stream.index}, a second video, is copied as it is")
         return self.writer.add_stream_from_template(stream, opaque=True)
 
@@ -423,7 +366,7 @@ class _Copy:
         codec, pixel_format = encoders.choose(first)
         # VP8 and VP9 keep alpha as a second picture beside each frame, which FFmpeg's own decoders pass over.
         tags = {key.lower(): value for key, value in self.video.metadata.items()}
-        if tags.get("alpha_mode") == "1" and not any(component.is_alpha for component in first.format.components):
+        if tags.get("alpha_mode") == "1" and not has_alpha(first.format):
             self.note("transparency (alpha) of this video is not decoded, and is missing")
         stream = self.writer.add_stream(codec.name, options=encoders.options(codec.name))
         encoders.configure(stream.codec_context, first, pixel_format)
@@ -453,15 +396,6 @@ class _Times:
             moved = 0 if self.last is None else self.last + 1
         self.last = moved
         return moved
-
-
-def _chain(items: list[Any], packets: Iterator[Any]) -> Iterator[Any]:
-    """The items, each dropped when it is taken, then the packets."""
-    queue = deque(items)
-    items.clear()
-    while queue:
-        yield queue.popleft()
-    yield from packets
 
 
 def _content(metadata: dict[str, str], *, encoded: bool = False) -> dict[str, str]:

@@ -1,0 +1,134 @@
+"""Inputs that are cut off, damaged, of another time or another encoding, and what surrounds a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastden.errors import UserError
+from fastden.network.fused import FusedDenoiser
+from fastden.video import copy
+from fastden.video.demuxing import Input
+from tests.video.clips import HEIGHT, WIDTH, copied, cut, decoded, frame, make_clip, make_video, run
+
+av = pytest.importorskip("av")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_video_that_is_cut_off_says_so(suffix: str, tmp_path: Path, network: FusedDenoiser) -> None:
+    source = tmp_path / f"a{suffix}"
+    make_video(source, "mjpeg", "yuvj420p", frames=50)
+    if suffix == ".mp4":  # with its index in front
+        copied(source, tmp_path / "front.mp4", movflags="faststart").replace(source)
+    assert run(source, tmp_path / f"b{suffix}", network).notes == []
+    data = source.read_bytes()
+    part = tmp_path / f"part{suffix}"
+    part.write_bytes(data[: len(data) * 6 // 10])
+    result = run(part, tmp_path / f"c{suffix}", network)
+    assert 10 < result.frames < 40
+    assert any(note.startswith("the input ends early, at ") for note in result.notes)
+    assert any(note.endswith("its header states 2.00 s") for note in result.notes)
+
+
+def test_an_edit_list_is_no_end_that_is_missing(tmp_path: Path, network: FusedDenoiser) -> None:
+    source = cut(make_clip(tmp_path / "a.mp4", frames=40), tmp_path / "cut.mp4")
+    for suffix in (".mp4", ".mkv"):
+        assert run(source, tmp_path / f"b{suffix}", network).notes == []
+
+
+def test_frames_of_an_avi_with_b_frames(tmp_path: Path, network: FusedDenoiser) -> None:
+    """FFmpeg gives times 1, 4, 3, 5, 2: the first frame stayed for three."""
+    source = make_video(tmp_path / "a.avi", frames=12, bf="2", **{"x264-params": "b-adapt=0"})
+    assert [picture.pts for picture in decoded(source)] != sorted(picture.pts for picture in decoded(source))
+    run(source, tmp_path / "b.mkv", network)
+    assert [round(1000 * picture.time) for picture in decoded(tmp_path / "b.mkv")] == list(range(0, 480, 40))
+
+
+def test_one_damaged_frame_does_not_end_a_run(tmp_path: Path, network: FusedDenoiser) -> None:
+    """PNG's decoder reports it as an error of a library, not as invalid data."""
+    source = make_video(tmp_path / "a.mov", "png", "rgb24", frames=6)
+    with av.open(str(source)) as reader:
+        packet = [packet for packet in reader.demux(video=0) if packet.size][3]
+        place, size = packet.pos, packet.size
+    data = bytearray(source.read_bytes())
+    data[place + size // 2 : place + size // 2 + 200] = b"\xff" * 200
+    source.write_bytes(data)
+    with pytest.raises(av.error.ExternalError):
+        decoded(source)
+    result = run(source, tmp_path / "b.mov", network)
+    assert (result.frames, result.damaged) == (5, 1)
+    assert result.notes == ["1 damaged packets or frames in the input, missing or made up by the decoder"]
+
+
+@pytest.mark.parametrize("name", ["MemoryError", "DecoderNotFoundError"])
+def test_errors_that_are_no_damage_end_a_run(name: str) -> None:
+    error = getattr(av.error, name)(1, "as asked")
+
+    class Packet:
+        def decode(self) -> Any:
+            raise error
+
+    reading = Input.__new__(Input)
+    reading.av, reading.damaged = av, 0
+    with pytest.raises(type(error)):
+        reading._frames(Packet())
+    assert reading.damaged == 0
+
+
+def test_tags_in_another_encoding_stay(tmp_path: Path, network: FusedDenoiser) -> None:
+    """Latin-1, as old AVIs have it: each letter beyond ASCII became a replacement character."""
+    source = make_video(tmp_path / "a.avi", "mpeg4")
+    with av.open(str(source)) as reader, av.open(str(tmp_path / "b.avi"), "w") as writer:
+        writer.metadata["title"] = "Gr__e!"
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                writer.mux(packet)
+    data = (tmp_path / "b.avi").read_bytes()
+    assert data.count(b"Gr__e!") == 1
+    (tmp_path / "c.avi").write_bytes(data.replace(b"Gr__e!", "Grüße!".encode("latin-1")))
+    for suffix in (".avi", ".mkv"):
+        assert run(tmp_path / "c.avi", tmp_path / f"d{suffix}", network).notes == []
+        assert "Grüße!".encode("latin-1") in (tmp_path / f"d{suffix}").read_bytes()
+
+
+def test_a_video_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = make_video(tmp_path / "a.mp4"), tmp_path / "b.mp4"
+    seen: list[int] = []
+
+    def sync(path: Path) -> None:
+        assert not target.exists()
+        seen.append(path.stat().st_size)
+
+    monkeypatch.setattr(copy, "sync", sync)
+    run(source, target, network)
+    assert seen == [target.stat().st_size]
+
+
+def test_a_missing_input_with_an_output_that_exists(tmp_path: Path, network: FusedDenoiser) -> None:
+    (tmp_path / "b.mp4").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"a\.mp4: cannot be read as a video: No such file"):
+        run(tmp_path / "a.mp4", tmp_path / "b.mp4", network, overwrite=True)
+    assert (tmp_path / "b.mp4").read_bytes() == b"mine"
+
+
+def test_a_cameras_own_keys(tmp_path: Path, network: FusedDenoiser, caplog: pytest.LogCaptureFixture) -> None:
+    """MP4 and MOV get an option that keeps them; PyAV warns that Matroska does not know it."""
+    source = tmp_path / "a.mov"
+    with av.open(str(source), "w", options={"movflags": "use_metadata_tags"}) as writer:
+        writer.metadata["com.apple.quicktime.make"] = "Apple"
+        stream = writer.add_stream("libx264", 25)
+        stream.width, stream.height = WIDTH, HEIGHT
+        writer.mux(stream.encode(frame(0, "yuv420p")))
+        writer.mux(stream.encode(None))
+    for suffix in (".mkv", ".mov", ".mp4"):
+        run(source, tmp_path / f"b{suffix}", network)
+        assert caplog.text == ""
+        with av.open(str(tmp_path / f"b{suffix}")) as reader:
+            kept = {key.lower(): value for key, value in reader.metadata.items()}
+        assert kept["com.apple.quicktime.make"] == "Apple"
