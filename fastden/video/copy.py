@@ -394,11 +394,13 @@ class _Copy:
             self.note(f"stream {stream.index} (cover picture, {codec}) cannot be attached, and is missing")
             return None
         kind, suffix = COVERS[codec]
-        return self.writer.add_attachment(stream.metadata.get("filename", f"cover.{suffix}"), kind, picture)
+        # Its own name, which may be in any encoding, follows with the other tags.
+        return self.writer.add_attachment(f"cover.{suffix}", kind, picture)
 
     def _try_copy(self, stream: Any) -> None:
         """Raise where the container refuses a stream. Some containers do so only when they write their header."""
-        with self.av.open(io.BytesIO(), "w", format=self.writer.format.name) as scratch:
+        name = self.writer.format.name
+        with self.av.open(io.BytesIO(), "w", format=name, **tag_errors(self.av)) as scratch:
             scratch.add_stream_from_template(stream, opaque=True)
             scratch.start_encoding()
 

@@ -10,8 +10,11 @@ from typing import Any
 
 from fastden.errors import UserError
 
-#: How far, in seconds, a Matroska file may end before the end that it states: its last packets may have no duration.
-UNSURE_END = 0.25
+#: How far, in seconds, a Matroska file may end before the end that it states. Its last packet may have no duration: of
+#: Opus and FLAC up to 0.12 s.
+UNSURE_END = 0.15
+#: How many of its longest frames a video may lack: FFmpeg moves a cut inside of a frame to its beginning.
+UNSURE_FRAMES = 1.25
 
 
 def opened(av: Any, source: Path) -> Any:
@@ -62,6 +65,7 @@ class Input:
         #: The bytes of cover pictures by index of their stream. FFmpeg gives them before all frames.
         self.covers: dict[int, bytes] = {}
         self._ends: dict[int, float] = {}
+        self._longest = 0.0
 
     def expected(self) -> int:
         """The number of frames, as far as the header tells it; 0 if unknown."""
@@ -121,6 +125,8 @@ class Input:
         if is_cover(self.av, stream):
             self.covers.setdefault(stream.index, bytes(packet))
         begin = packet.dts if packet.pts is None else packet.pts
+        if stream is self.video:
+            self._longest = max(self._longest, float((packet.duration or 0) * packet.time_base))
         if begin is not None:
             end = float((begin + (packet.duration or 0)) * packet.time_base)
             self._ends[stream.index] = max(end, self._ends.get(stream.index, end))
@@ -142,7 +148,7 @@ class Input:
     def _check_end(self) -> None:
         """Note where less is there than the header states. FFmpeg takes a file that is cut off for one that ends."""
         video, start = self.video, float((self.video.start_time or 0) * self.video.time_base)
-        end, unsure = self._ends.get(video.index, start), 2 / float(video.average_rate or 8)
+        end, unsure = self._ends.get(video.index, start), UNSURE_FRAMES * self._longest
         if self.is_avi:  # what FFmpeg takes for its duration is that of a part where the index is missing
             stated = start + float(video.frames * video.time_base)
         elif video.duration and "mp4" in self.reader.format.name.split(","):

@@ -12,7 +12,7 @@ from PIL import Image
 from fastden.errors import UserError
 from fastden.network.fused import FusedDenoiser
 from fastden.video import copy
-from tests.video.clips import cut, decoded, make_clip, make_video, run, streams
+from tests.video.clips import HEIGHT, WIDTH, cut, decoded, frame, make_clip, make_video, run, streams
 
 av = pytest.importorskip("av")
 
@@ -98,6 +98,22 @@ def test_a_cover_stays_a_cover(kind: str, name: str, tmp_path: Path, network: Fu
             assert len(reader.streams) == 3
     with av.open(str(tmp_path / "c.mkv")) as reader:
         assert reader.streams.video[1].metadata["filename"] == name
+
+
+@pytest.mark.parametrize(("name", "kind"), [("f__t.ttf", "x-font"), ("c__r.jpg", "image/jpeg")])
+def test_names_of_attachments_in_another_encoding(name: str, kind: str, tmp_path: Path, network: FusedDenoiser) -> None:
+    """Latin-1, which is read as surrogates: neither a font nor a cover may be lost by its name."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as writer:
+        stream = writer.add_stream("libx264", 25)
+        stream.width, stream.height = WIDTH, HEIGHT
+        writer.add_attachment(name, kind, cover("JPEG"))
+        writer.mux(stream.encode(frame(0, "yuv420p")))
+        writer.mux(stream.encode(None))
+    latin = name.replace("__", "öö").encode("latin-1")
+    data = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "b.mkv").write_bytes(data.replace(name.encode(), latin))
+    assert run(tmp_path / "b.mkv", tmp_path / "c.mkv", network).notes == []
+    assert latin in (tmp_path / "c.mkv").read_bytes()
 
 
 def test_a_cover_that_matroska_does_not_attach_is_said(tmp_path: Path, network: FusedDenoiser) -> None:
