@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -47,8 +49,17 @@ def precision(x: Tensor) -> str:
 
 
 def multiprocessors(x: Tensor, interpreted: int) -> int:
-    """The number of multiprocessors of the GPU that ``x`` is on; ``interpreted`` on the CPU, one program at a time."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else interpreted
+    """The number of multiprocessors of the GPU that ``x`` is on; ``interpreted`` on the CPU, one program at a time.
+
+    AMD's GPUs, which PyTorch calls "cuda" too, have compute units in their place.
+    """
+    return _multiprocessors_of(x.device.index) if x.is_cuda else interpreted
+
+
+@functools.cache
+def _multiprocessors_of(index: int) -> int:
+    """Asked once for each GPU: launches of small images wait for the host."""
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def device_guard(x: Tensor) -> torch.cuda.device:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastden.kernels._common import device_guard
+from fastden.kernels._common import device_guard, multiprocessors
 from fastden.kernels._layout import channels_last
 
 #: Bytes that an element-wise tile reads from one tensor. Not measured on a GPU. Twice as many in float32 spill on sm_90
@@ -21,10 +21,14 @@ TILE_BYTES = 16 << 10
 STATISTICS_ELEMENTS = 64 * 64
 #: Largest number of channels of a tile.
 LARGEST_BLOCK = 256
-#: Tiles and channels that a program of :func:`combine` holds at once. The channels are few, to get several programs.
-COMBINED_TILES, COMBINED_CHANNELS = 64, 16
+#: Tiles and channels that a program of :func:`combine` holds at once, and its warps. The channels are few, to get
+#: several programs; their 32 bytes are what memory hands out at least. Of 64 crops of 128 x 128 the stem has 8,192
+#: tiles: 16 steps in each of two loops, on 16 programs.
+COMBINED_TILES, COMBINED_CHANNELS, COMBINED_WARPS = 512, 8, 8
 #: Largest number of elements that one program of a reduction sums.
 REDUCTION_ELEMENTS = 4096 * 64
+#: Programs of a reduction for each multiprocessor, where there are rows for them.
+REDUCTION_PROGRAMS = 2
 
 
 def tile(channels: int, elements: int) -> tuple[int, int]:
@@ -59,7 +63,9 @@ def combine_kernel(
     count = total.to(tl.float32)
     # Averages the differences to the first mean. They are small even if the mean is large against the deviation.
     first = tl.load(statistics_ptr + channel, mask=exists, other=0.0)
-    difference = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    # A sum for each place of the block, and one sum of those behind the loop: with a sum in each step, the warps would
+    # wait for each other at its barriers.
+    difference = tl.zeros((BLOCK_TILES, BLOCK_CHANNELS), tl.float32)
     start = tl.cast(0, tl.int64)
     # No tl.range: with numpy 2.4, the interpreter of Triton 3.6 cannot handle its bounds.
     while start < tiles:
@@ -67,10 +73,10 @@ def combine_kernel(
         mask = (tile < tiles)[:, None] & exists[None, :]
         in_tile = tl.minimum(tl.maximum(total - tile * BLOCK_ROWS, 0), BLOCK_ROWS).to(tl.float32)
         mean = tl.load(statistics_ptr + tile[:, None] * (2 * C) + channel[None, :], mask=mask, other=0.0)
-        difference += tl.sum(tl.where(mask, (mean - first[None, :]) * in_tile[:, None], 0.0), 0)
+        difference += tl.where(mask, (mean - first[None, :]) * in_tile[:, None], 0.0)
         start += BLOCK_TILES
-    average = first + difference / count
-    squares = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    average = first + tl.sum(difference, 0) / count
+    squares = tl.zeros((BLOCK_TILES, BLOCK_CHANNELS), tl.float32)
     start = tl.cast(0, tl.int64)
     while start < tiles:
         tile = start + index
@@ -79,11 +85,12 @@ def combine_kernel(
         source = statistics_ptr + tile[:, None] * (2 * C) + channel[None, :]
         mean = tl.load(source, mask=mask, other=0.0)
         deviation = tl.where(mask, mean - average[None, :], 0.0)
-        squares += tl.sum(tl.load(source + C, mask=mask, other=0.0) + deviation * deviation * in_tile[:, None], 0)
+        squares += tl.load(source + C, mask=mask, other=0.0) + deviation * deviation * in_tile[:, None]
         start += BLOCK_TILES
+    total_squares = tl.sum(squares, 0)
     tl.store(mean_ptr + channel, average, mask=exists)
-    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(squares / count + eps), mask=exists)
-    tl.store(unbiased_ptr + channel, squares / (count - 1.0), mask=exists)
+    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(total_squares / count + eps), mask=exists)
+    tl.store(unbiased_ptr + channel, total_squares / (count - 1.0), mask=exists)
 
 
 def combine(statistics: Tensor, count: int, block: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +110,7 @@ def combine(statistics: Tensor, count: int, block: int, eps: float) -> tuple[Ten
     with device_guard(statistics):
         combine_kernel[(triton.cdiv(channels, COMBINED_CHANNELS),)](
             statistics, *merged, tiles, count, eps, C=channels, BLOCK_ROWS=block, BLOCK_TILES=COMBINED_TILES,
-            BLOCK_CHANNELS=COMBINED_CHANNELS,
+            BLOCK_CHANNELS=COMBINED_CHANNELS, num_warps=COMBINED_WARPS,
         )  # fmt: skip
     mean, rstd, unbiased = merged
     return mean, rstd, unbiased
@@ -208,7 +215,8 @@ def affine(
     return y
 
 
-@triton.jit(do_not_specialize=["rows"])
+# The rows of a program follow those of the image and the GPU: they are not compiled in.
+@triton.jit(do_not_specialize=["rows", "program_rows"])
 def gradient_sums_kernel(
     grad_ptr,
     y_ptr,
@@ -219,10 +227,10 @@ def gradient_sums_kernel(
     bias_ptr,
     sums_ptr,
     rows,
+    program_rows,
     C: tl.constexpr,
     RELU: tl.constexpr,
     HAS_RESULT: tl.constexpr,
-    PROGRAM_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -235,8 +243,11 @@ def gradient_sums_kernel(
     bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     product = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-    for start in range(0, PROGRAM_ROWS, BLOCK_ROWS):
-        row = program * PROGRAM_ROWS + start + tl.arange(0, BLOCK_ROWS)
+    first = program * program_rows
+    end = tl.minimum(first + program_rows, rows)
+    # No tl.range: with numpy 2.4, the interpreter of Triton 3.6 cannot handle its bounds.
+    while first < end:
+        row = first + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & (channel < C)[None, :]
         offset = row[:, None] * C + channel[None, :]
         grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -250,6 +261,7 @@ def gradient_sums_kernel(
         # Rows after the last have a gradient of 0.
         total += tl.sum(grad, 0)
         product += tl.sum(grad * centred * rstd[None, :], 0)
+        first += BLOCK_ROWS
     target = sums_ptr + program * (2 * C) + channel
     tl.store(target, total, mask=channel < C)
     tl.store(target + C, product, mask=channel < C)
@@ -307,6 +319,15 @@ def gradient_kernel(
         tl.store(grad_residual_ptr + offset, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
 
 
+def rows_of_program(rows: int, block_rows: int, block: int, multiprocessors: int) -> int:
+    """Rows that a program of the gradient's sums adds up: whole tiles, and so few that no multiprocessor is idle.
+
+    The sums' order follows from them: their bits are the same at every call on GPUs of one kind.
+    """
+    share = triton.cdiv(rows, REDUCTION_PROGRAMS * multiprocessors)
+    return int(triton.cdiv(max(1, min(REDUCTION_ELEMENTS // block, share)), block_rows) * block_rows)
+
+
 def affine_gradient(
     grad: Tensor,
     y: Tensor | None,
@@ -340,15 +361,14 @@ def affine_gradient(
     channels = raw.shape[1]
     rows = raw.numel() // channels
     block_rows, block = tile(channels, TILE_BYTES // raw.element_size())
-    program_rows = REDUCTION_ELEMENTS // block
+    program_rows = rows_of_program(rows, block_rows, block, multiprocessors(raw, interpreted=4))
     programs = triton.cdiv(rows, program_rows)
     sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=raw.device)
     blocks = triton.cdiv(channels, block)
     with device_guard(raw):
         gradient_sums_kernel[(programs, blocks)](
-            grad, result, raw, mean, rstd, weight, bias, sums, rows,
-            C=channels, RELU=relu, HAS_RESULT=y is not None, PROGRAM_ROWS=program_rows, BLOCK_ROWS=block_rows,
-            BLOCK_CHANNELS=block,
+            grad, result, raw, mean, rstd, weight, bias, sums, rows, program_rows,
+            C=channels, RELU=relu, HAS_RESULT=y is not None, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block,
         )  # fmt: skip
         bias_grad, weight_grad = sums[:, 0].sum(0), sums[:, 1].sum(0)
         grad_raw = torch.empty_like(raw, memory_format=torch.channels_last)

@@ -74,9 +74,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit that fastden runs from, marked if files are changed; None outside a repository.
 
-    Results are no part of what runs: writing them does not mark the commit.
+    Results are no part of what runs: writing them does not mark the commit. Nor do the modes of files, which a copy may
+    lose.
     """
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parent), "-c", "core.fileMode=false"]
     changed = ["diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results"]
     try:
         named, same = (

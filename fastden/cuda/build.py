@@ -415,7 +415,9 @@ def digest(folders: Iterable[Path]) -> str:
 def _commit(csrc: Path) -> str:
     if not (csrc.parent / ".git").exists():  # a repository around an installation belongs to another project
         return "unknown"
-    command = ["git", "-C", str(csrc), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    # A copy of a checkout may lose the modes of its files: they are no change.
+    git = ["git", "-C", str(csrc), "-c", "core.fileMode=false"]
+    command = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -108,6 +108,8 @@ def test_results_do_not_mark_the_commit(tmp_path: Path, monkeypatch: pytest.Monk
     results.write_text("2")
     (results.parent / "b.json").write_text("3")
     assert machine.commit() == clean
+    code.chmod(0o755)  # what a copy of the checkout may do
+    assert machine.commit() == clean
     code.write_text("2")
     assert machine.commit() == f"{clean}-dirty"
 

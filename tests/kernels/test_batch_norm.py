@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from fastden.kernels import batch_norm
 from tests.helpers import relative_l2
 from tests.kernels.images import DTYPES
 from tests.kernels.test_convolutions import random
@@ -67,6 +68,58 @@ def test_the_mean_dwarfs_the_deviation(device: str) -> None:
     mean, _, unbiased = torch.ops.fastden.batch_norm_statistics(raw, 1e-5)
     assert relative_l2(mean, raw.double().mean((0, 2, 3))) < 1e-6
     assert relative_l2(unbiased, raw.double().var((0, 2, 3))) < 1e-3
+
+
+def test_statistics_of_more_tiles_than_a_step_holds(device: str) -> None:
+    """As merged in float64; also those of the last tile, which has fewer rows."""
+    block, eps, tiles, channels = 5, 1e-3, 2 * batch_norm.COMBINED_TILES + 3, batch_norm.COMBINED_CHANNELS + 1
+    count = block * tiles - 2
+    statistics = random(device, tiles, 2, channels)
+    statistics[:, 0] += 30
+    statistics[:, 1].abs_()
+    rows = torch.full((tiles, 1), block, dtype=torch.float64, device=device)
+    rows[-1] = block - 2
+    means, squares = statistics.double().unbind(1)
+    average = (means * rows).sum(0) / count
+    total = squares.sum(0) + ((means - average).square() * rows).sum(0)
+    mean, rstd, unbiased = batch_norm.combine(statistics, count, block, eps)
+    torch.testing.assert_close(mean.double(), average, rtol=1e-6, atol=0)
+    torch.testing.assert_close(unbiased.double(), total / (count - 1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(rstd.double(), (total / count + eps).rsqrt(), rtol=1e-5, atol=0)
+    again = batch_norm.combine(statistics, count, block, eps)
+    assert all(torch.equal(one, two) for one, two in zip((mean, rstd, unbiased), again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "block_rows", "block", "multiprocessors", "expected"),
+    [
+        (64 * 64 * 64, 64, 128, 132, 1024),  # a half-resolution layer of 64 crops of 128 x 128 on an H100: 256 programs
+        (64 * 128 * 128, 256, 32, 132, 4096),
+        (2160 * 3840, 32, 256, 132, 1024),  # as many as one sums at most
+        (100, 256, 32, 132, 256),  # whole tiles
+        (5000, 256, 32, 3, 1024),
+        (0, 256, 32, 132, 256),
+    ],
+)
+def test_rows_of_a_program_keep_all_multiprocessors_busy(
+    rows: int, block_rows: int, block: int, multiprocessors: int, expected: int
+) -> None:
+    assert batch_norm.rows_of_program(rows, block_rows, block, multiprocessors) == expected
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5])
+def test_gradient_is_that_of_any_number_of_programs(
+    device: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_norm, "multiprocessors", lambda x, interpreted: multiprocessors)
+    raw, grad = (random(device, 1, 20, 61, 43).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = random(device, 20), random(device, 20)
+    mean, rstd, _ = batch_norm.statistics(raw, 1e-5)
+    found = batch_norm.affine_gradient(grad, None, raw, mean, rstd, weight, bias, relu=False, residual=False)
+    wide = [value.double().requires_grad_() for value in (raw, weight, bias)]
+    expected = torch.autograd.grad(F.batch_norm(wide[0], None, None, *wide[1:], training=True), wide, grad.double())
+    for one, exact in zip((found[0], *found[2:]), expected, strict=True):
+        assert relative_l2(one, exact) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["batch_norm_statistics", "batch_norm_affine", "batch_norm_gradient"])
