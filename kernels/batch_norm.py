@@ -25,9 +25,14 @@ LARGEST_BLOCK = 256
 #: several programs; their 32 bytes are what memory hands out at least. Of 64 crops of 128 x 128 the stem has 8,192
 #: tiles: 16 steps in each of two loops, on 16 programs.
 COMBINED_TILES, COMBINED_CHANNELS, COMBINED_WARPS = 512, 8, 8
-#: Largest number of elements that one program of a reduction sums.
+#: Bytes that a step of the gradient's sums reads from one tensor, and its warps: a sum for each place of the tile stays
+#: in registers. At most 99 of them in bfloat16 (sm_80, sm_90, sm_100; Triton 3.6 and 3.9): a multiprocessor holds two
+#: programs. Twice the bytes spill on sm_90 and sm_100 (Triton 3.9), and so does half the warps with a sum in each step.
+SUMS_BYTES, SUMS_WARPS = 8 << 10, 8
+#: Largest number of elements that one program of the gradient's sums adds up.
 REDUCTION_ELEMENTS = 4096 * 64
-#: Programs of a reduction for each multiprocessor, where there are rows for them.
+#: Programs of the gradient's sums for each multiprocessor, where there are rows. With the above alone, layers of
+#: 64 crops of 128 x 128 had 8 to 64 programs on 132 multiprocessors.
 REDUCTION_PROGRAMS = 2
 
 
@@ -234,15 +239,18 @@ def gradient_sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Each program sums two values over its rows: the gradient ``g`` of the ReLU's input, and ``g * normalised``."""
+    """Each program sums two values over its rows: the gradient ``g`` of the ReLU's input, and ``g * normalised``.
+
+    There is a sum for each place of the tile, and one sum of those behind the loop, as in :func:`combine_kernel`.
+    """
     program = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mean = tl.load(mean_ptr + channel, mask=channel < C, other=0.0)
     rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
     scale = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32) * rstd
     bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-    product = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    product = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     first = program * program_rows
     end = tl.minimum(first + program_rows, rows)
     # No tl.range: with numpy 2.4, the interpreter of Triton 3.6 cannot handle its bounds.
@@ -259,12 +267,12 @@ def gradient_sums_kernel(
                 y = centred * scale[None, :] + bias[None, :]
             grad = tl.where(y > 0.0, grad, 0.0)
         # Rows after the last have a gradient of 0.
-        total += tl.sum(grad, 0)
-        product += tl.sum(grad * centred * rstd[None, :], 0)
+        total += grad
+        product += grad * centred
         first += BLOCK_ROWS
     target = sums_ptr + program * (2 * C) + channel
-    tl.store(target, total, mask=channel < C)
-    tl.store(target + C, product, mask=channel < C)
+    tl.store(target, tl.sum(total, 0), mask=channel < C)
+    tl.store(target + C, tl.sum(product, 0) * rstd, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -361,14 +369,16 @@ def affine_gradient(
     channels = raw.shape[1]
     rows = raw.numel() // channels
     block_rows, block = tile(channels, TILE_BYTES // raw.element_size())
-    program_rows = rows_of_program(rows, block_rows, block, multiprocessors(raw, interpreted=4))
+    sums_rows, _ = tile(channels, SUMS_BYTES // raw.element_size())
+    program_rows = rows_of_program(rows, sums_rows, block, multiprocessors(raw, interpreted=4))
     programs = triton.cdiv(rows, program_rows)
     sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=raw.device)
     blocks = triton.cdiv(channels, block)
     with device_guard(raw):
         gradient_sums_kernel[(programs, blocks)](
             grad, result, raw, mean, rstd, weight, bias, sums, rows, program_rows,
-            C=channels, RELU=relu, HAS_RESULT=y is not None, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block,
+            C=channels, RELU=relu, HAS_RESULT=y is not None, BLOCK_ROWS=sums_rows, BLOCK_CHANNELS=block,
+            num_warps=SUMS_WARPS,
         )  # fmt: skip
         bias_grad, weight_grad = sums[:, 0].sum(0), sums[:, 1].sum(0)
         grad_raw = torch.empty_like(raw, memory_format=torch.channels_last)
