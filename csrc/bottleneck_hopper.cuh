@@ -15,7 +15,8 @@
 namespace fastden {
 namespace hopper_bottleneck {
 
-constexpr int kTileRows = 8, kTileColumns = 16;
+using namespace warp_groups;
+
 constexpr int kMarginColumns = kTileColumns + 2;
 constexpr int kMarginPixels = (kTileRows + 2) * kMarginColumns;
 constexpr int kGroupRows = 64;  // rows of a product of a warp group: here pixels
@@ -24,10 +25,7 @@ constexpr int kTileBlocks = kTileRows * kTileColumns / kGroupRows;
 constexpr int kMiddle = 64;
 constexpr int kMostChannels = 256;
 constexpr int kStepChannels = 32;
-constexpr int kConsumers = 2;  // warp groups
-constexpr int kGroupThreads = 128;
 constexpr int kGroupWarps = kGroupThreads / kWarp;
-constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kStages = 3;
 constexpr int kTaps = 9;
 constexpr int kParts = kMiddle / 16;                                // of 16 channels, for a product of kMiddle
@@ -112,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_kernel(const __grid_co
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const Bottleneck& p = problem.arguments;
     const uint32_t unaligned = shared_address(shared_memory());
-    const uint32_t base = (unaligned + 1023) / 1024 * 1024;
+    const uint32_t base = aligned(unaligned);
     Ring<kStages, kStageBytes> ring{base + kRing, base + kBarriers};
     const int thread = threadIdx.x, steps = p.channels / kStepChannels, blocks = gridDim.x;
     if (thread == 0) {

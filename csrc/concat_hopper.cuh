@@ -18,21 +18,18 @@
 namespace fastden {
 namespace hopper {
 
-constexpr int kTileRows = 8, kTileColumns = 16;
+using namespace warp_groups;
+
 constexpr int kTileOutputs = 256;
 constexpr int kStepChannels = 64;  // of 16 bits, or 128 of 8 bits
 constexpr int kStepBytes = 128;
-constexpr int kConsumers = 2;  // warp groups
-constexpr int kGroupThreads = 128;
 constexpr int kGroupRows = kTileRows / kConsumers;
-constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kLargestKernel = 3;
 constexpr int kCluster = 2;
-constexpr int kFactorRow = kStepBytes;
-constexpr int kBoxRow = kTileColumns * kFactorRow;  // 2 KiB, or less for rows of 64 or 32 bytes: whole groups of
+constexpr int kBoxRow = kTileColumns * kStepBytes;  // 2 KiB, or less for rows of 64 or 32 bytes: whole groups of
                                                     // swizzled rows, so that a tap may begin at each of them
 constexpr int kLeftBytes = (kTileRows + kLargestKernel - 1) * kBoxRow;  // 20 KiB
-constexpr int kRightBytes = kTileOutputs * kFactorRow;                  // 32 KiB
+constexpr int kRightBytes = kTileOutputs * kStepBytes;                  // 32 KiB
 constexpr int kLeftStages = 3, kRightStages = 4;
 constexpr int kPiece = kGroupRows * kBoxRow;  // 8 KiB: a group's pixels, 64 channels
 constexpr int kPieces = 2;                    // pieces of a group's result in shared memory
@@ -115,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
 // Other architectures do not have these instructions, and launch another kernel.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const uint32_t unaligned = shared_address(shared_memory());
-    const uint32_t base = (unaligned + 1023) / 1024 * 1024;
+    const uint32_t base = aligned(unaligned);
     unsigned char* const shared = shared_memory() + (base - unaligned);
     Ring<kLeftStages, kLeftBytes> left{base, base + kBarriers};
     Ring<kRightStages, kRightBytes> right{base + kRight, base + kBarriers + 2 * kLeftStages * 8};
@@ -146,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                 const Origin origin = origin_of(problem, pair, rank);
                 for (int chunk = 0; chunk <= chunks_a; ++chunk) {
                     const bool second = chunk == chunks_a;
-                    const int row_bytes = second ? kSecondRow : kFactorRow;
+                    const int row_bytes = second ? kSecondRow : kStepBytes;
                     const int taps = second ? kTapsOfStage<kSecondRow> : 1;
                     for (int tap_column = 0; tap_column < problem.kernel; ++tap_column) {
                         barrier_wait(left.empty(), left.parity ^ 1);
@@ -265,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1) concat_kernel(const __grid_consta
                             pack<Y>(sums[index] * scale.x + added.x, sums[index + 1] * scale.y + added.y);
                         const int pixel = row + 8 * half;
                         const int at =
-                            offset + pixel * kFactorRow + ((part ^ (pixel & 7)) << 4) + 2 * sums_column(lane);
+                            offset + pixel * kStepBytes + ((part ^ (pixel & 7)) << 4) + 2 * sums_column(lane);
                         *reinterpret_cast<uint32_t*>(shared + at) = problem.relu ? rectify<Y>(pair) : pair;
                     }
                 }

@@ -19,6 +19,21 @@ __device__ __forceinline__ uint64_t factor_descriptor(uint32_t address) {
     return (address & 0x3FFFF) >> 4 | 1ull << 16 | (kGroupStride >> 4) << 32 | kSwizzle << 62;
 }
 
+// A block: one warp group that loads, and those that multiply.
+namespace warp_groups {
+
+constexpr int kTileRows = 8, kTileColumns = 16;
+constexpr int kConsumers = 2;
+constexpr int kGroupThreads = 128;
+constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+
+// The first address for boxes from `address` on: groups of 128-byte rows have 1024 aligned bytes.
+__device__ __forceinline__ uint32_t aligned(uint32_t address) {
+    return (address + 1023) / 1024 * 1024;
+}
+
+}  // namespace warp_groups
+
 #ifdef FASTDEN_EMULATED
 
 using emulator::barrier_arrive;

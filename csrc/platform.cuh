@@ -10,7 +10,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "fastden.h"
 
@@ -107,11 +110,45 @@ inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared_bytes
     return config;
 }
 
+// What the runtime was asked of a kernel on a device: once, because the host waits for the answers, at small images
+// longer than the device works.
+struct Prepared {
+    int shared_bytes = 0, clusters = 0;
+};
+
+struct PreparedKernels {
+    std::mutex mutex;
+    std::map<std::pair<const void*, int>, Prepared> known;  // by kernel and device
+};
+
+// Never destroyed: other threads may still launch while the process ends.
+inline PreparedKernels& prepared_kernels() {
+    static PreparedKernels& kernels = *new PreparedKernels;
+    return kernels;
+}
+
+// Returns what `ask` says of a kernel on the current device, one thread at a time.
+template <typename Ask>
+cudaError_t prepare(const void* kernel, Ask ask) {
+    PreparedKernels& kernels = prepared_kernels();
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return taken(error);
+    const std::lock_guard<std::mutex> lock(kernels.mutex);
+    return taken(ask(kernels.known[{kernel, device}]));
+}
+
 // Allows a kernel more than 48 KiB of dynamic shared memory.
 template <typename... Parameters>
 cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int shared_bytes) {
-    return taken(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    return prepare(function, [&](Prepared& known) {
+        if (shared_bytes <= known.shared_bytes) return cudaSuccess;
+        const cudaError_t error =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        if (error == cudaSuccess) known.shared_bytes = shared_bytes;
+        return error;
+    });
 }
 
 // Runs a kernel with dynamic shared memory; `kernel` is the same function at every call with these types.
@@ -125,14 +162,20 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
     return taken(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
-// The number of clusters of a kernel that the current device runs at once.
+// The number of clusters of a kernel that the current device runs at once; a kernel has the same configuration at every
+// call.
 template <typename... Parameters>
 cudaError_t active_clusters(int* count, void (*kernel)(Parameters...), int threads, int shared_bytes, int cluster) {
     const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute = {};
     const cudaLaunchConfig_t config = launch_config(dim3(cluster), threads, shared_bytes, cluster, nullptr, &attribute);
-    return taken(cudaOccupancyMaxActiveClusters(count, kernel, &config));
+    return prepare(reinterpret_cast<const void*>(kernel), [&](Prepared& known) {
+        cudaError_t asked = cudaSuccess;
+        if (known.clusters == 0) asked = cudaOccupancyMaxActiveClusters(&known.clusters, kernel, &config);
+        *count = known.clusters;
+        return asked;
+    });
 }
 
 // An attribute of the current device.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,15 @@ def library(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL
     return loaded
 
 
+#: Each run has a device of its own, of which nothing is known.
+DEVICES = itertools.count(1)
+
+
 def run(
-    library: ctypes.CDLL, fails: str = "", driver_error: int = 0, kernel: int = 3, size: tuple[int, int] = (133, 265)
-) -> str:
+    library: ctypes.CDLL, fails: str = "", driver_error: int = 0, kernel: int = 3, size: tuple[int, int] = (133, 265),
+    device: int | None = None,
+) -> str:  # fmt: skip
+    library.use_device(next(DEVICES) if device is None else device)
     return str(library.concat(fails.encode(), driver_error, kernel, *size).decode())
 
 
@@ -69,6 +77,31 @@ def test_as_many_clusters_as_the_device_runs_at_once(library: ctypes.CDLL) -> No
     assert library.blocks_launched() == 2 * 3
     assert run(library, size=(8, 16)) == ""
     assert library.blocks_launched() == 2 * 1
+
+
+def test_the_runtime_is_asked_once_for_each_device(library: ctypes.CDLL) -> None:
+    """What failed is asked again. The host's part of a launch decides at small images."""
+    one, other = next(DEVICES), next(DEVICES)
+    before = library.asked()
+    for device, asked in ((one, 2), (one, 2), (other, 4), (one, 4), (other, 4)):
+        assert run(library, device=device) == ""
+        assert library.blocks_launched() == 2 * 3
+        assert library.asked() - before == asked
+    again = next(DEVICES)
+    for call in ("cudaFuncSetAttribute", "cudaOccupancyMaxActiveClusters"):
+        assert run(library, fails=call, device=again) == LAUNCH_FAILURE
+    assert run(library, device=again) == ""
+    assert library.blocks_launched() == 2 * 3
+
+
+def test_threads_may_launch_at_the_same_time(library: ctypes.CDLL) -> None:
+    device = next(DEVICES)
+    assert run(library, device=device) == ""
+    before = library.asked()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: library.launch_again(), range(200)))
+    assert results == [0] * 200
+    assert library.asked() == before
 
 
 def test_limits_are_named(library: ctypes.CDLL) -> None:
