@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastden.bench.command import app as bench
+from fastden.cli.bench import app as bench
 from fastden.cli.console import say
 from fastden.cli.early import without_garbage_collection
 from fastden.cli.evaluate import evaluate

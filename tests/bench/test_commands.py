@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastden.bench import command, files, forms, gradients, large, machine, network, operators, preparation
+from fastden.bench import files, forms, gradients, large, machine, network, operators, preparation
+from fastden.cli import bench
 from fastden.cli.main import app
 from fastden.network import int8
 from tests.cli.run import fails, works
@@ -59,7 +60,7 @@ def test_variables_that_change_what_is_measured_are_recorded(tmp_path: Path, mon
     works("bench", "model", *TINY, "--size", 16, 16, "--compare", "", "--json", tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["environment"] == {"FASTDEN_BACKWARD": "aten"}
     (tmp_path / "tuned.json").touch()
-    assert command._changing() == {"FASTDEN_BACKWARD": "aten", "FASTDEN_TUNED": "tuned.json"}
+    assert bench._changing() == {"FASTDEN_BACKWARD": "aten", "FASTDEN_TUNED": "tuned.json"}
 
 
 def test_model(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fastden.cli.options import DeviceOption, ModelOption, naming
 from fastden.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-
-class Dtype(str, Enum):
-    """Dtypes to measure in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 #: Height and width, images and rounds where the user says nothing, by command, on a GPU and on a CPU.
@@ -56,10 +48,9 @@ Compare = Annotated[
     str | None, typer.Option("--compare", help='Contenders beside fastden, separated by commas; "" for none.')
 ]
 Backends = Annotated[str | None, typer.Option("--backends", help="fastden's own; default all that can run here.")]
-Model = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hugging Face Hub id.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default CUDA if there is any.")]
-Precision = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Default bfloat16 where the machine has it natively, else float32.")
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Default bfloat16 where the machine has it natively, else float32."),
 ]
 Size = Annotated[tuple[int, int] | None, typer.Option("--size", metavar="HEIGHT WIDTH", help="Pixels of an image.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images in a call.")]
@@ -157,7 +148,7 @@ class _Options:
     compare: str | None
     backends: str | None
     device: str | None
-    dtype: Dtype | None
+    dtype: str | None
     size: tuple[int, int] | None
     batch: int | None
     rounds: int | None
@@ -173,7 +164,7 @@ def _prepare(command: str, options: _Options, training: bool = False, **settings
     from fastden.network.loading import choose_dtype
 
     device = _device(options.device)
-    dtype = choose_dtype("auto" if options.dtype is None else options.dtype.value, device, eight_bit=True)
+    dtype = choose_dtype(options.dtype or "auto", device, eight_bit=True)
     height, width, batch, rounds = DEFAULTS[command][device.type]
     size = options.size or (height, width)
     if min(size) < 1:
@@ -206,10 +197,8 @@ def _prepare(command: str, options: _Options, training: bool = False, **settings
 def _device(name: str | None) -> torch.device:
     from fastden.network.devices import parse_device
 
-    try:
+    with naming("device"):
         device = parse_device(name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: {device}; accepted: cpu, cuda")
     return device
@@ -232,12 +221,8 @@ def _load(model: str, device: torch.device) -> Denoiser:
 
     from fastden.network.model import Denoiser
 
-    try:
+    with naming("model", remedy="another --device may have more"):
         return Denoiser.from_pretrained(model).to(device, torch.float32).eval()
-    # A Hub id or a folder can fail in as many ways as there are libraries behind it.
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise UserError(text if text.startswith("model") else f"model: {text}") from error
 
 
 def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -271,9 +256,9 @@ def ops(
     plots: Plots = None,
     compare: Compare = None,
     backends: Backends = None,
-    model: Model = "color",
-    device: Device = None,
-    dtype: Precision = None,
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Dtype = None,
     size: Size = None,
     batch: Batch = None,
     rounds: Rounds = None,
@@ -310,9 +295,9 @@ def network(
     plots: Plots = None,
     compare: Compare = None,
     backends: Backends = None,
-    model: Model = "color",
-    device: Device = None,
-    dtype: Precision = None,
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Dtype = None,
     size: Size = None,
     batch: Batch = None,
     rounds: Rounds = None,
@@ -358,9 +343,9 @@ def train(
     plots: Plots = None,
     compare: Compare = None,
     backends: Backends = None,
-    model: Model = "color",
-    device: Device = None,
-    dtype: Precision = None,
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Dtype = None,
     size: Size = None,
     batch: Batch = None,
     rounds: Rounds = None,
@@ -390,9 +375,9 @@ def batch(
     json: Json = None,
     plots: Plots = None,
     compare: Compare = None,
-    model: Model = "color",
-    device: Device = None,
-    dtype: Precision = None,
+    model: ModelOption = "color",
+    device: DeviceOption = None,
+    dtype: Dtype = None,
     size: Size = None,
     images: Annotated[int | None, typer.Option("--images", min=1, help="Files in the folder.")] = None,
     rounds: Rounds = None,
