@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastden.choices import Quality
 from fastden.errors import ScaleWarning
 from fastden.images.codec import MAX_PIXELS, read_image
 from fastden.images.pixels import Array, check_pixels, without_mask
@@ -20,7 +21,6 @@ from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.inference.estimate import check_dense, estimate_of
 from fastden.inference.run import (
     Progress,
-    Quality,
     Wishes,
     denoise_pixels,
     estimated_level,

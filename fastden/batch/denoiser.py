@@ -21,10 +21,11 @@ from fastden.batch.report import Listener, Report
 from fastden.batch.settings import Settings
 from fastden.batch.stages import Stages
 from fastden.batch.threads import ThreadedRun
+from fastden.choices import Format, Quality
 from fastden.errors import FAILURES, UserError
-from fastden.images.codec import MAX_PIXELS, Format, check_format
+from fastden.images.codec import MAX_PIXELS, check_format
 from fastden.inference.estimate import NoiseEstimate
-from fastden.inference.run import Quality, Wishes
+from fastden.inference.run import Wishes
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model, check_max_pixels, parse_memory

@@ -27,7 +27,7 @@ def evaluate(
         typer.Option("--model", help="Default: as of fastden denoise.", show_default=False),
     ] = None,
     device: DeviceOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="auto is float32 here.")] = "float32",
     gray: Annotated[bool, typer.Option("--gray", help="Make the photographs gray first.")] = False,
     real: Annotated[
         bool, typer.Option("--real", help="Real pairs name_real.*, name_mean.*; sigma is estimated unless given.")
@@ -70,7 +70,7 @@ def evaluate(
     model = model or default_model("auto" if by_noise else 0.0)
     if json_file is not None:  # before the long computation
         check_target(json_file, overwrite=True)
-    settings = {"device": device, "dtype": dtype.value}
+    settings = {"device": device, "dtype": dtype}
     network = check_model({"model": model, **settings}, eight_bit=False)
     white = check_model({"model": default_model(0.0), **settings}, eight_bit=False) if by_noise else None
     names = evaluation.set_names(folders)

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastden.choices import FileFormat, Layout, Precision
 from fastden.cli.console import say
 from fastden.cli.options import naming, parse_number
 from fastden.errors import FAILURES, UserError
-
-
-class FileFormat(str, Enum):
-    """Formats of files."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-    aoti = "aoti"
-    dtmodel = "dtmodel"
-
-
-class Precision(str, Enum):
-    """Precisions of files."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    fp16_weights = "fp16-weights"
-    bf16 = "bf16"
-    int8 = "int8"
-
-
-class Layout(str, Enum):
-    """Layouts of an ONNX file's inputs."""
-
-    separate = "separate"
-    dpir = "dpir"
 
 
 def export(
@@ -56,10 +30,10 @@ def export(
         typer.Option(
             help="Precision of weights and activations; images stay float32. fp16-weights, int8: ONNX; bf16: pt2, aoti."
         ),
-    ] = Precision.fp32,
+    ] = "fp32",
     layout: Annotated[
         Layout, typer.Option(help="For ONNX; dpir: the noise level is the fourth channel, for VapourSynth's vs-mlrt.")
-    ] = Layout.separate,
+    ] = "separate",
     composed: Annotated[
         bool, typer.Option("--composed/--plain", help="Linear chains as single convolutions, or the layers as trained.")
     ] = True,
@@ -76,9 +50,9 @@ def export(
     from fastden.exports.exporter import export as run
 
     options: dict[str, Any] = {
-        "format": format.value if format else None,
-        "precision": precision.value,
-        "layout": layout.value,
+        "format": format,
+        "precision": precision,
+        "layout": layout,
         "composed": composed,
         "sigma": None if sigma is None else parse_number(sigma, "a number from 0 to 255"),
         "opset": opset,

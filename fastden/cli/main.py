@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastden.choices import Format, Quality
 from fastden.cli.bench import app as bench
 from fastden.cli.console import say
 from fastden.cli.early import without_garbage_collection
@@ -20,9 +21,7 @@ from fastden.cli.options import (
     DeviceOption,
     Dtype,
     Engine,
-    Format,
     OneLineErrors,
-    Quality,
     Request,
     check_output_name,
     is_number_list,
@@ -92,7 +91,7 @@ def denoise(
     device: DeviceOption = None,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: bfloat16 for 8-bit images where the machine has it natively, else float32.")
-    ] = Dtype.auto,
+    ] = "auto",
     tile: Annotated[
         str, typer.Option(help="Side of the tiles in pixels, auto, or none. The result is the same, up to rounding.")
     ] = "auto",
@@ -110,7 +109,7 @@ def denoise(
             help="fast: 8-bit numbers, on CPUs with VNNI and on H100 or H200; best: the mean of the results of all"
             " flips and turns, at eight times the work."
         ),
-    ] = Quality.normal,
+    ] = "normal",
     format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Descend into folders, keeping their structure.")
@@ -135,9 +134,7 @@ def denoise(
         bool, typer.Option("--dry-run", help="Say what would be done, in what time and memory, and do nothing.")
     ] = False,
     crf: Annotated[int | None, typer.Option(min=0, max=63, help="Quality of a video: lower is better.")] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="ray: on all devices of a Ray cluster; URLs are accepted.")
-    ] = Engine.local,
+    engine: Annotated[Engine, typer.Option(help="ray: on all devices of a Ray cluster; URLs are accepted.")] = "local",
     workers: Annotated[
         int | None, typer.Option(min=1, help="With ray: workers in all; default one for each device.")
     ] = None,
@@ -160,9 +157,9 @@ def denoise(
         "sigma_map": sigma_map,
         "strength": strength,
         "chroma": chroma,
-        "quality": quality.value,
+        "quality": quality,
         "device": device,
-        "dtype": dtype.value,
+        "dtype": dtype,
         "tile": parse_tile(tile),
         "max_memory": max_memory,
         "overwrite": overwrite,
@@ -174,12 +171,12 @@ def denoise(
         output_name,
         settings,
         recursive=recursive,
-        format_name=format.value if format else None,
+        format_name=format,
         manifest=None if manifest == "none" else manifest,
         resume=resume,
     )
     keep_freed_memory()
-    if engine is Engine.ray:
+    if engine == "ray":
         if crf is not None:
             raise UserError(f"crf: {crf} with --engine ray, which takes no videos; accepted: with --engine local")
         raise typer.Exit(_on_cluster(request, workers, workers_per_device, dry_run=dry_run))

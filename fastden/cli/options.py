@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Annotated, Any, Literal
 
 import typer
@@ -103,6 +102,11 @@ def is_number_list(word: str) -> bool:
         return False
 
 
+#: Engines of a run over many files.
+Engine = Literal["local", "ray"]
+#: Dtypes to compute in.
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
 ModelOption = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hugging Face Hub id.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default CUDA if there is any.")
@@ -163,42 +167,6 @@ def check_model(settings: dict[str, Any], *, eight_bit: bool = True) -> Any:
         return load_network(
             model, device, settings["dtype"], eight_bit=eight_bit, fast=settings.get("quality") == "fast"
         )
-
-
-class Format(str, Enum):
-    """Formats that can be written."""
-
-    jpeg = "jpeg"
-    png = "png"
-    tiff = "tiff"
-    webp = "webp"
-    avif = "avif"
-    heic = "heic"
-
-
-class Engine(str, Enum):
-    """Engines of a run over many files."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Quality(str, Enum):
-    """Speed or quality: the work spent on a result."""
-
-    fast = "fast"
-    normal = "normal"
-    best = "best"
-
-
-class Dtype(str, Enum):
-    """Dtypes to compute in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
 
 
 def check_output_name(name: str) -> None:

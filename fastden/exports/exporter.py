@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
+from fastden.choices import FileFormat, Layout, Precision
 from fastden.exports.cards import license_of
 from fastden.exports.weights import Weights, collect
 from fastden.images.whole_files import check_target, whole_file, write_bytes, write_synced
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model
 from fastden.network.model import Denoiser
-
-FileFormat = Literal["onnx", "pt2", "aoti", "dtmodel"]
-Precision = Literal["fp32", "fp16", "fp16-weights", "bf16", "int8"]
-Layout = Literal["separate", "dpir"]
 
 #: The name by which the noise estimator is exported.
 ESTIMATOR = "noise"

@@ -19,7 +19,7 @@ from fastden.network.padding import ALIGNMENT
 if TYPE_CHECKING:
     import onnx
 
-    from fastden.exports.exporter import Layout
+    from fastden.choices import Layout
 
 #: Opsets that the graph can be written in: its operators have one form in all of them.
 OPSETS = (13, 23)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 
+from fastden.choices import Format
 from fastden.errors import UserError
 from fastden.images.attachments import for_libvips, has_exif, plan_attachment, png_kind
 from fastden.images.containers import riff_chunks
@@ -37,7 +38,6 @@ __all__ = [
     "MAX_PIXELS",
     "METADATA",
     "SUFFIXES",
-    "Format",
     "Header",
     "ImageFile",
     "check_format",
@@ -61,7 +61,6 @@ SUFFIXES = {
     ".avif": "avif",
 }
 #: Formats that can be written.
-Format = Literal["jpeg", "png", "tiff", "webp", "avif", "heic"]
 FORMATS: tuple[str, ...] = get_args(Format)
 #: Images with more pixels are refused, so that a small file cannot claim all memory.
 MAX_PIXELS = 500_000_000

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastden.choices import Quality
 from fastden.errors import UserError
 from fastden.images.pixels import Array, check_finite, check_plain, full_scale
 from fastden.images.ranges import BLOCK, COUNTS, ORDINARY, ValueRange, count_range, joined, range_of
@@ -42,7 +43,7 @@ from fastden.inference.array_noise import (
     value_range_of,
     warn_of_levels,
 )
-from fastden.inference.run import Quality, Wishes, check_strengths, denoise_pixels
+from fastden.inference.run import Wishes, check_strengths, denoise_pixels
 from fastden.inference.tiling import HALO
 from fastden.network.calibrated import calibrated_ranges
 from fastden.network.hub import files_of, model_folder, models

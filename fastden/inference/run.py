@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastden.algebra import BORDER
+from fastden.choices import Quality
 from fastden.images.pixels import Array, check_plain
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.inference.estimate import NoiseEstimate, check_dense, estimate_of
@@ -32,7 +33,6 @@ def part_of(progress: Progress | None, index: int, count: int) -> Progress | Non
     return lambda done, total: progress(index * total + done, count * total)
 
 
-Quality = Literal["fast", "normal", "best"]
 #: Luma of BT.601.
 LUMA = (0.299, 0.587, 0.114)
 
