@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,34 +150,30 @@ def _torch_devices() -> list[str]:
 
 
 def _gpu() -> dict[str, Any]:
-    """NVIDIA GPUs and nvcc as the system reports them. It does not matter what PyTorch was built for."""
-    nvcc = shutil.which("nvcc")
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        candidate = Path(os.environ.get(variable, ""), "bin", "nvcc")
-        if nvcc is None and os.environ.get(variable) and candidate.is_file():
-            nvcc = str(candidate)
-    return {"nvidia": _nvidia_smi(), "nvcc": _nvcc_version(nvcc) if nvcc else None}
+    """NVIDIA GPUs and nvcc, as the build finds it. It does not matter what PyTorch was built for."""
+    return {"nvidia": _nvidia_smi(), "nvcc": _guarded(_nvcc)}
 
 
 def _nvidia_smi() -> list[str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    text = _output([program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
+    command = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError, UnicodeError):
+        return []
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _nvcc_version(nvcc: str) -> str:
-    lines = [line for line in _output([nvcc, "--version"]).splitlines() if "release" in line]
-    return f"{nvcc} ({lines[0].strip()})" if lines else nvcc
+def _nvcc() -> str | None:
+    from fastden.cuda import build
 
-
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError, UnicodeError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    toolkit = build.find_toolkit()
+    if toolkit is None:
+        return None
+    lines = [line for line in build.ask_nvcc(toolkit, "--version").splitlines() if "release" in line]
+    return " ".join([str(toolkit / "bin" / "nvcc"), *(f"({line.strip()})" for line in lines[:1])])
 
 
 def _extension() -> dict[str, Any]:
@@ -215,28 +212,34 @@ def _backends(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             no_gpu.append(f"a GPU is here ({gpu['nvidia'][0]}), but this PyTorch cannot use it")
         else:
             no_gpu.append("no GPU is found")
-    no_triton = [] if find_spec("triton") else ["the package triton is not installed"]
     extension = report.get("extension", {})
     not_built = [extension["error"]] if "error" in extension else extension.get("why_not", [])
     reasons = {
         "torch": broken,
-        **{f"onednn {dtype}": broken or _why_not_onednn(dtype) for dtype in ("float32", "bfloat16")},
-        "triton": broken + no_gpu + no_triton,
+        **{f"onednn {dtype}": broken or _asked(partial(_why_not_onednn, dtype)) for dtype in ("float32", "bfloat16")},
+        "triton": broken or [*no_gpu, *_asked(_why_not_triton)],
         "cuda": broken or [*not_built, *no_gpu],
     }
     return {name: {"available": not why, "why_not": why} for name, why in reasons.items()}
 
 
-def _why_not_onednn(dtype: str) -> list[str]:
-    def ask() -> list[str]:
-        import torch
-
-        from fastden.ops.post_operations import why_not
-
-        return why_not(torch.device("cpu"), getattr(torch, dtype))
-
-    reasons = _guarded(ask)
+def _asked(section: Callable[[], list[str]]) -> list[str]:
+    reasons = _guarded(section)
     return [reasons["error"]] if isinstance(reasons, dict) else reasons
+
+
+def _why_not_onednn(dtype: str) -> list[str]:
+    import torch
+
+    from fastden.ops.post_operations import why_not
+
+    return why_not(torch.device("cpu"), getattr(torch, dtype))
+
+
+def _why_not_triton() -> list[str]:
+    from fastden.ops.backends import BACKENDS, unavailable
+
+    return next(unavailable(backend) for backend in BACKENDS if backend.name == "triton")
 
 
 def as_text(report: dict[str, Any]) -> str:

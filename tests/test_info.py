@@ -16,6 +16,19 @@ import pytest
 from fastden import info
 
 
+def tools(monkeypatch: pytest.MonkeyPatch, folder: Path, scripts: dict[str, str]) -> None:
+    """A CUDA toolkit on the PATH whose programs are scripts."""
+    (folder / "bin").mkdir()
+    (folder / "include").mkdir()
+    (folder / "include/cuda_runtime_api.h").touch()
+    for name, script in scripts.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+
+
 def test_report_is_complete_and_plain() -> None:
     report = json.loads(json.dumps(info.collect()))
     assert set(report) == {"versions", "system", "cpu", "torch", "gpu", "extension", "images", "models", "backends"}
@@ -42,10 +55,11 @@ def test_backends_say_why_not() -> None:
 
 def test_triton_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     report: dict[str, Any] = {"torch": {"devices": ["cpu"]}, "gpu": {"nvidia": [], "nvcc": None}}
-    monkeypatch.setattr(info, "find_spec", lambda name: None)
-    assert info._backends(report)["triton"]["why_not"] == ["no GPU is found", "the package triton is not installed"]
+    missing = "triton is not installed (pip install 'fastden[gpu]')"
+    monkeypatch.setattr("fastden.ops.backends._installed", lambda name: False)
+    assert info._backends(report)["triton"]["why_not"] == ["no GPU is found", missing]
     report["torch"]["devices"].append("cuda:0 Some GPU")
-    monkeypatch.setattr(info, "find_spec", lambda name: name)
+    monkeypatch.setattr("fastden.ops.backends._installed", lambda name: True)
     assert info._backends(report)["triton"] == {"available": True, "why_not": []}
 
 
@@ -103,24 +117,16 @@ def test_broken_metadata_and_programs(monkeypatch: pytest.MonkeyPatch, tmp_path:
         raise UnicodeDecodeError("utf-8", b"", 0, 1, "damaged")
 
     monkeypatch.setattr(metadata, "version", failing)
-    for name in ("nvidia-smi", "nvcc"):
-        program = tmp_path / name
-        program.write_text("#!/bin/sh\necho broken >&2\nexit 9\n")
-        program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    tools(monkeypatch, tmp_path, dict.fromkeys(("nvidia-smi", "nvcc"), "echo broken >&2; exit 9"))
     report = info.collect()
     assert report["versions"]["torch"] == "unknown (UnicodeDecodeError)"
     assert report["gpu"]["nvidia"] == []
-    assert report["gpu"]["nvcc"] == str(tmp_path / "nvcc")
+    assert report["gpu"]["nvcc"] == str(tmp_path / "bin/nvcc")
 
 
 def test_gpu_and_compiler_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     outputs = {"nvidia-smi": "NVIDIA X, 600.1, 80000 MiB", "nvcc": "Cuda compilation tools, release 13.0, V13.0.1"}
-    for name, text in outputs.items():
-        program = tmp_path / name
-        program.write_text(f"#!/bin/sh\necho '{text}'\n")
-        program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    tools(monkeypatch, tmp_path, {name: f"echo '{text}'" for name, text in outputs.items()})
     report = info.collect()
     assert report["gpu"]["nvidia"] == ["NVIDIA X, 600.1, 80000 MiB"]
     assert "release 13.0" in report["gpu"]["nvcc"]
