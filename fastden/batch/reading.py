@@ -97,8 +97,7 @@ class Reading:
 
     def _for_encoding(self, header: Header, format_name: str) -> int:
         """Bytes that writing takes beside the denoised image."""
-        known = (header.channels, header.dtype, header.bits, header.metadata)
-        dtype, _, _ = plan_encoding(*known, format_name, strip_metadata=self.settings.strip_metadata)
+        dtype, _, _ = plan_encoding(header.channels, header.dtype, header.bits, header.metadata, format_name)
         nbytes = header.nbytes // header.dtype.itemsize * dtype.itemsize
         copied = nbytes if header.has_alpha or dtype != header.dtype else 0
         return copied + encoding_memory(format_name, nbytes)

@@ -105,12 +105,7 @@ class Stages:
         network = settings.network(header.dtype == np.uint8, picture.all_white)
         extras, metadata = reader.extras()
         dtype, metadata, notes = plan_encoding(
-            header.channels,
-            header.dtype,
-            header.bits,
-            metadata,
-            picture.format_name,
-            strip_metadata=settings.strip_metadata,
+            header.channels, header.dtype, header.bits, metadata, picture.format_name
         )
         picture.notes += [*header.notes, *notes, *_whole_image_notes(header, picture.format_name)]
         writer = StripWriter(

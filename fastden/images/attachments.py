@@ -156,7 +156,7 @@ def _plan(
     missing += extras.left
     orientation = int(metadata.get("orientation", 1)) or 1
     block = bytes(metadata.get("exif-data", b"")).removeprefix(EXIF)
-    packet, _ = xmp.freed(bytes(metadata.get("xmp-data", b"")), upright=orientation == 1)
+    packet = xmp.freed(bytes(metadata.get("xmp-data", b"")), upright=orientation == 1)
     if format_name == "tiff":
         tags, moved = _tags(extras, metadata, block, packet, orientation, missing)
         return Attachment(format_name, tags=tags, note=_note(missing, moved))
@@ -209,7 +209,7 @@ def for_libvips(metadata: Mapping[str, Any], attachment: Attachment, extras: Ext
     fields = dict(metadata)
     if "xmp-data" in fields:
         upright = int(fields.get("orientation", 1)) in (0, 1)
-        fields["xmp-data"], _ = xmp.freed(bytes(fields["xmp-data"]), upright=upright)
+        fields["xmp-data"] = xmp.freed(bytes(fields["xmp-data"]), upright=upright)
     if "exif-data" not in fields and extras.tags:
         # libvips takes a resolution without a unit for one per millimetre.
         tags = {tag: value for tag, value in extras.tags.items() if "xres" in fields or tag not in tiff_tags.RESOLUTION}

@@ -363,7 +363,7 @@ def encode_image(image: ImageFile, format_name: str, *, strip_metadata: bool = F
     check_alpha(image.alpha is not None, format_name)
     check_pages(image.pages, format_name)
     shape = image.pixels.shape[2], image.pixels.dtype, image.bits
-    dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name, strip_metadata=strip_metadata)
+    dtype, metadata, notes = plan_encoding(*shape, image.metadata, format_name)
     planes = image.pixels if image.alpha is None else np.concatenate([image.pixels, image.alpha[:, :, None]], 2)
     planes = for_shift(np.ascontiguousarray(to_dtype(planes, dtype)), stored_bits(format_name, dtype, image.bits))
     height, width, bands = planes.shape

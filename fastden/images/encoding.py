@@ -49,14 +49,12 @@ def plan_encoding(
     bits: int,
     metadata: Mapping[str, Any],
     format_name: str,
-    *,
-    strip_metadata: bool,
 ) -> tuple[np.dtype[Any], dict[str, Any], list[str]]:
     """What a file in ``format_name`` holds of an image: the dtype of its values, its metadata, and notes on the rest.
 
     Args:
         channels, dtype, bits, metadata: of the image, as in :class:`Header`.
-        format_name, strip_metadata: as in :func:`encode_image`.
+        format_name: as in :func:`encode_image`.
     """
     kept = dict(metadata)
     notes = []

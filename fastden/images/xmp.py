@@ -67,7 +67,7 @@ def _assembled(guid: str, extensions: list[bytes]) -> bytes | None:
             whole, missing = bytearray(size), size
         whole[offset : offset + len(part) - 40] = part[40:]
         missing -= len(part) - 40
-    return bytes(whole) if whole is not None and missing == 0 and _digest(whole).upper() == guid.upper() else None
+    return bytes(whole) if whole is not None and missing == 0 and _digest(whole) == guid.upper() else None
 
 
 def _digest(data: bytes | bytearray) -> str:
@@ -120,8 +120,8 @@ def split(packet: bytes) -> list[bytes] | None:
     return [main, *parts]
 
 
-def freed(packet: bytes, *, upright: bool) -> tuple[bytes, bool]:
-    """A packet without what describes pictures, videos and depth maps that are not copied; and whether there was any.
+def freed(packet: bytes, *, upright: bool) -> bytes:
+    """A packet without what describes pictures, videos and depth maps that are not copied.
 
     Args:
         packet: of the source.
@@ -131,18 +131,18 @@ def freed(packet: bytes, *, upright: bool) -> tuple[bytes, bool]:
     if upright:
         packet = re.sub(rb'(tiff:Orientation(?:="|>))[2-8]', rb"\g<1>1", packet)
     if not suspicious:
-        return packet, False
+        return packet
     document = _parsed(packet)
     if document is None:
-        return packet, False
+        return packet
 
     def describes_others(space: str, name: str) -> bool:
         of_camera = space == _CAMERA and name.startswith(_OF_CAMERA)
         return of_camera or space.startswith(_DESCRIBE_OTHERS) or (space == _NOTE and name == "HasExtendedXMP")
 
     if not _drop(document, describes_others):
-        return packet, False
-    return _undeclared(_text(document, packet)), True
+        return packet
+    return _undeclared(_text(document, packet))
 
 
 def _undeclared(packet: bytes) -> bytes:
