@@ -75,7 +75,7 @@ class Rehearsal:
 
     @property
     def megapixels(self) -> float:
-        """How many images would be denoised."""
+        """Of the images that would be denoised."""
         return sum(step.megapixels for step in self.steps if not (step.done or step.error))
 
     @property

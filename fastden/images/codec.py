@@ -28,9 +28,10 @@ from fastden.images.encoding import (
 from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, encode_heic, open_file
 from fastden.images.image_file import Header, ImageFile
-from fastden.images.kinds import OTHER_SUFFIXES, check_supported, fail_on, full_pages, stated_white, white_is_zero
+from fastden.images.kinds import OTHER_SUFFIXES, check_supported
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite, to_dtype
+from fastden.images.tiff_directories import fail_on, full_pages, stated_white, white_is_zero
 from fastden.images.whole_files import check_target, reason, write_bytes
 
 __all__ = [

@@ -15,8 +15,9 @@ import numpy as np
 
 from fastden.errors import UserError, in_one_line
 from fastden.images import tiff_tags
-from fastden.images.kinds import OTHER_SUFFIXES, PACKAGES, is_installed, is_raw_tiff, kind_of_bytes, not_supported
+from fastden.images.kinds import OTHER_SUFFIXES, PACKAGES, is_installed, kind_of_bytes, not_supported
 from fastden.images.pixels import Array
+from fastden.images.tiff_directories import is_raw_tiff
 
 #: The suffix of the result where the kind of the input is read and not written.
 RESULT = {"JPEG XL": ".png", "camera raw": ".tif"}

@@ -19,11 +19,12 @@ from fastden.images.encoding import described, for_shift, plan_saving, stored_bi
 from fastden.images.extras import Extras, read_extras
 from fastden.images.formats import Opened, open_file
 from fastden.images.image_file import Header
-from fastden.images.kinds import check_supported, fail_on
+from fastden.images.kinds import check_supported
 from fastden.images.libvips import detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite
 from fastden.images.ranges import RangeFinder, ValueRange
 from fastden.images.samples import sample_windows
+from fastden.images.tiff_directories import fail_on
 from fastden.images.whole_files import reason
 
 #: Rows that libvips decodes at a time.

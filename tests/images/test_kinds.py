@@ -15,7 +15,7 @@ from PIL import Image
 import fastden
 from fastden.batch.plan import plan
 from fastden.errors import UserError
-from fastden.images import formats, kinds
+from fastden.images import formats, tiff_directories
 from fastden.images.codec import ImageFile, decode_image, read_image, write_image
 from fastden.images.finder import count_left_out
 from fastden.images.strips import StripReader
@@ -94,7 +94,7 @@ def test_what_tifffile_and_tifftools_log_of_files_read_here_is_dropped_and_nothi
         for image in pool.map(read_image, [tmp_path / "odd.tif"] * 40):
             assert image.pixels.shape == (8, 8, 3)
     assert [record.getMessage() for record in caplog.records if record.name == "tifffile"] == []
-    with kinds._TIFFFILE.reading(), ThreadPoolExecutor(1) as pool:
+    with tiff_directories._TIFFFILE.reading(), ThreadPoolExecutor(1) as pool:
         assert pool.submit(own).result() == lines
         assert own() == 0
     assert own() == lines
