@@ -17,9 +17,9 @@ import torch
 
 from fastden.bench.machine import describe
 from fastden.bench.tables import write
-from fastden.evaluation import LUMA
 from fastden.images.codec import read_image
 from fastden.images.finder import find_images
+from fastden.inference.run import LUMA
 from fastden.training.camera import FINEST_BAND, blur
 
 #: Side of the squares, pixels; number of bands.
@@ -47,7 +47,11 @@ def main() -> None:
 
 def _energies(pixels: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
     """Variance in each band (squares, BANDS), on the scale 0-255."""
-    luma = pixels.astype(np.float32) @ LUMA if pixels.shape[2] == 3 else pixels[:, :, 0].astype(np.float32)
+    luma = (
+        pixels.astype(np.float32) @ np.array(LUMA, np.float32)
+        if pixels.shape[2] == 3
+        else pixels[:, :, 0].astype(np.float32)
+    )
     rows, columns = (size // SIDE * SIDE for size in luma.shape)
     squares = torch.from_numpy(np.ascontiguousarray(luma[:rows, :columns]))
     x = squares.unfold(0, SIDE, SIDE).unfold(1, SIDE, SIDE).reshape(-1, 1, SIDE, SIDE)

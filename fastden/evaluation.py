@@ -29,7 +29,7 @@ from fastden.images.pixels import to_dtype
 from fastden.images.ranges import ORDINARY
 from fastden.images.strips import read_header
 from fastden.inference.estimate import estimate_of
-from fastden.inference.run import PLAIN, adapted, denoise_pixels
+from fastden.inference.run import LUMA, PLAIN, adapted, denoise_pixels
 from fastden.network.fused import FusedDenoiser
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,9 +38,6 @@ Floats = npt.NDArray[np.float32]
 Started = Callable[[str], None]
 #: A measure of (clean, other), both (H, W, 3) uint8, beside PSNR and SSIM.
 Measure = Callable[[Bytes, Bytes], float]
-
-#: Luma of BT.601, the gray of the field's test sets.
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def check_levels(network: FusedDenoiser, sigmas: Sequence[float] | None = None, *, estimate: bool = False) -> None:
@@ -154,7 +151,7 @@ def evaluate_folder(
             started(file.name)
         clean = read_image(file).pixels
         if gray and clean.shape[2] == 3:
-            clean = np.rint(clean.astype(np.float32) @ LUMA).astype(np.uint8)[:, :, None]
+            clean = np.rint(clean.astype(np.float32) @ np.array(LUMA, np.float32)).astype(np.uint8)[:, :, None]
         noise = np.random.default_rng(seed + index).standard_normal(clean.shape, dtype=np.float32)
         for sigma, by_name in zip(sigmas, scores, strict=True):
             noisy = to_dtype(clean, np.float32) + np.float32(sigma / 255) * noise

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fastden.batch.grouping import together
-from fastden.batch.picture import Picture, Progress
+from fastden.batch.picture import Picture
 from fastden.batch.settings import Settings
 from fastden.batch.transfer import Pending, Transfer
 from fastden.images.image_file import ImageFile
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
-from fastden.inference.run import denoise_batch, own_scale, part_of, run_network
+from fastden.inference.run import Progress, denoise_batch, own_scale, part_of, run_network
 from fastden.inference.tiling import SMALLEST, automatic_tile
 from fastden.network.fused import FusedDenoiser
 from fastden.network.padding import ALIGNMENT

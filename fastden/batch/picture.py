@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,8 +14,6 @@ from fastden.batch.transfer import Pending
 from fastden.images.image_file import Header, ImageFile
 from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.inference.estimate import NoiseEstimate
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for, format_of_suffix
-from fastden.images.finder import count_left_out, find_images, is_regular
+from fastden.images.finder import find_images, is_regular, left_out_note
 from fastden.images.formats import result_suffix
 
 #: The suffix that each format gets when ``--format`` renames a file.
@@ -137,7 +137,7 @@ def _sources(
                 raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
             if not images:
                 hint = "" if recursive else ", --recursive to descend"
-                told = f" ({count_left_out(others)})" if others else ""
+                told = f" ({left_out_note(others)})" if others else ""
                 raise UserError(f"input: no images in {path}{told}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
             sources.update((image, image.relative_to(path)) for image in images)
         elif path.exists():

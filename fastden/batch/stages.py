@@ -14,7 +14,7 @@ from torch import Tensor
 from fastden.batch.computing import Computing
 from fastden.batch.manifest import Manifest, Record
 from fastden.batch.memory import Gate
-from fastden.batch.picture import Picture, Progress
+from fastden.batch.picture import Picture
 from fastden.batch.plan import Job
 from fastden.batch.reading import Reading
 from fastden.batch.settings import Settings
@@ -25,6 +25,7 @@ from fastden.images.encoding import plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.strips import StripReader, StripWriter
 from fastden.images.whole_files import digest, sync, whole_file
+from fastden.inference.run import Progress
 from fastden.inference.tiling import automatic_tile
 from fastden.network.fused import FusedDenoiser
 

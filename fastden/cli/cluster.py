@@ -20,7 +20,7 @@ from fastden.cli.console import say
 from fastden.cli.display import Display
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import UserError
-from fastden.images.finder import count_left_out
+from fastden.images.finder import left_out_note
 from fastden.images.whole_files import remove_leftovers
 from fastden.network.hub import models
 
@@ -88,7 +88,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         report, interrupted=interrupted, resumable=manifest is not None, including=", Ray's start included"
     )
     if left_out:
-        say(f"note: {count_left_out(left_out)}", error=True)
+        say(f"note: {left_out_note(left_out)}", error=True)
     return code
 
 

@@ -14,7 +14,7 @@ from fastden.cli.console import clean_termination, duration, error_line, say, si
 from fastden.cli.display import Display
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import in_one_line
-from fastden.images.finder import count_left_out
+from fastden.images.finder import left_out_note
 
 
 def denoise_here(request: Request, *, dry_run: bool) -> int:
@@ -42,7 +42,7 @@ def denoise_here(request: Request, *, dry_run: bool) -> int:
         with clean_termination():
             code = _run(batch, request, jobs, unreadable)
     if left_out:
-        say(f"note: {count_left_out(left_out)}", error=True)
+        say(f"note: {left_out_note(left_out)}", error=True)
     return code
 
 

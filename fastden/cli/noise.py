@@ -93,7 +93,7 @@ def noise(
 
 def _pictures(files: list[Path]) -> tuple[list[Path], list[OSError]]:
     """The files, and in the place of each folder its pictures; and the errors of those that cannot be looked at."""
-    from fastden.images.finder import count_left_out, find_images
+    from fastden.images.finder import find_images, left_out_note
 
     pictures: list[Path] = []
     unreadable: list[OSError] = []
@@ -103,7 +103,7 @@ def _pictures(files: list[Path]) -> tuple[list[Path], list[OSError]]:
             continue
         left_out: list[Path] = []
         inside = find_images(file, unreadable=unreadable, left_out=left_out)
-        told = count_left_out(left_out) if left_out else ""
+        told = left_out_note(left_out) if left_out else ""
         if not inside:
             raise UserError(f"file: no images in the folder {file}{f' ({told})' * bool(told)}; accepted: image files")
         if told:

@@ -72,7 +72,7 @@ def is_left_out(path: str | Path) -> bool:
     return other and not name.name.startswith(".")
 
 
-def count_left_out(files: Iterable[Path]) -> str:
+def left_out_note(files: Iterable[Path]) -> str:
     """The note about files that are images of kinds which are not read here."""
     kinds = Counter(kind_of_suffix(path.suffix) or "other images" for path in files)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

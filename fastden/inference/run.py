@@ -33,7 +33,7 @@ def part_of(progress: Progress | None, index: int, count: int) -> Progress | Non
     return lambda done, total: progress(index * total + done, count * total)
 
 
-#: Luma of BT.601.
+#: Luma of BT.601, the gray of the field's test sets.
 LUMA = (0.299, 0.587, 0.114)
 
 

@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, read_image
 from fastden.images.encoding import described
-from fastden.images.finder import count_left_out, find_images
+from fastden.images.finder import find_images, left_out_note
 from fastden.images.image_file import ImageFile
 from fastden.images.libvips import VIPS_FORMATS, load_vips
 from fastden.images.pixels import to_dtype
+from fastden.inference.run import LUMA
 
 Image = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -51,10 +52,10 @@ def find_photographs(folder: Path) -> list[Path]:
     left_out: list[Path] = []
     files = find_images(folder, recursive=True, left_out=left_out)
     if not files:
-        others = f" ({count_left_out(left_out)})" if left_out else ""
+        others = f" ({left_out_note(left_out)})" if left_out else ""
         raise UserError(f"data: no images in {folder}{others}; accepted suffixes: {', '.join(SUFFIXES)}")
     if left_out:
-        tell(f"data: {folder}: {count_left_out(left_out)}")
+        tell(f"data: {folder}: {left_out_note(left_out)}")
     return files
 
 
@@ -120,7 +121,7 @@ def central_crops(folders: list[Path], count: int, side: int = 256) -> list[Tens
 
 def to_gray(image: Tensor) -> Tensor:
     """(3, H, W) with its luma (BT.601) in every channel."""
-    weights = image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    weights = image.new_tensor(LUMA).view(3, 1, 1)
     return (image * weights).sum(0, keepdim=True).expand(3, -1, -1).contiguous()
 
 

@@ -37,7 +37,7 @@ from fastden.network.own_estimator import ESTIMATOR_FILE
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
 from fastden.training.data import Image, Pictures, tell, to_gray
-from fastden.training.denoise import DenoiserData, DenoiserTraining
+from fastden.training.denoise import VALIDATION_SIGMAS, DenoiserData, DenoiserTraining
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 from fastden.training.replay import Past, Replay
 
@@ -258,7 +258,7 @@ class PhotoTraining(DenoiserTraining):
         if not self.config.denoiser:
             return
         self._score("photo", noisy, estimated, clean, batch_index)
-        for sigma in (15, 25, 50):
+        for sigma in VALIDATION_SIGMAS:
             generator = torch.Generator().manual_seed(batch_index)
             white = clean + sigma / 255 * torch.randn(clean.shape, generator=generator).to(clean)
             level = torch.full_like(white[:, :1], sigma / 255)

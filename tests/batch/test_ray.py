@@ -25,7 +25,7 @@ from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, distribut
 from fastden.cli.main import app
 from fastden.errors import UserError
 from fastden.images.codec import read_image
-from fastden.images.finder import count_left_out
+from fastden.images.finder import left_out_note
 from tests.cli.run import fails, works
 from tests.image_files import cannot_be_looked_at, encoded, exif, pixels, save_model
 
@@ -98,7 +98,7 @@ def test_files_that_are_left_out_are_counted(
     monkeypatch.setattr("fastden.cli.cluster.distribute", lambda *_: iter(()))
     command = ["denoise", str(photos), "-o", str(tmp_path / "out"), "--engine", "ray", "--sigma", "5"]
     told = CliRunner().invoke(app, command).stderr
-    assert f"note: {count_left_out(left_out)}" in told
+    assert f"note: {left_out_note(left_out)}" in told
     assert len(rows) == 2
 
 

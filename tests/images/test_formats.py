@@ -15,7 +15,7 @@ import fastden
 from fastden.errors import UserError
 from fastden.images import formats
 from fastden.images.codec import ImageFile, decode_image, format_for, read_image, write_image
-from fastden.images.finder import count_left_out, find_images, is_left_out
+from fastden.images.finder import find_images, is_left_out, left_out_note
 from fastden.images.strips import StripReader, read_header
 from tests.cli.run import fails, outputs, works
 from tests.image_files import MAKE, ORIENTATION, encoded, exif, icc_profile, pixels
@@ -216,7 +216,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             StripReader(tmp_path / name)
     left: list[Path] = []
     assert [path.name for path in find_images(tmp_path, left_out=left)] == ["b.png"]
-    assert "3 image files left out, not read here: " in count_left_out(left)
-    assert "pip install 'fastden[formats]'" in count_left_out(left)
+    assert "3 image files left out, not read here: " in left_out_note(left)
+    assert "pip install 'fastden[formats]'" in left_out_note(left)
     with pytest.raises(UserError, match=r"pip install 'fastden\[formats\]'"):
         write_image(tmp_path / "c.heic", ImageFile(pixels()))

@@ -17,7 +17,7 @@ from fastden.batch.plan import plan
 from fastden.errors import UserError
 from fastden.images import formats, tiff_directories
 from fastden.images.codec import ImageFile, decode_image, read_image, write_image
-from fastden.images.finder import count_left_out
+from fastden.images.finder import left_out_note
 from fastden.images.strips import StripReader
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
@@ -149,9 +149,9 @@ def test_images_of_a_folder_that_are_left_out_are_counted(tmp_path: Path, monkey
     left_out: list[Path] = []
     assert len(plan([str(source)], tmp_path / "out", left_out=left_out)) == 1
     assert [path.name for path in left_out] == ["b.HEIC", "c.heic", "d.dng"]
-    told = count_left_out(left_out)
+    told = left_out_note(left_out)
     assert told.startswith("3 image files left out, not read here: 2 HEIC, 1 camera raw; pip install")
-    assert count_left_out([Path("a.exr")]) == "1 image file left out, not read here: 1 OpenEXR"
+    assert left_out_note([Path("a.exr")]) == "1 image file left out, not read here: 1 OpenEXR"
     report = fastden.BatchDenoiser("color", sigma=5).run(source, tmp_path / "out", recursive=True)
     assert len(report.done) == 1
     assert not report.failed
