@@ -22,7 +22,7 @@ from fastden.images.whole_files import digest
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Wishes, check_strengths
 from fastden.network.fused import FusedDenoiser
-from fastden.network.hub import files_of, model_folder, models
+from fastden.network.hub import WEIGHTS_FILE, files_of, model_folder, models
 from fastden.network.int8 import RANGES_FILE
 from fastden.network.loading import Model, default_model, load_network
 from fastden.network.model import Denoiser
@@ -152,7 +152,7 @@ def _name(model: Model) -> str:
 def _weights_digest(model: Model, network: FusedDenoiser) -> str:
     """The SHA-256 of the weights' file where there is one, else of the loaded weights."""
     if isinstance(model, str | Path):
-        file = model_folder(model) / "model.safetensors"
+        file = model_folder(model) / WEIGHTS_FILE
         if file.is_file():
             return digest(file)
     state = model.state_dict() if isinstance(model, Denoiser) else network.state_dict()
