@@ -47,11 +47,8 @@ def main() -> None:
 
 def _energies(pixels: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
     """Variance in each band (squares, BANDS), on the scale 0-255."""
-    luma = (
-        pixels.astype(np.float32) @ np.array(LUMA, np.float32)
-        if pixels.shape[2] == 3
-        else pixels[:, :, 0].astype(np.float32)
-    )
+    values = pixels.astype(np.float32)
+    luma = values @ np.array(LUMA, np.float32) if values.shape[2] == 3 else values[:, :, 0]
     rows, columns = (size // SIDE * SIDE for size in luma.shape)
     squares = torch.from_numpy(np.ascontiguousarray(luma[:rows, :columns]))
     x = squares.unfold(0, SIDE, SIDE).unfold(1, SIDE, SIDE).reshape(-1, 1, SIDE, SIDE)
