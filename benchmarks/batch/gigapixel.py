@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 import fastden
+from fastden.bench.tables import write
 from fastden.images.libvips import load_vips
-from fastden.images.whole_files import write_bytes
 from fastden.info import collect
 from fastden.network.loading import parse_memory
 
@@ -128,12 +128,11 @@ def main() -> None:
             "dtype": arguments.dtype,
             "machine": collect(paths=False),
         }
-    text = json.dumps(figures, indent=1) + "\n"
-    print(text)
+    print(json.dumps(figures, indent=1))
     target = arguments.json or (RESULTS / "gigapixel.json" if side == 32768 else None)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, text.encode())
+        write(target, figures)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 import fastden
+from fastden.bench.tables import write
 from fastden.images.codec import ImageFile, write_image
-from fastden.images.whole_files import write_bytes
 from fastden.info import collect
 from fastden.network.onednn import keep_freed_memory
 
@@ -74,12 +74,11 @@ def main() -> None:
         "device": str(batch.network(eight_bit=True).device),
         "machine": collect(paths=False),
     }
-    text = json.dumps(figures, indent=1) + "\n"
-    print(text)
+    print(json.dumps(figures, indent=1))
     target = arguments.json or (RESULTS / "throughput.json" if [width, height] == [6000, 4000] else None)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, text.encode())
+        write(target, figures)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from fastden.bench import forms
 from fastden.bench.compare import Contender, Job, bounds
 from fastden.bench.images import SIGMA, photograph
 from fastden.bench.network import level
+from fastden.bench.processes import run_module
 from fastden.bench.timing import Call, seconds
 from fastden.images.codec import ImageFile, read_image, write_image
 from fastden.images.pixels import Array
@@ -55,11 +53,7 @@ class Command:
         return 1e3 * (self.whole[-1] - self.start[-1])
 
     def _run(self, images: Path, output: Path) -> Path:
-        command = [sys.executable, "-m", "fastden", "denoise", str(images), "-o", str(output), "--overwrite"]
-        # This works from a checkout that is not installed, too.
-        root = str(Path(fastden.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run([*command, *self._options], capture_output=True, text=True, env=environment, check=False)
+        done = run_module("fastden", "denoise", str(images), "-o", str(output), "--overwrite", *self._options)
         if done.returncode:
             raise RuntimeError(f"fastden denoise: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
         return output

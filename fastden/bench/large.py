@@ -8,13 +8,11 @@ A process's peak memory never falls, so each measurement takes a new process.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from fastden.bench.images import SIGMA, photograph
+from fastden.bench.processes import run_module
 from fastden.bench.timing import seconds, status_mib
 from fastden.inference import denoise_tiled
 from fastden.network.fused import fuse
@@ -37,10 +35,7 @@ def measured(model: str, dtype: str, size: tuple[int, int] = SIZE) -> dict[str, 
     Raises:
         RuntimeError: the process failed.
     """
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "fastden.bench.large", model, dtype, *map(str, size)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = run_module("fastden.bench.large", model, dtype, *map(str, size))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"the large picture: exit code {done.returncode}: {last}")

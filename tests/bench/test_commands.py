@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastden.bench import files, forms, gradients, large, machine, network, operators, preparation
+from fastden.bench import files, forms, gradients, large, machine, network, operators, preparation, processes
 from fastden.cli import bench
 from fastden.cli.main import app
 from fastden.network import int8
@@ -152,7 +152,7 @@ def test_a_gray_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     works("bench", "ops", "--only", "stem,head", *TINY, *options)
     document(target, "ops", {"fastden-torch", "eager"})
     assert large.measure(str(gray), "float32", 20, 28)["width"] == 28
-    monkeypatch.setattr(files.subprocess, "run", run_here)
+    monkeypatch.setattr(processes.subprocess, "run", run_here)
     works("bench", "batch", *TINY, *options, "--images", 1)
     assert json.loads(target.read_text())["all_right"]
 
@@ -212,7 +212,7 @@ def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.subprocess, "run", run_here)
+    monkeypatch.setattr(processes.subprocess, "run", run_here)
     target = tmp_path / "a.json"
     options = ("--size", 40, 48, "--images", 2, "--compare", "eager", "--json", target)
     shown = works("bench", "batch", *TINY, *options)
