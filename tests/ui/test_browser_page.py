@@ -24,7 +24,7 @@ from fastden.images.samples import crop_windows
 from fastden.inference.estimate import UNDECIDED, NoiseEstimate
 from fastden.network.level import KNOTS, Cells, levels_of, robust_curve
 from fastden.ui.session import in_words
-from tests.browser import browser, chromium, drop, opened
+from tests.browser import chromium, drop, opened
 from tests.cli.run import works
 from tests.image_files import encoded, pixels
 from tests.scripts import load
@@ -105,12 +105,6 @@ def url(site: Path) -> Iterator[str]:
     server = serving(site, {})
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def window(url: str) -> Iterator[Any]:
-    with browser() as started:
-        yield started
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from zipfile import ZipFile
 import pytest
 
 from fastden.ui.session import Limits, Session
-from tests.browser import browser, chromium, drop, opened
+from tests.browser import chromium, drop, opened
 from tests.cli.run import works
 from tests.image_files import encoded, exif, pixels, png_claiming
 
@@ -53,12 +53,6 @@ def url(files: Path) -> Iterator[str]:
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert not list(files.iterdir())  # sessions, uploads and results are gone
-
-
-@pytest.fixture(scope="module")
-def window(url: str) -> Iterator[Any]:
-    with browser() as started:
-        yield started
 
 
 @pytest.fixture
