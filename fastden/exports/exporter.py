@@ -16,7 +16,7 @@ from fastden.exports.cards import license_of
 from fastden.exports.weights import Weights, collect
 from fastden.images.whole_files import check_target, whole_file, write_bytes, write_synced
 from fastden.network.fused import FusedDenoiser
-from fastden.network.loading import Model
+from fastden.network.loading import Model, load_exact
 from fastden.network.model import Denoiser
 
 #: The name by which the noise estimator is exported.
@@ -204,8 +204,7 @@ def _load(model: Any) -> tuple[Denoiser | FusedDenoiser, str, str | None]:
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a name, folder, Hub id, Denoiser or FusedDenoiser")
     folder = files_of(model, card=True)
-    # As the weights are in the file: a default dtype that is narrower just now would round them.
-    network, card = Denoiser._from_folder(folder, "cpu", True, {}, torch.float64), folder / CARD_FILE
+    network, card = load_exact(folder, torch.float64), folder / CARD_FILE
     return network, Path(model).name, card.read_text(encoding="utf-8") if card.is_file() else None
 
 

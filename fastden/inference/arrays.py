@@ -47,8 +47,7 @@ from fastden.inference.run import Wishes, check_strengths, denoise_pixels
 from fastden.inference.tiling import HALO
 from fastden.network.calibrated import calibrated_ranges
 from fastden.network.hub import files_of, model_folder, models
-from fastden.network.loading import choose_dtype, default_model, load_network, parse_memory
-from fastden.network.model import Denoiser
+from fastden.network.loading import choose_dtype, default_model, load_exact, load_network, parse_memory
 from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
@@ -190,8 +189,7 @@ def _check_settings(settings: _Settings, model: str) -> None:
     if not able or (settings.dtype != "auto" and chosen not in able):
         which = f"dtype {chosen}" if able else f"device {device}"
         raise ValueError(f"quality: 'fast', but {which}; accepted: cpu in float32 or bfloat16, cuda in 16 bits")
-    # Loaded as workers load it: a default dtype that is narrower just now would round the weights.
-    calibrated_ranges(Denoiser._from_folder(files_of(model), "cpu", True, {}, torch.float32))
+    calibrated_ranges(load_exact(files_of(model), torch.float32))  # as workers load it
 
 
 def _text(device: str | torch.device | None) -> str | None:

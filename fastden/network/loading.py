@@ -97,9 +97,16 @@ def _load_cached(
     quality: Literal["normal", "fast"],
     changed: tuple[int, ...],
 ) -> FusedDenoiser:
-    # As they are in the file: a default dtype that is narrower just now would round them for all calls to come.
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    return fuse(Denoiser._from_folder(files_of(name, {}), "cpu", True, {}, exact), dtype, device, quality=quality)
+    exact = load_exact(files_of(name), torch.float64 if dtype == torch.float64 else torch.float32)
+    return fuse(exact, dtype, device, quality=quality)
+
+
+def load_exact(folder: Path, dtype: torch.dtype) -> Denoiser:
+    """The network in a folder, on the CPU, in evaluation mode, with the weights of its file in ``dtype``.
+
+    PyTorch's default dtype does not count here: one that is narrower just now would round the weights.
+    """
+    return Denoiser._from_folder(folder, "cpu", True, {}, dtype)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool) -> torch.dtype:
