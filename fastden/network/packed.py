@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_digest
 
 #: Largest number of packed copies of each convolution's weights; the oldest is removed first. This limits the memory of
 #: packed weights. oneDNN mostly chooses one layout for all sizes.
@@ -82,24 +82,14 @@ def _memcmp() -> Callable[[int, int, int], int]:
     return function
 
 
-@cache
-def _digest() -> Callable[[Any], bytes] | None:
-    """XXH3's 128-bit hash of a block of memory; None where the package is missing."""
-    try:
-        from xxhash import xxh3_128_digest
-    except ModuleNotFoundError:
-        return None
-    return xxh3_128_digest
-
-
 class Snapshot:
     """Copies of tensors, and a check whether the tensors still hold the same bytes.
 
     Only a check of all bytes finds every change. Writes through ``.data``, a NumPy view, shared memory or a
     collective operation do not change a tensor's version counter, and tensors of inference mode have no counter. Sums
     of words would miss changes that cancel, such as two weights that change their signs. Hashes of 128 bits miss none
-    that occurs by chance, and read half as much as a comparison with the copies. Without the package xxhash the copies
-    are compared. The time of the check is in ``benchmarks/results/small.json``.
+    that occurs by chance, and read half as much as a comparison with the copies. The time of the check is in
+    ``benchmarks/results/small.json``.
 
     Args:
         tensors: dense, on the CPU.
@@ -111,11 +101,10 @@ class Snapshot:
         self._dtypes = [copy.dtype for copy in self.copies]
         self._shapes = [copy.shape for copy in self.copies]
         self._strides = [copy.stride() for copy in self.copies]
-        self._pointers = [copy.data_ptr() for copy in self.copies]
         self._sizes = [copy.nbytes for copy in self.copies]
-        self._blocks = self._pointers, _blocks(self._pointers, self._sizes)
-        digest = _digest()
-        self._digests = None if digest is None else list(map(digest, self._blocks[1]))
+        pointers = [copy.data_ptr() for copy in self.copies]
+        self._blocks = pointers, _blocks(pointers, self._sizes)
+        self._digests = list(map(xxh3_128_digest, self._blocks[1]))
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` equal the copies, and have the same shapes, dtypes and devices."""
@@ -130,13 +119,10 @@ class Snapshot:
         return all(map(_same_values, tensors, self.copies))
 
     def _same_bytes(self, pointers: list[int]) -> bool:
-        digest = _digest()
-        if digest is None or self._digests is None:
-            return not any(map(_memcmp(), self._pointers, pointers, self._sizes))
         blocks = self._blocks  # read once: another thread may replace it
         if blocks[0] != pointers:
             blocks = self._blocks = pointers, _blocks(pointers, self._sizes)
-        return list(map(digest, blocks[1])) == self._digests
+        return list(map(xxh3_128_digest, blocks[1])) == self._digests
 
 
 def _blocks(pointers: Iterable[int], sizes: Iterable[int]) -> list[ctypes.Array[ctypes.c_char]]:
