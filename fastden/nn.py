@@ -29,7 +29,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
 from fastden.ops._tracing import autocast_enabled
-from fastden.plain_layers import has_geometry, has_own_forward, is_hooked, is_plain_conv, is_plain_norm
+from fastden.plain_layers import has_geometry, is_hooked, is_plain_conv, is_plain_norm, is_untouched
 
 __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]
 
@@ -265,8 +265,4 @@ def is_plain_upsample(layer: nn.Module, *, hooks: bool = False) -> bool:
 
     Arguments as of :func:`fastden.plain_layers.is_plain_conv`.
     """
-    if not isinstance(layer, Upsample) or not (hooks or not is_hooked(layer)):
-        return False
-    if type(layer).forward is not Upsample.forward or has_own_forward(layer):
-        return False
-    return layer._is_as_built()
+    return is_untouched(layer, Upsample, hooks=hooks) and layer._is_as_built()

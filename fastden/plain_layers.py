@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 
+_Layer = TypeVar("_Layer", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: PyTorch's own methods, as they were at import. Where one is replaced later, the replacement must run.
-_CONV_FORWARDS = (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+_CONV_FORWARD, _CONV_FORWARD_WITH = nn.Conv2d.forward, nn.Conv2d._conv_forward
 _NORM_FORWARD = nn.BatchNorm2d.forward
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs hooks of its own."""
     return any(getattr(module, name) for name in _HOOKS)
+
+
+def is_untouched(
+    layer: nn.Module, kind: type[_Layer] | tuple[type[_Layer], ...], *forwards: Any, hooks: bool
+) -> TypeGuard[_Layer]:
+    """Whether calling ``layer`` is what the class ``kind`` does, and nothing else; its settings may be any.
+
+    Args:
+        layer: any module.
+        kind: its class, or one of several.
+        *forwards: what ``forward`` of its class may be; without any, that of ``kind``.
+        hooks: whether it may have hooks of its own.
+    """
+    if not isinstance(layer, kind) or not (hooks or not is_hooked(layer)):
+        return False
+    own = forwards or (kind.forward,)  # type: ignore[union-attr]
+    return type(layer).forward in own and not has_own_forward(layer)
 
 
 def is_plain_conv(layer: nn.Module, *, hooks: bool = False) -> bool:
@@ -24,33 +42,19 @@ def is_plain_conv(layer: nn.Module, *, hooks: bool = False) -> bool:
         layer: any module.
         hooks: whether it may have hooks of its own.
     """
-    if not isinstance(layer, nn.Conv2d) or not (hooks or not is_hooked(layer)):
-        return False
-    if (type(layer).forward, type(layer)._conv_forward) != _CONV_FORWARDS or has_own_forward(layer):
-        return False
     return (
-        layer.padding_mode == "zeros"
+        is_untouched(layer, nn.Conv2d, _CONV_FORWARD, hooks=hooks)
+        and type(layer)._conv_forward is _CONV_FORWARD_WITH
+        and layer.padding_mode == "zeros"
         and layer.groups == 1
         and tuple(layer.dilation) == (1, 1)
         and _is_square(layer.kernel_size, layer.stride, layer.padding)
     )
 
 
-def is_plain_block(block: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``block`` is what the class ``kind`` does, and nothing else."""
-    if not isinstance(block, kind) or is_hooked(block):
-        return False
-    return type(block).forward is kind.forward and not has_own_forward(block)
-
-
-def is_plain_norm(layer: nn.Module, *, hooks: bool = False) -> bool:
-    """Whether calling ``layer`` normalises as its :class:`fastden.ops.BatchNorm` does.
-
-    Arguments as of :func:`is_plain_conv`.
-    """
-    if not isinstance(layer, nn.BatchNorm2d) or not (hooks or not is_hooked(layer)):
-        return False
-    if type(layer).forward is not _NORM_FORWARD or has_own_forward(layer):
+def is_plain_norm(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` normalises as its :class:`fastden.ops.BatchNorm` does."""
+    if not is_untouched(layer, nn.BatchNorm2d, _NORM_FORWARD, hooks=False):
         return False
     tensors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
     if layer.training and not layer.track_running_stats:  # then PyTorch leaves the running statistics as they are

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastden.algebra import fold_batch_norm
 from fastden.network.model import Denoiser
 from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
-from fastden.plain_layers import has_geometry, has_own_forward, is_plain_conv
+from fastden.plain_layers import has_geometry, is_plain_conv, is_untouched
 
 Pair = tuple[Tensor, Tensor]
 _NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
@@ -60,11 +60,7 @@ def check_call(model: Denoiser) -> None:
 
 
 def _fold(name: str, bn: nn.Module, weight: Tensor, bias: Tensor) -> Pair:
-    if (
-        not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-        or type(bn).forward not in _NORM_FORWARDS
-        or has_own_forward(bn)
-    ):
+    if not is_untouched(bn, (nn.BatchNorm2d, nn.SyncBatchNorm), *_NORM_FORWARDS, hooks=True):
         raise ValueError(_refusal(name, bn, "is no BatchNorm2d"))
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(_refusal(name, bn, "has no running statistics"))
@@ -111,7 +107,7 @@ def _pair(layer: nn.Conv2d | nn.ConvTranspose2d, outputs: int) -> Pair:
 
 def _check_module(name: str, module: nn.Module, kind: type[nn.Module], inputs: Callable[[], tuple[Any, ...]]) -> None:
     """Raise ValueError unless ``module`` is a ``kind`` and a call runs the ``forward`` of that class."""
-    if not isinstance(module, kind) or type(module).forward is not kind.forward or has_own_forward(module):
+    if not is_untouched(module, kind, hooks=True):
         raise ValueError(_refusal(name, module, f"is not fastden's {kind.__name__}"))
     _check_hooks(name, module, lambda *arguments: kind.forward(module, *arguments), inputs)
 

@@ -15,7 +15,7 @@ from fastden.network.padding import pad_image
 from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
 from fastden.ops._tracing import autocast_enabled
 from fastden.ops.modes import Undrawn, without_autocast
-from fastden.plain_layers import has_geometry, is_plain_block, is_plain_conv, is_plain_norm
+from fastden.plain_layers import has_geometry, is_plain_conv, is_plain_norm, is_untouched
 
 
 def _for_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,7 +139,7 @@ class Denoiser(nn.Module, PretrainedMixin):
         form that runs without them.
         """
         conv0, conv1, up3, out = self.conv0, self.conv1, self.up3, self.out
-        if not (is_plain_block(conv1, ConvBNReLU) and is_plain_norm(conv1.bn) and conv1.relu is True):
+        if not (is_untouched(conv1, ConvBNReLU, hooks=False) and is_plain_norm(conv1.bn) and conv1.relu is True):
             return False
         convs = ((conv0, 5, 1, 0), (conv1.conv, 3, 2, 1), (out, 3, 1, 0))
         plain = all(is_plain_conv(conv) and has_geometry(conv, *geometry) for conv, *geometry in convs)
