@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastden import ops
-from fastden.algebra import BORDER, compose_head, compose_stem
+from fastden.algebra import BORDER
 from fastden.bench import forms, gradients, preparation
 from fastden.bench.compare import Contender, Job, bounds, tensors
 from fastden.bench.counts import PARTS, TRAINING, UNITS
 from fastden.bench.timing import Call
 from fastden.errors import UserError
 from fastden.network.fused import FusedDenoiser, fuse
-from fastden.network.model import Denoiser
+from fastden.network.model import Denoiser, composed_head, composed_stem
 from fastden.network.padding import padding_for
 from fastden.nn import Bottleneck
 from fastden.ops.backends import use_backend
@@ -43,14 +43,7 @@ class _Stem(nn.Module):
         self.conv0, self.conv1, self.composed = model.conv0, model.conv1, composed
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.composed:
-            return self.conv1(self.conv0(x))
-        conv0, conv1 = self.conv0, self.conv1.conv
-        assert conv0.bias is not None
-        assert conv1.bias is not None
-        with torch.autocast(x.device.type, enabled=False):
-            stem = compose_stem(conv0.weight, conv0.bias, conv1.weight, conv1.bias)
-        return ops.stem(x, stem.weight, stem.bias, bn=ops.BatchNorm.of(self.conv1.bn))
+        return composed_stem(self.conv0, self.conv1, x) if self.composed else self.conv1(self.conv0(x))
 
 
 class _Head(nn.Module):
@@ -62,13 +55,7 @@ class _Head(nn.Module):
 
     def forward(self, features: Tensor, x: Tensor) -> Tensor:
         if self.composed:
-            conv0, up3, out = self.conv0, self.up3, self.out
-            assert conv0.bias is not None
-            assert up3.bias is not None
-            assert out.bias is not None
-            with torch.autocast(x.device.type, enabled=False):
-                head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
-            return ops.head(features, x, head.weight, head.image_weight, head.bias, composed=True)
+            return composed_head(self.conv0, self.up3, self.out, features, x)
         y = self.out(torch.cat([self.conv0(x), self.up3(features)], 1))
         return x[:, : self.out.out_channels, BORDER:-BORDER, BORDER:-BORDER] + y
 

@@ -67,9 +67,7 @@ def made(x: Tensor, curve: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _peer(form: str, x: Tensor, curve: Tensor, dtype: torch.dtype) -> Call:
     (source,) = forms.laid_out((x,), x.dtype, form)
-    run = torch.compile(made, dynamic=False) if form == "compile" else made
-    if form == "max_autotune":
-        run = torch.compile(made, mode="max-autotune", dynamic=False)
+    run = forms.compiled(made, form)
 
     def call() -> Tensor:
         with torch.no_grad():

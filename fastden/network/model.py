@@ -34,6 +34,33 @@ def _for_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.float()  # autocast's convolutions take the other 16-bit dtype too, its torch.cat does not
 
 
+def composed_stem(conv0: nn.Conv2d, conv1: ConvBNReLU, x: Tensor) -> Tensor:
+    """conv1 o conv0 as one convolution, of layers with biases: the padded input (N, C, H, W) -> (N, 128, h, w)."""
+    conv = conv1.conv
+    assert conv0.bias is not None
+    assert conv.bias is not None
+    # Autocast would round the factors before they are composed. Composing is cheap, so it runs in their own dtype.
+    with without_autocast(x.device):
+        stem = compose_stem(conv0.weight, conv0.bias, conv.weight, conv.bias)
+    return ops.stem(x, stem.weight, stem.bias, bn=ops.BatchNorm.of(conv1.bn))
+
+
+def composed_head(conv0: nn.Conv2d, up3: Upsample, out: nn.Conv2d, features: Tensor, x: Tensor) -> Tensor:
+    """out o cat(conv0, up3), each in one convolution, and the added input, of layers with biases.
+
+    Args:
+        conv0, up3, out: the layers.
+        features: (N, 256, h, w), the last ones.
+        x: (N, C, H, W), the padded input.
+    """
+    assert conv0.bias is not None
+    assert up3.bias is not None
+    assert out.bias is not None
+    with without_autocast(x.device):  # as in composed_stem
+        head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
+    return ops.head(features, x, head.weight, head.image_weight, head.bias, composed=True)
+
+
 class Denoiser(nn.Module, PretrainedMixin):
     """Image denoiser: ``model(x, sigma) -> y``, all images RGB, float, in [0, 1].
 
@@ -146,18 +173,8 @@ class Denoiser(nn.Module, PretrainedMixin):
         return plain and is_plain_upsample(up3) and all(c.bias is not None for c in (conv0, conv1.conv, up3, out))
 
     def _forward_composed(self, x: Tensor) -> Tensor:
-        conv0, conv1, up3, out = self.conv0, self.conv1.conv, self.up3, self.out
-        assert conv0.bias is not None
-        assert conv1.bias is not None
-        assert up3.bias is not None
-        assert out.bias is not None
-        # Autocast would round the factors before they are composed. Composing is cheap, so it runs in their own dtype.
-        with without_autocast(x.device):
-            stem = compose_stem(conv0.weight, conv0.bias, conv1.weight, conv1.bias)
-            head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
-        first = ops.stem(x, stem.weight, stem.bias, bn=ops.BatchNorm.of(self.conv1.bn))
-        features = self._trunk(first)
-        return ops.head(features, x, head.weight, head.image_weight, head.bias, composed=True)
+        features = self._trunk(composed_stem(self.conv0, self.conv1, x))
+        return composed_head(self.conv0, self.up3, self.out, features, x)
 
     def _trunk(self, x: Tensor) -> Tensor:
         """Run res1 to res3, at half resolution: (N, 128, h, w) -> (N, 256, h, w)."""
