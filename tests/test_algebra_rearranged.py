@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastden.algebra import image_phases, phase_weights, separated_head, unshuffled_weight
-from fastden.ops.activations import join_phases, tile_regions
+from fastden.network.tiles import join_phases, tile_regions
 
 
 @pytest.mark.parametrize("zero_channels", [0, 1])

@@ -184,7 +184,7 @@ class FusedDenoiser(nn.Module):
         if ranges is not None:
             self.register_buffer("conv3_ranges", fp8.conv3_ranges(ranges), persistent=False)
             self.register_load_state_dict_post_hook(FusedDenoiser._check_loaded)
-        self._onednn: tuple[Snapshot, onednn.TiledNetwork] | None = None
+        self._onednn: tuple[Snapshot, onednn.OneDnnTiledNetwork] | None = None
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
@@ -319,7 +319,7 @@ class FusedDenoiser(nn.Module):
         """The ranges of activations by which quality ``"fast"`` computes; None for ``"normal"``."""
         return None if self._calibrated is None else self._calibrated.ranges
 
-    def _onednn_network(self) -> onednn.TiledNetwork | None:
+    def _onednn_network(self) -> onednn.OneDnnTiledNetwork | None:
         """The packed form of the current weights; None where oneDNN cannot run, or weights need gradients."""
         buffers = self._buffers
         # A parametrisation or a parameter may have replaced a buffer.
@@ -340,7 +340,7 @@ class FusedDenoiser(nn.Module):
             folded = onednn.FoldedWeights.of(copies)
             # Integers have no NaN: weights that hold one keep it in floating point. The CPU may be another one than
             # that on which the network was made.
-            network: onednn.TiledNetwork = (
+            network: onednn.OneDnnTiledNetwork = (
                 onednn.OneDnnNetwork(folded)
                 if self._calibrated is None or not folded.finite() or int8.why_not()
                 else self._calibrated.quantized(copies)

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from fastden.algebra import phase_weights, unshuffled_weight
 from fastden.network import onednn
 from fastden.network.model_files import naming_file, replacing
-from fastden.network.onednn import FoldedWeights, OneDnnNetwork, TiledNetwork
+from fastden.network.onednn import FoldedWeights, OneDnnNetwork, OneDnnTiledNetwork
 from fastden.network.packed import PackedWeights
-from fastden.ops.activations import fold, gathered, join_phases
+from fastden.network.tiles import gathered, join_phases
+from fastden.ops.activations import fold, zeros_for
 from fastden.ops.post_operations import missing
 
 
@@ -308,7 +309,7 @@ class _QuantizedBottleneck:
         return self.expand.add_to_(x, self.conv(self.reduce(x)))
 
 
-class Int8Network(TiledNetwork):
+class Int8Network(OneDnnTiledNetwork):
     """The fused network in 8-bit integers, without gradients.
 
     Args:
@@ -364,7 +365,7 @@ class Int8Network(TiledNetwork):
         bias = head.bias.repeat_interleave(4)
         self.head = QuantizedConvolution(head.weight, bias, step["res3"], None, padding=1, relu=False)
         self.image_dtype = torch.bfloat16 if onednn.native_bf16() else torch.float32
-        self.zero_channels = 1 if self.image_dtype == torch.bfloat16 and colours == 3 else 0
+        self.zero_channels = zeros_for(self.image_dtype, colours)
         image_weight = head.image_weight.to(self.image_dtype)
         self.image = onednn.image_convolution(head._replace(image_weight=image_weight), self.zero_channels)
         for name, convolution in self.convolutions().items():

@@ -25,7 +25,8 @@ from fastden.algebra import (
     unshuffled_weight,
 )
 from fastden.network.packed import PackedWeights
-from fastden.ops.activations import channels_last_empty, fold, gathered, join_phases, tile_regions
+from fastden.network.tiles import channels_last_empty, gathered, join_phases, tile_regions
+from fastden.ops.activations import fold, zeros_for
 from fastden.ops.post_operations import finite, has_bf16, missing
 
 #: Rows and columns of half-resolution features that the last stages make at a time. Fewer rows need less memory, but
@@ -33,7 +34,7 @@ from fastden.ops.post_operations import finite, has_bf16, missing
 #: 384 columns from 6 % less to 2 % more (``benchmarks/results/cpu-tiles.json``).
 TILE_ROWS, TILE_COLUMNS = 256, 192
 #: Features that a tile needs before and behind its own. res3's 3x3 convolution needs 1 on each side; the head's 4x4
-#: needs 1 before and 2 behind. conv3's neighbours are inputs, see :func:`fastden.ops.activations.gathered`.
+#: needs 1 before and 2 behind. conv3's neighbours are inputs, see :func:`fastden.network.tiles.gathered`.
 BEFORE, BEHIND = 2, 3
 #: Rows of half-resolution features that stem and res1 make at a time, chosen as the above: 16 rows take 0.99 to 1.10
 #: times as long, 32 and 128 rows 0.96 to 1.03 times.
@@ -228,7 +229,7 @@ class _Head:
         return features
 
 
-class TiledNetwork(ABC):
+class OneDnnTiledNetwork(ABC):
     """The fused network in tiles that stay in cache; the base class of its forms in different number formats.
 
     A form sets the parts below and defines what the stem reads. The parts take and return channels-last tensors.
@@ -322,7 +323,7 @@ class TiledNetwork(ABC):
                 y[:, :, top:bottom, left:right] += inner
 
 
-class OneDnnNetwork(TiledNetwork):
+class OneDnnNetwork(OneDnnTiledNetwork):
     """The fused network, on float32 or bfloat16 CPU tensors, without gradients."""
 
     stem: Convolution
@@ -338,10 +339,7 @@ class OneDnnNetwork(TiledNetwork):
         stem, head = weights.stem, weights.head
         self.features = head.weight.dtype
         self.channels = head.image_weight.shape[0]
-        # oneDNN's bf16 kernels are slower on 12 input channels than on 16: a blind colour network gets a channel of
-        # zeros. Float32 is faster without it.
-        inputs = stem.weight.shape[2]
-        self.zero_channels = 1 if self.features == torch.bfloat16 and inputs == 3 else 0
+        self.zero_channels = zeros_for(self.features, stem.weight.shape[2])
         inside, left, top = ((unshuffled_weight(w, 4, self.zero_channels), b) for w, b in stem_parts(stem))
         self.stem = Convolution(*inside)
         self.left, self.top = EdgeConvolution(*left, columns=True), EdgeConvolution(*top, columns=False)

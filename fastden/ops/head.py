@@ -16,7 +16,7 @@ from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, 
 from fastden.ops._library import OPERATORS, Operator, check
 from fastden.ops._tensors import in_autocast, like, wants_gradient
 from fastden.ops._tracing import autocast_enabled, exporting
-from fastden.ops.activations import fold
+from fastden.ops.activations import fold, zeros_for
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
 
@@ -105,9 +105,7 @@ def _phases(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, b
     The image's convolution reads pairs of pixels: 12 or 16 channels fill oneDNN's vectors, 3 or 4 do not. The
     convolution of the features adds its sums to the image's.
     """
-    channels = x.shape[1]
-    # See fastden.network.onednn: bf16 kernels are three times slower on 12 channels than on 16.
-    zeros = 1 if x.dtype == torch.bfloat16 and channels == 3 else 0
+    zeros = zeros_for(x.dtype, x.shape[1])
     paired = unshuffled_weight(image_phases(image_weight), 5, zeros)
     y = post_operations.convolution(fold(x, x.dtype, zeros), paired, None)
     bias = bias.repeat_interleave(4)
