@@ -81,6 +81,8 @@ def fuse(
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype: {dtype!r}; accepted: {', '.join(DTYPES)}")
     device = own.device if device is None else named_device(device)
+    if device != own.device:
+        parse_device(device, any_kind=True)
     if quality not in ("normal", "fast"):
         raise ValueError(f"quality: {quality!r}; accepted: 'normal', 'fast'")
     ranges = None
@@ -92,8 +94,6 @@ def fuse(
         if reasons:
             raise ValueError(f"quality: 'fast', but {'; '.join(reasons)}; accepted here: 'normal'")
         ranges = calibrated_ranges(model)
-    if device != own.device:
-        parse_device(device, any_kind=True)
     return FusedDenoiser(model, ranges, differentiable).to(dtype=chosen, device=device)
 
 
