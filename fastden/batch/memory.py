@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 
 from fastden.errors import shown_bytes
-from fastden.inference.tiling import DEFAULT_MEMORY, Model, least_memory
+from fastden.inference.tiling import DEFAULT_MEMORY, TiledNetwork, least_memory
 
 #: Bytes of the host's memory for the images of a run where no ``max_memory`` is given.
 DEFAULT_IMAGES = 1 << 30
@@ -24,7 +24,7 @@ class Budget:
     images: int
 
 
-def split_memory(max_memory: int | None, model: Model) -> Budget:
+def split_memory(max_memory: int | None, model: TiledNetwork) -> Budget:
     """The halves of ``max_memory``; on an accelerator the network's half is the device's.
 
     Raises:

@@ -59,9 +59,6 @@ class TiledNetwork(Protocol):
     def forward_padded(self, x: Tensor) -> Tensor: ...
 
 
-Model = TiledNetwork
-
-
 class OwnScale(NamedTuple):
     """A picture's own scale: what the network sees is ``(x - black) / span``, within ``limits`` if there are any.
 
@@ -86,7 +83,7 @@ class Tile(NamedTuple):
 
 @torch.no_grad()
 def denoise_tiled(
-    model: Model,
+    model: TiledNetwork,
     image: Tensor,
     sigma: Sigma = None,
     *,
@@ -146,7 +143,7 @@ def denoise_tiled(
 
 @torch.no_grad()
 def denoise_rows(
-    model: Model,
+    model: TiledNetwork,
     strip: Tensor,
     sigma: float | Tensor | None,
     rows: tuple[int, int],
@@ -264,19 +261,19 @@ def _levels(sigma: Sigma, image: Tensor, wanted: bool) -> float | Tensor | None:
     return tensor if tensor.dim() == 2 and tensor.shape[1] == KNOTS else tensor.reshape(-1)
 
 
-def bytes_per_pixel(model: Model) -> float:
+def bytes_per_pixel(model: TiledNetwork) -> float:
     """Peak memory of a forward pass, bytes for each pixel of a tile and its halo."""
     fused = "operators" if why_not(model.device, model.dtype) else "onednn"
     form = "plain" if isinstance(model, Denoiser) else fused
     return BYTES_PER_PIXEL[form] * model.dtype.itemsize / 4
 
 
-def least_memory(model: Model) -> int:
+def least_memory(model: TiledNetwork) -> int:
     """Peak memory of the smallest tile, bytes."""
     return math.ceil(bytes_per_pixel(model) * (SMALLEST + 2 * HALO) ** 2)
 
 
-def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory: int) -> tuple[int, int]:
+def automatic_tile(model: TiledNetwork, height: int, width: int, batch: int, max_memory: int) -> tuple[int, int]:
     """Size of the tiles, and number of images at a time, with which a forward pass stays within ``max_memory``.
 
     Several small images go together if they fit. Large images go one at a time, in the largest tiles that fit.
@@ -306,7 +303,7 @@ def automatic_tile(model: Model, height: int, width: int, batch: int, max_memory
 
 
 def _run(
-    model: Model,
+    model: TiledNetwork,
     image: Tensor,
     sigma: float | Tensor | None,
     part: Tile,
@@ -342,7 +339,7 @@ def _run(
     return _from_float(y, image.dtype)
 
 
-def _forward(model: Model, x: Tensor, level: float | Tensor | None, margin: int) -> Tensor:
+def _forward(model: TiledNetwork, x: Tensor, level: float | Tensor | None, margin: int) -> Tensor:
     """Run a network on a window; ``margin`` pixels on each side only give a curve the brightness around the others."""
     if isinstance(model, FusedDenoiser) and model.prepares(x, None):
         inside = (-margin, -margin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def missing(error: ModuleNotFoundError, package: str) -> ModuleNotFoundError:
+def missing_package(error: ModuleNotFoundError, package: str) -> ModuleNotFoundError:
     """The error to raise where importing ``package``, which has an extra of its name, failed."""
     if error.name is None or error.name.split(".")[0] != package:
         return error

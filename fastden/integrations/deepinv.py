@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastden.images.samples import MAX_SIGMA
-from fastden.integrations._missing import missing
+from fastden.integrations._missing import missing_package
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.loading import Model
 from fastden.network.model import Denoiser
@@ -22,7 +22,7 @@ from fastden.network.model import Denoiser
 try:
     from deepinv.models import Denoiser as _Base
 except ModuleNotFoundError as error:
-    raise missing(error, "deepinv") from error
+    raise missing_package(error, "deepinv") from error
 
 #: The largest noise level that the bundled models were trained for, on the scale of the image.
 TRAINED = MAX_SIGMA / 255

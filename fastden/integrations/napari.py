@@ -13,7 +13,7 @@ from fastden.api import denoise
 from fastden.errors import FAILURES, in_one_line
 from fastden.images.pixels import Array
 from fastden.images.samples import MAX_SIGMA
-from fastden.integrations._missing import missing
+from fastden.integrations._missing import missing_package
 
 try:
     import napari
@@ -21,7 +21,7 @@ try:
     from napari.qt.threading import create_worker
     from superqt.utils import ensure_main_thread
 except ModuleNotFoundError as error:
-    raise missing(error, "napari") from error
+    raise missing_package(error, "napari") from error
 
 #: Side of the tiles, pixels; the result is the same.
 TILES = ("automatic", "256", "512", "1024")

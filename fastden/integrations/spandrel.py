@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastden.inference.estimate import estimate_noise
-from fastden.integrations._missing import missing
+from fastden.integrations._missing import missing_package
 from fastden.network.model import Denoiser
 
 try:
@@ -31,7 +31,7 @@ try:
     )
     from spandrel.util import KeyCondition
 except ModuleNotFoundError as error:
-    raise missing(error, "spandrel") from error
+    raise missing_package(error, "spandrel") from error
 
 ID = "fastden"
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fastden.api import denoise
 from fastden.inference.estimate import estimate_noise, median_estimate
-from fastden.integrations._missing import missing
+from fastden.integrations._missing import missing_package
 from fastden.network.loading import check_strength, load_network
 
 try:
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 except ModuleNotFoundError as error:
-    raise missing(error, "torchvision") from error
+    raise missing_package(error, "torchvision") from error
 
 
 def _is_image(value: Any) -> bool:

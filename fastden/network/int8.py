@@ -32,7 +32,7 @@ from fastden.network.onednn import FoldedWeights, OneDnnNetwork, OneDnnTiledNetw
 from fastden.network.packed import PackedWeights
 from fastden.network.tiles import gathered, join_phases
 from fastden.ops.activations import fold, zeros_for
-from fastden.ops.post_operations import missing
+from fastden.ops.post_operations import missing_parts
 
 
 class _Float(TypedDict):
@@ -99,7 +99,7 @@ class Rounding(NamedTuple):
 
 def why_not() -> list[str]:
     """Reasons why this machine cannot run the network in 8-bit integers; empty where it can."""
-    reasons = list(missing())
+    reasons = list(missing_parts())
     lacking = [
         f"torch.ops.onednn.{name}"
         for name in ("qconv_prepack", "qconv2d_pointwise")

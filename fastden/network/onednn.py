@@ -27,7 +27,7 @@ from fastden.algebra import (
 from fastden.network.packed import PackedWeights
 from fastden.network.tiles import channels_last_empty, gathered, join_phases, tile_regions
 from fastden.ops.activations import fold, zeros_for
-from fastden.ops.post_operations import finite, has_bf16, missing
+from fastden.ops.post_operations import finite, has_bf16, missing_parts
 
 #: Rows and columns of half-resolution features that the last stages make at a time. Fewer rows need less memory, but
 #: more edges are computed twice. With and without AMX, in three dtypes, 64 rows take 5 to 11 % longer, and 512 rows or
@@ -50,7 +50,7 @@ def native_bf16() -> bool:
     Without such units oneDNN computes bfloat16 through float32. With AVX-512 BF16 the network takes half of float32's
     time (``benchmarks/results/bf16.json``), with AMX a fifth (``benchmarks/results/cpu.json``).
     """
-    return not missing() and _has_bf16_units() and has_bf16()
+    return not missing_parts() and _has_bf16_units() and has_bf16()
 
 
 def _has_bf16_units() -> bool:

@@ -295,7 +295,7 @@ def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor 
 
 
 @constant_result
-def missing(name: str) -> bool:
+def left_out(name: str) -> bool:
     """Whether the automatic choice leaves a backend out, because it could not run before or has no compiler."""
     if name == "triton":
         return not (interpreted() or _has_compiler())
@@ -307,7 +307,7 @@ def missing(name: str) -> bool:
 
 
 def _can_run(operator: str, name: str, tensors: dict[str, Tensor | None]) -> bool:
-    if missing(name):
+    if left_out(name):
         return False
     if not torch.compiler.is_compiling():
         return not why_not(operator, name, batch_statistics=False, **tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastden.ops._tensors import wants_gradient
-from fastden.ops.backends import missing, proven_backends, requested, why_not
+from fastden.ops.backends import left_out, proven_backends, requested, why_not
 
 Padding = tuple[int, int]
 
@@ -35,7 +35,7 @@ def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
 def _chosen(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
     # A benchmark's job measures curves (fastden/bench/preparation.py). Without one, PyTorch has less to do.
     curves = level is not None and level.dim() == 2
-    return curves and "triton" in proven_backends("network_input", x.device, dtype) and not missing("triton")
+    return curves and "triton" in proven_backends("network_input", x.device, dtype) and not left_out("triton")
 
 
 def network_input(

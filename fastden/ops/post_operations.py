@@ -23,7 +23,7 @@ FEW_VALUES = 1 << 20
 
 
 @cache
-def missing() -> tuple[str, ...]:
+def missing_parts() -> tuple[str, ...]:
     """What this PyTorch or machine lacks for oneDNN's convolutions with post-operations."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return (f"processor: {platform.machine()}; accepted: x86-64",)
@@ -45,7 +45,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Reasons why these convolutions cannot run; empty where they can."""
     if device.type != "cpu":
         return [f"device: {device}; accepted: cpu"]
-    reasons = list(missing())
+    reasons = list(missing_parts())
     if dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"dtype: {dtype}; accepted: torch.float32, torch.bfloat16")
     elif dtype == torch.bfloat16 and not reasons and not has_bf16():

@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastden.inference.tiling import BYTES_PER_PIXEL, Model, automatic_tile, denoise_tiled, plan_tiles
+from fastden.inference.tiling import BYTES_PER_PIXEL, TiledNetwork, automatic_tile, denoise_tiled, plan_tiles
 from fastden.network.fused import fuse
 from fastden.network.loading import parse_memory
 from fastden.network.model import Denoiser
@@ -228,7 +228,7 @@ def has_onednn(dtype: str) -> bool:
     return not why_not(torch.device("cpu"), getattr(torch, dtype))
 
 
-def side_for(model: Model, max_memory: int) -> int:
+def side_for(model: TiledNetwork, max_memory: int) -> int:
     return automatic_tile(model, 4000, 6000, 1, max_memory)[0]
 
 
