@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
-from fastden.ops._tracing import autocast_enabled
+from fastden.ops.tracing import autocast_enabled
 from fastden.plain_layers import has_geometry, is_hooked, is_plain_conv, is_plain_norm, is_untouched
 
 __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastden.cuda import extension
 from fastden.network.int8 import Ranges
 from fastden.ops import backends
-from fastden.ops._tracing import constant_result
+from fastden.ops.tracing import constant_result
 
 
 def conv3_ranges(ranges: Ranges) -> Tensor:

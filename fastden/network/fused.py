@@ -21,11 +21,11 @@ from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
 from fastden.network.packed import Snapshot
 from fastden.network.padding import pad_image, padding_for
-from fastden.ops._tensors import wants_gradient
 from fastden.ops.backends import requested
 from fastden.ops.modes import runs_as_written, without_autocast
 from fastden.ops.network_input import can_prepare, network_input
 from fastden.ops.post_operations import why_not
+from fastden.ops.tensors import wants_gradient
 
 #: What a fused network can hold and compute in.
 DTYPES = {

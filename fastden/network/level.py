@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastden.network.padding import reflected_index
-from fastden.ops._tensors import may_overwrite
+from fastden.ops.tensors import may_overwrite
 
 #: Brightness, 0 to 1, at which a curve holds a level.
 KNOTS = 8

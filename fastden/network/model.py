@@ -13,8 +13,8 @@ from fastden.network.hub import PretrainedMixin
 from fastden.network.inputs import Sigma, check_input, noise_level, warn_of_scale
 from fastden.network.padding import pad_image
 from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
-from fastden.ops._tracing import autocast_enabled
 from fastden.ops.modes import Undrawn, without_autocast
+from fastden.ops.tracing import autocast_enabled
 from fastden.plain_layers import has_geometry, is_plain_conv, is_plain_norm, is_untouched
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.algebra import BORDER
-from fastden.ops._tracing import exporting
+from fastden.ops.tracing import exporting
 
 #: Height and width of conv0's output must be multiples of this: there are two stages of stride 2.
 ALIGNMENT = 4

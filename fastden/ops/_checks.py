@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastden.ops._tracing import autocast_enabled
 from fastden.ops.batch_norm import BatchNorm
+from fastden.ops.tracing import autocast_enabled
 
 
 def check_tensors(**tensors: Tensor | None) -> None:

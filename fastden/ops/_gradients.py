@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fastden.kernels._layout import channels_last
 from fastden.ops import weight_gradient  # noqa: F401 (registers the operators)
-from fastden.ops._tracing import constant_result
+from fastden.ops.tracing import constant_result
 
 ENVIRONMENT = "FASTDEN_BACKWARD"
 WAYS = ("aten", "kernels")

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastden.ops._tensors import wants_gradient
-from fastden.ops._tracing import autocast_enabled, constant_result, transform_active
 from fastden.ops.proven import PROVEN
+from fastden.ops.tensors import wants_gradient
+from fastden.ops.tracing import autocast_enabled, constant_result, transform_active
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fastden.ops import _recompute
 from fastden.ops._gradients import first_derivative_only
 from fastden.ops._library import Operator, check, empty_like
 from fastden.ops._recompute import Recipe
-from fastden.ops._tensors import may_overwrite
+from fastden.ops.tensors import may_overwrite
 
 
 class BatchNorm(NamedTuple):

@@ -13,10 +13,10 @@ from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._recompute import Recipe
-from fastden.ops._tensors import in_autocast, may_overwrite, wants_gradient
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
 from fastden.ops.conv_bn_relu import conv_bn_relu
+from fastden.ops.tensors import in_autocast, may_overwrite, wants_gradient
 
 
 def bottleneck(

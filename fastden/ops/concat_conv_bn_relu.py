@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from fastden.ops import post_operations
 from fastden.ops._checks import check_convolution
 from fastden.ops._convolution import convolve
-from fastden.ops._tensors import in_autocast, like
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_statistics, finish, split_bias
+from fastden.ops.tensors import in_autocast, like
 
 
 def concat_conv_bn_relu(

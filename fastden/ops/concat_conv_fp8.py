@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from fastden.ops._checks import check_convolution, check_shape, check_tensors
 from fastden.ops._library import OPERATORS, check, empty_like, shape_of_cuda
-from fastden.ops._tensors import in_autocast, like, may_overwrite, wants_gradient
 from fastden.ops.backends import choose
 from fastden.ops.modes import without_autocast
+from fastden.ops.tensors import in_autocast, like, may_overwrite, wants_gradient
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max

@@ -14,11 +14,11 @@ from fastden.ops import post_operations
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check
-from fastden.ops._tensors import in_autocast, like, wants_gradient
-from fastden.ops._tracing import autocast_enabled, exporting
 from fastden.ops.activations import fold, zeros_for
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
+from fastden.ops.tensors import in_autocast, like, wants_gradient
+from fastden.ops.tracing import autocast_enabled, exporting
 
 
 def head(

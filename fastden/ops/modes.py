@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastden.ops._tracing import autocast_enabled, transform_active
+from fastden.ops.tracing import autocast_enabled, transform_active
 
 
 def transforming() -> bool:

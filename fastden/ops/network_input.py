@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastden.ops._tensors import wants_gradient
 from fastden.ops.backends import left_out, proven_backends, requested, why_not
+from fastden.ops.tensors import wants_gradient
 
 Padding = tuple[int, int]
 

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastden.ops._tensors import like, wants_gradient
 from fastden.ops.modes import runs_as_written
+from fastden.ops.tensors import like, wants_gradient
 
 #: Up to this many values of ``x`` the call's own cost can be more than the passes that it saves. The operators of a
 #: picture of 512 x 768 pixels, which have more, take 0.4 to 1.1 times the time of PyTorch's operations

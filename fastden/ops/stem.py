@@ -14,9 +14,9 @@ from fastden.ops import post_operations
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
-from fastden.ops._tensors import in_autocast, may_overwrite
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish, split_bias
+from fastden.ops.tensors import in_autocast, may_overwrite
 
 
 def stem(

@@ -12,8 +12,8 @@ from fastden.kernels._layout import channels_last
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, upsample_gradients, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
-from fastden.ops._tensors import in_autocast, like
 from fastden.ops.backends import choose
+from fastden.ops.tensors import in_autocast, like
 
 
 def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:

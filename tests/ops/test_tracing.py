@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fastden.ops._tracing import constant_result, exporting, has_autocast
+from fastden.ops.tracing import constant_result, exporting, has_autocast
 
 
 def test_the_mark_is_that_of_the_decorator() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastden.ops._tracing import autocast_enabled, transform_active
+from fastden.ops.tracing import autocast_enabled, transform_active
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
