@@ -18,6 +18,7 @@ from fastden.errors import ScaleWarning
 from fastden.images.codec import MAX_PIXELS, read_image
 from fastden.images.pixels import Array, check_pixels, without_mask
 from fastden.images.ranges import ORDINARY, ValueRange
+from fastden.inference.arguments import check_max_pixels, parse_memory
 from fastden.inference.estimate import check_dense, estimate_of
 from fastden.inference.run import (
     Progress,
@@ -32,7 +33,7 @@ from fastden.inference.run import (
 )
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import SCALE_ENVIRONMENT
-from fastden.network.loading import Model, check_max_pixels, default_model, load_network, parse_memory
+from fastden.network.loading import Model, default_model, load_network
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage

@@ -26,8 +26,8 @@ import numpy as np
 import fastden
 from fastden.bench.tables import write
 from fastden.images.libvips import load_vips
+from fastden.inference.arguments import parse_memory
 from fastden.info import collect
-from fastden.network.loading import parse_memory
 
 RESULTS = Path(__file__).parents[1] / "results" / "batch"
 SIGMA = 15

@@ -24,11 +24,12 @@ from fastden.batch.threads import ThreadedRun
 from fastden.choices import Format, Quality
 from fastden.errors import FAILURES, UserError
 from fastden.images.codec import MAX_PIXELS, check_format
+from fastden.inference.arguments import check_max_pixels, parse_memory
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Wishes
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
-from fastden.network.loading import Model, check_max_pixels, parse_memory
+from fastden.network.loading import Model
 
 _T = TypeVar("_T")
 

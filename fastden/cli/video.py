@@ -17,7 +17,7 @@ from fastden.batch.plan import check_no_url, is_folder
 from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import FAILURES, UserError
-from fastden.network.loading import parse_memory
+from fastden.inference.arguments import parse_memory
 from fastden.video.copy import denoise_video, is_video
 
 

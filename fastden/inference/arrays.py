@@ -32,6 +32,7 @@ from fastden.choices import Quality
 from fastden.errors import UserError
 from fastden.images.pixels import Array, check_finite, check_plain, full_scale
 from fastden.images.ranges import BLOCK, COUNTS, ORDINARY, ValueRange, count_range, joined, range_of
+from fastden.inference.arguments import parse_memory
 from fastden.inference.array_noise import (
     CURVE,
     RANGE,
@@ -47,7 +48,7 @@ from fastden.inference.run import Wishes, check_strengths, denoise_pixels
 from fastden.inference.tiling import HALO
 from fastden.network.calibrated import calibrated_ranges
 from fastden.network.hub import files_of, model_folder, models
-from fastden.network.loading import choose_dtype, default_model, load_exact, load_network, parse_memory
+from fastden.network.loading import choose_dtype, default_model, load_exact, load_network
 from fastden.network.padding import ALIGNMENT
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")

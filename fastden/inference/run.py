@@ -15,11 +15,11 @@ from fastden.algebra import BORDER
 from fastden.choices import Quality
 from fastden.images.pixels import Array, check_plain
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
+from fastden.inference.arguments import check_strength
 from fastden.inference.estimate import NoiseEstimate, check_dense, estimate_of
 from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import as_tensor
-from fastden.network.loading import check_strength
 
 #: What the argument ``sigma`` takes, for messages.
 _SIGMAS = "'auto', a NoiseEstimate, a number from 0 to 255, a map (H, W), or numbers for a batch"

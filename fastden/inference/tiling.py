@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from fastden.algebra import BORDER
 from fastden.errors import shown_bytes
+from fastden.inference.arguments import parse_memory
 from fastden.network.folding import check_call
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import Sigma, as_tensor, map_or_curve, noise_level
 from fastden.network.level import BRIGHTNESS_RADIUS, KNOTS, level_inside
-from fastden.network.loading import parse_memory
 from fastden.network.model import Denoiser
 from fastden.network.padding import ALIGNMENT, padding_for, reflected_index
 from fastden.ops.post_operations import why_not

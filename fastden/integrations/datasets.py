@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fastden.api import denoise
-from fastden.network.loading import check_strength
+from fastden.inference.arguments import check_strength
 
 
 class _Process:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastden.api import denoise
+from fastden.inference.arguments import check_strength
 from fastden.inference.estimate import estimate_noise, median_estimate
 from fastden.integrations._missing import missing_package
-from fastden.network.loading import check_strength, load_network
+from fastden.network.loading import load_network
 
 try:
     from torchvision import tv_tensors

@@ -22,7 +22,7 @@ from fastden.cli.console import duration
 from fastden.cli.early import without_garbage_collection
 from fastden.cli.main import app
 from fastden.errors import shown_bytes
-from fastden.network.loading import parse_memory
+from fastden.inference.arguments import parse_memory
 from tests.cli.run import fails, in_fresh_python, works
 
 

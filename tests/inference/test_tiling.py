@@ -15,9 +15,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastden.inference.arguments import parse_memory
 from fastden.inference.tiling import BYTES_PER_PIXEL, TiledNetwork, automatic_tile, denoise_tiled, plan_tiles
 from fastden.network.fused import fuse
-from fastden.network.loading import parse_memory
 from fastden.network.model import Denoiser
 from fastden.ops.post_operations import why_not
 from tests.helpers import level, max_error, random_network

@@ -75,31 +75,6 @@ def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     assert loading.choose_dtype(torch.float16, cpu, True) == torch.float16
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("2GiB", 2 << 30),
-        ("2G", 2 << 30),
-        ("1.5 GiB", 3 << 29),
-        ("500MB", 500_000_000),
-        ("64k", 65536),
-        ("1tb", 10**12),
-        ("123", 123),
-        ("7B", 7),
-        (5, 5),
-        (None, None),
-    ],
-)
-def test_memory_sizes(text: Any, expected: int | None) -> None:
-    assert loading.parse_memory(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1 2", "0", 0, -5, True, 1.5])
-def test_wrong_memory_sizes(text: Any) -> None:
-    with pytest.raises(ValueError, match="max_memory"):
-        loading.parse_memory(text)
-
-
 @pytest.mark.parametrize("available", [True, False])
 def test_mps_is_a_device_where_it_is(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: available)
