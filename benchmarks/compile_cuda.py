@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastden.cuda import build
-from fastden.images.whole_files import write_bytes
+from fastden.whole_files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 

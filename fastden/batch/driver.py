@@ -16,8 +16,8 @@ from fastden.batch.plan import Job
 from fastden.batch.ray import Row, has_scheme
 from fastden.batch.settings import Settings
 from fastden.errors import UserError
-from fastden.images.whole_files import remove_leftovers
 from fastden.network.hub import models
+from fastden.whole_files import remove_leftovers
 
 
 def for_any_folder(settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.attachments import check_colour
 from fastden.images.extras import read_extras
 from fastden.images.strips import read_header
-from fastden.images.whole_files import check_target
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import denoise_batch, noise_level_of
 from fastden.inference.tiling import HALO, automatic_tile, bytes_per_pixel
 from fastden.network.fused import FusedDenoiser
+from fastden.whole_files import check_target
 
 #: Side of the image that the speed is measured on, pixels.
 SAMPLE = 384

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fastden.batch.plan import Job
 from fastden.errors import UserError
-from fastden.images.whole_files import check_target, digest, reason
+from fastden.whole_files import check_target, digest, reason
 
 #: The manifest's name in an output folder.
 NAME = ".fastden-manifest.jsonl"

@@ -24,9 +24,9 @@ from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import sigma_of_gray
 from fastden.images.strips import read_header, read_samples
-from fastden.images.whole_files import check_target, reason
 from fastden.inference.estimate import estimate_of, noise_of_samples
 from fastden.inference.run import Level, adapted, estimated_level, noise_level_of, to_batch
+from fastden.whole_files import check_target, reason
 
 
 class Reading:

@@ -18,7 +18,6 @@ from fastden.batch.plan import Job
 from fastden.batch.transfer import Transfer
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import format_for
-from fastden.images.whole_files import digest
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Wishes, check_strengths
 from fastden.network.fused import FusedDenoiser
@@ -26,6 +25,7 @@ from fastden.network.hub import WEIGHTS_FILE, files_of, model_folder, models
 from fastden.network.int8 import RANGES_FILE
 from fastden.network.loading import Model, default_model, load_network
 from fastden.network.model import Denoiser
+from fastden.whole_files import digest
 
 #: The model for white noise, where the noise chooses.
 FOR_WHITE = default_model(0.0)

@@ -24,10 +24,10 @@ from fastden.errors import UserError
 from fastden.images.encoding import plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.strips import StripReader, StripWriter
-from fastden.images.whole_files import digest, sync, whole_file
 from fastden.inference.run import Progress
 from fastden.inference.tiling import automatic_tile
 from fastden.network.fused import FusedDenoiser
+from fastden.whole_files import digest, sync, whole_file
 
 
 class Stages:

@@ -18,7 +18,7 @@ from fastden.batch.plan import Job
 from fastden.batch.report import Interrupted, Listener, Report
 from fastden.batch.stages import Stages
 from fastden.errors import FAILURES, UserError
-from fastden.images.whole_files import drop_unfinished, remove_leftovers
+from fastden.whole_files import drop_unfinished, remove_leftovers
 
 #: Most images that wait between two stages. Usually memory is the tighter limit.
 WAITING = 2 * MOST

@@ -16,7 +16,7 @@ from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import encode_image
-from fastden.images.whole_files import check_target, whole_file, write_synced
+from fastden.whole_files import check_target, whole_file, write_synced
 
 
 class Writing:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastden.bench.timing import Call, Stopwatch
-from fastden.images.whole_files import write_bytes
+from fastden.whole_files import write_bytes
 
 #: NVML's reasons for a clock below the highest, by bit.
 THROTTLE_REASONS = {

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastden.bench.compare import all_right
-from fastden.images.whole_files import write_bytes
+from fastden.whole_files import write_bytes
 
 COLUMNS = (
     "contender", "ms", "IQR", "ms / MP", "images / s", "matrix rate", "bandwidth", "MiB", "J / MP", "slower by",

@@ -207,7 +207,7 @@ def _device(name: str | None) -> torch.device:
 def _check_outputs(options: _Options) -> None:
     """Raise where a result could not be written."""
     from fastden.bench.plots import check_folder
-    from fastden.images.whole_files import check_target
+    from fastden.whole_files import check_target
 
     if options.json is not None:
         check_target(options.json, overwrite=True)

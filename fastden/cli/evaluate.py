@@ -54,8 +54,8 @@ def evaluate(
     from rich.table import Table
 
     from fastden import evaluation
-    from fastden.images.whole_files import check_target, write_bytes
     from fastden.network.loading import default_model
+    from fastden.whole_files import check_target, write_bytes
 
     accepted = "numbers from 0 to 255"
     sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]

@@ -44,8 +44,8 @@ def noise(
     """
     with without_garbage_collection():
         from fastden.images.strips import read_header, read_samples
-        from fastden.images.whole_files import check_target
         from fastden.inference.estimate import estimator_of, noise_of_samples
+        from fastden.whole_files import check_target
 
     max_pixels = parse_megapixels(max_megapixels)
     if map_file is not None:

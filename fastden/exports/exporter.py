@@ -14,10 +14,10 @@ import torch
 from fastden.choices import FileFormat, Layout, Precision
 from fastden.exports.cards import license_of
 from fastden.exports.weights import Weights, collect
-from fastden.images.whole_files import check_target, whole_file, write_bytes, write_synced
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model, load_exact
 from fastden.network.model import Denoiser
+from fastden.whole_files import check_target, whole_file, write_bytes, write_synced
 
 #: The name by which the noise estimator is exported.
 ESTIMATOR = "noise"

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fastden.exports.cards import body, section, stated
-from fastden.images.whole_files import check_target, write_bytes
 from fastden.network.hub import models
+from fastden.whole_files import check_target, write_bytes
 
 #: The Hub's name of the task, and tags.
 TASK = "image-to-image"

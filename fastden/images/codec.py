@@ -32,7 +32,7 @@ from fastden.images.kinds import OTHER_SUFFIXES, check_supported
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite, to_dtype
 from fastden.images.tiff_directories import fail_on, full_pages, stated_white, white_is_zero
-from fastden.images.whole_files import check_target, reason, write_bytes
+from fastden.whole_files import check_target, reason, write_bytes
 
 __all__ = [
     "FORMATS",

@@ -25,7 +25,7 @@ from fastden.images.pixels import Array, check_finite
 from fastden.images.ranges import RangeFinder, ValueRange
 from fastden.images.samples import sample_windows
 from fastden.images.tiff_directories import fail_on
-from fastden.images.whole_files import reason
+from fastden.whole_files import reason
 
 #: Rows that libvips decodes at a time.
 CHUNK = 64

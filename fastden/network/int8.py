@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from fastden.algebra import phase_weights, unshuffled_weight
 from fastden.network import onednn
-from fastden.network.model_files import naming_file, replacing
+from fastden.network.model_files import naming_file
 from fastden.network.onednn import FoldedWeights, OneDnnNetwork, OneDnnTiledNetwork
 from fastden.network.packed import PackedWeights
 from fastden.network.tiles import gathered, join_phases
 from fastden.ops.activations import fold, zeros_for
 from fastden.ops.post_operations import missing_parts
+from fastden.whole_files import replacing
 
 
 class _Float(TypedDict):

@@ -1,28 +1,10 @@
-"""The files of a model's folder: replaced whole, and named in errors."""
+"""The files of a model's folder, named in errors."""
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``. At the end its file takes the name ``path``; after an error it is removed."""
-    target = Path(os.path.realpath(path))  # a link stays a link
-    temporary = target.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        if target.exists():
-            with suppress(PermissionError):  # SMB, FAT and WSL's drives: the mount decides the mode
-                shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastden.network.level import NoiseEstimator
-from fastden.network.model_files import naming_file, replacing
+from fastden.network.model_files import naming_file
 from fastden.ops.modes import Undrawn
+from fastden.whole_files import replacing
 
 #: An estimator's file in a model's folder.
 ESTIMATOR_FILE = "noise.safetensors"

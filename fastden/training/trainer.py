@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastden.errors import UserError, in_one_line
-from fastden.images.whole_files import remove_leftovers, write_bytes
 from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
 from fastden.training.config import JointConfig, PhotoConfig, TrainConfig
@@ -31,6 +30,7 @@ from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.joint_training import JointData, JointTraining
 from fastden.training.photo import PhotoData, PhotoTraining
 from fastden.training.tasks import load_task
+from fastden.whole_files import remove_leftovers, replacing, write_bytes
 
 #: Steps between looks at the clock.
 FIT_EVERY = 50
@@ -353,10 +353,8 @@ def _prepare_output(config: TrainConfig) -> None:
 def _write_settings(config: TrainConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     record = config.output / "train.yaml"
-    # Renamed, because other processes of the run may be reading it.
-    partial = record.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    partial.replace(record)
+    with replacing(record) as temporary:  # other processes of the run may be reading it
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def _save(module: DenoiserTraining, target: Path) -> None:

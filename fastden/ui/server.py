@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from fastden.errors import UserError
-from fastden.images.whole_files import reason
 from fastden.ui.session import Limits
+from fastden.whole_files import reason
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 #: A browser loads nothing from elsewhere, whatever Gradio's page asks for.

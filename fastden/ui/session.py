@@ -25,8 +25,8 @@ from fastden.images.encoding import INTERPRETATIONS, described
 from fastden.images.formats import open_file, read_suffixes, result_suffix
 from fastden.images.libvips import VIPS_FORMATS, load_vips, vips_errors
 from fastden.images.strips import read_samples
-from fastden.images.whole_files import reason
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
+from fastden.whole_files import reason
 
 #: Called with the picture at work, its index, and the part of the run that is done, 0 to 1.
 Progress = Callable[[int, float], None]

@@ -24,10 +24,10 @@ from fastden.errors import UserError
 from fastden.images.codec import MAX_PIXELS, check_size
 from fastden.images.pixels import Array
 from fastden.images.ranges import ORDINARY
-from fastden.images.whole_files import check_target, sync, whole_file
 from fastden.video.demuxing import Input, is_cover, opened, tag_errors
 from fastden.video.encoders import Encoders
 from fastden.video.frames import FrameConverter, has_alpha
+from fastden.whole_files import check_target, sync, whole_file
 
 if TYPE_CHECKING:
     from fastden.network.fused import FusedDenoiser

@@ -20,8 +20,8 @@ from fastden.batch.plan import Job
 from fastden.batch.report import Listener
 from fastden.errors import UserError
 from fastden.images.kinds import known_formats
-from fastden.images.whole_files import digest
 from fastden.network import int8
+from fastden.whole_files import digest
 from tests.helpers import streaming
 from tests.image_files import encoded, pixels, save_model
 

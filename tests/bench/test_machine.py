@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastden import info
+from fastden import info, whole_files
 from fastden.bench import machine
 from fastden.errors import UserError
-from fastden.images import whole_files
 
 CPU = torch.device("cpu")
 

@@ -21,8 +21,7 @@ from fastden.errors import UserError
 from fastden.images import attachments, encoding, tiff_tags
 from fastden.images.codec import ImageFile, decode_image, encode_image, format_for, read_image, write_image
 from fastden.images.strips import StripWriter
-from fastden.images.whole_files import check_target, drop_unfinished, remove_leftovers, whole_file
-from fastden.network.model_files import replacing
+from fastden.whole_files import check_target, drop_unfinished, remove_leftovers, replacing, whole_file
 from tests.image_files import encoded, pixels
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastden.images import whole_files
+from fastden import whole_files
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "batch"
 LIMIT = 10.0

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fastden.images.codec import ImageFile, write_image
-from fastden.images.whole_files import write_bytes
+from fastden.whole_files import write_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "batch"
 SUFFIXES = (".png", ".jpg", ".tif", ".webp")

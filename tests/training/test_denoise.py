@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
+from fastden import whole_files
 from fastden.errors import UserError
-from fastden.images import whole_files
 from fastden.network.model import Denoiser
 from fastden.ops.backends import interpreted
 from fastden.training import denoise, trainer

@@ -51,15 +51,34 @@ def _exists(path: str | Path) -> UserError:
 
 @contextlib.contextmanager
 def whole_file(path: Path, suffix: str = "", *, overwrite: bool = True) -> Iterator[Path]:
+    """:func:`replacing` for a user's file.
+
+    Args:
+        path, suffix: as of :func:`replacing`.
+        overwrite: replace a file of this name; otherwise one that another process made in the meantime is an error too.
+
+    Raises:
+        UserError: the system refuses, with its reason, or the file exists.
+    """
+    try:
+        with replacing(path, suffix, overwrite=overwrite) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = "", *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path``. At the end the file there gets the name ``path``; after an error it is removed.
 
     Args:
         path: of the file to make.
         suffix: of the temporary name, for libraries that choose a format by it.
-        overwrite: replace a file of this name; otherwise one that another process made in the meantime is an error too.
+        overwrite: replace a file of this name; without it, one that is there is an error.
 
     Raises:
-        UserError: the system refuses, with its reason, or the file exists.
+        UserError: the file exists, and ``overwrite`` is off.
+        OSError: the system refuses.
     """
     # A link stays a link: its target is replaced.
     target = Path(os.path.realpath(path))
@@ -74,11 +93,9 @@ def whole_file(path: Path, suffix: str = "", *, overwrite: bool = True) -> Itera
             os.replace(temporary, target)
         else:
             _name_once(temporary, target, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written: {reason(error)}") from error
         raise
     finally:
         _in_progress.pop(temporary, None)
