@@ -362,11 +362,6 @@ class OneDnnNetwork(OneDnnTiledNetwork):
             yield from (block.reduce, block.conv, block.expand)
         yield from (self.stem, self.conv2, self.up2, self.conv3, *self.head.parts, self.image)
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of all packed weights."""
-        return sum(convolution._packed.nbytes for convolution in self._convolutions())
-
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         folded = fold(x, self.features, self.zero_channels)
         return folded, self.image(folded)

@@ -30,15 +30,6 @@ class PackedWeights:
         self._copies: list[Tensor] = []
         self._of_shape: dict[tuple[int, ...], Tensor] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all copies."""
-        return sum(map(_packed_bytes, self.values()))
-
-    def values(self) -> tuple[Tensor, ...]:
-        """All copies."""
-        return tuple(self._copies)
-
     def get(self, shape: tuple[int, ...]) -> Tensor | None:
         """The weights packed for inputs of ``shape``; None where there are none."""
         return self._of_shape.get(shape)

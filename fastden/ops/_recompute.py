@@ -54,11 +54,6 @@ def forget(y: Tensor) -> None:
         _recipes.pop(y, None)
 
 
-def has_recipe(y: Tensor) -> bool:
-    """Whether ``y`` can be made again."""
-    return y in _recipes
-
-
 def save(x: Tensor) -> tuple[Tensor | None, ...]:
     """Tensors to save for an operator's input: the input or its recipe. Always :data:`SAVED` entries, some None."""
     version, recipe = (None, None) if torch.compiler.is_compiling() else _recipes.get(x, (None, None))
