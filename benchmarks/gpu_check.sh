@@ -25,8 +25,8 @@
 # BUDGET=seconds limits the call (default 570). With a quarter of an hour of a GPU, a minute or two of which its start takes,
 # proof gets all of a call, for nothing is proven where one of its steps is missing. What is left goes to a second call:
 #
-#     BUDGET=570 benchmarks/gpu_check.sh FOLDER proof
-#     BUDGET=200 benchmarks/gpu_check.sh FOLDER network
+#     BUDGET=570 bash benchmarks/gpu_check.sh FOLDER proof
+#     BUDGET=200 bash benchmarks/gpu_check.sh FOLDER network
 #
 # Steps run in the order of what they are worth, and what finds no time is the last ones. Each writes its log, and its JSON
 # after each result, so a call that is killed leaves what it has. ARCHIVE=FILE.tar.gz keeps a copy of the folder after each
@@ -70,6 +70,7 @@ gpu_tests=(tests/ops/test_backends.py tests/test_api.py tests/bench/test_timing.
 gpu_tests_of_packages=(
     "tests/training/test_denoise.py lightning pydantic"
     "tests/batch/test_denoiser.py pyvips tifftools"
+    "tests/inference/test_arrays.py dask zarr"
 )
 sanitized_triton=(tests/kernels/test_{convolutions,bottleneck,head,stem,network_input}.py)
 
@@ -244,7 +245,8 @@ stack_of_crash() { # STEP FILE...: if pytest died in that step, runs the test th
     local test
     test=$(grep -A100 "^Fatal Python error" "$out/$1.log" 2>/dev/null | grep -om1 "in test_[a-z0-9_]*") || return 0
     command -v cuda-gdb >/dev/null || return 0
-    run "$1-stack" 90 "${repeatable[@]}" cuda-gdb -batch -return-child-result -ex run -ex "bt 40" -ex "x/i \$pc" -ex "info sharedlibrary" \
+    run "$1-stack" 90 "${repeatable[@]}" \
+        cuda-gdb -batch -return-child-result -ex run -ex "bt 40" -ex "x/i \$pc" -ex "info sharedlibrary" \
         --args "$python" -m pytest -q -x -p no:cacheprovider -k "${test#in }" "${@:2}"
 }
 

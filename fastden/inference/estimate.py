@@ -91,6 +91,7 @@ class NoiseEstimate:
             raise TypeError(f"sigmas: {sigmas!r}; accepted: {KNOTS} finite numbers of at least 0")
         if len(sigmas) != KNOTS or not all(0 <= sigma < math.inf for sigma in sigmas):  # refuses NaN too
             raise ValueError(f"sigmas: {sigmas}; accepted: {KNOTS} finite numbers of at least 0")
+        object.__setattr__(self, "sigmas", tuple(map(float, sigmas)))  # of a list or an array, so that it can be hashed
         for name in ("sigma", "coarseness", "uncertainty", "black", "white"):
             value, least = getattr(self, name), -math.inf if name in ("black", "white") else 0
             if not _is_number(value):

@@ -19,6 +19,7 @@ import torch
 
 from fastden.api import denoise
 from fastden.inference.arguments import check_strength
+from fastden.inference.estimate import NoiseEstimate
 
 
 class _Process:
@@ -48,7 +49,8 @@ class DenoiseColumn:
 
     Args:
         column: of images: whatever :func:`fastden.denoise` takes, such as the PIL images that ``datasets.Image`` makes.
-        sigma: the noise level on the scale 0-255, ``"auto"``, or the name of a column that holds it.
+        sigma: the noise level on the scale 0-255, ``"auto"``, the name of a column that holds it, or a
+            :class:`fastden.NoiseEstimate`.
         into: the column for the results; None replaces the images.
         model, strength, device: as of :func:`fastden.denoise`. A CPU by default, because processes that are forked
             cannot use CUDA.
@@ -59,7 +61,7 @@ class DenoiseColumn:
     """
 
     column: str = "image"
-    sigma: float | str = "auto"
+    sigma: float | str | NoiseEstimate = "auto"
     into: str | None = None
     model: str | None = None
     strength: float = 1.0
@@ -74,11 +76,9 @@ class DenoiseColumn:
                 raise ValueError(f"{name}: ''; accepted: the name of a column")
         sigma: Any = self.sigma
         accepted = "accepted: 'auto', the name of a column, a number from 0 to 255, or a NoiseEstimate"
-        if sigma is None or isinstance(sigma, bool):
+        if isinstance(sigma, bool) or not isinstance(sigma, str | Real | NoiseEstimate):
             raise TypeError(f"sigma: {sigma!r}; {accepted}")
-        if (isinstance(sigma, str) and not sigma) or (
-            isinstance(sigma, Real) and not 0 <= float(sigma) <= 255
-        ):  # refuses NaN too
+        if sigma == "" or (isinstance(sigma, Real) and not 0 <= float(sigma) <= 255):  # refuses NaN too
             raise ValueError(f"sigma: {sigma!r}; {accepted}")
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:

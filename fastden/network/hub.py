@@ -240,10 +240,11 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: 
         try:
             path = Path(hf_hub_download(repository, file, **settings))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            if file in others and _may_lack(repository, file, settings):
+            if file in others and (file != ESTIMATOR_FILE or _may_lack(repository, file, settings)):
                 continue
-            # A network without the estimator that was trained with it would denoise, and worse.
             why = f"the Hugging Face Hub cannot be reached, and no earlier download has its {file}"
+            if file == ESTIMATOR_FILE:  # a network without the estimator that was trained with it denoises, and worse
+                why += "; local_files_only=True or HF_HUB_OFFLINE=1 loads it as it is"
             raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
         except (HFValidationError, HfHubHTTPError, EntryNotFoundError) as error:
             if file in others and isinstance(error, EntryNotFoundError):  # not every network has them

@@ -168,6 +168,7 @@ def test_a_network_takes_coarse_noise_as_up_to_twice_its_level(coarseness: float
     for uncertainty, share in ((0.45, 1.0), (0.65, 0.5), (0.85, 0.0), (2.0, 0.0)):
         unsure = NoiseEstimate(sigmas, 30.0, coarseness, uncertainty=uncertainty)
         assert unsure.factor == pytest.approx(1 + share * (factor - 1), abs=1e-5)
+    assert len({estimate, NoiseEstimate(np.array(sigmas), 30.0, coarseness)}) == 1  # type: ignore[arg-type]
     dark = NoiseEstimate(tuple(sigma / 10 for sigma in sigmas), 3.0, coarseness, black=0.1, white=0.2)
     np.testing.assert_allclose(2550 * dark.curve_on(0.1, 0.2)[0].numpy(), wanted, rtol=1e-5)
 

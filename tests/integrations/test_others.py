@@ -70,6 +70,7 @@ def test_a_column_in_a_fork_of_a_process_with_threads() -> None:
         ({"sigma": ""}, ValueError, "sigma: ''; accepted"),
         ({"sigma": None}, TypeError, "sigma: None; accepted"),
         ({"sigma": True}, TypeError, "sigma: True; accepted"),
+        ({"sigma": [1, 2]}, TypeError, "sigma: .1, 2.; accepted"),
         ({"column": 3}, TypeError, "column: 3; accepted: the name of a column"),
         ({"column": ""}, ValueError, "column: ''; accepted: the name of a column"),
         ({"into": 3}, TypeError, "into: 3; accepted: the name of a column"),

@@ -337,6 +337,8 @@ def test_a_connection_that_is_lost_drops_no_estimator(
         Denoiser.from_pretrained("owner/name", cache_dir=tmp_path)
     if failure is not LOST:
         return
+    with pytest.raises(ValueError, match=r"noise\.safetensors; local_files_only=True or HF_HUB_OFFLINE=1 loads it"):
+        Denoiser.from_pretrained("owner/name")
     # Nobody who asks for no connection, and nobody who knows that the file does not exist, is kept from the network.
     assert Denoiser.from_pretrained("owner/name", local_files_only=True).estimator is None
     absent = huggingface_hub._CACHED_NO_EXIST
