@@ -63,6 +63,8 @@ class Encoders:
                 continue
             if name != own and self.crf is not None and not _takes(codec.name, self.crf):
                 continue  # the next one may
+            if name != own and name == "ffv1" and self.writer.format.name in MP4_LIKE:
+                continue  # FFmpeg writes it, and ordinary players do not play it
             rgb = first.format.is_rgb or first.format.has_palette
             if rgb and codec.name == "rawvideo" and self.writer.format.name == "matroska":
                 continue  # the writer refuses it, at the first frame
@@ -78,7 +80,7 @@ class Encoders:
         # Raw video names no formats, as it takes all. AVI and MOV take this one.
         best = self.av.codec.codec.find_best_pix_fmt_of_list
         found = [(codec, best(formats or ["bgr24"], wanted, alpha)[0]) for codec, formats in usable]
-        # Those that keep transparency come first.
+        # Those that keep transparency come first; with a rate factor that was asked for, those that take it alone.
         for codec, made in sorted(found, key=lambda one: alpha and one[1] is not None and not has_alpha(one[1])):
             if made is not None and self._opens(codec, first, made.name):
                 text = f"{own} in {wanted} cannot be encoded into {self.suffix}; the video is {codec.canonical_name}"
@@ -144,6 +146,6 @@ class Encoders:
 
 
 def _takes(encoder: str, factor: int) -> bool:
-    """Whether an encoder opens with a constant rate factor from 0 to 63."""
+    """Whether an encoder opens with a constant rate factor from 0 to 63. FFV1 has none."""
     least, most = FACTORS.get(encoder, (0, 63))
-    return least <= factor <= most
+    return encoder in RATE_FACTORS and least <= factor <= most

@@ -38,6 +38,30 @@ def test_transparency_stays_where_an_encoder_takes_it(tmp_path: Path, network: F
     assert note.endswith("the video is ffv1, bgra")  # H.264 comes before, and has no alpha
 
 
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "before", "suffix", "crf"),
+    [
+        ("qtrle", "argb", ".mov", ".mkv", 20),
+        ("png", "rgba", ".mov", ".mkv", 20),
+        ("rawvideo", "bgra", ".avi", ".mkv", 20),  # which FFV1 takes as it is
+        ("qtrle", "argb", ".mov", ".mp4", 20),
+        ("qtrle", "argb", ".mov", ".mp4", None),
+        ("rawvideo", "argb", ".mov", ".mp4", None),
+        ("rawvideo", "bgra", ".avi", ".mp4", None),
+        ("utvideo", "gbrap", ".avi", ".mp4", None),
+        ("magicyuv", "gbrap", ".avi", ".mp4", None),
+    ],
+)
+def test_ffv1_is_left_out_with_a_rate_factor_and_in_mp4(
+    codec: str, pixel_format: str, before: str, suffix: str, crf: int | None, tmp_path: Path, network: FusedDenoiser
+) -> None:
+    """FFV1 keeps it; it has no rate factor, with which the run ended in an error, and players take none in MP4."""
+    source = make_video(tmp_path / f"a{before}", codec, pixel_format)
+    (note,) = run(source, tmp_path / f"b{suffix}", network, crf=crf).notes
+    text = f"{codec} in {pixel_format} cannot be encoded into {suffix}; the video is h264, yuv444p"
+    assert note == f"{text}, without transparency (alpha)"
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mov"])
 def test_hevc_plays_on_apples_players(suffix: str, tmp_path: Path, network: FusedDenoiser) -> None:
     source = make_video(tmp_path / "a.mkv", "libx265", **{"x265-params": "log-level=error"})
