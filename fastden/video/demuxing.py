@@ -153,9 +153,12 @@ class Input:
             stated = start + float(video.frames * video.time_base)
         elif video.duration and "mp4" in self.reader.format.name.split(","):
             # Not the number of frames, which counts those that an edit list hides.
-            stated = start + float(video.duration * video.time_base)
-        elif "matroska" in self.reader.format.name.split(",") and self.reader.duration:
-            stated = ((self.reader.start_time or 0) + self.reader.duration) / self.av.time_base
+            # Of DASH, whose header states no frames, FFmpeg's duration counts from 0: 2.48 s, with 2.40 s from 0.08 on.
+            stated = (start if video.frames else 0.0) + float(video.duration * video.time_base)
+        elif "matroska" in self.reader.format.name.split(",") and self.reader.duration and video.duration is None:
+            # Counted from 0 too. Where none is stated (live recordings), FFmpeg guesses one from the bit rate, 2.63 s
+            # for 2.40 s, and gives the video one as well.
+            stated = self.reader.duration / self.av.time_base
             end, unsure = max(self._ends.values(), default=0.0), max(UNSURE_END, unsure)
         else:
             return

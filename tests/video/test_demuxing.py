@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,43 @@ def test_a_video_that_is_cut_off_says_so(suffix: str, tmp_path: Path, network: F
     assert 10 < result.frames < 40
     assert any(note.startswith("the input ends early, at ") for note in result.notes)
     assert any(note.endswith("its header states 2.00 s") for note in result.notes)
+
+
+def test_a_matroska_that_begins_later(tmp_path: Path, network: FusedDenoiser) -> None:
+    """Its duration counts from 0; the time of its beginning was added once more."""
+    source = make_video(tmp_path / "base.mkv", "mjpeg", "yuvj420p", frames=50)
+    late = copied(source, tmp_path / "a.mkv", Fraction(-2))
+    with av.open(str(late)) as reader:
+        assert (reader.start_time, reader.duration) == (2_000_000, 4_000_000)
+    assert run(late, tmp_path / "b.mkv", network).notes == []
+    data = late.read_bytes()
+    (tmp_path / "part.mkv").write_bytes(data[: len(data) * 6 // 10])
+    (note,) = run(tmp_path / "part.mkv", tmp_path / "c.mkv", network).notes
+    assert note.startswith("the input ends early, at 3.")
+    assert note.endswith("its header states 4.00 s")
+
+
+def test_a_duration_that_is_a_guess_is_no_statement(tmp_path: Path, network: FusedDenoiser) -> None:
+    """Of a live recording, from its size and the bit rate of its sound: 2.63 s for 2.40 s."""
+    source = make_video(tmp_path / "base.mkv", "mpeg4", frames=60, sound="ac3")
+    live = copied(source, tmp_path / "a.mkv", live="1")
+    with av.open(str(live)) as reader:
+        assert reader.duration > 2_600_000
+    assert run(live, tmp_path / "b.mkv", network).notes == []
+
+
+def test_a_video_in_fragments(tmp_path: Path, network: FusedDenoiser) -> None:
+    """Of DASH the duration counts from 0; the time of the first frame, 0.08 s, was added."""
+    source = make_video(tmp_path / "base.mp4", frames=60, sound="aac")
+    dash = copied(source, tmp_path / "a.mp4", movflags="dash")
+    with av.open(str(dash)) as reader:
+        video = reader.streams.video[0]
+        assert (video.frames, video.start_time * video.time_base) == (0, Fraction(2, 25))
+    assert run(dash, tmp_path / "b.mp4", network).notes == []
+    data = dash.read_bytes()
+    (tmp_path / "part.mp4").write_bytes(data[: len(data) // 2])
+    (note,) = run(tmp_path / "part.mp4", tmp_path / "c.mp4", network).notes
+    assert note.endswith("its header states 2.48 s")
 
 
 def test_an_edit_list_is_no_end_that_is_missing(tmp_path: Path, network: FusedDenoiser) -> None:
