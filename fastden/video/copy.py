@@ -370,7 +370,9 @@ class _Copy:
             # end where it gets the stream as well.
             return None
         codec = stream.codec_context.name if stream.codec_context else "unknown"
-        if self.writer.format.name == "matroska" and is_cover(self.av, stream):
+        if stream.type == "data" and "timecode" in stream.metadata:
+            codec = "timecode"  # FFmpeg has no codec for it
+        if self.writer.format.name in ("matroska", "mov") and is_cover(self.av, stream):
             return self._add_cover(stream, codec)
         if self.writer.format.name == "avi" and codec in NO_AVI_SOUND:
             text = f"stream {stream.index} (audio, {codec}) would lose its times in .avi"
@@ -388,9 +390,12 @@ class _Copy:
         return self.writer.add_stream_from_template(stream, opaque=True)
 
     def _add_cover(self, stream: Any, codec: str) -> Any:
-        """Attach a cover picture, which is how Matroska keeps one. As a stream it would become a second video."""
+        """Attach a cover picture, which is how Matroska keeps one. As a stream it would become a second video.
+
+        None goes into MOV: its writer takes the stream and writes nothing of it.
+        """
         picture = self.input.covers.get(stream.index)
-        if codec not in COVERS or picture is None:
+        if codec not in COVERS or picture is None or self.writer.format.name == "mov":
             self.note(f"stream {stream.index} (cover picture, {codec}) cannot be attached, and is missing")
             return None
         kind, suffix = COVERS[codec]

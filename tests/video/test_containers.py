@@ -29,6 +29,14 @@ def test_a_timecode_stays(suffix: str, tmp_path: Path, network: FusedDenoiser) -
             assert [stream.metadata["timecode"] for stream in reader.streams] == ["10:00:00:00"] * 2
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".m4v"])
+def test_a_timecode_that_is_lost_is_named(suffix: str, tmp_path: Path, network: FusedDenoiser) -> None:
+    """It was "data, unknown"."""
+    source = make_video(tmp_path / "a.mov", tags={"timecode": "10:00:00:00"})
+    result = run(source, tmp_path / f"b{suffix}", network)
+    assert result.notes == [f"stream 1 (data, timecode) cannot be copied into {suffix}, and is missing"]
+
+
 @pytest.mark.parametrize("sound", ["ac3", "aac", "flac"])
 def test_sound_that_loses_its_times_in_avi_is_refused(sound: str, tmp_path: Path, network: FusedDenoiser) -> None:
     source = make_video(tmp_path / "a.avi", "mpeg4", sound=sound)
@@ -98,6 +106,13 @@ def test_a_cover_stays_a_cover(kind: str, name: str, tmp_path: Path, network: Fu
             assert len(reader.streams) == 3
     with av.open(str(tmp_path / "c.mkv")) as reader:
         assert reader.streams.video[1].metadata["filename"] == name
+    # MOV's writer took it, and wrote nothing of it.
+    codec = {"JPEG": "mjpeg", "PNG": "png"}[kind]
+    for source in (with_cover, tmp_path / "b.mp4"):
+        result = run(source, tmp_path / "d.mov", network, overwrite=True)
+        assert result.notes == [f"stream 2 (cover picture, {codec}) cannot be attached, and is missing"]
+    with av.open(str(tmp_path / "d.mov")) as reader:
+        assert [stream.type for stream in reader.streams] == ["video", "audio"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("f__t.ttf", "x-font"), ("c__r.jpg", "image/jpeg")])
