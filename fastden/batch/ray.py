@@ -96,12 +96,13 @@ def plan_rows(
     as_file = format_of_suffix(os.path.splitext(output)[1]) is not None and not _is_folder(output)
     if not has_scheme(output):
         output = os.path.abspath(output)  # workers have working folders of their own
-    if as_file:
-        if len(inputs) > 1 or not _is_file(inputs[0]):
+    if as_file and inputs:
+        # First: where the one input is missing, what the output names would mislead.
+        found = _sources(inputs[0], output, recursive, left_out) if len(inputs) == 1 else []
+        if not found or not _is_file(inputs[0]):
             raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
         format_for(output, format_name)
-        (source, _), *_ = _sources(inputs[0], output, recursive, left_out)
-        return [{"input": source, "output": output}]
+        return [{"input": found[0][0], "output": output}]
     rows: dict[str, str] = {}
     for name in inputs:
         for source, relative in _sources(name, output, recursive, left_out):
@@ -355,10 +356,18 @@ def connect(workers: int | None, workers_per_device: int, device: str | None) ->
 
 
 def told_by_ray(error: Exception) -> str:
-    """The cause in an error of Ray's own, such as that of a worker that died: the last line; empty for other errors."""
+    """The cause in an error of Ray's own, such as that of a worker that died: the last line; empty for other errors.
+
+    Empty too where Ray wraps what was raised in a worker, which is a defect of fastden: its trace is in Ray's error.
+    """
     exceptions = sys.modules.get("ray.exceptions")
     if exceptions is None or not isinstance(error, exceptions.RayError):
         return ""
+    if isinstance(error, exceptions.RayTaskError):
+        # Ray Data first wraps it in an error that is Ray's by its class, in older versions in one that is not.
+        defect = getattr(exceptions, "UserCodeException", ())
+        if not isinstance(error.cause, exceptions.RayError) or isinstance(error.cause, defect):
+            return ""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()]
     return next((line for line in reversed(lines) if line), type(error).__name__)
 

@@ -171,11 +171,14 @@ def test_errors_of_rays_own(photos: Path, tmp_path: Path, model: str, monkeypatc
     class RayError(Exception):
         """As ``ray.exceptions.RayError``."""
 
+    class RayTaskError(RayError):
+        """As ``ray.exceptions.RayTaskError``."""
+
     def dying(*_: Any) -> Iterator[Record]:
         raise RayError("\x1b[36mray::Map\x1b[39m died\n  File x\n\x1b[31mOutOfMemoryError: 3 GB\x1b[0m\n\n")
         yield
 
-    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayError=RayError))
+    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError))
     monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
     monkeypatch.setattr("fastden.cli.cluster.distribute", dying)
     command = ["denoise", photos, "-o", tmp_path / "out", "--model", model, "--sigma", 20, "--engine", "ray"]
@@ -183,6 +186,21 @@ def test_errors_of_rays_own(photos: Path, tmp_path: Path, model: str, monkeypatc
     assert len(errors.splitlines()) == 1
     assert ray_module.told_by_ray(KeyError("x")) == ""
     assert ray_module.told_by_ray(RayError()) == "RayError"
+
+
+def test_a_defect_in_a_worker_keeps_its_trace() -> None:
+    """Ray Data 2.60 gives a KeyError as RayTaskError(UserCodeException), and told of it its own advice on retries."""
+    exceptions = pytest.importorskip("ray.exceptions", reason="ray is not installed")
+
+    def told(cause: Exception) -> str:
+        trace = f"Traceback (most recent call last):\n{type(cause).__name__}: {cause}"
+        error = exceptions.RayTaskError("submit", trace, cause, "ray::submit", 1, "127.0.0.1")
+        assert ray_module.told_by_ray(error) == ray_module.told_by_ray(error.as_instanceof_cause())
+        return ray_module.told_by_ray(error)
+
+    assert told(KeyError("x")) == ""
+    assert told(getattr(exceptions, "UserCodeException", ValueError)("UDF failed")) == ""
+    assert told(exceptions.OutOfMemoryError("3 GB")) == "OutOfMemoryError: 3 GB"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def test_one_file_behind_a_url_and_an_output_file(memory: Any, photos: Path, tmp
             plan_rows(inputs, "memory://x.jpg")
     with pytest.raises(UserError, match="the suffix says jpeg, format says png"):
         plan_rows(["memory://in/a.png"], "memory://out/x.jpg", format_name="png")
+    memory.pipe("/in/notes.txt", b"x")
+    for name in ("memory://in/none.png", "memory://in/n*.png", "memory://in/notes.txt", f"{tmp_path}/none.png"):
+        with pytest.raises(UserError, match=rf"input: no images at {re.escape(name)}; accepted"):
+            plan_rows([name], "memory://x.jpg")
+    assert plan_rows([], "memory://x.jpg") == plan_rows([], "memory://out/") == []
     with pytest.raises(UserError, match=r"input: no images at memory://in/none\.png"):
         plan_rows(["memory://in/none.png"], "memory://out/")
 
