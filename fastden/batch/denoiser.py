@@ -157,8 +157,10 @@ class BatchDenoiser:
             manifest: file of the records; ``"auto"`` is ``.fastden-manifest.jsonl`` in an output folder, and none for
                 an output file; None writes none.
             resume: skip an image where the manifest says that it is done: same input, weights and options, output
-                unchanged. Other outputs in the manifest are replaced. Outputs that lie beside their inputs are not
-                taken as inputs. No other run may write to the same folders at the same time.
+                unchanged. Other outputs in the manifest are replaced where they are as fastden wrote them; one that was
+                changed since then fails without ``overwrite``, and one that replaced its input always. Outputs that
+                lie beside their inputs are not taken as inputs. No other run may write to the same folders at the
+                same time.
             listener: a :class:`fastden.Listener`. Its functions are called when something happens, until the run ends.
                 The run waits for them: they must not wait for another run of this object, in whatever thread.
 

@@ -78,7 +78,10 @@ def prepare(rows: Sequence[Row], shared: Settings, manifest: Manifest, *, resume
         if resume and manifest.finished(job, shared.known_weights, options):
             done.append(job)
         elif resume and manifest.knows(job):
-            todo.append({**row, "replaces": "yes"})
+            replaces = False
+            with suppress(UserError):  # changed since it was written: the worker reports that it is there
+                replaces = manifest.may_replace(job, overwrite=shared.overwrite)
+            todo.append({**row, "replaces": "yes"} if replaces else {"input": row["input"], "output": row["output"]})
         else:
             todo.append(row)
             if "replaces" in row:

@@ -118,8 +118,8 @@ def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | Non
     try:
         if manifest is not None and manifest.finished(job, settings.known_weights, settings.options(job)):
             return Step(job, done=True)
-        replaces = settings.overwrite or (manifest is not None and manifest.knows(job))
-        _check_output(job, output, replaces)
+        replaces = manifest is not None and manifest.may_replace(job, overwrite=settings.overwrite)
+        _check_output(job, output, replaces or settings.overwrite)
         picture = batch.stages.reading.look(job)
         if picture.header is None:
             if not job.source.is_file():

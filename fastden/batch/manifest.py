@@ -102,14 +102,17 @@ class Manifest:
         self._lock = threading.Lock()
         self._held: list[bytes] | None = None if eager or path.exists() else []
         self._last: dict[str, dict[str, Any]] = {}
+        # Checksums of all that was written under a name: a run that was killed left the file of the one before.
+        self._digests: dict[str, set[str]] = {}
         data = self._read()
         for line in data.split(b"\n"):
             try:
                 record = json.loads(line)
                 names = (record["input"], record["output"])
                 if isinstance(record["model"], dict) and all(isinstance(name, str) for name in names):
+                    record["input"], record["output"] = (_of_this_locale(name, self._folder) for name in names)
                     self._keep(record["output"], record)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):  # the last: brackets in brackets
                 continue
         # A run that was killed early leaves one incomplete line.
         if not self._last and data[: len(_BEGINNING)] != _BEGINNING[: len(data)]:
@@ -120,6 +123,8 @@ class Manifest:
         # Without a checksum nothing had been written: a cluster's record says "writing" before its worker begins.
         if record["status"] != "failed" or not self._last.get(output, {}).get("output_sha256"):
             self._last[output] = record
+        if record.get("output_sha256"):
+            self._digests.setdefault(output, set()).add(record["output_sha256"])
 
     def _read(self) -> bytes:
         try:
@@ -140,7 +145,8 @@ class Manifest:
         """
         # File names are bytes. Python shows a byte that is not UTF-8 as a lone surrogate.
         values = asdict(record)
-        line = _line(values).encode("utf-8", "surrogatepass") + b"\n"
+        names = {"input": _of_any_locale(record.input), "output": _of_any_locale(record.output)}
+        line = _line({**values, **names}).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             self._keep(record.output, values)
             if self._held is not None:
@@ -170,6 +176,43 @@ class Manifest:
         if record is None or record.get("status") not in ("writing", "done"):
             return False
         return _location(record["input"]) == _location(job.source)
+
+    def may_replace(self, job: Job, *, overwrite: bool) -> bool:
+        """Whether a resumed run may replace the job's output: an earlier run wrote it, and it is as that run left it.
+
+        Args:
+            job: what is to be done.
+            overwrite: of the run: its user accepts that other files are replaced.
+
+        Raises:
+            UserError: somebody has changed the output, and ``overwrite`` is off; or the output is its own input, and
+                denoised already.
+        """
+        digests = self._digests.get(self.name_of(job.target), ())
+        in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
+        known = self.knows(job)
+        # A cluster's record of a file that it had begun has no checksum.
+        if not digests or (overwrite and not in_place):
+            return known
+        try:
+            found = digest(job.target)
+            status = os.stat(job.target)
+        except OSError:  # nothing is there; of other errors the caller tells when it looks at the output
+            return known
+        if in_place and found in digests:
+            raise UserError(f"{job.target}: denoised already, in place; accepted for other settings: its original")
+        if not known or overwrite or found in digests:
+            return known
+        record = self._last[self.name_of(job.target)]
+        # A run in place that was killed before it replaced the input.
+        if in_place and (record.get("input_size"), record.get("input_mtime_ns")) == (
+            status.st_size,
+            status.st_mtime_ns,
+        ):
+            return True
+        raise UserError(
+            f"{job.target}: changed since fastden wrote it; accepted: another name, or overwrite (--overwrite)"
+        )
 
     def written(self) -> dict[Path, dict[str, Any]]:
         """The outputs that runs on record wrote, or were about to, each with its record."""
@@ -272,3 +315,21 @@ def _location(path: str | Path) -> str:
     """The place of a file, with links to its folder resolved; a link to a file counts as a file of its own."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)
+
+
+def _of_any_locale(name: str) -> str:
+    """A path as manifests hold it: its bytes taken for UTF-8, whatever the locale of this process."""
+    try:
+        return os.fsencode(name).decode("utf-8", "surrogateescape")
+    except UnicodeError:
+        return name
+
+
+def _of_this_locale(name: str, folder: Path) -> str:
+    """The path that a manifest in ``folder`` holds, as Python names the file here."""
+    try:
+        here = os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    except UnicodeError:
+        return name
+    # Earlier versions wrote names as their own locale showed them.
+    return name if here != name and not os.path.lexists(folder / here) and os.path.lexists(folder / name) else here

@@ -178,7 +178,8 @@ class ThreadedRun:
                     self.listener.progress(self._ended(), 0)
                 return None
             self._make_folder(job.target.parent)
-            replaces = self.resume and manifest is not None and manifest.knows(job)
+            overwrite = self.stages.settings.overwrite
+            replaces = self.resume and manifest is not None and manifest.may_replace(job, overwrite=overwrite)
             return self.stages.read(job, self.gate, replaces=replaces, admitted=self._present)
         except FAILURES as error:
             self._fail(job, error)

@@ -59,9 +59,14 @@ def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, network: Any) -> Non
     assert results(photos) == expected
     assert list(photos.glob("*.tmp")) == []
     (photos / "fresh.jpg").write_bytes(encoded(pixels(seed=8), "JPEG"))
-    (photos / "0.tif").write_bytes(b"damaged")
+    (photos / "0.tif").write_bytes(b"edited")
     report = batch.run(photos, photos, format="tiff", resume=True)
-    assert sorted(record.output for record in report.done) == ["0.tif", "fresh.tif"]
+    assert [record.output for record in report.done] == ["fresh.tif"]
+    (failed,) = report.failed
+    assert f"{photos / '0.tif'}: changed since fastden wrote it" in str(failed.error)
+    assert (photos / "0.tif").read_bytes() == b"edited"
+    again = fastden.BatchDenoiser(network, sigma=5, overwrite=True)
+    assert [record.output for record in again.run(photos, photos, format="tiff", resume=True).done] == ["0.tif"]
     assert {name: data for name, data in results(photos).items() if name != "fresh.tif"} == expected
 
 
@@ -140,6 +145,9 @@ def test_on_ray(photos: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> No
     # A file that is begun has no checksum in the record until it is done.
     assert sorted(asked) == ["1.png", "2.png", "3.png", "wide.jpg"]
     assert results(photos) == expected
+    (photos / "3.tif").write_bytes(b"edited")
+    fails("denoise", photos, *rest, "--resume", saying=r"3\.tif: exists already")
+    assert (photos / "3.tif").read_bytes() == b"edited"
 
 
 def test_an_output_that_is_another_ones_input(tmp_path: Path, model: str) -> None:

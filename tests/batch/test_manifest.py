@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastden
+from fastden.batch.dry_run import rehearse
 from fastden.batch.manifest import NAME, Manifest
 from fastden.batch.plan import Job
 from fastden.batch.report import Listener
@@ -83,6 +84,10 @@ def test_what_is_on_record(photos: Path, tmp_path: Path, network: Any) -> None:
     assert [record["status"] for record in records if record["output"] == "0.png"] == ["writing", "done"]
 
 
+#: Results that their user has edited.
+CHANGED = ("1.png", "2.png")
+
+
 def test_resume_does_what_is_not_done_or_has_changed(photos: Path, tmp_path: Path, network: Any) -> None:
     output = tmp_path / "out"
 
@@ -95,11 +100,16 @@ def test_resume_does_what_is_not_done_or_has_changed(photos: Path, tmp_path: Pat
     (output / "0.png").unlink()
     with (output / "1.png").open("ab") as file:
         file.write(b"more")
-    damaged = bytearray((output / "2.png").read_bytes())
-    damaged[-1] ^= 1
-    (output / "2.png").write_bytes(damaged)
+    edited = bytearray((output / "2.png").read_bytes())
+    edited[-1] ^= 1
+    (output / "2.png").write_bytes(edited)
     os.utime(photos / "3.png", ns=(1, 1))
-    assert names(again()) == ["0.png", "1.png", "2.png", "3.png"]
+    for options in ({}, {"strength": 0.5}):
+        report = again(**options)
+        ending = "changed since fastden wrote it; accepted: another name, or overwrite (--overwrite)"
+        assert sorted(record.error for record in report.failed) == [f"{output / name}: {ending}" for name in CHANGED]
+        assert (output / "2.png").read_bytes() == edited
+    assert names(again(overwrite=True)) == ["0.png", "1.png", "2.png", "3.png", "wide.jpg"]
     assert names(again(strength=0.5)) == ["0.png", "1.png", "2.png", "3.png", "wide.jpg"]
     assert again(strength=0.5, tile=64).done == [], "tiles do not change the result"
     assert len(again().done) == 5
@@ -175,12 +185,99 @@ def test_an_image_that_was_replaced_by_its_result_is_done(photos: Path, network:
     assert len(batch.run(photos, photos, resume=True).skipped) == 5
 
 
+def test_a_result_in_place_is_not_denoised_again(photos: Path, network: Any) -> None:
+    """With other settings a resumed run would take its own results for its inputs: the originals are gone."""
+    first = fastden.BatchDenoiser(network, sigma=5, overwrite=True)
+    first.run(photos, photos)
+    before = {path.name: path.read_bytes() for path in photos.glob("*.*g")}
+    for overwrite in (False, True):
+        other = fastden.BatchDenoiser(network, sigma=9, overwrite=overwrite)
+        report = other.run(photos, photos, resume=True)
+        assert (report.done, len(report.failed)) == ([], 5)
+        told = sorted(record.error or "" for record in report.failed)
+        assert told[0] == f"{photos / '0.png'}: denoised already, in place; accepted for other settings: its original"
+        steps = rehearse(other, [Job(photos / "0.png", photos / "0.png")], photos, resume=True).steps
+        assert steps[0].error == told[0]
+        assert {path.name: path.read_bytes() for path in photos.glob("*.*g")} == before
+    assert len(first.run(photos, photos, resume=True).skipped) == 5
+    # Without resume its user asks for just that.
+    assert len(fastden.BatchDenoiser(network, sigma=9, overwrite=True).run(photos, photos).done) == 5
+
+
+def test_a_run_in_place_that_was_killed_goes_on(photos: Path, network: Any) -> None:
+    """Between the record and the replacing of the input nothing has happened to the picture."""
+    original = photos / "0.png"
+    data, times = original.read_bytes(), os.stat(original)
+    fastden.BatchDenoiser(network, sigma=5, overwrite=True).run(photos, photos)
+    original.write_bytes(data)
+    os.utime(original, ns=(times.st_atime_ns, times.st_mtime_ns))
+    report = fastden.BatchDenoiser(network, sigma=5).run(photos, photos, resume=True)
+    assert (names(report), len(report.skipped)) == (["0.png"], 4)
+
+
+def test_what_the_run_before_the_killed_one_wrote_is_replaced(photos: Path, tmp_path: Path, network: Any) -> None:
+    fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out")
+    first = (tmp_path / "out" / "0.png").read_bytes()
+    fastden.BatchDenoiser(network, sigma=9).run(photos, tmp_path / "out", resume=True)
+    (tmp_path / "out" / "0.png").write_bytes(first)
+    assert names(fastden.BatchDenoiser(network, sigma=9).run(photos, tmp_path / "out", resume=True)) == ["0.png"]
+
+
+#: Writes a manifest of a run on ``aü.png``, or tells whether that run is done, in the locale of the process.
+IN_ANOTHER_LOCALE = """
+import os, sys
+from pathlib import Path
+from fastden.batch.manifest import NAME, Manifest, Record
+from fastden.batch.plan import Job
+from fastden.images.whole_files import digest
+
+folder = Path(sys.argv[1])
+(source,) = folder.glob("in/*.png")
+job = Job(source, folder / "out" / source.name)
+manifest = Manifest(folder / "out" / NAME)
+if sys.argv[2] == "write":
+    sizes = {"input_size": os.stat(source).st_size, "input_mtime_ns": os.stat(source).st_mtime_ns}
+    sizes |= {"output_size": os.stat(job.target).st_size, "output_sha256": digest(job.target)}
+    manifest.add(Record(str(source), manifest.name_of(job.target), "done", "", {"sha256": "0"}, {}, **sizes))
+print(sys.getfilesystemencoding(), manifest.finished(job, ["0"], {}), len(manifest.written()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_another_locale_names_the_same_file(tmp_path: Path, root: Path) -> None:
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "aü.png").write_bytes(b"a picture")
+
+    def said(what: str, utf8: str) -> list[str]:
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": utf8}
+        command = [sys.executable, "-c", IN_ANOTHER_LOCALE, str(tmp_path), what]
+        environment["PYTHONPATH"] = os.pathsep.join((str(root), environment.get("PYTHONPATH", "")))
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.split()
+
+    manifest = tmp_path / "out" / NAME
+    assert said("write", "0")[0] != "utf-8"
+    assert '"aü.png"' in manifest.read_text("utf-8"), "the bytes of the name, taken for UTF-8"
+    assert said("ask", "1") == ["utf-8", "True", "1"]
+    assert said("ask", "0")[1:] == ["True", "1"]
+    # As earlier versions wrote it in that locale.
+    text = manifest.read_text("utf-8").replace(
+        "aü.png", os.fsdecode(b"a\xc3\xbc.png").encode().decode("ascii", "surrogateescape")
+    )
+    manifest.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert said("ask", "1")[1:] == said("ask", "0")[1:] == ["True", "1"]
+
+
+#: Python's parser of JSON raises RecursionError for it.
+DEEP = b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+
+
 def test_lines_that_are_no_records_are_passed_over(photos: Path, tmp_path: Path, network: Any) -> None:
     output, batch = tmp_path / "out", fastden.BatchDenoiser(network, sigma=5)
     batch.run(photos, output)
     path = output / NAME
     whole = path.read_bytes()
-    path.write_bytes(b"[]\n{}\nnull\n\xff\n" + b'{"output": [], "model": {}}\n' + whole[:-40])
+    path.write_bytes(b"[]\n{}\nnull\n\xff\n" + b'{"output": [], "model": {}}\n' + DEEP + whole[:-40])
     assert len(batch.run(photos, output, resume=True).skipped) == 5, "the line before, ``writing``, has the checksum"
     (output / "0.png").unlink()
     assert names(batch.run(photos, output, resume=True)) == ["0.png"]
