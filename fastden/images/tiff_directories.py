@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastden.errors import UserError
+from fastden.images.tiff_chain import directories
 
 _CFA, _LINEAR_RAW = 32803, 34892
 _REDUCED, _MASK = 1, 4
@@ -138,7 +139,6 @@ def _photometric(page: Any) -> int:
     return _number(page, _PHOTOMETRIC, -1)
 
 
-@_TIFFFILE.reading()
 def full_pages(file: BinaryIO) -> int | None:
     """How many of a TIFF's pages are pictures of their own, behind which reduced copies and masks follow.
 
@@ -146,11 +146,11 @@ def full_pages(file: BinaryIO) -> int | None:
         None where it cannot be told.
 
     Raises:
-        UserError: a reduced copy comes before a picture.
+        UserError: a reduced copy comes before a picture, or directories lead in a circle.
     """
     try:
-        kinds = [int(page.subfiletype) for page in map(_loaded, _directories(file))]
-    except Exception:  # as above
+        kinds = [directory.kind for directory in directories(file)]
+    except ValueError:
         return None
     full = [not kind & (_REDUCED | _MASK) for kind in kinds]
     count = sum(full)
@@ -182,10 +182,6 @@ def stated_white(file: BinaryIO, metadata: Mapping[str, Any]) -> int:
 def white_is_zero(file: BinaryIO) -> bool:
     """Whether a TIFF says that 0 is white."""
     return _photometric(_first(file)) == 0
-
-
-def _loaded(page: Any) -> Any:
-    return page.aspage() if hasattr(page, "aspage") else page
 
 
 def slices_of(file: BinaryIO) -> int:

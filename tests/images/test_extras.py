@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 import fastden
 from fastden.errors import UserError
-from fastden.images import formats, xmp
+from fastden.images import formats, tiff_tags, xmp
 from fastden.images.codec import ImageFile, decode_image, encode_image, read_image, write_image
 from fastden.images.containers import SEGMENT, jpeg_segments
 from fastden.images.strips import StripReader, StripWriter
@@ -451,3 +452,19 @@ def test_damaged_descriptions_do_no_harm() -> None:
 def test_a_stack_of_many_thousand_pages_keeps_its_tags(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8000, 8, 8), np.uint8), imagej=True)
     assert read_image(tmp_path / "a.tif", several=True).extras.tags
+
+
+@pytest.mark.parametrize("kind", ["itself", "ten times the next"])
+def test_directories_below_that_repeat_take_little_time(kind: str) -> None:
+    """2 KB took 8 s: tifftools reads what a directory refers to as often as it does."""
+    depth, times = (1, 1) if kind == "itself" else (10, 10)
+    size = 2 + 12 + 4 + 4 * times
+    block = struct.pack("<2sHI", b"II", 42, 8)
+    for level in range(depth):
+        start = 8 + level * size
+        below = start if kind == "itself" else min(start + size, 8 + (depth - 1) * size)
+        value = below if times == 1 else start + 18
+        block += struct.pack("<HHHIII", 1, 330, 13, times, value, 0) + struct.pack("<I", below) * times
+    begin = time.process_time()
+    assert tiff_tags.exif_directory(block) is None
+    assert time.process_time() - begin < 2

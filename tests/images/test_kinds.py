@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -234,3 +237,35 @@ def test_memory_maps_are_read(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", picture)
     result = fastden.denoise(np.load(tmp_path / "a.npy", mmap_mode="r"), 5)
     assert np.array_equal(result, fastden.denoise(picture, 5))
+
+
+def chained(*following: int) -> bytes:
+    """A TIFF of directories that are alike; each names the one of that number as its next, -1 for none."""
+    size = 2 + 12 * 9 + 4
+    entries = [(256, 4, 8), (257, 4, 8), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 0), (277, 3, 1), (278, 4, 8)]
+    entries.append((279, 4, 64))
+    behind = 8 + size * len(following)
+    data = bytearray(struct.pack("<2sHI", b"II", 42, 8))
+    for following_one in following:
+        tags = [(tag, kind, 1, behind if tag == 273 else value) for tag, kind, value in entries]
+        data += struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+        data += struct.pack("<I", 0 if following_one < 0 else 8 + size * following_one)
+    return bytes(data) + bytes(64)
+
+
+def test_directories_of_a_tiff_that_lead_in_a_circle(tmp_path: Path) -> None:
+    """tifffile walks around without an end."""
+    (tmp_path / "a.tif").write_bytes(chained(1, 2, 1))
+    for read in (read_image, StripReader):
+        with pytest.raises(UserError, match=r"a\.tif: a TIFF whose directories lead in a circle"):
+            read(tmp_path / "a.tif", several=True)
+    assert decode_image(chained(1, 2, -1), several=True).pages == 3
+
+
+def test_pages_are_counted_in_little_time() -> None:
+    """10 microseconds each; tifffile takes 200."""
+    count = 60_000
+    file = io.BytesIO(chained(*range(1, count), -1))
+    start = time.process_time()
+    assert kinds.full_pages(file) == count
+    assert time.process_time() - start < 5
