@@ -454,17 +454,14 @@ def test_a_stack_of_many_thousand_pages_keeps_its_tags(tmp_path: Path) -> None:
     assert read_image(tmp_path / "a.tif", several=True).extras.tags
 
 
-@pytest.mark.parametrize("kind", ["itself", "ten times the next"])
-def test_directories_below_that_repeat_take_little_time(kind: str) -> None:
-    """2 KB took 8 s: tifftools reads what a directory refers to as often as it does."""
-    depth, times = (1, 1) if kind == "itself" else (10, 10)
+def test_directories_below_that_repeat_take_little_time() -> None:
+    """2 KB took 8 s: tifftools reads what a directory refers to as often as it does. Here ten name the next ten times."""
+    depth, times = 10, 10
     size = 2 + 12 + 4 + 4 * times
     block = struct.pack("<2sHI", b"II", 42, 8)
-    for level in range(depth):
-        start = 8 + level * size
-        below = start if kind == "itself" else min(start + size, 8 + (depth - 1) * size)
-        value = below if times == 1 else start + 18
-        block += struct.pack("<HHHIII", 1, 330, 13, times, value, 0) + struct.pack("<I", below) * times
+    for start in range(8, 8 + depth * size, size):
+        below = start + size if start < 8 + (depth - 1) * size else 0
+        block += struct.pack("<HHHIII", 1, 330, 13, times, start + 18, 0) + struct.pack("<I", below) * times
     begin = time.process_time()
     assert tiff_tags.exif_directory(block) is None
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < 1
