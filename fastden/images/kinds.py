@@ -56,6 +56,13 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     *((0, b"P" + letter + space, "PFM") for letter in (b"F", b"f") for space in _SPACES),
     (0, b"\x1aE\xdf\xa3", "video"),
 )
+#: What the formats begin with that libvips may open. By the bytes alone it would take text of numbers for a table, and
+#: draw SVG, whose filters ask for any amount of memory and time.
+_OPENED = (
+    *((0, b"\xff\xd8"), (0, b"\x89PNG\r\n\x1a\n"), (8, b"WEBP"), (4, b"ftyp"), (0, b"GIF8")),
+    *((0, head) for head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    *((0, b"\xff\x0a"), (0, b"\0\0\0\x0cJXL \r\n\x87\n")),
+)
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _INSTEAD = {
     "HEIC": "a copy as JPEG, PNG, TIFF, WebP or AVIF",
@@ -108,15 +115,24 @@ def not_supported(kind: str, detail: str = "") -> UserError:
     return UserError(f"{kind} is not read here{why}; accepted: {install}{instead}")
 
 
-def check_supported(file: BinaryIO) -> None:
-    """Raise UserError for a file of which a reader would show something else than its picture.
+def unknown_format() -> UserError:
+    """The error for a file of no format that is read here."""
+    return UserError(f"not an image in a known format; accepted: {', '.join(known_formats())}")
 
-    These are animations of PNG and AVIF, of which it would be the first frame; raw files of cameras that look like
-    TIFFs, of which it would be a thumbnail; volumes in a TIFF, of which it would be the first slice; and JPEGs without
-    an end, of which libjpeg makes up the missing part where zeros stand in its place.
+
+def check_supported(file: BinaryIO) -> None:
+    """Raise UserError for a file that libvips must not open, or of which it would show something else than its picture.
+
+    The former are all formats that are not read here, such as SVG and tables under a picture's name. The latter are
+    animations of PNG and AVIF, of which it would be the first frame; raw files of cameras that look like TIFFs, of
+    which it would be a thumbnail; volumes in a TIFF, of which it would be the first slice; and JPEGs without an end, of
+    which libjpeg makes up the missing part where zeros stand in its place.
     """
     file.seek(0)
     head = file.read(512)
+    if not any(head[at : at + len(what)] == what for at, what in _OPENED):
+        kind = kind_of_bytes(head)
+        raise unknown_format() if kind is None else not_supported(kind)
     if head.startswith(PNG_SIGNATURE):
         for name, data in png_chunks(file):
             if name == b"acTL" and int.from_bytes(data[:4], "big") > 1:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastden.errors import UserError
-from fastden.images.kinds import known_formats, why_not_read
+from fastden.images.kinds import unknown_format, why_not_read
 
 VIPS_DTYPES = {"uchar": np.uint8, "ushort": np.uint16, "float": np.float32, "double": np.float64}
 VIPS_FORMATS = {np.dtype(np.uint8): "uchar", np.dtype(np.uint16): "ushort", np.dtype(np.float32): "float"}
@@ -50,5 +50,5 @@ def vips_errors(file: BinaryIO | None = None) -> Iterator[None]:
         if told is not None:
             raise told from error
         if "known format" in text:
-            raise UserError(f"not an image in a known format; accepted: {', '.join(known_formats())}") from error
+            raise unknown_format() from error
         raise UserError(f"corrupt or truncated ({text})") from error

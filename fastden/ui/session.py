@@ -23,6 +23,7 @@ from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.codec import SUFFIXES, read_image
 from fastden.images.encoding import INTERPRETATIONS, described
 from fastden.images.formats import open_file, read_suffixes, result_suffix
+from fastden.images.kinds import check_supported
 from fastden.images.libvips import VIPS_FORMATS, load_vips, vips_errors
 from fastden.images.strips import read_samples
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
@@ -289,6 +290,7 @@ def _upright(path: Path) -> Any:
     """A pyvips image of a file, turned upright."""
     vips, data = load_vips(), path.read_bytes()
     if open_file(io.BytesIO(data)) is None:
+        check_supported(io.BytesIO(data))
         return vips.Image.new_from_buffer(data, "").autorot()
     # Of these files libvips reads nothing, or a small picture that a camera has put in.
     image = read_image(path).upright()

@@ -455,7 +455,7 @@ def test_a_stack_of_many_thousand_pages_keeps_its_tags(tmp_path: Path) -> None:
 
 
 def test_directories_below_that_repeat_take_little_time() -> None:
-    """2 KB took 8 s: tifftools reads what a directory refers to as often as it does. Here ten name the next ten times."""
+    """2 KB took 8 s: each of ten directories names the next ten times, and tifftools reads it as often."""
     depth, times = 10, 10
     size = 2 + 12 + 4 + 4 * times
     block = struct.pack("<2sHI", b"II", 42, 8)

@@ -269,3 +269,22 @@ def test_pages_are_counted_in_little_time() -> None:
     start = time.process_time()
     assert kinds.full_pages(file) == count
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="5" height="5"/></svg>',
+        b"1 2 3\n4 5 6\n7 8 9\n",
+        b"3 3\n1 2 3\n4 5 6\n7 8 9\n",
+        bytes.fromhex("b6a6f208") + struct.pack("<6I", 2, 2, 1, 8, 0, 0) + bytes(64),
+    ],
+    ids=["SVG", "CSV", "matrix", "libvips"],
+)
+def test_what_libvips_would_make_a_picture_of_is_refused(tmp_path: Path, data: bytes) -> None:
+    """libvips goes by the content: SVG draws what it likes, and a table of numbers is a picture."""
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    for read in (read_image, StripReader):
+        with pytest.raises(UserError, match=r"a\.png: not an image in a known format; accepted: JPEG, PNG"):
+            read(path)
