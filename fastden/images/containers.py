@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
+from fastden.errors import UserError
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: Markers of a JPEG's segments that carry metadata: APP0 to APP15, and the comment.
 _APP, COMMENT = range(0xE0, 0xF0), 0xFE
@@ -21,6 +23,8 @@ EXIF = b"Exif\0\0"
 _START_OF_SCAN, _END = 0xDA, b"\xff\xd9"
 #: Bytes that a segment holds.
 SEGMENT = 65533
+# A profile of 16 MB takes 255. Two million empty ones take 8 to 17 s.
+_MOST_SEGMENTS = 10_000
 _STANDALONE = (0x01, *range(0xD0, 0xD9))
 
 
@@ -28,13 +32,16 @@ def jpeg_segments(file: BinaryIO) -> list[tuple[int, bytes]]:
     """APP segments and comments before the first scan, each with its marker; the file is then behind its header.
 
     Where the file ends, or stops being a JPEG, the segments until there are returned.
+
+    Raises:
+        UserError: there are more segments than a sound file has.
     """
     found: list[tuple[int, bytes]] = []
     file.seek(2)
-    while True:
+    for _ in range(_MOST_SEGMENTS):
         byte = file.read(1)
-        while byte == b"\xff":
-            byte = file.read(1)
+        if byte == b"\xff":
+            byte = _behind_fill(file)
         if not byte:
             return found
         marker = byte[0]
@@ -52,6 +59,21 @@ def jpeg_segments(file: BinaryIO) -> list[tuple[int, bytes]]:
         payload = file.read(max(size, 0))
         if len(payload) == size:
             found.append((marker, payload))
+    raise UserError(
+        f"a JPEG with more than {_MOST_SEGMENTS} segments in front of its picture; accepted: at most as many"
+    )
+
+
+def _behind_fill(file: BinaryIO) -> bytes:
+    """The first byte that is not 0xFF, behind which the file then is; empty at its end."""
+    byte = file.read(1)
+    while byte == b"\xff":  # any number of them may stand in front of a marker; by ones 50 MB take 16 s
+        block = file.read(1 << 16)
+        rest = block.lstrip(b"\xff")
+        if rest or not block:
+            file.seek(-max(len(rest) - 1, 0), os.SEEK_CUR)
+            byte = rest[:1]
+    return byte
 
 
 def behind_jpeg(file: BinaryIO) -> tuple[int, bytes] | None:

@@ -89,7 +89,11 @@ def _fill(values: Array, hidden: Array) -> None:
 
 
 def to_dtype(values: Array, dtype: Any) -> Array:
-    """Image values at another depth, rounded and clipped: uint8, uint16, and float32 on [0, 1]."""
+    """Image values at another depth, rounded and clipped: uint8, uint16, and float32 on [0, 1].
+
+    Raises:
+        ValueError: NaN or infinity, which integers cannot hold.
+    """
     dtype = np.dtype(dtype)
     if values.dtype == dtype:
         return values
@@ -105,5 +109,7 @@ def _converted(values: Array, dtype: np.dtype[Any]) -> Array:
     source = full_scale(values.dtype)
     if dtype.kind == "f":
         return values.astype(dtype) / dtype.type(source)
+    if values.dtype.kind == "f" and not np.isfinite(values.sum(dtype=np.float64)):
+        raise ValueError("values: NaN or infinity, which integers cannot hold; accepted: finite values")
     scale = np.iinfo(dtype).max / source
     return np.rint(np.clip(values.astype(np.float32) * np.float32(scale), 0, np.iinfo(dtype).max)).astype(dtype)

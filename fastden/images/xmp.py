@@ -14,6 +14,8 @@ from fastden.images.containers import SEGMENT
 #: First bytes of a JPEG's segments with the packet, and with its continuation.
 MAIN, EXTENSION = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
 
+#: Elements in elements of a packet that is changed; a deeper one stays as it is. Sound ones have about ten.
+_DEEPEST = 100
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _NOTE = "http://ns.adobe.com/xmp/note/"
 # All properties of these namespaces describe a second picture, a video or a depth map behind the picture.
@@ -163,9 +165,14 @@ def _parsed(packet: bytes) -> minidom.Document | None:
         start, end = packet.find(b"<rdf:RDF"), packet.rfind(b"</rdf:RDF>")
     stop = packet.find(b">", end) + 1
     try:
-        return minidom.parseString(packet[start:stop]) if 0 <= start < end < stop else None
+        document = minidom.parseString(packet[start:stop]) if 0 <= start < end < stop else None
     except (ExpatError, ValueError):
         return None
+    # minidom copies and writes an element in an element by calling itself: some hundred are too many for Python.
+    level: list[minidom.Element] = [] if document is None else [_root(document)]
+    for _ in range(_DEEPEST):
+        level = [child for element in level for child in _elements(element)]
+    return None if level else document
 
 
 def _text(document: minidom.Document, packet: bytes) -> bytes:

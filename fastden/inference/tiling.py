@@ -414,4 +414,11 @@ def _from_float(y: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point:
         return y.to(dtype)
     largest = 255 if dtype == torch.uint8 else 65535
-    return y.float().mul(largest).round_().clamp_(0, largest).to(dtype)
+    values = y.float()
+    # As integers they would be black. The sum of 24 megapixels takes 25 ms, the conversion 280; on a GPU the host would
+    # have to wait for it, and compiled code would break off.
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(float(values.sum())):
+        raise ValueError(
+            "result: NaN or infinity, which integers cannot hold; accepted: a model whose weights are sound"
+        )
+    return values.mul(largest).round_().clamp_(0, largest).to(dtype)

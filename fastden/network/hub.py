@@ -140,8 +140,14 @@ class PretrainedMixin:
         known = inspect.signature(cls).parameters
         # Classes of others may hold what no file does. A device context of the caller's, such as meta, does not count.
         read = strict and cls.__module__.startswith("fastden.")
-        with torch.device(map_location), Undrawn() if read else nullcontext():
-            model: Any = cls(**({key: value for key, value in saved.items() if key in known} | arguments))
+        own = {key: value for key, value in saved.items() if key in known and key not in arguments}
+        try:
+            with torch.device(map_location), Undrawn() if read else nullcontext():
+                model: Any = cls(**own, **arguments)
+        except ValueError as error:  # it names the argument, which the caller may have given
+            if str(error).split(":")[0] not in own:
+                raise
+            raise ValueError(f"model: {folder / CONFIG_FILE}: {error}") from error
         if dtype is not None:
             model.to(dtype)
         with torch.device(map_location), naming_file(folder / WEIGHTS_FILE):

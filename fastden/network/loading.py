@@ -101,8 +101,17 @@ def load_exact(folder: Path, dtype: torch.dtype) -> Denoiser:
     """The network in a folder, on the CPU, in evaluation mode, with the weights of its file in ``dtype``.
 
     PyTorch's default dtype does not count here: one that is narrower just now would round the weights.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, or as of :meth:`fastden.Denoiser.from_pretrained`.
     """
-    return Denoiser._from_folder(folder, "cpu", True, {}, dtype)
+    model = Denoiser._from_folder(folder, "cpu", True, {}, dtype)
+    own = {} if model.estimator is None else model.estimator.weights
+    for file, weights in ((WEIGHTS_FILE, model.state_dict()), (ESTIMATOR_FILE, own)):
+        for key, values in weights.items():
+            if not values.isfinite().all():  # 5 ms for all weights
+                raise ValueError(f"model: {folder / file}: NaN or infinity in {key}; accepted: finite weights")
+    return model
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, eight_bit: bool) -> torch.dtype:

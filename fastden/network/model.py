@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,8 +86,11 @@ class Denoiser(nn.Module, PretrainedMixin):
 
     def __init__(self, noise_level_input: bool = True, image_channels: int = 3, composed: bool = False) -> None:
         super().__init__()
-        if image_channels not in (1, 3):
-            raise ValueError(f"image_channels: {image_channels}; accepted: 1 or 3")
+        if not isinstance(image_channels, Integral) or isinstance(image_channels, bool) or image_channels not in (1, 3):
+            raise ValueError(f"image_channels: {image_channels!r}; accepted: 1 or 3")
+        for name, value in (("noise_level_input", noise_level_input), ("composed", composed)):
+            if not isinstance(value, Integral | np.bool_) or value not in (False, True):
+                raise ValueError(f"{name}: {value!r}; accepted: true or false")
         self.noise_level_input = noise_level_input
         self.image_channels = image_channels
         self.composed = composed

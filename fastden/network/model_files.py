@@ -19,6 +19,8 @@ def naming_file(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except RecursionError as error:
+        raise ValueError(f"model: {path} is nested too deeply; accepted: as save_pretrained writes it") from error
     except RuntimeError as error:  # as PyTorch's load_state_dict
         if type(error).__name__ == "OutOfMemoryError":
             raise

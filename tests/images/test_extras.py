@@ -465,3 +465,31 @@ def test_directories_below_that_repeat_take_little_time() -> None:
     begin = time.process_time()
     assert tiff_tags.exif_directory(block) is None
     assert time.process_time() - begin < 1
+
+
+def test_a_packet_of_elements_in_elements_stays_as_it_is() -> None:
+    """minidom calls itself for each, and 4,000 are too many for Python."""
+    note = 'xmlns:xmpNote="http://ns.adobe.com/xmp/note/" xmpNote:HasExtendedXMP="0"'
+    deep = packet("<dc:a>" * 4000 + "</dc:a>" * 4000, note)
+    assert decode_image(jpeg_with((0xE1, xmp.MAIN + deep))).metadata["xmp-data"] == deep
+    assert xmp.joined(deep, []) == (deep, True)
+    assert xmp.freed(deep, upright=True) == (deep, False)
+    assert xmp.split(deep + bytes(SEGMENT)) is None
+
+
+@pytest.mark.parametrize("kind", ["segments", "fill"])
+def test_much_in_front_of_a_jpegs_picture_takes_little_time(kind: str) -> None:
+    """Two million empty segments took 8 s, and 50 MB of 0xFF, which may stand in front of a marker, 16 s."""
+    data = jpeg_with(exif=exif(6))
+    many = {"segments": b"\xff\xef\0\2" * 2_000_000, "fill": b"\xff" * 50_000_000}[kind]
+    begin = time.process_time()
+    if kind == "segments":
+        with pytest.raises(UserError, match="a JPEG with more than 10000 segments in front of its picture"):
+            decode_image(data[:2] + many + data[2:])
+    else:
+        assert decode_image(data[:2] + many + data[2:]).metadata["orientation"] == 6
+    assert time.process_time() - begin < 4
+    for count in (0, 1, 2, 65_535, 65_536, 65_537, 65_538, 65_539):  # around the size of a block
+        file = io.BytesIO(data[:2] + b"\xff" * count + data[2:])
+        assert jpeg_segments(file) == jpeg_segments(io.BytesIO(data))
+    assert jpeg_segments(io.BytesIO(data[:2] + b"\xff" * 70_000)) == []

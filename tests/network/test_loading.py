@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 import fastden
+from fastden.images.pixels import to_dtype
 from fastden.network import loading
 from fastden.network.devices import parse_device
 from tests.helpers import random_network
@@ -83,3 +87,41 @@ def test_mps_is_a_device_where_it_is(monkeypatch: pytest.MonkeyPatch, available:
     else:
         with pytest.raises(ValueError, match=r"^device: 'mps'; accepted: cpu, cuda, or"):
             parse_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        *(("noise_level_input", value, "true or false") for value in ("x", math.nan, 1e9, 1.5, [])),
+        *(("composed", value, "true or false") for value in (1e30, -1, None)),
+        *(("image_channels", value, "1 or 3") for value in (True, 3.0, "3")),
+    ],
+)
+def test_nonsense_in_a_configuration_is_named(tmp_path: Path, key: str, value: Any, accepted: str) -> None:
+    folder = save_model(tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"model: {file}: {key}: {value!r}; accepted: {accepted}")):
+        fastden.Denoiser.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        fastden.Denoiser(**{key: value})
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=re.escape(f"model: {file} is nested too deeply")):
+        fastden.Denoiser.from_pretrained(folder)
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    """Pictures of 8 bits would be black."""
+    model = fastden.Denoiser.from_pretrained(save_model(tmp_path / "model"))
+    with torch.no_grad():
+        model.conv2.conv.weight[0, 0, 0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    for dtype in (np.uint8, np.uint16):
+        with pytest.raises(ValueError, match=r"nan/model\.safetensors: NaN or infinity in conv2\.conv\.weight"):
+            fastden.denoise(pixels(dtype=dtype), 5, model=tmp_path / "nan")
+        # Of a network in memory nobody looks at the weights.
+        with pytest.raises(ValueError, match="result: NaN or infinity, which integers cannot hold"):
+            fastden.denoise(pixels(dtype=dtype), 5, model=model)
+    assert np.isnan(fastden.denoise(pixels(dtype=np.float32), 5, model=model)).any()
+    with pytest.raises(ValueError, match="values: NaN or infinity"):
+        to_dtype(np.array([0.5, np.nan], np.float32), np.uint8)
