@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -43,6 +44,13 @@ def check_target(path: str | Path, overwrite: bool) -> None:
             raise UserError(f"{path}: cannot be written: files cannot be made in the folder {target.parent}")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+def check_no_device(path: str | Path) -> None:
+    """Raise UserError for a device, such as /dev/zero, which has no end. A pipe, such as a shell's <(...), has one."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise UserError("is a device; accepted: a file")
 
 
 def _exists(path: str | Path) -> UserError:

@@ -25,7 +25,7 @@ from fastden.images.pixels import Array, check_finite
 from fastden.images.ranges import RangeFinder, ValueRange
 from fastden.images.samples import sample_windows
 from fastden.images.tiff_directories import fail_on
-from fastden.whole_files import reason
+from fastden.whole_files import check_no_device, reason
 
 #: Rows that libvips decodes at a time.
 CHUNK = 64
@@ -57,6 +57,7 @@ class StripReader:
         self._opened: Opened | None = None
         self._region: Any = None
         try:
+            check_no_device(path)
             with open(path, "rb") as file:
                 self._opened = open_file(file)
                 if self._opened is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,11 +87,9 @@ class Denoiser(nn.Module, PretrainedMixin):
 
     def __init__(self, noise_level_input: bool = True, image_channels: int = 3, composed: bool = False) -> None:
         super().__init__()
-        if not isinstance(image_channels, Integral) or isinstance(image_channels, bool) or image_channels not in (1, 3):
-            raise ValueError(f"image_channels: {image_channels!r}; accepted: 1 or 3")
-        for name, value in (("noise_level_input", noise_level_input), ("composed", composed)):
-            if not isinstance(value, Integral | np.bool_) or value not in (False, True):
-                raise ValueError(f"{name}: {value!r}; accepted: true or false")
+        _check("image_channels", image_channels, (1, 3), "1 or 3")
+        _check("noise_level_input", noise_level_input, (False, True), "true or false")
+        _check("composed", composed, (False, True), "true or false")
         self.noise_level_input = noise_level_input
         self.image_channels = image_channels
         self.composed = composed
@@ -215,3 +214,11 @@ class Denoiser(nn.Module, PretrainedMixin):
             f"noise_level_input={self.noise_level_input}, image_channels={self.image_channels},"
             f" composed={self.composed}"
         )
+
+
+def _check(name: str, value: Any, values: tuple[int, int], accepted: str) -> None:
+    """Raise ValueError unless an argument, which may come from a file, is one of two whole numbers or truth values."""
+    kinds = (Integral, np.bool_) if values == (False, True) else Integral
+    truth = isinstance(value, bool) and values != (False, True)
+    if truth or not isinstance(value, kinds) or value not in values:
+        raise ValueError(f"{name}: {value!r}; accepted: {accepted}")

@@ -229,7 +229,7 @@ import os, sys
 from pathlib import Path
 from fastden.batch.manifest import NAME, Manifest, Record
 from fastden.batch.plan import Job
-from fastden.images.whole_files import digest
+from fastden.whole_files import digest
 
 folder = Path(sys.argv[1])
 (source,) = folder.glob("in/*.png")

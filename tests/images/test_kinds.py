@@ -288,3 +288,15 @@ def test_what_libvips_would_make_a_picture_of_is_refused(tmp_path: Path, data: b
     for read in (read_image, StripReader):
         with pytest.raises(UserError, match=r"a\.png: not an image in a known format; accepted: JPEG, PNG"):
             read(path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").is_char_device(), reason="this system has no /dev/zero")
+def test_a_device_has_no_end(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("/dev/zero")
+    for read in (read_image, StripReader):
+        with pytest.raises(UserError, match=r"a\.png: is a device; accepted: a file"):
+            read(tmp_path / "a.png")
+    with pytest.raises(UserError, match="sigma_map: /dev/zero is a device; accepted: a file"):
+        fastden.BatchDenoiser("color", sigma_map="/dev/zero")
+    report = fastden.BatchDenoiser("color", sigma=5).run("/dev/zero", tmp_path / "b.png")
+    assert [record.error for record in report.failed] == ["/dev/zero: is a device; accepted: a file"]
