@@ -385,3 +385,30 @@ def test_limits_of_the_page_are_those_of_denoise(megapixels: str, monkeypatch: p
     saying = f"^error: max_megapixels: {float(megapixels):g}; accepted: a number above 0"
     fails("ui", "--max-megapixels", megapixels, saying=saying)
     fails("denoise", "a.png", "-o", "b.png", "--max-megapixels", megapixels, saying=saying)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+@pytest.mark.parametrize("moment", ["fastden.cli.early", "typer", "fastden.cli.main", "app"])
+def test_an_interruption_before_the_command_begins_is_quiet(root: Path, moment: str) -> None:
+    """Ctrl-C in the first half second meets imports, and typer's look at the commands."""
+    code = (
+        "import os, signal, sys, time, types\n"
+        "moment = sys.argv[1]\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
+        "def interrupted(*arguments, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(9)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == moment:\n"
+        "            interrupted()\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "if moment == 'app':\n"
+        "    sys.modules['fastden.cli.main'] = types.SimpleNamespace(app=interrupted)\n"
+        "from fastden.__main__ import main\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), os.environ.get("PYTHONPATH", "")))}
+    command = [sys.executable, "-c", code, moment]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "", "")
