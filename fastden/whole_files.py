@@ -48,7 +48,10 @@ def check_target(path: str | Path, overwrite: bool) -> None:
 
 def check_no_device(path: str | Path) -> None:
     """Raise UserError for a device, such as /dev/zero, which has no end. A pipe, such as a shell's <(...), has one."""
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # reading tells what is wrong
+        return
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise UserError("is a device; accepted: a file")
 

@@ -234,7 +234,7 @@ def test_same_bytes_as_the_local_engine(photos: Path, tmp_path: Path, model: str
 
 
 def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files on record as done are left out, begun ones of a killed run are made again, and no other is replaced."""
+    """Files on record as done are left out, begun ones of a killed run made again, others and changed ones kept."""
     asked: list[Row] = []
 
     def here(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
@@ -255,9 +255,13 @@ def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.Mo
     manifest.write_text("".join(line for line in lines if not ("b.jpg" in line and '"status": "done"' in line)))
     (out / "inner" / "c.tif").write_bytes(b"another")
     asked.clear()
-    text = works("denoise", photos, "-o", out, *options, "--resume")
-    assert "1 image done before" in text
+    fails("denoise", photos, "-o", out, *options, "--resume", saying=r"c\.tif: exists already")
+    assert (out / "inner" / "c.tif").read_bytes() == b"another"
     assert sorted(Path(row["input"]).name for row in asked) == ["b.jpg", "c.tif"]
+    asked.clear()
+    text = works("denoise", photos, "-o", out, *options, "--resume", "--overwrite")
+    assert "2 images done before" in text
+    assert [Path(row["input"]).name for row in asked] == ["c.tif"]
     assert {path: path.read_bytes() for path in out.rglob("[!.]*.*")} == expected
     asked.clear()
     works("denoise", photos, "-o", out, *options, "--resume")
