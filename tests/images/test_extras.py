@@ -473,7 +473,7 @@ def test_a_packet_of_elements_in_elements_stays_as_it_is() -> None:
     deep = packet("<dc:a>" * 4000 + "</dc:a>" * 4000, note)
     assert decode_image(jpeg_with((0xE1, xmp.MAIN + deep))).metadata["xmp-data"] == deep
     assert xmp.joined(deep, []) == (deep, True)
-    assert xmp.freed(deep, upright=True) == (deep, False)
+    assert xmp.freed(deep, upright=True) == deep
     assert xmp.split(deep + bytes(SEGMENT)) is None
 
 
