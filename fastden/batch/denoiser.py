@@ -158,9 +158,9 @@ class BatchDenoiser:
                 an output file; None writes none.
             resume: skip an image where the manifest says that it is done: same input, weights and options, output
                 unchanged. Other outputs in the manifest are replaced where they are as fastden wrote them; one that was
-                changed since then fails without ``overwrite``, and one that replaced its input always. Outputs that
-                lie beside their inputs are not taken as inputs. No other run may write to the same folders at the
-                same time.
+                changed since then fails without ``overwrite``, and one that replaced its input, and is as fastden wrote
+                it, fails with it too. Outputs that lie beside their inputs are not taken as inputs. No other run may
+                write to the same folders at the same time.
             listener: a :class:`fastden.Listener`. Its functions are called when something happens, until the run ends.
                 The run waits for them: they must not wait for another run of this object, in whatever thread.
 

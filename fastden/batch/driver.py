@@ -77,19 +77,20 @@ def prepare(rows: Sequence[Row], shared: Settings, manifest: Manifest, *, resume
             continue
         if resume and manifest.finished(job, shared.known_weights, options):
             done.append(job)
-        elif resume and manifest.knows(job):
+            continue
+        todo_row, replaces = row, "replaces" in row
+        if resume and manifest.knows(job):
             replaces = False
             with suppress(UserError):  # changed since it was written: the worker reports that it is there
                 replaces = manifest.may_replace(job, overwrite=shared.overwrite)
-            todo.append({**row, "replaces": "yes"} if replaces else {"input": row["input"], "output": row["output"]})
-        else:
-            todo.append(row)
-            if "replaces" in row:
-                with suppress(OSError):  # the worker reports it
-                    job.target.parent.mkdir(parents=True, exist_ok=True)
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                record = Record(row["input"], row["output"], "writing", now, shared.weights(), dict(options))
-                remember(record, manifest)
+            todo_row = {"input": row["input"], "output": row["output"]} | ({"replaces": "yes"} if replaces else {})
+        todo.append(todo_row)
+        if replaces:
+            with suppress(OSError):  # the worker reports it
+                job.target.parent.mkdir(parents=True, exist_ok=True)
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            record = Record(row["input"], row["output"], "writing", now, shared.weights(), dict(options))
+            remember(record, manifest)
     if resume:
         for folder in {Path(row["output"]).parent for row in rows}:
             remove_leftovers(folder)

@@ -104,6 +104,8 @@ class Manifest:
         self._last: dict[str, dict[str, Any]] = {}
         # Checksums of all that was written under a name: a run that was killed left the file of the one before.
         self._digests: dict[str, set[str]] = {}
+        # Outputs that a worker of a cluster was to write last, with no word from it since.
+        self._begun: set[str] = set()
         data = self._read()
         for line in data.split(b"\n"):
             try:
@@ -119,9 +121,11 @@ class Manifest:
             raise UserError(f"manifest: {path} is no record of a run; accepted: a new file, or one that a run has made")
 
     def _keep(self, output: str, record: dict[str, Any]) -> None:
-        # A failure does not touch the output of an earlier run, so that run's record still holds.
         # Without a checksum nothing had been written: a cluster's record says "writing" before its worker begins.
-        if record["status"] != "failed" or not self._last.get(output, {}).get("output_sha256"):
+        begun = record["status"] == "writing" and not record.get("output_sha256")
+        (self._begun.add if begun else self._begun.discard)(output)
+        # A failure does not touch the output of an earlier run, so that run's record still holds.
+        if not (begun or record["status"] == "failed") or not self._last.get(output, {}).get("output_sha256"):
             self._last[output] = record
         if record.get("output_sha256"):
             self._digests.setdefault(output, set()).add(record["output_sha256"])
@@ -188,11 +192,12 @@ class Manifest:
             UserError: somebody has changed the output, and ``overwrite`` is off; or the output is its own input, and
                 denoised already.
         """
-        digests = self._digests.get(self.name_of(job.target), ())
+        name = self.name_of(job.target)
+        digests = self._digests.get(name, ())
         in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
         known = self.knows(job)
-        # A cluster's record of a file that it had begun has no checksum.
-        if not digests or (overwrite and not in_place):
+        # Of what a cluster's worker was writing when the run was stopped nobody knows the checksum.
+        if not digests or (not in_place and (overwrite or name in self._begun)):
             return known
         try:
             found = digest(job.target)
@@ -203,7 +208,7 @@ class Manifest:
             raise UserError(f"{job.target}: denoised already, in place; accepted for other settings: its original")
         if not known or overwrite or found in digests:
             return known
-        record = self._last[self.name_of(job.target)]
+        record = self._last[name]
         # A run in place that was killed before it replaced the input.
         if in_place and (record.get("input_size"), record.get("input_mtime_ns")) == (
             status.st_size,

@@ -24,10 +24,12 @@ class Directory(NamedTuple):
     Attributes:
         kind: its tag NewSubfileType, bits for a reduced copy, a page and a mask; 0 where there is none.
         next_at: where in the file it names the next one.
+        width: bytes of that name, 4 or 8.
     """
 
     kind: int
     next_at: int
+    width: int
 
 
 def directories(file: BinaryIO) -> Iterator[Directory]:
@@ -50,6 +52,8 @@ def directories(file: BinaryIO) -> Iterator[Directory]:
     seen: set[int] = set()
     left = size
     while offset:
+        if offset >= size:  # of 64 bits: no file takes the largest as a place
+            raise ValueError("a directory behind the end")
         if offset in seen:
             raise UserError("a TIFF whose directories lead in a circle; accepted: each directory once")
         seen.add(offset)
@@ -61,12 +65,13 @@ def directories(file: BinaryIO) -> Iterator[Directory]:
         block = _exactly(file, tags * entries.size + width)
         kind = 0
         for tag, datatype, number, value in entries.iter_unpack(block[:-width]):
-            if tag in (_KIND, _OLD_KIND) and number == 1 and datatype in _NUMBERS:
-                code = order + _NUMBERS[datatype]
-                (found,) = struct.unpack(code, value[: struct.calcsize(code)])
+            code = order + _NUMBERS.get(datatype, "")
+            length_of_one = struct.calcsize(code)
+            if tag in (_KIND, _OLD_KIND) and number == 1 and 0 < length_of_one <= len(value):
+                (found,) = struct.unpack(code, value[:length_of_one])
                 # The old tag counts: 2 is a reduced copy, 3 a page.
                 kind = kind or (found if tag == _KIND else {2: 1, 3: 2}.get(found, 0))
-        yield Directory(kind, file.tell() - width)
+        yield Directory(kind, file.tell() - width, width)
         (offset,) = struct.unpack(order + word, block[-width:])
 
 

@@ -53,7 +53,7 @@ class _FirstOnly(io.RawIOBase):
     def __init__(self, file: BinaryIO) -> None:
         size = file.seek(0, io.SEEK_END)
         self._file, self._left, self._reads = file, min(_LIMIT, 2 * size + _LEAST), min(_LEAST + size // 6, _READS)
-        self._end = next(directories(file)).next_at
+        self._first = next(directories(file))
 
     def readable(self) -> bool:
         return True
@@ -74,7 +74,8 @@ class _FirstOnly(io.RawIOBase):
         self._left, self._reads = self._left - max(size, 0), self._reads - 1
         if self._left < 0 or self._reads < 0 or size < 0:
             raise ValueError("more than a directory takes")
-        if self._file.tell() == self._end:  # the next directory's place
+        # The name of the next directory. A longer value that lies there, because its writer left out the name, is read.
+        if size == self._first.width and self._file.tell() == self._first.next_at:
             return bytes(size)
         return self._file.read(size)
 
@@ -131,8 +132,8 @@ def has_thumbnail(block: bytes) -> bool:
     """Whether an EXIF block that can be read holds a second directory: a thumbnail's."""
     try:
         return any(index for index, _ in enumerate(directories(io.BytesIO(block))))
-    except (UserError, ValueError):
-        return True
+    except (UserError, ValueError):  # such as a name that other programs left there when they took the thumbnail out
+        return False
 
 
 def descriptive(tags: Tags) -> dict[int, Any]:

@@ -18,10 +18,11 @@ from PIL import Image
 import fastden
 from fastden.batch.plan import plan
 from fastden.errors import UserError
-from fastden.images import formats, tiff_directories
+from fastden.images import formats, tiff_directories, tiff_tags
 from fastden.images.codec import ImageFile, decode_image, read_image, write_image
 from fastden.images.finder import left_out_note
 from fastden.images.strips import StripReader
+from tests.image_files import encoded, pixels
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
@@ -260,6 +261,38 @@ def test_directories_of_a_tiff_that_lead_in_a_circle(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"a\.tif: a TIFF whose directories lead in a circle"):
             read(tmp_path / "a.tif", several=True)
     assert decode_image(chained(1, 2, -1), several=True).pages == 3
+
+
+@pytest.mark.parametrize("damage", ["a place of 64 bits", "a kind of 8 bytes in 4"])
+def test_damaged_directories_cost_one_file(tmp_path: Path, damage: str) -> None:
+    """They ended the batch: no file has the place, and 4 bytes no number of 8."""
+    data = bytearray(chained(-1))
+    if damage == "a kind of 8 bytes in 4":
+        struct.pack_into("<HHII", data, 8 + 2, 254, 16, 1, 0)
+        assert tiff_directories.full_pages(io.BytesIO(data)) == 1
+    else:
+        entries = b"".join(struct.pack("<HHQQ", tag, 4, 1, 8) for tag in (256, 257))
+        data = bytearray(b"II" + struct.pack("<HHHQ", 43, 8, 0, 16) + struct.pack("<Q", 2) + entries)
+        data += struct.pack("<Q", 1 << 63) + bytes(64)
+        assert tiff_directories.full_pages(io.BytesIO(data)) is None
+        assert tiff_tags.first_directory(io.BytesIO(data)) is not None
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tif").write_bytes(data)
+    (tmp_path / "in" / "b.png").write_bytes(encoded(pixels(), "PNG"))
+    report = fastden.BatchDenoiser("color", sigma=10).run(tmp_path / "in", tmp_path / "out")
+    assert "b.png" in {Path(record.output).name for record in report.done}
+
+
+def test_exif_without_the_name_of_a_next_directory() -> None:
+    """Its first long value lies there; and a name that leads nowhere is no thumbnail."""
+    entry = struct.pack("<HHII", 271, 2, 6, 8 + 2 + 12)
+    head = struct.pack("<2sHI", b"II", 42, 8) + struct.pack("<H", 1)
+    found = tiff_tags.exif_directory(head + entry + b"Maker\0")
+    assert found is not None
+    assert found[271]["data"] == "Maker"
+    for name in (b"", struct.pack("<I", 99_999)):
+        block = head + struct.pack("<HHII", 271, 2, 6, 8 + 2 + 12 + len(name)) + name + b"Maker\0"
+        assert not tiff_tags.has_thumbnail(block)
 
 
 def test_pages_are_counted_in_little_time() -> None:
