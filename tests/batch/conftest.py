@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fastden
 from tests.helpers import random_network
-from tests.image_files import encoded, pixels
+from tests.image_files import encoded, exif, pixels
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
@@ -58,6 +59,17 @@ def photos(tmp_path: Path) -> Path:
     for index in range(4):
         (folder / f"{index}.png").write_bytes(encoded(pixels(seed=index), "PNG"))
     (folder / "wide.jpg").write_bytes(encoded(pixels(24, 61, seed=9), "JPEG"))
+    return folder
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    """Three images of three formats, one of them in a folder below; one is turned, one has 16 bits."""
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a.png").write_bytes(encoded(pixels(seed=1), "PNG"))
+    (folder / "b.jpg").write_bytes(encoded(pixels(seed=2), "JPEG", exif=exif(6)))
+    (folder / "inner" / "c.tif").write_bytes(encoded(pixels(dtype=np.uint16, channels=0, seed=3), "TIFF"))
     return folder
 
 

@@ -27,7 +27,7 @@ from fastden.errors import UserError
 from fastden.images.codec import read_image
 from fastden.images.finder import left_out_note
 from tests.cli.run import fails, works
-from tests.image_files import cannot_be_looked_at, encoded, exif, pixels, save_model
+from tests.image_files import cannot_be_looked_at, save_model
 
 pytest.importorskip("fsspec")
 
@@ -38,13 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "a.png").write_bytes(encoded(pixels(seed=1), "PNG"))
-    (folder / "b.jpg").write_bytes(encoded(pixels(seed=2), "JPEG", exif=exif(6)))
-    (folder / "inner" / "c.tif").write_bytes(encoded(pixels(dtype=np.uint16, channels=0, seed=3), "TIFF"))
-    return folder
+def photos(nested: Path) -> Path:
+    return nested
 
 
 @pytest.mark.parametrize("ended", [False, True])

@@ -6,24 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fastden.batch.ray import plan_rows
 from fastden.errors import UserError
-from tests.image_files import encoded, exif, pixels
 
 pytest.importorskip("fsspec")
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "a.png").write_bytes(encoded(pixels(seed=1), "PNG"))
-    (folder / "b.jpg").write_bytes(encoded(pixels(seed=2), "JPEG", exif=exif(6)))
-    (folder / "inner" / "c.tif").write_bytes(encoded(pixels(dtype=np.uint16, channels=0, seed=3), "TIFF"))
-    return folder
+def photos(nested: Path) -> Path:
+    return nested
 
 
 def test_rows_of_paths(photos: Path, tmp_path: Path) -> None:
