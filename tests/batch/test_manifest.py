@@ -104,8 +104,9 @@ def test_resume_does_what_is_not_done_or_has_changed(photos: Path, tmp_path: Pat
     edited[-1] ^= 1
     (output / "2.png").write_bytes(edited)
     os.utime(photos / "3.png", ns=(1, 1))
-    for options in ({}, {"strength": 0.5}):
+    for options, redone in (({}, ["0.png", "3.png"]), ({"strength": 0.5}, ["0.png", "3.png", "wide.jpg"])):
         report = again(**options)
+        assert names(report) == redone
         ending = "changed since fastden wrote it; accepted: another name, or overwrite (--overwrite)"
         assert sorted(record.error for record in report.failed) == [f"{output / name}: {ending}" for name in CHANGED]
         assert (output / "2.png").read_bytes() == edited

@@ -179,6 +179,13 @@ def test_errors_of_rays_own(photos: Path, tmp_path: Path, model: str, monkeypatc
     command = ["denoise", photos, "-o", tmp_path / "out", "--model", model, "--sigma", 20, "--engine", "ray"]
     errors = fails(*command, saying="^error: engine: ray stopped: OutOfMemoryError: 3 GB$")
     assert len(errors.splitlines()) == 1
+
+    def defective(*_: Any) -> Iterator[Record]:
+        raise KeyError("x")
+        yield
+
+    monkeypatch.setattr("fastden.cli.cluster.distribute", defective)
+    assert isinstance(CliRunner().invoke(app, list(map(str, command))).exception, KeyError)
     assert ray_module.told_by_ray(KeyError("x")) == ""
     assert ray_module.told_by_ray(RayError()) == "RayError"
 

@@ -3,8 +3,11 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "fastden.h"
 
@@ -14,7 +17,7 @@ cudaError_t last = cudaSuccess;
 std::string failing;
 bool has_context = false;
 int clusters = 3, current = 0;
-int attributes_set = 0, clusters_asked = 0;
+std::atomic<int> attributes_set = 0, clusters_asked = 0;
 unsigned blocks = 0;
 CUresult encoding = CUDA_SUCCESS;
 
@@ -81,6 +84,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
     ++attributes_set;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // so that other threads ask meanwhile
     return result_of("cudaFuncSetAttribute");
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t*) {

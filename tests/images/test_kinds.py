@@ -280,7 +280,9 @@ def test_damaged_directories_cost_one_file(tmp_path: Path, damage: str) -> None:
     (tmp_path / "in" / "a.tif").write_bytes(data)
     (tmp_path / "in" / "b.png").write_bytes(encoded(pixels(), "PNG"))
     report = fastden.BatchDenoiser("color", sigma=10).run(tmp_path / "in", tmp_path / "out")
+    assert {Path(record.output).name for record in (*report.done, *report.failed)} == {"a.tif", "b.png"}
     assert "b.png" in {Path(record.output).name for record in report.done}
+    assert all(str(record.error).startswith(f"{tmp_path / 'in' / 'a.tif'}: ") for record in report.failed)
 
 
 def test_exif_without_the_name_of_a_next_directory() -> None:
@@ -301,7 +303,7 @@ def test_pages_are_counted_in_little_time() -> None:
     file = io.BytesIO(chained(*range(1, count), -1))
     start = time.process_time()
     assert tiff_directories.full_pages(file) == count
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(

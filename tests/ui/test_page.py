@@ -177,6 +177,7 @@ def test_progress_for_screen_readers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(working) > 1
     assert [text for _, _, text, *_ in working if isinstance(text, str)] == ["<p>Denoising a.jpg ...</p>"]
     assert all(bar.visible and 'aria-label="Progress"' in bar.value for *_, bar, _, _, _ in working)
+    assert all(cancel.visible for *_, cancel, _ in working)
     assert not ended[-4].visible
     page.close()
 
