@@ -8,19 +8,31 @@ the backend than on PyTorch's operations. If two backends are proven for an oper
 first. What the table says of other capabilities and dtypes stays. All results, and the checks, have to be of one commit
 and one GPU. They have to lie in the repository, for they are committed with the table.
 
+An entry has a digest of its kernel's sources (``kernel_sources.py``) at the commit that was measured; the repository
+has to have that commit. Kernels that have changed since are left out. When a kernel of the table changes, a test fails:
+measure it again, or take it out of the table with ``--drop``.
+
     benchmarks/gpu_check.sh benchmarks/results/gpu/h100
     python benchmarks/prove.py benchmarks/results/gpu/h100            # says what is proven and what not, and why
     python benchmarks/prove.py benchmarks/results/gpu/h100 --write
+    python benchmarks/prove.py --drop                                 # takes out kernels that have changed since
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import subprocess
 import sys
-from collections.abc import Iterable
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from kernel_sources import PATHS, digest
 
 from fastden.bench.operators import OPERATORS, job_name
 from fastden.ops.backends import NAMES
@@ -43,6 +55,8 @@ HEIGHTS = (256, 512, 1080, 2160)
 #: What ``fastden bench model`` wrote of calls of the smallest.
 CALLS = "model-256.json"
 Key = tuple[str, str, tuple[int, int], str]
+#: A file of results, and the digest of the sources that were measured.
+Entry = tuple[str, str]
 
 
 def unproven(status: dict[str, str], backend: str) -> list[str]:
@@ -156,26 +170,60 @@ def prove(
     return entries, notes
 
 
-def merged(entries: dict[Key, str], tried: Iterable[tuple[tuple[int, int], str]]) -> dict[Key, str]:
+@contextmanager
+def measured_sources(commit: str) -> Iterator[Path]:
+    """A folder with the kernels' sources at a commit.
+
+    Raises:
+        subprocess.CalledProcessError: the repository does not have it.
+    """
+    command = ["git", "-C", str(ROOT), "archive", commit, *PATHS]
+    archive = subprocess.run(command, check=True, capture_output=True).stdout
+    with TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
+        yield Path(folder)
+
+
+def changed(table: dict[Key, Entry]) -> list[Key]:
+    """The kernels of a table whose sources are no longer those that were measured."""
+    return [key for key, (_, measured) in table.items() if digest(ROOT, *key[:3]) != measured]
+
+
+def merged(entries: dict[Key, Entry], tried: Iterable[tuple[tuple[int, int], str]]) -> dict[Key, Entry]:
     """The table with ``entries`` in place of those of the capabilities and dtypes that were ``tried``."""
     tried = set(tried)
-    return {key: file for key, file in PROVEN.items() if key[2:] not in tried} | entries
+    return {key: entry for key, entry in PROVEN.items() if key[2:] not in tried} | entries
 
 
-def write(table: dict[Key, str], path: Path) -> None:
+def write(table: dict[Key, Entry], path: Path) -> None:
     head, _, _ = path.read_text(encoding="utf-8").partition("PROVEN:")
     # The order of backends stays: it is that of their times.
     ordered = sorted(table.items(), key=lambda entry: entry[0][1:])
-    lines = [f"    {key!r}: {file!r},".replace("'", '"') for key, file in ordered]
-    body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
-    path.write_text(f"{head}PROVEN: dict[tuple[str, str, tuple[int, int], str], str] = {body}\n", encoding="utf-8")
+    # Several lines for each, whatever their length: ruff leaves them so.
+    lines = [f"    {key!r}: (\n        {file!r},\n        {made_of!r},\n    ),\n" for key, (file, made_of) in ordered]
+    body = "{\n" + "".join(lines).replace("'", '"') + "}" if lines else "{}"
+    kind = "dict[tuple[str, str, tuple[int, int], str], tuple[str, str]]"
+    path.write_text(f"{head}PROVEN: {kind} = {body}\n", encoding="utf-8")
+
+
+def drop() -> None:
+    """Write the table without the kernels that have changed since they were measured."""
+    dropped = changed(PROVEN)
+    write({key: entry for key, entry in PROVEN.items() if key not in dropped}, TABLE)
+    print("\n".join(f"dropped: {key}" for key in dropped) or "nothing has changed")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Put what a GPU proved into the table of the automatic choice.")
-    parser.add_argument("results", type=Path, help="folder that gpu_check.sh wrote, in this repository")
+    parser.add_argument("results", type=Path, nargs="?", help="folder that gpu_check.sh wrote, in this repository")
     parser.add_argument("--write", action="store_true", help="rewrite the table; without it only say what would be")
+    parser.add_argument("--drop", action="store_true", help="only take out kernels that have changed since measured")
     arguments = parser.parse_args()
+    if arguments.drop == (arguments.results is not None):
+        parser.error("accepted: a folder of results, or --drop")
+    if arguments.drop:
+        drop()
+        return 0
     folder = arguments.results.resolve()
     if not folder.is_relative_to(ROOT):
         parser.error(f"{folder} lies outside {ROOT}; the results are committed with the table")
@@ -195,13 +243,23 @@ def main() -> int:
     if apart:
         print("nothing is proven:\n  " + "\n  ".join(apart), file=sys.stderr)
         return 1
-    entries, notes = prove(files, calls, [backend for backend, checks in lacking.items() if not checks])
+    found, notes = prove(files, calls, [backend for backend, checks in lacking.items() if not checks])
+    try:
+        with measured_sources(status["commit"]) as measured:
+            entries = {key: (file, digest(measured, *key[:3])) for key, file in found.items()}
+    except subprocess.CalledProcessError as error:
+        print(f"nothing is proven:\n  {error.stderr.decode().strip()}", file=sys.stderr)
+        return 1
+    for backend, operator, (major, minor), dtype in changed(entries):
+        del entries[backend, operator, (major, minor), dtype]
+        since = f"its sources have changed since {status['commit']}"
+        notes.append(f"{backend} {operator} {major}.{minor} {dtype}: {since}")
     print("\n".join(f"proven: {key}" for key in entries) or "nothing is proven")
     print("\n".join(f"left out: {note}" for note in notes))
     if arguments.write:
         tried = {
-            (tuple(map(int, found["machine"]["compute_capability"].split("."))), found["settings"]["dtype"])
-            for found in files.values()
+            (tuple(map(int, document["machine"]["compute_capability"].split("."))), document["settings"]["dtype"])
+            for document in files.values()
         }
         write(merged(entries, tried), TABLE)  # type: ignore[arg-type]
     return 0

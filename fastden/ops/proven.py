@@ -5,16 +5,44 @@ Written by ``benchmarks/prove.py``, not by hand.
 
 from __future__ import annotations
 
-#: (backend, operator, compute capability, dtype): the file of results, from the repository's root. If an operator has
-#: two backends, the faster one comes first.
-PROVEN: dict[tuple[str, str, tuple[int, int], str], str] = {
-    ("cuda", "bottleneck", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("triton", "bottleneck", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("cuda", "concat_conv_bn_relu", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("triton", "concat_conv_bn_relu", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("cuda", "head", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("triton", "head", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("cuda", "stem", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("triton", "stem", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
-    ("triton", "upsample", (9, 0), "bfloat16"): "benchmarks/results/h200/ops-2160.json",
+#: (backend, operator, compute capability, dtype): the file of results, from the repository's root, and a digest of the
+#: kernel's sources that were measured (``benchmarks/kernel_sources.py``). If an operator has two backends, the faster
+#: one comes first.
+PROVEN: dict[tuple[str, str, tuple[int, int], str], tuple[str, str]] = {
+    ("cuda", "bottleneck", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "c32552dfb15b",
+    ),
+    ("triton", "bottleneck", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "90a5c611c97c",
+    ),
+    ("cuda", "concat_conv_bn_relu", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "b518c3b0512e",
+    ),
+    ("triton", "concat_conv_bn_relu", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "f258b88e9a91",
+    ),
+    ("cuda", "head", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "1d4270c4d4b8",
+    ),
+    ("triton", "head", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "37484f404d46",
+    ),
+    ("cuda", "stem", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "8918e3c99671",
+    ),
+    ("triton", "stem", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "7266e9ddaf72",
+    ),
+    ("triton", "upsample", (9, 0), "bfloat16"): (
+        "benchmarks/results/h200/ops-2160.json",
+        "27ff58722ffd",
+    ),
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +58,21 @@ def documents(command: ModuleType, **triton: Any) -> dict[str, dict[str, Any]]:
         "eager": row(0.1, right=False),
     }
     return {f"ops-{height}.json": document(height, False, "upsample", contenders) for height in command.HEIGHTS}
+
+
+def results(command: ModuleType, commit: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Results and checks that prove Triton's upsample."""
+    found = documents(command) | {"model-256.json": calls()}
+    for one in found.values():
+        one["machine"]["commit"] = commit
+    status = {"commit": commit, "gpu": "NVIDIA H100", "model-256": "passed"}
+    status |= {f"ops-{height}": "failed" for height in command.HEIGHTS}
+    return found, status | dict.fromkeys(command.CHECKS["triton"], "passed")
+
+
+def write(folder: Path, found: dict[str, dict[str, Any]], status: dict[str, str]) -> None:
+    for name, content in (found | {"status.json": status}).items():
+        (folder / name).write_text(json.dumps(content))
 
 
 def test_right_and_faster_at_every_size(command: ModuleType) -> None:
@@ -118,23 +135,186 @@ def test_what_the_folder_of_a_gpu_proves(
     said: str,
 ) -> None:
     monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "measured_sources", lambda commit: nullcontext(tmp_path))
     monkeypatch.setattr(sys, "argv", ["prove.py", str(tmp_path)])
-    found = documents(command) | {"model-256.json": calls()}
-    status = {"commit": "c0ffee", "gpu": "NVIDIA H100", "model-256": "passed"}
-    status |= {f"ops-{height}": "failed" for height in command.HEIGHTS}
-    status |= dict.fromkeys(command.CHECKS["triton"], "passed")
+    found, status = results(command, "c0ffee")
     if change == "no calls":
         del found["model-256.json"]
     elif change == "another commit":
         found["model-256.json"]["machine"]["commit"] = "decaf"
     elif change == "a step that did not end":
         del status["model-256"]
-    for name, content in (found | {"status.json": status}).items():
-        (tmp_path / name).write_text(json.dumps(content))
+    write(tmp_path, found, status)
     assert command.main() == (0 if change in ("none", "no calls") else 1)
     out, err = capsys.readouterr()
     assert said in out + err
     assert ("proven: (" in out) == (change == "none")
+
+
+class Checkout:
+    """A repository with the kernels' sources at a commit, and an empty table."""
+
+    def __init__(self, root: Path, folder: Path, command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.command, self.monkeypatch = folder, command, monkeypatch
+        for path in command.PATHS:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (root / path).is_dir() else shutil.copy)(root / path, folder / path)
+        self.git("init", "--quiet")
+        self.git("add", ".")
+        self.git("commit", "--quiet", "--message", "kernels")
+        self.commit = self.git("rev-parse", "--short", "HEAD").strip()
+        self.table = folder / "proven.py"
+        shutil.copy(command.TABLE, self.table)
+        command.write({}, self.table)
+        monkeypatch.setattr(command, "ROOT", folder)
+        monkeypatch.setattr(command, "TABLE", self.table)
+
+    def git(self, *words: str) -> str:
+        command = ["git", "-C", str(self.folder), "-c", "user.name=a", "-c", "user.email=a@example.org", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        text = (self.folder / file).read_text()
+        assert old in text
+        (self.folder / file).write_text(text.replace(old, new))
+
+    def prove(self, *arguments: str) -> int:
+        """Call ``prove.py``."""
+        self.monkeypatch.setattr(self.command, "PROVEN", self.proven())
+        self.monkeypatch.setattr(sys, "argv", ["prove.py", *arguments])
+        return int(self.command.main())
+
+    def proven(self) -> dict[Any, Any]:
+        read: dict[str, Any] = {}
+        exec(self.table.read_text(), read)
+        return dict(read["PROVEN"])
+
+    def digests(self) -> dict[str, str]:
+        kernels = {"cuda": "csrc/*.cu", "triton": "kernels/[!_]*.py"}
+        return {
+            f"{backend} {path.stem}": self.command.digest(self.folder, backend, path.stem, (9, 0))
+            for backend, pattern in kernels.items()
+            for path in self.folder.glob(pattern)
+        }
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path, command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    return Checkout(root, tmp_path, command, monkeypatch)
+
+
+def test_what_is_proven_is_what_was_measured(checkout: Checkout, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results prove nothing of a kernel that has changed since, whether it is in the table by then or not."""
+    key, file = ("triton", "upsample", (9, 0), "bfloat16"), "results/ops-2160.json"
+    folder = checkout.folder / "results"
+    folder.mkdir()
+    write(folder, *results(checkout.command, checkout.commit))
+    measured = checkout.digests()["triton upsample"]
+    assert checkout.prove(str(folder), "--write") == 0
+    assert checkout.proven() == {key: (file, measured)}
+    assert checkout.command.changed(checkout.proven()) == []
+    assert checkout.prove("--drop") == 0
+    assert checkout.proven() == {key: (file, measured)}
+
+    checkout.replace("kernels/_tiles.py", "block_m = 128 if", "block_m = 256 if")
+    assert checkout.command.changed(checkout.proven()) == [key]
+    assert checkout.prove("--drop") == 0
+    assert checkout.proven() == {}
+    assert f"dropped: {key}\n" in capsys.readouterr().out
+    assert checkout.prove(str(folder), "--write") == 0
+    assert checkout.proven() == {}
+    reason = f"its sources have changed since {checkout.commit}\n"
+    assert f"nothing is proven\nleft out: triton upsample 9.0 bfloat16: {reason}" in capsys.readouterr().out
+
+    checkout.replace("kernels/_tiles.py", "block_m = 256 if", "block_m = 128 if")
+    assert checkout.prove(str(folder), "--write") == 0
+    assert checkout.proven() == {key: (file, measured)}
+
+
+def test_a_commit_that_is_not_there(checkout: Checkout, capsys: pytest.CaptureFixture[str]) -> None:
+    write(checkout.folder, *results(checkout.command, "c0ffee"))
+    assert checkout.prove(str(checkout.folder), "--write") == 1
+    told = capsys.readouterr().err
+    assert "nothing is proven:\n" in told
+    assert "c0ffee" in told
+    assert checkout.proven() == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("csrc/head.cu", "\n}", "\nint added;}", {"cuda head"}),
+        ("csrc/patch.cuh", "\n}", "\nint added;}", {"cuda head", "cuda stem"}),
+        # A header that a header includes.
+        ("csrc/tensor_map.cuh", "const", "", {"cuda bottleneck", "cuda concat_conv_bn_relu", "cuda concat_conv_fp8"}),
+        (
+            "csrc/convolution.cuh",
+            "#pragma once",
+            "",
+            {"cuda concat_conv_bn_relu", "cuda conv_bn_relu", "cuda upsample"},
+        ),
+        ("csrc/upsample.cu", "phases.kernel = 2", "phases.kernel = 0x2", {"cuda upsample"}),
+        ("csrc/bindings.cpp", "\n}", "\nint added;}", set()),
+        ("kernels/head.py", " + ", " - ", {"triton head"}),
+        ("kernels/stem.py", " + ", " - ", {"triton head", "triton stem"}),
+        # The default tiles, which the kernels' own files do not import all.
+        (
+            "kernels/_tiles.py",
+            "warps=8, stages=3",
+            "warps=4, stages=3",
+            {
+                f"triton {name}"
+                for name in ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "upsample", "weight_gradient")
+            },
+        ),
+        # Neither comments nor white space, and no docstrings.
+        ("csrc/convolution.cuh", "#pragma once", "#pragma  once  // of 'all' // headers\n/* once\n\"*/", set()),
+        ("csrc/upsample.cu", "Convolution phases = {};", "Convolution\n    phases={ /* = {1} */ } ;", set()),
+        ("kernels/_tiles.py", '"""Tiles', '"""Some tiles', set()),
+        ("kernels/_tiles.py", '    """Store', '    # A comment.\n\n    """It stores', set()),
+        ("kernels/_tiles.py", "(acc < 0.0, 0.0, acc)", "(\n        acc < 0.0, 0.0, acc,\n    )", set()),
+    ],
+)
+def test_which_change_is_one_of_a_kernel(checkout: Checkout, file: str, old: str, new: str, changed: set[str]) -> None:
+    before = checkout.digests()
+    checkout.replace(file, old, new)
+    after = checkout.digests()
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_flags_of_the_compiler_are_of_a_cuda_kernel(checkout: Checkout) -> None:
+    before = checkout.digests()
+    checkout.replace("fastden/cuda/build.py", '"-lineinfo"', '"-lineinfo", "--use_fast_math"')
+    after = checkout.digests()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.startswith("cuda ")} != set()
+
+
+def test_tokens_of_cuda(root: Path) -> None:
+    """Texts, operators and the lines of directives stay what they are."""
+    plain = load(root / "benchmarks" / "kernel_sources.py").plain_cuda
+    apart = [
+        'a = "x  // y";',
+        'a = "x // y";',
+        "a = b + +c;",
+        "a = b++ c;",
+        "int ab;",
+        "int a b;",
+        "#define A 1\nb",
+        "#define A 1 b",
+        "#define A (x)",
+        "#define A(x)",
+        "a = 1'000; // '",
+        "a = 1'0; b = '\"'; // \"",
+    ]
+    assert len(set(map(plain, apart))) == len(apart)
+    for one, other in (
+        ("a(b,c)", "a( b, // c\n  c )"),
+        ("#define A \\\n 1", "#define A 1"),
+        ("a = 1'000; // '", "a = 1'000;"),
+        ("a = '\"'; // \"", "a = '\"';"),
+    ):
+        assert plain(one) == plain(other)
 
 
 def test_all_sizes_are_needed(command: ModuleType) -> None:
@@ -202,7 +382,7 @@ def test_the_faster_of_two_is_first(command: ModuleType, tmp_path: Path) -> None
         entries, _ = command.prove(found, calls())
         table = tmp_path / "proven.py"
         table.write_text(command.TABLE.read_text())
-        command.write(entries, table)
+        command.write({key: (file, "c0ffee") for key, file in entries.items()}, table)
         read: dict[str, Any] = {}
         exec(table.read_text(), read)
         assert [key[0] for key in read["PROVEN"]] == order
@@ -228,20 +408,24 @@ def test_every_check_is_needed(command: ModuleType) -> None:
 def test_the_table_keeps_what_other_gpus_proved(
     command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    committed = command.PROVEN
-    old = {("triton", "head", (9, 0), "bfloat16"): "a.json", ("triton", "head", (8, 0), "bfloat16"): "b.json"}
+    proven = command.PROVEN
+    old = {
+        ("triton", "head", (9, 0), "bfloat16"): ("a.json", "c0ffee"),
+        ("triton", "head", (8, 0), "bfloat16"): ("b.json", "decaf"),
+    }
     monkeypatch.setattr(command, "PROVEN", old)
     entries, _ = command.prove(documents(command), calls())
     table = tmp_path / "proven.py"
     table.write_text(command.TABLE.read_text())
-    command.write(command.merged(entries, [((9, 0), "bfloat16")]), table)
+    new = {key: (file, "facade") for key, file in entries.items()}
+    command.write(command.merged(new, [((9, 0), "bfloat16")]), table)
     read: dict[str, Any] = {}
     exec(table.read_text(), read)
     assert read["PROVEN"] == {
-        ("triton", "head", (8, 0), "bfloat16"): "b.json",
-        ("triton", "upsample", (9, 0), "bfloat16"): "ops-2160.json",
+        ("triton", "head", (8, 0), "bfloat16"): ("b.json", "decaf"),
+        ("triton", "upsample", (9, 0), "bfloat16"): ("ops-2160.json", "facade"),
     }
-    command.write(committed, table)
+    command.write(proven, table)
     assert table.read_text() == command.TABLE.read_text()
 
 

@@ -16,6 +16,7 @@ from fastden import ops
 from fastden.cuda import extension
 from fastden.ops import backends
 from fastden.ops.backends import choose, requested, use_backend, why_not
+from tests.scripts import load
 
 
 @pytest.fixture
@@ -222,6 +223,15 @@ class TestAutomatic:
             assert backends.proven_backends("stem", torch.device("cuda"), torch.bfloat16) == proven
 
     def test_what_is_proven_has_its_results(self, root: Path) -> None:
-        for (backend, operator, _, _), file in backends.PROVEN.items():
+        for (backend, operator, _, _), (file, _) in backends.PROVEN.items():
             names = {result["name"].split()[0] for result in json.loads((root / file).read_text())["results"]}
             assert operator in names, (backend, file)
+
+    def test_what_is_proven_has_not_changed(self, root: Path) -> None:
+        """Results are those of the sources that were measured."""
+        changed = load(root / "benchmarks" / "prove.py").changed(backends.PROVEN)
+        assert not changed, (
+            "these kernels are not those that fastden/ops/proven.py has results of. Run benchmarks/gpu_check.sh on such"
+            " a GPU and benchmarks/prove.py on its results, or let the automatic choice leave them out:"
+            " python benchmarks/prove.py --drop"
+        )
