@@ -14,7 +14,7 @@ from torch import Tensor
 from fastden.algebra import fold_batch_norm
 from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
-from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
+from fastden.ops._gradients import conv_gradients, first_derivative_only, kind_of, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops._recompute import Recipe
 from fastden.ops.batch_norm import BatchNorm, check_values, update_running_statistics, vectors
@@ -123,7 +123,7 @@ class Conv(torch.autograd.Function):
         else:  # stride 1, no residual
             y = operators.concat_conv_bn_relu(a, b, weight, bias, relu, padding)
         ctx.save_for_backward(a, b, weight, y if relu else None)
-        ctx.settings = stride, padding, ways(backend)
+        ctx.settings = stride, padding, ways(backend, kind_of(b, stride))
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -166,7 +166,7 @@ class ConvBatchNorm(torch.autograd.Function):
         # Without a residual, raw gives the sign of the ReLU's input, so the gradient's kernels read one tensor less.
         result = None if residual is None else y
         ctx.save_for_backward(*_recompute.save(a), b, weight, bn_weight, bn_bias, raw, result, mean, rstd)
-        ctx.settings = stride, padding, ways("triton")
+        ctx.settings = stride, padding, ways("triton", kind_of(b, stride))
         ctx.relu = relu
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, unbiased)

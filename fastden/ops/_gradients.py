@@ -4,9 +4,24 @@ On kernels, the gradient of an input is a convolution of the result's gradient w
 kernels compute it. For stride 1, the weight is reversed and transposed. For stride 2, the four phases of a transposed
 convolution compute it. The gradient of a weight has its own operator (:mod:`fastden.ops.weight_gradient`).
 
-The backend ``triton`` uses kernels. The backend ``cuda`` has no kernels for gradients and uses PyTorch's. The
-environment variable ``FASTDEN_BACKWARD`` overrides this: ``aten`` or ``kernels`` for all gradients, ``input=aten`` or
-``weight=aten`` (separated by commas) for those of inputs or weights. It is not measured yet which is faster on a GPU.
+The backend ``triton`` takes, for each kind of convolution, the way that was faster on an H200 (:data:`DEFAULT`). The
+backend ``cuda`` has no kernels for gradients and uses PyTorch's. The environment variable ``FASTDEN_BACKWARD``
+overrides this: ``aten`` or ``kernels`` for all gradients, ``input=aten`` or ``weight=aten`` (separated by commas) for
+those of inputs or weights.
+
+Measured are both ways for each block in a training step in bfloat16, 64 crops of 128 pixels (``kernels`` in the step
+on Triton, ``aten`` in the one on PyTorch), and each weight's gradient alone at 512 x 768. Not measured, but predicted:
+
+- The step by :data:`DEFAULT` as a whole. With ``kernels`` for all gradients the GPU computes 10.05 ms. The sums of the
+  table say 7.8 ms: 2.0 less for weights, 0.2 less for inputs.
+- Two sources. PyTorch's step computes one gradient of the concatenation. Here each source has its own call, so nothing
+  is concatenated. For the channels of conv3, the two calls together have as many of cuDNN's tiles as the one.
+- float32, float16, and GPUs other than 9.0. They have the same defaults, because cuDNN is tuned for all of them, and
+  the tiles of the Triton kernel of weights are tuned for none.
+
+Memory does not depend on the way: with Triton's forward pass, a step on the H200 held 1206 MiB at its peak with
+``aten`` (``benchmarks/results/h200/train-aten.json``, of an earlier commit) and 1210 MiB with ``kernels``.
+``kernels`` give the same bits at every call. cuDNN does so under ``torch.use_deterministic_algorithms``.
 """
 
 from __future__ import annotations
@@ -36,15 +51,47 @@ class Ways(NamedTuple):
     weight: str
 
 
+# Milliseconds of the H200, kernels / aten. "step": benchmarks/results/h200/train-profile.json, backward passes of the
+# forms "triton" and "composed". "alone": benchmarks/results/h200/ops-gradients.json.
+#
+#                       input, step     weight, step    weight, alone
+#   stem                                0.163 / 0.342   0.070 / 0.452
+#   res1                0.106 / 0.131   0.260 / 0.143
+#   res2                0.033 / 0.040   0.094 / 0.055
+#   res3                0.223 / 0.248   0.410 / 0.174   0.173 / 0.091   its three convolutions
+#   conv2               0.111 / 0.052   0.141 / 0.056   0.054 / 0.033
+#   conv3               0.526 / 0.351   1.054 / 0.409   0.386 / 0.180
+#   up2                 0.032 / 0.042   0.102 / 0.098   0.031 / 0.029
+#   head                0.102 / 0.392   1.573 / 0.668   0.214 / 0.070   alone: of the features' weight
+#
+# Inputs of blocks: aten adds the gradient of the residual in a pass of its own, which is counted here. Four launches of
+# the kernels take 0.139, 0.044 and 0.292 ms. One of them computes the forward ``expand`` again: 24 % of their bytes,
+# which are taken off. Weights of the head: without 0.101 ms in which cuDNN changed the layout of the image and of the
+# gradient; both ways get them channels-last. The weight of the features has 16 taps in aten's step, 9 here and alone.
+# Not measured: gradients of images (of the stem and the head), which training does not need.
+#: How the backend ``triton`` computes the gradients of each kind of convolution.
+DEFAULT = {
+    "stem": Ways(input="kernels", weight="kernels"),
+    "convolution": Ways(input="kernels", weight="aten"),  # stride 1: blocks
+    "strided convolution": Ways(input="aten", weight="aten"),  # conv2
+    "two sources": Ways(input="aten", weight="aten"),  # conv3
+    "upsample": Ways(input="kernels", weight="aten"),  # up2
+    "head": Ways(input="kernels", weight="aten"),
+}
+
+
 @constant_result
-def ways(backend: str) -> Ways:
-    """How gradients are computed after a forward pass on ``backend``.
+def ways(backend: str, kind: str) -> Ways:
+    """How the gradients of a convolution are computed after its forward pass on ``backend``.
+
+    Args:
+        backend: ``triton`` or ``cuda``.
+        kind: of :data:`DEFAULT`.
 
     Raises:
         ValueError: FASTDEN_BACKWARD is malformed.
     """
-    default = "kernels" if backend == "triton" else "aten"
-    chosen = {"input": default, "weight": default}
+    chosen = DEFAULT[kind]._asdict() if backend == "triton" else {"input": "aten", "weight": "aten"}
     text = os.environ.get(ENVIRONMENT, "")
     for part in filter(None, text.split(",")):
         name, _, way = part.rpartition("=")
@@ -53,6 +100,13 @@ def ways(backend: str) -> Ways:
             raise ValueError(f"{ENVIRONMENT}: {text!r}; accepted: {accepted}")
         chosen.update({name: way} if name else dict.fromkeys(chosen, way))
     return Ways(**chosen)
+
+
+def kind_of(b: Tensor | None, stride: int) -> str:
+    """The kind, of :data:`DEFAULT`, of a convolution of one source or two."""
+    if b is not None:
+        return "two sources"
+    return "convolution" if stride == 1 else "strided convolution"
 
 
 def conv_gradients(
@@ -114,6 +168,7 @@ def upsample_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input and the weight of a transposed convolution of kernel 4, stride 2, padding 1."""
     grad_x = grad_weight = None
+    x = channels_last(x)
     aten = [needed[0] and ways.input == "aten", needed[1] and ways.weight == "aten", False]
     if any(aten):
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -130,6 +185,8 @@ def upsample_gradients(
 def _aten(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, of_input: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
+    # cuDNN takes channels-last if x or the weight has it. Images do not, and then the gradient would be copied, too.
+    x = channels_last(x)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [of_input, of_weight, False]
     )[:2]

@@ -150,7 +150,7 @@ class BottleneckBatchNorm(torch.autograd.Function):
                 saved += recipe[:3]
         y = torch.ops.fastden.batch_norm_affine(*recipe, x, True)
         ctx.save_for_backward(*_recompute.save(x), y, reduce, conv, expand, *affine, *saved, mean, rstd)
-        ctx.ways = ways("triton")
+        ctx.ways = ways("triton", "convolution")
         ctx.mark_non_differentiable(*statistics)
         return (y, *statistics)
 

@@ -207,7 +207,7 @@ class Head(torch.autograd.Function):
         ctx.save_for_backward(features, x, weight, image_weight)
         ctx.add_to_input = add_input and image is None
         ctx.image_shape = None if image is None else image.shape
-        ctx.composed, ctx.ways, ctx.bias_dtype = composed, ways(backend), bias.dtype
+        ctx.composed, ctx.ways, ctx.bias_dtype = composed, ways(backend, "head"), bias.dtype
         return OPERATORS[backend].head(features, x, weight, image_weight, bias, image, add_input, clamp, composed)
 
     @staticmethod
@@ -235,7 +235,7 @@ def _feature_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the features and of their weight. Taps that are always zero in a composed weight get no gradient."""
     wanted = (needed[0], False, needed[1])
-    if not composed or "aten" in ways:
+    if not composed or ways.input == "aten":
         phases = channels_last(F.pixel_unshuffle(grad, 2))
         grad_features, _none, grad_weight = conv_gradients(wanted, phases, features, None, weight, 1, 1, ways)
         return grad_features, grad_weight

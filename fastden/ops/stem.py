@@ -120,7 +120,7 @@ class Stem(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, backend: str) -> Tensor:
         y = OPERATORS[backend].stem(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, y if relu else None)
-        ctx.ways = ways(backend)
+        ctx.ways = ways(backend, "stem")
         ctx.bias_dtype = bias.dtype
         return y
 

@@ -71,7 +71,7 @@ class Upsample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.ways = ways(backend)
+        ctx.ways = ways(backend, "upsample")
         ctx.bias_dtype = None if bias is None else bias.dtype
         return OPERATORS[backend].upsample(x, weight, bias)
 

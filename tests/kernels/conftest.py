@@ -30,6 +30,15 @@ def nothing_proven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def gradients_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default PyTorch computes most gradients after Triton's forward pass; tests here are of the kernels.
+
+    Those of the default and of other ways set the variable anew.
+    """
+    monkeypatch.setenv("FASTDEN_BACKWARD", "kernels")
+
+
+@pytest.fixture(autouse=True)
 def exact_products() -> Iterator[None]:
     """On a GPU kernels and references multiply in float32; TF32 errs by about 3e-4."""
     before = torch.backends.cudnn.allow_tf32

@@ -123,6 +123,60 @@ def test_head(device: str, size: tuple[int, int], composed: bool) -> None:
         assert relative_l2(found[name], value) < 1e-5, name
 
 
+#: None is the default, by kinds of convolutions.
+CHOICES = (None, "aten", "input=aten", "weight=aten")
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, backward: str | None) -> None:
+    if backward is None:
+        monkeypatch.delenv("FASTDEN_BACKWARD")
+    else:
+        monkeypatch.setenv("FASTDEN_BACKWARD", backward)
+
+
+def cases(device: str, batch: int) -> dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], dict[str, Any]]]:
+    """Each kind of convolution; the images are contiguous, as the network's input is."""
+    conv = {"x": random(device, batch, 6, 9, 7), "weight": random(device, 8, 6, 3, 3)}
+    two = {
+        "a": random(device, batch, 6, 5, 7),
+        "b": random(device, batch, 3, 5, 7),
+        "weight": random(device, 8, 9, 3, 3),
+    }
+    upsample = {"x": random(device, batch, 6, 5, 7), "weight": random(device, 6, 4, 4, 4)}
+    image = random(device, batch, 4, 10, 14)
+    stem = {"x": image, "weight": random(device, 4, 5, 4, 7, 7), "bias": random(device, 4, 5)}
+    shapes = (6, 4, 5, 5), (6,), (5, 7, 4, 4), (7,), (3, 13, 3, 3), (3,)
+    composed = algebra.compose_head(*(torch.randn(shape) for shape in shapes))
+    head = {
+        "features": random(device, batch, 5, 3, 5),
+        "x": image,
+        **{name: getattr(composed, name).to(device) for name in ("weight", "image_weight", "bias")},
+    }
+    return {
+        "convolution": (ops.conv_bn_relu, conv, {"padding": 1}),
+        "strided convolution": (ops.conv_bn_relu, conv, {"padding": 1, "stride": 2}),
+        "two sources": (ops.concat_conv_bn_relu, two, {}),
+        "upsample": (ops.upsample, upsample, {}),
+        "stem": (ops.stem, stem, {}),
+        "head": (ops.head, head, {"composed": True}),
+        "head that is not composed": (ops.head, head, {}),
+    }
+
+
+@pytest.mark.parametrize("backward", CHOICES)
+@pytest.mark.parametrize("name", cases("cpu", 0))
+def test_every_choice(device: str, monkeypatch: pytest.MonkeyPatch, name: str, backward: str | None) -> None:
+    function, tensors, options = cases(device, 2)[name]
+    expected = gradients(function, tensors, "torch", torch.float32, **options)
+    choose(monkeypatch, backward)
+    found = gradients(function, tensors, "triton", torch.float32, **options)
+    if name == "head":  # the others get no gradient, or one that composing drops
+        used = tensors["weight"] != 0
+        expected["weight"], found["weight"] = expected["weight"] * used, found["weight"] * used
+    for key, value in expected.items():
+        assert relative_l2(found[key], value) < 1e-5, key
+
+
 # One pixel a step and one step a loop give the largest number of runs, each of several loops.
 NARROW = WeightGradientConfig(block_m=16, block_n=16, block_k=16, loop=2, warps=4, stages=2)
 

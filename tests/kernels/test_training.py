@@ -216,11 +216,18 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backward", [None, "aten", "weight=aten"])
-def test_what_a_training_step_runs(device: str, monkeypatch: pytest.MonkeyPatch, backward: str | None) -> None:
-    """A step runs on kernels alone, without PyTorch's own convolutions, unless they are asked for."""
-    if backward is not None:
+def choose_gradients(monkeypatch: pytest.MonkeyPatch, backward: str | None) -> None:
+    """Set FASTDEN_BACKWARD; None is the default, by kinds of convolutions."""
+    if backward is None:
+        monkeypatch.delenv("FASTDEN_BACKWARD")
+    else:
         monkeypatch.setenv("FASTDEN_BACKWARD", backward)
+
+
+@pytest.mark.parametrize("backward", [None, "kernels", "aten", "weight=aten", "input=kernels"])
+def test_what_a_training_step_runs(device: str, monkeypatch: pytest.MonkeyPatch, backward: str | None) -> None:
+    """The forward pass runs on kernels alone, and the gradients where they are faster, unless one way is asked for."""
+    choose_gradients(monkeypatch, backward)
     model = random_network(composed=True).to(device).train()
     x = torch.rand(1, 3, 10, 14, device=device)
     with ops.use_backend("triton"), Calls() as forward:
@@ -230,17 +237,25 @@ def test_what_a_training_step_runs(device: str, monkeypatch: pytest.MonkeyPatch,
     with ops.use_backend("triton"), Calls() as calls:
         loss.backward()
     own = {name.removeprefix("fastden::"): count for name, count in calls.count.items() if "fastden::" in name}
-    # Nine in three blocks, conv2, conv3, up2, the head's two, and the stem.
-    if backward is None:
+    # Nine in three blocks, conv2, conv3, up2, the head's two, and the stem. conv3 and the head have two inputs, but
+    # nothing needs the gradient of the image. Each block computes a convolution again.
+    if backward == "kernels":
         assert (own["weight_gradient"], own["weight_gradient_stem"]) == (14, 1)
+        assert (own["conv_bn_relu"], own["upsample"]) == (9 + 3 + 2 + 1 + 1, 1)
         # Of the whole step: the gradients of composing the weights are matrix products.
         assert not [name for name in calls.count if "conv" in name and "fastden::" not in name]
     elif backward == "aten":
+        assert not {"weight_gradient", "weight_gradient_stem", "upsample"} & set(own)
+        assert own["conv_bn_relu"] == 3
+        # conv3 has one call for each source, the stem one for each region.
+        assert calls.count["aten::convolution_backward"] == 9 + 1 + 2 + 1 + 2 + 4
+    else:  # what is not named stays as by default
+        inputs, weights = backward == "input=kernels", backward == "weight=aten"
         assert "weight_gradient" not in own
-        assert calls.count["aten::convolution_backward"] > 12
-    else:
-        assert "weight_gradient" not in own
-        assert own["conv_bn_relu"] > 10
+        assert own.get("weight_gradient_stem", 0) == (not weights)
+        # On PyTorch by default: the inputs of conv2 and conv3.
+        assert (own["conv_bn_relu"], own.get("upsample", 0)) == (9 + 3 + 1 + 1 + 2 * inputs, inputs)
+        assert calls.count["aten::convolution_backward"] == 9 + 1 + 2 + 1 + 2 + 4 * weights
 
 
 def test_a_malformed_choice_of_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +263,18 @@ def test_a_malformed_choice_of_gradients(device: str, monkeypatch: pytest.Monkey
     x, weight = torch.randn(1, 2, 3, 3, device=device), torch.randn(2, 2, 1, 1, device=device)
     with pytest.raises(ValueError, match=r"FASTDEN_BACKWARD: 'input=cudnn'; accepted: aten, kernels, or input="):
         ops.conv_bn_relu(x, weight, backend="triton")
+
+
+@pytest.mark.parametrize("backward", [None, "aten", "input=aten", "weight=aten"])
+def test_a_block_of_every_choice(device: str, monkeypatch: pytest.MonkeyPatch, backward: str | None) -> None:
+    """It stores little, and makes the sources of its weights' gradients again."""
+    both = pair(device)
+    other = copy.deepcopy(both)
+    x = torch.randn(2, 3, 5, 6, device=device)
+    expected = gradients(both, x, "torch")
+    choose_gradients(monkeypatch, backward)
+    for name, value in gradients(other, x, "triton").items():
+        assert relative_l2(value, expected[name]) < 1e-4, name
 
 
 def test_second_derivatives_are_refused(device: str) -> None:
