@@ -236,12 +236,12 @@ def _feature_gradients(
     """Gradients of the features and of their weight. Taps that are always zero in a composed weight get no gradient."""
     wanted = (needed[0], False, needed[1])
     if not composed or ways.input == "aten":
-        phases = channels_last(F.pixel_unshuffle(grad, 2))
+        phases = _unshuffled(grad)
         grad_features, _none, grad_weight = conv_gradients(wanted, phases, features, None, weight, 1, 1, ways)
         return grad_features, grad_weight
     # Pixels 2 i - 1 (phase 1 of i - 1) and 2 i (phase 0 of i) both read the features i - 1, i and i + 1. Grouped like
     # this, all pixels are the result of a 3x3 convolution: 9 taps instead of 16.
-    pixels = channels_last(F.pixel_unshuffle(F.pad(grad, (1, 1, 1, 1)), 2))
+    pixels = _unshuffled(F.pad(grad, (1, 1, 1, 1)))
     taps = weight.unflatten(0, (-1, 2, 2))  # K, p, q, M, 4, 4
     rows = torch.stack([taps[:, 1, ..., 1:, :], taps[:, 0, ..., :3, :]], 1)
     merged = torch.stack([rows[:, :, 1, ..., 1:], rows[:, :, 0, ..., :3]], 2).flatten(0, 2)
@@ -253,3 +253,13 @@ def _feature_gradients(
         F.pad(parts[:, 1 - p, 1 - q], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)
     ]  # phase 0 has its taps first, phase 1 last
     return grad_features, torch.stack(back, 1).flatten(0, 1)
+
+
+def _unshuffled(x: Tensor) -> Tensor:
+    """``F.pixel_unshuffle(x, 2)``, channels-last, in one copy instead of two.
+
+    PyTorch 2.13's function gives an empty batch the shape of ``x``.
+    """
+    batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2
+    pairs = x.reshape(batch, channels, height, 2, width, 2).permute(0, 2, 4, 1, 3, 5)
+    return channels_last(pairs.reshape(batch, height, width, 4 * channels).permute(0, 3, 1, 2))

@@ -177,6 +177,18 @@ def test_every_choice(device: str, monkeypatch: pytest.MonkeyPatch, name: str, b
         assert relative_l2(found[key], value) < 1e-5, key
 
 
+@pytest.mark.parametrize("backward", [*CHOICES, "kernels"])
+@pytest.mark.parametrize("name", cases("cpu", 0))
+def test_every_choice_of_an_empty_batch(
+    device: str, monkeypatch: pytest.MonkeyPatch, name: str, backward: str | None
+) -> None:
+    function, tensors, options = cases(device, 0)[name]
+    choose(monkeypatch, backward)
+    for key, value in gradients(function, tensors, "triton", torch.float32, **options).items():
+        assert value.shape == tensors[key].shape
+        assert not value.any(), key
+
+
 # One pixel a step and one step a loop give the largest number of runs, each of several loops.
 NARROW = WeightGradientConfig(block_m=16, block_n=16, block_k=16, loop=2, warps=4, stages=2)
 
