@@ -11,8 +11,8 @@
 #   tests      the kernels' tests, and compute-sanitizer on small cases and on those where a block does several tiles,
 #              of Triton and of CUDA, all at the same time: nothing is timed                           3 to 4 minutes
 #   operators  each operator against its rivals at four sizes                                          3 to 4 minutes
-#   network    a training step against its rivals; tiles of conv3; gradients, by operator and on PyTorch's own; how busy
-#              the tensor cores are (ncu); a compiled training step; max-autotune                     8 to 15 minutes
+#   network    a training step against its rivals; tiles of conv3; gradients, by operator, all on Triton's kernels and all on
+#              PyTorch's; how busy the tensor cores are (ncu); a compiled training step; max-autotune 8 to 15 minutes
 #   proof      what prove.py asks for, in the shortest time: "first" and "tests" at the same time, meanwhile
 #              torch.compile fills its cache; then calls of the network, "operators", the network   7 to 9 minutes
 #   tune       searches tiles into FOLDER/tuned.json, which the parts run on from then on. Users do not have that file:
@@ -336,14 +336,20 @@ part_network() {
     bench train-graphs 60 "$training" train --size 128 128 --batch 64 --compare channels_last --graphs
     run train-profile 90 "$python" benchmarks/train_profile.py --json "$out/train-profile.json"
     run conv3-tiles 40 "$python" benchmarks/conv3_tiles.py --json "$out/conv3-tiles.json"
-    local whole=(ops --backward --only stem,bottleneck,conv_bn_relu,concat_conv_bn_relu,upsample,head --size 1080 1920
-        --compare channels_last,eager --energy 0)
-    bench ops-backward 150 "$training" "${whole[@]}"
     bench ops-gradients 60 "$training" ops --backward --only weight_gradient,batch_norm --size 512 768 \
         --compare channels_last,eager --energy 0
-    # The same with PyTorch's own gradients of convolutions.
-    FASTDEN_BACKWARD=aten bench train-aten 60 "$training" train --size 128 128 --batch 64 --compare channels_last
-    FASTDEN_BACKWARD=aten bench ops-backward-aten 150 "$training" "${whole[@]}"
+    # Triton's gradients of convolutions are the default where they were faster. The same with all of them on its kernels,
+    # and with all on PyTorch's: without the host's part, and the memory; then by operator, without what is slowest.
+    local way whole=(ops --backward --only stem,bottleneck,conv_bn_relu,concat_conv_bn_relu,upsample,head
+        --size 512 768 --compare channels_last --energy 0)
+    for way in kernels aten; do
+        FASTDEN_BACKWARD=$way bench "train-$way" 60 "$training" train --size 128 128 --batch 64 \
+            --compare channels_last --graphs
+    done
+    bench ops-backward 100 "$training" "${whole[@]}"
+    for way in kernels aten; do
+        FASTDEN_BACKWARD=$way bench "ops-backward-$way" 100 "$training" "${whole[@]}"
+    done
     if command -v ncu >/dev/null; then
         # How busy each of the CUDA kernels keeps the tensor cores, in a single pass of the network, at the clocks that it
         # finds.

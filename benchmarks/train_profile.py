@@ -7,7 +7,10 @@ autocast, float32 weights with random numbers, statistics of the batch. Its form
 - composed: stem and head composed, on PyTorch's kernels;
 - composed_search: the same, where cuDNN times its algorithms for each shape in the first step
   (``torch.backends.cudnn.benchmark``) and takes the fastest, instead of guessing it;
-- triton: composed, on Triton's kernels and their gradients.
+- triton: composed, on Triton's kernels, with the gradients of convolutions that are the default there;
+- triton_kernels, triton_aten: the same with all of these gradients on Triton's kernels, or all on PyTorch's. Block by
+  block, they say what the default (``fastden/ops/_gradients.py``) should take. In
+  ``benchmarks/results/h200/train-profile.json``, ``triton`` is what is ``triton_kernels`` now.
 
 For each form:
 
@@ -17,13 +20,14 @@ For each form:
 - each kernel, by the block and the pass that started it and by the operator. A kernel of the backward pass belongs to
   the block in whose forward pass autograd recorded its operation.
 
-    python benchmarks/train_profile.py --json train-profile.json     # some 20 seconds once Triton has compiled
+    python benchmarks/train_profile.py --json train-profile.json     # some 30 seconds once Triton has compiled
     python benchmarks/train_profile.py --device cpu --batch 1 --size 32 32 --steps 1    # operators instead of kernels
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -46,9 +50,12 @@ from fastden.bench.tables import write
 from fastden.bench.timing import Replay
 from fastden.network import model as network
 from fastden.network.model import Denoiser
+from fastden.ops._gradients import ENVIRONMENT
 from fastden.ops.backends import use_backend
 
-FORMS = ("plain", "composed", "composed_search", "triton")
+FORMS = ("plain", "composed", "composed_search", "triton", "triton_kernels", "triton_aten")
+#: FASTDEN_BACKWARD of a form; the others have the default.
+GRADIENTS = {"triton_kernels": "kernels", "triton_aten": "aten"}
 #: Begins the names of ranges in the profile.
 RANGE = "block: "
 EVALUATED = "autograd::engine::evaluate_function: "
@@ -88,7 +95,7 @@ def make_step(form: str, device: torch.device, batch: int, size: tuple[int, int]
     torch.manual_seed(0)
     model = Denoiser(composed=form != "plain").to(device).train().to(memory_format=torch.channels_last)
     x = torch.rand(batch, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
-    backend = "triton" if form == "triton" else "torch"
+    backend = "triton" if form.startswith("triton") else "torch"
 
     def step() -> tuple[Tensor | None, ...]:
         model.zero_grad(set_to_none=True)
@@ -148,6 +155,16 @@ def _parent(event: Any, prefix: str) -> Any:
     while event is not None and not event.name.startswith(prefix):
         event = event.cpu_parent
     return event
+
+
+@contextmanager
+def gradients_of(form: str) -> Iterator[None]:
+    """FASTDEN_BACKWARD as the form has it, whatever it is outside."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop(ENVIRONMENT, None)
+        if form in GRADIENTS:
+            os.environ[ENVIRONMENT] = GRADIENTS[form]
+        yield
 
 
 def clock(call: Callable[[], Any], device: torch.device, times: int) -> float:
@@ -250,7 +267,8 @@ def main() -> int:
     failed = False
     for form in forms:
         try:
-            result = profiled(form, device, arguments.batch, tuple(arguments.size), arguments.steps)
+            with gradients_of(form):
+                result = profiled(form, device, arguments.batch, tuple(arguments.size), arguments.steps)
         except Exception as error:  # the other forms are worth their time
             failed = True
             result = {"error": f"{type(error).__name__}: {error}"}

@@ -48,7 +48,7 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     environment = stand_ins(tmp_path / "bin", log, failing="bench train") | {"ARCHIVE": str(archive)}
     done = gpu_check(root, environment, out)
     assert done.returncode == 1
-    trains = ("train", "train-graphs", "train-aten", "train-compile")
+    trains = ("train", "train-graphs", "train-kernels", "train-aten", "train-compile")
     failures = "".join(f"failed: {name} (failed)\n" for name in trains)
     assert done.stdout.endswith(failures), done.stdout + done.stderr
     status = json.loads((out / "status.json").read_text())
@@ -92,12 +92,12 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     tools = [word for line in asked for word in line.split() if word in ("memcheck", "racecheck", "synccheck")]
     assert sorted(tools) == ["memcheck"] * 3 + ["racecheck"] * 3 + ["synccheck"] * 3  # of Triton, CUDA, and fp8
     benches = [line.split()[2:] for line in asked if line.startswith("-m fastden bench")]
-    gradients = ["train", "train", "ops", "ops", "train", "ops", "train"]
+    gradients = ["train", "train", "ops", "train", "train", "ops", "ops", "ops", "train"]
     assert [bench[1] for bench in benches] == ["model"] * 3 + ["ops"] * 4 + gradients + ["model"]
     heights = {bench[bench.index("--size") + 1] for bench in benches if bench[1] == "ops" and "--backward" not in bench}
     assert heights == set(map(str, prove.HEIGHTS))
     own = [bench[bench.index("--backends") + 1] for bench in benches]
-    assert own == ["torch,triton,cuda"] * 7 + ["torch,triton"] * 7 + ["torch,triton,cuda"]
+    assert own == ["torch,triton,cuda"] * 7 + ["torch,triton"] * 9 + ["torch,triton,cuda"]
     for bench in benches:
         # The command knows every option: it fails only because it finds no GPU.
         fails(*bench, saying="finds no CUDA device")
@@ -271,7 +271,7 @@ def test_gpu_check_measures_what_users_have_by_default(root: Path, tmp_path: Pat
     python.write_text(python.read_text().replace('"$@"', '"${FASTDEN_BACKWARD-}:${FASTDEN_BACKEND-}: $@"'))
     assert gpu_check(root, environment, tmp_path / "out", "network").returncode == 0
     own = [line.partition(" ")[0] for line in log.read_text().splitlines() if "-m fastden bench" in line]
-    assert sorted(own) == ["::"] * 6 + ["aten::"] * 2
+    assert sorted(own) == ["::"] * 6 + ["aten::"] * 2 + ["kernels::"] * 2
 
 
 @pytest.mark.parametrize("installed", ["this checkout", "another one", "none"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from fastden.ops._gradients import DEFAULT, Ways, ways
 from tests.scripts import load
 
 BLOCKS = {"res1", "conv2", "res2", "up2", "conv3", "res3", "loss"}
@@ -98,3 +100,16 @@ def test_the_network_keeps_its_form(script: Any) -> None:
         with script.blocks(model):
             got = step()
         assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
+
+
+def test_forms_differ_in_their_gradients(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the caller's environment says."""
+    monkeypatch.setenv("FASTDEN_BACKWARD", "input=aten")
+    found = {}
+    for form in script.FORMS:
+        with script.gradients_of(form):
+            found[form] = ways("triton", "convolution")
+    assert found.pop("triton_kernels") == Ways("kernels", "kernels")
+    assert found.pop("triton_aten") == Ways("aten", "aten")
+    assert set(found.values()) == {DEFAULT["convolution"]}
+    assert os.environ["FASTDEN_BACKWARD"] == "input=aten"
