@@ -28,7 +28,7 @@ class ConvConfig:
 
 
 #: Tiles that a GPU showed to be the fastest, used from :data:`ONE_WAVE` pixels on: by compute capability, dtype,
-#: channels of both sources, output channels and kernel. conv3 on an H200, 540 x 960: 0.632 ms, and 0.814 ms with the
+#: channels of both sources, output channels and kernel. conv3 on an H200, 540 x 960: 0.658 ms, and 0.851 ms with the
 #: tile of :func:`config_for` (benchmarks/results/h200/conv3-tiles.json).
 MEASURED = {
     ((9, 0), torch.bfloat16, 128, 32, 256, 3): ConvConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
