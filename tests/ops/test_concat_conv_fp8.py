@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastden import ops
 from fastden.cuda import extension, limits
 from fastden.ops import backends
-from fastden.ops.concat_conv_fp8 import rounded
+from fastden.ops.concat_conv_fp8 import rounded, rounded_factors
 from tests.helpers import relative_l2
 
 
@@ -59,6 +60,27 @@ def test_channels_have_their_own_steps() -> None:
     assert relative_l2(y, expected(given["a"], given["b"], given["weight"], given["bias"])) < 2**-4
     y = ops.concat_conv_fp8(**(given | changed | {"ranges": torch.ones(48)}))
     assert relative_l2(y, expected(given["a"], given["b"], given["weight"], given["bias"])) > 2**-4
+
+
+class QuotientsOfCuda(TorchDispatchMode):
+    """Division by a number as PyTorch does it on CUDA: times the reciprocal (``div_true_kernel_cuda``)."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.div.Tensor and isinstance(args[1], float):
+            return args[0] * torch.tensor(args[1], dtype=args[0].dtype).reciprocal()
+        return function(*args, **(kwargs or {}))
+
+
+def test_codes_do_not_depend_on_how_a_device_divides() -> None:
+    """The kernel divides by 448, and its codes are compared with these."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 160, 11, 17).half(), (torch.randn(64, 160, 3, 3) / 38).half()
+    ranges = x.float().abs().amax((0, 2, 3))
+    with QuotientsOfCuda():
+        assert not torch.equal(ranges / 448.0, ranges / ranges.new_full((), 448.0))
+        found = rounded_factors(x, weight, ranges)
+    for one, expected in zip(found, rounded_factors(x, weight, ranges), strict=True):
+        assert torch.equal(one, expected)
 
 
 def test_large_values_are_limited() -> None:
