@@ -75,7 +75,8 @@ template <int kRow>
 constexpr int kTapsOfStage = kRow == 32 ? kLargestKernel : 1;
 
 // Whether products of T are summed with few bits. Those of e4m3 are: Hopper keeps about 14 bits of such a sum
-// (DeepSeek-V3's technical report, section 3.3.2). The larger a sum is already, the more bits of an addend are lost.
+// (DeepSeek-V3's technical report, section 3.3.2; bit for bit in MMA-Sim, https://arxiv.org/abs/2511.10909). The larger
+// a sum is already, the more bits of an addend are lost.
 template <typename T>
 constexpr bool kSumsAreShort = sizeof(T) == 1;
 

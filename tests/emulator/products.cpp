@@ -12,27 +12,35 @@ namespace {
 
 // Of e4m3, as integers: of sums and products in units of 2^-18, of factors in units of 2^-9, which divide them all.
 constexpr float kUnit = 512.0f;
-constexpr int kSumBits = 14;
+constexpr int kFractionBits = 13;
+constexpr int kLeastExponent = 3;  // of a factor in units of 2^-9: subnormal numbers have 2^-6
 
-// sum + a b, all cut to kSumBits bits from the first bit of the largest on, and then the result once more.
+int exponent(uint64_t magnitude) {
+    return 63 - __builtin_clzll(magnitude);  // not of 0
+}
+
+// `value` without the bits below 2^(top - kFractionBits): it is cut, not rounded.
+int64_t cut(int64_t value, int top) {
+    const int64_t sign = value >> 63, mask = -(int64_t{1} << std::max(top - kFractionBits, 0));
+    return ((((value ^ sign) - sign) & mask) ^ sign) - sign;
+}
+
+// sum + a b: all addends are cut to kFractionBits behind the largest exponent, and then the result behind its own. A
+// product is not normalised: its exponent is the sum of its factors'.
 float short_sum(float sum, const int32_t* a, const int32_t* b, int depth) {
     int64_t terms[33];
-    uint64_t any = 0;
-    for (int k = 0; k < depth; ++k) terms[k] = static_cast<int64_t>(a[k]) * b[k];
+    int top = 0;
+    for (int k = 0; k < depth; ++k) {
+        terms[k] = static_cast<int64_t>(a[k]) * b[k];
+        if (terms[k] == 0) continue;
+        const int one = std::max(exponent(std::abs(a[k])), kLeastExponent);
+        top = std::max(top, one + std::max(exponent(std::abs(b[k])), kLeastExponent));
+    }
     terms[depth] = static_cast<int64_t>(static_cast<double>(sum) * kUnit * kUnit);
-    for (int k = 0; k <= depth; ++k) any |= std::abs(terms[k]);
-    const auto kept = [](uint64_t largest) {
-        const int bits = largest == 0 ? 0 : 64 - __builtin_clzll(largest);
-        return -(int64_t{1} << std::max(bits - kSumBits, 0));
-    };
-    const auto cut = [](int64_t value, int64_t mask) {
-        const int64_t sign = value >> 63;
-        return ((((value ^ sign) - sign) & mask) ^ sign) - sign;
-    };
-    const int64_t mask = kept(any);
+    if (terms[depth] != 0) top = std::max(top, exponent(std::abs(terms[depth])));
     int64_t total = 0;
-    for (int k = 0; k <= depth; ++k) total += cut(terms[k], mask);
-    total = cut(total, kept(std::abs(total)));
+    for (int k = 0; k <= depth; ++k) total += cut(terms[k], top);
+    if (total != 0) total = cut(total, exponent(std::abs(total)));
     return static_cast<float>(static_cast<double>(total) / (kUnit * kUnit));
 }
 
