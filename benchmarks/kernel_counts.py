@@ -457,13 +457,10 @@ CUDA = (
         # Weights stay in shared memory from tile to tile.
         "(kMarginPixels + kPixels) * 256 * 2",
     ),
-    convolution("conv2, warps of 64 x 32", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128),
-    convolution("conv2", "conv_bn_relu", (256, 128, 4, 2, 4), 9, 128),
+    convolution("conv2", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128),
     convolution("up2", "upsample", (128, 32, 4, 1, 4), 4, 128),
-    convolution("conv2 on 8.0, warps of 64 x 32", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128, "8.0"),
-    convolution("conv2 on 8.0", "conv_bn_relu", (256, 128, 4, 2, 4), 9, 128, "8.0"),
-    convolution("conv3 on 8.0, warps of 64 x 32", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 160, "8.0"),
-    convolution("conv3 on 8.0", "conv_bn_relu", (128, 256, 2, 4, 4), 9, 160, "8.0"),
+    convolution("conv2 on 8.0", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 128, "8.0"),
+    convolution("conv3 on 8.0", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 160, "8.0"),
     # Of a multiprocessor with 100 KiB of shared memory.
     convolution("conv3 on 8.6, four stages", "conv_bn_relu", (128, 128, 2, 4, 4), 9, 160, "8.6"),
     convolution("conv3 on 8.6, three stages", "conv_bn_relu", (128, 128, 2, 4, 3), 9, 160, "8.6"),

@@ -248,45 +248,16 @@ Status launch_stages(const ConvolutionProblem& problem, cudaStream_t stream) {
     return launch_convolution<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>(problem, stream);
 }
 
-// Of shared memory of a multiprocessor: 8.0, 9.0 and 10.0 have 164 KiB and more, 8.6, 8.9 and 12.0 have 100 KiB.
-constexpr int kMuchSharedBytes = 160 << 10;
-
-// Whether multiprocessors have much shared memory, and tiles of kRows x kColumns are enough for all of them.
-template <typename T, int kRows, int kColumns, int kWarpsDown, int kWarpsAcross>
-cudaError_t pays(bool* result, const ConvolutionProblem& problem) {
-    using Tile = ConvolutionTile<T, kRows, kColumns, kWarpsDown, kWarpsAcross, kStages>;
-    static_assert(Tile::kBlocksDown * 16 == 64 && Tile::kBlocksAcross * 8 == 64);
-    static_assert(Tile::kSharedBytes + kReservedBytes <= kMuchSharedBytes);
-    int shared_bytes = 0, multiprocessors = 0;
-    cudaError_t error = device_attribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    if (error == cudaSuccess) error = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
-    const int64_t tiles = (problem.pixels + kRows - 1) / kRows * divide_up(problem.arguments.outputs, kColumns);
-    *result = shared_bytes >= kMuchSharedBytes && tiles >= multiprocessors;
-    return error;
-}
-
 // Few output channels use narrower tiles, so that no products are computed for channels that do not exist. Registers
 // bound the number of 128 x 128 blocks to two. Two blocks of 128 x 64 fit everywhere.
 //
-// A multiprocessor with much shared memory has fast matrix units, too: on compute capability 8.0 they make 8 products
-// for each byte that goes through shared memory in this time, and a tile of 128 x 128 in warps of 64 x 32 needs one
-// byte for 8. In warps of 64 x 64, a tile twice as large needs one byte for 11.6, and three quarters of the bytes from
-// the level-2 cache (benchmarks/results/kernel_counts.json).
+// Tiles of 256 x 128 need fewer bytes, but leave room for one block: conv2 at 2160 x 3840 took 0.617 ms on an H200 in
+// place of 0.523, because nothing multiplies while the warps of a lone block wait (docs/kernel_counts.md).
 template <typename T>
 Status launch_convolution_for(const ConvolutionProblem& problem, cudaStream_t stream) {
     const int outputs = problem.arguments.outputs;
     if (outputs <= 32) return launch_stages<T, 128, 32, 4, 1, 3>(problem, stream);
     if (outputs <= 64) return launch_convolution<T, 128, 64, 4, 2, kStages>(problem, stream);
-    bool large = false;
-    if (divide_up(outputs, 128) % 2 == 0) {
-        const cudaError_t error = pays<T, 128, 256, 2, 4>(&large, problem);
-        if (error != cudaSuccess) return error;
-        if (large) return launch_convolution<T, 128, 256, 2, 4, kStages>(problem, stream);
-    } else {
-        const cudaError_t error = pays<T, 256, 128, 4, 2>(&large, problem);
-        if (error != cudaSuccess) return error;
-        if (large) return launch_convolution<T, 256, 128, 4, 2, kStages>(problem, stream);
-    }
     return launch_stages<T, 128, 128, 2, 4, 2>(problem, stream);
 }
 

@@ -75,9 +75,8 @@ def test_bytes_of_shared_memory_a_product(counts: Any, root: Path) -> None:
     flags.append(f"-I{root / 'tests' / 'emulator'}")
     kernels = {kernel.layer: kernel for kernel in counts.CUDA if kernel.moved}
     for layer, moved, products in (
-        ("conv2, warps of 64 x 32", 64 * (128 + 128 + 8 * (64 + 32)), 128 * 128 * 32),
-        ("conv2", 64 * (256 + 128 + 8 * (64 + 64)), 256 * 128 * 32),
-        ("conv3 on 8.0", 64 * (128 + 256 + 8 * (64 + 64)), 128 * 256 * 32),
+        ("conv2", 64 * (128 + 128 + 8 * (64 + 32)), 128 * 128 * 32),
+        ("conv3 on 8.0", 64 * (128 + 128 + 8 * (64 + 32)), 128 * 128 * 32),
         ("up2", 64 * (128 + 32 + 4 * (32 + 32)), 128 * 32 * 32),
     ):
         names = dict(zip(("moved", "products"), kernels[layer].moved, strict=True))
