@@ -44,7 +44,7 @@ CPU_FLAGS = (
 
 
 def collect(*, paths: bool = True) -> dict[str, Any]:
-    """Versions, system, CPU, PyTorch, GPUs, CUDA extension, image library, models and backends, as plain JSON types.
+    """Versions, system, CPU, PyTorch, GPUs, CUDA extension, image library, models, backends and choice, as JSON types.
 
     A part that fails is ``{"error": "..."}``. Each backend has ``available`` and ``why_not``, a list of reasons.
 
@@ -63,6 +63,7 @@ def collect(*, paths: bool = True) -> dict[str, Any]:
     }
     report = {name: _guarded(section) for name, section in sections.items()}
     report["backends"] = _guarded(lambda: _backends(report))
+    report["automatic choice here"] = _guarded(_automatic)
     if not paths and isinstance(report["system"], dict):
         report["system"].pop("python", None)
     return report
@@ -240,6 +241,52 @@ def _why_not_triton() -> list[str]:
     from fastden.ops.backends import BACKENDS, unavailable
 
     return next(unavailable(backend) for backend in BACKENDS if backend.name == "triton")
+
+
+def _automatic() -> dict[str, str]:
+    """What each GPU's operators run on where nobody names a backend, by dtype, and why some backends are left out."""
+    import torch
+
+    from fastden.ops import backends
+
+    asked = os.environ.get(backends.ENVIRONMENT)
+    if asked:
+        return {"all": f"{backends.ENVIRONMENT}={asked} leaves no choice"}
+    found = {"cpu": "torch"}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found |= _automatic_on(torch.device("cuda", index))
+    return found
+
+
+def _automatic_on(device: Any) -> dict[str, str]:
+    import torch
+
+    from fastden.ops import backends
+    from fastden.ops.proven import PROVEN
+
+    operators = dict.fromkeys(operator for _, operator, _, _ in PROVEN)
+    found: dict[str, str] = {}
+    left_out: dict[str, list[str]] = {}
+    for dtype in backends.KERNEL_DTYPES:
+        chosen: dict[str, list[str]] = {}
+        for operator in operators:
+            for name in backends.proven_backends(operator, device, dtype):
+                if name not in left_out:
+                    entry = next(backend for backend in backends.BACKENDS if backend.name == name)
+                    left_out[name] = backends.unavailable(entry) or backends.why_left_out(name, device)
+                if not left_out[name]:
+                    chosen.setdefault(name, []).append(operator)
+                    break
+        if chosen:
+            told = [f"{name}: {', '.join(names)}" for name, names in chosen.items()]
+            label = str(dtype).removeprefix("torch.")
+            found[f"{device} {label}"] = "; ".join([*told, "torch: all else, and training"])
+    for name, reasons in left_out.items():
+        if reasons:
+            found[f"{device} not {name}"] = "; ".join(reasons)
+    major, minor = torch.cuda.get_device_capability(device)
+    measured = f"no kernel is proven faster on compute capability {major}.{minor}"
+    return found or {str(device): f"torch: {measured}"}
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ def tools(monkeypatch: pytest.MonkeyPatch, folder: Path, scripts: dict[str, str]
 
 def test_report_is_complete_and_plain() -> None:
     report = json.loads(json.dumps(info.collect()))
-    assert set(report) == {"versions", "system", "cpu", "torch", "gpu", "extension", "images", "models", "backends"}
+    sections = {"versions", "system", "cpu", "torch", "gpu", "extension", "images", "models", "backends"}
+    assert set(report) == {*sections, "automatic choice here"}
     assert "error" not in {key for section in report.values() if isinstance(section, dict) for key in section}
     assert report["versions"]["torch"].startswith(report["torch"]["version"].split("+")[0])
     assert {"jpeg", "png", "tiff", "webp"} <= set(report["images"]["formats"])
@@ -61,6 +62,51 @@ def test_triton_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> 
     report["torch"]["devices"].append("cuda:0 Some GPU")
     monkeypatch.setattr("fastden.ops.backends._installed", lambda name: True)
     assert info._backends(report)["triton"] == {"available": True, "why_not": []}
+
+
+def test_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen on a GPU, and why not something faster."""
+    from fastden.cuda import extension
+
+    for module in ("torch.cuda.is_available", "fastden.ops.backends._has_compiler"):
+        monkeypatch.setattr(module, lambda: True)
+    monkeypatch.delenv("FASTDEN_BACKEND", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("fastden.ops.backends.interpreted", lambda: False)
+    entries = [("cuda", "stem"), ("triton", "stem"), ("triton", "upsample")]
+    proven = {(backend, operator, (9, 0), "bfloat16"): ("a.json", "") for backend, operator in entries}
+    for module in ("backends", "proven"):
+        monkeypatch.setattr(f"fastden.ops.{module}.PROVEN", proven)
+    monkeypatch.setattr("fastden.ops.backends._installed", lambda name: True)
+    monkeypatch.setattr(extension, "why_not", list)
+    monkeypatch.setattr(extension, "missing", lambda: False)
+    reason = ""
+    monkeypatch.setattr("fastden.ops.backends.why_not_started", lambda device: reason)
+    all_else = "torch: all else, and training"
+    assert info._automatic() == {
+        "cpu": "torch",
+        "cuda:0 bfloat16": f"cuda: stem; triton: upsample; {all_else}",
+    }
+    reason = "OSError: read-only"
+    assert info._automatic() == {
+        "cpu": "torch",
+        "cuda:0 bfloat16": f"cuda: stem; {all_else}",
+        "cuda:0 not triton": "Triton cannot start (OSError: read-only)",
+    }
+    monkeypatch.setattr(extension, "why_not", lambda: ["not built"])
+    assert info._automatic() == {
+        "cpu": "torch",
+        "cuda:0 not cuda": "not built",
+        "cuda:0 not triton": "Triton cannot start (OSError: read-only)",
+    }
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    assert info._automatic()["cuda:0"] == "torch: no kernel is proven faster on compute capability 8.0"
+    monkeypatch.setenv("FASTDEN_BACKEND", "triton")
+    assert info._automatic() == {"all": "FASTDEN_BACKEND=triton leaves no choice"}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1 / 0)
+    monkeypatch.delenv("FASTDEN_BACKEND")
+    assert info.collect()["automatic choice here"] == {"error": "ZeroDivisionError: division by zero"}
 
 
 def test_the_onednn_form_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

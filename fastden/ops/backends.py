@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastden.ops._triton_start import why_not_started
 from fastden.ops.proven import PROVEN
 from fastden.ops.tensors import wants_gradient
 from fastden.ops.tracing import autocast_enabled, constant_result, transform_active
@@ -289,25 +290,39 @@ def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor 
     if not proven or batch_statistics or wants_gradient(*tensors.values()) or transform_active():
         return "torch"
     for name in proven:
-        if _can_run(operator, name, tensors):
+        if _can_run(operator, name, first.device, tensors):
             return name
     return "torch"
 
 
 @constant_result
-def left_out(name: str) -> bool:
-    """Whether the automatic choice leaves a backend out, because it could not run before or has no compiler."""
+def left_out(name: str, device: torch.device) -> bool:
+    """Whether the automatic choice leaves a backend out, though nothing is wrong with the inputs."""
+    return bool(why_left_out(name, device))
+
+
+def why_left_out(name: str, device: torch.device) -> list[str]:
+    """Why the automatic choice leaves a backend out on a device: it could not run before, or does not start there.
+
+    Who asks for the backend gets its own error instead.
+    """
     if name == "triton":
-        return not (interpreted() or _has_compiler())
+        if interpreted():  # for tests on a CPU; a picture on a GPU would take hours
+            return ["TRITON_INTERPRET=1 is set"] if device.type == "cuda" else []
+        if not _has_compiler():
+            return ["Triton finds no C compiler, or no Python.h"]
+        reason = why_not_started(device) if device.type == "cuda" else ""
+        return [f"Triton cannot start ({reason})"] if reason else []
     if name != "cuda":
-        return False
+        return []
     from fastden.cuda import extension
 
-    return extension.missing()
+    # Not its reasons: to look again reads all sources, and may start nvcc.
+    return ["the extension could not be loaded before"] if extension.missing() else []
 
 
-def _can_run(operator: str, name: str, tensors: dict[str, Tensor | None]) -> bool:
-    if left_out(name):
+def _can_run(operator: str, name: str, device: torch.device, tensors: dict[str, Tensor | None]) -> bool:
+    if left_out(name, device):
         return False
     if not torch.compiler.is_compiling():
         return not why_not(operator, name, batch_statistics=False, **tensors)

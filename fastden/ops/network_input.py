@@ -35,7 +35,9 @@ def can_prepare(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
 def _chosen(x: Tensor, level: Tensor | None, dtype: torch.dtype) -> bool:
     # A benchmark's job measures curves (fastden/bench/preparation.py). Without one, PyTorch has less to do.
     curves = level is not None and level.dim() == 2
-    return curves and "triton" in proven_backends("network_input", x.device, dtype) and not left_out("triton")
+    if not curves or "triton" not in proven_backends("network_input", x.device, dtype):
+        return False
+    return not left_out("triton", x.device)
 
 
 def network_input(

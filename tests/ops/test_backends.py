@@ -35,6 +35,13 @@ def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
 
 
+def starts_triton(monkeypatch: pytest.MonkeyPatch, reason: str = "") -> None:
+    """As on a GPU where Triton is not interpreted, and starts unless there is a reason."""
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(backends, "_has_compiler", lambda: True)
+    monkeypatch.setattr(backends, "why_not_started", lambda device: reason)
+
+
 @pytest.mark.usefixtures("anything_goes")
 class TestPrecedence:
     def test_the_reference_by_itself(self, x: torch.Tensor) -> None:
@@ -149,7 +156,7 @@ class TestAutomatic:
         monkeypatch.setattr(extension, "_reasons", [])  # another test may have looked for it
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
-        monkeypatch.setattr(backends, "_has_compiler", lambda: True)
+        starts_triton(monkeypatch)
         assert choose("stem", None, x=OnGpu()) == "triton"  # type: ignore[arg-type]
         assert choose("upsample", None, x=OnGpu()) == "cuda"  # type: ignore[arg-type]
         assert choose("head", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
@@ -171,6 +178,21 @@ class TestAutomatic:
             monkeypatch.setattr(backends, "_has_compiler", lambda compiler=compiler: compiler)
             assert choose("stem", None, x=x) == wanted
             assert choose("stem", "triton", x=x) == "triton"
+
+    def test_triton_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is left out on that GPU, where it would end the call."""
+        cuda = torch.device("cuda", 0)
+        starts_triton(monkeypatch, "PermissionError: [Errno 13] /root/.triton")
+        assert backends.why_left_out("triton", cuda) == [
+            "Triton cannot start (PermissionError: [Errno 13] /root/.triton)"
+        ]
+        assert backends.left_out("triton", cuda)
+        assert not backends.left_out("triton", torch.device("cpu"))
+        starts_triton(monkeypatch)
+        assert not backends.left_out("triton", cuda)
+        monkeypatch.setattr(backends, "interpreted", lambda: True)
+        assert backends.why_left_out("triton", cuda) == ["TRITON_INTERPRET=1 is set"]
+        assert not backends.left_out("triton", torch.device("cpu"))
 
     @pytest.mark.parametrize(
         ("programs", "cc", "header", "wanted"),

@@ -29,7 +29,9 @@ def test_automatic_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(operator, "why_not", lambda operator, backend, **tensors: [])
     monkeypatch.setattr(operator, "wants_gradient", lambda *tensors: False)
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
     monkeypatch.setattr(backends, "_has_compiler", lambda: True)
+    monkeypatch.setattr(backends, "why_not_started", lambda device: "")
     assert operator.can_prepare(image, curve, torch.bfloat16)
     assert not operator.can_prepare(image, curve, torch.float16)
     assert not operator.can_prepare(torch.rand(1, 3, 8, 8), torch.rand(1, 8), torch.bfloat16)
@@ -41,8 +43,7 @@ def test_automatic_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     with ops.use_backend("triton"):
         for level in (None, curve, level_map):
             assert operator.can_prepare(image, level, torch.bfloat16)
-    monkeypatch.setattr(backends, "_has_compiler", lambda: False)
-    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(backends, "why_not_started", lambda device: "OSError: read-only")
     assert not operator.can_prepare(image, curve, torch.bfloat16)
 
 
