@@ -8,6 +8,8 @@ the backend than on PyTorch's operations. If two backends are proven for an oper
 first. What the table says of other capabilities and dtypes stays. All results, and the checks, have to be of one commit
 and one GPU. They have to lie in the repository, for they are committed with the table.
 
+The table also has the shapes of the weights that the operators were measured with: for others, nothing is chosen.
+
 An entry has a digest of its kernel's sources (``kernel_sources.py``) at the commit that was measured; the repository
 has to have that commit. Kernels that have changed since are left out. When a kernel of the table changes, a test fails:
 measure it again, or take it out of the table with ``--drop``.
@@ -34,7 +36,7 @@ from typing import Any
 
 from kernel_sources import PATHS, digest
 
-from fastden.bench.operators import OPERATORS, job_name
+from fastden.bench.operators import OPERATORS, job_name, weight_shapes
 from fastden.ops.backends import NAMES
 from fastden.ops.proven import PROVEN
 
@@ -196,14 +198,22 @@ def merged(entries: dict[Key, Entry], tried: Iterable[tuple[tuple[int, int], str
 
 
 def write(table: dict[Key, Entry], path: Path) -> None:
-    head, _, _ = path.read_text(encoding="utf-8").partition("PROVEN:")
+    head, _, rest = path.read_text(encoding="utf-8").partition("PROVEN:")
+    comment = "#:" + rest.partition("#:")[2].partition("SHAPES:")[0]
     # The order of backends stays: it is that of their times.
     ordered = sorted(table.items(), key=lambda entry: entry[0][1:])
     # Several lines for each, whatever their length: ruff leaves them so.
     lines = [f"    {key!r}: (\n        {file!r},\n        {made_of!r},\n    ),\n" for key, (file, made_of) in ordered]
     body = "{\n" + "".join(lines).replace("'", '"') + "}" if lines else "{}"
     kind = "dict[tuple[str, str, tuple[int, int], str], tuple[str, str]]"
-    path.write_text(f"{head}PROVEN: {kind} = {body}\n", encoding="utf-8")
+    operators = sorted({operator for _, operator, _, _ in table} & OPERATORS.keys())
+    shapes = "".join(
+        f'    "{operator}": [\n' + "".join(f"        {one!r},\n" for one in weight_shapes(operator)) + "    ],\n"
+        for operator in operators
+    )
+    of_shapes = "SHAPES: dict[str, list[tuple[tuple[int, ...], ...]]] = "
+    of_shapes += f"{{\n{shapes}}}" if shapes else "{}"
+    path.write_text(f"{head}PROVEN: {kind} = {body}\n{comment}{of_shapes}\n", encoding="utf-8")
 
 
 def drop() -> None:

@@ -31,6 +31,10 @@ OPERATORS = {
     "upsample": ("up2",),
     "head": ("head",),
 }
+#: What the fused network calls the weights of a part, in the order of the operator's arguments, where not as the part.
+WEIGHTS = {"head": ("head", "head_image")} | {
+    part: tuple(f"{part}_{name}" for name in ("reduce", "conv", "expand")) for part in OPERATORS["bottleneck"]
+}
 #: Inputs of at most so many channels are images, with or without noise level; the others are feature maps.
 IMAGE_CHANNELS = 4
 
@@ -97,6 +101,19 @@ class Case:
 def job_name(operator: str, part: str) -> str:
     """What the results call an operator at a part of the network."""
     return operator if len(OPERATORS[operator]) == 1 else f"{operator} {part}"
+
+
+def weight_shapes(operator: str) -> list[tuple[tuple[int, ...], ...]]:
+    """The shapes of an operator's weights, without biases, at each of its parts; as ``fastden/ops/proven.py`` has them.
+
+    They are those of the models for colours with a noise level, such as ``color``, by which kernels are proven.
+    """
+    fused = fuse(Denoiser())
+    shapes = [
+        tuple(tuple(getattr(fused, f"{name}_weight").shape) for name in WEIGHTS.get(part, (part,)))
+        for part in OPERATORS[operator]
+    ]
+    return list(dict.fromkeys(shapes))
 
 
 def choose(text: str | None, training: bool = False) -> list[str]:

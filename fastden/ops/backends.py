@@ -4,8 +4,10 @@ The backend of an operator is the one that its ``backend`` argument names. Witho
 innermost :func:`use_backend`; else that of the environment variable ``FASTDEN_BACKEND``; else the automatic choice. If
 a requested backend cannot run, the operator raises an error with every backend's reasons. It never uses another backend
 silently. The automatic choice uses a kernel only if committed results from a GPU show that it is correct and faster
-(:mod:`fastden.ops.proven`). These results are of inference: with gradients, batch statistics or a transform of
-``torch.func`` it is ``torch``.
+(:mod:`fastden.ops.proven`). These results are of the fused network's inference: folded weights of its own shapes,
+without gradients. For all else the automatic choice is ``torch``: with batch normalisation, other shapes, gradients or
+autocast, and where PyTorch's operations are recorded or transformed (``torch.func``, ``torch.export``,
+``torch.jit.trace``, ``FlopCounterMode``).
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import torch
 from torch import Tensor
 
 from fastden.ops._triton_start import why_not_started
-from fastden.ops.proven import PROVEN
+from fastden.ops.modes import runs_as_written
+from fastden.ops.proven import PROVEN, SHAPES
 from fastden.ops.tensors import wants_gradient
-from fastden.ops.tracing import autocast_enabled, constant_result, transform_active
+from fastden.ops.tracing import autocast_enabled, constant_result, exporting, transform_active
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ ENVIRONMENT = "FASTDEN_BACKEND"
 #: The package of Triton's kernels, with one module for each operator but these.
 KERNELS = "fastden.kernels"
 CUDA_ONLY = ("concat_conv_fp8",)
+#: What the operators call weights, but biases. All other inputs are pictures.
+WEIGHTS = ("weight", "image_weight", "reduce", "conv", "expand")
 
 _scoped: ContextVar[str | None] = ContextVar("fastden_backend", default=None)
 #: What :func:`_ask_traced` found last.
@@ -101,13 +106,22 @@ def requested() -> str | None:
     return _known(name, ENVIRONMENT) if name else None
 
 
-def choose(operator: str, backend: str | None, *, batch_statistics: bool = False, **tensors: Tensor | None) -> str:
+def choose(
+    operator: str,
+    backend: str | None,
+    *,
+    batch_statistics: bool = False,
+    as_measured: bool = True,
+    **tensors: Tensor | None,
+) -> str:
     """Name of the backend that ``operator`` runs on.
 
     Args:
         operator: name of the operator.
         backend: the backend that the caller requests, or None.
         batch_statistics: whether the operator must normalise with the statistics of the batch.
+        as_measured: whether all that is not in ``tensors`` is as in the fused network: no batch normalisation, and
+            the same settings. Otherwise the automatic choice is ``torch``.
         **tensors: the inputs, by the names of the operator's arguments.
 
     Raises:
@@ -117,7 +131,7 @@ def choose(operator: str, backend: str | None, *, batch_statistics: bool = False
     """
     name = requested() if backend is None else _known(backend, "backend")
     if name is None:
-        return _automatic(operator, batch_statistics, tensors)
+        return _automatic(operator, as_measured and not batch_statistics, tensors)
     if name == "torch":
         return name
     if torch.compiler.is_compiling():
@@ -149,7 +163,8 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
     wide = {
         name for name, tensor in present.items() if name.endswith(("bias", "ranges")) and tensor.dtype == torch.float32
     }
-    dtypes = {_as_run(tensor) for name, tensor in present.items() if name not in wide}
+    found = {(tensor.dtype, tensor.device.type): tensor for name, tensor in present.items() if name not in wide}
+    dtypes = set(map(_as_run, found.values()))  # of each kind once: eight calls of a pass ask
     if not dtypes <= set(entry.dtypes):
         reasons.append(f"dtype {_names(dtypes)}; accepted: {_names(entry.dtypes)}")
     elif len(dtypes) > 1:
@@ -283,11 +298,13 @@ def _of_first_call(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None
     return seen
 
 
-def _automatic(operator: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
+def _automatic(operator: str, as_measured: bool, tensors: dict[str, Tensor | None]) -> str:
     first = next(tensor for tensor in tensors.values() if tensor is not None)
     proven = proven_backends(operator, first.device, _as_run(first))
-    # What is proven is inference.
-    if not proven or batch_statistics or wants_gradient(*tensors.values()) or transform_active():
+    # What is proven is inference. A trace of torch.jit would record comparisons of sizes: it is asked for first.
+    if not proven or not as_measured or wants_gradient(*tensors.values()) or _recorded(tensors):
+        return "torch"
+    if not _measured(operator, tensors):
         return "torch"
     for name in proven:
         if _can_run(operator, name, first.device, tensors):
@@ -332,18 +349,65 @@ def _can_run(operator: str, name: str, device: torch.device, tensors: dict[str, 
     return _answered()
 
 
+def _measured(operator: str, tensors: dict[str, Tensor | None]) -> bool:
+    """Whether weights and biases are like those that were measured: the fused network's, in the dtype of its inputs.
+
+    A fused network has a bias everywhere, in float32. A network that is not fused has biases in the dtype of its
+    weights, or none, or autocast converts its weights at each call.
+    """
+    weights = []
+    run = None
+    for name, tensor in tensors.items():
+        if name.endswith("bias"):
+            if tensor is None or tensor.dtype != torch.float32:
+                return False
+        elif tensor is not None:
+            run = run or _as_run(tensor)
+            if tensor.dtype != run:
+                return False
+            if name in WEIGHTS:
+                weights.append(tuple(tensor.shape))
+    return tuple(weights) in measured_shapes(operator)
+
+
+@constant_result
+def measured_shapes(operator: str) -> list[tuple[tuple[int, ...], ...]]:
+    """The shapes of all weights of an operator, for each of its places in the network that was measured."""
+    return SHAPES.get(operator, [])
+
+
+def _recorded(tensors: dict[str, Tensor | None]) -> bool:
+    """Whether this call is transformed, counted or saved to be run elsewhere, which needs PyTorch's operations.
+
+    Code that ``torch.compile`` traces runs here, in this process.
+    """
+    if torch.compiler.is_compiling():
+        return exporting() or transform_active()
+    return not runs_as_written(*tensors.values())
+
+
 @constant_result
 def proven_backends(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """The backends that results of a GPU show right and faster there, the fastest first."""
     # PyTorch for AMD's GPUs calls them "cuda", and an MI200 has the numbers of an H100 (9, 0).
     if not PROVEN or device.type != "cuda" or torch.version.hip:
         return []
-    capability = torch.cuda.get_device_capability(device)
-    fastest = [name for name in NAMES if (name, operator, capability, _names([dtype])) in PROVEN]
-    if len(fastest) > 1:
-        order = list(PROVEN)
-        fastest.sort(key=lambda name: order.index((name, operator, capability, _names([dtype]))))
-    return fastest
+    if device.index is None:  # the current one, which may be another one next time
+        return list(_proven_on(operator, None, dtype))
+    return list(_proven_on_index(operator, device.index, dtype))
+
+
+def _proven_on(operator: str, index: int | None, dtype: torch.dtype) -> tuple[str, ...]:
+    listed = [key for key in PROVEN if key[1] == operator and key[3] == _names([dtype])]
+    # Fake tensors are on CUDA devices where there are none.
+    if not listed or not torch.cuda.is_available():
+        return ()
+    capability = torch.cuda.get_device_capability(index)
+    return tuple(key[0] for key in listed if key[2] == capability)  # the table has the fastest first
+
+
+#: A call of the network asks eight times, and each time took 9 to 15 microseconds of the host's.
+_proven_on_index = cache(_proven_on)
 
 
 def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:

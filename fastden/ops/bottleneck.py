@@ -61,7 +61,13 @@ def bottleneck(
         for index, size in enumerate((middle, middle, channels)):
             check_shape(names[index], biases[index], size)
             check_batch_norm(f"bns[{index}]", bns[index], size)
-    backend = choose("bottleneck", backend, batch_statistics=batch_statistics(*bns), **tensors)
+    backend = choose(
+        "bottleneck",
+        backend,
+        batch_statistics=batch_statistics(*bns),
+        as_measured=bns == (None, None, None),
+        **tensors,
+    )
     if backend != "torch":
         if all(bn is not None and bn.training for bn in bns) and biases == (None, None, None):
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)

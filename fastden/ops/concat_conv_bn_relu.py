@@ -46,7 +46,10 @@ def concat_conv_bn_relu(
     """
     check_convolution({"a": a, "b": b}, weight, bias, bn, None, 1, padding)
     tensors = {"a": a, "b": b, "weight": weight, "bias": bias}
-    backend = choose("concat_conv_bn_relu", backend, batch_statistics=batch_statistics(bn), **tensors)
+    plain = bn is None and relu and padding == 1
+    backend = choose(
+        "concat_conv_bn_relu", backend, batch_statistics=batch_statistics(bn), as_measured=plain, **tensors
+    )
     if backend != "torch":
         a, b, weight = in_autocast(a, b, weight)
         return convolve(a, b, weight, bias, bn, None, relu, 1, padding, backend)

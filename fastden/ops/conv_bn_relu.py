@@ -47,7 +47,9 @@ def conv_bn_relu(
     """
     check_convolution({"x": x}, weight, bias, bn, residual, stride, padding)
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    backend = choose("conv_bn_relu", backend, batch_statistics=batch_statistics(bn), **tensors)
+    backend = choose(
+        "conv_bn_relu", backend, batch_statistics=batch_statistics(bn), as_measured=bn is None and relu, **tensors
+    )
     if backend != "torch":
         x, weight, residual = in_autocast(x, weight, residual)
         return convolve(x, None, weight, bias, bn, residual, relu, stride, padding, backend)

@@ -66,7 +66,8 @@ def head(
     k = image_weight.shape[0]
     if not add_input:
         image = None
-    backend = choose("head", backend, batch_statistics=False, **tensors)
+    plain = composed and add_input and not wants_gradient(image)
+    backend = choose("head", backend, batch_statistics=False, as_measured=plain, **tensors)
     if backend != "torch":
         if add_input and image is None and autocast_enabled(x.device.type):
             image = x[:, :k]

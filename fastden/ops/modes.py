@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastden.ops.tracing import autocast_enabled, transform_active
 
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+
 
 def transforming() -> bool:
     """Whether code may not read the values of tensors, because it is compiled, traced or transformed.
@@ -22,13 +24,16 @@ def transforming() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transform_active()
 
 
-def runs_as_written(x: Tensor) -> bool:
-    """Whether code on ``x`` runs once, now, on plain memory, and nothing records PyTorch's operations.
+def runs_as_written(*tensors: Tensor | None) -> bool:
+    """Whether code on ``tensors`` runs once, now, on plain memory, and nothing records PyTorch's operations.
 
     It is false under :func:`transforming`, under a dispatch mode (``FlopCounterMode``, fake tensors, ``make_fx``) and
     for tensor subclasses. Then code may use only operations that PyTorch can differentiate, batch and count.
     """
-    return not transforming() and torch._C._len_torch_dispatch_stack() == 0 and type(x) in (Tensor, nn.Parameter)
+    if transforming() or not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    # make_fx(pre_dispatch=True) has a stack of its own.
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

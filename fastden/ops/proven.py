@@ -46,3 +46,22 @@ PROVEN: dict[tuple[str, str, tuple[int, int], str], tuple[str, str]] = {
         "27ff58722ffd",
     ),
 }
+#: The shapes of the weights, without biases, with which each operator was measured: those of its places in the network.
+SHAPES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
+    "bottleneck": [
+        ((32, 128, 1, 1), (32, 32, 3, 3), (128, 32, 1, 1)),
+        ((64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1)),
+    ],
+    "concat_conv_bn_relu": [
+        ((256, 160, 3, 3),),
+    ],
+    "head": [
+        ((12, 256, 4, 4), (3, 4, 7, 7)),
+    ],
+    "stem": [
+        ((4, 128, 4, 7, 7),),
+    ],
+    "upsample": [
+        ((128, 32, 4, 4),),
+    ],
+}

@@ -54,7 +54,15 @@ def stem(
         check_shape("weight", weight, 4, "O", x.shape[1], 7, 7)
         check_shape("bias", bias, 4, weight.shape[1])
         check_batch_norm("bn", bn, weight.shape[1])
-    backend = choose("stem", backend, batch_statistics=batch_statistics(bn), x=x, weight=weight, bias=bias)
+    backend = choose(
+        "stem",
+        backend,
+        batch_statistics=batch_statistics(bn),
+        as_measured=bn is None and relu,
+        x=x,
+        weight=weight,
+        bias=bias,
+    )
     if backend != "torch":
         y = Stem.apply(*in_autocast(x, weight), bias, relu and bn is None, backend)
         if bn is not None and bn.training:

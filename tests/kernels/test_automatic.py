@@ -1,13 +1,17 @@
-"""The automatic choice of a proven kernel: in compiled and exported code too, and for inference alone."""
+"""The automatic choice of a proven kernel: in compiled code too, and for inference that runs here alone."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastden import ops
 from fastden.ops import backends
@@ -17,8 +21,9 @@ from tests.kernels.test_convolutions import normalisation
 
 @pytest.fixture(autouse=True)
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels are proven for any operator."""
+    """Triton's kernels are proven for any operator, with the weights of :class:`Convolution`."""
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(backends, "SHAPES", {"conv_bn_relu": [((5, 4, kernel, kernel),) for kernel in (3, 9)]})
     monkeypatch.setattr(backends, "proven_backends", lambda operator, device, dtype: ["triton"])
 
 
@@ -26,10 +31,11 @@ class Convolution(nn.Module):
     def __init__(self, kernel: int = 3, **options: Any) -> None:
         super().__init__()
         self.register_buffer("weight", torch.randn(5, 4, kernel, kernel))
+        self.register_buffer("bias", torch.randn(5))
         self.options = options
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv_bn_relu(x, self.weight, padding=1, **self.options)
+        return ops.conv_bn_relu(x, self.weight, self.bias, padding=1, **self.options)
 
 
 def chosen(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -54,7 +60,9 @@ def test_compiled_without_a_break(device: str, dynamic: bool) -> None:
     compiled = torch.compile(module, backend=keep, fullgraph=True, dynamic=dynamic)
     for size in ((5, 6), (7, 9)):
         x = torch.randn(1, 4, *size, device=device)
-        assert max_error(compiled(x), ops.conv_bn_relu(x, module.weight, padding=1, backend="torch")) < 1e-5
+        assert (
+            max_error(compiled(x), ops.conv_bn_relu(x, module.weight, module.bias, padding=1, backend="torch")) < 1e-5
+        )
     assert len(graphs) == (1 if dynamic else 2)
     assert all("fastden.conv_bn_relu" in graph for graph in graphs)
 
@@ -67,13 +75,55 @@ def test_what_the_kernel_cannot_run_is_compiled_for_pytorch(device: str) -> None
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported(device: str, strict: bool) -> None:
-    module, x = Convolution().to(device), torch.randn(1, 4, 5, 6, device=device)
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_exported(device: str, strict: bool, backend: str | None) -> None:
+    """A program runs wherever PyTorch does; with a backend that was asked for, where fastden is."""
+    module, x = Convolution(backend=backend).to(device), torch.randn(1, 4, 5, 6, device=device)
     sizes = {2: torch.export.Dim("height", min=3), 3: torch.export.Dim("width", min=3)}
     program = torch.export.export(module, (x,), dynamic_shapes=({**sizes},), strict=strict)
-    assert "fastden.conv_bn_relu" in str(program.graph)
+    assert ("fastden" in str(program.graph)) == (backend is not None)
     x = torch.randn(1, 4, 8, 7, device=device)
     assert max_error(program.module()(x), module(x)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_and_saved(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.jit`` saves no autograd function; the file is read where fastden is not."""
+    module, x = Convolution().to(device), torch.randn(1, 4, 5, 6, device=device)
+    assert chosen(lambda: module(x), monkeypatch) == {"triton"}
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, (x,)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert "fastden::" not in str(loaded.graph)
+    assert "aten::_convolution" in str(loaded.graph)
+    assert max_error(loaded(x), module(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_recorded_operations_are_pytorchs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A counter of operations, or a graph of them, knows no others."""
+    module, x = Convolution().to(device), torch.randn(1, 4, 5, 6, device=device)
+    with FlopCounterMode(display=False) as counter:
+        assert chosen(lambda: module(x), monkeypatch) == {"torch"}
+    assert counter.get_total_flops() == 2 * 5 * 4 * 9 * 5 * 6
+    for before_autograd in (False, True):
+        graph = make_fx(module, pre_dispatch=before_autograd)(x)
+        assert "convolution" in graph.code or "conv2d" in graph.code
+        assert "fastden" not in graph.code
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x), mode.from_tensor(module.weight), mode.from_tensor(module.bias)
+    assert chosen(lambda: ops.conv_bn_relu(fake[0], *fake[1:], padding=1), monkeypatch) == {"torch"}
+
+
+def test_only_the_normalisation_is_trained(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is proven has none; these gradients would be those of kernels."""
+    norm = normalisation(5, device, True).eval()
+    module, x = Convolution(bn=ops.BatchNorm.of(norm)).to(device), torch.randn(2, 4, 5, 6, device=device)
+    assert chosen(lambda: module(x), monkeypatch) == {"torch"}
+    with torch.no_grad():
+        assert chosen(lambda: module(x), monkeypatch) == {"torch"}
 
 
 def test_inference_alone_is_proven(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import sysconfig
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from fastden import ops
+from fastden import Denoiser, fuse, ops
+from fastden.bench.operators import weight_shapes
 from fastden.cuda import extension
 from fastden.ops import backends
 from fastden.ops.backends import choose, requested, use_backend, why_not
 from tests.scripts import load
+
+X_OF_UP2, WEIGHT_OF_UP2 = (1, 128, 4, 5), (128, 32, 4, 4)
 
 
 @pytest.fixture
@@ -40,6 +46,24 @@ def starts_triton(monkeypatch: pytest.MonkeyPatch, reason: str = "") -> None:
     monkeypatch.setattr(backends, "interpreted", lambda: False)
     monkeypatch.setattr(backends, "_has_compiler", lambda: True)
     monkeypatch.setattr(backends, "why_not_started", lambda device: reason)
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an H100 with a Triton that starts."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "runs_as_written", lambda *tensors: True)
+    starts_triton(monkeypatch)
+
+
+class OnGpu:
+    """What the choice asks of a tensor; on a device without a number nothing is remembered for other tests."""
+
+    device = torch.device("cuda")
+    requires_grad = False
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self.shape, self.dtype = shape, dtype
 
 
 @pytest.mark.usefixtures("anything_goes")
@@ -141,34 +165,42 @@ class TestMistakes:
 
 class TestAutomatic:
     def test_a_proven_kernel_is_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is chosen only where its results are committed, on that GPU, and it can run."""
-
-        class OnGpu:
-            device = torch.device("cuda")
-            dtype = torch.bfloat16
-            requires_grad = False
-
-        class InFloat32(OnGpu):
-            dtype = torch.float32
-
+        """It is chosen only where its results are committed, on that GPU, for these weights, and it can run."""
         proven = {("triton", "stem", (9, 0), "bfloat16"): "a.json", ("cuda", "upsample", (9, 0), "bfloat16"): "b.json"}
         monkeypatch.setattr(backends, "PROVEN", proven)
+        monkeypatch.setattr(backends, "SHAPES", {name: [((4, 5),)] for name in ("stem", "upsample", "head")})
         monkeypatch.setattr(extension, "_reasons", [])  # another test may have looked for it
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        on_gpu(monkeypatch)
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: [])
-        starts_triton(monkeypatch)
-        assert choose("stem", None, x=OnGpu()) == "triton"  # type: ignore[arg-type]
-        assert choose("upsample", None, x=OnGpu()) == "cuda"  # type: ignore[arg-type]
-        assert choose("head", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
-        assert choose("stem", None, x=InFloat32()) == "torch"  # type: ignore[arg-type]
+
+        def chosen(operator: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> str:
+            tensors = {"x": OnGpu(1, 5, dtype=dtype), "weight": OnGpu(4, 5, dtype=dtype), "bias": OnGpu(4)}
+            settings = {"as_measured": changes.pop("as_measured", True)}
+            return choose(operator, None, **settings, **tensors | changes)  # type: ignore[arg-type]
+
+        assert chosen("stem") == "triton"
+        assert chosen("upsample") == "cuda"
+        assert chosen("head") == "torch"
+        assert chosen("stem", torch.float32) == "torch"
         assert choose("stem", None, x=torch.rand(1)) == "torch"
+        assert chosen("stem", as_measured=False) == "torch"
+        for changes in (
+            {"weight": OnGpu(4, 6, dtype=torch.bfloat16)},  # another network's
+            {"weight": OnGpu(4, 5)},  # which autocast would convert
+            {"reduce": OnGpu(4, 5, dtype=torch.bfloat16)},  # one weight more
+            {"bias": OnGpu(4, dtype=torch.bfloat16)},  # of a network that is not fused
+            {"bias": None},
+        ):
+            assert chosen("stem", **changes) == "torch", changes
+        assert chosen("stem", residual=OnGpu(7, dtype=torch.bfloat16)) == "triton"  # a picture may have any size
         monkeypatch.setattr(backends, "why_not", lambda operator, backend, **tensors: ["no"])
-        assert choose("stem", None, x=OnGpu()) == "torch"  # type: ignore[arg-type]
+        assert chosen("stem") == "torch"
 
     @pytest.mark.usefixtures("anything_goes")
     def test_triton_that_cannot_build_its_launcher(self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is left out; one that is asked for is not, so that Triton tells what it lacks."""
         monkeypatch.setattr(backends, "proven_backends", lambda operator, device, dtype: ["triton"])
+        monkeypatch.setattr(backends, "SHAPES", {"stem": [()]})
         for interpreted, compiler, wanted in (
             (False, True, "triton"),
             (False, False, "torch"),
@@ -230,7 +262,7 @@ class TestAutomatic:
 
     def test_the_fastest_of_two_is_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The table has it first."""
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        on_gpu(monkeypatch)
         for order in (["triton", "cuda"], ["cuda", "triton"]):
             proven = {(name, "stem", (9, 0), "bfloat16"): "a.json" for name in order}
             monkeypatch.setattr(backends, "PROVEN", proven)
@@ -239,10 +271,74 @@ class TestAutomatic:
     def test_nothing_is_proven_of_gpus_by_amd(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """PyTorch calls them "cuda", and an MI200 has the capability of an H100."""
         monkeypatch.setattr(backends, "PROVEN", {("triton", "stem", (9, 0), "bfloat16"): "a.json"})
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        on_gpu(monkeypatch)
         for hip, proven in ((None, ["triton"]), ("6.4.43482", [])):
             monkeypatch.setattr(torch.version, "hip", hip)
             assert backends.proven_backends("stem", torch.device("cuda"), torch.bfloat16) == proven
+
+    def test_a_gpu_is_asked_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A call of the network asks eight times, and the host's time is that of small pictures."""
+        monkeypatch.setattr(backends, "PROVEN", {("triton", "stem", (9, 0), "bfloat16"): "a.json"})
+        on_gpu(monkeypatch)
+        asked: list[int] = []
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, device))
+        backends._proven_on_index.cache_clear()
+        try:
+            for _ in range(3):
+                for index, wanted in ((0, ["triton"]), (1, [])):
+                    device = torch.device("cuda", index)
+                    assert backends.proven_backends("stem", device, torch.bfloat16) == wanted
+            assert asked == [0, 1]
+        finally:
+            backends._proven_on_index.cache_clear()
+
+    def test_fake_tensors_of_a_gpu_that_is_not_there(self) -> None:
+        """They need no driver."""
+        if torch.cuda.is_available():
+            pytest.skip("a GPU is here")
+        with FakeTensorMode():
+            x, weight = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in (X_OF_UP2, WEIGHT_OF_UP2))
+            y = ops.upsample(x, weight, torch.empty(32, device="cuda"))
+        assert (y.shape, y.device.type) == ((1, 32, 8, 10), "cuda")
+        assert backends.proven_backends("upsample", torch.device("cuda"), torch.bfloat16) == []
+
+    def test_the_shapes_are_those_of_the_fused_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each of its operators, but those that nothing is proven of; no operator of a network that is not fused."""
+        seen: dict[str, list[bool]] = {}
+        monkeypatch.setattr(backends, "_automatic", self.recorder(seen))
+        x, sigma = torch.rand(1, 3, 8, 8, dtype=torch.bfloat16), 0.1
+        model = Denoiser().eval().to(torch.bfloat16)
+        with torch.no_grad():
+            fused = fuse(model)
+            monkeypatch.setattr(fused, "_onednn_network", lambda: None)
+            fused(x, sigma)
+            calls = {"stem": 1, "bottleneck": 3, "upsample": 1, "concat_conv_bn_relu": 1, "head": 1}
+            assert {name: found for name, found in seen.items() if name != "conv_bn_relu" or True in found} == {
+                name: [True] * count for name, count in calls.items()
+            }
+            for network in (model, Denoiser(composed=True).eval().to(torch.bfloat16)):
+                seen.clear()
+                network(x, sigma)
+                assert seen
+                assert not [name for name, found in seen.items() if True in found]
+            for other in (Denoiser(noise_level_input=False), Denoiser(image_channels=1)):
+                seen.clear()
+                fused = fuse(other, torch.bfloat16)
+                monkeypatch.setattr(fused, "_onednn_network", lambda: None)
+                fused(torch.rand(1, other.image_channels, 8, 8), sigma if other.noise_level_input else None)
+                assert (seen["stem"], seen["head"], seen["upsample"]) == ([False], [False], [True])
+
+    @staticmethod
+    def recorder(seen: dict[str, list[bool]]) -> Callable[..., str]:
+        def automatic(operator: str, as_measured: bool, tensors: dict[str, torch.Tensor | None]) -> str:
+            seen.setdefault(operator, []).append(as_measured and backends._measured(operator, tensors))
+            return "torch"
+
+        return automatic
+
+    def test_what_is_proven_has_its_shapes(self) -> None:
+        operators = {operator for _, operator, _, _ in backends.PROVEN}
+        assert {operator: weight_shapes(operator) for operator in operators} == backends.SHAPES
 
     def test_what_is_proven_has_its_results(self, root: Path) -> None:
         for (backend, operator, _, _), (file, _) in backends.PROVEN.items():

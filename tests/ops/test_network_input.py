@@ -26,6 +26,7 @@ def test_automatic_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     curve: Any = OnGpu(1, 8)
     level_map: Any = OnGpu(1, 1, 8, 8)
     monkeypatch.setattr(backends, "PROVEN", {("triton", "network_input", (9, 0), "bfloat16"): "a.json"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(operator, "why_not", lambda operator, backend, **tensors: [])
     monkeypatch.setattr(operator, "wants_gradient", lambda *tensors: False)
