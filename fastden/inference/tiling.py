@@ -35,6 +35,11 @@ HALO = 24
 #: test compares these numbers with the growth of a process's peak resident memory. Weights that are packed for the
 #: tiles' shapes need up to 80 MiB more.
 BYTES_PER_PIXEL = {"onednn": 560, "operators": 4800, "plain": 3800}
+#: The same on CUDA devices in 16 bits, where no library unfolds an input. An H200 took, in bfloat16, at most 445 in the
+#: fused network on any backend, and 833 in the plain one (``benchmarks/results/h200``, ``peak_mib``); a tile's window,
+#: its level and what a picture's own scale keeps come on top, up to 60 in float32. In float32 nothing was measured:
+#: cuDNN may unfold the input of the head's convolution, which takes as much as the operators on a CPU.
+CUDA_BYTES_PER_PIXEL = {"operators": 600, "plain": 1100}
 #: Bytes that ``tile="auto"`` may use without ``max_memory``.
 DEFAULT_MEMORY = 1 << 30
 #: The largest side that is chosen automatically: there the halo costs 5 %.
@@ -265,6 +270,9 @@ def bytes_per_pixel(model: TiledNetwork) -> float:
     """Peak memory of a forward pass, bytes for each pixel of a tile and its halo."""
     fused = "operators" if why_not(model.device, model.dtype) else "onednn"
     form = "plain" if isinstance(model, Denoiser) else fused
+    # MIOpen's algorithms, on AMD's GPUs, were not measured.
+    if model.device.type == "cuda" and model.dtype.itemsize == 2 and not torch.version.hip:
+        return CUDA_BYTES_PER_PIXEL[form]
     return BYTES_PER_PIXEL[form] * model.dtype.itemsize / 4
 
 
