@@ -264,26 +264,24 @@ def _automatic_on(device: Any) -> dict[str, str]:
     from fastden.ops import backends
     from fastden.ops.proven import PROVEN
 
-    operators = dict.fromkeys(operator for _, operator, _, _ in PROVEN)
+    operators = list(dict.fromkeys(operator for _, operator, _, _ in PROVEN))
     found: dict[str, str] = {}
-    left_out: dict[str, list[str]] = {}
+    proven: set[str] = set()
     for dtype in backends.KERNEL_DTYPES:
+        proven.update(*(backends.proven_backends(operator, device, dtype) for operator in operators))
         chosen: dict[str, list[str]] = {}
-        for operator in operators:
-            for name in backends.proven_backends(operator, device, dtype):
-                if name not in left_out:
-                    entry = next(backend for backend in backends.BACKENDS if backend.name == name)
-                    left_out[name] = backends.unavailable(entry) or backends.why_left_out(name, device)
-                if not left_out[name]:
-                    chosen.setdefault(name, []).append(operator)
-                    break
+        for operator, name in backends.expected(operators, device, dtype).items():
+            chosen.setdefault(name, []).append(operator)
+        chosen.pop("torch", None)
         if chosen:
             told = [f"{name}: {', '.join(names)}" for name, names in chosen.items()]
             label = str(dtype).removeprefix("torch.")
             found[f"{device} {label}"] = "; ".join([*told, "torch: all else, and training"])
-    for name, reasons in left_out.items():
-        if reasons:
-            found[f"{device} not {name}"] = "; ".join(reasons)
+    for backend in backends.BACKENDS:
+        if backend.name in proven:
+            reasons = backends.unavailable(backend) or backends.why_left_out(backend.name, device)
+            if reasons:
+                found[f"{device} not {backend.name}"] = "; ".join(reasons)
     major, minor = torch.cuda.get_device_capability(device)
     measured = f"no kernel is proven faster on compute capability {major}.{minor}"
     return found or {str(device): f"torch: {measured}"}

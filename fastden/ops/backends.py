@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -336,6 +336,21 @@ def why_left_out(name: str, device: torch.device) -> list[str]:
 
     # Not its reasons: to look again reads all sources, and may start nvcc.
     return ["the extension could not be loaded before"] if extension.missing() else []
+
+
+def expected(operators: Iterable[str], device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What the automatic choice takes on a device for each of some operators, with inputs as they were measured."""
+    able: dict[str, bool] = {}
+    found = {}
+    for operator in operators:
+        found[operator] = "torch"
+        for name in proven_backends(operator, device, dtype):
+            if name not in able:
+                able[name] = not (unavailable(_entry(name)) or left_out(name, device))
+            if able[name]:
+                found[operator] = name
+                break
+    return found
 
 
 def _can_run(operator: str, name: str, device: torch.device, tensors: dict[str, Tensor | None]) -> bool:

@@ -14,6 +14,7 @@ import fastden
 from fastden import ops
 from fastden.network.model import Denoiser
 from fastden.ops import backends
+from fastden.ops.proven import PROVEN
 from tests.cuda.compare import DTYPES
 from tests.helpers import copies_in_operators, random_network, relative_l2
 
@@ -98,6 +99,50 @@ def test_environment(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         fused(torch.rand(1, 3, 8, 8, device=device), 0.1)
     assert not asked, "the CUDA backend was chosen though nobody asked"
+
+
+def test_the_mixture_that_is_chosen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table of compute capability 9.0 chooses, CUDA, Triton and PyTorch in one pass, is right."""
+    if device == "cuda":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the table is of compute capability 9.0")
+    else:
+        pytest.importorskip("triton")
+        monkeypatch.setenv("FASTDEN_EMULATED_MAJOR", "9")
+        monkeypatch.setattr(backends, "proven_backends", on_hopper)
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(backends, "PROVEN", PROVEN)
+    backends._proven_on_index.cache_clear()
+    chosen: dict[str, set[str]] = {}
+    automatic = backends._automatic
+
+    def noted(operator: str, *given: Any) -> str:
+        name = automatic(operator, *given)
+        chosen.setdefault(operator, set()).add(name)
+        return name
+
+    monkeypatch.setattr(backends, "_automatic", noted)
+    model = random_network().to(device)
+    fused = fastden.fuse(model, torch.bfloat16)
+    monkeypatch.setattr(fused, "_onednn_network", lambda: None)
+    x = torch.rand(2, 3, 21, 26, device=device)
+    with torch.no_grad():
+        y = fused(x, 0.1)
+    backends._proven_on_index.cache_clear()
+    first = {operator: name for name, operator, *_ in reversed(PROVEN)}
+    assert chosen == {
+        operator: {first.get(operator, "torch")}
+        for operator in ("stem", "bottleneck", "conv_bn_relu", "upsample", "concat_conv_bn_relu", "head")
+    }
+    assert set().union(*chosen.values()) == {"torch", "triton", "cuda"}
+    exact = run(copy.deepcopy(model).double(), x.double(), "torch")
+    assert relative_l2(y, exact) <= 2 * relative_l2(run(fused, x, "torch"), exact)
+
+
+def on_hopper(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """As :func:`fastden.ops.backends.proven_backends`, as if a CPU had compute capability 9.0."""
+    key = (operator, (9, 0), str(dtype).removeprefix("torch."))
+    return [name for name, *rest in PROVEN if tuple(rest) == key]
 
 
 def test_training_through_frozen_normalisation(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sysconfig
 import threading
@@ -20,6 +21,7 @@ from fastden.bench.operators import weight_shapes
 from fastden.cuda import extension
 from fastden.ops import backends
 from fastden.ops.backends import choose, requested, use_backend, why_not
+from tests.helpers import relative_l2
 from tests.scripts import load
 
 X_OF_UP2, WEIGHT_OF_UP2 = (1, 128, 4, 5), (128, 32, 4, 4)
@@ -335,6 +337,36 @@ class TestAutomatic:
             return "torch"
 
         return automatic
+
+    @pytest.mark.gpu
+    def test_what_users_get(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The network as users call it, on what this GPU's table and this installation choose."""
+        device = torch.device("cuda", 0)
+        chosen: dict[str, set[str]] = {}
+        automatic = backends._automatic
+
+        def noted(operator: str, *given: Any) -> str:
+            name = automatic(operator, *given)
+            chosen.setdefault(operator, set()).add(name)
+            return name
+
+        monkeypatch.setattr(backends, "_automatic", noted)
+        backends._proven_on_index.cache_clear()
+        model = Denoiser.from_pretrained("color").to(device)
+        fused = fuse(model, torch.bfloat16)
+        x = torch.rand(1, 3, 250, 301, device=device)
+        with torch.no_grad():
+            y = fused(x, 0.1)
+            with use_backend("torch"):
+                eager, exact = fused(x, 0.1), copy.deepcopy(model).double()(x.double(), 0.1)
+        expected = backends.expected(chosen, device, torch.bfloat16)
+        assert chosen == {operator: {name} for operator, name in expected.items()}
+        if torch.cuda.get_device_capability(0) == (9, 0):
+            assert expected["stem"] != "torch"
+            assert expected["upsample"] == "triton"
+            assert expected["conv_bn_relu"] == "torch"
+        assert len(chosen) == 6
+        assert relative_l2(y, exact) <= 2 * relative_l2(eager, exact)
 
     def test_what_is_proven_has_its_shapes(self) -> None:
         operators = {operator for _, operator, _, _ in backends.PROVEN}
