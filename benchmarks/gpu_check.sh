@@ -298,6 +298,7 @@ part_proof() {
     fill_caches
     wait "$build"
     keep
+    tests_of_all_else # behind the build, which some of them choose
     backends_here
     if [[ ${kernels[*]} == *cuda* ]]; then
         sanitize cuda tests/cuda/test_operators.py
@@ -317,7 +318,8 @@ part_proof() {
 }
 
 calls_of_small_images() { # without CUDA graphs: what the host needs for a launch decides here
-    bench model-256 60 "$inference" model --size 256 256 --batch 1 --compare channels_last,eager
+    bench model-256 60 "$inference" model --size 256 256 --batch 1 \
+        --compare fastden-auto,channels_last,eager
 }
 
 part_operators() {
@@ -366,7 +368,8 @@ torch.cuda.synchronize()'
             ncu --csv --clock-control none --metrics "$metrics" --kernel-name "$names" "$python" -c "$network"
     fi
     bench train-compile 200 "$training" train --size 128 128 --batch 64 --compare channels_last,compile
-    bench model-max-autotune 400 "$inference" model --size 2160 3840 --batch 1 --compare max_autotune
+    bench model-max-autotune 400 "$inference" model --size 2160 3840 --batch 1 \
+        --compare fastden-auto,max_autotune
 }
 
 part_tune() {
@@ -463,7 +466,7 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 # The search for the fastest form takes minutes: it comes last.
 peers=(--compare channels_last,compile,eager)
-rivals=(--compare channels_last,compile,fused_compile,eager)
+rivals=(--compare fastden-auto,channels_last,compile,fused_compile,eager)
 
 for part in "${parts[@]}"; do
     record_tiles

@@ -4,7 +4,8 @@ A kernel is proven for the GPU's compute capability and a dtype where every chec
 sanitizers found nothing there, and at every place of the operator in the network, at four sizes, it is right and faster
 than each rival that is right: its third quartile below the rival's first. These times are the GPU's alone. Users call
 the network without CUDA graphs, and at 256 x 256 pixels the host decides: there the whole network has to be faster on
-the backend than on PyTorch's operations. If two backends are proven for an operator, the table has the faster one
+the backend than on PyTorch's operations, and so has the mixture of backends that was chosen automatically
+(``fastden-auto``), if the file has it. If two backends are proven for an operator, the table has the faster one
 first. What the table says of other capabilities and dtypes stays. All results, and the checks, have to be of one commit
 and one GPU. They have to lie in the repository, for they are committed with the table.
 
@@ -36,6 +37,7 @@ from typing import Any
 
 from kernel_sources import PATHS, digest
 
+from fastden.bench.forms import AUTO
 from fastden.bench.operators import OPERATORS, job_name, weight_shapes
 from fastden.ops.backends import NAMES
 from fastden.ops.proven import PROVEN
@@ -109,6 +111,9 @@ def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
 def why_not_called(calls: dict[str, Any] | None, capability: str, dtype: str, backend: str) -> list[str]:
     """Why calls of the network are not right and faster on ``backend`` than on PyTorch's operations; empty if they are.
 
+    Nor may those of the automatic choice be slower, where it is a mixture. Files of earlier code do not have it; it is
+    not the mixture that the new table will choose, but the one of the commit that was measured.
+
     Args:
         calls: :data:`CALLS`, if it is there.
     """
@@ -118,8 +123,12 @@ def why_not_called(calls: dict[str, Any] | None, capability: str, dtype: str, ba
     if measured != (capability, dtype):
         return [f"{CALLS}: of {' '.join(measured)}; accepted: {capability} {dtype}"]
     own = f"fastden-{backend}"
-    rows = {name: row for name, row in calls["results"][0]["contenders"].items() if name in (own, "fastden-torch")}
-    return [f"{CALLS}: {reason}" for reason in why_not_faster(rows, own)]
+    contenders = calls["results"][0]["contenders"]
+    rows = {name: row for name, row in contenders.items() if name in (own, AUTO, "fastden-torch")}
+    reasons = [f"{CALLS}: {reason}" for reason in why_not_faster(rows, own)]
+    if AUTO in rows:
+        reasons += [f"{CALLS}: {AUTO}: {reason}" for reason in why_not_faster(rows, AUTO)]
+    return reasons
 
 
 def prove(

@@ -24,6 +24,10 @@ FUSED_COMPILE = "fused_compile"
 #: fastden in 8-bit integers, for the whole network on a CPU, and its largest relative L2 error of the picture.
 #: Measured: 0.0036 to 0.0041 at 512 x 768 pixels (``benchmarks/results/cpu/amd-epyc``).
 FAST, FAST_ERROR = "fastden-fast", 0.01
+#: fastden on the backends that are chosen where nobody names one, for the whole network on a GPU.
+AUTO = "fastden-auto"
+#: The fused network's operators: those of :data:`fastden.bench.operators.OPERATORS`, which imports this module.
+NETWORK_OPERATORS = ("stem", "bottleneck", "conv_bn_relu", "upsample", "concat_conv_bn_relu", "head")
 #: Behind a runtime's name: it runs the composed network instead of the plain one.
 COMPOSED = "_composed"
 #: Other runtimes, for the whole network on a CPU, and the packages that they need.
@@ -100,6 +104,15 @@ def choose_backends(
         else:
             left_out[own_name(backend.name)] = "; ".join(reasons)
     return tuple(able), left_out
+
+
+def why_not_automatic(device: torch.device, dtype: torch.dtype) -> str:
+    """Why :data:`AUTO` would be no contender of its own; empty where the fused network gets a mixture of backends."""
+    asked = backends.requested()
+    if asked is not None:
+        return f"{asked} is asked for"
+    chosen = set(backends.expected(NETWORK_OPERATORS, device, dtype).values())
+    return "" if len(chosen) > 1 else f"the automatic choice is {chosen.pop()} alone"
 
 
 def own_name(backend: str) -> str:

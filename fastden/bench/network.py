@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def inference(
         model: float32, in evaluation mode.
         size, batch: of the input.
         dtype: of weights and activations.
-        peers: contenders beside fastden, of :data:`fastden.bench.forms.PLAIN` and RUNTIMES, or FUSED_COMPILE or FAST.
+        peers: other contenders, of :data:`fastden.bench.forms.PLAIN` and RUNTIMES, or FUSED_COMPILE, FAST or AUTO.
         backends: fastden's own.
         folder: for the files of other runtimes.
     """
@@ -60,7 +61,11 @@ def inference(
     contenders = [
         Contender(forms.own_name(name), partial(_own, model, x, dtype, name), own_flops, own=True) for name in backends
     ]
+    if forms.AUTO in peers:
+        contenders.append(Contender(forms.AUTO, partial(_own, model, x, dtype, None), own_flops, own=True))
     for name in peers:
+        if name == forms.AUTO:
+            continue
         if name in forms.PLAIN:
             build = partial(forms.plain, name, network, (x,), dtype)
         elif name == forms.FUSED_COMPILE:
@@ -79,11 +84,11 @@ def inference(
     return Job("model", batch, pixels, moved, (reference,), bound), contenders
 
 
-def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str) -> Call:
+def _own(model: Denoiser, x: Tensor, dtype: torch.dtype, backend: str | None) -> Call:
     fused = fuse(model, dtype)
 
     def call() -> Tensor:
-        with torch.no_grad(), use_backend(backend):
+        with torch.no_grad(), nullcontext() if backend is None else use_backend(backend):
             return fused(x, level(model))
 
     return call

@@ -17,6 +17,7 @@ STYLES = {
     "fastden-torch": ("#56B4E9", "s"),
     "fastden-cuda": ("#000000", "*"),
     "fastden-fast": ("#882255", "p"),
+    "fastden-auto": ("#44AA99", "H"),
     "eager": ("#999999", "v"),
     "channels_last": ("#E69F00", "^"),
     "compile": ("#009E73", "D"),

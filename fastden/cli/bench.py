@@ -174,6 +174,11 @@ def _prepare(command: str, options: _Options, training: bool = False, **settings
     left_out: dict[str, str] = {}
     if command != "batch":
         backends, left_out = forms.choose_backends(options.backends, device, dtype, training)
+    if forms.AUTO in peers:
+        same = forms.why_not_automatic(device, dtype)
+        if same:
+            peers = tuple(name for name in peers if name != forms.AUTO)
+            left_out[forms.AUTO] = same
     _check_outputs(options)
     sensors = Sensors.of(device)
     if isinstance(sensors, str) and device.type == "cuda":
@@ -229,7 +234,7 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
     """The contenders that a command accepts, and those that it takes by itself."""
     import torch
 
-    from fastden.bench.forms import COMPOSED, FAST, FUSED_COMPILE, PLAIN
+    from fastden.bench.forms import AUTO, COMPOSED, FAST, FUSED_COMPILE, PLAIN
     from fastden.network import int8
 
     plain = ("eager", "channels_last", "compile")
@@ -241,7 +246,7 @@ def _peers(command: str, device: torch.device, dtype: torch.dtype) -> tuple[tupl
         fast = () if int8.why_not() else (FAST,)
         return (*PLAIN, *rivals, *fast), (*plain, *rivals, *fast)
     if command == "model":
-        return (*PLAIN, FUSED_COMPILE), (*plain, FUSED_COMPILE, "max_autotune")
+        return (*PLAIN, FUSED_COMPILE, AUTO), (AUTO, *plain, FUSED_COMPILE, "max_autotune")
     # On a GPU the search for the fastest form takes minutes: for the network and for training, not for each operator.
     return PLAIN, PLAIN if command != "ops" and device.type == "cuda" else plain
 

@@ -18,6 +18,7 @@ from fastden.bench import files, forms, gradients, large, machine, network, oper
 from fastden.cli import bench
 from fastden.cli.main import app
 from fastden.network import int8
+from fastden.ops import backends
 from tests.cli.run import fails, works
 from tests.image_files import save_model
 
@@ -76,6 +77,30 @@ def test_model(tmp_path: Path) -> None:
     assert row["flops"] == 2 * 222_144 * 2 * 20 * 24
     assert row["share_of_matrix_rate"] == pytest.approx(row["tflops"] / 0.3)
     assert sorted(path.name for path in plots.iterdir()) == ["model-bars.png", "model-roofline.png"]
+
+
+def test_the_automatic_choice_is_a_contender_where_it_is_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(forms.NETWORK_OPERATORS) == set(operators.OPERATORS)
+    cuda, chosen = torch.device("cuda", 0), {"stem": "cuda", "upsample": "triton", "conv_bn_relu": "torch"}
+    monkeypatch.delenv("FASTDEN_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "expected", lambda operators, device, dtype: chosen)
+    assert forms.why_not_automatic(cuda, torch.bfloat16) == ""
+    assert bench._peers("model", cuda, torch.bfloat16)[1][0] == forms.AUTO
+    monkeypatch.setenv("FASTDEN_BACKEND", "torch")
+    assert forms.why_not_automatic(cuda, torch.bfloat16) == "torch is asked for"
+    monkeypatch.delenv("FASTDEN_BACKEND")
+    # On a CPU it is measured as it would be on a GPU.
+    monkeypatch.setattr(bench, "_peers", lambda *given: ((forms.AUTO, "eager"), ()))
+    named = ("bench", "model", *TINY, "--size", 16, 16, "--compare", "eager,fastden-auto", "--json")
+    works(*named, tmp_path / "a.json")
+    document(tmp_path / "a.json", "model", {"fastden-torch", "fastden-auto", "eager"})
+    chosen = dict.fromkeys(chosen, "cuda")
+    works(*named, tmp_path / "b.json")
+    found = document(tmp_path / "b.json", "model", {"fastden-torch", "eager"})
+    assert found["left_out"]["fastden-auto"] == "the automatic choice is cuda alone"
+    assert found["settings"]["peers"] == ["eager"]
 
 
 @pytest.mark.slow

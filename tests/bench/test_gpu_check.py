@@ -98,6 +98,8 @@ def test_gpu_check_asks_for_what_the_command_takes(root: Path, tmp_path: Path) -
     assert heights == set(map(str, prove.HEIGHTS))
     own = [bench[bench.index("--backends") + 1] for bench in benches]
     assert own == ["torch,triton,cuda"] * 7 + ["torch,triton"] * 9 + ["torch,triton,cuda"]
+    mixed = ["fastden-auto" in bench[bench.index("--compare") + 1].split(",") for bench in benches]
+    assert mixed == [bench[1] == "model" for bench in benches]
     for bench in benches:
         # The command knows every option: it fails only because it finds no GPU.
         fails(*bench, saying="finds no CUDA device")
@@ -112,6 +114,7 @@ def test_gpu_check_proves_in_one_part(root: Path, tmp_path: Path) -> None:
     assert done.stdout.endswith("failed: first-cuda-repeats (failed)\n"), done.stdout + done.stderr
     status = json.loads((out / "status.json").read_text())
     assert not prove.unproven(status, "triton")
+    assert status["tests-gpu"] == "passed"
     assert prove.unproven(status, "cuda") == ["first-cuda-repeats: failed"]
     benches = [line.split()[2:] for line in log.read_text().splitlines() if line.startswith("-m fastden bench ops")]
     commands = [

@@ -51,7 +51,7 @@ def test_pictures_show_what_is_right(tmp_path: Path, jobs: list[str]) -> None:
 
 
 def test_every_contender_has_a_style_of_its_own() -> None:
-    own = {"fastden", forms.FAST, *map(forms.own_name, NAMES)}
+    own = {"fastden", forms.FAST, forms.AUTO, *map(forms.own_name, NAMES)}
     assert set(plots.STYLES) == {*own, *forms.PLAIN, forms.FUSED_COMPILE, *forms.RUNTIMES}
     # The command's pictures, of batches, are not those of the kernels.
     apart = [style for name, style in plots.STYLES.items() if name != "fastden-triton"]

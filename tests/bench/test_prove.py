@@ -111,6 +111,12 @@ def test_calls_of_the_network_are_faster_too(command: ModuleType) -> None:
         (calls() | {"settings": {"dtype": "float16"}}, "of 9.0 float16; accepted: 9.0 bfloat16"),
     ):
         assert command.prove(found, measured, ["triton"]) == ({}, [f"triton 9.0 bfloat16: model-256.json: {reason}"])
+    # The mixture of backends that was chosen counts where the file has it.
+    for milliseconds, reason in ((1.9, None), (1.99, "not faster than fastden-torch")):
+        mixed = calls()
+        mixed["results"][0]["contenders"]["fastden-auto"] = row(milliseconds, own=True)
+        told = [] if reason is None else [f"triton 9.0 bfloat16: model-256.json: fastden-auto: {reason}"]
+        assert command.prove(found, mixed, ["triton"]) == ({} if reason else proven, told)
     # Another backend is judged by its own calls.
     for ops in found.values():
         ops["results"][0]["contenders"]["fastden-cuda"] = row(0.5, own=True)
