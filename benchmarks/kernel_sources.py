@@ -3,7 +3,8 @@
 For CUDA they are the operator's file in ``csrc/``, the headers there that it includes, and the compiler's flags; for
 Triton its file in ``kernels/``, with the default tiles, and the files there that it imports. What those include and
 import is among them. A file counts as a whole, whatever part of it the kernel uses. Comments, docstrings and white
-space do not count. So the digest is the same on each version of Python, and no compiler is needed.
+space do not count; nor does what runs for other shapes than the measured ones alone (:data:`OTHER_SHAPES`). So the
+digest is the same on each version of Python, and no compiler is needed.
 
 The digest of ``kernels/_tuned.py`` is coarser, of the text of all kernels. It is made while a program runs, and has to
 be quick; a change that matters to no kernel costs no more than a search there.
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = "fastden/cuda/build.py"
 #: All that digests are made of.
 PATHS = ("csrc", "kernels", BUILD)
+#: What an operator's file includes for shapes that are not measured: conv3, which is the only one, runs the kernel of
+#: concat_hopper.cuh on 9.0, which includes nothing of it (two tests of tests/bench/test_prove.py).
+OTHER_SHAPES = {("concat_conv_bn_relu", (9, 0)): ("convolution.cuh",)}
 _LITERAL = r""""(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])+'"""
 #: A word or a number; digits may be separated, as in 1'000.
 _WORD = r"\w(?:\w|'(?=\w))*"
@@ -46,22 +50,24 @@ def digest(root: Path, backend: str, operator: str, capability: tuple[int, int])
         capability: of the GPU, for which the compiler has flags.
     """
     digits = sha256(" ".join(flags(root, capability) if backend == "cuda" else ()).encode())
-    for path in files(root, backend, operator):
+    for path in files(root, backend, operator, capability):
         text = path.read_text(encoding="utf-8")
         plain = plain_cuda(text) if backend == "cuda" else plain_python(text)
         digits.update(f"\0{path.name}\0{plain}".encode())
     return digits.hexdigest()[:12]
 
 
-def files(root: Path, backend: str, operator: str) -> list[Path]:
+def files(root: Path, backend: str, operator: str, capability: tuple[int, int]) -> list[Path]:
     """The files that a kernel is made of, in the order of their names."""
     cuda = backend == "cuda"
+    others = OTHER_SHAPES.get((operator, capability), ()) if cuda else ()
     used: Callable[[Path], Iterator[Path]] = included if cuda else imported
     found: set[Path] = set()
     left = [root / "csrc" / f"{operator}.cu" if cuda else root / "kernels" / f"{operator}.py"]
     while left:
         path = left.pop()
-        if path not in found and path.is_file():  # emulator.h lies with the tests
+        # emulator.h lies with the tests.
+        if path not in found and path.is_file() and path.name not in others:
             found.add(path)
             left += used(path)
     return sorted(found)
@@ -137,8 +143,9 @@ def main() -> int:
     major, minor = map(int, arguments.capability.split("."))
     for backend, pattern in (("cuda", "csrc/*.cu"), ("triton", "kernels/[!_]*.py")):
         for path in sorted(root.glob(pattern)):
-            names = " ".join(file.name for file in files(root, backend, path.stem))
-            print(f"{backend:6} {path.stem:19} {digest(root, backend, path.stem, (major, minor))}  {names}")
+            kernel = root, backend, path.stem, (major, minor)
+            names = " ".join(file.name for file in files(*kernel))
+            print(f"{backend:6} {path.stem:19} {digest(*kernel)}  {names}")
     return 0
 
 

@@ -19,7 +19,7 @@ PROVEN: dict[tuple[str, str, tuple[int, int], str], tuple[str, str]] = {
     ),
     ("cuda", "concat_conv_bn_relu", (9, 0), "bfloat16"): (
         "benchmarks/results/h200/ops-2160.json",
-        "b518c3b0512e",
+        "374029300ad8",
     ),
     ("triton", "concat_conv_bn_relu", (9, 0), "bfloat16"): (
         "benchmarks/results/h200/ops-2160.json",

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fastden.ops import proven
 from tests.scripts import load
 
 
@@ -253,12 +254,8 @@ def test_a_commit_that_is_not_there(checkout: Checkout, capsys: pytest.CaptureFi
         ("csrc/patch.cuh", "\n}", "\nint added;}", {"cuda head", "cuda stem"}),
         # A header that a header includes.
         ("csrc/tensor_map.cuh", "const", "", {"cuda bottleneck", "cuda concat_conv_bn_relu", "cuda concat_conv_fp8"}),
-        (
-            "csrc/convolution.cuh",
-            "#pragma once",
-            "",
-            {"cuda concat_conv_bn_relu", "cuda conv_bn_relu", "cuda upsample"},
-        ),
+        # conv3 runs another kernel.
+        ("csrc/convolution.cuh", "#pragma once", "", {"cuda conv_bn_relu", "cuda upsample"}),
         ("csrc/upsample.cu", "phases.kernel = 2", "phases.kernel = 0x2", {"cuda upsample"}),
         ("csrc/bindings.cpp", "\n}", "\nint added;}", set()),
         ("kernels/head.py", " + ", " - ", {"triton head"}),
@@ -294,6 +291,28 @@ def test_flags_of_the_compiler_are_of_a_cuda_kernel(checkout: Checkout) -> None:
     after = checkout.digests()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {name for name in before if name.startswith("cuda ")} != set()
+
+
+def test_what_is_left_out_is_for_other_shapes(root: Path) -> None:
+    """conv3's kernel of 9.0 includes nothing of the one for other shapes, and takes the shapes that were measured."""
+    sources = load(root / "benchmarks" / "kernel_sources.py")
+    assert set(sources.OTHER_SHAPES) == {("concat_conv_bn_relu", (9, 0))}
+    left = [root / "csrc" / "concat_hopper.cuh"]
+    found: set[str] = set()
+    while left:
+        path = left.pop()
+        if path.name not in found and path.is_file():
+            found.add(path.name)
+            left += sources.included(path)
+    assert {"concat_hopper.cuh", "hopper.cuh"} <= found
+    assert not found & set(sources.OTHER_SHAPES["concat_conv_bn_relu", (9, 0)])
+    ((weight,),) = proven.SHAPES["concat_conv_bn_relu"]
+    outputs, channels, *kernel = weight
+    # As hopper::fits of csrc/concat_conv_bn_relu.cu: 128 and 32 channels, 256 outputs, 3 x 3.
+    constants = (root / "csrc" / "concat_hopper.cuh").read_text()
+    assert "kTileOutputs = 256;" in constants
+    assert "kStepChannels = 64;" in constants
+    assert (outputs % 256, (channels - 32) % 64, kernel) == (0, 0, [3, 3])
 
 
 def test_tokens_of_cuda(root: Path) -> None:
