@@ -56,6 +56,9 @@ def _probed(device: torch.device) -> str:
             reasons.append(": ".join([type(error).__name__, *lines[:1]]))
 
     thread = threading.Thread(target=run, name="fastden-probe")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # the system allows no more threads
+        return f"RuntimeError: {error}"
     thread.join()
     return reasons[0] if reasons else ""

@@ -67,6 +67,15 @@ def test_it_is_tried_once_by_many_threads(monkeypatch: pytest.MonkeyPatch) -> No
     assert tried == [True]
 
 
+def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.warns(RuntimeWarning, match="can't start new thread"):
+        assert why_not_started(CUDA) == "RuntimeError: can't start new thread"
+
+
 def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
     monkeypatch.setattr("fastden.kernels._probe.probe", tried.append)
