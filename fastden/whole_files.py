@@ -130,7 +130,7 @@ def _name_once(temporary: Path, target: Path, path: Path) -> None:
         temporary.unlink()
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes | memoryview) -> None:
     """Write a new file, and flush it to the disk."""
     with path.open("xb") as file:
         file.write(data)
@@ -145,7 +145,7 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_bytes(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+def write_bytes(path: Path, data: bytes | memoryview, *, overwrite: bool = True) -> None:
     """Write a whole file or none: a temporary file beside ``path``, which is then renamed. As :func:`whole_file`."""
     with whole_file(path, overwrite=overwrite) as temporary:
         write_synced(temporary, data)

@@ -202,6 +202,11 @@ class DenoiserTraining(pl.LightningModule):
         # On a GPU: whether a loss since the epoch's start was not finite.
         self._wrong: Tensor | None = None
 
+    @property
+    def trained(self) -> nn.ModuleDict:
+        """What is trained, averaged and kept in checkpoints, by its names in this module."""
+        return nn.ModuleDict({"model": self.model})
+
     def _bn_frozen(self) -> bool:
         return self.global_step >= self.config.steps * (1 - self.config.freeze_bn)
 

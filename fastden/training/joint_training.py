@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,7 @@ class JointTraining(DenoiserTraining):
         if task.kind != wanted:
             raise UserError(f"network: {config.network} is for {task.kind}; accepted for {config.objective}: {wanted}")
         self.task = FrozenTask(task.network, task.preprocess)
+        self.fingerprint = _fingerprint(self.task)
         if task.preprocess is not None:
             try:
                 check_preprocess(task.preprocess, torch.rand(1, 3, config.crop, config.crop))
@@ -157,6 +159,14 @@ class JointTraining(DenoiserTraining):
         task_loss = (ClassificationLoss if wanted == "classification" else SegmentationLoss)(task.ignore_index)
         self.joint_loss = JointLoss(config.weight, task_loss, F.l1_loss if config.loss == "l1" else None)
         self.metrics = nn.ModuleList([_metric(task) for _ in VALIDATION_SIGMAS])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fastden_task"] = self.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the frozen network, which checkpoints do not hold. Those of earlier versions do, with changed buffers."""
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("task.")}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
 
     def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The joint loss of a batch, a scalar.
@@ -190,6 +200,16 @@ class JointTraining(DenoiserTraining):
             self.log_quality(sigma, output.clamp(0, 1), clean)
             if batch_index == 0:
                 self.log_picture(sigma, noisy[0], output[0], clean[0])
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers, hexadecimal: by it a resumed run knows the network again."""
+    sha = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        sha.update(name.encode())
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def _metric(task: Task) -> Metric:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -185,6 +185,10 @@ class PhotoTraining(DenoiserTraining):
         self.estimator.requires_grad_(config.estimator_lr > 0)
         if not config.denoiser:
             model.requires_grad_(False)
+
+    @property
+    def trained(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"model": self.model, "estimator": self.estimator})
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [

@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, We
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastden.errors import UserError, in_one_line
 from fastden.network.model import Denoiser
@@ -63,7 +64,65 @@ class _WholeCheckpoints(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, buffer.getvalue())
+        write_bytes(target, buffer.getbuffer())
+
+
+class _Averages(WeightAveraging):
+    """Averages of what is trained, and of nothing else.
+
+    Lightning averages the whole module. Of a frozen network behind the denoiser that was a second copy, whose buffers
+    changed: the average of -inf with itself is NaN, and integers were cut off (``arange(64)`` became 9, 10, 10, 12, ...
+    at a decay of 0.9999). They were validated with, and written into the network when training ended.
+
+    Args:
+        decay: of the average.
+    """
+
+    def __init__(self, decay: float) -> None:
+        # All tensors at once: one by one, as Lightning's own EMA callback goes, they take 300 kernels a step.
+        average = get_ema_multi_avg_fn(decay)
+
+        @torch.no_grad()
+        def update(averages: Any, current: Any, count: Tensor | int) -> None:
+            if averages[0].is_floating_point():
+                average(averages, current, count)
+            else:
+                for old, new in zip(averages, current, strict=True):
+                    old.copy_(new)
+
+        super().__init__(multi_avg_fn=update)
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            device: Any = pl_module.device
+            self._average_model = AveragedModel(pl_module.trained, device, use_buffers=True, **self._kwargs)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module.trained, *arguments)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module.trained)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_train_end(trainer, pl_module.trained)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_validation_epoch_start(trainer, pl_module.trained)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_validation_epoch_end(trainer, pl_module.trained)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        # A frozen network is loaded by its name when the run goes on.
+        current = checkpoint["current_model_state"]
+        checkpoint["current_model_state"] = {name: current[name] for name in checkpoint["state_dict"]}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        trained = pl_module.trained
+        names = trained.state_dict().keys()
+        own = {key: {name: checkpoint[key][name] for name in names} for key in ("state_dict", "current_model_state")}
+        super().on_load_checkpoint(trainer, trained, {**checkpoint, **own})
 
 
 class _Steps(pl.Callback):
@@ -201,12 +260,15 @@ def train(
     if not resume and last.exists():
         raise UserError(f"output: {config.output} holds a run already; accepted: a new folder, or --resume")
     asked = config.steps
+    saved: dict[str, Any] = {}
     if resume:
         _check_settings(config)
-        asked = _restore_steps(config, last)
+        checkpoint = torch.load(last, map_location="cpu", weights_only=False)
+        saved = {name: checkpoint.get(name) for name in ("fastden_steps", "fastden_task")}
+        del checkpoint
+        asked = _restore_steps(config, saved["fastden_steps"] or {})
     pl.seed_everything(config.seed, verbose=False)
-    # All tensors at once: one by one, as Lightning's own EMA callback goes, they take 300 kernels a step.
-    ema = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    ema = _Averages(config.ema)
     trainer = _trainer(config, ema, last, accelerator, devices)
     trainer.callbacks.insert(0, _Steps(config, asked))  # type: ignore[attr-defined]
     if minutes is not None:
@@ -219,6 +281,10 @@ def train(
     if isinstance(config, JointConfig):
         task = load_task(config.network, config.network_arguments)
         module = JointTraining(model, config, task)
+        if saved.get("fastden_task", module.fingerprint) not in (None, module.fingerprint):
+            raise UserError(
+                f"resume: the weights of network {config.network} are others than the run had; accepted: the same"
+            )
         data: DenoiserData = JointData(config, task)
     elif isinstance(config, PhotoConfig):
         module, data = PhotoTraining(model, config), PhotoData(config)
@@ -274,7 +340,7 @@ def blend_weights(model: Denoiser, config: TrainConfig) -> None:
             value.lerp_(start[name].to(value), 1.0 - config.blend)
 
 
-def _trainer(config: TrainConfig, ema: WeightAveraging, last: Path, accelerator: str, devices: str | int) -> pl.Trainer:
+def _trainer(config: TrainConfig, ema: _Averages, last: Path, accelerator: str, devices: str | int) -> pl.Trainer:
     nodes = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Lightning takes the ranks from torchrun, but not the counts.
@@ -327,9 +393,8 @@ def _check_settings(config: TrainConfig) -> None:
         raise UserError(f"resume: other settings than the run had ({shown}); accepted: the same, except for steps")
 
 
-def _restore_steps(config: TrainConfig, last: Path) -> int:
+def _restore_steps(config: TrainConfig, steps: dict[str, int]) -> int:
     """Give a run that was fitted the number of steps of its checkpoint, and return the number that it began with."""
-    steps = torch.load(last, map_location="cpu", weights_only=False).get("fastden_steps", {})
     if steps.get("asked") == config.steps:
         config.steps = steps["steps"]
         return int(steps["asked"])

@@ -26,6 +26,25 @@ def classifier(classes: int = 3) -> Task:
     return Task(network, classes, "classification", centre)
 
 
+class Indexed(nn.Module):
+    """A network that looks channels up by a buffer of integers, and leaves out its last class by -inf, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv = nn.Conv2d(3, 64, 3, stride=2)
+        self.linear = nn.Linear(64, 4)
+        self.register_buffer("index", torch.arange(64))
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, 0.0, -torch.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).mean((2, 3))[:, self.index]) + self.mask
+
+
+def indexed() -> Task:
+    return Task(Indexed(), 4, "classification")
+
+
 def segmenter() -> Task:
     torch.manual_seed(6)
     network = nn.Sequential(nn.Conv2d(3, 3, 3, stride=2, padding=1), nn.BatchNorm2d(3))

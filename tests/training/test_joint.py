@@ -77,26 +77,66 @@ class TestRun:
         assert isinstance(config, JointConfig)
         assert config.objective == f"joint-{kind}"
 
-    def test_network_stays_as_it_is(self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Parameters, statistics and their averaged copy keep every bit."""
+    @pytest.mark.parametrize(
+        ("network", "ema"), [("classifier", 0.5), ("indexed", 0.9), ("indexed", 0.999), ("indexed", 0.9999)]
+    )
+    def test_network_stays_as_it_is(
+        self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, ema: float
+    ) -> None:
+        """Parameters, statistics, indices and masks keep every bit, in validation too, and are in no checkpoint."""
         seen: list[JointTraining] = []
         before: list[dict[str, torch.Tensor]] = []
-        start = JointTraining.__init__
+        validated: list[bool] = []
+        start, validate = JointTraining.__init__, JointTraining.validation_step
+
+        def unchanged(module: JointTraining) -> bool:
+            return all(torch.equal(value, before[0][name]) for name, value in module.task.state_dict().items())
 
         def watching(self: JointTraining, *arguments: Any) -> None:
             start(self, *arguments)
             seen.append(self)
             before.append(copy.deepcopy(self.task.state_dict()))
 
+        def validating(self: JointTraining, *arguments: Any) -> None:
+            validated.append(unchanged(self))
+            validate(self, *arguments)
+
         monkeypatch.setattr(JointTraining, "__init__", watching)
-        joint(tmp_path)
+        monkeypatch.setattr(JointTraining, "validation_step", validating)
+        joint(tmp_path, network=f"{NETWORKS}:{network}", ema=ema)
         (module,) = seen
-        assert all(torch.equal(value, before[0][name]) for name, value in module.task.state_dict().items())
+        assert unchanged(module)
+        assert validated == [True, True]
         assert all(parameter.grad is None for parameter in module.task.parameters())
         saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
         for key in ("state_dict", "current_model_state"):
-            for name, value in before[0].items():
-                assert torch.equal(saved[key][f"task.{name}"], value), (key, name)
+            assert saved[key].keys() == {f"model.{name}" for name in module.model.state_dict()}
+        assert saved["averaging_state"].keys() == {"n_averaged"}
+
+    def test_a_checkpoint_of_an_earlier_version_goes_on(self, joint: Run, tmp_path: Path) -> None:
+        """It holds the network twice, once with averaged buffers."""
+        network = f"{NETWORKS}:indexed"
+        expected = weights(joint(tmp_path / "whole", network=network))
+        joint(tmp_path / "parts", network=network, minutes=0)
+        file = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+        saved = torch.load(file, weights_only=False)
+        del saved["fastden_task"]
+        for key in ("state_dict", "current_model_state"):
+            for name, value in load_task(network).network.state_dict().items():
+                saved[key][f"task.network.{name}"] = torch.zeros_like(value)
+        torch.save(saved, file)
+        resumed = weights(joint(tmp_path / "parts", network=network, resume=True))
+        assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+    def test_a_network_with_other_weights_is_no_resumption(self, joint: Run, tmp_path: Path) -> None:
+        file = tmp_path / "own.py"
+        file.write_text(Path(NETWORKS).read_text())
+        joint(tmp_path / "run", network=f"{file}:indexed", minutes=0)
+        file.write_text(Path(NETWORKS).read_text().replace("manual_seed(5)", "manual_seed(4)"))
+        with pytest.raises(
+            UserError, match=r"resume: the weights of network .*own\.py:indexed are others than the run"
+        ):
+            joint(tmp_path / "run", network=f"{file}:indexed", resume=True)
 
     @pytest.mark.parametrize("kind", ["classify", "segment"])
     def test_the_metric_is_of_the_predictions(self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
