@@ -13,7 +13,7 @@ into the denoiser, which learns to keep what the task needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -97,11 +97,12 @@ class FrozenTask(nn.Module):
     Its parameters stop requiring gradients, permanently. It stays in evaluation mode even where ``train()`` is called
     on a module that holds it: BN statistics do not change, dropout is off.
 
+    The first batch under grad is run once more, to verify that gradients pass (:meth:`check`).
+
     Args:
         network: any module; it is frozen in place.
         preprocess: differentiable, from denoised images (N, C, H, W) in about [0, 1] to the network's input
-            (normalisation, resizing). Verified on the first training batch. A module is frozen too; modules that a
-            function uses are not.
+            (normalisation, resizing). A module is frozen too; modules that a function uses are not.
         name: of the task, for messages.
 
     Raises:
@@ -117,7 +118,7 @@ class FrozenTask(nn.Module):
         self.name = name
         self.network = network
         self.preprocess = preprocess
-        self._verified = preprocess is None
+        self._verified = False
         self.requires_grad_(False)
         self.eval()
 
@@ -131,22 +132,44 @@ class FrozenTask(nn.Module):
 
         Raises:
             ValueError: a parameter requires gradients again, a module went into training mode, no gradient passes
-                through ``preprocess``, or ``images`` were changed in place.
+                through ``preprocess`` or the network, or ``images`` were changed in place.
         """
         self._check_frozen()
-        if self.preprocess is not None and not self._verified and torch.is_grad_enabled() and not transforming():
-            check_preprocess(self.preprocess, images, self.name)
-            self._verified = True
+        # Code that is compiled or transformed cannot look at gradients.
+        is_batch = isinstance(images, Tensor) and images.numel() > 0
+        if not self._verified and is_batch and torch.is_grad_enabled() and not transforming():
+            self.check(images)
         # Tensors count their changes, but not in inference mode.
         counted = isinstance(images, Tensor) and not transforming() and not images.is_inference()
         before = images._version if counted else 0
-        prediction = self.network(images if self.preprocess is None else self.preprocess(images))
+        prediction = self._predict(images)
         if counted and images._version != before:
             raise ValueError(
                 f"{self.name}: it changes its input in place, which is the denoised image of the loss and of other"
                 " tasks; accepted: a network and a preprocess without operations in place, or preprocess=torch.clone"
             )
         return prediction
+
+    def check(self, images: Tensor) -> Any:
+        """Raise unless gradients pass through ``preprocess`` and the network; the first batch need not be checked then.
+
+        Args:
+            images: (N, C, H, W), as :meth:`forward` takes them.
+
+        Returns:
+            The network's prediction for them.
+
+        Raises:
+            ValueError: no gradient passes.
+        """
+        if self.preprocess is not None:
+            check_preprocess(self.preprocess, images, self.name)
+        prediction = _check_network(self._predict, images, self.name)
+        self._verified = True
+        return prediction
+
+    def _predict(self, images: Tensor) -> Any:
+        return self.network(images if self.preprocess is None else self.preprocess(images))
 
     def _check_frozen(self) -> None:
         thawed = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -330,13 +353,65 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
             raise TypeError(f"preprocess of {name}: returned {type(result).__name__}; accepted: a tensor")
         if not result.requires_grad:
             raise ValueError(f"preprocess of {name}: no gradient passes through it; {accepted}")
-        # Unequal weights: with equal ones the gradients would cancel where a mean is subtracted.
-        weights = torch.linspace(0.5, 1.5, result.numel(), device=result.device).view_as(result).to(result.dtype)
-        (gradient,) = torch.autograd.grad((result * weights).sum(), probe, allow_unused=True)
+        (gradient,) = torch.autograd.grad(_weighed(result), probe, allow_unused=True)
     if gradient is None or not bool(gradient.any()):
         raise ValueError(f"preprocess of {name}: its gradient is zero everywhere; {accepted}")
     if not bool(gradient.isfinite().all()):
         raise ValueError(f"preprocess of {name}: its gradient is not finite; {accepted}")
+
+
+def _check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) -> Any:
+    """Raise unless gradients pass to ``images`` from what a network predicts for them, and return that.
+
+    Without a gradient the loss still has a value, and the denoiser learns from its own part alone. So it does behind a
+    forward pass under ``torch.no_grad``, a network in integers, or one that TorchScript has optimised for inference.
+
+    Raises:
+        ValueError: no gradient, or one that is zero everywhere, for random images too.
+    """
+    accepted = "accepted: a network whose prediction can be differentiated by its input"
+    predictions: list[Any] = []
+    with torch.enable_grad():
+        # Of dark images every unit of a network may be off, by chance.
+        for values in (images, torch.rand_like(images)):
+            probe = values.detach().clone().requires_grad_()
+            prediction = predict(probe.clone())  # a leaf could not be changed in place; forward says more of that
+            predictions.append(prediction)
+            tensors = list(_tensors(prediction))
+            if not tensors:  # an object of the network's own
+                return predictions[0]
+            differentiable = [tensor for tensor in tensors if tensor.requires_grad]
+            if not differentiable:
+                raise ValueError(f"{name}: no gradient passes through the network; {accepted}")
+            try:
+                sums = [_weighed(tensor) for tensor in differentiable]
+                (gradient,) = torch.autograd.grad(sums, probe, allow_unused=True)
+            except RuntimeError as error:
+                raise ValueError(f"{name}: no gradient passes through the network: {error}; {accepted}") from error
+            if gradient is not None and bool(gradient.any()):
+                return predictions[0]
+    raise ValueError(f"{name}: the gradient through the network is zero everywhere; {accepted}")
+
+
+def _weighed(x: Tensor) -> Tensor:
+    """A sum with unequal weights: with equal ones the gradients would cancel where a mean is subtracted."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    weights = torch.linspace(0.5, 1.5, x.numel(), device=x.device).view_as(x).to(x.dtype)
+    return (x * weights).sum()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a prediction: itself, or in lists, mappings and the attributes of objects that hold them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    else:
+        yield from (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, Tensor))
 
 
 def _as_module(function: Callable[..., Any]) -> nn.Module:

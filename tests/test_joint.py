@@ -103,7 +103,7 @@ class TestJointDenoiser:
         for backend in (None, "torch", "triton", "cuda"):
             JointDenoiser(denoiser, task, backend=backend)(noisy)
         assert denoiser.backends == [None, "torch", "triton", "cuda"]
-        assert task.backends == [None] * 4
+        assert set(task.backends) == {None}
         with pytest.raises(ValueError, match=r"backend: 'cublas'; accepted: torch, triton, cuda, or None"):
             JointDenoiser(denoiser, task, backend="cublas")
 
@@ -331,7 +331,67 @@ class TestPreprocess:
         assert calls == [4]
         joint(labelled_batch()[0], 0.1)
         joint(labelled_batch()[0], 0.1)
-        assert calls == [4, 1, 4, 4]
+        assert calls == [4, 1, 4, 4, 4]  # in front of the first training batch: alone, and with the network
+
+
+class Wrapped(nn.Module):
+    """A network whose prediction is what a function makes of that of another."""
+
+    def __init__(self, function: Any, network: nn.Module) -> None:
+        super().__init__()
+        self.function, self.network = function, network
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.network, x)
+
+
+class TestGradientOfTheNetwork:
+    """Without one the loss has a value all the same, and the denoiser learns nothing from the task."""
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (torch.no_grad()(lambda network, x: network(x)), "no gradient passes through the network"),
+            (lambda network, x: network(x).argmax(1), "no gradient passes through the network"),
+            (lambda network, x: {"a": [network(x).detach()]}, "no gradient passes through the network"),
+            (lambda network, x: network((x * 255).round()), "the gradient through the network is zero everywhere"),
+        ],
+    )
+    def test_none(self, function: Any, message: str) -> None:
+        joint = JointDenoiser(nn.Conv2d(3, 3, 1), {"a": classifier(), "b": Wrapped(function, classifier())})
+        noisy = labelled_batch()[0]
+        with torch.no_grad():
+            joint(noisy)
+        with pytest.raises(ValueError, match=f"^b: {message}; accepted: a network whose prediction can be diff"):
+            joint(noisy)
+
+    @pytest.mark.filterwarnings("ignore")  # both ways are deprecated
+    def test_networks_made_for_inference(self) -> None:
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
+        integers = torch.ao.quantization.quantize_dynamic(network, {nn.Linear})
+        optimised = torch.jit.optimize_for_inference(torch.jit.script(network))
+        for task in (integers, optimised):
+            with pytest.raises(ValueError, match=r"^task: .*gradient .*through the network"):
+                JointDenoiser(nn.Conv2d(3, 3, 1), task)(labelled_batch()[0])
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda network, x: {"a": [network(x)], "b": network(x).argmax(1)},
+            lambda network, x: JointLoss,  # an object that holds no tensor may be anything
+            lambda network, x: network(x.sub(0.3).relu()),  # of dark images all is cut off
+            lambda network, x: network(x) - torch.tensor([0, 0, 0, 0, torch.inf]),
+        ],
+    )
+    def test_accepted(self, function: Any) -> None:
+        joint = JointDenoiser(nn.Identity(), Wrapped(function, classifier()))
+        joint(0.1 * labelled_batch()[0])
+
+    def test_an_empty_batch_says_nothing(self) -> None:
+        joint = JointDenoiser(nn.Identity(), Wrapped(torch.no_grad()(lambda network, x: network(x)), classifier()))
+        joint(torch.rand(0, 3, 8, 8))
+        with pytest.raises(ValueError, match="no gradient passes"):
+            joint(torch.rand(1, 3, 8, 8))
 
 
 class TestTransforms:

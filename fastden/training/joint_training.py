@@ -22,7 +22,6 @@ from fastden.joint import (
     JointLoss,
     JointOutput,
     SegmentationLoss,
-    check_preprocess,
     resize_prediction,
 )
 from fastden.network.model import Denoiser
@@ -138,7 +137,8 @@ class JointTraining(DenoiserTraining):
         task: the frozen network.
 
     Raises:
-        UserError: ``task`` is not of the kind that ``config.objective`` names.
+        UserError: ``task`` is not of the kind that ``config.objective`` names, passes no gradient, or its prediction is
+            not what it says.
     """
 
     config: JointConfig
@@ -150,15 +150,35 @@ class JointTraining(DenoiserTraining):
             raise UserError(f"network: {config.network} is for {task.kind}; accepted for {config.objective}: {wanted}")
         self.task = FrozenTask(task.network, task.preprocess)
         self.fingerprint = _fingerprint(self.task)
-        if task.preprocess is not None:
-            try:
-                check_preprocess(task.preprocess, torch.rand(1, 3, config.crop, config.crop))
-            except (TypeError, ValueError) as error:
-                raise UserError(f"network: {error}") from error
+        self._check_task(task)
         self._predict = torch.compile(self.task.forward) if config.compile else self.task.forward
         task_loss = (ClassificationLoss if wanted == "classification" else SegmentationLoss)(task.ignore_index)
         self.joint_loss = JointLoss(config.weight, task_loss, F.l1_loss if config.loss == "l1" else None)
         self.metrics = nn.ModuleList([_metric(task) for _ in VALIDATION_SIGMAS])
+
+    def _check_task(self, task: Task) -> None:
+        """Refuse a network that passes no gradient, or whose prediction is not what its Task says.
+
+        Where it has fewer classes than that, the loss is fine, and the first validation would end the run.
+
+        Raises:
+            UserError: naming the network.
+        """
+        device = next(self.task.parameters(), torch.empty(0)).device
+        images = torch.rand(min(2, self.config.batch), 3, self.config.crop, self.config.crop, device=device)
+        try:
+            prediction = self.task.check(images)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"network: {self.config.network}: {error}") from error
+        shape = "(N, classes)" if task.kind == "classification" else "(N, classes, h, w)"
+        returned = f"shape {tuple(prediction.shape)}" if isinstance(prediction, Tensor) else type(prediction).__name__
+        if not isinstance(prediction, Tensor) or prediction.dim() != shape.count(",") + 1:
+            raise UserError(f"network: {self.config.network}: prediction: {returned}; accepted: a tensor {shape}")
+        if prediction.shape[1] != task.classes:
+            raise UserError(
+                f"network: {self.config.network}: prediction: {returned}; accepted: {task.classes} classes, as its Task"
+                " says (classes)"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fastden_task"] = self.fingerprint
@@ -172,7 +192,7 @@ class JointTraining(DenoiserTraining):
         """The joint loss of a batch, a scalar.
 
         Raises:
-            UserError: the network's prediction does not fit the labels, or no gradient passes through it.
+            UserError: the network's prediction does not fit the labels.
         """
         denoised = self(batch["noisy"], batch["level"]).float()
         output = JointOutput(denoised, {TASK: self._predict(denoised)})

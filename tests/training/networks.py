@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,24 @@ class Indexed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.conv(x).mean((2, 3))[:, self.index]) + self.mask
+
+
+class Other(nn.Module):
+    """A classifier of three classes that is wrong in one way, named by ``fault``."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.network = classifier().network
+        self.fault = fault
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.set_grad_enabled(self.fault != "no gradient" and torch.is_grad_enabled()):
+            result = self.network(x)
+        return {"logits": result} if self.fault == "dictionary" else result
+
+
+def other(fault: str) -> Task:
+    return Task(Other(fault), 5 if fault == "classes" else 3, "classification")
 
 
 def indexed() -> Task:

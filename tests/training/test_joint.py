@@ -241,7 +241,10 @@ class TestMistakes:
             ({"network": f"{NETWORKS}:nothing"}, r"network: .*nothing returned NoneType; accepted: a .*Task"),
             ({"network": f"{NETWORKS}:segmenter"}, r"is for segmentation; accepted for joint-classify: classification"),
             ({"network_arguments": {"classes": 2}}, r"training: labels: from \d to 2; accepted: 0 to 1"),
-            ({"network": f"{NETWORKS}:rounding"}, r"network: preprocess of task: its gradient is zero everywhere"),
+            (
+                {"network": f"{NETWORKS}:rounding"},
+                r"network: .*:rounding: preprocess of task: its gradient is zero everywhere",
+            ),
             ({"data": ["none"]}, r"data: none/labels\.csv does not exist"),
         ],
     )
@@ -249,6 +252,23 @@ class TestMistakes:
         with pytest.raises(UserError, match=message):
             joint(tmp_path / "run", **changes)
         assert not (tmp_path / "run" / "model").exists()
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            (
+                "no gradient",
+                "task: no gradient passes through the network; accepted: a network whose prediction can be",
+            ),
+            ("dictionary", r"prediction: dict; accepted: a tensor \(N, classes\)"),
+            ("classes", r"prediction: shape \(2, 3\); accepted: 5 classes, as its Task says \(classes\)"),
+        ],
+    )
+    def test_the_network_is_checked_before_the_run(self, joint: Run, tmp_path: Path, fault: str, message: str) -> None:
+        settings = {"network": f"{NETWORKS}:other", "network_arguments": {"fault": fault}}
+        with pytest.raises(UserError, match=rf"^network: .*networks\.py:other: {message}"):
+            joint(tmp_path / "run", **settings)
+        assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(("kind", "void"), [("classify", 7), ("segment", 255)])
     def test_labels_are_checked_before_the_run(
