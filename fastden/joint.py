@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +189,9 @@ class FrozenTask(nn.Module):
 class JointDenoiser(nn.Module):
     """A denoiser followed by one or several frozen networks.
 
+    The first batch under grad verifies that gradients pass through each ``preprocess`` and network. Under
+    ``torch.compile`` and the transforms of ``torch.func`` no batch does: call :meth:`check` first.
+
     Args:
         denoiser: called as ``denoiser(noisy, sigma)``, without ``sigma`` where that is None.
         task: the network for the high-level task, or several by name; frozen in place (:class:`FrozenTask`).
@@ -249,6 +252,18 @@ class JointDenoiser(nn.Module):
         with nullcontext() if self.backend is None else use_backend(self.backend):
             denoised = self.denoiser(noisy) if sigma is None else self.denoiser(noisy, sigma)
         return JointOutput(denoised, {name: task(denoised) for name, task in self.tasks.items()})
+
+    def check(self, images: Tensor) -> None:
+        """Raise unless gradients pass from every task's prediction to ``images``; no batch is checked afterwards.
+
+        Args:
+            images: (N, C, H, W) in about [0, 1], of a size as the networks take them.
+
+        Raises:
+            ValueError: no gradient passes through a ``preprocess`` or a network.
+        """
+        for task in self.tasks.values():
+            cast(FrozenTask, task).check(images)
 
 
 class JointLoss(nn.Module):

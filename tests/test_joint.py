@@ -387,6 +387,22 @@ class TestGradientOfTheNetwork:
         joint = JointDenoiser(nn.Identity(), Wrapped(function, classifier()))
         joint(0.1 * labelled_batch()[0])
 
+    def test_check_in_front_of_a_compiled_joint(self) -> None:
+        """Compiled code verifies nothing, and a checked network is not checked again."""
+        noisy = labelled_batch()[0]
+        joint = JointDenoiser(nn.Conv2d(3, 3, 1), {"a": classifier(), "b": classifier()}, {"b": torch.round})
+        compiled = torch.compile(joint, backend="eager")
+        compiled(noisy)
+        for called in (joint, compiled):
+            with torch.no_grad(), pytest.raises(ValueError, match="preprocess of b: its gradient is zero everywhere"):
+                called.check(noisy)
+        calls: list[int] = []
+        counting = Wrapped(lambda network, x: calls.append(len(x)) or network(x), classifier())
+        joint = JointDenoiser(nn.Conv2d(3, 3, 1), counting)
+        joint.check(noisy[:2])
+        joint(noisy)
+        assert calls == [2, 4]
+
     def test_an_empty_batch_says_nothing(self) -> None:
         joint = JointDenoiser(nn.Identity(), Wrapped(torch.no_grad()(lambda network, x: network(x)), classifier()))
         joint(torch.rand(0, 3, 8, 8))
