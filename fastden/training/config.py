@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastden.errors import UserError
 from fastden.images.samples import MAX_SIGMA
 from fastden.training.synthetic_noise import NoiseModel
+from fastden.training.tasks import EFFICIENTNET_LITE
 
 #: Settings that are a number or a range.
 RANGES = ("sigma", "gain", "jpeg", "clean_quality", "factor", "contrast")
@@ -259,12 +260,23 @@ class JointConfig(TrainConfig):
     init: str | None = Field("color", description="model to start from: bundled name, folder or Hub id; null is none")
     sigma: tuple[float, float] = Field((15.0, 60.0), description="noise level, 0-255 scale: a number or a range")
     gray: float = Field(0.0, ge=0, le=1, description="share of crops made gray")
-    crop: int = Field(224, ge=16, description="side of a training crop, pixels")
+    crop: int = Field(
+        224,
+        ge=16,
+        description="side of a training crop, pixels; 240 for efficientnet-lite1, 260 for -lite2. For classes, pictures"
+        " are first scaled so that their shorter side is at most 8/7 of it",
+    )
     batch: int = Field(8, ge=1, description="crops a step, over all devices")
     steps: int = Field(2000, ge=1, description="optimiser steps")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of Adam")
     freeze_bn: float = Field(1.0, ge=0, le=1, description="last share of the steps with frozen BN statistics")
     loss: Literal["mse", "l1"] = Field("mse", description="the denoiser's own loss")
+
+    @model_validator(mode="after")
+    def _crop_of_the_network(self) -> JointConfig:
+        if "crop" not in self.model_fields_set:
+            self.crop = EFFICIENTNET_LITE.get(self.network, self.crop)
+        return self
 
 
 def _check_range(bounds: Any, low: float, high: float) -> Any:

@@ -373,9 +373,33 @@ def bits_of(values: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarra
 class TestLabels:
     def test_classes(self, classified: Path) -> None:
         assert read_classes(classified) == [(classified / f"{i}.png", i % 3) for i in range(6)]
-        images = load_classified(classified, 30)
+        images = load_classified(classified, 36)
         assert images[0][0].shape == (40, 44, 3)
-        assert images[5][0].shape == (30, 39, 3)  # scaled up to the crop
+        assert images[5][0].shape == (36, 47, 3)  # scaled up to the crop
+
+    def test_large_pictures_are_scaled_down(self, tmp_path: Path) -> None:
+        """So that a crop shows what the label names; for crops of 224 the shorter side becomes 256."""
+        folder = tmp_path / "labelled"
+        folder.mkdir()
+        whole = PIL.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3), np.uint8))
+        whole.save(folder / "a.png")
+        whole.resize((260, 256)).save(folder / "b.png")
+        (folder / "labels.csv").write_text("file,index\na.png,0\nb.png,0\n")
+        (large, _), (small, _) = load_classified(folder, 224)
+        assert large.shape == (256, 358, 3)
+        assert np.array_equal(large, np.asarray(whole.resize((358, 256), PIL.Resampling.BICUBIC)))
+        assert small.shape == (256, 260, 3)
+        data = JointData(self.config(folder, folder, validation=1))
+        data.setup("fit")
+        assert [image.shape for image, _ in data.labelled + data.held_out] == [(23, 23, 3), (23, 32, 3)]
+
+    def test_crops_have_the_size_of_a_network_that_ships(self) -> None:
+        settings = {"objective": "joint-classify", "data": ["x"], "output": "run"}
+        for number, side in enumerate((224, 240, 260)):
+            network = {"network": f"efficientnet-lite{number}"}
+            assert JointConfig.model_validate({**settings, **network}).crop == side
+            assert JointConfig.model_validate({**settings, **network, "crop": 96}).crop == 96
+        assert JointConfig.model_validate({**settings, "network": "x:y"}).crop == 224
 
     def test_a_table_that_excel_wrote(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").touch()
@@ -519,9 +543,9 @@ class TestLabels:
         assert not any(torch.equal(first[i]["clean"], other[i]["clean"]) for i in range(10))
 
     def test_validation_images(self, classified: Path, segmented: Path) -> None:
-        item = LabelledImages(load_classified(classified, 30), 30)[2]
+        item = LabelledImages(load_classified(classified, 36), 30)[2]
         assert (tuple(item["clean"].shape), int(item["label"])) == ((3, 30, 30), 2)
-        image, _ = load_classified(classified, 30)[2]
+        image, _ = load_classified(classified, 36)[2]
         assert image.shape == (40, 44, 3)
         centre = torch.from_numpy(image[5:35, 7:37].copy()).permute(2, 0, 1).float() / 255
         torch.testing.assert_close(item["clean"], centre)
