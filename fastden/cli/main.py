@@ -300,6 +300,7 @@ def train(
     """Train a denoiser, alone or jointly with a frozen network (needs pip install 'fastden[train]')."""
     try:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
+        from lightning.pytorch.utilities import rank_zero_only
 
         from fastden.training.config import load_config
         from fastden.training.trainer import train as run
@@ -309,7 +310,7 @@ def train(
     errors = (ValueError, TypeError, OSError, MisconfigurationException)
     with naming("train", errors, remedy="a smaller batch or crop needs less"):
         folder = run(settings, resume=resume, minutes=minutes, fit=fit, accelerator=accelerator, devices=devices)
-    say(f"model written to {folder}")
+    rank_zero_only(say)(f"model written to {folder}")
 
 
 @app.command("calibrate")

@@ -227,7 +227,8 @@ def train(
     ``metrics-1.csv`` and so on) and TensorBoard files, and at the end
     ``model/`` (weights averaged over the run, as ``save_pretrained`` writes them) with ``train.yaml`` beside them.
 
-    Under ``torchrun`` every process calls this, and the batch is shared among them.
+    Under ``torchrun`` every process calls this, and the batch is shared among them. The model is there when any of them
+    returns.
 
     Args:
         config: all settings.
@@ -306,6 +307,7 @@ def train(
             _write_settings(config)
         blend_weights(model, config)
         _save(module, target)
+    trainer.strategy.barrier("fastden: the model is there")  # other processes may load it at once
     return target
 
 

@@ -21,12 +21,14 @@ NETWORKS = str(Path(__file__).with_name("networks.py"))
 
 
 def torchrun(folder: Path, settings: dict[str, Any], *options: str) -> subprocess.CompletedProcess[str]:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "fastden", "train", str(folder / "config.yaml"), "--accelerator", "cpu", *options),
-    ]
+    return launch("-m", "fastden", "train", str(folder / "config.yaml"), "--accelerator", "cpu", *options)
+
+
+def launch(*what: str) -> subprocess.CompletedProcess[str]:
+    """Run a script or module in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
@@ -61,6 +63,7 @@ def test_two_processes_equal_one(objective: str, run: Run, photographs: Path, cl
         settings |= {"objective": objective, "data": [str(classified)], **task}
     done = torchrun(tmp_path / "two", {**settings, "output": str(tmp_path / "two" / "run")})
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("model written to") == 1
     both = moved(tmp_path / "two" / "run" / "model", start)
     one = moved(run(tmp_path / "one", **settings), start)
     # Adam makes a whole step of a gradient that is rounding noise: single parameters may differ.
@@ -70,6 +73,26 @@ def test_two_processes_equal_one(objective: str, run: Run, photographs: Path, cl
     columns, *rows = (tmp_path / "two" / "run" / "log" / "metrics.csv").read_text().splitlines()
     assert "val_psnr_30" in columns if objective != "denoise" else "val_psnr_25" in columns
     assert len(rows) == 1  # the second epoch was not finished
+
+
+@pytest.mark.slow
+def test_every_process_finds_the_model(photographs: Path, tmp_path: Path) -> None:
+    """It is there when train() returns, also where writing it takes a while."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import time
+from pathlib import Path
+from fastden.training import trainer
+from fastden.training.config import TrainConfig
+
+save = trainer._save
+trainer._save = lambda *arguments: (time.sleep(3), save(*arguments))
+settings = dict(data=[{str(photographs)!r}], output={str(tmp_path / "run")!r}, steps=1, batch=2, crop=30, validation=0)
+model = trainer.train(TrainConfig(precision="32-true", **settings), accelerator="cpu")
+assert (model / "config.json").exists()
+""")
+    done = launch(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
