@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torchmetrics import MeanMetric
 
 from fastden.errors import UserError
 from fastden.network.inputs import noise_level
@@ -23,7 +24,7 @@ from fastden.network.padding import pad_image
 from fastden.ops.backends import BackendError, use_backend
 from fastden.training.config import TrainConfig
 from fastden.training.data import CropDataset, Image, find_photographs, load_rgb, names_of, tell
-from fastden.training.synthetic_noise import NoisyDataset, gaussian
+from fastden.training.synthetic_noise import NoisyDataset
 
 #: Levels (0-255 scale) of the validation noise, all on the same photographs.
 VALIDATION_SIGMAS = (15, 25, 50)
@@ -77,6 +78,35 @@ class _Rest(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return islice(self.items, self.done, None)
+
+
+class Numbered(Dataset[dict[str, Any]]):
+    """Items of a validation with their numbers, and as many more as each of ``processes`` needs for an equal share.
+
+    The processes must take the same number of batches, for they wait for each other at each. The numbers of the items
+    that are added are -1: counted, they would change the figures.
+
+    Args:
+        items: at least one.
+        processes: that share them.
+    """
+
+    def __init__(self, items: Any, processes: int) -> None:
+        self.items = items
+        self.length = -(-len(items) // processes) * processes
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        count = len(self.items)
+        return {**self.items[min(index, count - 1)], "number": index if index < count else -1}
+
+
+def white_noise(clean: Tensor, numbers: Tensor) -> Tensor:
+    """White noise (N, C, H, W) of deviation 1 on images of a validation, each by its number (N,) alone."""
+    generators = [torch.Generator().manual_seed(max(number, 0)) for number in numbers.tolist()]
+    return torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators]).to(clean)
 
 
 class DenoiserData(pl.LightningDataModule):
@@ -172,8 +202,13 @@ class DenoiserData(pl.LightningDataModule):
             return []
         side = 4 * (min(VALIDATION_SIDE, *(min(image.shape[:2]) for image in self.validation_images)) // 4)
         crops = [torch.from_numpy(image[:side, :side].transpose(2, 0, 1).copy()) for image in self.validation_images]
-        dataset = TensorDataset(torch.stack(crops))
-        return DataLoader(dataset, batch_size=4, sampler=self.shared(dataset), num_workers=0)
+        return self.validation_loader([{"clean": crop} for crop in crops], 4)
+
+    def validation_loader(self, items: Any, batch: int) -> DataLoader[dict[str, Any]]:
+        """Batches of :class:`Numbered` items, every n-th item for each of n processes."""
+        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        numbered = Numbered(items, processes)
+        return DataLoader(numbered, batch, sampler=range(rank, len(numbered), processes), num_workers=0)
 
     def shared(self, dataset: Dataset[Any]) -> Sampler[int] | None:
         """A sampler that gives each of n processes every n-th item, in order; Lightning's own would shuffle."""
@@ -199,6 +234,7 @@ class DenoiserTraining(pl.LightningModule):
             module.momentum = config.bn_momentum
         self._run = torch.compile(model.forward_padded) if config.compile else model.forward_padded
         self._graphs: tuple[bool, Callable[[Tensor], Tensor]] | None = None
+        self.means = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in self.validation_figures()})
         # On a GPU: whether a loss since the epoch's start was not finite.
         self._wrong: Tensor | None = None
 
@@ -291,21 +327,39 @@ class DenoiserTraining(pl.LightningModule):
         """The same for an epoch that the last step cuts short."""
         self.on_train_epoch_end()
 
-    def validation_step(self, batch: Any, batch_index: int) -> None:
-        clean = batch[0].float().div(255)
+    @staticmethod
+    def validation_figures() -> list[str]:
+        """Names of the means over validation images."""
+        return [f"val_psnr_{sigma}" for sigma in VALIDATION_SIGMAS]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        clean = batch["clean"].float().div(255)
+        noise = white_noise(clean, batch["number"])
         for sigma in VALIDATION_SIGMAS:
             level = torch.full((len(clean),), sigma / 255, device=self.device)
-            noisy = gaussian(clean, level, torch.Generator().manual_seed(batch_index))
+            noisy = clean + sigma / 255 * noise
             output = self(noisy, level).float().clamp(0, 1)
-            self.log_quality(sigma, output, clean)
+            self.log_quality(f"val_psnr_{sigma}", output, clean, batch["number"], prog_bar=sigma == 25)
             if batch_index == 0:
                 self.log_picture(sigma, noisy[0], output[0], clean[0])
 
-    def log_quality(self, sigma: int, output: Tensor, clean: Tensor) -> None:
+    def log_quality(self, name: str, output: Tensor, clean: Tensor, numbers: Tensor, prog_bar: bool = False) -> None:
         """Log the PSNR of images (N, 3, H, W) in [0, 1], rounded to 8 bits."""
         error = ((output * 255).round() / 255 - clean).square().mean((1, 2, 3))
-        psnr = (-10 * error.log10()).mean()
-        self.log(f"val_psnr_{sigma}", psnr, prog_bar=sigma == 25, batch_size=len(clean), sync_dist=True)
+        self.log_mean(name, -10 * error.log10(), numbers, prog_bar)
+
+    def log_mean(self, name: str, values: Tensor, numbers: Tensor, prog_bar: bool = False) -> None:
+        """Log the mean of values (N,) over the images of all processes, without those whose number is -1.
+
+        It is a metric, for Lightning's own mean divides the number of images by that of processes, as an integer: three
+        images count for two in two processes.
+        """
+        metric = self.means[name]
+        assert isinstance(metric, MeanMetric)
+        counted = values[numbers >= 0]
+        if len(counted):
+            metric.update(counted)
+        self.log(name, metric, prog_bar=prog_bar)
 
     def log_picture(self, sigma: int, *images: Tensor) -> None:
         """Show images (3, H, W) side by side in TensorBoard."""

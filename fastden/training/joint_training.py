@@ -27,7 +27,7 @@ from fastden.joint import (
 from fastden.network.model import Denoiser
 from fastden.training.config import JointConfig
 from fastden.training.data import Image, evenly_spaced, tell
-from fastden.training.denoise import DenoiserData, DenoiserTraining
+from fastden.training.denoise import DenoiserData, DenoiserTraining, white_noise
 from fastden.training.labelled import (
     Label,
     LabelledCrops,
@@ -37,7 +37,6 @@ from fastden.training.labelled import (
     read_classes,
     read_masks,
 )
-from fastden.training.synthetic_noise import gaussian
 from fastden.training.tasks import Task
 
 #: Levels (0-255 scale) of the validation noise.
@@ -97,7 +96,7 @@ class JointData(DenoiserData):
             return []
         classify = self.config.objective == "joint-classify"
         images = LabelledImages(self.held_out, self.config.crop if classify else None)
-        return DataLoader(images, batch_size=4 if classify else 1, sampler=self.shared(images), num_workers=0)
+        return self.validation_loader(images, 4 if classify else 1)
 
 
 def _without(training: list[_Read], held_out: list[_Read]) -> list[_Read]:
@@ -204,20 +203,26 @@ class JointTraining(DenoiserTraining):
         self.log("train_task_loss", terms.tasks[TASK], prog_bar=True)
         return terms.total
 
-    def validation_step(self, batch: Any, batch_index: int) -> None:
-        clean, labels = batch["clean"], batch["label"]
+    @staticmethod
+    def validation_figures() -> list[str]:
+        return [f"val_psnr_{sigma}" for sigma in VALIDATION_SIGMAS]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        clean, labels, numbers = batch["clean"], batch["label"], batch["number"]
+        noise, counted = white_noise(clean, numbers), numbers >= 0
         for sigma, metric in zip(VALIDATION_SIGMAS, self.metrics, strict=True):
             assert isinstance(metric, Metric)
             level = torch.full((len(clean),), sigma / 255, device=self.device)
-            noisy = gaussian(clean, level, torch.Generator().manual_seed(batch_index))
+            noisy = clean + sigma / 255 * noise
             output = self(noisy, level).float()
             prediction = self.task(output).float()
             if prediction.dim() == 4:
                 prediction = resize_prediction(prediction, labels.shape[1:])
-            metric.update(prediction, labels)
+            if bool(counted.any()):
+                metric.update(prediction[counted], labels[counted])
             name = "top1" if prediction.dim() == 2 else "miou"
-            self.log(f"val_{name}_{sigma}", metric, prog_bar=sigma == 60, batch_size=len(clean))
-            self.log_quality(sigma, output.clamp(0, 1), clean)
+            self.log(f"val_{name}_{sigma}", metric, prog_bar=sigma == 60)
+            self.log_quality(f"val_psnr_{sigma}", output.clamp(0, 1), clean, numbers)
             if batch_index == 0:
                 self.log_picture(sigma, noisy[0], output[0], clean[0])
 

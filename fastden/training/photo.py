@@ -37,7 +37,7 @@ from fastden.network.own_estimator import ESTIMATOR_FILE
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
 from fastden.training.data import Image, Pictures, tell, to_gray
-from fastden.training.denoise import VALIDATION_SIGMAS, DenoiserData, DenoiserTraining
+from fastden.training.denoise import VALIDATION_SIGMAS, DenoiserData, DenoiserTraining, white_noise
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 from fastden.training.replay import Past, Replay
 
@@ -164,7 +164,7 @@ class PhotoData(DenoiserData):
         side = min(VALIDATION_CROP, *(min(image.shape[:2]) for image in self.validation_images))
         noise = PhotoNoise(PhotoRanges(white=0.0, camera=0.6, grain=0.3, clean=0.1))
         pairs = PhotoDataset(self.validation_images, noise, length, side, 0.0, (self.config.seed, 0, 1))
-        return DataLoader(pairs, batch_size=4, sampler=self.shared(pairs), num_workers=0)
+        return self.validation_loader(pairs, 4)
 
 
 class PhotoTraining(DenoiserTraining):
@@ -252,29 +252,38 @@ class PhotoTraining(DenoiserTraining):
         logs = torch.where(draws[2] < config.misjudged, logs + wrong, logs)
         return level_map((factor * levels_of(logs)).clamp(max=MAX_SIGMA / 255), noisy)
 
-    def validation_step(self, batch: Any, batch_index: int) -> None:
-        clean, noisy = batch["clean"], batch["noisy"]
+    @staticmethod
+    def validation_figures() -> list[str]:
+        names = ["photo", *map(str, VALIDATION_SIGMAS)]
+        return ["val_level_loss", *(f"val_{kind}_{name}" for name in names for kind in ("psnr", "noisy"))]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        clean, noisy, numbers = batch["clean"], batch["noisy"], batch["number"]
         with torch.autocast(noisy.device.type, enabled=False):
             true, cells = true_cells(clean, noisy), self.estimator(noisy)
-            self.log("val_level_loss", estimator_loss(cells, true), batch_size=len(clean), sync_dist=True)
+            each = [
+                estimator_loss(*(Cells(*(tensor[i : i + 1] for tensor in both)) for both in (cells, true)))
+                for i in range(len(clean))
+            ]
+            self.log_mean("val_level_loss", torch.stack(each), numbers)
             logs, factor = estimated_levels(cells)
             estimated = level_map((factor * levels_of(logs)).clamp(max=MAX_SIGMA / 255), noisy)
         if not self.config.denoiser:
             return
-        self._score("photo", noisy, estimated, clean, batch_index)
+        self._score("photo", noisy, estimated, clean, numbers, batch_index)
+        noise = white_noise(clean, numbers)
         for sigma in VALIDATION_SIGMAS:
-            generator = torch.Generator().manual_seed(batch_index)
-            white = clean + sigma / 255 * torch.randn(clean.shape, generator=generator).to(clean)
+            white = clean + sigma / 255 * noise
             level = torch.full_like(white[:, :1], sigma / 255)
-            self._score(str(sigma), white, level, clean, batch_index)
+            self._score(str(sigma), white, level, clean, numbers, batch_index)
 
-    def _score(self, name: str, noisy: Tensor, level: Tensor, clean: Tensor, batch_index: int) -> None:
+    def _score(self, name: str, noisy: Tensor, level: Tensor, clean: Tensor, numbers: Tensor, batch_index: int) -> None:
         padded = pad_image(torch.cat([noisy, level], 1)).contiguous(memory_format=torch.channels_last)
         # Not the compiled function: another size would be compiled for minutes.
         output = self.model.forward_padded(padded)[:, :, : noisy.shape[2], : noisy.shape[3]].float().clamp(0, 1)
-        for kind, image in ((f"val_psnr_{name}", output), (f"val_noisy_{name}", noisy.clamp(0, 1))):
+        for kind, image in (("psnr", output), ("noisy", noisy.clamp(0, 1))):
             error = ((image * 255).round() / 255 - clean).square().mean((1, 2, 3)).clamp(min=1e-6)
-            self.log(kind, (-10 * error.log10()).mean(), batch_size=len(clean), sync_dist=True)
+            self.log_mean(f"val_{kind}_{name}", -10 * error.log10(), numbers)
         if batch_index == 0:
             self.log_picture(0 if name == "photo" else int(name), noisy[0], output[0], clean[0])
 

@@ -60,11 +60,11 @@ class TestModule:
     def test_quality_is_of_8_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As of files: what rounding removes costs nothing, what it enlarges costs a level."""
         module, seen = DenoiserTraining(Denoiser(), configuration()), {}
-        monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: float(value)}))
+        monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: float(value.compute())}))
         clean = torch.randint(0, 255, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
         error = torch.full_like(clean, 0.4 / 255)
         error[:, :, :4] = 0.6 / 255
-        module.log_quality(25, clean + error, clean)
+        module.log_quality("val_psnr_25", clean + error, clean, torch.arange(2))
         assert seen["val_psnr_25"] == pytest.approx(10 * math.log10(255**2 / 0.5), abs=1e-3)
 
     @pytest.mark.parametrize("noise_level_input", [False, True])

@@ -76,6 +76,38 @@ def test_two_processes_equal_one(objective: str, run: Run, photographs: Path, cl
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", ["denoise", "joint-classify"])
+def test_validation_is_that_of_one_process(
+    objective: str, run: Run, photographs: Path, classified: Path, tmp_path: Path
+) -> None:
+    """Figures of an odd number of pictures, which two processes cannot share evenly; the noise of each is its own."""
+    settings: dict[str, Any] = {
+        "data": [str(photographs)],
+        "init": "color",
+        "steps": 1,
+        "epoch_steps": 1,
+        "batch": 2,
+        "crop": 30,
+        "validation": 3 if objective == "denoise" else 5,
+        "lr": 1e-12,
+        "freeze_bn": 1.0,
+        "precision": "32-true",
+    }
+    if objective != "denoise":
+        task = {"network": f"{NETWORKS}:classifier", "validation_data": str(classified)}
+        settings |= {"objective": objective, "data": [str(classified)], **task}
+    done = torchrun(tmp_path / "two", {**settings, "output": str(tmp_path / "two" / "run")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(tmp_path / "one", **settings)
+    figures = []
+    for folder in (tmp_path / "two" / "run", tmp_path / "one"):
+        names, values = ((folder / "log" / "metrics.csv").read_text().splitlines()[i].split(",") for i in (0, 1))
+        figures.append({name: float(value) for name, value in zip(names, values, strict=True) if name[:4] == "val_"})
+    assert len(figures[0]) == (3 if objective == "denoise" else 4)
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_every_process_finds_the_model(photographs: Path, tmp_path: Path) -> None:
     """It is there when train() returns, also where writing it takes a while."""
     script = tmp_path / "script.py"
