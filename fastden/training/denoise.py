@@ -310,18 +310,42 @@ class DenoiserTraining(pl.LightningModule):
         path = self.config.output / f"nonfinite-step-{self.global_step}-rank-{self.global_rank}.safetensors"
         save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, path)
         raise UserError(
-            f"training: the loss is {loss.item()} at step {self.global_step}; lower lr or clip. The batch is in {path};"
-            " --resume goes on from the last epoch"
+            f"training: the loss is {loss.item()} at step {self.global_step}; {self._remedy()}. The batch is in {path}"
         )
 
+    def _remedy(self) -> str:
+        has_checkpoint = (self.config.output / "checkpoints" / "last.ckpt").exists()
+        return "lower lr or clip" + " and go on from the last epoch with --resume" * has_checkpoint
+
     def on_train_epoch_end(self) -> None:
-        """Look at the losses of a GPU that nobody has looked at, before the epoch's checkpoint replaces the last."""
+        """Refuse a diverged network before its checkpoint replaces the last one: no rate would mend it.
+
+        On a GPU nobody has looked at most losses. The loss of the epoch's last step was that of the weights before it.
+        """
         if self._wrong is not None and bool(self._wrong):
             raise UserError(
-                f"training: a loss of the epoch that ends with step {self.global_step} is not finite; lower lr or clip."
-                " --resume goes on from the last epoch"
+                f"training: a loss of the epoch that ends with step {self.global_step} is not finite; {self._remedy()}"
             )
         self._wrong = None
+        if not self._is_sound():
+            raise UserError(f"training: the weights have diverged at step {self.global_step}; {self._remedy()}")
+
+    @torch.no_grad()
+    def _is_sound(self) -> bool:
+        """Whether what is trained is finite, and so is what the network makes of a gray image.
+
+        Weights of 1e30 are finite, and the results of the second layer are not.
+        """
+        values = [value for value in self.trained.state_dict().values() if value.is_floating_point()]
+        if not bool(torch.stack([value.isfinite().all() for value in values]).all()):
+            return False
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        gray = torch.full((1, 3, 16, 16), 0.5, device=values[0].device)
+        result = self.model(gray, 0.1 if self.config.noise_level_input else None)
+        for module in training:
+            module.training = True
+        return bool(result.isfinite().all())
 
     def on_train_end(self) -> None:
         """The same for an epoch that the last step cuts short."""
@@ -368,15 +392,23 @@ class DenoiserTraining(pl.LightningModule):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(f"sigma {sigma}: noisy, denoised, clean", row, self.global_step)
 
+    def peak_rates(self) -> list[float]:
+        """The peak learning rate of each group of parameters."""
+        return [self.config.lr]
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Set the rate of the first step: a checkpoint of a run with fewer steps holds the rate behind its last, 0."""
+        """Set the rate of the first step: a checkpoint of a run with fewer steps holds the rate behind its last, 0.
+
+        It holds the peak rates of that run, too, which may be others now.
+        """
         schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        schedule.base_lrs[:] = self.peak_rates()
         for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             group["lr"] = peak * self.rate(schedule.last_epoch)
 

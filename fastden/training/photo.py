@@ -190,6 +190,9 @@ class PhotoTraining(DenoiserTraining):
     def trained(self) -> nn.ModuleDict:
         return nn.ModuleDict({"model": self.model, "estimator": self.estimator})
 
+    def peak_rates(self) -> list[float]:
+        return [self.config.lr, *([self.config.estimator_lr] if self.config.estimator_lr > 0 else [])]
+
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}

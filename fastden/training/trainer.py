@@ -35,6 +35,8 @@ from fastden.whole_files import remove_leftovers, replacing, write_bytes
 
 #: Steps between looks at the clock.
 FIT_EVERY = 50
+#: Settings that a resumed run may change. A run that diverged goes on with a lower rate or limit.
+CHANGEABLE = ("steps", "lr", "clip", "warmup")
 
 
 @contextmanager
@@ -232,7 +234,8 @@ def train(
 
     Args:
         config: all settings.
-        resume: go on from the last checkpoint in ``config.output``, with the same settings; only ``steps`` may change.
+        resume: go on from the last checkpoint in ``config.output``, with the same settings except for
+            :data:`CHANGEABLE`; ``train.yaml`` gets what changed.
             With the ``steps`` that a fitted run began with, it has those that were fitted.
         minutes: stop behind the first epoch that ends after this time; the model is saved, and the run can be resumed.
             None for no limit.
@@ -246,7 +249,7 @@ def train(
 
     Raises:
         UserError: unusable data or network, a used output folder, other settings than those of the run to resume, or a
-            loss that is not finite.
+            loss or weights that are not finite.
         KeyboardInterrupt: Ctrl-C; the run can be resumed from its last epoch.
     """
     last = config.output / "checkpoints" / "last.ckpt"
@@ -381,7 +384,7 @@ def _trainer(config: TrainConfig, ema: _Averages, last: Path, accelerator: str, 
 
 
 def _check_settings(config: TrainConfig) -> None:
-    """Raise unless the run to resume had the same settings, except for ``steps``."""
+    """Raise unless the run to resume had the same settings, except for :data:`CHANGEABLE`."""
     record = config.output / "train.yaml"
     if not record.exists():
         return
@@ -389,10 +392,16 @@ def _check_settings(config: TrainConfig) -> None:
     settings = config.model_dump(mode="json")
     # A run of an earlier version does not record settings that came later: it had what is now their default.
     before = type(config).model_construct().model_dump(mode="json") | before
-    changed = [name for name, value in settings.items() if name != "steps" and before.get(name) != value]
+    changed = [name for name, value in settings.items() if name not in CHANGEABLE and before.get(name) != value]
     if changed:
         shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)
-        raise UserError(f"resume: other settings than the run had ({shown}); accepted: the same, except for steps")
+        raise UserError(
+            f"resume: other settings than the run had ({shown}); accepted: the same, except for {_listed(CHANGEABLE)}"
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _restore_steps(config: TrainConfig, steps: dict[str, int]) -> int:

@@ -310,10 +310,46 @@ class TestRun:
 
     def test_other_settings_are_no_resumption(self, run: Run, tmp_path: Path) -> None:
         run(tmp_path, steps=2)
-        with pytest.raises(
-            UserError, match=r"resume: other settings .*\(lr: 0\.5, was .*accepted: the same, except for steps"
-        ):
-            run(tmp_path, resume=True, lr=0.5)
+        accepted = "accepted: the same, except for steps, lr, clip and warmup"
+        with pytest.raises(UserError, match=rf"resume: other settings .*\(ema: 0\.25, was .*{accepted}"):
+            run(tmp_path, resume=True, ema=0.25)
+
+    def test_rates_and_limits_may_change(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As the message says that a diverged run ends with."""
+        run(tmp_path, minutes=0, decay=0.0)
+        seen = []
+        step = DenoiserTraining.training_step
+
+        def watching(self: DenoiserTraining, batch: Any, index: int) -> torch.Tensor:
+            (optimizer,) = self.trainer.optimizers
+            seen.append((self.global_step, optimizer.param_groups[0]["lr"], self.trainer.gradient_clip_val))
+            return step(self, batch, index)
+
+        monkeypatch.setattr(DenoiserTraining, "training_step", watching)
+        changes = {"lr": 1e-4, "clip": 0.01, "warmup": 3}
+        run(tmp_path, resume=True, decay=0.0, **changes)
+        assert seen == [(2, pytest.approx(0.75e-4), 0.01), (3, pytest.approx(1e-4), 0.01)]
+        settings = yaml.safe_load((tmp_path / "train.yaml").read_text())
+        assert {name: settings[name] for name in changes} == changes
+
+    @pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30])
+    def test_diverged_weights_replace_no_checkpoint(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+    ) -> None:
+        """The loss of the epoch's last step is finite still."""
+
+        def diverging(self: DenoiserTraining, *_: Any) -> None:
+            if self.global_step == 4:
+                for parameter in self.model.parameters():
+                    parameter.data.fill_(value)
+
+        monkeypatch.setattr(DenoiserTraining, "on_train_batch_end", diverging)
+        with pytest.raises(UserError, match="the weights have diverged at step 4; lower lr or clip and go on from the"):
+            run(tmp_path, ema=0.0)
+        assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 2
+        assert not (tmp_path / "model").exists()
+        monkeypatch.undo()
+        run(tmp_path, resume=True, ema=0.0, lr=1e-4)
 
     def test_a_run_of_an_earlier_version_goes_on(self, run: Run, tmp_path: Path) -> None:
         """Its record lacks settings that came later; they have their defaults."""
