@@ -13,11 +13,13 @@ into the denoiser, which learns to keep what the task needs.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,9 +164,11 @@ class FrozenTask(nn.Module):
         Raises:
             ValueError: no gradient passes.
         """
-        if self.preprocess is not None:
-            check_preprocess(self.preprocess, images, self.name)
-        prediction = _check_network(self._predict, images, self.name)
+        # A resumed training checks again: it must go on with the random numbers of the one that was not stopped.
+        with _random_numbers_apart(images.device):
+            if self.preprocess is not None:
+                check_preprocess(self.preprocess, images, self.name)
+            prediction = _check_network(self._predict, images, self.name)
         self._verified = True
         return prediction
 
@@ -406,6 +410,19 @@ def _check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) 
             if gradient is not None and bool(gradient.any()):
                 return predictions[0]
     raise ValueError(f"{name}: the gradient through the network is zero everywhere; {accepted}")
+
+
+@contextmanager
+def _random_numbers_apart(device: torch.device) -> Iterator[None]:
+    """A context whose random numbers leave those behind it as they were: PyTorch's, NumPy's and Python's."""
+    own, numpy_own = random.getstate(), np.random.get_state()  # noqa: NPY002 -- a function may draw from it
+    kind = device.type if device.type in ("cuda", "xpu") else "cuda"
+    with torch.random.fork_rng([device] if device.type == kind else [], device_type=kind):
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(numpy_own)  # noqa: NPY002
 
 
 def _weighed(x: Tensor) -> Tensor:

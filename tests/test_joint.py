@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -402,6 +404,24 @@ class TestGradientOfTheNetwork:
         joint.check(noisy[:2])
         joint(noisy)
         assert calls == [2, 4]
+
+    def test_the_check_draws_no_random_numbers(self) -> None:
+        """Else a resumed training, which checks again, would go on with others."""
+
+        def drawn() -> tuple[float, float, float]:
+            return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+        function = Wrapped(lambda network, x: network(x + sum(drawn()) * torch.rand_like(x)), classifier())
+        joint = JointDenoiser(nn.Conv2d(3, 3, 1), function, lambda x: x + sum(drawn()))
+        found = []
+        for check in (False, True):
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            torch.manual_seed(0)
+            if check:
+                joint.check(labelled_batch()[0])
+            found.append(drawn())
+        assert found[0] == found[1]
 
     def test_an_empty_batch_says_nothing(self) -> None:
         joint = JointDenoiser(nn.Identity(), Wrapped(torch.no_grad()(lambda network, x: network(x)), classifier()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,6 +194,7 @@ class JointTraining(DenoiserTraining):
         Raises:
             UserError: the network's prediction does not fit the labels.
         """
+        _seed((self.config.seed, self.global_step, self.global_rank))
         denoised = self(batch["noisy"], batch["level"]).float()
         output = JointOutput(denoised, {TASK: self._predict(denoised)})
         try:
@@ -225,6 +227,14 @@ class JointTraining(DenoiserTraining):
             self.log_quality(f"val_psnr_{sigma}", output.clamp(0, 1), clean, numbers)
             if batch_index == 0:
                 self.log_picture(sigma, noisy[0], output[0], clean[0])
+
+
+def _seed(key: tuple[int, ...]) -> None:
+    """Seed PyTorch, NumPy and Python, for a ``preprocess`` that is random: a resumed run draws what one run would."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 -- a function may draw from it
+    random.seed(seed)
 
 
 def _fingerprint(network: nn.Module) -> str:

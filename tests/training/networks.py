@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +76,14 @@ def segmenter() -> Task:
 
 def rounding() -> Task:
     return Task(classifier().network, 3, "classification", lambda images: (images * 255).round())
+
+
+def drawing() -> Task:
+    def preprocess(images: Tensor) -> Tensor:
+        images = images * random.uniform(0.8, 1.2) + float(np.random.uniform(-0.1, 0.1))  # noqa: NPY002
+        return centre(images + 0.2 * torch.rand_like(images))
+
+    return Task(classifier().network, 3, "classification", preprocess)
 
 
 def nothing() -> None:

@@ -179,10 +179,13 @@ class TestRun:
                 torch.testing.assert_close(half[name], (value + whole[name]) / 2, msg=name)
         assert not torch.equal(half["out.weight"], whole["out.weight"])
 
+    @pytest.mark.parametrize("network", ["classifier", "drawing"])
     def test_resumed_run_equals_the_uninterrupted_one(
-        self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
     ) -> None:
-        expected = weights(joint(tmp_path / "whole"))
+        """With a random preprocess too."""
+        settings: dict[str, Any] = {"network": f"{NETWORKS}:{network}", "weight": 1.0, "lr": 1e-2}
+        expected = weights(joint(tmp_path / "whole", **settings))
         step = JointTraining.training_step
 
         def failing(self: JointTraining, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
@@ -193,8 +196,8 @@ class TestRun:
         with monkeypatch.context() as patch:
             patch.setattr(JointTraining, "training_step", failing)
             with pytest.raises(RuntimeError, match="power cut"):
-                joint(tmp_path / "parts")
-        resumed = weights(joint(tmp_path / "parts", resume=True))
+                joint(tmp_path / "parts", **settings)
+        resumed = weights(joint(tmp_path / "parts", resume=True, **settings))
         assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
     def test_compiled_equals_eager(self, joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
