@@ -35,8 +35,9 @@ from fastden.whole_files import remove_leftovers, replacing, write_bytes
 
 #: Steps between looks at the clock.
 FIT_EVERY = 50
-#: Settings that a resumed run may change. A run that diverged goes on with a lower rate or limit.
-CHANGEABLE = ("steps", "lr", "clip", "warmup")
+#: Settings that a resumed run may change: a run that diverged goes on with a lower rate or limit, and what is learned
+#: depends neither on the number of processes that prepare crops nor on the folder's place.
+CHANGEABLE = ("steps", "lr", "clip", "warmup", "workers", "output")
 
 
 @contextmanager
@@ -392,12 +393,26 @@ def _check_settings(config: TrainConfig) -> None:
     settings = config.model_dump(mode="json")
     # A run of an earlier version does not record settings that came later: it had what is now their default.
     before = type(config).model_construct().model_dump(mode="json") | before
-    changed = [name for name, value in settings.items() if name not in CHANGEABLE and before.get(name) != value]
+    paths = {name for name, value in config if isinstance(value, Path) or name == "data"}
+    changed = [
+        name
+        for name, value in settings.items()
+        if name not in CHANGEABLE
+        and before.get(name) != value
+        and not (name in paths and _resolved(before.get(name)) == _resolved(value))
+    ]
     if changed:
         shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)
         raise UserError(
             f"resume: other settings than the run had ({shown}); accepted: the same, except for {_listed(CHANGEABLE)}"
         )
+
+
+def _resolved(paths: Any) -> Any:
+    """A path, or a list of them, as it is written in a configuration, without links and relative parts."""
+    if isinstance(paths, list):
+        return [_resolved(path) for path in paths]
+    return Path(paths).resolve() if isinstance(paths, str) else paths
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -310,7 +310,7 @@ class TestRun:
 
     def test_other_settings_are_no_resumption(self, run: Run, tmp_path: Path) -> None:
         run(tmp_path, steps=2)
-        accepted = "accepted: the same, except for steps, lr, clip and warmup"
+        accepted = "accepted: the same, except for steps, lr, clip, warmup, workers and output"
         with pytest.raises(UserError, match=rf"resume: other settings .*\(ema: 0\.25, was .*{accepted}"):
             run(tmp_path, resume=True, ema=0.25)
 
@@ -331,6 +331,22 @@ class TestRun:
         assert seen == [(2, pytest.approx(0.75e-4), 0.01), (3, pytest.approx(1e-4), 0.01)]
         settings = yaml.safe_load((tmp_path / "train.yaml").read_text())
         assert {name: settings[name] for name in changes} == changes
+
+    def test_a_run_whose_folder_was_moved_goes_on(
+        self, finished: Path, run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On another machine, with another number of workers, and its pictures by another path."""
+        run(tmp_path / "first", minutes=0)
+        (tmp_path / "first").rename(tmp_path / "second")
+        monkeypatch.chdir(photographs.parent)
+        own: dict[str, Any] = {"resume": True, "workers": 1}
+        with pytest.raises(UserError, match=r"other settings than the run had \(data: \['other'\], was \['/"):
+            run(tmp_path / "second", data=["other"], **own)
+        resumed = weights(run(tmp_path / "second", data=[photographs.name], **own))
+        assert all(torch.equal(resumed[name], value) for name, value in weights(finished / "model").items())
+        assert [path.name for path in (tmp_path / "second" / "checkpoints").iterdir()] == ["last.ckpt"]
+        assert not (tmp_path / "first").exists()
+        assert yaml.safe_load((tmp_path / "second" / "train.yaml").read_text())["output"] == str(tmp_path / "second")
 
     @pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30])
     def test_diverged_weights_replace_no_checkpoint(
