@@ -368,8 +368,11 @@ class DenoiserTraining(pl.LightningModule):
                 self.log_picture(sigma, noisy[0], output[0], clean[0])
 
     def log_quality(self, name: str, output: Tensor, clean: Tensor, numbers: Tensor, prog_bar: bool = False) -> None:
-        """Log the PSNR of images (N, 3, H, W) in [0, 1], rounded to 8 bits."""
-        error = ((output * 255).round() / 255 - clean).square().mean((1, 2, 3))
+        """Log the PSNR of images (N, 3, H, W) in [0, 1], rounded to 8 bits, at most 60 dB.
+
+        A black image comes out without an error: at infinity it would hide all others.
+        """
+        error = ((output * 255).round() / 255 - clean).square().mean((1, 2, 3)).clamp(min=1e-6)
         self.log_mean(name, -10 * error.log10(), numbers, prog_bar)
 
     def log_mean(self, name: str, values: Tensor, numbers: Tensor, prog_bar: bool = False) -> None:

@@ -67,6 +67,16 @@ class TestModule:
         module.log_quality("val_psnr_25", clean + error, clean, torch.arange(2))
         assert seen["val_psnr_25"] == pytest.approx(10 * math.log10(255**2 / 0.5), abs=1e-3)
 
+    def test_quality_of_a_picture_without_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is 60 dB, and pictures that do not count change nothing."""
+        module, seen = DenoiserTraining(Denoiser(), configuration()), {}
+        monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: float(value.compute())}))
+        clean = torch.zeros(3, 3, 8, 8)
+        output = clean.clone()
+        output[1:] = 1.0
+        module.log_quality("val_psnr_25", output, clean, torch.tensor([0, 1, -1]))
+        assert seen["val_psnr_25"] == pytest.approx(30, abs=1e-4)
+
     @pytest.mark.parametrize("noise_level_input", [False, True])
     def test_forward_is_the_network(self, noise_level_input: bool) -> None:
         model = random_network(noise_level_input, composed=True)
