@@ -72,21 +72,26 @@ class JointData(DenoiserData):
         if self.labelled:
             return
         config = self.config
-        training = [read for folder in config.data for read in self._load(folder)]
+        training = [self._read(*pair) for folder in config.data for pair in self._pairs(folder)]
         held_out: list[_Read] = []
         if config.validation_data is not None and config.validation:
-            held_out = evenly_spaced(self._load(config.validation_data), config.validation)
+            chosen = evenly_spaced(self._pairs(config.validation_data), config.validation)
+            held_out = [self._read(*pair) for pair in chosen]
             training = _without(training, held_out)
         if self.task is not None:
             _check_labels(self.task, "training", training)
             _check_labels(self.task, "validation", held_out)
         self.labelled, self.held_out = [read.pair for read in training], [read.pair for read in held_out]
 
-    def _load(self, folder: Any) -> list[_Read]:
+    def _pairs(self, folder: Path) -> list[Any]:
+        """The images of a folder, each with its class or the file of its classes."""
+        return read_classes(folder) if self.config.objective == "joint-classify" else read_masks(folder)
+
+    def _read(self, image: Path, label: Any) -> _Read:
         crop = self.config.crop
         if self.config.objective == "joint-classify":
-            return [_Read(file, file, load_one_classified(file, label, crop)) for file, label in read_classes(folder)]
-        return [_Read(file, label, load_one_segmented(file, label, crop)) for file, label in read_masks(folder)]
+            return _Read(image, image, load_one_classified(image, label, crop))
+        return _Read(image, label, load_one_segmented(image, label, crop))
 
     def crops(self, length: int, epoch: int) -> Dataset[dict[str, Tensor]]:
         config = self.config

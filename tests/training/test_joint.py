@@ -22,6 +22,7 @@ pytest.importorskip("lightning")
 from fastden.errors import UserError
 from fastden.joint import FrozenTask
 from fastden.network.model import Denoiser
+from fastden.training import labelled
 from fastden.training.config import JointConfig, TrainConfig, load_config
 from fastden.training.denoise import white_noise
 from fastden.training.joint_training import VALIDATION_SIGMAS, JointData, JointTraining
@@ -559,6 +560,20 @@ class TestLabels:
         data = JointData(self.config(classified, classified))
         data.setup("fit")
         assert [label for _, label in data.held_out] == [0, 2, 1]  # images 0, 2 and 4 of 6
+
+    def test_only_what_is_validated_with_is_decoded(
+        self, classified: Path, segmented: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[Path] = []
+        load = labelled.load_rgb
+        monkeypatch.setattr(labelled, "load_rgb", lambda path: (read.append(path), load(path))[1])
+        for kind, folder, names in (("classify", classified, "024"), ("segment", segmented / "images", "012")):
+            root = folder if kind == "classify" else folder.parent
+            config = self.config(root, root)
+            JointData(config.model_copy(update={"objective": f"joint-{kind}"})).setup("fit")
+            count = len(list(folder.glob("*.png")))
+            assert read[count:] == [folder / f"{name}.png" for name in names]
+            read.clear()
 
     def test_validation_is_not_trained_on(
         self, classified: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
