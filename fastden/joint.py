@@ -109,6 +109,7 @@ class FrozenTask(nn.Module):
 
     Raises:
         TypeError: ``network`` is not a module, or ``preprocess`` cannot be called.
+        ValueError: one of them has no evaluation mode, such as a program of ``torch.export``.
     """
 
     def __init__(self, network: nn.Module, preprocess: Preprocess | None = None, name: str = TASK) -> None:
@@ -122,7 +123,14 @@ class FrozenTask(nn.Module):
         self.preprocess = preprocess
         self._verified = False
         self.requires_grad_(False)
-        self.eval()
+        try:
+            self.eval()
+        except NotImplementedError as error:  # of a program of torch.export
+            kinds = [type(part).__name__ for part in (network, preprocess) if isinstance(part, nn.Module)]
+            raise ValueError(
+                f"{name}: {' or '.join(kinds)} has no evaluation mode ({error}); accepted: modules with eval(), such as"
+                " the one that was exported"
+            ) from error
 
     def train(self, mode: bool = True) -> FrozenTask:
         """Stay in evaluation mode."""
@@ -215,7 +223,7 @@ class JointDenoiser(nn.Module):
         self,
         denoiser: nn.Module,
         task: nn.Module | Mapping[str, nn.Module] | nn.ModuleDict,
-        preprocess: Preprocess | Mapping[str, Preprocess] | None = None,
+        preprocess: Preprocess | Mapping[str, Preprocess] | nn.ModuleDict | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -228,13 +236,15 @@ class JointDenoiser(nn.Module):
         if not tasks:
             raise ValueError("task: an empty mapping; accepted: a network, or networks by name")
         _check_names("task", tasks)
-        if isinstance(preprocess, Mapping):
-            unknown = sorted(set(preprocess) - set(tasks))
+        own, named = _by_name(preprocess)
+        functions: dict[str, Preprocess | None]
+        if named:
+            unknown = sorted(set(own) - set(tasks))
             if unknown:
                 raise ValueError(f"preprocess: {', '.join(unknown)}; accepted names: {', '.join(tasks)}")
-            functions = {name: preprocess.get(name) for name in tasks}
+            functions = {name: own.get(name) for name in tasks}
         else:
-            functions = dict.fromkeys(tasks, preprocess)
+            functions = dict.fromkeys(tasks, own[TASK])
         frozen = nn.ModuleList(part for part in (*tasks.values(), *functions.values()) if isinstance(part, nn.Module))
         trained = {id(parameter) for parameter in denoiser.parameters() if parameter.requires_grad}
         shared = sum(id(parameter) in trained for parameter in frozen.parameters())
@@ -321,7 +331,7 @@ class JointLoss(nn.Module):
             target: what the task's loss takes; a mapping by name where ``task_loss`` was one.
 
         Raises:
-            ValueError: shapes, names or labels that do not fit.
+            ValueError: shapes, names or labels that do not fit, or a loss that is no scalar.
         """
         if output.denoised.shape != clean.shape:
             raise ValueError(f"clean: shape {tuple(clean.shape)}; accepted: denoised's {tuple(output.denoised.shape)}")
@@ -332,24 +342,28 @@ class JointLoss(nn.Module):
         for what, by_task in (("output", output.predictions), ("target", targets)):
             if set(by_task) != set(names):
                 raise ValueError(f"{what}: tasks {', '.join(map(str, by_task))}; accepted: {', '.join(names)}")
-        tasks = {name: self._scalar(name, output.predictions[name], targets[name]) for name in names}
-        denoise = self.denoise_loss(output.denoised, clean)
+        tasks = {
+            name: _scalar(f"task_loss of {name}", self.task_losses[name](output.predictions[name], targets[name]))
+            for name in names
+        }
+        denoise = _scalar("denoise_loss", self.denoise_loss(output.denoised, clean))
         total = denoise
         for name in names:
             if self.weights[name]:  # 0 times an infinite loss would be NaN
                 total = total + self.weights[name] * tasks[name]
         return JointTerms(total, denoise, tasks)
 
-    def _scalar(self, name: str, prediction: Any, target: Any) -> Tensor:
-        loss = self.task_losses[name](prediction, target)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"task_loss of {name}: returned {returned}; accepted: a scalar tensor (take its mean)")
-        return loss
+
+def _scalar(what: str, loss: Any) -> Tensor:
+    """The loss, or ValueError where it is no scalar tensor."""
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{what}: returned {returned}; accepted: a scalar tensor (take its mean)")
+    return loss
 
 
 def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -> None:
-    """Raise unless gradients pass through ``preprocess`` at the first of ``images`` (N, C, H, W).
+    """Raise unless gradients pass through ``preprocess`` at ``images`` (N, C, H, W), or at random ones.
 
     Rounding, comparing, converting to integers or to NumPy, and ``detach`` all stop the gradient, some of them without
     an error. The denoiser would then learn nothing from the task.
@@ -360,8 +374,19 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
     accepted = (
         "accepted: differentiable torch functions (no rounding, no comparison, no detach, no NumPy, nothing in place)"
     )
+    # Where images are beyond white, the gradient of one that cuts them off is zero.
+    for values in (images, _random_like(images)):
+        gradient = _gradient_of_preprocess(preprocess, values, name, accepted)
+        if gradient is not None and not bool(gradient.isfinite().all()):
+            raise ValueError(f"preprocess of {name}: its gradient is not finite; {accepted}")
+        if gradient is not None and bool(gradient.any()):
+            return
+    raise ValueError(f"preprocess of {name}: its gradient is zero everywhere; {accepted}")
+
+
+def _gradient_of_preprocess(preprocess: Preprocess, images: Tensor, name: str, accepted: str) -> Tensor | None:
     with torch.enable_grad():
-        probe = images[:1].detach().clone().requires_grad_()
+        probe = images.detach().clone().requires_grad_()
         try:
             result = preprocess(probe)
         except RuntimeError as error:
@@ -373,10 +398,12 @@ def check_preprocess(preprocess: Preprocess, images: Tensor, name: str = TASK) -
         if not result.requires_grad:
             raise ValueError(f"preprocess of {name}: no gradient passes through it; {accepted}")
         (gradient,) = torch.autograd.grad(_weighed(result), probe, allow_unused=True)
-    if gradient is None or not bool(gradient.any()):
-        raise ValueError(f"preprocess of {name}: its gradient is zero everywhere; {accepted}")
-    if not bool(gradient.isfinite().all()):
-        raise ValueError(f"preprocess of {name}: its gradient is not finite; {accepted}")
+    return gradient
+
+
+def _random_like(images: Tensor) -> Tensor:
+    """Images of the same size, uniform in [0, 1]; at least one."""
+    return torch.rand((max(len(images), 1), *images.shape[1:]), dtype=images.dtype, device=images.device)
 
 
 def _check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) -> Any:
@@ -392,7 +419,7 @@ def _check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) 
     predictions: list[Any] = []
     with torch.enable_grad():
         # Of dark images every unit of a network may be off, by chance.
-        for values in (images, torch.rand_like(images)):
+        for values in (images, _random_like(images)):
             probe = values.detach().clone().requires_grad_()
             prediction = predict(probe.clone())  # a leaf could not be changed in place; forward says more of that
             predictions.append(prediction)

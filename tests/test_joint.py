@@ -264,6 +264,13 @@ class TestFrozenTask:
         with pytest.raises(ValueError, match=r"task: 1 modules are in training mode \(network\.1, \.\.\.\)"):
             joint(labelled_batch()[0], 0.1)
 
+    def test_a_program_of_torch_export(self) -> None:
+        program = torch.export.export(nn.Conv2d(3, 4, 3).eval(), (torch.rand(2, 3, 8, 8),)).module()
+        with pytest.raises(
+            ValueError, match=r"^a: \w+ has no evaluation mode .*; accepted: modules with eval\(\), such"
+        ):
+            JointDenoiser(nn.Conv2d(3, 3, 1), {"a": program})
+
     def test_train_has_no_effect(self) -> None:
         task = FrozenTask(classifier())
         assert task.train() is task
@@ -320,6 +327,27 @@ class TestPreprocess:
     def test_subtracted_mean_is_accepted(self) -> None:
         check_preprocess(lambda x: x - x.mean(), torch.rand(2, 3, 8, 8))
 
+    @pytest.mark.parametrize(
+        "preprocess", [lambda x: (x.clamp(0, 1) - 0.5) / 0.25, lambda x: x - x.mean(0, keepdim=True)]
+    )
+    @pytest.mark.parametrize("count", [0, 4])
+    def test_what_stops_the_gradient_of_some_images_is_accepted(self, preprocess: Any, count: int) -> None:
+        """The first one, or all, may be beyond white; an empty batch has no gradient."""
+        for images in (torch.full((count, 3, 8, 8), 1.02), torch.rand(count, 3, 8, 8)):
+            images[:1] = 1.02
+            JointDenoiser(nn.Identity(), classifier(), preprocess)(images)
+
+    def test_one_for_each_task_in_a_module_dict(self) -> None:
+        noisy = labelled_batch()[0]
+        tasks = {"a": classifier(), "b": segmenter()}
+        norm = nn.InstanceNorm2d(3)
+        joint = JointDenoiser(nn.Identity(), tasks, nn.ModuleDict({"b": norm}))
+        predictions = joint(noisy).predictions
+        assert torch.equal(predictions["a"], tasks["a"](noisy))
+        assert torch.equal(predictions["b"], tasks["b"](norm(noisy)))
+        with pytest.raises(ValueError, match="preprocess: c; accepted names: a, b"):
+            JointDenoiser(nn.Identity(), tasks, nn.ModuleDict({"c": norm}))
+
     def test_is_checked_once(self) -> None:
         calls = []
 
@@ -333,7 +361,7 @@ class TestPreprocess:
         assert calls == [4]
         joint(labelled_batch()[0], 0.1)
         joint(labelled_batch()[0], 0.1)
-        assert calls == [4, 1, 4, 4, 4]  # in front of the first training batch: alone, and with the network
+        assert calls == [4, 4, 4, 4, 4]  # in front of the first training batch: alone, and with the network
 
 
 class Wrapped(nn.Module):

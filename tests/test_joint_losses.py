@@ -110,6 +110,18 @@ class TestJointLoss:
         with pytest.raises(ValueError, match=message):
             JointLoss(1, loss)(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
 
+    @pytest.mark.parametrize(
+        ("loss", "message"),
+        [
+            (nn.L1Loss(reduction="none"), r"denoise_loss: returned shape \(4, .*\); accepted: a scalar tensor"),
+            (lambda denoised, clean: 0.0, "denoise_loss: returned float"),
+        ],
+    )
+    def test_denoise_loss_that_is_no_scalar(self, loss: Any, message: str) -> None:
+        _, clean, labels = labelled_batch()
+        with pytest.raises(ValueError, match=message):
+            JointLoss(1, "classification", loss)(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
+
 
 class TestModules:
     """Modules that losses hold are trained, saved and moved with them."""

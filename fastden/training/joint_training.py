@@ -153,7 +153,10 @@ class JointTraining(DenoiserTraining):
         wanted = "classification" if config.objective == "joint-classify" else "segmentation"
         if task.kind != wanted:
             raise UserError(f"network: {config.network} is for {task.kind}; accepted for {config.objective}: {wanted}")
-        self.task = FrozenTask(task.network, task.preprocess)
+        try:
+            self.task = FrozenTask(task.network, task.preprocess)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"network: {config.network}: {error}") from error
         self.fingerprint = _fingerprint(self.task)
         self._check_task(task)
         self._predict = torch.compile(self.task.forward) if config.compile else self.task.forward

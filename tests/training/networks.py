@@ -86,6 +86,11 @@ def drawing() -> Task:
     return Task(classifier().network, 3, "classification", preprocess)
 
 
+def program() -> Task:
+    network = torch.export.export(nn.Conv2d(3, 3, 30).eval(), (torch.rand(2, 3, 30, 30),)).module()
+    return Task(network, 3, "classification")
+
+
 def nothing() -> None:
     """Returns no task."""
 

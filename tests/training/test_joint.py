@@ -249,6 +249,7 @@ class TestMistakes:
                 {"network": f"{NETWORKS}:rounding"},
                 r"network: .*:rounding: preprocess of task: its gradient is zero everywhere",
             ),
+            ({"network": f"{NETWORKS}:program"}, r"network: .*:program: task: \w+ has no evaluation mode"),
             ({"data": ["none"]}, r"data: none/labels\.csv does not exist"),
         ],
     )
