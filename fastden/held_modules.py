@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastden.ops.modes import transforming
+
 
 class FunctionModule(nn.Module):
     """A function as a module. Modules and parameters that the function holds are registered.
@@ -39,20 +41,31 @@ class FunctionModule(nn.Module):
             self.own = nn.ParameterList(parameters)
 
     def forward(self, *arguments: Any) -> Any:
+        # A frozen network that nobody put into evaluation mode would move its BN statistics. Here and not when this is
+        # made: a module that comes to hold this one may hold nothing but frozen ones by then.
+        if not transforming():
+            for module in self._registered():
+                if module.training and _is_frozen(module):
+                    module.eval()
         return self.function(*arguments)
+
+    def _registered(self) -> Iterator[nn.Module]:
+        """The modules that the function holds."""
+        for name, child in self.named_children():
+            if name == "owner":
+                yield child
+            else:  # lists of this module's own
+                yield from child.children()
 
     def train(self, mode: bool = True) -> FunctionModule:
         """Set the mode, but put no frozen module into training mode: that would move its BN statistics."""
         self.training = mode
         for name, child in self.named_children():
-            if name == "owner":
-                several = [child]
-            else:  # lists of this module's own
+            if name != "owner":  # a list of this module's own
                 child.training = mode
-                several = list(child.children())
-            for module in several:
-                if not (mode and _is_frozen(module)):
-                    module.train(mode)
+        for module in self._registered():
+            if not (mode and _is_frozen(module)):
+                module.train(mode)
         return self
 
     def _drop_holders(self) -> None:

@@ -318,6 +318,30 @@ class TestModules:
         assert all(parameter.grad is not None for parameter in copied.parameters())
         assert all(parameter.grad is None for parameter in loss.parameters())
 
+    def test_a_frozen_network_that_was_never_put_into_evaluation_mode(self) -> None:
+        """Its statistics stay; what is trained keeps its mode."""
+        frozen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
+        trained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        class Holder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.frozen = nn.Conv2d(3, 3, 1).requires_grad_(False)
+                self.loss = JointLoss(1, "classification", self.features)
+
+            def features(self, denoised: Tensor, clean: Tensor) -> Tensor:
+                return self.frozen(denoised - clean).square().mean()
+
+        _, clean, labels = labelled_batch()
+        before = copy.deepcopy(frozen.state_dict()), copy.deepcopy(trained.state_dict())
+        loss = JointLoss(1, "classification", lambda p, t: (frozen(p) - frozen(t)).abs().mean() + trained(p).mean())
+        holder = Holder()
+        for each in (loss, holder.loss):
+            each(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
+        assert all(torch.equal(value, before[0][name]) for name, value in frozen.state_dict().items())
+        assert not torch.equal(trained[1].running_mean, before[1]["1.running_mean"])
+        assert holder.training
+
     def test_a_frozen_network_in_a_closure_keeps_its_mode(self) -> None:
         def losses() -> tuple[Any, nn.Module, nn.Module, nn.Module]:
             frozen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
