@@ -44,7 +44,7 @@ class FunctionModule(nn.Module):
         # A frozen network that nobody put into evaluation mode would move its BN statistics. Here and not when this is
         # made: a module that comes to hold this one may hold nothing but frozen ones by then.
         if not transforming():
-            for module in self._registered():
+            for module in (*self._registered(), *_global_modules(self.function)):
                 if module.training and _is_frozen(module):
                     module.eval()
         return self.function(*arguments)
@@ -104,6 +104,15 @@ class FunctionModule(nn.Module):
     def extra_repr(self) -> str:
         self._drop_holders()
         return str(getattr(self.function, "__qualname__", self.function))
+
+
+def _global_modules(function: Any) -> Iterator[nn.Module]:
+    """Modules that a function of a script names. They are everyone's, and not registered."""
+    if isinstance(function, FunctionType):
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, nn.Module):
+                yield value
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -342,6 +342,15 @@ class TestModules:
         assert not torch.equal(trained[1].running_mean, before[1]["1.running_mean"])
         assert holder.training
 
+    def test_a_frozen_network_that_a_script_names(self) -> None:
+        script: dict[str, Any] = {"net": nn.BatchNorm2d(3).requires_grad_(False)}
+        exec("loss = lambda denoised, clean: (net(denoised) - net(clean)).square().mean()", script)
+        _, clean, labels = labelled_batch()
+        loss = JointLoss(1, "classification", script["loss"])
+        loss(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
+        assert not bool(script["net"].running_mean.any())
+        assert not loss.state_dict()
+
     def test_a_frozen_network_in_a_closure_keeps_its_mode(self) -> None:
         def losses() -> tuple[Any, nn.Module, nn.Module, nn.Module]:
             frozen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
