@@ -65,7 +65,7 @@ class TestData:
         assert all(str(tmp_path / name) in caplog.text for name in ("b.png", "d.png"))
         assert [image.shape[0] for image in data.train_images + data.validation_images] == [40, 36]
         (batch,) = data.val_dataloader()
-        assert batch[0].shape == (1, 3, 36, 36)
+        assert batch["clean"].shape == (1, 3, 36, 36)
 
     def test_links_to_what_is_held_out(self, tmp_path: Path) -> None:
         Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
@@ -107,4 +107,4 @@ class TestData:
         data = denoise.DenoiserData(configuration(crop=30))
         data.validation_images = [np.zeros((900, 700, 3), np.uint8), np.zeros((600, 1000, 3), np.uint8)]
         (batch,) = data.val_dataloader()
-        assert batch[0].shape == (2, 3, 512, 512)
+        assert batch["clean"].shape == (2, 3, 512, 512)
