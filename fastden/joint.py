@@ -431,12 +431,17 @@ def _check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) 
                 raise ValueError(f"{name}: no gradient passes through the network; {accepted}")
             try:
                 sums = [_weighed(tensor) for tensor in differentiable]
-                (gradient,) = torch.autograd.grad(sums, probe, allow_unused=True)
+                # As a loss is scaled for float16, in which small gradients are 0.
+                scales = [torch.full_like(value, 1024) for value in sums]
+                (gradient,) = torch.autograd.grad(sums, probe, scales, allow_unused=True)
             except RuntimeError as error:
                 raise ValueError(f"{name}: no gradient passes through the network: {error}; {accepted}") from error
             if gradient is not None and bool(gradient.any()):
                 return predictions[0]
-    raise ValueError(f"{name}: the gradient through the network is zero everywhere; {accepted}")
+    raise ValueError(
+        f"{name}: the gradient through the network is zero everywhere; {accepted} and depends on it (an untrained last"
+        " layer may be all zeros)"
+    )
 
 
 @contextmanager
