@@ -101,17 +101,3 @@ class NoisyDataset(Dataset[dict[str, Tensor]]):
         random = np.random.default_rng((*self.key, index, 1))
         noisy, level = self.noise(item["clean"], random, bool(item["gray"]))
         return {**item, "noisy": noisy, "level": level}
-
-
-def gaussian(clean: Tensor, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """``clean`` with additive white Gaussian noise, not clipped.
-
-    Args:
-        clean: (N, C, H, W), in [0, 1].
-        sigma: (N,), standard deviation on the same scale.
-        generator: source of randomness; the noise is drawn on its device, so that one on the CPU gives the same noise
-            for every device.
-    """
-    device = clean.device if generator is None else generator.device
-    noise = torch.randn(clean.shape, generator=generator, device=device, dtype=clean.dtype).to(clean.device)
-    return clean + sigma.view(-1, 1, 1, 1) * noise
