@@ -22,6 +22,7 @@ from fastden.network.inputs import noise_level
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image
 from fastden.ops.backends import BackendError, use_backend
+from fastden.ops.capturing import without_collection
 from fastden.training.config import TrainConfig
 from fastden.training.data import CropDataset, Image, find_photographs, load_rgb, names_of, tell
 from fastden.training.synthetic_noise import NoisyDataset
@@ -59,7 +60,7 @@ def capture(model: Denoiser, padded: Tensor) -> Any:
     """
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     network = _Padded(model, padded.device.type)
-    with torch.autocast(padded.device.type, enabled=False, cache_enabled=False):
+    with without_collection(), torch.autocast(padded.device.type, enabled=False, cache_enabled=False):
         graphs = torch.cuda.make_graphed_callables(network, (padded.detach().clone(),))
     with torch.no_grad():
         for name, buffer in model.named_buffers():

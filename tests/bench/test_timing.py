@@ -6,8 +6,8 @@ import gc
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from unittest.mock import MagicMock
 
@@ -88,6 +88,34 @@ def test_a_replay_holds_what_its_graph_reads(monkeypatch: pytest.MonkeyPatch) ->
     del replay
     gc.collect()
     assert source() is None
+
+
+class Cycle:
+    """Unreachable once its name is gone, but freed by a collection alone."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_no_collection_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would destroy earlier graphs, which CUDA does not permit then. They go before."""
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    seen: list[tuple[bool, bool]] = []
+
+    @contextmanager
+    def graph(_: object) -> Iterator[None]:
+        seen.append((gc.isenabled(), garbage() is None))
+        yield
+        seen.append((gc.isenabled(), garbage() is None))
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    cycle = Cycle()
+    garbage = weakref.ref(cycle)
+    del cycle
+    Replay(lambda: None)
+    assert seen == [(False, True), (False, True)]
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import itertools
 import math
 from pathlib import Path
@@ -493,6 +494,15 @@ class TestRun:
 
     def test_without_validation(self, run: Run, tmp_path: Path) -> None:
         assert Denoiser.from_pretrained(run(tmp_path, validation=0, steps=1)).noise_level_input
+
+
+def test_no_collection_while_graphs_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may destroy the graphs of the steps before BN froze, and CUDA then ends the capture."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_: seen.append(gc.isenabled()))
+    denoise.capture(random_network(composed=True), torch.rand(1, 4, 20, 16))
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu
