@@ -88,7 +88,7 @@ def split_bias(bias: Tensor | None, bn: BatchNorm | None) -> tuple[Tensor | None
         bias: (O,) or None.
         bn: the normalisation that follows, or None.
     """
-    apart = bias is not None and batch_statistics(bn) and adds_bias_apart(bias)
+    apart = bias is not None and bn is not None and bn.training and bn.momentum < 1 and adds_bias_apart(bias)
     return (None, bias) if apart else (bias, None)
 
 
@@ -97,20 +97,20 @@ def finish(
 ) -> Tensor:
     """BN, residual add and ReLU after a convolution: the epilogue of every fused operator.
 
-    ``left_out`` (O,) is a bias that ``y`` lacks, only if ``bn`` is training. It moves the running mean, and its
-    gradient is zero.
+    ``left_out`` (O,) is a bias that ``y`` lacks, only if ``bn`` is training with a momentum below 1. It moves the
+    running mean, and its gradient is zero.
     """
     if bn is not None:
         running_mean, bn_bias = bn.running_mean, bn.bias
         if left_out is not None:
-            # A copy, because batch_norm's gradient refuses one that is written to later.
-            running_mean = running_mean.clone()
+            # What batch_norm keeps of this, a share of 1 - momentum, is momentum times the bias. Not in place, because
+            # batch_norm's gradient refuses a mean that is written to later, as the next forward pass does.
+            running_mean = torch.add(running_mean, left_out.detach(), alpha=bn.momentum / (1 - bn.momentum))
             # Zero times the bias: then it has a gradient, as optimisers and DDP expect, and a NaN in it still shows.
             bn_bias = torch.add(bn_bias, left_out.to(bn_bias.dtype), alpha=0)
         y = F.batch_norm(y, running_mean, bn.running_var, bn.weight, bn_bias, bn.training, bn.momentum, bn.eps)
         if left_out is not None:
-            with torch.no_grad():
-                bn.running_mean.copy_(torch.add(running_mean, left_out, alpha=bn.momentum))
+            bn.running_mean.copy_(running_mean)
     if residual is not None:
         # Under autocast, the residual's dtype may differ from the result's, which is that of the convolution.
         residual = residual.to(y.dtype)

@@ -112,6 +112,18 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Operations(TorchDispatchMode):
+    """Names the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
 def test_bias_before_batch_statistics_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, neither pass of a convolution has its bias; the bias still has a gradient, and a NaN in it shows."""
     monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: True)
@@ -124,6 +136,37 @@ def test_bias_before_batch_statistics_costs_no_pass(monkeypatch: pytest.MonkeyPa
         assert (ran.biases, ran.gradients) == ([not training], [not training])
         assert bool((gradient == 0).all()) == training
     assert ops.conv_bn_relu(x, weight, bias.detach() * torch.nan, bn=ops.BatchNorm.of(random_bn(4, True))).isnan().all()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9, 1.0])
+def test_a_bias_left_out_moves_the_running_mean(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By three operations on a GPU, with its gradient. A momentum of one leaves no part of the mean to correct before."""
+    monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: True)
+    x, weight, bias = random(2, 3, 4, 4), random(4, 3, 3, 3), random(4)
+    module = random_bn(4, training=True)
+    module.momentum = momentum
+    twin = copy.deepcopy(module)
+    with Operations() as ran:
+        ops.conv_bn_relu(x, weight, bias, bn=ops.BatchNorm.of(module), padding=1)
+    twin(torch.nn.functional.conv2d(x, weight, bias, padding=1))
+    assert torch.allclose(module.running_mean, twin.running_mean, rtol=1e-12)
+    assert torch.allclose(module.running_var, twin.running_var, rtol=1e-12)
+    made, kept = ([], []) if momentum == 1 else (["add", "add"], ["copy_"])
+    free = {"empty", "detach"}
+    # The first one counts the batch.
+    assert [name for name in ran.names if name not in free] == [
+        "add_", "convolution", *made, "native_batch_norm", *kept, "relu_",
+    ]  # fmt: skip
+
+
+def test_two_forward_passes_before_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second moves the running mean, which the first one's gradient must not notice."""
+    monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: True)
+    weight, bias, module = random(4, 3, 3, 3).requires_grad_(), random(4).requires_grad_(), random_bn(4, True)
+    passes = [ops.conv_bn_relu(random(2, 3, 4, 4), weight, bias, bn=ops.BatchNorm.of(module)) for _ in range(2)]
+    sum(y.square().sum() for y in passes).backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().max() > 0
 
 
 def test_evaluation_leaves_statistics_alone() -> None:
