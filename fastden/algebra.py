@@ -10,10 +10,11 @@ For inference, give them float64 and cast the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 #: Number of pixels on each side by which the network's padded input is larger than the image. conv0 (5x5) and out (3x3)
@@ -80,14 +81,11 @@ def compose_stem(conv0_weight: Tensor, conv0_bias: Tensor, conv1_weight: Tensor,
         conv1_weight: (O, M, 3, 3).
         conv1_bias: (O,).
     """
-    # Masks of the four cases over conv1's 3x3 taps. They are built from a range, so that tracing sees no constant on a
-    # device.
-    row = (torch.arange(3, device=conv1_weight.device) > 0).to(conv1_weight.dtype)
-    ones = torch.ones_like(row)
-    keep = torch.stack([torch.outer(ones, ones), torch.outer(row, ones), torch.outer(ones, row), torch.outer(row, row)])
-    masked = conv1_weight * keep[:, None, None]
-    bias = conv1_bias + torch.einsum("somij,m->so", masked, conv0_bias)
-    return StemWeights(_chained(conv1_weight, conv0_weight, keep), bias)
+    places, keep = (_constant(make, conv1_weight) for make in (_stem_places, _stem_taps))
+    weight = _chained(conv1_weight, conv0_weight, places).unflatten(2, (4, 7, 7)).permute(2, 0, 1, 3, 4)
+    of_taps = conv1_weight.permute(0, 2, 3, 1) @ conv0_bias
+    # In this order the four biases lie one behind the other: oneDNN and kernels read them without strides.
+    return StemWeights(weight, keep.flatten(1) @ of_taps.flatten(1).T + conv1_bias)
 
 
 def compose_head(
@@ -109,19 +107,15 @@ def compose_head(
         out_bias: (K,).
     """
     from_image, from_up3 = out_weight.split([conv0_weight.shape[0], up3_weight.shape[1]], dim=1)
-    image_weight = _chained(from_image, conv0_weight)[0]
-    # correlated[m, k, d] sums the products of out's tap a and up3's tap a + d - 3. (For d = 0 and 7 there is no such
-    # tap, and the sum is zero.) It is the weight from feature i to pixel 2 i - 4 + d. The parity of d gives the phase.
-    correlated = _chained(from_up3.flip(2, 3), up3_weight.transpose(0, 1))[0].transpose(0, 1)
-    correlated = F.pad(correlated, (1, 1, 1, 1))
-    m, k = correlated.shape[:2]
-    phases = correlated.view(m, k, 4, 2, 4, 2).flip(2, 4).permute(1, 3, 5, 0, 2, 4)
-    bias = out_bias + (from_image.sum((2, 3)) @ conv0_bias) + (from_up3.sum((2, 3)) @ up3_bias)
-    return HeadWeights(phases.reshape(4 * k, m, 4, 4), image_weight, bias)
+    image_weight = _chained(from_image, conv0_weight, _constant(_image_places, out_weight)).unflatten(2, (7, 7))
+    phases = _chained(from_up3, up3_weight.transpose(0, 1), _constant(_phase_places, out_weight))
+    weight = phases.unflatten(2, (2, 2, 4, 4)).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    bias = out_bias + out_weight.sum((2, 3)) @ torch.cat([conv0_bias, up3_bias])
+    return HeadWeights(weight, image_weight, bias)
 
 
-def _chained(second: Tensor, first: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Kernels of a convolution after another of stride 1: all products of a tap of each, summed by their offsets.
+def _chained(second: Tensor, first: Tensor, places: Tensor) -> Tensor:
+    """Kernels of a convolution after another: all products of a tap of each, summed by the places where they land.
 
     Both are matrix products, and so are their gradients. ``conv_transpose2d`` computes the same, but its gradients
     would be the only convolutions of PyTorch in a training step on kernels.
@@ -129,23 +123,79 @@ def _chained(second: Tensor, first: Tensor, keep: Tensor | None = None) -> Tenso
     Args:
         second: (O, M, i, i).
         first: (M, C, j, j).
-        keep: (sets, i, i), 1 for the taps of ``second`` that a set of kernels has and 0 for the others; None for one
-            set that has all.
+        places: (j, j, i, i, ...), 1 where the product of two taps belongs, else 0.
 
     Returns:
-        (sets, O, C, i + j - 1, i + j - 1).
+        (O, C, product of the last dimensions of ``places``).
     """
-    taps, side = second.shape[2], first.shape[2]
-    size = taps + side - 1
     products = torch.einsum("omij,mcpq->ocpqij", second, first)
-    # 1 where the taps p and i have the offset y. Built from ranges, so that tracing sees no constant on a device.
-    p, i, y = (torch.arange(length, device=second.device) for length in (side, taps, size))
-    lands = (p[:, None, None] + i[:, None] == y).to(second.dtype)
-    places = (lands[:, None, :, None, :, None] * lands[None, :, None, :, None, :])[None]
-    if keep is not None:
-        places = places * keep[:, None, None, :, :, None, None]
-    kernels = products.flatten(0, 1).flatten(1) @ places.flatten(5).flatten(1, 4)
-    return kernels.view(len(places), *products.shape[:2], size, size)
+    return products.flatten(2) @ places.flatten(4).flatten(0, 3)
+
+
+def _places(along: Tensor) -> Tensor:
+    """The places of two axes, (j, j, i, i, n, n), from those of one, (j, i, n)."""
+    return along[:, None, :, None, :, None] * along[None, :, None, :, None, :]
+
+
+def _stem_taps(device: torch.device) -> Tensor:
+    """(4, 3, 3): the taps of conv1 inside, in the first row, in the first column and in the corner."""
+    tap = torch.arange(3, device=device)
+    kept = torch.stack([torch.ones_like(tap), (tap > 0).to(tap.dtype)])
+    columns, rows = kept[:, None, None, :], kept[None, :, :, None]
+    return (rows * columns).flatten(0, 1)
+
+
+def _stem_places(device: torch.device) -> Tensor:
+    """(5, 5, 3, 3, 4, 7, 7): where products of conv0's taps and conv1's land in the four sets of the stem."""
+    return _image_places(device)[:, :, :, :, None] * _stem_taps(device).permute(1, 2, 0)[..., None, None]
+
+
+def _image_places(device: torch.device) -> Tensor:
+    """(5, 5, 3, 3, 7, 7): where products of conv0's taps and out's land in the image's own kernel."""
+    p, i, y = (torch.arange(length, device=device) for length in (5, 3, 7))
+    return _places((p[:, None, None] + i[:, None] == y).long())
+
+
+def _phase_places(device: torch.device) -> Tensor:
+    """(4, 4, 3, 3, 2, 2, 4, 4): where products of up3's taps and out's land, by phase and by feature.
+
+    Out's tap a and up3's tap a + d - 3 are the way from feature i to pixel 2 i - 4 + d. The parity of d gives the
+    phase. No taps are so far apart that d is 0 or 7.
+    """
+    p, a, phase, feature = (torch.arange(length, device=device) for length in (4, 3, 2, 4))
+    d = phase[:, None] + 2 * (3 - feature)
+    along = (p[:, None, None] - a[:, None] + 3 == d.flatten()).long()
+    return _places(along).unflatten(5, (2, 4)).unflatten(4, (2, 4)).transpose(5, 6)
+
+
+#: What :func:`_constant` made, by the arguments that it depends on.
+_constants: dict[tuple[object, ...], Tensor] = {}
+
+
+def _constant(make: Callable[[torch.device], Tensor], like: Tensor) -> Tensor:
+    """``make(device)`` on the device and in the dtype of ``like``: made once, unless the call is recorded.
+
+    ``make`` starts from ranges, so that tracing sees no constant on a device. Making them took some 35 of the 520
+    kernels of a training step on an H200, whose host needs longer to start them all than the GPU to compute.
+    """
+    recorded = (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or type(like) not in (Tensor, nn.Parameter)
+    )
+    key = make, like.device, like.dtype
+    if not recorded and key in _constants:
+        return _constants[key]
+    with torch.inference_mode(False):  # a gradient refuses tensors that were made in it
+        made = make(like.device).to(like.dtype)
+    # What is captured is computed in the replay, not now.
+    if not recorded and not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if like.is_cuda:
+            torch.cuda.current_stream(like.device).synchronize()  # the next call may run on another stream
+        _constants[key] = made
+    return made
 
 
 def unshuffled_weight(weight: Tensor, taps: int, zero_channels: int) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from fastden import ops
+from fastden import algebra, ops
 from fastden.algebra import compose_head, compose_stem, fold_batch_norm
 from fastden.bench.compare import TOLERANCE
 from fastden.network.model import Denoiser
@@ -82,6 +84,7 @@ def test_shapes() -> None:
     weights = chain_weights(4, 3)
     stem, head = stem_of(weights), head_of(weights)
     assert [tuple(value.shape) for value in stem] == [(4, 6, 4, 7, 7), (4, 6)]
+    assert stem[1].is_contiguous()
     assert [tuple(value.shape) for value in head] == [(12, 7, 4, 4), (3, 4, 7, 7), (3,)]
 
 
@@ -195,6 +198,33 @@ def test_gradients_reach_the_factors_alike(noise_level_input: bool, training: bo
         else:
             assert expected.abs().max() > 0, name
             assert max_error(composed_gradients[name], expected) < 1e-9, name
+
+
+def test_constants_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold for gradients, though the first call is one of inference, and no recorded call leaves its own."""
+    monkeypatch.setattr(algebra, "_constants", {})
+    ranges: list[int] = []
+    arange = torch.arange
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        ranges.append(1)
+        return arange(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "arange", counted)
+    weights = {name: value.requires_grad_() for name, value in chain_weights(4, 3).items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stem_of({name: torch.empty(value.shape, dtype=value.dtype) for name, value in weights.items()})
+    torch.func.vmap(lambda bias: stem_of({**weights, "conv0_bias": bias}))(torch.randn(2, 5, dtype=torch.float64))
+    assert not algebra._constants
+    with torch.inference_mode():
+        first = *stem_of(weights), *head_of(weights)
+    ranges.clear()
+    second = *stem_of(weights), *head_of(weights)
+    assert not ranges
+    sum(value.sum() for value in second).backward()
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    single = {name: value.detach().float() for name, value in weights.items()}
+    assert {value.dtype for value in (*stem_of(single), *head_of(single))} == {torch.float32}
 
 
 def test_gradcheck_of_the_stem() -> None:
