@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastden import ops
 from fastden.network.model import Denoiser
-from fastden.ops import batch_norm
+from fastden.ops import batch_norm, pixel_pairs
 
 #: Operators that read attributes or reserve memory: they move no bytes.
 FREE = {"prim::device", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach"}
@@ -101,7 +101,11 @@ def main() -> None:
     arguments = parser.parse_args()
     backend = "triton" if arguments.form == "triton" else "torch"
     # Tensors are on a CPU, but those of a GPU are counted.
-    with FakeTensorMode(), mock.patch.object(batch_norm, "adds_bias_apart", return_value=True):
+    with (
+        FakeTensorMode(),
+        mock.patch.object(batch_norm, "adds_bias_apart", return_value=True),
+        mock.patch.object(pixel_pairs, "suit", return_value=True),
+    ):
         model = Denoiser(composed=arguments.form != "plain").train()
         x = torch.empty(arguments.batch, 3, *arguments.size)
         with Traffic() as traffic, ops.use_backend(backend):

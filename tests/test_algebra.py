@@ -17,6 +17,7 @@ from fastden import algebra, ops
 from fastden.algebra import compose_head, compose_stem, fold_batch_norm
 from fastden.bench.compare import TOLERANCE
 from fastden.network.model import Denoiser
+from fastden.ops import pixel_pairs
 from tests.helpers import border_rms, level, max_error, random_network
 
 SIZES = [(1, 1), (1, 6), (2, 3), (7, 5), (13, 30), (33, 46), (48, 64)]
@@ -180,9 +181,14 @@ def test_float32_error_of_the_composed_network(size: tuple[int, int], noise_leve
                 assert rms <= TOLERANCE * max(own[0][name], own[1][name], floor), name
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("noise_level_input", [False, True])
-def test_gradients_reach_the_factors_alike(noise_level_input: bool, training: bool) -> None:
+def test_gradients_reach_the_factors_alike(
+    noise_level_input: bool, training: bool, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where convolutions of the image read pairs of pixels, as on a GPU."""
+    monkeypatch.setattr(pixel_pairs, "suit", lambda x: pairs)
     x = torch.rand(2, 3, 9, 14, dtype=torch.float64)
     gradients = []
     for composed in (False, True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastden.algebra import image_phases, phase_weights, separated_head, unshuffled_weight
+from fastden.algebra import image_phases, paired_stem, phase_weights, separated_head, unshuffled_weight
 from fastden.network.tiles import join_phases, tile_regions
 
 
@@ -20,6 +20,13 @@ def test_stride_two_on_pixel_unshuffle(kernel: int, taps: int, zero_channels: in
     # The window of 2 * taps pixels may be larger than the kernel: fewer positions then.
     expected = F.conv2d(x, weight, stride=2)[:, :, : got.shape[2], : got.shape[3]]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("zero_channels", [0, 1])
+def test_the_stem_on_pairs(zero_channels: int) -> None:
+    weight = torch.randn(4, 5, 3, 7, 7, dtype=torch.float64)
+    expected = unshuffled_weight(weight.flatten(0, 1), 4, zero_channels).unflatten(0, (4, 5))
+    assert torch.equal(paired_stem(weight, zero_channels), expected)
 
 
 def test_image_phases() -> None:

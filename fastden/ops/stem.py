@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastden.algebra import paired_stem
 from fastden.kernels._layout import channels_last
-from fastden.ops import post_operations
+from fastden.ops import pixel_pairs, post_operations
 from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check, empty_like
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish, split_bias
-from fastden.ops.tensors import in_autocast, may_overwrite
+from fastden.ops.modes import transforming
+from fastden.ops.tensors import in_autocast, like, may_overwrite, wants_gradient
 
 
 def stem(
@@ -68,29 +70,95 @@ def stem(
         if bn is not None and bn.training:
             return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)
+    (weight,) = in_autocast(weight)
+    dtype = weight.dtype
+    own_bias, other_biases = bias.split([1, 3])
     # What all pixels have in common is the bias of the inside.
-    inside, left_out = split_bias(bias[0], bn)
+    inside, left_out = split_bias(own_bias.squeeze(0), bn)
     if left_out is not None:
-        bias = bias - left_out
-    bias = bias.to(x.dtype)
+        other_biases = other_biases - left_out
     fused = bn is None and relu and post_operations.serves(x, weight, bias)
-    convolution = partial(post_operations.convolution, relu=True) if fused else F.conv2d
-    x = F.pad(x, (1, 0, 1, 0))
-    y = convolution(x, weight[0], None if inside is None else bias[0], stride=2)
-    row = convolution(x[:, :, :7], weight[1], bias[1], stride=2)
-    # Nine columns, to get the first one right: oneDNN 3.12's bf16 convolution reads uninitialised memory when this
-    # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
-    column = convolution(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
-    corner = convolution(x[:, :, :7, :7], weight[3], bias[3], stride=2)
-    if may_overwrite():
-        # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.
-        # Each write copies the whole gradient in the backward pass: two of them, not three.
-        y[:, :, :1] = torch.cat([corner, row[..., 1:]], 3)
-        y[:, :, 1:, :1] = column[:, :, 1:]
+    if pixel_pairs.suit(x):
+        x, weight, stride = pixel_pairs.folded(x, dtype), paired_stem(weight, pixel_pairs.zeros_for(x.shape[1])), 1
     else:
-        below = torch.cat([column, y[..., 1:]], 3)[:, :, 1:]
-        y = torch.cat([torch.cat([corner, row[..., 1:]], 3), below], 2)
+        x, stride = F.pad(x.to(dtype), (1, 0, 1, 0)), 2
+    # A split has one gradient of both parts, an index fills all of the four sets with zeros first.
+    own, others = weight.split([1, 3])
+    convolution = partial(post_operations.convolution, relu=True) if fused else F.conv2d
+    y = convolution(x, own.squeeze(0), like(inside, x), stride=stride)
+    windows = _border_windows(x, weight.shape[-1], stride)
+    made = F.linear(windows, others.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1), other_biases.flatten().to(dtype))
+    y = _with_border(y, made.relu_() if fused else made)
     return y if fused else finish(y, bn, None, relu, left_out)
+
+
+def _border_windows(x: Tensor, taps: int, stride: int) -> Tensor:
+    """What the first row and the first column of the result read.
+
+    Args:
+        x: (N, C, H, W), padded.
+        taps, stride: of the convolution to (N, O, h, w).
+
+    Returns:
+        (N, w + h - 1, taps * taps * C): the row, and then the column without the corner; channels innermost.
+    """
+    pixels = x.permute(0, 2, 3, 1)
+    row = pixels[:, :taps].unfold(2, taps, stride).permute(0, 2, 1, 4, 3)
+    column = pixels[:, stride:, :taps].unfold(1, taps, stride).permute(0, 1, 4, 2, 3)
+    return torch.cat([row, column], 1).flatten(2)
+
+
+def _with_border(y: Tensor, made: Tensor) -> Tensor:
+    """``y`` (N, O, h, w) with another first row and column: (N, w + h - 1, 3 O), all three sets of each window."""
+    if may_overwrite():
+        # Into the convolution's output without a copy: its gradient does not need it.
+        return (_Border.apply if wants_gradient(y, made) and not transforming() else _write_border)(y, made)
+    row, column, corner = (made[part] for part in _border_parts(made, y.shape[3]))
+    first = torch.cat([corner[:, None], row], 1).transpose(1, 2)[:, :, None]
+    below = torch.cat([column.transpose(1, 2)[..., None], y[:, :, 1:, 1:]], 3)
+    return torch.cat([first, below], 2)
+
+
+def _border_parts(made: Tensor, width: int) -> tuple[tuple[Any, ...], ...]:
+    """The first row and the first column without the corner, and the corner, in what :func:`_with_border` takes."""
+    o = made.shape[2] // 3
+    return (
+        (_ALL, slice(1, width), slice(0, o)),
+        (_ALL, slice(width, None), slice(o, 2 * o)),
+        (_ALL, 0, slice(2 * o, None)),
+    )
+
+
+_ALL = slice(None)
+#: The parts of :func:`_border_parts` in (N, h, w, O).
+_BORDER: tuple[tuple[Any, ...], ...] = (_ALL, 0, slice(1, None)), (_ALL, slice(1, None), 0), (_ALL, 0, 0)
+
+
+def _write_border(y: Tensor, made: Tensor) -> Tensor:
+    pixels = y.permute(0, 2, 3, 1)
+    for into, part in zip(_BORDER, _border_parts(made, y.shape[3]), strict=True):
+        pixels[into] = made[part]
+    return y
+
+
+class _Border(torch.autograd.Function):
+    """:func:`_write_border`. PyTorch's own gradient would copy all of the result's gradient for each write."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, made: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        return _write_border(y, made)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        n, outputs, height, width = grad.shape
+        of_y, of_made = grad.clone(), grad.new_zeros(n, width + height - 1, 3 * outputs)
+        pixels = grad.permute(0, 2, 3, 1)
+        for part, into in zip(_BORDER, _border_parts(of_made, width), strict=True):
+            of_made[into] = pixels[part]
+        of_y[:, :, 0] = 0
+        of_y[:, :, 1:, 0] = 0
+        return of_y, of_made
 
 
 def check_input_size(x: Tensor) -> None:

@@ -140,7 +140,7 @@ def test_bias_before_batch_statistics_costs_no_pass(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9, 1.0])
 def test_a_bias_left_out_moves_the_running_mean(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By three operations on a GPU, with its gradient. A momentum of one leaves no part of the mean to correct before."""
+    """By three operations on a GPU, with its gradient; a momentum of one keeps nothing of a mean moved before."""
     monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: True)
     x, weight, bias = random(2, 3, 4, 4), random(4, 3, 3, 3), random(4)
     module = random_bn(4, training=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastden import ops
-from fastden.ops import batch_norm
+from fastden.ops import batch_norm, pixel_pairs
 from tests.helpers import max_error, poison_freed_memory
 from tests.ops import naive
 from tests.ops.test_conv_bn_relu import random, random_bn
@@ -28,18 +34,31 @@ def by_cases(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.where(rows & columns, corner, y)
 
 
-@settings(max_examples=25)
+def on(pairs: bool) -> Any:
+    """A context in which convolutions of the image read pairs of pixels, as on a GPU, or single pixels."""
+
+    def suit(x: Tensor) -> bool:  # a mock could not be compiled
+        return pairs
+
+    return mock.patch.object(pixel_pairs, "suit", suit)
+
+
+@settings(max_examples=40)
 @given(
     size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
     batch=st.integers(1, 2),
     channels=st.sampled_from([1, 3, 4]),
     relu=st.booleans(),
+    pairs=st.booleans(),
 )
-@example(size=(4, 4), batch=1, channels=4, relu=True)
-def test_formula(size: tuple[int, int], batch: int, channels: int, relu: bool) -> None:
+@example(size=(4, 4), batch=1, channels=4, relu=True, pairs=False)
+@example(size=(4, 4), batch=1, channels=4, relu=True, pairs=True)
+@example(size=(5, 7), batch=2, channels=3, relu=False, pairs=True)
+def test_formula(size: tuple[int, int], batch: int, channels: int, relu: bool, pairs: bool) -> None:
     x = random(batch, channels, 2 * size[0], 2 * size[1])
     weight, bias = random(4, 5, channels, 7, 7), random(4, 5)
-    y = ops.stem(x, weight, bias, relu=relu)
+    with on(pairs):
+        y = ops.stem(x, weight, bias, relu=relu)
     expected = by_cases(x, weight, bias)
     expected = expected.clamp(min=0) if relu else expected
     assert y.shape == (batch, 5, size[0] - 2, size[1] - 2)
@@ -60,9 +79,11 @@ def test_batch_norm(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
         assert torch.allclose(value, other, rtol=1e-12), name
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize(("training", "apart"), [(False, False), (True, False), (True, True)])
-def test_gradcheck(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck(training: bool, apart: bool, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: apart)
+    monkeypatch.setattr(pixel_pairs, "suit", lambda x: pairs)
     module = random_bn(2, training)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
@@ -70,6 +91,67 @@ def test_gradcheck(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch)
 
     inputs = (random(1, 1, 8, 10), random(4, 2, 1, 7, 7), random(4, 2), random(2))
     assert torch.autograd.gradcheck(run, tuple(value.requires_grad_() for value in inputs))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_second_and_forward_derivatives(pairs: bool) -> None:
+    inputs = random(1, 1, 8, 10), random(4, 2, 1, 7, 7), random(4, 2)
+    leaves = tuple(value.requires_grad_() for value in inputs)
+    with on(pairs):
+        assert torch.autograd.gradcheck(partial(ops.stem, relu=False), leaves, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(lambda *values: ops.stem(*values, relu=False).sin(), leaves)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_transforms_and_compiled_code(pairs: bool) -> None:
+    x, weight, bias = random(3, 4, 10, 12), random(4, 5, 4, 7, 7), random(4, 5)
+    with on(pairs):
+        y = ops.stem(x, weight, bias)
+        each = torch.func.vmap(lambda image: ops.stem(image[None], weight, bias)[0])(x)
+        compiled = torch.compile(ops.stem, fullgraph=True, backend="aot_eager")(x, weight.requires_grad_(), bias)
+        gradients = [torch.autograd.grad(one.sum(), weight)[0] for one in (compiled, ops.stem(x, weight, bias))]
+    assert max_error(each, y) < 1e-12
+    assert max_error(compiled, y) < 1e-12
+    assert max_error(*gradients) < 1e-11
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pairs_make_all_channels_last(layout: torch.memory_format) -> None:
+    """PyTorch pads by reflection on a GPU into contiguous memory; what follows the stem would be contiguous, too."""
+    x, weight = torch.rand(2, 4, 16, 20).contiguous(memory_format=layout), torch.randn(4, 8, 4, 7, 7).requires_grad_()
+    seen: list[bool] = []
+
+    class Operands(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name.startswith(("aten::convolution", "aten::native_batch_norm", "aten::threshold")):
+                four = [one for one in tree_leaves((args, result)) if isinstance(one, Tensor) and one.dim() == 4]
+                seen.extend(one.is_contiguous(memory_format=torch.channels_last) for one in four)
+            return result
+
+    with on(True), Operands():
+        y = ops.stem(x, weight, torch.randn(4, 8), bn=ops.BatchNorm.of(torch.nn.BatchNorm2d(8)))
+        y.backward(torch.randn_like(y))
+    assert len(seen) >= 12
+    assert all(seen)
+
+
+def test_the_border_costs_one_copy_of_the_gradient() -> None:
+    """PyTorch's own gradients of writes into a tensor copy all of it for each."""
+    x, weight, bias = torch.rand(2, 4, 16, 20), torch.randn(4, 8, 4, 7, 7).requires_grad_(), torch.randn(4, 8)
+    y = ops.stem(x, weight, bias, relu=False)
+    copied: list[str] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.shape == y.shape and func._schema.name != "aten::detach":
+                copied.append(func._schema.name)
+            return result
+
+    with Copies():
+        y.backward(torch.ones_like(y))
+    assert copied == ["aten::ones_like", "aten::clone"]
 
 
 @pytest.mark.parametrize("layout", ["expanded", "sliced", "channels last"])
@@ -90,7 +172,7 @@ def test_gradient_from_any_layout(layout: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [(40, 8), (40, 40), (8, 40), (8, 8)], ids=str)
 def test_bfloat16_reads_only_what_was_written(size: tuple[int, int], memory_format: torch.memory_format) -> None:
-    """This concerns the left border: oneDNN 3.12 reads freed memory where an output is one column wide."""
+    """This concerned the left border: oneDNN 3.12 reads freed memory where an output is one column wide."""
     x = torch.rand(2, 4, *size).to(memory_format=memory_format)
     weight, bias = torch.randn(4, 128, 4, 7, 7), torch.randn(4, 128)
     exact = ops.stem(x, weight, bias)
