@@ -244,6 +244,33 @@ def paired_stem(weight: Tensor, zero_channels: int) -> Tensor:
     return pairs.flatten(4).permute(0, 1, 4, 2, 3)
 
 
+def paired_head(weight: Tensor, image_weight: Tensor, zero_channels: int) -> tuple[Tensor, Tensor]:
+    """Kernels of the head whose outputs are the pixels 2 i - 1 and 2 i, for features i and pairs of the image's pixels.
+
+    Both pixels read the features i - 1, i and i + 1: a phase of a composed kernel has three taps of four in each axis.
+    So the features' kernel has 9 taps, and that of the image's pairs 16.
+
+    Args:
+        weight: (4 K, M, 4, 4), composed.
+        image_weight: (K, C, 7, 7).
+        zero_channels: number of zero channels that are added after the C channels.
+
+    Returns:
+        (4 K, M, 3, 3), with a padding of 1; (4 K, 4 (C + zero_channels), 4, 4) on the ``pixel_unshuffle`` of the input
+        with one more pixel on each side; both channels-last. Their outputs are in the order of ``pixel_shuffle``, whose
+        result has one more pixel on each side than the image.
+    """
+    phases = weight.unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)
+    taps = (phases @ _constant(_used_taps, weight)).unflatten(2, (4, 3, 3)).permute(0, 2, 3, 4, 1)
+    image_weight = _with_zeros(image_weight, zero_channels, 1)
+    moved = image_weight.flatten(2) @ _constant(_pair_places, weight).flatten(2).flatten(0, 1)
+    pairs = moved.unflatten(2, (2, 2, 4, 2, 4, 2)).permute(0, 2, 3, 4, 6, 1, 5, 7)
+    return (
+        taps.flatten(0, 1).contiguous().permute(0, 3, 1, 2),
+        pairs.flatten(5).flatten(0, 2).permute(0, 3, 1, 2),
+    )
+
+
 def _with_zeros(weight: Tensor, channels: int, dim: int) -> Tensor:
     """``weight`` with more channels along ``dim``, all zero."""
     if not channels:
@@ -251,6 +278,17 @@ def _with_zeros(weight: Tensor, channels: int, dim: int) -> Tensor:
     shape = list(weight.shape)
     shape[dim] = channels
     return torch.cat([weight, weight.new_zeros(shape)], dim)
+
+
+def _used_taps(device: torch.device) -> Tensor:
+    """(64, 36): which of the 4 x 4 taps of which phase each of the four pixels has as its 3 x 3 taps.
+
+    Pixel 2 i - 1 is phase 1 of i - 1, and pixel 2 i is phase 0 of i.
+    """
+    index = torch.arange(4, device=device)
+    phase, tap, pixel, used = index[:2, None, None, None], index[:, None, None], index[:2, None], index[:3]
+    along = ((phase == 1 - pixel) & (tap == used + phase)).long()
+    return torch.einsum("ptiu,qsjv->pqtsijuv", along, along).flatten(4).flatten(0, 3)
 
 
 def _pair_places(device: torch.device) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.algebra import BORDER, image_phases, separated_head, unshuffled_weight
+from fastden.algebra import BORDER, image_phases, paired_head, separated_head, unshuffled_weight
 from fastden.kernels._layout import channels_last
-from fastden.ops import post_operations
+from fastden.ops import pixel_pairs, post_operations
 from fastden.ops._checks import check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
 from fastden.ops._library import OPERATORS, Operator, check
@@ -78,6 +78,8 @@ def head(
         return y.clamp(0, 1) if later else y
     if composed and post_operations.serves(*tensors.values()):
         y = F.pixel_shuffle(_phases(*tensors.values()), 2)
+    elif composed and x.shape[0] and pixel_pairs.suit(x):
+        y = _on_pairs(*tensors.values())
     else:
         y = _plain(*tensors.values())
     if add_input:
@@ -98,6 +100,15 @@ def _plain(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bi
     else:
         y = phases.reshape(0, len(image_weight), x.shape[2] - 6, x.shape[3] - 6)
     return y + F.conv2d(x, image_weight, like(bias, x))
+
+
+def _on_pairs(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor) -> Tensor:
+    """What :func:`_plain` returns, by convolutions that suit cuDNN; ``weight`` is a composed one."""
+    weight, image_weight = in_autocast(weight, image_weight)
+    of_features, of_image = paired_head(weight, image_weight, pixel_pairs.zeros_for(x.shape[1]))
+    pairs = pixel_pairs.folded(x, weight.dtype)
+    y = F.conv2d(pairs, of_image, bias.to(pairs.dtype).repeat_interleave(4))
+    return F.pixel_shuffle(F.conv2d(features, of_features, None, padding=1) + y, 2)[:, :, 1:-1, 1:-1]
 
 
 def _phases(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastden import ops
+from fastden.algebra import compose_head
 from tests.helpers import max_error
 from tests.ops import naive
 from tests.ops.test_conv_bn_relu import random
+from tests.ops.test_stem import on
 
 
 def by_pixels(features: Tensor, x: Tensor, weight: Tensor, image_weight: Tensor, bias: Tensor) -> Tensor:
@@ -52,6 +56,72 @@ def test_formula(size: tuple[int, int], batch: int, channels: tuple[int, int]) -
     y = ops.head(*inputs)
     assert y.shape == (batch, channels[1], 2 * size[0] - 2, 2 * size[1] - 2)
     assert max_error(y, by_pixels(*inputs)) < 1e-12
+
+
+def composed_arguments(
+    size: tuple[int, int], batch: int = 1, channels: tuple[int, int] = (4, 3), dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """As :func:`arguments`, with composed weights."""
+    c, k = channels
+    shapes = ((4, c, 5, 5), (4,), (5, 3, 4, 4), (3,), (k, 7, 3, 3), (k,))
+    weights = compose_head(*(random(*shape) / 3 for shape in shapes))
+    features, x, *_ = arguments(size, batch, channels)
+    return tuple(value.to(dtype) for value in (features, x, *weights))
+
+
+@settings(max_examples=20)
+@given(
+    size=st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    batch=st.integers(0, 2),
+    channels=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 3)]),
+)
+@example(size=(2, 2), batch=1, channels=(4, 3))
+@example(size=(3, 5), batch=2, channels=(3, 3))
+@example(size=(3, 5), batch=0, channels=(3, 3))
+def test_pairs_of_pixels(size: tuple[int, int], batch: int, channels: tuple[int, int]) -> None:
+    """As on a GPU, from weights that are composed; other weights have more taps than pairs can have."""
+    inputs = composed_arguments(size, batch, channels)
+    with on(True):
+        y = ops.head(*inputs, composed=True)
+        other = ops.head(*inputs)
+    assert y.shape == other.shape == (batch, channels[1], 2 * size[0] - 2, 2 * size[1] - 2)
+    if batch:
+        assert max_error(y, by_pixels(*inputs)) < 1e-12
+        assert max_error(other, by_pixels(*inputs)) < 1e-12
+
+
+def test_gradients_on_pairs_of_pixels() -> None:
+    """All but those of taps that are zero in all composed weights, which get none."""
+    gradients, drawn = [], composed_arguments((4, 5), batch=2)
+    for pairs in (False, True):
+        inputs = [value.detach().requires_grad_() for value in drawn]
+        with on(pairs):
+            y = ops.head(*inputs, composed=True)
+        y.backward(torch.arange(y.numel(), dtype=y.dtype).view(y.shape).sin())
+        gradients.append([value.grad for value in inputs])
+    used = drawn[2] != 0
+    assert int(used.sum()) == 12 * 5 * 9
+    gradients[0][2] *= used
+    for one, other in zip(*gradients, strict=True):
+        assert max_error(one, other) < 1e-11
+
+
+def test_pairs_round_no_more() -> None:
+    features, x, *weights = composed_arguments((12, 10), batch=4)
+    exact = ops.head(features, x, *weights, add_input=False)
+    errors = []
+    for pairs in (False, True):
+        with on(pairs), torch.autocast("cpu", torch.bfloat16):
+            inputs = (value.float() for value in (features, x, *weights))
+            errors.append((ops.head(*inputs, add_input=False, composed=True) - exact).square().mean().sqrt())
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_compiled_on_pairs_of_pixels() -> None:
+    inputs = composed_arguments((4, 5))
+    with on(True):
+        compiled = torch.compile(partial(ops.head, composed=True), fullgraph=True, backend="aot_eager")(*inputs)
+    assert max_error(compiled, ops.head(*inputs)) < 1e-12
 
 
 def test_without_the_input() -> None:
