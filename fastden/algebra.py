@@ -182,6 +182,7 @@ def _constant(make: Callable[[torch.device], Tensor], like: Tensor) -> Tensor:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._are_functorch_transforms_active()
         or type(like) not in (Tensor, nn.Parameter)
     )

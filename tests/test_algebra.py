@@ -188,7 +188,7 @@ def test_gradients_reach_the_factors_alike(
     noise_level_input: bool, training: bool, pairs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where convolutions of the image read pairs of pixels, as on a GPU."""
-    monkeypatch.setattr(pixel_pairs, "suit", lambda x: pairs)
+    monkeypatch.setattr(pixel_pairs, "suit", lambda x, weight: pairs)
     x = torch.rand(2, 3, 9, 14, dtype=torch.float64)
     gradients = []
     for composed in (False, True):

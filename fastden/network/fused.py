@@ -61,7 +61,7 @@ def fuse(
             to 0.10 dB (``benchmarks/results/real-photos-fast.json``); its features see floating values beyond [0, 1] as
             0 and 1. On GPUs of compute capability 9.0, in
             float16 or bfloat16 and with the CUDA extension, conv3 computes in 8-bit floating point
-            (:mod:`fastden.network.fp8`), with ``color`` 0.003 dB worse; no GPU has run that kernel yet. The model must
+            (:mod:`fastden.network.fp8`), with ``color`` 0.003 dB worse; its time is not measured. The model must
             know the ranges of its activations: bundled models know them, other models know them after
             :func:`fastden.calibrate`.
         differentiable: compute with PyTorch's own operations, whatever backend is chosen. Then derivatives of every

@@ -31,29 +31,31 @@ def why_not_started(device: torch.device) -> str:
     with _lock:
         if index not in _found:
             reason = _probed(torch.device("cuda", index))
-            if reason and not any(_found.values()):
+            first = not any(_found.values())
+            _found[index] = reason  # before the warning, which may be an error
+            if reason and first:
                 warnings.warn(
                     f"Triton cannot start here ({reason}). fastden runs without its Triton kernels, which takes longer;"
                     " FASTDEN_BACKEND=triton shows Triton's own error, FASTDEN_BACKEND=torch does not try",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            _found[index] = reason
         return _found[index]
 
 
 def _probed(device: torch.device) -> str:
     # In a thread of its own, which no mode, transform, autocast or tracing of the caller reaches.
-    reasons: list[str] = []
+    reasons = ["it ended without a result"]
 
     def run() -> None:
         try:
             from fastden.kernels._probe import probe
 
             probe(device)
+            reasons.clear()
         except Exception as error:  # OSError, AssertionError, CalledProcessError, Triton's own
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reasons.append(": ".join([type(error).__name__, *lines[:1]]))
+            reasons[:] = [": ".join([type(error).__name__, *lines[:1]])]
 
     thread = threading.Thread(target=run, name="fastden-probe")
     try:

@@ -105,7 +105,8 @@ def finish(
         if left_out is not None:
             # What batch_norm keeps of this, a share of 1 - momentum, is momentum times the bias. Not in place, because
             # batch_norm's gradient refuses a mean that is written to later, as the next forward pass does.
-            running_mean = torch.add(running_mean, left_out.detach(), alpha=bn.momentum / (1 - bn.momentum))
+            left_out_mean = left_out.detach().to(running_mean.dtype)
+            running_mean = torch.add(running_mean, left_out_mean, alpha=bn.momentum / (1 - bn.momentum))
             # Zero times the bias: then it has a gradient, as optimisers and DDP expect, and a NaN in it still shows.
             bn_bias = torch.add(bn_bias, left_out.to(bn_bias.dtype), alpha=0)
         y = F.batch_norm(y, running_mean, bn.running_var, bn.weight, bn_bias, bn.training, bn.momentum, bn.eps)

@@ -65,7 +65,7 @@ def bottleneck(
         "bottleneck",
         backend,
         batch_statistics=batch_statistics(*bns),
-        as_measured=bns == (None, None, None),
+        as_measured=all(bn is None for bn in bns),
         **tensors,
     )
     if backend != "torch":
@@ -73,7 +73,7 @@ def bottleneck(
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)
             return _with_batch_statistics(x, reduce, conv, expand, bns)
         # The operator alone has no derivative, and would drop a tangent without a word.
-        if bns == (None, None, None) and not wants_gradient(*tensors.values()) and may_overwrite():
+        if all(bn is None for bn in bns) and not wants_gradient(*tensors.values()) and may_overwrite():
             return OPERATORS[backend].bottleneck(*in_autocast(x, reduce, conv, expand), *biases)
     y = conv_bn_relu(x, reduce, biases[0], bn=bns[0], backend=backend)
     y = conv_bn_relu(y, conv, biases[1], bn=bns[1], padding=1, backend=backend)

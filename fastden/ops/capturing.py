@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_lock = threading.Lock()
+#: Whether collection was enabled before the first capture, and then one entry for each capture that goes on.
+_enabled: list[bool] = []
 
 
 @contextmanager
@@ -16,10 +21,15 @@ def without_collection() -> Iterator[None]:
     to 2.8; now it does not. What nothing reaches is destroyed before the context begins.
     """
     gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
+    with _lock:  # several threads may capture: the last one to end enables it again
+        if not _enabled:
+            _enabled.append(gc.isenabled())
+        _enabled.append(True)
+        gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _lock:
+            _enabled.pop()
+            if len(_enabled) == 1 and _enabled.pop():
+                gc.enable()

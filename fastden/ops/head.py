@@ -78,7 +78,7 @@ def head(
         return y.clamp(0, 1) if later else y
     if composed and post_operations.serves(*tensors.values()):
         y = F.pixel_shuffle(_phases(*tensors.values()), 2)
-    elif composed and x.shape[0] and pixel_pairs.suit(x):
+    elif composed and x.shape[0] and pixel_pairs.suit(x, weight):
         y = _on_pairs(*tensors.values())
     else:
         y = _plain(*tensors.values())

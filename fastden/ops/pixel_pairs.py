@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastden.ops.tracing import exporting
+from fastden.ops.modes import transforming
 
 
-def suit(x: Tensor) -> bool:
+def suit(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's convolutions of an image read pairs of its pixels, in both axes.
 
     cuDNN's matrix kernels multiply blocks of at least 32 input channels for each tap, and an image with its noise level
@@ -17,9 +17,19 @@ def suit(x: Tensor) -> bool:
     gave the head's three output channels to a kernel without matrix instructions, which took 0.48 ms. Pairs have 16
     channels and 16 taps, and the head's result has 12 channels, one for each pixel of a pair.
 
-    Not in float64, which cuDNN computes without such blocks, nor in an exported program, which may run anywhere.
+    A pixel that is NaN or infinite reaches the windows of its neighbour, too.
+
+    That is what was measured: so only where weights are composed in this call, and get a gradient. At inference they
+    would be rearranged at each call. Not in float64, which cuDNN computes without such blocks, nor where the call is
+    compiled, traced or transformed: what is recorded may run anywhere.
+
+    Args:
+        x: the image.
+        weight: the composed weight. A leaf is no result of a composition: it may have taps for which pairs have no
+            place.
     """
-    return x.is_cuda and x.dtype != torch.float64 and not exporting()
+    composed = x.is_cuda and weight.requires_grad and torch.is_grad_enabled() and x.dtype != torch.float64
+    return composed and not transforming() and not weight.is_leaf
 
 
 def zeros_for(channels: int) -> int:

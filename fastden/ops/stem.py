@@ -70,41 +70,69 @@ def stem(
         if bn is not None and bn.training:
             return batch_norm_relu(y, bn, relu)
         return y if bn is None else finish(y, bn, None, relu)
-    (weight,) = in_autocast(weight)
-    dtype = weight.dtype
-    own_bias, other_biases = bias.split([1, 3])
+    if pixel_pairs.suit(x, weight):
+        y, left_out = _on_pairs(x, weight, bias, bn)
+        return finish(y, bn, None, relu, left_out)
     # What all pixels have in common is the bias of the inside.
-    inside, left_out = split_bias(own_bias.squeeze(0), bn)
+    inside, left_out = split_bias(bias[0], bn)
     if left_out is not None:
-        other_biases = other_biases - left_out
+        bias = bias - left_out
+    bias = bias.to(x.dtype)
     fused = bn is None and relu and post_operations.serves(x, weight, bias)
-    if pixel_pairs.suit(x):
-        x, weight, stride = pixel_pairs.folded(x, dtype), paired_stem(weight, pixel_pairs.zeros_for(x.shape[1])), 1
-    else:
-        x, stride = F.pad(x.to(dtype), (1, 0, 1, 0)), 2
-    # A split has one gradient of both parts, an index fills all of the four sets with zeros first.
-    own, others = weight.split([1, 3])
     convolution = partial(post_operations.convolution, relu=True) if fused else F.conv2d
-    y = convolution(x, own.squeeze(0), like(inside, x), stride=stride)
-    windows = _border_windows(x, weight.shape[-1], stride)
-    made = F.linear(windows, others.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1), other_biases.flatten().to(dtype))
-    y = _with_border(y, made.relu_() if fused else made)
+    x = F.pad(x, (1, 0, 1, 0))
+    y = convolution(x, weight[0], None if inside is None else bias[0], stride=2)
+    row = convolution(x[:, :, :7], weight[1], bias[1], stride=2)
+    # Nine columns, to get the first one right: oneDNN 3.12's bf16 convolution reads uninitialised memory when this
+    # kernel meets an output one column wide (NaN in 10 of 10 runs on poisoned memory).
+    column = convolution(x[..., :9], weight[2], bias[2], stride=2)[..., :1]
+    corner = convolution(x[:, :, :7, :7], weight[3], bias[3], stride=2)
+    if may_overwrite():
+        # These lines write into the convolution's output without a copy: conv2d's backward does not need its output.
+        # Each write copies the whole gradient in the backward pass: two of them, not three.
+        y[:, :, :1] = torch.cat([corner, row[..., 1:]], 3)
+        y[:, :, 1:, :1] = column[:, :, 1:]
+    else:
+        below = torch.cat([column, y[..., 1:]], 3)[:, :, 1:]
+        y = torch.cat([torch.cat([corner, row[..., 1:]], 3), below], 2)
     return y if fused else finish(y, bn, None, relu, left_out)
 
 
-def _border_windows(x: Tensor, taps: int, stride: int) -> Tensor:
+def _on_pairs(x: Tensor, weight: Tensor, bias: Tensor, bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
+    """The convolution by pairs of pixels, its border as one matrix product; and the bias that it lacks."""
+    (weight,) = in_autocast(weight)
+    own_bias, other_biases = bias.split([1, 3])
+    inside, left_out = split_bias(own_bias.squeeze(0), bn)
+    if left_out is not None:
+        other_biases = other_biases - left_out
+    # A split has one gradient of both parts, an index fills all of the four sets with zeros first.
+    own, others = paired_stem(weight, pixel_pairs.zeros_for(x.shape[1])).split([1, 3])
+    x = pixel_pairs.folded(x, weight.dtype)
+    y = F.conv2d(x, own.squeeze(0), like(inside, x))
+    windows = _border_windows(x, own.shape[-1])
+    sets, biases = others.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1), other_biases.flatten().to(x.dtype)
+    if x.dtype == torch.float32:
+        # By a convolution, too: on a GPU it rounds to TF32, unless told not to, and a matrix product only if told to.
+        columns, kernels = (one.permute(0, 3, 1, 2) for one in (windows[:, None], sets[:, None, None]))
+        made = F.conv2d(columns, kernels, biases).permute(0, 2, 3, 1).squeeze(1)
+    else:
+        made = F.linear(windows, sets, biases)
+    return _with_border(y, made), left_out
+
+
+def _border_windows(x: Tensor, taps: int) -> Tensor:
     """What the first row and the first column of the result read.
 
     Args:
         x: (N, C, H, W), padded.
-        taps, stride: of the convolution to (N, O, h, w).
+        taps: of the convolution to (N, O, h, w).
 
     Returns:
         (N, w + h - 1, taps * taps * C): the row, and then the column without the corner; channels innermost.
     """
     pixels = x.permute(0, 2, 3, 1)
-    row = pixels[:, :taps].unfold(2, taps, stride).permute(0, 2, 1, 4, 3)
-    column = pixels[:, stride:, :taps].unfold(1, taps, stride).permute(0, 1, 4, 2, 3)
+    row = pixels[:, :taps].unfold(2, taps, 1).permute(0, 2, 1, 4, 3)
+    column = pixels[:, 1:, :taps].unfold(1, taps, 1).permute(0, 1, 4, 2, 3)
     return torch.cat([row, column], 1).flatten(2)
 
 

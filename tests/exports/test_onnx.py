@@ -248,3 +248,30 @@ def test_the_estimator_of_the_noise(folder: Path, size: tuple[int, int]) -> None
     assert result.shape == wanted.shape
     assert not result[:, 4, 0, 0].any()
     assert (result - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # a trace warns of each comparison
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_pytorchs_own_exporters(dynamo: bool, tmp_path: Path) -> None:
+    """Of a user who exports the module and not its file: both understand how the border is written."""
+    network = fastden.fuse(random_network(noise_level_input=False))
+    file = tmp_path / "own.onnx"
+    x = torch.rand(1, 3, 16, 20)  # all of it within reach of the border
+    torch.onnx.export(network, (x,), file, dynamo=dynamo, input_names=["x"], opset_version=18)
+    (y,) = ort.InferenceSession(file).run(None, {"x": x.numpy()})
+    assert_close(y, network, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_openvinos_own_conversion() -> None:
+    openvino = pytest.importorskip("openvino")
+    network, x = fastden.fuse(random_network(noise_level_input=False)), torch.rand(1, 3, 16, 20)
+    converted = openvino.convert_model(network, example_input=x)
+    model = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert_close(model(x.numpy())[0], network, x)
+
+
+def assert_close(y: Any, network: torch.nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        expected = network(x)
+    assert (torch.from_numpy(y) - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -159,6 +159,15 @@ def test_a_bias_left_out_moves_the_running_mean(momentum: float, monkeypatch: py
     ]  # fmt: skip
 
 
+def test_a_bias_left_out_has_the_dtype_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast a normalisation may be in 16 bits and its convolution not."""
+    monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: True)
+    module = random_bn(4, training=True).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.conv_bn_relu(torch.rand(2, 3, 4, 4), torch.rand(4, 3, 3, 3), torch.rand(4), bn=ops.BatchNorm.of(module))
+    assert module.running_mean.dtype == torch.bfloat16
+
+
 def test_two_forward_passes_before_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second moves the running mean, which the first one's gradient must not notice."""
     monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: True)

@@ -37,7 +37,7 @@ def by_cases(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def on(pairs: bool) -> Any:
     """A context in which convolutions of the image read pairs of pixels, as on a GPU, or single pixels."""
 
-    def suit(x: Tensor) -> bool:  # a mock could not be compiled
+    def suit(x: Tensor, weight: Tensor) -> bool:  # a mock could not be compiled
         return pairs
 
     return mock.patch.object(pixel_pairs, "suit", suit)
@@ -83,7 +83,7 @@ def test_batch_norm(training: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("training", "apart"), [(False, False), (True, False), (True, True)])
 def test_gradcheck(training: bool, apart: bool, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_norm, "adds_bias_apart", lambda bias: apart)
-    monkeypatch.setattr(pixel_pairs, "suit", lambda x: pairs)
+    monkeypatch.setattr(pixel_pairs, "suit", lambda x, weight: pairs)
     module = random_bn(2, training)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
@@ -91,6 +91,23 @@ def test_gradcheck(training: bool, apart: bool, pairs: bool, monkeypatch: pytest
 
     inputs = (random(1, 1, 8, 10), random(4, 2, 1, 7, 7), random(4, 2), random(2))
     assert torch.autograd.gradcheck(run, tuple(value.requires_grad_() for value in inputs))
+
+
+def test_pairs_in_float32_are_convolutions_alone() -> None:
+    """On a GPU all of the result then rounds alike, whether or not convolutions may round to TF32."""
+    x, weight, bias = torch.rand(2, 4, 12, 16), torch.randn(4, 5, 4, 7, 7), torch.randn(4, 5)
+    ran: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with on(True), Names():
+        y = ops.stem(x, weight, bias)
+    assert ran.count("aten::convolution") == 2
+    assert "aten::addmm" not in ran
+    assert max_error(y, by_cases(x.double(), weight.double(), bias.double()).clamp(min=0)) < 1e-4
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -113,6 +130,25 @@ def test_transforms_and_compiled_code(pairs: bool) -> None:
     assert max_error(each, y) < 1e-12
     assert max_error(compiled, y) < 1e-12
     assert max_error(*gradients) < 1e-11
+
+
+def test_pairs_are_for_composed_weights_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other weights may have more taps; what is recorded, and inference, run as they were measured."""
+    factor = torch.randn(4, 5, 4, 7, 7).requires_grad_()
+    x, composed = torch.rand(1, 4, 8, 10), 2 * factor
+
+    class OnGPU:
+        is_cuda, dtype = True, torch.float32
+
+    image: Any = OnGPU()
+    assert pixel_pairs.suit(image, composed)
+    assert not pixel_pairs.suit(image, factor)
+    assert not pixel_pairs.suit(image, composed.detach())
+    assert not pixel_pairs.suit(x, composed)
+    with torch.no_grad():
+        assert not pixel_pairs.suit(image, composed)
+    monkeypatch.setattr(pixel_pairs, "transforming", lambda: True)
+    assert not pixel_pairs.suit(image, composed)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -139,7 +175,8 @@ def test_pairs_make_all_channels_last(layout: torch.memory_format) -> None:
 def test_the_border_costs_one_copy_of_the_gradient() -> None:
     """PyTorch's own gradients of writes into a tensor copy all of it for each."""
     x, weight, bias = torch.rand(2, 4, 16, 20), torch.randn(4, 8, 4, 7, 7).requires_grad_(), torch.randn(4, 8)
-    y = ops.stem(x, weight, bias, relu=False)
+    with on(True):
+        y = ops.stem(x, weight, bias, relu=False)
     copied: list[str] = []
 
     class Copies(TorchDispatchMode):
@@ -172,7 +209,7 @@ def test_gradient_from_any_layout(layout: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [(40, 8), (40, 40), (8, 40), (8, 8)], ids=str)
 def test_bfloat16_reads_only_what_was_written(size: tuple[int, int], memory_format: torch.memory_format) -> None:
-    """This concerned the left border: oneDNN 3.12 reads freed memory where an output is one column wide."""
+    """This concerns the left border: oneDNN 3.12 reads freed memory where an output is one column wide."""
     x = torch.rand(2, 4, *size).to(memory_format=memory_format)
     weight, bias = torch.randn(4, 128, 4, 7, 7), torch.randn(4, 128)
     exact = ops.stem(x, weight, bias)

@@ -67,6 +67,22 @@ def test_it_is_tried_once_by_many_threads(monkeypatch: pytest.MonkeyPatch) -> No
     assert tried == [True]
 
 
+def test_a_warning_that_is_an_error_tries_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bool] = []
+
+    def probe(device: torch.device) -> None:
+        tried.append(True)
+        raise SystemExit  # which ends a thread without a word
+
+    monkeypatch.setattr("fastden.kernels._probe.probe", probe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="it ended without a result"):
+            why_not_started(CUDA)
+        assert why_not_started(CUDA) == "it ended without a result"
+    assert len(tried) == 1
+
+
 def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
