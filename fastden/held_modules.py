@@ -6,10 +6,12 @@ module of it, so that they are trained, saved, moved and copied with it.
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
-from functools import partial
-from types import CellType, FunctionType, MethodType
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,11 +45,11 @@ class FunctionModule(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         # A frozen network that nobody put into evaluation mode would move its BN statistics. Here and not when this is
         # made: a module that comes to hold this one may hold nothing but frozen ones by then.
-        if not transforming():
-            for module in (*self._registered(), *_global_modules(self.function)):
-                if module.training and _is_frozen(module):
-                    module.eval()
-        return self.function(*arguments)
+        if transforming():
+            return self.function(*arguments)
+        frozen = [module for module in (*self._registered(), *_global_modules(self.function)) if _is_frozen(module)]
+        with _evaluating(frozen):
+            return self.function(*arguments)
 
     def _registered(self) -> Iterator[nn.Module]:
         """The modules that the function holds."""
@@ -106,10 +108,32 @@ class FunctionModule(nn.Module):
         return str(getattr(self.function, "__qualname__", self.function))
 
 
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context with modules in evaluation mode; each part has its own mode again behind it.
+
+    A discriminator is frozen in the generator's turn alone. Its statistics and dropout must go on in its own.
+    """
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@lru_cache(maxsize=256)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The names of global variables that code loads; ``co_names`` holds those of attributes too."""
+    return tuple({item.argval: None for item in dis.get_instructions(code) if item.opname == "LOAD_GLOBAL"})
+
+
 def _global_modules(function: Any) -> Iterator[nn.Module]:
     """Modules that a function of a script names. They are everyone's, and not registered."""
     if isinstance(function, FunctionType):
-        for name in function.__code__.co_names:
+        for name in _global_names(function.__code__):
             value = function.__globals__.get(name)
             if isinstance(value, nn.Module):
                 yield value

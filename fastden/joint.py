@@ -295,8 +295,8 @@ class JointLoss(nn.Module):
     So are the modules and parameters that a function holds: in a closure, a default argument, a ``functools.partial``,
     a bound method, or the attributes of a callable object; also behind functions, lists and mappings that these hold.
     Modules that hold this loss are left out, so ``self.loss = JointLoss(weight, self.method)`` may be written. What a
-    function holds, or names in its script, and is frozen, with no parameter that requires gradients, is kept in
-    evaluation mode: the statistics of a perceptual network do not move.
+    function holds, or names in its script, and is frozen, with no parameter that requires gradients, is in
+    evaluation mode while the function runs: the statistics of a perceptual network do not move.
 
     Raises:
         ValueError: a negative or non-finite weight, an unknown loss, or names that differ.

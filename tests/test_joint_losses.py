@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import namedtuple
+from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,38 @@ class TestModules:
         loss(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
         assert not bool(script["net"].running_mean.any())
         assert not loss.state_dict()
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_what_is_frozen_for_a_turn_has_its_mode_again(self, fails: bool) -> None:
+        """A discriminator, frozen while the denoiser learns; what was in evaluation mode stays in it."""
+        judge = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.BatchNorm2d(4).eval())
+        during: list[bool] = []
+
+        def adversarial(denoised: Tensor, clean: Tensor) -> Tensor:
+            during.extend(module.training for module in judge.modules())
+            if fails:
+                raise RuntimeError("no more")
+            return judge(denoised).mean()
+
+        _, clean, labels = labelled_batch()
+        loss = JointLoss(1, "classification", adversarial)
+        judge.requires_grad_(False)
+        with pytest.raises(RuntimeError, match="no more") if fails else nullcontext():
+            loss(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
+        assert during == [False] * 5
+        assert [module.training for module in judge.modules()] == [True] * 4 + [False]
+        assert not bool(judge[1].running_mean.any())
+
+    def test_an_attribute_is_no_global(self) -> None:
+        script: dict[str, Any] = {"net": nn.BatchNorm2d(3).requires_grad_(False), "seen": [], "scale": nn.Module()}
+        script["scale"].net = 2.0
+        exec(
+            "def loss(p, t):\n    seen.append(globals()['net'].training)\n    return (p - t).mean() * scale.net", script
+        )
+        _, clean, labels = labelled_batch()
+        loss = JointLoss(1, "classification", script["loss"])
+        loss(JointOutput(clean, {"task": torch.zeros(4, 5)}), clean, labels)
+        assert script["seen"] == [True]
 
     def test_a_frozen_network_in_a_closure_keeps_its_mode(self) -> None:
         def losses() -> tuple[Any, nn.Module, nn.Module, nn.Module]:
