@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from fastden.errors import UserError
+from fastden.errors import UserError, in_one_line, is_out_of_memory
 from fastden.joint import (
     TASK,
     ClassificationLoss,
@@ -142,8 +143,7 @@ class JointTraining(DenoiserTraining):
         task: the frozen network.
 
     Raises:
-        UserError: ``task`` is not of the kind that ``config.objective`` names, passes no gradient, or its prediction is
-            not what it says.
+        UserError: ``task`` is not of the kind that ``config.objective`` names, or cannot be kept in evaluation mode.
     """
 
     config: JointConfig
@@ -158,26 +158,33 @@ class JointTraining(DenoiserTraining):
         except (TypeError, ValueError) as error:
             raise UserError(f"network: {config.network}: {error}") from error
         self.fingerprint = _fingerprint(self.task)
-        self._check_task(task)
         self._predict = torch.compile(self.task.forward) if config.compile else self.task.forward
         task_loss = (ClassificationLoss if wanted == "classification" else SegmentationLoss)(task.ignore_index)
         self.joint_loss = JointLoss(config.weight, task_loss, F.l1_loss if config.loss == "l1" else None)
         self.metrics = nn.ModuleList([_metric(task) for _ in VALIDATION_SIGMAS])
 
-    def _check_task(self, task: Task) -> None:
+    def check_task(self, task: Task, device: torch.device, precision: AbstractContextManager[object]) -> None:
         """Refuse a network that passes no gradient, or whose prediction is not what its Task says.
 
         Where it has fewer classes than that, the loss is fine, and the first validation would end the run.
 
+        Args:
+            task: as it was given.
+            device: the run's; there the network stays. It may have kernels for that one alone.
+            precision: the run's autocast. A network in bfloat16 takes images in float32 under it.
+
         Raises:
             UserError: naming the network.
         """
-        device = next(self.task.parameters(), torch.empty(0)).device
-        images = torch.rand(min(2, self.config.batch), 3, self.config.crop, self.config.crop, device=device)
+        side = self.config.crop
+        images = torch.rand(min(2, self.config.batch), 3, side, side, generator=torch.Generator().manual_seed(0))
         try:
-            prediction = self.task.check(images)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"network: {self.config.network}: {error}") from error
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), precision:
+                prediction = self.task.to(device).check(images.to(device))
+        except (TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"network: {self.config.network}: {in_one_line(error)}") from error
         shape = "(N, classes)" if task.kind == "classification" else "(N, classes, h, w)"
         returned = f"shape {tuple(prediction.shape)}" if isinstance(prediction, Tensor) else type(prediction).__name__
         if not isinstance(prediction, Tensor) or prediction.dim() != shape.count(",") + 1:

@@ -286,6 +286,7 @@ def train(
     if isinstance(config, JointConfig):
         task = load_task(config.network, config.network_arguments)
         module = JointTraining(model, config, task)
+        module.check_task(task, trainer.strategy.root_device, trainer.precision_plugin.forward_context())
         if saved.get("fastden_task", module.fingerprint) not in (None, module.fingerprint):
             raise UserError(
                 f"resume: the weights of network {config.network} are others than the run had; accepted: the same"

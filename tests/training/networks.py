@@ -59,6 +59,29 @@ class Other(nn.Module):
         return {"logits": result} if self.fault == "dictionary" else result
 
 
+def half(dtype: str) -> Task:
+    """A network whose weights have 16 bits."""
+    return Task(Indexed().to(getattr(torch, dtype)), 4, "classification")
+
+
+class Accelerated(nn.Module):
+    """A network that has kernels for one kind of device alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.network = classifier().network
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != self.kind:
+            raise RuntimeError(f"selective_scan: expected a tensor on {self.kind}")
+        return self.network(x)
+
+
+def accelerated(kind: str) -> Task:
+    return Task(Accelerated(kind), 3, "classification")
+
+
 def other(fault: str) -> Task:
     return Task(Other(fault), 5 if fault == "classes" else 3, "classification")
 

@@ -9,6 +9,7 @@ import shutil
 import struct
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,27 @@ class TestMistakes:
         settings = {"network": f"{NETWORKS}:other", "network_arguments": {"fault": fault}}
         with pytest.raises(UserError, match=rf"^network: .*networks\.py:other: {message}"):
             joint(tmp_path / "run", **settings)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_a_network_in_16_bits_trains_under_autocast(self, joint: Run, tmp_path: Path, dtype: str) -> None:
+        settings = {"network": f"{NETWORKS}:half", "network_arguments": {"dtype": dtype}, "validation": 0}
+        assert joint(tmp_path / "mixed", precision="bf16-mixed", **settings).is_dir()
+        with pytest.raises(UserError, match=r"^network: .*networks\.py:half: .*(Float|same|dtype)"):
+            joint(tmp_path / "float32", **settings)
+        assert not (tmp_path / "float32").exists()
+
+    def test_the_network_is_checked_on_the_device_of_the_run(self, joint: Run, tmp_path: Path) -> None:
+        """It may have kernels for that one alone; the module can be made without it."""
+        name = f"{NETWORKS}:accelerated"
+        config = JointConfig.model_validate(
+            {"objective": "joint-classify", "data": ["x"], "output": tmp_path, "network": name, "crop": 30}
+        )
+        tasks = {kind: load_task(name, {"kind": kind}) for kind in ("cpu", "meta")}
+        modules = {kind: JointTraining(Denoiser(), config, task) for kind, task in tasks.items()}
+        modules["cpu"].check_task(tasks["cpu"], torch.device("cpu"), nullcontext())
+        with pytest.raises(UserError, match=r"^network: .*:accelerated: selective_scan: expected a tensor on meta"):
+            joint(tmp_path / "run", network=name, network_arguments={"kind": "meta"})
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(("kind", "void"), [("classify", 7), ("segment", 255)])
