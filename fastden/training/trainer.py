@@ -97,7 +97,8 @@ class _Averages(WeightAveraging):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            device: Any = pl_module.device
+            # Lightning moves the module after this. Averages elsewhere would need a copy of all weights at each step.
+            device = trainer.strategy.root_device
             self._average_model = AveragedModel(pl_module.trained, device, use_buffers=True, **self._kwargs)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *arguments: Any) -> None:

@@ -8,12 +8,14 @@ import gc
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("lightning")
@@ -503,6 +505,34 @@ def test_no_collection_while_graphs_are_captured(monkeypatch: pytest.MonkeyPatch
     denoise.capture(random_network(composed=True), torch.rand(1, 4, 20, 16))
     assert seen == [False]
     assert gc.isenabled()
+
+
+def test_averages_are_made_on_the_device_of_the_run() -> None:
+    """Lightning moves the module there only afterwards."""
+    training = DenoiserTraining(random_network(), configuration())
+    averages = trainer._Averages(0.9)
+    stub: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    averages.setup(stub, training, "fit")
+    assert averages._average_model is not None
+    assert {value.device.type for value in averages._average_model.state_dict().values()} == {"meta"}
+    assert training.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_averages_on_a_gpu(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    seen: set[str] = set()
+    update = AveragedModel.update_parameters
+
+    def updating(self: AveragedModel, model: torch.nn.Module) -> None:
+        seen.update(value.device.type for part in (self, model) for value in part.state_dict().values())
+        update(self, model)
+
+    monkeypatch.setattr(AveragedModel, "update_parameters", updating)
+    settings = {"data": [photographs], "output": tmp_path, "steps": 2, "epoch_steps": 1, "batch": 2, "crop": 30}
+    trainer.train(configuration(**settings, validation=2), accelerator="gpu", devices="1")
+    assert seen == {"cuda"}
 
 
 @pytest.mark.gpu
