@@ -170,8 +170,12 @@ class FrozenTask(nn.Module):
             The network's prediction for them.
 
         Raises:
-            ValueError: no gradient passes.
+            ValueError: no gradient passes, a parameter requires gradients again, or a module went into training mode.
+            RuntimeError: within ``torch.inference_mode``, where none can pass.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.name}: check within torch.inference_mode(); accepted: a call outside of it")
+        self._check_frozen()
         # A resumed training checks again: it must go on with the random numbers of the one that was not stopped.
         with _random_numbers_apart(images.device):
             if self.preprocess is not None:
@@ -274,7 +278,8 @@ class JointDenoiser(nn.Module):
             images: (N, C, H, W) in about [0, 1], of a size as the networks take them.
 
         Raises:
-            ValueError: no gradient passes through a ``preprocess`` or a network.
+            ValueError: no gradient passes through a ``preprocess`` or a network, or a network is not frozen any more.
+            RuntimeError: within ``torch.inference_mode``, where none can pass.
         """
         for task in self.tasks.values():
             cast(FrozenTask, task).check(images)
@@ -409,6 +414,9 @@ def _random_like(images: Tensor) -> Tensor:
 def _check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) -> Any:
     """Raise unless gradients pass to ``images`` from what a network predicts for them, and return that.
 
+    What it predicts may be tensors in lists, mappings and objects. Where a part of it cannot be looked into, such as a
+    nested tensor, nothing is said.
+
     Without a gradient the loss still has a value, and the denoiser learns from its own part alone. So it does behind a
     forward pass under ``torch.no_grad``, a network in integers, or one that TorchScript has optimised for inference.
 
@@ -423,20 +431,25 @@ def _check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) 
             probe = values.detach().clone().requires_grad_()
             prediction = predict(probe.clone())  # a leaf could not be changed in place; forward says more of that
             predictions.append(prediction)
-            tensors = list(_tensors(prediction))
-            if not tensors:  # an object of the network's own
-                return predictions[0]
+            parts = list(_parts(prediction, set()))
+            tensors = [part for part in parts if part is not None]
             differentiable = [tensor for tensor in tensors if tensor.requires_grad]
-            if not differentiable:
+            sums = [total for tensor in differentiable if (total := _weighed_or_none(tensor)) is not None]
+            # A gradient may pass by what cannot be looked into or weighed.
+            is_whole = bool(tensors) and len(tensors) == len(parts) and len(sums) == len(differentiable)
+            if not sums and is_whole:
                 raise ValueError(f"{name}: no gradient passes through the network; {accepted}")
+            if not sums:
+                return predictions[0]
             try:
-                sums = [_weighed(tensor) for tensor in differentiable]
                 # As a loss is scaled for float16, in which small gradients are 0.
                 scales = [torch.full_like(value, 1024) for value in sums]
                 (gradient,) = torch.autograd.grad(sums, probe, scales, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise ValueError(f"{name}: no gradient passes through the network: {error}; {accepted}") from error
-            if gradient is not None and bool(gradient.any()):
+            if not is_whole or (gradient is not None and bool(gradient.any())):
                 return predictions[0]
     raise ValueError(
         f"{name}: the gradient through the network is zero everywhere; {accepted} and depends on it (an untrained last"
@@ -464,18 +477,51 @@ def _weighed(x: Tensor) -> Tensor:
     return (x * weights).sum()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a prediction: itself, or in lists, mappings and the attributes of objects that hold them."""
+def _weighed_or_none(x: Tensor) -> Tensor | None:
+    """:func:`_weighed`; None of a tensor whose kind has no such sum: nested, or of a class of its own."""
+    try:
+        return _weighed(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
+        return None
+
+
+#: Values in which no tensor can be.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _parts(value: Any, seen: set[int], depth: int = 0) -> Iterator[Tensor | None]:
+    """The tensors of a prediction, in lists, mappings and attributes too; None for what cannot be looked into.
+
+    Args:
+        value: the prediction, or a part of it.
+        seen: ids of the objects that were met.
+        depth: how many of them hold the value.
+    """
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    else:
-        yield from (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, Tensor))
+    elif not isinstance(value, _PLAIN) and id(value) not in seen:
+        seen.add(id(value))
+        items = _items(value)
+        if items is None or depth == 16:
+            yield None
+        else:
+            for item in items:
+                yield from _parts(item, seen, depth + 1)
+
+
+def _items(value: Any) -> list[Any] | None:
+    """What an object holds; None where it may hold more than can be seen, as a module or a function."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    if isinstance(value, nn.Module) or callable(value) or not (slots or getattr(value, "__dict__", None)):
+        return None
+    own = [getattr(value, name, None) for name in slots if name not in ("__dict__", "__weakref__")]
+    return [*own, *getattr(value, "__dict__", {}).values()]
 
 
 def _as_module(function: Callable[..., Any]) -> nn.Module:

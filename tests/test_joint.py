@@ -452,6 +452,60 @@ class TestGradientOfTheNetwork:
             found.append(drawn())
         assert found[0] == found[1]
 
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_gradient_passes_by_one_of_several_tensors(self, nested: bool) -> None:
+        """In attributes and slots of objects too; a nested tensor is not weighed."""
+
+        class Slots:
+            __slots__ = ("fields", "missing")
+
+            def __init__(self, tensor: Tensor) -> None:
+                self.fields = {"boxes": [tensor], "labels": tensor.argmax(1)}
+
+        class Found:
+            def __init__(self, tensor: Tensor) -> None:
+                self.size, self.me = torch.tensor([9, 9]), self
+                self.slots = Slots(tensor)
+
+        def found(network: nn.Module, x: Tensor) -> Any:
+            result = network(x)
+            if nested:
+                result = torch.nested.as_nested_tensor([result[0], result[1, :2]], layout=torch.jagged)
+                return {"boxes": result, "size": torch.tensor([9, 9])}
+            return Found(result)
+
+        JointDenoiser(nn.Identity(), Wrapped(found, classifier()))(torch.rand(2, 3, 9, 9))
+        if not nested:
+            blind = Wrapped(lambda network, x: Found(network(x).detach()), classifier())
+            with pytest.raises(ValueError, match="no gradient passes through the network"):
+                JointDenoiser(nn.Identity(), blind)(torch.rand(2, 3, 9, 9))
+
+    def test_want_of_memory_is_no_fault_of_the_network(self) -> None:
+        class Large(torch.autograd.Function):
+            @staticmethod
+            def forward(context: Any, x: Tensor) -> Tensor:
+                return x * 1
+
+            @staticmethod
+            def backward(context: Any, *gradients: Tensor) -> Tensor:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        joint = JointDenoiser(nn.Identity(), Wrapped(lambda network, x: network(Large.apply(x)), classifier()))
+        with pytest.raises(torch.OutOfMemoryError):
+            joint.check(torch.rand(2, 3, 9, 9))
+
+    def test_check_looks_at_the_mode_first(self) -> None:
+        joint = JointDenoiser(nn.Identity(), classifier())
+        images = torch.rand(2, 3, 9, 9)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"task: check within torch\.inference_mode"):
+            joint.check(images)
+        network = joint.tasks["task"].network
+        network[1].train()
+        before = network[1].running_mean.clone()
+        with pytest.raises(ValueError, match=r"task: 1 modules are in training mode"):
+            joint.check(images)
+        assert torch.equal(network[1].running_mean, before)
+
     def test_an_empty_batch_says_nothing(self) -> None:
         joint = JointDenoiser(nn.Identity(), Wrapped(torch.no_grad()(lambda network, x: network(x)), classifier()))
         joint(torch.rand(0, 3, 8, 8))
