@@ -276,6 +276,7 @@ class JointConfig(TrainConfig):
     def _crop_of_the_network(self) -> JointConfig:
         if "crop" not in self.model_fields_set:
             self.crop = EFFICIENTNET_LITE.get(self.network, self.crop)
+            self.model_fields_set.discard("crop")  # a run that is resumed asks whether it was named
         return self
 
 

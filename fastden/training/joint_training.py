@@ -43,6 +43,9 @@ from fastden.training.tasks import Task
 
 #: Levels (0-255 scale) of the validation noise.
 VALIDATION_SIGMAS = (30, 60)
+#: Number of the form in which pictures are read, kept in checkpoints; before 2 it was not kept, and
+#: :func:`fastden.training.labelled.load_classified` scaled no picture down.
+PICTURES = 2
 
 
 class _Read(NamedTuple):
@@ -197,6 +200,7 @@ class JointTraining(DenoiserTraining):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fastden_task"] = self.fingerprint
+        checkpoint["fastden_pictures"] = PICTURES
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the frozen network, which checkpoints do not hold. Those of earlier versions do, with changed buffers."""

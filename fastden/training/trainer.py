@@ -27,8 +27,9 @@ from fastden.errors import UserError, in_one_line
 from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
 from fastden.training.config import JointConfig, PhotoConfig, TrainConfig
+from fastden.training.data import tell
 from fastden.training.denoise import DenoiserData, DenoiserTraining
-from fastden.training.joint_training import JointData, JointTraining
+from fastden.training.joint_training import PICTURES, JointData, JointTraining
 from fastden.training.photo import PhotoData, PhotoTraining
 from fastden.training.tasks import load_task
 from fastden.whole_files import remove_leftovers, replacing, write_bytes
@@ -270,7 +271,8 @@ def train(
     if resume:
         _check_settings(config)
         checkpoint = torch.load(last, map_location="cpu", weights_only=False)
-        saved = {name: checkpoint.get(name) for name in ("fastden_steps", "fastden_task")}
+        names = ("fastden_steps", "fastden_task", "fastden_pictures", "global_step")
+        saved = {name: checkpoint.get(name) for name in names}
         del checkpoint
         asked = _restore_steps(config, saved["fastden_steps"] or {})
     pl.seed_everything(config.seed, verbose=False)
@@ -292,6 +294,8 @@ def train(
             raise UserError(
                 f"resume: the weights of network {config.network} are others than the run had; accepted: the same"
             )
+        if resume:
+            _tell_of_pictures(config, saved)
         data: DenoiserData = JointData(config, task)
     elif isinstance(config, PhotoConfig):
         module, data = PhotoTraining(model, config), PhotoData(config)
@@ -392,6 +396,8 @@ def _check_settings(config: TrainConfig) -> None:
     if not record.exists():
         return
     before = yaml.safe_load(record.read_text(encoding="utf-8"))
+    if isinstance(config, JointConfig) and "crop" not in config.model_fields_set:
+        config.crop = before.get("crop", config.crop)  # earlier code took 224 for all networks
     settings = config.model_dump(mode="json")
     # A run of an earlier version does not record settings that came later: it had what is now their default.
     before = type(config).model_construct().model_dump(mode="json") | before
@@ -407,6 +413,17 @@ def _check_settings(config: TrainConfig) -> None:
         shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)
         raise UserError(
             f"resume: other settings than the run had ({shown}); accepted: the same, except for {_listed(CHANGEABLE)}"
+        )
+
+
+def _tell_of_pictures(config: JointConfig, saved: dict[str, Any]) -> None:
+    """Say so where an unfinished run goes on with pictures that are scaled in another way than before."""
+    is_classified = config.objective == "joint-classify"
+    if is_classified and saved["fastden_pictures"] != PICTURES and saved["global_step"] < config.steps:
+        side = round(config.crop * 8 / 7)
+        tell(
+            f"resume: pictures whose shorter side is above {side} pixels are scaled down to that, which they were not"
+            " when this run began; a new run would have them so from its start"
         )
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("lightning")
 from fastden.errors import UserError
 from fastden.joint import FrozenTask
 from fastden.network.model import Denoiser
-from fastden.training import labelled
+from fastden.training import labelled, trainer
 from fastden.training.config import JointConfig, TrainConfig, load_config
 from fastden.training.denoise import white_noise
 from fastden.training.joint_training import VALIDATION_SIGMAS, JointData, JointTraining
@@ -129,6 +129,32 @@ class TestRun:
         torch.save(saved, file)
         resumed = weights(joint(tmp_path / "parts", network=network, resume=True))
         assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+    def test_a_run_of_an_earlier_version_keeps_its_crop(self, joint: Run, tmp_path: Path) -> None:
+        """It had 224 where its file names none; by the name of efficientnet-lite1 that is 240 now."""
+        text = f"objective: joint-classify\ndata: [x]\noutput: {tmp_path}\nnetwork: efficientnet-lite1\n"
+        own = tmp_path / "own.yaml"
+        own.write_text(text)
+        config = load_config(own, [])
+        assert config.crop == 240
+        (tmp_path / "train.yaml").write_text(f"{text}crop: 224\n")
+        trainer._check_settings(config)
+        assert config.crop == 224
+        with pytest.raises(UserError, match=r"crop: 240, was 224"):
+            trainer._check_settings(load_config(own, ["crop=240"]))
+
+    def test_a_run_of_an_earlier_version_tells_of_its_pictures(
+        self, joint: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        joint(tmp_path, minutes=0, steps=6)
+        file = tmp_path / "checkpoints" / "last.ckpt"
+        saved = torch.load(file, weights_only=False)
+        del saved["fastden_pictures"]
+        torch.save(saved, file)
+        for told in (True, False):
+            caplog.clear()
+            joint(tmp_path, resume=True, minutes=0, steps=6)
+            assert ("above 34 pixels are scaled down" in caplog.text) is told
 
     def test_a_network_with_other_weights_is_no_resumption(self, joint: Run, tmp_path: Path) -> None:
         file = tmp_path / "own.py"
