@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +147,8 @@ class JointTraining(DenoiserTraining):
         task: the frozen network.
 
     Raises:
-        UserError: ``task`` is not of the kind that ``config.objective`` names, or cannot be kept in evaluation mode.
+        UserError: ``task`` is not of the kind that ``config.objective`` names, cannot be kept in evaluation mode, or
+            has weights without values.
     """
 
     config: JointConfig
@@ -158,9 +160,9 @@ class JointTraining(DenoiserTraining):
             raise UserError(f"network: {config.network} is for {task.kind}; accepted for {config.objective}: {wanted}")
         try:
             self.task = FrozenTask(task.network, task.preprocess)
+            self.fingerprint = _fingerprint(self.task)
         except (TypeError, ValueError) as error:
             raise UserError(f"network: {config.network}: {error}") from error
-        self.fingerprint = _fingerprint(self.task)
         self._predict = torch.compile(self.task.forward) if config.compile else self.task.forward
         task_loss = (ClassificationLoss if wanted == "classification" else SegmentationLoss)(task.ignore_index)
         self.joint_loss = JointLoss(config.weight, task_loss, F.l1_loss if config.loss == "l1" else None)
@@ -183,7 +185,7 @@ class JointTraining(DenoiserTraining):
         images = torch.rand(min(2, self.config.batch), 3, side, side, generator=torch.Generator().manual_seed(0))
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), precision:
-                prediction = self.task.to(device).check(images.to(device))
+                prediction = self._prediction(images.to(device), self.task.to(device).check)
         except (TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -215,7 +217,7 @@ class JointTraining(DenoiserTraining):
         """
         _seed((self.config.seed, self.global_step, self.global_rank))
         denoised = self(batch["noisy"], batch["level"]).float()
-        output = JointOutput(denoised, {TASK: self._predict(denoised)})
+        output = JointOutput(denoised, {TASK: self._prediction(denoised, self._predict)})
         try:
             terms = self.joint_loss(output, batch["clean"], batch["label"])
         except (TypeError, ValueError) as error:
@@ -223,6 +225,13 @@ class JointTraining(DenoiserTraining):
         self.log("train_denoise_loss", terms.denoise)
         self.log("train_task_loss", terms.tasks[TASK], prog_bar=True)
         return terms.total
+
+    def _prediction(self, images: Tensor, predict: Callable[[Tensor], Any]) -> Any:
+        """The network's prediction; with a weight of 0 nothing needs its gradient, and it may have none."""
+        if self.config.weight:
+            return predict(images)
+        with torch.no_grad():
+            return self.task(images)
 
     @staticmethod
     def validation_figures() -> list[str]:
@@ -257,12 +266,21 @@ def _seed(key: tuple[int, ...]) -> None:
 
 
 def _fingerprint(network: nn.Module) -> str:
-    """SHA-256 of a network's parameters and buffers, hexadecimal: by it a resumed run knows the network again."""
+    """SHA-256 of a network's parameters and buffers, hexadecimal: by it a resumed run knows the network again.
+
+    Raises:
+        ValueError: weights on meta, which have no values.
+    """
     sha = hashlib.sha256()
     for name, value in network.state_dict().items():
         sha.update(name.encode())
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"{name} is on the device meta and has no values; accepted: a network whose weights are loaded"
+            )
         if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
-            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            sha.update(plain.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("lightning")
 from fastden.errors import UserError
 from fastden.joint import FrozenTask
 from fastden.network.model import Denoiser
-from fastden.training import labelled, trainer
+from fastden.training import joint_training, labelled, trainer
 from fastden.training.config import JointConfig, TrainConfig, load_config
 from fastden.training.denoise import white_noise
 from fastden.training.joint_training import VALIDATION_SIGMAS, JointData, JointTraining
@@ -301,6 +301,29 @@ class TestMistakes:
         with pytest.raises(UserError, match=rf"^network: .*networks\.py:other: {message}"):
             joint(tmp_path / "run", **settings)
         assert not (tmp_path / "run").exists()
+
+    def test_a_weight_of_0_needs_no_gradient(self, joint: Run, tmp_path: Path) -> None:
+        """Its figures are logged all the same; the prediction must have its shape."""
+        settings: dict[str, Any] = {"network": f"{NETWORKS}:other", "weight": 0.0, "steps": 2}
+        joint(tmp_path / "run", network_arguments={"fault": "no gradient"}, **settings)
+        assert "val_top1_60" in (tmp_path / "run" / "log" / "metrics.csv").read_text()
+        with pytest.raises(UserError, match="accepted: 5 classes, as its Task says"):
+            joint(tmp_path / "other", network_arguments={"fault": "classes"}, **settings)
+
+    def test_weights_of_unusual_kinds(self, tmp_path: Path) -> None:
+        """Conjugates and negatives of complex numbers are as what they show; on meta there are no values."""
+        network = load_task(f"{NETWORKS}:classifier").network
+        values = torch.tensor([1 + 2j, 3 - 4j])
+        fingerprints = set()
+        for value in (values.conj(), values.conj().clone().resolve_conj(), values):
+            network.register_buffer("kept", value)
+            fingerprints.add(joint_training._fingerprint(network))
+        assert len(fingerprints) == 2
+        config = JointConfig.model_validate(
+            {"objective": "joint-classify", "data": ["x"], "output": tmp_path, "network": "x:y"}
+        )
+        with pytest.raises(UserError, match=r"network: x:y: .*weight is on the device meta and has no values"):
+            JointTraining(Denoiser(), config, Task(torch.nn.Linear(2, 2, device="meta"), 2, "classification"))
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_a_network_in_16_bits_trains_under_autocast(self, joint: Run, tmp_path: Path, dtype: str) -> None:
