@@ -316,7 +316,11 @@ class DenoiserTraining(pl.LightningModule):
 
     def _remedy(self) -> str:
         has_checkpoint = (self.config.output / "checkpoints" / "last.ckpt").exists()
-        return "lower lr or clip" + " and go on from the last epoch with --resume" * has_checkpoint
+        return f"lower {self._rates()} or clip" + " and go on from the last epoch with --resume" * has_checkpoint
+
+    def _rates(self) -> str:
+        """The settings that hold the learning rates, for a message."""
+        return "lr"
 
     def on_train_epoch_end(self) -> None:
         """Refuse a diverged network before its checkpoint replaces the last one: no rate would mend it.

@@ -193,6 +193,9 @@ class PhotoTraining(DenoiserTraining):
     def peak_rates(self) -> list[float]:
         return [self.config.lr, *([self.config.estimator_lr] if self.config.estimator_lr > 0 else [])]
 
+    def _rates(self) -> str:
+        return "lr, estimator_lr" if self.config.estimator_lr > 0 else "lr"
+
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}

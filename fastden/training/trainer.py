@@ -38,7 +38,9 @@ from fastden.whole_files import remove_leftovers, replacing, write_bytes
 FIT_EVERY = 50
 #: Settings that a resumed run may change: a run that diverged goes on with a lower rate or limit, and what is learned
 #: depends neither on the number of processes that prepare crops nor on the folder's place.
-CHANGEABLE = ("steps", "lr", "clip", "warmup", "workers", "output")
+CHANGEABLE = ("steps", "lr", "estimator_lr", "clip", "warmup", "workers", "output")
+#: Of these, what changes the steps to come. ``train.yaml`` tells from which step on.
+TUNED = ("lr", "estimator_lr", "clip", "warmup")
 
 
 @contextmanager
@@ -238,7 +240,7 @@ def train(
     Args:
         config: all settings.
         resume: go on from the last checkpoint in ``config.output``, with the same settings except for
-            :data:`CHANGEABLE`; ``train.yaml`` gets what changed.
+            :data:`CHANGEABLE`; ``train.yaml`` gets what changed, unless no step is left.
             With the ``steps`` that a fitted run began with, it has those that were fitted.
         minutes: stop behind the first epoch that ends after this time; the model is saved, and the run can be resumed.
             None for no limit.
@@ -275,6 +277,8 @@ def train(
         saved = {name: checkpoint.get(name) for name in names}
         del checkpoint
         asked = _restore_steps(config, saved["fastden_steps"] or {})
+        if saved["global_step"] >= config.steps:
+            _restore_tuned(config, saved["fastden_steps"] or {})
     pl.seed_everything(config.seed, verbose=False)
     ema = _Averages(config.ema)
     trainer = _trainer(config, ema, last, accelerator, devices)
@@ -302,7 +306,7 @@ def train(
     else:
         module, data = DenoiserTraining(model, config), DenoiserData(config)
     data.setup("fit")  # faults of the data show before anything is written
-    _prepare_output(config)
+    _prepare_output(config, int(saved.get("global_step", 0)))
     try:
         trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=False)
     except SystemExit as error:
@@ -402,17 +406,20 @@ def _check_settings(config: TrainConfig) -> None:
     # A run of an earlier version does not record settings that came later: it had what is now their default.
     before = type(config).model_construct().model_dump(mode="json") | before
     paths = {name for name, value in config if isinstance(value, Path) or name == "data"}
+    # Whether the estimator learns at all may not change: the optimiser would have other parameters.
+    learns = bool(before.get("estimator_lr")) and bool(settings.get("estimator_lr"))
+    changeable = tuple(name for name in CHANGEABLE if name in settings and (name != "estimator_lr" or learns))
     changed = [
         name
         for name, value in settings.items()
-        if name not in CHANGEABLE
+        if name not in changeable
         and before.get(name) != value
         and not (name in paths and _resolved(before.get(name)) == _resolved(value))
     ]
     if changed:
         shown = "; ".join(f"{name}: {settings[name]!r}, was {before.get(name)!r}" for name in changed)
         raise UserError(
-            f"resume: other settings than the run had ({shown}); accepted: the same, except for {_listed(CHANGEABLE)}"
+            f"resume: other settings than the run had ({shown}); accepted: the same, except for {_listed(changeable)}"
         )
 
 
@@ -447,9 +454,20 @@ def _restore_steps(config: TrainConfig, steps: dict[str, int]) -> int:
     return int(steps["asked"]) if steps.get("steps") == config.steps else config.steps
 
 
+def _restore_tuned(config: TrainConfig, steps: dict[str, int]) -> None:
+    """Give a run that has no step left the settings that its steps had, so that its record stays true."""
+    record = config.output / "train.yaml"
+    if record.exists():
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        for name in TUNED:
+            if name in before:
+                setattr(config, name, before[name])
+        config.steps = steps.get("steps", before["steps"])
+
+
 @rank_zero_only
-def _prepare_output(config: TrainConfig) -> None:
-    """Write ``train.yaml``, and rename the log of the run that is resumed."""
+def _prepare_output(config: TrainConfig, step: int = 0) -> None:
+    """Write ``train.yaml``, and rename the log of the run that is resumed at ``step``."""
     remove_leftovers(config.output / "checkpoints")
     metrics = config.output / "log" / "metrics.csv"
     if metrics.exists():  # CSVLogger would delete it
@@ -457,14 +475,27 @@ def _prepare_output(config: TrainConfig) -> None:
             int(number) for file in metrics.parent.glob("metrics-*.csv") if (number := file.stem[8:]).isdecimal()
         ]
         metrics.rename(metrics.with_name(f"metrics-{max(earlier, default=0) + 1}.csv"))
-    _write_settings(config)
+    _write_settings(config, step)
 
 
-def _write_settings(config: TrainConfig) -> None:
+def _write_settings(config: TrainConfig, step: int | None = None) -> None:
+    """Write ``train.yaml``; of a run that goes on at ``step``, comments in it tell what is another from there on."""
     config.output.mkdir(parents=True, exist_ok=True)
     record = config.output / "train.yaml"
+    settings = config.model_dump(mode="json")
+    changes: list[str] = []
+    if record.exists():
+        text = record.read_text(encoding="utf-8")
+        changes = [line for line in text.splitlines() if line.startswith("# from step ")]
+        before = yaml.safe_load(text)
+        changes += [
+            f"# from step {step} on: {name}: {settings[name]}, was {before[name]}"
+            for name in TUNED
+            if step and name in settings and name in before and settings[name] != before[name]
+        ]
+    lines = "".join(f"{line}\n" for line in changes)
     with replacing(record) as temporary:  # other processes of the run may be reading it
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False) + lines, encoding="utf-8")
 
 
 def _save(module: DenoiserTraining, target: Path) -> None:

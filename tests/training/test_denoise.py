@@ -344,6 +344,12 @@ class TestRun:
         assert seen == [(2, pytest.approx(0.75e-4), 0.01), (3, pytest.approx(1e-4), 0.01)]
         settings = yaml.safe_load((tmp_path / "train.yaml").read_text())
         assert {name: settings[name] for name in changes} == changes
+        record = (tmp_path / "model" / "train.yaml").read_text()
+        told = ["lr: 0.0001, was 0.001", "clip: 0.01, was 0.02", "warmup: 3, was 1"]
+        assert record.splitlines()[-3:] == [f"# from step 2 on: {change}" for change in told]
+        run(tmp_path, resume=True, decay=0.0, lr=1e-6)  # no step is left that could have it
+        for folder in (tmp_path, tmp_path / "model"):
+            assert (folder / "train.yaml").read_text() == record
 
     def test_a_run_whose_folder_was_moved_goes_on(
         self, finished: Path, run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -55,6 +55,19 @@ def test_a_run_trains_both_and_resumes_exactly(photographs: Path, tmp_path: Path
         torch.testing.assert_close(values, state[name], msg=name)
 
 
+def test_the_rate_of_the_estimator_may_change(photographs: Path, tmp_path: Path) -> None:
+    """While both learn: the optimiser's parameters stay the same. A diverged run advises it."""
+    train(configuration(photographs, tmp_path, steps=2), accelerator="cpu")
+    changed = configuration(photographs, tmp_path, steps=3, estimator_lr=1e-4)
+    train(changed, accelerator="cpu", resume=True)
+    assert "# from step 2 on: estimator_lr: 0.0001, was 0.001\n" in (tmp_path / "train.yaml").read_text()
+    none = configuration(photographs, tmp_path, estimator_lr=0, estimator=tmp_path / "model")
+    with pytest.raises(UserError, match=r"estimator_lr: 0\.0, was 0\.0001"):
+        train(none, accelerator="cpu", resume=True)
+    assert PhotoTraining(Denoiser(), changed)._remedy().startswith("lower lr, estimator_lr or clip")
+    assert PhotoTraining(Denoiser(), none)._remedy().startswith("lower lr or clip")
+
+
 def test_both_networks_are_optimised(photographs: Path, tmp_path: Path) -> None:
     module = PhotoTraining(Denoiser(), configuration(photographs, tmp_path))
     optimizer = module.configure_optimizers()["optimizer"]
