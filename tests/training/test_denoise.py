@@ -26,7 +26,7 @@ from fastden.errors import UserError
 from fastden.network.model import Denoiser
 from fastden.ops.backends import interpreted
 from fastden.training import denoise, trainer
-from fastden.training.config import load_config
+from fastden.training.config import TrainConfig, load_config
 from fastden.training.denoise import DenoiserTraining
 from tests.helpers import max_error, random_network
 from tests.training.conftest import Run, configuration
@@ -354,18 +354,26 @@ class TestRun:
     def test_a_run_whose_folder_was_moved_goes_on(
         self, finished: Path, run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """On another machine, with another number of workers, and its pictures by another path."""
+        """On another machine, and with its pictures by another path."""
         run(tmp_path / "first", minutes=0)
         (tmp_path / "first").rename(tmp_path / "second")
         monkeypatch.chdir(photographs.parent)
-        own: dict[str, Any] = {"resume": True, "workers": 1}
         with pytest.raises(UserError, match=r"other settings than the run had \(data: \['other'\], was \['/"):
-            run(tmp_path / "second", data=["other"], **own)
-        resumed = weights(run(tmp_path / "second", data=[photographs.name], **own))
+            run(tmp_path / "second", resume=True, data=["other"])
+        resumed = weights(run(tmp_path / "second", resume=True, data=[photographs.name]))
         assert all(torch.equal(resumed[name], value) for name, value in weights(finished / "model").items())
         assert [path.name for path in (tmp_path / "second" / "checkpoints").iterdir()] == ["last.ckpt"]
         assert not (tmp_path / "first").exists()
         assert yaml.safe_load((tmp_path / "second" / "train.yaml").read_text())["output"] == str(tmp_path / "second")
+
+    def test_another_number_of_workers_is_no_other_setting(self, finished: Path, run: Run, tmp_path: Path) -> None:
+        """Looked at alone: a process that holds all tests and their libraries ended once where a run forked workers."""
+        record = yaml.safe_load((finished / "train.yaml").read_text())
+        config = TrainConfig.model_validate({**record, "output": finished, "workers": record["workers"] + 3})
+        trainer._check_settings(config)
+        config.batch += 1
+        with pytest.raises(UserError, match=r"\(batch: 3, was 2\)"):
+            trainer._check_settings(config)
 
     @pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30])
     def test_diverged_weights_replace_no_checkpoint(
