@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastden import ops
 from fastden.network.model import Denoiser
+from fastden.ops import backends
 
 if TYPE_CHECKING:
     from fastden.batch.denoiser import BatchDenoiser
@@ -119,6 +121,20 @@ class ReLUInputs(TorchDispatchMode):
 #: Smallest input of a ReLU that rounding does not carry to the other side of zero: float32's errors in front of the
 #: ReLUs of a random network with batch statistics reached 1.4e-5.
 MARGIN = 3e-5
+
+
+def noted_choices(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """The backends that are chosen automatically from now on, by operator; it is filled as the calls come."""
+    chosen: dict[str, set[str]] = {}
+    automatic = backends._automatic
+
+    def noted(operator: str, *given: Any) -> str:
+        name = automatic(operator, *given)
+        chosen.setdefault(operator, set()).add(name)
+        return name
+
+    monkeypatch.setattr(backends, "_automatic", noted)
+    return chosen
 
 
 def image_without_kinks(model: Denoiser, *shape: int, sigma: float | None = 0.1) -> Tensor:

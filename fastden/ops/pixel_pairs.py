@@ -19,9 +19,9 @@ def suit(x: Tensor, weight: Tensor) -> bool:
 
     A pixel that is NaN or infinite reaches the windows of its neighbour, too.
 
-    That is what was measured: so only where weights are composed in this call, and get a gradient. At inference they
-    would be rearranged at each call. Not in float64, which cuDNN computes without such blocks, nor where the call is
-    compiled, traced or transformed: what is recorded may run anywhere.
+    No GPU has timed the pairs. The finding is of training: so only where weights are composed in this call, and get a
+    gradient. At inference they would be rearranged at each call. Not in float64, which cuDNN computes without such
+    blocks, nor where the call is compiled, traced or transformed: what is recorded may run anywhere.
 
     Args:
         x: the image.

@@ -16,7 +16,7 @@ from fastden.network.model import Denoiser
 from fastden.ops import backends
 from fastden.ops.proven import PROVEN
 from tests.cuda.compare import DTYPES
-from tests.helpers import copies_in_operators, random_network, relative_l2
+from tests.helpers import copies_in_operators, noted_choices, random_network, relative_l2
 
 Network = Callable[..., Tensor]
 
@@ -113,15 +113,7 @@ def test_the_mixture_that_is_chosen(device: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     monkeypatch.setattr(backends, "PROVEN", PROVEN)
     backends._proven_on_index.cache_clear()
-    chosen: dict[str, set[str]] = {}
-    automatic = backends._automatic
-
-    def noted(operator: str, *given: Any) -> str:
-        name = automatic(operator, *given)
-        chosen.setdefault(operator, set()).add(name)
-        return name
-
-    monkeypatch.setattr(backends, "_automatic", noted)
+    chosen = noted_choices(monkeypatch)
     model = random_network().to(device)
     fused = fastden.fuse(model, torch.bfloat16)
     monkeypatch.setattr(fused, "_onednn_network", lambda: None)

@@ -21,7 +21,7 @@ from fastden.bench.operators import weight_shapes
 from fastden.cuda import extension
 from fastden.ops import backends
 from fastden.ops.backends import choose, requested, use_backend, why_not
-from tests.helpers import relative_l2
+from tests.helpers import noted_choices, relative_l2
 from tests.scripts import load
 
 X_OF_UP2, WEIGHT_OF_UP2 = (1, 128, 4, 5), (128, 32, 4, 4)
@@ -216,10 +216,8 @@ class TestAutomatic:
     def test_triton_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is left out on that GPU, where it would end the call."""
         cuda = torch.device("cuda", 0)
-        starts_triton(monkeypatch, "PermissionError: [Errno 13] /root/.triton")
-        assert backends.why_left_out("triton", cuda) == [
-            "Triton cannot start (PermissionError: [Errno 13] /root/.triton)"
-        ]
+        starts_triton(monkeypatch, "PermissionError: [Errno 13] ~/.triton")
+        assert backends.why_left_out("triton", cuda) == ["Triton cannot start (PermissionError: [Errno 13] ~/.triton)"]
         assert backends.left_out("triton", cuda)
         assert not backends.left_out("triton", torch.device("cpu"))
         starts_triton(monkeypatch)
@@ -342,15 +340,7 @@ class TestAutomatic:
     def test_what_users_get(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The network as users call it, on what this GPU's table and this installation choose."""
         device = torch.device("cuda", 0)
-        chosen: dict[str, set[str]] = {}
-        automatic = backends._automatic
-
-        def noted(operator: str, *given: Any) -> str:
-            name = automatic(operator, *given)
-            chosen.setdefault(operator, set()).add(name)
-            return name
-
-        monkeypatch.setattr(backends, "_automatic", noted)
+        chosen = noted_choices(monkeypatch)
         backends._proven_on_index.cache_clear()
         model = Denoiser.from_pretrained("color").to(device)
         fused = fuse(model, torch.bfloat16)

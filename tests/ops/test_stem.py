@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastden import ops
+from fastden.network.model import Denoiser
 from fastden.ops import batch_norm, pixel_pairs
 from tests.helpers import max_error, poison_freed_memory
 from tests.ops import naive
@@ -149,6 +150,19 @@ def test_pairs_are_for_composed_weights_in_training(monkeypatch: pytest.MonkeyPa
         assert not pixel_pairs.suit(image, composed)
     monkeypatch.setattr(pixel_pairs, "transforming", lambda: True)
     assert not pixel_pairs.suit(image, composed)
+
+
+def test_a_training_step_asks_for_pairs_with_composed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU all else that :func:`pixel_pairs.suit` asks for holds there, for the stem and the head."""
+    asked: list[tuple[bool, bool, bool]] = []
+
+    def suit(x: Tensor, weight: Tensor) -> bool:
+        asked.append((weight.requires_grad, weight.is_leaf, pixel_pairs.transforming()))
+        return False
+
+    monkeypatch.setattr(pixel_pairs, "suit", suit)
+    Denoiser(composed=True).train()(torch.rand(1, 3, 16, 16), 0.1)
+    assert asked == 2 * [(True, False, False)]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
