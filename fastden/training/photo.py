@@ -36,7 +36,7 @@ from fastden.network.model import Denoiser
 from fastden.network.own_estimator import ESTIMATOR_FILE
 from fastden.network.padding import pad_image
 from fastden.training.config import PhotoConfig
-from fastden.training.data import Image, Pictures, tell, to_gray
+from fastden.training.data import Image, Pictures, sent, tell, to_gray
 from fastden.training.denoise import VALIDATION_SIGMAS, DenoiserData, DenoiserTraining, white_noise
 from fastden.training.photo_noise import PhotoNoise, PhotoRanges
 from fastden.training.replay import Past, Replay
@@ -244,8 +244,8 @@ class PhotoTraining(DenoiserTraining):
         # Each process takes the numbers of its own crops: together they draw what one process would.
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         whole_batch = processes * len(noisy)
-        draws = torch.rand(3, whole_batch, 1, generator=generator)[:, rank::processes].to(noisy)
-        jitter = torch.randn(whole_batch, 1, generator=generator)[rank::processes].to(noisy) * config.jitter
+        draws = sent(torch.rand(3, whole_batch, 1, generator=generator)[:, rank::processes], noisy.device)
+        jitter = sent(torch.randn(whole_batch, 1, generator=generator)[rank::processes], noisy.device) * config.jitter
         exact = whole.clamp(min=FLOOR).log()[:, None]
         white = batch["white"][:, None]
         logs = torch.where(white, exact, batch["true_logs"] + jitter)
@@ -253,8 +253,8 @@ class PhotoTraining(DenoiserTraining):
         share = config.estimate if self.global_step >= config.estimate_from else 0.0
         logs = torch.where(draws[0] < share, batch["logs"], logs)
         factor = torch.where(draws[0] < share, batch["factor"], factor)
-        low, high = (math.log(bound) for bound in config.factor)
-        wrong = torch.lerp(draws.new_tensor(low), draws.new_tensor(high), draws[1])
+        low, high = (draws.new_full((), math.log(bound)) for bound in config.factor)
+        wrong = torch.lerp(low, high, draws[1])
         logs = torch.where(draws[2] < config.misjudged, logs + wrong, logs)
         return level_map((factor * levels_of(logs)).clamp(max=MAX_SIGMA / 255), noisy)
 

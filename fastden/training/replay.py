@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastden.training.data import sent
+
 
 class Past:
     """The last crops, on the device of the training.
@@ -53,7 +55,7 @@ class Past:
 
     def draw(self, size: int, random: np.random.Generator) -> dict[str, Tensor]:
         """As many crops as ``size``, with repetitions, all turned and mirrored alike; images in single precision."""
-        chosen = torch.from_numpy(random.integers(self.count, size=size)).to(self.device)
+        chosen = sent(torch.from_numpy(random.integers(self.count, size=size)), self.device)
         turns, mirror = int(random.integers(4)), bool(random.random() < 0.5)
         drawn = {}
         for name, kept in self._kept.items():

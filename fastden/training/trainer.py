@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, We
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastden.errors import UserError, in_one_line
@@ -73,6 +73,30 @@ class _WholeCheckpoints(TorchCheckpointIO):
         write_bytes(target, buffer.getbuffer())
 
 
+class _AveragedModel(AveragedModel):
+    """Averages of parameters and buffers, for which no step waits.
+
+    PyTorch's own ask the GPU at each step how often they have averaged.
+    """
+
+    _begun = False
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in what ``model`` holds; the first time PyTorch does it, which copies a run's beginning."""
+        if not self._begun:
+            super().update_parameters(model)
+            self._begun = True
+            return
+        assert self.multi_avg_fn is not None
+        both = [[*module.parameters(), *module.buffers()] for module in (self.module, model)]
+        for is_float in (True, False):
+            old, new = ([value for value in values if value.is_floating_point() == is_float] for values in both)
+            if old:
+                self.multi_avg_fn(old, new, 1)
+        self.n_averaged += 1
+
+
 class _Averages(WeightAveraging):
     """Averages of what is trained, and of nothing else.
 
@@ -102,7 +126,7 @@ class _Averages(WeightAveraging):
         if stage == "fit":
             # Lightning moves the module after this. Averages elsewhere would need a copy of all weights at each step.
             device = trainer.strategy.root_device
-            self._average_model = AveragedModel(pl_module.trained, device, use_buffers=True, **self._kwargs)
+            self._average_model = _AveragedModel(pl_module.trained, device, use_buffers=True, **self._kwargs)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *arguments: Any) -> None:
         super().on_train_batch_end(trainer, pl_module.trained, *arguments)

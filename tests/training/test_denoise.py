@@ -532,18 +532,63 @@ def test_averages_are_made_on_the_device_of_the_run() -> None:
     assert training.device.type == "cpu"
 
 
+def test_averages_are_those_of_pytorch() -> None:
+    """And go on from a checkpoint."""
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+
+    @torch.no_grad()
+    def update(old: Any, new: Any, count: Any) -> None:
+        if old[0].is_floating_point():
+            average(old, new, count)
+        else:
+            for one, two in zip(old, new, strict=True):
+                one.copy_(two)
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3))
+    settings: Any = {"multi_avg_fn": update, "use_buffers": True}
+    expected, averages = AveragedModel(model, **settings), trainer._AveragedModel(model, **settings)
+    for step in range(4):
+        model(torch.randn(1, 2, 4, 4))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        if step == 2:
+            averages = trainer._AveragedModel(model, **settings)
+            averages.load_state_dict(expected.state_dict())
+        expected.update_parameters(model)
+        averages.update_parameters(model)
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(averages.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_averages() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = random_network().cuda()
+    averages = trainer._AveragedModel(
+        model, multi_avg_fn=trainer._Averages(0.9)._kwargs["multi_avg_fn"], use_buffers=True
+    )
+    averages.update_parameters(model)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        averages.update_parameters(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 def test_averages_on_a_gpu(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     seen: set[str] = set()
-    update = AveragedModel.update_parameters
+    update = trainer._AveragedModel.update_parameters
 
-    def updating(self: AveragedModel, model: torch.nn.Module) -> None:
+    def updating(self: trainer._AveragedModel, model: torch.nn.Module) -> None:
         seen.update(value.device.type for part in (self, model) for value in part.state_dict().values())
         update(self, model)
 
-    monkeypatch.setattr(AveragedModel, "update_parameters", updating)
+    monkeypatch.setattr(trainer._AveragedModel, "update_parameters", updating)
     settings = {"data": [photographs], "output": tmp_path, "steps": 2, "epoch_steps": 1, "batch": 2, "crop": 30}
     trainer.train(configuration(**settings, validation=2), accelerator="gpu", devices="1")
     assert seen == {"cuda"}
