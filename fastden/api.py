@@ -145,9 +145,10 @@ def denoise(
             ``"fast"`` computes in 8-bit integers, on CPUs with VNNI and with models that know the ranges of their
             activations (the bundled ones, and others behind :func:`fastden.calibrate`): 1.5 (AMX) to
             1.8 times (without) as fast as bfloat16. ``color`` loses 0.01 to 0.02 dB of white noise's result
-            (``benchmarks/results/int8.json``), ``photo`` 0.03 to 0.10 dB of 8-bit photographs'
-            (``benchmarks/results/real-photos-fast.json``). On GPUs of compute capability 9.0 it computes conv3 in 8-bit
-            floating point, with ``color`` 0.003 dB worse; how fast, no GPU has shown yet (:func:`fastden.fuse`).
+            (``benchmarks/results/int8.json``), ``photo`` up to 0.06 dB of 8-bit photographs',
+            in the mean of a set (``benchmarks/results/real-photos-fast.json``). On GPUs of compute capability 9.0 it
+            computes conv3 in 8-bit floating point, in 0.8 of the time of bfloat16, with ``color`` 0.003 dB worse
+            (:func:`fastden.fuse`).
         progress: called with (pixels done, pixels in all) as tiles are finished.
         max_pixels: an image file of more pixels is refused before it is decoded; other kinds of images are not.
 

@@ -57,11 +57,12 @@ def fuse(
         device: device of the result; None keeps the model's.
         quality: ``"fast"`` computes in fewer bits where no gradient is needed. On CPUs with VNNI these are 8-bit
             integers (:mod:`fastden.network.int8`): 1.5 (AMX) to 1.8 times (without) as fast as
-            bfloat16. ``color`` loses 0.01 to 0.02 dB (``benchmarks/results/int8.json``), ``photo`` on photographs 0.03
-            to 0.10 dB (``benchmarks/results/real-photos-fast.json``); its features see floating values beyond [0, 1] as
+            bfloat16. ``color`` loses 0.01 to 0.02 dB (``benchmarks/results/int8.json``), ``photo`` on photographs up
+            to 0.06 dB (``benchmarks/results/real-photos-fast.json``); its features see floating values beyond [0, 1] as
             0 and 1. On GPUs of compute capability 9.0, in
             float16 or bfloat16 and with the CUDA extension, conv3 computes in 8-bit floating point
-            (:mod:`fastden.network.fp8`), with ``color`` 0.003 dB worse; its time is not measured. The model must
+            (:mod:`fastden.network.fp8`), with ``color`` 0.003 dB worse: 1.65 ms of an H200 at 2160 x 3840 in place of
+            2.05 (``benchmarks/results/h200-choice``). The model must
             know the ranges of its activations: bundled models know them, other models know them after
             :func:`fastden.calibrate`.
         differentiable: compute with PyTorch's own operations, whatever backend is chosen. Then derivatives of every
