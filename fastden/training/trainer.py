@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
@@ -10,32 +9,27 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastden.errors import UserError, in_one_line
 from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
+from fastden.training.callbacks import Averages, FittedSteps, Steps, TimeLimit, WholeCheckpoints
 from fastden.training.config import JointConfig, PhotoConfig, TrainConfig
 from fastden.training.data import tell
 from fastden.training.denoise import DenoiserData, DenoiserTraining
 from fastden.training.joint_training import PICTURES, JointData, JointTraining
 from fastden.training.photo import PhotoData, PhotoTraining
 from fastden.training.tasks import load_task
-from fastden.whole_files import remove_leftovers, replacing, write_bytes
+from fastden.whole_files import remove_leftovers, replacing
 
-#: Steps between looks at the clock.
-FIT_EVERY = 50
 #: Settings that a resumed run may change: a run that diverged goes on with a lower rate or limit, and what is learned
 #: depends neither on the number of processes that prepare crops nor on the folder's place.
 CHANGEABLE = ("steps", "lr", "estimator_lr", "clip", "warmup", "workers", "output")
@@ -56,190 +50,6 @@ def _without_praise() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_no_praise)
-
-
-class _WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its target and renames it.
-
-    Lightning writes it in the folder for temporary files. On another disk that is copied over the last checkpoint, and
-    where the copy fails the run is lost.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, buffer.getbuffer())
-
-
-class _AveragedModel(AveragedModel):
-    """Averages of parameters and buffers, for which no step waits.
-
-    PyTorch's own ask the GPU at each step how often they have averaged.
-    """
-
-    _begun = False
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take in what ``model`` holds; the first time PyTorch does it, which copies a run's beginning."""
-        if not self._begun:
-            super().update_parameters(model)
-            self._begun = True
-            return
-        assert self.multi_avg_fn is not None
-        both = [[*module.parameters(), *module.buffers()] for module in (self.module, model)]
-        for is_float in (True, False):
-            old, new = ([value for value in values if value.is_floating_point() == is_float] for values in both)
-            if old:
-                self.multi_avg_fn(old, new, 1)
-        self.n_averaged += 1
-
-
-class _Averages(WeightAveraging):
-    """Averages of what is trained, and of nothing else.
-
-    Lightning averages the whole module. Of a frozen network behind the denoiser that was a second copy, whose buffers
-    changed: the average of -inf with itself is NaN, and integers were cut off (``arange(64)`` became 9, 10, 10, 12, ...
-    at a decay of 0.9999). They were validated with, and written into the network when training ended.
-
-    Args:
-        decay: of the average.
-    """
-
-    def __init__(self, decay: float) -> None:
-        # All tensors at once: one by one, as Lightning's own EMA callback goes, they take 300 kernels a step.
-        average = get_ema_multi_avg_fn(decay)
-
-        @torch.no_grad()
-        def update(averages: Any, current: Any, count: Tensor | int) -> None:
-            if averages[0].is_floating_point():
-                average(averages, current, count)
-            else:
-                for old, new in zip(averages, current, strict=True):
-                    old.copy_(new)
-
-        super().__init__(multi_avg_fn=update)
-
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            # Lightning moves the module after this. Averages elsewhere would need a copy of all weights at each step.
-            device = trainer.strategy.root_device
-            self._average_model = _AveragedModel(pl_module.trained, device, use_buffers=True, **self._kwargs)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *arguments: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module.trained, *arguments)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        super().on_train_epoch_end(trainer, pl_module.trained)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        super().on_train_end(trainer, pl_module.trained)
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        super().on_validation_epoch_start(trainer, pl_module.trained)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        super().on_validation_epoch_end(trainer, pl_module.trained)
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        # A frozen network is loaded by its name when the run goes on.
-        current = checkpoint["current_model_state"]
-        checkpoint["current_model_state"] = {name: current[name] for name in checkpoint["state_dict"]}
-
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        trained = pl_module.trained
-        names = trained.state_dict().keys()
-        own = {key: {name: checkpoint[key][name] for name in names} for key in ("state_dict", "current_model_state")}
-        super().on_load_checkpoint(trainer, trained, {**checkpoint, **own})
-
-
-class _Steps(pl.Callback):
-    """Keeps the number of steps in each checkpoint, as it was asked for and as it is, so that a fitted run goes on.
-
-    Args:
-        config: holds the number as it is.
-        asked: the number that the run began with.
-    """
-
-    def __init__(self, config: TrainConfig, asked: int) -> None:
-        self.config, self.asked = config, asked
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["fastden_steps"] = {"asked": self.asked, "steps": self.config.steps}
-
-
-class _TimeLimit(pl.Callback):
-    """Ends a run behind the first epoch that ends after ``minutes``: what it leaves resumes as the whole run would."""
-
-    def __init__(self, minutes: float) -> None:
-        self.end = monotonic() + 60 * minutes
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # All processes must stop at the same epoch, and their clocks differ.
-        trainer.should_stop = trainer.strategy.reduce_boolean_decision(monotonic() >= self.end, all=False)
-
-
-class _FittedSteps(_TimeLimit):
-    """Sets the number of steps so that the last one ends ``minutes`` after the first began.
-
-    It does so only while neither the learning rate nor the BN statistics depend on that number, so that the run is the
-    one that had this number from the start. For the speed to come it takes the mean so far. A run that is resumed
-    later keeps its number, and ends as with :class:`_TimeLimit`.
-
-    Args:
-        config: its ``steps`` are set.
-        minutes: see above; those of a resumed run begin when it is resumed.
-        fitted: the number was fitted before the run was resumed, and stays where it matters already.
-    """
-
-    def __init__(self, config: TrainConfig, minutes: float, fitted: bool) -> None:
-        super().__init__(minutes)
-        self.config, self.minutes, self.fitted = config, minutes, fitted
-        self.began, self.first, self.is_fixed = 0.0, 0, False
-
-    @staticmethod
-    def check(config: TrainConfig, step: int = 0) -> None:
-        """Refuse a run, from ``step`` on, whose speed cannot be measured before the number of steps matters.
-
-        Raises:
-            UserError: as told.
-        """
-        free = int((1 - max(config.decay, config.freeze_bn)) * config.steps)
-        if step // FIT_EVERY * FIT_EVERY + FIT_EVERY >= free:
-            shares = f"decay {config.decay}, freeze_bn {config.freeze_bn} and steps {config.steps}"
-            text = f"fit: {shares} leave {max(free - step, 0)} steps to measure the speed in"
-            raise UserError(f"{text}; accepted: more than {FIT_EVERY}, by smaller shares or more steps")
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.began, self.first = monotonic(), trainer.global_step
-        self.is_fixed = self.fitted and self.first >= self._free() * self.config.steps
-        if not self.fitted:
-            self.check(self.config, self.first)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.is_fixed:
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def _free(self) -> float:
-        """The share of the run in which nothing depends on the number of steps."""
-        return 1 - max(self.config.decay, self.config.freeze_bn)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        free = self._free()
-        if step % FIT_EVERY or step >= free * self.config.steps:
-            return
-        passed = monotonic() - self.began
-        speed = (step - self.first) / passed
-        steps = step + max(round(speed * (60 * self.minutes - passed)), 1)
-        # The clock of one process decides for all. Steps that are behind must have been as they are.
-        steps = max(trainer.strategy.broadcast(steps), math.ceil((step + 1) / free))
-        self.config.steps = trainer.fit_loop.epoch_loop.max_steps = steps
 
 
 @_without_praise()
@@ -287,7 +97,7 @@ def train(
     if fit and minutes is None:
         raise UserError("fit: without minutes; accepted: with the minutes that the run may take")
     if fit and not resume:
-        _FittedSteps.check(config)
+        FittedSteps.check(config)
     if resume and not last.exists():
         raise UserError(f"resume: {last} does not exist; accepted: an output folder with a checkpoint")
     if not resume and last.exists():
@@ -304,11 +114,11 @@ def train(
         if saved["global_step"] >= config.steps:
             _restore_tuned(config, saved["fastden_steps"] or {})
     pl.seed_everything(config.seed, verbose=False)
-    ema = _Averages(config.ema)
+    ema = Averages(config.ema)
     trainer = _trainer(config, ema, last, accelerator, devices)
-    trainer.callbacks.insert(0, _Steps(config, asked))  # type: ignore[attr-defined]
+    trainer.callbacks.insert(0, Steps(config, asked))  # type: ignore[attr-defined]
     if minutes is not None:
-        limit = _FittedSteps(config, minutes, fitted=asked != config.steps) if fit else _TimeLimit(minutes)
+        limit = FittedSteps(config, minutes, fitted=asked != config.steps) if fit else TimeLimit(minutes)
         trainer.callbacks.insert(0, limit)  # type: ignore[attr-defined]
     if config.batch % trainer.world_size:
         raise UserError(f"batch: {config.batch}; accepted for {trainer.world_size} processes: a multiple of them")
@@ -380,7 +190,7 @@ def blend_weights(model: Denoiser, config: TrainConfig) -> None:
             value.lerp_(start[name].to(value), 1.0 - config.blend)
 
 
-def _trainer(config: TrainConfig, ema: _Averages, last: Path, accelerator: str, devices: str | int) -> pl.Trainer:
+def _trainer(config: TrainConfig, ema: Averages, last: Path, accelerator: str, devices: str | int) -> pl.Trainer:
     nodes = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Lightning takes the ranks from torchrun, but not the counts.
@@ -401,7 +211,7 @@ def _trainer(config: TrainConfig, ema: _Averages, last: Path, accelerator: str, 
         num_sanity_val_steps=0,
         enable_model_summary=False,
         log_every_n_steps=50,
-        plugins=[_WholeCheckpoints()],
+        plugins=[WholeCheckpoints()],
         callbacks=[
             ema,
             LearningRateMonitor("step"),

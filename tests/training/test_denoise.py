@@ -25,7 +25,7 @@ from fastden import whole_files
 from fastden.errors import UserError
 from fastden.network.model import Denoiser
 from fastden.ops.backends import interpreted
-from fastden.training import denoise, trainer
+from fastden.training import callbacks, denoise, trainer
 from fastden.training.config import TrainConfig, load_config
 from fastden.training.denoise import DenoiserTraining
 from tests.helpers import max_error, random_network
@@ -226,9 +226,9 @@ class TestRun:
 
     def test_steps_fit_the_time(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The run is the one that had that number of steps from the start."""
-        monkeypatch.setattr(trainer, "FIT_EVERY", 2)
+        monkeypatch.setattr(callbacks, "FIT_EVERY", 2)
         clock = itertools.count(0, 6)  # seconds; it is read at the start, and behind every second step
-        monkeypatch.setattr(trainer, "monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr(callbacks, "monotonic", lambda: float(next(clock)))
         run(tmp_path / "fitted", steps=1000, minutes=1, fit=True, decay=0.5, validation=0)
         monkeypatch.undo()
         record = yaml.safe_load((tmp_path / "fitted" / "train.yaml").read_text())
@@ -239,9 +239,9 @@ class TestRun:
 
     def test_a_fitted_run_resumes(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the number of steps that was fitted, also where that number matters already, with and without --fit."""
-        monkeypatch.setattr(trainer, "FIT_EVERY", 2)
+        monkeypatch.setattr(callbacks, "FIT_EVERY", 2)
         clock = itertools.count(0, 6)
-        monkeypatch.setattr(trainer, "monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr(callbacks, "monotonic", lambda: float(next(clock)))
         step = DenoiserTraining.training_step
         settings: dict[str, Any] = {"steps": 1000, "decay": 0.5, "validation": 0}
         for number, (stop, timed) in enumerate(((13, {"minutes": 1, "fit": True}), (17, {}))):
@@ -524,7 +524,7 @@ def test_no_collection_while_graphs_are_captured(monkeypatch: pytest.MonkeyPatch
 def test_averages_are_made_on_the_device_of_the_run() -> None:
     """Lightning moves the module there only afterwards."""
     training = DenoiserTraining(random_network(), configuration())
-    averages = trainer._Averages(0.9)
+    averages = callbacks.Averages(0.9)
     stub: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
     averages.setup(stub, training, "fit")
     assert averages._average_model is not None
@@ -546,14 +546,14 @@ def test_averages_are_those_of_pytorch() -> None:
 
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3))
     settings: Any = {"multi_avg_fn": update, "use_buffers": True}
-    expected, averages = AveragedModel(model, **settings), trainer._AveragedModel(model, **settings)
+    expected, averages = AveragedModel(model, **settings), callbacks._AveragedModel(model, **settings)
     for step in range(4):
         model(torch.randn(1, 2, 4, 4))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         if step == 2:
-            averages = trainer._AveragedModel(model, **settings)
+            averages = callbacks._AveragedModel(model, **settings)
             averages.load_state_dict(expected.state_dict())
         expected.update_parameters(model)
         averages.update_parameters(model)
@@ -566,8 +566,8 @@ def test_no_step_waits_for_averages() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     model = random_network().cuda()
-    averages = trainer._AveragedModel(
-        model, multi_avg_fn=trainer._Averages(0.9)._kwargs["multi_avg_fn"], use_buffers=True
+    averages = callbacks._AveragedModel(
+        model, multi_avg_fn=callbacks.Averages(0.9)._kwargs["multi_avg_fn"], use_buffers=True
     )
     averages.update_parameters(model)
     torch.cuda.set_sync_debug_mode("error")
@@ -582,13 +582,13 @@ def test_averages_on_a_gpu(photographs: Path, tmp_path: Path, monkeypatch: pytes
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     seen: set[str] = set()
-    update = trainer._AveragedModel.update_parameters
+    update = callbacks._AveragedModel.update_parameters
 
-    def updating(self: trainer._AveragedModel, model: torch.nn.Module) -> None:
+    def updating(self: callbacks._AveragedModel, model: torch.nn.Module) -> None:
         seen.update(value.device.type for part in (self, model) for value in part.state_dict().values())
         update(self, model)
 
-    monkeypatch.setattr(trainer._AveragedModel, "update_parameters", updating)
+    monkeypatch.setattr(callbacks._AveragedModel, "update_parameters", updating)
     settings = {"data": [photographs], "output": tmp_path, "steps": 2, "epoch_steps": 1, "batch": 2, "crop": 30}
     trainer.train(configuration(**settings, validation=2), accelerator="gpu", devices="1")
     assert seen == {"cuda"}
