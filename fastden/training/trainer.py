@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,9 +38,17 @@ CHANGEABLE = ("steps", "lr", "estimator_lr", "clip", "warmup", "workers", "outpu
 TUNED = ("lr", "estimator_lr", "clip", "warmup")
 
 
+#: What Lightning warns of, and is so on purpose or none of the user's business: validations are made in the process
+#: itself, an epoch may be short, and PyTorch has a newer way to ask for a leaf.
+HINTS = ("does not have many workers", "smaller than the logging interval", "is deprecated, use .isinstance.treespec")
+
+
 @contextmanager
 def _without_praise() -> Iterator[None]:
-    """Lightning praises services of its maker at each start; here it does not. Its logger is the whole process's."""
+    """Lightning praises services of its maker at each start; here it does not. Its logger is the whole process's.
+
+    Nor does it give the :data:`HINTS`.
+    """
 
     def is_no_praise(record: logging.LogRecord) -> bool:
         return "💡" not in record.getMessage()
@@ -47,7 +56,10 @@ def _without_praise() -> Iterator[None]:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(is_no_praise)
     try:
-        yield
+        with warnings.catch_warnings():
+            for hint in HINTS:
+                warnings.filterwarnings("ignore", f".*{hint}")
+            yield
     finally:
         logger.removeFilter(is_no_praise)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import signal
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ def test_lightning_praises_nothing_here() -> None:
         assert not logger.filter(tip)
         assert logger.filter(other)
     assert logger.filter(tip)
+
+
+def test_a_training_gives_no_hints_of_lightning(recwarn: pytest.WarningsRecorder) -> None:
+    hint = "The 'val_dataloader' does not have many workers which may be a bottleneck."
+    with trainer._without_praise():
+        warnings.warn(hint, stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    warnings.warn(hint, stacklevel=1)
+    assert [str(warning.message) for warning in recwarn.list] == ["another", hint]
 
 
 def test_a_training_leaves_lightnings_logger_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
