@@ -318,7 +318,8 @@ part_proof() {
 }
 
 calls_of_small_images() { # without CUDA graphs: what the host needs for a launch decides here
-    bench model-256 60 "$inference" model --size 256 256 --batch 1 \
+    # Calls of a millisecond, which other programs disturb: 40 rounds once left Triton's quartile above PyTorch's.
+    bench model-256 60 "$inference" model --size 256 256 --batch 1 --rounds 200 \
         --compare fastden-auto,channels_last,eager
 }
 

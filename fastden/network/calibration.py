@@ -21,7 +21,7 @@ from fastden.ops.modes import without_autocast
 #: Noise levels on the 0-255 scale. The pictures get them in turn.
 SIGMAS = (5.0, 15.0, 25.0, 50.0, 75.0)
 #: The same for a model of photographs, whose noise is weaker. But the strongest must be among them: with 40 as the
-#: highest, activations clip and white noise of level 60 loses 1.1 dB, with 75 it loses 0.03
+#: highest, activations clip and white noise of level 60 loses 1.0 dB, with 75 it loses 0.02
 #: (``benchmarks/results/int8-parts.json``).
 PHOTO_SIGMAS = (2.0, 5.0, 15.0, 40.0, 75.0)
 #: Values of clean pictures may lie this far beyond [0, 1], as those of sharpened ones do. Those of 0-255 do not.

@@ -20,7 +20,7 @@ on Triton, ``aten`` in the one on PyTorch), and each weight's gradient alone at 
   the tiles of the Triton kernel of weights are tuned for none.
 
 Memory does not depend on the way: with Triton's forward pass, a step on the H200 held 1206 MiB at its peak with
-``aten`` (``benchmarks/results/h200/train-aten.json``, of an earlier commit) and 1210 MiB with ``kernels``.
+``aten`` (``benchmarks/results/h200/train-aten.json`` at d3ebf74) and 1210 MiB with ``kernels``.
 ``kernels`` give the same bits at every call. cuDNN does so under ``torch.use_deterministic_algorithms``.
 """
 
