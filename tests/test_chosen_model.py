@@ -149,7 +149,7 @@ def test_gray_pictures(sigma: float) -> None:
 def test_what_the_command_says(tmp_path: Path, white: bool) -> None:
     write_image(tmp_path / "a.png", ImageFile(picture(white)))
     told = works("denoise", tmp_path / "a.png", "-o", tmp_path / "b.png")
-    assert ("(estimated, white noise)" if white else "(estimated)") in told
+    assert ("(estimated, white noise; model color)" if white else "(estimated; model photo)") in told
     told = works("noise", tmp_path / "a.png")
     assert ("white noise" if white else "coarse grain") in told
     assert f'"is_white": {str(white).lower()}' in works("noise", tmp_path / "a.png", "--json")

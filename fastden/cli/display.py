@@ -76,7 +76,9 @@ class Display:
             self._say(error_line(source, target, record.error), error=True)
             return
         white = ", white noise" if (record.noise or {}).get("is_white") else ""
-        estimated = f" (estimated{white})" if record.sigma_source == "estimated" else ""
+        # The noise may have chosen the model, and with another one the same level does something else.
+        model = Path(record.model["name"]).name
+        estimated = f" (estimated{white}; model {model})" if record.sigma_source == "estimated" else ""
         level = record.sigma or 0.0
         shown = f"{level:.2g}" if record.values is not None and level < 1 else f"{level:.1f}"
         sigma = "" if record.sigma is None else f", sigma {shown}{estimated}"

@@ -75,8 +75,8 @@ def denoise(
     sigma: Annotated[
         str,
         typer.Option(
-            help="Noise level, white of the file's type being 255: 0 to 75 for color, 0 to 60 for photo; auto estimates"
-            " it."
+            help="Level of white noise, white of the file's type being 255: 0 to 75 for color, 0 to 60 for photo; auto"
+            " estimates it, which photographs need: their noise is not white."
         ),
     ] = "auto",
     model: Annotated[

@@ -39,7 +39,8 @@ def test_one_file(photos: Path, tmp_path: Path, model: str) -> None:
 def test_a_real_process(photos: Path, tmp_path: Path, model: str) -> None:
     done = process("denoise", photos / "a.png", "-o", tmp_path / "out", "--model", model)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r", sigma [\d.]+ \(estimated(, white noise)?\)$", done.stdout, re.MULTILINE)
+    name = re.escape(Path(model).name)
+    assert re.search(rf", sigma [\d.]+ \(estimated(, white noise)?; model {name}\)$", done.stdout, re.MULTILINE)
     assert outputs(tmp_path / "out") == ["a.png"]
     failed = process("denoise", tmp_path / "missing.png", "-o", tmp_path / "out", "--model", model)
     assert failed.returncode == 1
