@@ -63,6 +63,15 @@ def test_gray_is_the_mean_of_equal_channels(network: fastden.FusedDenoiser) -> N
     np.testing.assert_allclose(fastden.denoise(gray[:, :, 0], SIGMA, model=network), expected, atol=1e-6)
 
 
+def test_three_equal_channels_stay_equal(network: fastden.FusedDenoiser) -> None:
+    gray = pixels(channels=1)
+    expected = fastden.denoise(gray, SIGMA, model=network)
+    for options in ({}, {"tile": 16}, {"chroma": 0.5}, {"quality": "best"}):
+        result = fastden.denoise(np.repeat(gray, 3, 2), SIGMA, model=network, **options)
+        assert (result == result[:, :, :1]).all(), options
+    np.testing.assert_array_equal(fastden.denoise(np.repeat(gray, 3, 2), SIGMA, model=network)[:, :, :1], expected)
+
+
 def test_gray_is_averaged_before_it_is_clipped(network: fastden.FusedDenoiser) -> None:
     image = np.random.default_rng(0).choice([0, 255], (16, 20)).astype(np.uint8)
     expected = reference(network, np.repeat(image[:, :, None] / 255, 3, 2)).mean(2) * 255

@@ -125,7 +125,7 @@ def denoise_strips(
             start = time.perf_counter()
             batch = to_batch([strip[:, :, :channels]], network)
             sigma = own if level_rows is None else own_level(_level_tensor(level_rows), values)
-            run = partial(denoise_rows, tiled, batch, sigma, (top, bottom), first, height, scale=scale)
+            run = partial(denoise_rows, tiled, batch, sigma, (top, bottom), first, height, scale=scale, keep_gray=True)
             (pixels,) = from_batch(run(side()) if attempt is None else attempt(run), header.dtype)
             seconds += time.perf_counter() - start
             if header.has_alpha:

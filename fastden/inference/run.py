@@ -172,6 +172,7 @@ def run_network(
     """
     level, scale = own_scale(level, values, wishes)
     options: dict[str, Any] = {"tile": tile, "max_memory": max_memory, "progress": progress, "scale": scale}
+    options["keep_gray"] = True
     return denoise_tiled(adapted(network, batch.shape[1], wishes), batch, level, **options)
 
 

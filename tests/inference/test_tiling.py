@@ -24,8 +24,10 @@ from fastden.inference.tiling import (
     TiledNetwork,
     automatic_tile,
     bytes_per_pixel,
+    denoise_rows,
     denoise_tiled,
     plan_tiles,
+    rows_needed,
 )
 from fastden.network.fused import fuse
 from fastden.network.model import Denoiser
@@ -77,6 +79,33 @@ def test_float32(size: tuple[int, int], tile: int | None) -> None:
         with torch.no_grad():
             untiled = network(x, 0.1)
         assert max_error(denoise_tiled(network, x, 0.1, tile=tile), untiled) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.uint16])
+def test_gray_amid_gray_stays_gray(dtype: torch.dtype) -> None:
+    """Where all channels within 3 pixels are equal the result is its mean, and elsewhere the network's own."""
+    model = random_network().double()
+    image = torch.rand(1, 3, 60, 72, generator=torch.Generator().manual_seed(1)).double()
+    image[:, :, 20:48, 24:] = image[:, :1, 20:48, 24:]
+    if not dtype.is_floating_point:
+        image = (image * torch.iinfo(torch.int16).max).to(dtype) if dtype == torch.uint16 else (image * 255).to(dtype)
+    own = denoise_tiled(model, image, 0.1, tile=None)
+    kept = denoise_tiled(model, image, 0.1, tile=None, keep_gray=True)
+    inside = torch.zeros(1, 1, 60, 72, dtype=torch.bool)
+    inside[:, :, 23:45, 27:] = True  # the picture is mirrored beyond its edge
+    assert torch.equal(kept.to(torch.int32)[~inside.expand_as(kept)], own.to(torch.int32)[~inside.expand_as(own)])
+    if dtype.is_floating_point:  # others are cut off behind the mean
+        mean = own.mean(1, keepdim=True).expand_as(own)
+        assert (kept - mean).abs()[inside.expand_as(kept)].max() < 1e-6
+    assert torch.equal(kept[:, 0].to(torch.int32)[inside[:, 0]], kept[:, 2].to(torch.int32)[inside[:, 0]])
+    assert not torch.equal(own[:, 0].to(torch.int32)[inside[:, 0]], own[:, 2].to(torch.int32)[inside[:, 0]])
+    tiled = denoise_tiled(model, image, 0.1, tile=16, keep_gray=True)
+    assert (tiled.double() - kept.double()).abs().max() <= (1e-9 if dtype.is_floating_point else 0)
+    first, last = rows_needed(24, 60, 60)
+    rows = denoise_rows(model, image[:, :, first:last], 0.1, (24, 60), first, 60, 16, keep_gray=True)
+    assert torch.equal(
+        rows.to(torch.int32), denoise_tiled(model, image, 0.1, tile=16, keep_gray=True)[:, :, 24:].to(torch.int32)
+    )
 
 
 def test_a_wrong_halo_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
