@@ -34,6 +34,7 @@ class Contender:
         graphs: whether its call may be captured in a CUDA graph, and its memory read from PyTorch's allocator.
         bounds: its largest errors, if not the job's.
         counted: whether it computes in the run's dtype, in which operations, bytes and the machine's rates are counted.
+        why_not_timed: says, once all times are measured, why its own say nothing; empty where they do.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contender:
     graphs: bool = True
     bounds: Mapping[str, float] | None = None
     counted: bool = True
+    why_not_timed: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def compare(
     Returns:
         The job, and a row for each contender: errors and whether they are ``right``, all times, median and quartiles,
         rates, shares of the ceilings, memory, energy, and ``slower_by``, the ratio to fastden's fastest right
-        contender. A contender that fails has ``failed``, the reason; one that is wrong has no ratio.
+        contender. A contender that fails, or whose times say nothing, has ``failed``, the reason; one that is wrong has
+        no ratio.
     """
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
@@ -189,7 +192,10 @@ def compare(
     times = interleaved(calls, measure or Stopwatch(settings.device), settings.rounds, settings.repeats)
     for contender in contenders:
         row = rows[contender.name]
-        if contender.name in calls:
+        if contender.name in calls and contender.why_not_timed is not None and (reason := contender.why_not_timed()):
+            rows[contender.name] = {"own": contender.own, "failed": reason}
+            print(f"{job.name}: {contender.name}: {reason}", file=sys.stderr)
+        elif contender.name in calls:
             row |= summary(times[contender.name]) | {"raw_ms": times[contender.name]}
             row |= _rates(job, contender, row["median_ms"], limits)
             if sensors is not None and settings.energy_seconds > 0 and row["right"]:

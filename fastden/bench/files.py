@@ -22,6 +22,12 @@ from fastden.inference import denoise_tiled
 from fastden.network.loading import load_network
 from fastden.network.model import Denoiser
 
+#: The program's start is timed at least so often, for the difference between the slowest and the fastest.
+STARTS = 5
+#: A folder's time, without the start, has to be more than this many times that difference. Of folders that take no time
+#: at all, 1 in 800 would pass (one round, normally distributed times).
+CLEAR = 3.0
+
 
 class Command:
     """``fastden denoise`` of a folder, in a process of its own.
@@ -41,16 +47,33 @@ class Command:
         self.whole: list[float] = []
         self.start: list[float] = []
         self.computing: list[float] = []
+        #: Starts beyond those of the measurements, for their spread.
+        self.further_starts: list[float] = []
 
     def __call__(self) -> Path:
         return self._run(self._images, self._output)
 
     def measure(self) -> float:
         """Milliseconds for the folder, the start of the program left out."""
-        self.start.append(seconds(lambda: self._run(self._single, self._output.with_name("single"))))
+        self.start.append(self._start())
         self.whole.append(seconds(self))
         self.computing.append(seconds(self._compute))
         return 1e3 * (self.whole[-1] - self.start[-1])
+
+    def why_not_timed(self) -> str:
+        """Why the measurements say nothing; empty where each is well above what the start varies by."""
+        while len(self.start) + len(self.further_starts) < STARTS:
+            self.further_starts.append(self._start())
+        least = min(whole - start for whole, start in zip(self.whole, self.start, strict=True))
+        starts = self.start + self.further_starts
+        spread = max(starts) - min(starts)
+        if least > CLEAR * spread:
+            return ""
+        times = f"{least:.3f} s without the start, which varies by {spread:.3f} s"
+        return f"folder too small to time: {times}; accepted: more images or larger ones"
+
+    def _start(self) -> float:
+        return seconds(lambda: self._run(self._single, self._output.with_name("single")))
 
     def _run(self, images: Path, output: Path) -> Path:
         done = run_module("fastden", "denoise", str(images), "-o", str(output), "--overwrite", *self._options)
@@ -106,7 +129,7 @@ def folder_job(
     command = Command(inputs, single, folder / "command", options, compute)
     loop = _loop(model, "channels_last", dtype, inputs, folder / "plain")
     bound = bounds(results(loop())[0], (reference.clamp(0, 1),), dtype)
-    contenders = [Contender("fastden", lambda: command, own=True, graphs=False)]
+    contenders = [Contender("fastden", lambda: command, own=True, graphs=False, why_not_timed=command.why_not_timed)]
     for form in peers:
         output = folder / form
         output.mkdir()

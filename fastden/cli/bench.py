@@ -412,13 +412,15 @@ def batch(
             )
             result = run_all(job, contenders, run.settings, limits, measure=milliseconds, fetch=files.results)
         if command.whole:
-            shares = [c / (w - s) for c, w, s in zip(command.computing, command.whole, command.start, strict=True)]
             result["command"] = {
                 "seconds": command.whole,
                 "start_seconds": command.start,
                 "compute_seconds": command.computing,
-                "compute_share": statistics.median(shares),
+                "further_start_seconds": command.further_starts,
             }
+        if command.whole and "failed" not in result["contenders"]["fastden"]:
+            shares = [c / (w - s) for c, w, s in zip(command.computing, command.whole, command.start, strict=True)]
+            result["command"]["compute_share"] = statistics.median(shares)
             print(f"computing takes {100 * result['command']['compute_share']:.0f} % of fastden's time")
         return [result]
 

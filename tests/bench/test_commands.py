@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_a_gray_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     works("bench", "ops", "--only", "stem,head", *TINY, *options)
     document(target, "ops", {"fastden-torch", "eager"})
     assert large.measure(str(gray), "float32", 20, 28)["width"] == 28
-    monkeypatch.setattr(processes.subprocess, "run", run_here)
+    with_times(monkeypatch, 1.0)
     works("bench", "batch", *TINY, *options, "--images", 1)
     assert json.loads(target.read_text())["all_right"]
 
@@ -236,8 +237,16 @@ def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
 
 
-def test_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_times(monkeypatch: pytest.MonkeyPatch, *starts: float) -> None:
+    """``fastden denoise`` runs in this process; a folder takes 3 seconds, its start what ``starts`` has, in turn."""
+    start, left = files.Command._start, itertools.cycle(starts)
     monkeypatch.setattr(processes.subprocess, "run", run_here)
+    monkeypatch.setattr(files, "seconds", lambda call: (call(), 3.0)[1])
+    monkeypatch.setattr(files.Command, "_start", lambda command: (start(command), next(left))[1])
+
+
+def test_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_times(monkeypatch, 1.0, 1.25)
     target = tmp_path / "a.json"
     options = ("--size", 40, 48, "--images", 2, "--compare", "eager", "--json", target)
     shown = works("bench", "batch", *TINY, *options)
@@ -248,7 +257,34 @@ def test_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["right"] for row in result["contenders"].values())
     assert {len(result["command"][key]) for key in ("seconds", "start_seconds", "compute_seconds")} == {2}
     differences = [1e3 * (whole - start) for whole, start in zip(*list(result["command"].values())[:2], strict=True)]
-    assert result["contenders"]["fastden"]["raw_ms"] == pytest.approx(differences)
+    assert result["contenders"]["fastden"]["raw_ms"] == pytest.approx(differences) == [2000, 1750]
+    assert result["command"]["further_start_seconds"] == [1.0, 1.25, 1.0]
+    assert result["command"]["compute_share"] == pytest.approx((3 / 2 + 3 / 1.75) / 2)
+
+
+@pytest.mark.parametrize("starts", [(1.5, 1.0), (3.8,)])
+def test_batch_of_a_folder_that_is_too_small_to_time(
+    starts: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes no longer than three times what the start varies by, or even less than the start."""
+    with_times(monkeypatch, *starts)
+    target = tmp_path / "a.json"
+    options = ("--size", 16, 16, "--images", 1, "--rounds", 1, "--compare", "eager", "--json", target)
+    done = CliRunner().invoke(app, ["bench", "batch", *TINY, *map(str, options)])
+    assert done.exit_code == 1
+    assert "computing takes" not in done.output
+    found = json.loads(target.read_text())
+    assert found["all_right"] is False
+    (result,) = found["results"]
+    row = result["contenders"]["fastden"]
+    assert set(row) == {"own", "failed"}
+    times = f"{3 - starts[0]:.3f} s without the start, which varies by {max(starts) - min(starts):.3f} s"
+    assert row["failed"] == f"folder too small to time: {times}; accepted: more images or larger ones"
+    assert row["failed"] in done.stderr
+    assert "median_ms" in result["contenders"]["eager"]
+    assert "slower_by" not in result["contenders"]["eager"]
+    assert "compute_share" not in result["command"]
+    assert len(result["command"]["further_start_seconds"]) == files.STARTS - 1
 
 
 def test_batch_reports_why_the_command_failed(tmp_path: Path) -> None:
