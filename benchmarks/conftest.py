@@ -51,6 +51,8 @@ class _Suite:
     def parameters(self, suite: str, training: bool) -> list[tuple[str, str]]:
         """Pairs of a part of the network, or the suite itself, and a contender."""
         backends, _ = forms.choose_backends(None, self.device, self.dtype, training)
+        if suite == preparation.NAME:
+            backends = tuple(name for name in backends if name in preparation.BACKENDS)
         own = ["fastden"] if suite == "batch" else [forms.own_name(name) for name in backends]
         parts = (operators.OPERATORS | gradients.OPERATORS).get(suite, (suite,))
         return [(part, name) for part in parts for name in (*own, *self.peers)]

@@ -19,6 +19,8 @@ from fastden.ops.network_input import network_input
 
 #: Name of the job, and of the kernel in ``fastden/ops/proven.py``. It is no operator of the dispatcher.
 NAME = "network_input"
+#: fastden's backends that have a form of this step of their own.
+BACKENDS = ("torch", "triton")
 
 
 def job(
@@ -37,7 +39,7 @@ def job(
         device: where they are.
         dtype: of the network.
         peers: of :data:`fastden.bench.forms.PLAIN`.
-        backends: fastden's own; those without a kernel for this step are left out.
+        backends: fastden's own; those that are not in :data:`BACKENDS` are left out.
     """
     x = photograph(*size, count=batch).to(device)
     # A camera's noise: stronger where the picture is brighter.
@@ -47,7 +49,7 @@ def job(
     contenders = [
         Contender(forms.own_name(name), partial(_own, name, x, curve, dtype), own=True)
         for name in backends
-        if name in ("torch", "triton")
+        if name in BACKENDS
     ]
     contenders += [
         Contender(name, partial(_peer, name, x, curve, dtype), graphs=name != "max_autotune") for name in peers

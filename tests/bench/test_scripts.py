@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ import torch
 from PIL import Image
 
 import fastden
+from fastden.bench import forms
+from fastden.ops import backends
 from tests.scripts import load
 
 SUITES = (
@@ -42,6 +46,29 @@ def test_suites_run(root: Path) -> None:
     # Eleven places of operators, forward and in training; twelve of those that run in training alone; the step before
     # the network, the network and its training; two contenders each.
     assert f"{2 * (2 * 11 + 12 + 3)} passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_suites_ask_for_contenders_that_their_jobs_have(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU with all backends. Contenders are not built here, which would need it."""
+    conftest = load(root / "benchmarks" / "conftest.py")
+    options = {"--image-size": "16x24", "--bench-compare": "eager", "--bench-device": "cpu", "--bench-dtype": "float32"}
+    every = [backend for backend in backends.BACKENDS if backend.name != "torch"]
+
+    def able(text: object, device: object, dtype: object, training: bool = False) -> tuple[tuple[str, ...], dict]:
+        names = [backend.name for backend in every if backend.batch_statistics or not training]
+        return ("torch", *names), {}
+
+    monkeypatch.setattr(forms, "choose_backends", able)
+    suite = conftest._Suite(SimpleNamespace(getoption=options.__getitem__))
+    for name in SUITES:
+        text = (root / "benchmarks" / f"bench_{name}.py").read_text()
+        for function in re.findall(r"def (test_\w+)", text):
+            backward = function == "test_backward"
+            pairs = suite.parameters(name, backward or name == "train")
+            assert pairs
+            for part, contender in pairs:
+                assert contender in suite.job(name, part, backward)[1], (name, part)
+    suite.folder.cleanup()
 
 
 def test_small_measures_many_pixels_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
