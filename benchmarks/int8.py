@@ -62,8 +62,10 @@ def main() -> None:
             **_times(calls, size, arguments.repeats),
         }
     if arguments.quality is not None:
+        files = find_photographs(arguments.quality)[:: arguments.every]
+        entry |= {"every": arguments.every, "pictures": len(files)}
         entry["kodak24" if "kodak" in arguments.quality.name else arguments.quality.name] = _quality(
-            model, arguments.quality, arguments.every, pictures, not arguments.no_openvino
+            model, files, pictures, not arguments.no_openvino
         )
     report(entry, arguments.json)
 
@@ -154,11 +156,10 @@ def _times(calls: dict[str, Call], size: tuple[int, ...], repeats: int) -> dict[
 
 
 def _quality(
-    model: Denoiser, folder: Path, every: int, calibration: list[Tensor], rivals: bool
+    model: Denoiser, files: list[Path], calibration: list[Tensor], rivals: bool
 ) -> dict[str, dict[str, float]]:
     """Mean PSNR in dB by noise level and form; OpenVINO's at level 25 alone, on pictures of one size."""
     means: dict[str, dict[str, float]] = {}
-    files = find_photographs(folder)[::every]
     quantized: dict[tuple[int, ...], Call] = {}
     own = _own(model)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():

@@ -53,6 +53,7 @@ def main() -> None:
         "command": "benchmarks/int8_parts.py",
         "machine": describe(torch.device("cpu")),
         "model": arguments.model,
+        "every": arguments.every,
         "pictures": len(pictures),
         "lost_db": {},
     }

@@ -35,6 +35,24 @@ def test_non_local_means_takes_rgb(script: Any) -> None:
     np.testing.assert_array_equal(script._nlm(picture, 10), expected)
 
 
+def test_each_set_says_which_of_its_pictures_were_compared(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.fromarray(RANDOM.integers(0, 256, (16, 16, 3), np.uint8))
+    for name in ("polyu", "other"):
+        (tmp_path / name).mkdir()
+        for index in range(8):
+            for kind in ("real", "mean"):
+                picture.save(tmp_path / name / f"{index}_{kind}.png")
+    monkeypatch.setattr(script.fastden, "denoise", lambda image, estimate, **options: image)
+    command = ["real_photos.py", "--data", tmp_path, "--every", 2, "--json", tmp_path / "a.json"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    script.main()
+    sets = json.loads((tmp_path / "a.json").read_text())["sets"]
+    assert {name: (one["every"], one["pictures"]) for name, one in sets.items()} == {"polyu": (6, 2), "other": (2, 4)}
+    assert list(sets["polyu"]["by_picture"]) == ["0_real.png", "6_real.png"]
+
+
 def test_the_noise_is_judged_by_the_models_own_estimator(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

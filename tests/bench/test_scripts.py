@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -102,6 +103,29 @@ def test_level_factor_takes_every_kind_of_picture(root: Path, tmp_path: Path, mo
     assert len(taken) == 2
     for image in taken:
         np.testing.assert_array_equal(image, np.repeat(6 * columns.astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_int8_says_on_which_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    script = load(root / "benchmarks" / "int8.py")
+    for index in range(5):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+    monkeypatch.setattr(script, "_calls", lambda *given: {})
+    monkeypatch.setattr(script, "_times", lambda *given: {})
+    monkeypatch.setattr(script, "_quality", lambda model, files, *given: [file.name for file in files])
+    command = ["int8.py", "--calibration", tmp_path, "--quality", tmp_path, "--every", 2, "--json", tmp_path / "a.json"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    script.main()
+    (entry,) = json.loads((tmp_path / "a.json").read_text()).values()
+    assert (entry["every"], entry["pictures"]) == (2, 3)
+    assert entry[tmp_path.name] == ["0.png", "2.png", "4.png"]
+    parts = load(root / "benchmarks" / "int8_parts.py")
+    monkeypatch.setattr(parts, "_variants", lambda *given: {})
+    monkeypatch.setattr(parts, "_scores", lambda pictures, *given: [0.0 for _ in pictures])
+    monkeypatch.setattr("sys.argv", ["int8_parts.py", *sys.argv[1:]])
+    parts.main()
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert (document["every"], document["pictures"]) == (2, 3)
 
 
 def test_int8_parts_leaves_one_part_out_at_a_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
