@@ -16,13 +16,15 @@ import onnxruntime as ort
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
 import fastden
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
+from fastden.evaluation import find_pictures
 from fastden.images.codec import read_image
-from fastden.images.finder import find_images
 
 PRECISIONS = ("fp32", "int8")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=25.0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    files = find_pictures(arguments.folder)
     level = np.full((1, 1, 1, 1), arguments.sigma / 255, np.float32)
     figures: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     options = ort.SessionOptions()
@@ -41,7 +44,6 @@ def main() -> None:
             )
             for precision in PRECISIONS
         }
-    files = find_images(arguments.folder, False)
     for index, file in enumerate(files):
         clean = read_image(file).pixels
         noise = np.random.default_rng(index).normal(0, arguments.sigma / 255, clean.shape)

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from fastden.bench.machine import describe
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
+from fastden.errors import UserError
+from fastden.evaluation import find_pictures
 from fastden.images.codec import read_image
-from fastden.images.finder import find_images
 from fastden.inference.run import LUMA
 from fastden.training.camera import FINEST_BAND, blur
 
@@ -26,16 +28,17 @@ from fastden.training.camera import FINEST_BAND, blur
 SIDE, BANDS = 126, 4
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of 8-bit pictures")
     parser.add_argument("--every", type=int, default=1, help="only every n-th picture")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    pictures = {folder: _clean(folder)[:: arguments.every] for folder in arguments.data}
     document: dict[str, object] = {"every": arguments.every, "machine": describe(torch.device("cpu")), "folders": {}}
     folders: dict[str, object] = {}
-    for folder in arguments.data:
-        files = [file for file in find_images(folder) if not file.stem.endswith("_real")][:: arguments.every]
+    for folder, files in pictures.items():
         energies = np.concatenate([_energies(read_image(file).pixels) for file in files])
         median = np.median(energies, 0).astype(float).round(2).tolist()
         folders[folder.name] = {"pictures": len(files), "squares": len(energies), "median": median}
@@ -43,6 +46,13 @@ def main() -> None:
     document["folders"] = folders
     if arguments.json:
         write(arguments.json, document)
+
+
+def _clean(folder: Path) -> list[Path]:
+    files = [file for file in find_pictures(folder) if not file.stem.endswith("_real")]
+    if not files:
+        raise UserError(f"data: {folder} has only noisy pictures, name_real.*; accepted: folders with others")
+    return files
 
 
 def _energies(pixels: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastden import Denoiser, fuse, ops
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
 from fastden.network.calibrated import calibrated_ranges
 from fastden.network.fp8 import conv3_ranges
@@ -67,6 +68,7 @@ def measure(model: Denoiser, images: list[Path], level: float) -> list[dict[str,
     return rows
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of clean photographs to measure on")

@@ -28,6 +28,7 @@ from fastden import Denoiser, FusedDenoiser, calibrate, fuse
 from fastden.bench import forms
 from fastden.bench.images import photograph
 from fastden.bench.machine import describe, report
+from fastden.bench.scripts import command
 from fastden.network import int8, onednn
 from fastden.training.data import central_crops, find_photographs, load_rgb
 
@@ -36,6 +37,7 @@ Call = Callable[[Tensor], Tensor]
 SIGMA, SIGMAS = 25.0, (15.0, 25.0, 50.0)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="color")
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--no-openvino", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    files = [] if arguments.quality is None else find_photographs(arguments.quality)[:: arguments.every]
     model = Denoiser.from_pretrained(arguments.model)
     pictures = central_crops([arguments.calibration], 32)
     if model.int8_ranges is None:  # bundled models are judged with the ranges that ship
@@ -62,7 +65,6 @@ def main() -> None:
             **_times(calls, size, arguments.repeats),
         }
     if arguments.quality is not None:
-        files = find_photographs(arguments.quality)[:: arguments.every]
         entry |= {"every": arguments.every, "pictures": len(files)}
         entry["kodak24" if "kodak" in arguments.quality.name else arguments.quality.name] = _quality(
             model, files, pictures, not arguments.no_openvino

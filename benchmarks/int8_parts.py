@@ -26,10 +26,10 @@ import torch
 import fastden
 from fastden import Denoiser, calibrate, fuse
 from fastden.bench.machine import describe
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
-from fastden.evaluation import psnr
+from fastden.evaluation import find_pictures, psnr
 from fastden.images.codec import read_image
-from fastden.images.finder import find_images
 from fastden.images.samples import MAX_SIGMA
 from fastden.network import calibration, int8
 from fastden.network.fused import FusedDenoiser
@@ -38,6 +38,7 @@ from fastden.training.data import central_crops
 LEVELS = (2, 5, 10, 20, 40, 60, 75)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="photo")
@@ -46,9 +47,10 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="of them every n-th")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    files = find_pictures(arguments.quality)[:: arguments.every]
     model = Denoiser.from_pretrained(arguments.model)
     networks = {"float32": fuse(model)} | _variants(model, arguments.calibration)
-    pictures = [read_image(file).pixels for file in find_images(arguments.quality, False)[:: arguments.every]]
+    pictures = [read_image(file).pixels for file in files]
     document: dict[str, Any] = {
         "command": "benchmarks/int8_parts.py",
         "machine": describe(torch.device("cpu")),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fastden.bench.machine import describe
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
 from fastden.images.samples import MAX_SIGMA
 from fastden.inference.estimate import load_estimator
@@ -47,6 +48,7 @@ UNCERTAINTIES = ((0.25, 0.65), (0.35, 0.75), (0.45, 0.75), (0.45, 0.85), (0.55, 
 FACTOR, RAMP = 2.0, (0.45, 0.85)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of clean photographs")

@@ -19,9 +19,10 @@ import torch
 
 import fastden
 from fastden.bench.machine import describe
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
+from fastden.evaluation import find_pictures
 from fastden.images.codec import read_image
-from fastden.images.finder import find_images
 
 #: Standard deviations of the noise, 0-255 scale; 0 is the picture as it is.
 SIGMAS = (0, 5, 15, 25, 50)
@@ -30,12 +31,13 @@ TEXTURES = ("grass", "gravel", "brick")
 FIELDS = ("sigma", "coarseness", "uncertainty", "factor")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of clean photographs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    photographs = {file.name: read_image(file).pixels for file in find_images(arguments.data)}
+    photographs = {file.name: read_image(file).pixels for file in find_pictures(arguments.data)}
     textures = {name: np.atleast_3d(getattr(skimage.data, name)()) for name in TEXTURES}
     document: dict[str, Any] = {"machine": describe(torch.device("cpu"))}
     document["textures"] = {name: judged(pixels, 0, 0) for name, pixels in textures.items()}

@@ -24,8 +24,10 @@ import torch
 
 import fastden
 from fastden.bench.machine import describe
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
-from fastden.evaluation import dists, psnr, ssim
+from fastden.errors import UserError
+from fastden.evaluation import dists, find_pairs, psnr, ssim
 from fastden.images.codec import read_image
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import load_network
@@ -39,6 +41,7 @@ NLM_STRENGTHS = (3, 5, 7, 10, 15, 20, 30)
 BM3D_SIGMAS = (5, 10, 15, 20, 30, 40)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -58,7 +61,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="only every n-th of the pictures")
     arguments = parser.parse_args()
     measures = {"psnr": psnr, "ssim": ssim} | ({"dists": dists()} if arguments.dists else {})
-    names = arguments.sets or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
+    folders = [arguments.data / name for name in arguments.sets] if arguments.sets else _sets(arguments.data)
+    pairs = {folder: find_pairs(folder) for folder in folders}
     options: dict[str, Any] = {"device": "cpu", "dtype": arguments.dtype}
     if arguments.model:
         options = {"model": load_network(arguments.model, **options)}
@@ -92,30 +96,33 @@ def main() -> None:
         "sets": {},
     }
     document |= {"dtype": arguments.dtype, "crop": arguments.crop, "machine": describe(torch.device("cpu"))}
-    for name in names:
-        result = _run_set(
-            arguments.data / name, methods, measures, arguments.every, arguments.crop, options.get("model")
-        )
-        document["sets"][name] = result
-        print(_line(name, result), flush=True)
+    for folder, found in pairs.items():
+        every = arguments.every * EVERY.get(folder.name, 1)
+        result = _run_set(folder.name, found[::every], methods, measures, arguments.crop, options.get("model"))
+        document["sets"][folder.name] = {"every": every} | result
+        print(_line(folder.name, result), flush=True)
         if arguments.json:
             write(arguments.json, document)
 
 
+def _sets(data: Path) -> list[Path]:
+    folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+    if not folders:
+        raise UserError(f"data: no folder in {data}; accepted: a folder with one for each set")
+    return folders
+
+
 def _run_set(
-    folder: Path,
+    set_name: str,
+    pairs: list[tuple[Path, Path]],
     methods: dict[str, Callable[[Any, Any], Any]],
     measures: dict[str, Callable[[Any, Any], float]],
-    every: int,
     crop: int | None,
     model: FusedDenoiser | None,
 ) -> dict[str, Any]:
-    every *= EVERY.get(folder.name, 1)
-    noisy_files = sorted(folder.glob("*_real.*"))[::every]
-    rows, columns = CROPS.get(folder.name, (slice(None), slice(None)))
+    rows, columns = CROPS.get(set_name, (slice(None), slice(None)))
     pictures: dict[str, Any] = {}
-    for file in noisy_files:
-        (reference,) = folder.glob(file.stem.removesuffix("_real") + "_mean.*")
+    for file, reference in pairs:
         whole, clean = read_image(file).pixels, read_image(reference).pixels[rows, columns]
         noisy = whole[rows, columns]
         if crop:
@@ -144,7 +151,6 @@ def _run_set(
     }
     levels = {key: _mean(pictures, "level", key) for key in ("estimated", "true", "coarseness")}
     return {
-        "every": every,
         "pictures": len(pictures),
         "mean": means,
         "smallest_gain": worst,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastden
 from fastden.bench.machine import describe
+from fastden.bench.scripts import command
 from fastden.bench.tables import write
 from fastden.evaluation import psnr
 from fastden.network.loading import load_network
@@ -38,6 +39,7 @@ EVEN = 24.0
 KINDS = ("cloth", "dark cloth", "even", "as they are")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of clean photographs")

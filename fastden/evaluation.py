@@ -61,7 +61,7 @@ def check_photographs(folder: Path, network: FusedDenoiser, *, gray: bool = Fals
         UserError: no such folder, no image in it, an image that cannot be read or is not of 8 bits.
         ValueError: a colour image for a gray network.
     """
-    files = _files(folder)
+    files = find_pictures(folder)
     for file in files:
         channels = _eight_bit(file).channels
         adapted(network, 1 if gray else channels, PLAIN)
@@ -79,10 +79,7 @@ def check_pairs(folder: Path, network: FusedDenoiser) -> list[tuple[Path, Path]]
             read or is not of 8 bits.
         ValueError: a colour image for a gray network.
     """
-    noisy_files = [file for file in _files(folder) if file.stem.endswith("_real")]
-    if not noisy_files:
-        raise UserError(f"pairs: no file *_real.* in {folder}; accepted: pairs name_real.* and name_mean.*")
-    pairs = [(file, _reference(file)) for file in noisy_files]
+    pairs = find_pairs(folder)
     for pair in pairs:
         headers = [_eight_bit(file) for file in pair]
         noisy, clean = map(_upright_shape, headers)
@@ -224,13 +221,30 @@ def _chosen(
     return estimate, white if estimate.is_white else network
 
 
-def _files(folder: Path) -> list[Path]:
+def find_pictures(folder: Path) -> list[Path]:
+    """The image files of a folder, sorted.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
     if not folder.is_dir():
         raise UserError(f"folder: {folder} is not a folder; accepted: folders of photographs")
     files = find_images(folder)
     if not files:
         raise UserError(f"folder: no images in {folder}")
     return files
+
+
+def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """The noisy shots ``*_real.*`` of a folder, sorted, each with its reference ``*_mean.*``. No file is read.
+
+    Raises:
+        UserError: no such folder, no pair in it, a shot without reference.
+    """
+    noisy_files = [file for file in find_pictures(folder) if file.stem.endswith("_real")]
+    if not noisy_files:
+        raise UserError(f"pairs: no file *_real.* in {folder}; accepted: pairs name_real.* and name_mean.*")
+    return [(file, _reference(file)) for file in noisy_files]
 
 
 def _reference(noisy: Path) -> Path:

@@ -35,6 +35,23 @@ def test_non_local_means_takes_rgb(script: Any) -> None:
     np.testing.assert_array_equal(script._nlm(picture, 10), expected)
 
 
+def test_sets_without_pairs_are_refused(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside others, before these are measured."""
+    picture, target = Image.new("RGB", (16, 16)), tmp_path / "a.json"
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        picture.save(tmp_path / folder / "a_real.png")
+    picture.save(tmp_path / "first" / "a_mean.png")
+    for option, saying in (
+        ([], f"error: pairs: {tmp_path}/second/a_real.png has no reference a_mean"),
+        (["--sets", "first", "third"], f"error: folder: {tmp_path}/third is not a folder"),
+    ):
+        monkeypatch.setattr("sys.argv", ["real_photos.py", "--data", str(tmp_path), "--json", str(target), *option])
+        with pytest.raises(SystemExit, match=saying):
+            script.main()
+    assert not target.exists()
+
+
 def test_each_set_says_which_of_its_pictures_were_compared(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,51 @@ def test_level_factor_takes_every_kind_of_picture(root: Path, tmp_path: Path, mo
         np.testing.assert_array_equal(image, np.repeat(6 * columns.astype(np.uint8)[..., None], 3, axis=2))
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "package"),
+    [
+        ("export_int8", None, "onnxruntime"),
+        ("fine_detail", "--data", None),
+        ("fp8", None, "lightning"),
+        ("int8", "--quality", "lightning"),
+        ("int8_parts", "--quality", "lightning"),
+        ("level_factor", "--data", "lightning"),
+        ("noise_estimates", "--data", None),
+        ("real_photos", "--data", None),
+        ("textures", "--data", "lightning"),
+    ],
+)
+def test_folders_without_pictures_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, option: str | None, package: str | None
+) -> None:
+    """Before anything is measured, in one line, and what was measured before stays."""
+    if package is not None:
+        pytest.importorskip(package)
+    script = load(root / "benchmarks" / f"{name}.py")
+    empty, target = tmp_path / "empty", tmp_path / "a.json"
+    empty.mkdir()
+    target.write_text("{}")
+    for folder in (empty, tmp_path / "missing"):
+        command: list[object] = [f"{name}.py", *([] if option is None else [option]), folder, "--json", target]
+        if name.startswith("int8"):
+            command += ["--calibration", folder]
+        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        assert re.fullmatch(rf"error: .*{folder}.*", str(ended.value.code))
+    assert target.read_text() == "{}"
+
+
+def test_fine_detail_refuses_folders_of_noisy_pictures(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load(root / "benchmarks" / "fine_detail.py")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a_real.png")
+    monkeypatch.setattr("sys.argv", ["fine_detail.py", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"error: data: {tmp_path} has only noisy pictures"):
+        script.main()
+
+
 def test_int8_says_on_which_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning")
     script = load(root / "benchmarks" / "int8.py")
