@@ -232,6 +232,12 @@ def drop() -> None:
     print("\n".join(f"dropped: {key}" for key in dropped) or "nothing has changed")
 
 
+def nothing(*reasons: str) -> int:
+    """Say why nothing is proven; the exit code."""
+    print("nothing is proven:\n  " + "\n  ".join(reasons), file=sys.stderr)
+    return 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Put what a GPU proved into the table of the automatic choice.")
     parser.add_argument("results", type=Path, nargs="?", help="folder that gpu_check.sh wrote, in this repository")
@@ -246,6 +252,8 @@ def main() -> int:
     folder = arguments.results.resolve()
     if not folder.is_relative_to(ROOT):
         parser.error(f"{folder} lies outside {ROOT}; the results are committed with the table")
+    if not (folder / "status.json").is_file():
+        return nothing(f"{folder}: no status.json; accepted: a folder that gpu_check.sh wrote")
     status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     lacking = {backend: unproven(status, backend) for backend in CHECKS}
     for backend, checks in lacking.items():
@@ -257,18 +265,18 @@ def main() -> int:
         file.relative_to(ROOT).as_posix(): json.loads(file.read_text(encoding="utf-8"))
         for file in folder.glob("ops-[0-9]*.json")
     }
+    if not files:
+        return nothing(f"{folder}: no ops-HEIGHT.json; accepted: a folder in which gpu_check.sh measured the operators")
     calls = json.loads((folder / CALLS).read_text(encoding="utf-8")) if (folder / CALLS).exists() else None
     apart = why_not_together(status, files | ({CALLS: calls} if calls else {}))
     if apart:
-        print("nothing is proven:\n  " + "\n  ".join(apart), file=sys.stderr)
-        return 1
+        return nothing(*apart)
     found, notes = prove(files, calls, [backend for backend, checks in lacking.items() if not checks])
     try:
         with measured_sources(status["commit"]) as measured:
             entries = {key: (file, digest(measured, *key[:3])) for key, file in found.items()}
     except subprocess.CalledProcessError as error:
-        print(f"nothing is proven:\n  {error.stderr.decode().strip()}", file=sys.stderr)
-        return 1
+        return nothing(error.stderr.decode().strip())
     for backend, operator, (major, minor), dtype in changed(entries):
         del entries[backend, operator, (major, minor), dtype]
         since = f"its sources have changed since {status['commit']}"

@@ -158,6 +158,29 @@ def test_what_the_folder_of_a_gpu_proves(
     assert ("proven: (" in out) == (change == "none")
 
 
+@pytest.mark.parametrize("written", ["no folder", "nothing", "checks alone"])
+def test_a_folder_without_results_proves_nothing(
+    command: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    written: str,
+) -> None:
+    folder, table = tmp_path / "results", tmp_path / "proven.py"
+    if written != "no folder":
+        folder.mkdir()
+    if written == "checks alone":
+        write(folder, {}, results(command, "c0ffee")[1])
+    table.write_text("as it was")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "TABLE", table)
+    monkeypatch.setattr(sys, "argv", ["prove.py", str(folder), "--write"])
+    assert command.main() == 1
+    lacking = "ops-HEIGHT.json" if written == "checks alone" else "status.json"
+    assert f"nothing is proven:\n  {folder}: no {lacking}; accepted: a folder " in capsys.readouterr().err
+    assert table.read_text() == "as it was"
+
+
 class Checkout:
     """A repository with the kernels' sources at a commit, and an empty table."""
 
