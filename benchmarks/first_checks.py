@@ -24,15 +24,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden import ops
+from fastden.bench.timing import Replay, Stopwatch, interleaved, summary
 
 #: Channels of conv3's two sources and of its result.
 A, B, OUTPUTS = 128, 32, 256
 KERNEL = 3
-#: Sizes at which conv3 in fp8 is checked; the last one is timed. And how often it is repeated.
+#: Sizes at which conv3 in fp8 is checked; the last one is timed. How often calls are repeated,
+#: and in how many rounds they are timed.
 FP8_SIZES = ((1, 1), (8, 16), (133, 265), (1080, 1920))
-FP8_REPEATS = 20
+FP8_REPEATS, FP8_ROUNDS = 20, 15
 #: Channels of res3, and of its reduced maps.
 CHANNELS, MIDDLE = 256, 64
+
+
+class NotChecked(Exception):
+    """This GPU does not have what a check is of; the message says why."""
 
 
 class Inputs(NamedTuple):
@@ -173,8 +179,7 @@ def graph(device: str, backend: str) -> None:
 def fp8(device: str, backend: str) -> None:
     """conv3 in fp8: whether it is right, and its time, which is printed where it is not, too."""
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        print("fp8: not checked, this GPU's compute capability is not 9.0")
-        return
+        raise NotChecked("this GPU's compute capability is not 9.0")
     wrong = None
     try:
         check_fp8(device, backend)
@@ -227,24 +232,18 @@ def check_fp8(device: str, backend: str) -> None:
 
 
 def time_fp8(device: str, backend: str) -> None:
-    """Print the time of conv3 in fp8, its rounding included, beside that in bfloat16, in turn."""
+    """Print the time of conv3 in fp8, its rounding included, beside that in bfloat16, in turn.
+
+    They are timed as ``fastden bench ops`` times operators: replays of CUDA graphs, with a cold L2 cache.
+    """
     inputs, ranges = conv3_in_fp8(device, *FP8_SIZES[-1])
     arguments = (*inputs.features, *inputs.weights, *inputs.biases)
-    forms = {
-        "fp8": partial(ops.concat_conv_fp8, *arguments, ranges=ranges, backend=backend),
-        "bfloat16": partial(ops.concat_conv_bn_relu, *arguments, backend=backend),
+    calls = {
+        "fp8": Replay(partial(ops.concat_conv_fp8, *arguments, ranges=ranges, backend=backend)),
+        "bfloat16": Replay(partial(ops.concat_conv_bn_relu, *arguments, backend=backend)),
     }
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(30):
-        for name, run in forms.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end))
-    for name, all_times in times.items():
-        print(f"conv3 in {name}: {sorted(all_times)[len(all_times) // 2]:.3f} ms")
+    for name, times in interleaved(calls, Stopwatch(torch.device(device)), FP8_ROUNDS).items():
+        print(f"conv3 in {name}: {summary(times)['median_ms']:.3f} ms")
 
 
 CHECKS: dict[str, Callable[[str, str], None]] = {
@@ -266,8 +265,12 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     for backend in arguments.backend:
-        CHECKS[arguments.check](arguments.device, backend)
-        print(f"{arguments.check}: {backend} is right")
+        try:
+            CHECKS[arguments.check](arguments.device, backend)
+        except NotChecked as reason:
+            print(f"{arguments.check}: {backend} is not checked: {reason}")
+        else:
+            print(f"{arguments.check}: {backend} is right")
     return 0
 
 

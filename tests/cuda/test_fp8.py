@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fastden
 from fastden import ops
+from fastden.bench.timing import Replay, Stopwatch
 from fastden.network import int8
 from fastden.network.model import Denoiser
 from fastden.ops import backends
@@ -280,6 +281,45 @@ def test_wrong_results_are_timed_too(root: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit, match="1 wrong"):
         script.fp8("cuda", "cuda")
     assert timed == [("cuda", "cuda")]
+
+
+def test_its_time_is_that_of_other_operators(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Replays of graphs, and a GPU's L2 cache holds other data: both are :mod:`fastden.bench.timing`'s."""
+    script = load(root / "benchmarks" / "first_checks.py")
+    timed: list[object] = []
+
+    class Replayed:
+        def __init__(self, call: Callable[[], Tensor]) -> None:
+            self.call = call
+
+        def __call__(self) -> Tensor:
+            return self.call()
+
+    class Watch(Stopwatch):
+        def __call__(self, call: object) -> float:
+            timed.append(call)
+            return 2.5
+
+    assert (script.Replay, script.Stopwatch) == (Replay, Stopwatch)
+    monkeypatch.setattr(script, "FP8_SIZES", ((3, 4),))
+    monkeypatch.setattr(script, "Replay", Replayed)
+    monkeypatch.setattr(script, "Stopwatch", Watch)
+    script.time_fp8("cpu", "torch")
+    assert len(timed) == 2 * 2 * script.FP8_ROUNDS
+    assert {type(call) for call in timed} == {Replayed}
+    assert capsys.readouterr().out == "conv3 in fp8: 2.500 ms\nconv3 in bfloat16: 2.500 ms\n"
+
+
+def test_what_is_not_checked_is_not_right(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load(root / "benchmarks" / "first_checks.py")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr("sys.argv", ["first_checks.py", "fp8", "--backend", "cuda"])
+    assert script.main() == 0
+    assert capsys.readouterr().out == "fp8: cuda is not checked: this GPU's compute capability is not 9.0\n"
 
 
 @pytest.mark.gpu
