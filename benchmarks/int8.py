@@ -88,10 +88,11 @@ def _calls(
     if rivals:
         x = torch.rand(1, 3, *size)
         path = forms.export_onnx(fuse(model), x, folder / "composed.onnx")
-        calls["openvino bfloat16" if onednn.native_bf16() else "openvino float32"] = _openvino(path, bf16=True)
+        dtype = torch.bfloat16 if onednn.native_bf16() else torch.float32
+        calls[f"openvino {dtype}".replace("torch.", "")] = forms.openvino(path, dtype)
         # It is calibrated at the size that it runs at: the exported file has no other.
         path = forms.export_onnx(model, x, folder / "plain.onnx")
-        calls["openvino int8"] = _openvino(_quantized(path, _cut(pictures, size), folder), bf16=False)
+        calls["openvino int8"] = forms.openvino(_quantized(path, _cut(pictures, size), folder), torch.float32)
     return calls
 
 
@@ -120,15 +121,6 @@ def _quantized(path: Path, pictures: list[np.ndarray[Any, Any]], folder: Path) -
     target = folder / "int8.xml"
     ov.save_model(quantized, str(target))
     return target
-
-
-def _openvino(path: Path, *, bf16: bool) -> Call:
-    import openvino as ov
-
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    settings["INFERENCE_PRECISION_HINT"] = "bf16" if bf16 and onednn.native_bf16() else "f32"
-    request = ov.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return lambda x: torch.from_numpy(next(iter(request.infer([x.numpy()]).values())))
 
 
 def _times(calls: dict[str, Call], size: tuple[int, ...], repeats: int) -> dict[str, Any]:
@@ -178,7 +170,8 @@ def _quality(
                         directory = Path(scratch) / "x".join(map(str, size))
                         directory.mkdir()
                         path = forms.export_onnx(model, clean, directory / "plain.onnx")
-                        quantized[size] = _openvino(_quantized(path, _cut(calibration, size), directory), bf16=False)
+                        path = _quantized(path, _cut(calibration, size), directory)
+                        quantized[size] = forms.openvino(path, torch.float32)
                     results["openvino int8"] = quantized[size](noisy)
                 for name, result in results.items():
                     error = (result.clamp(0, 1).mul(255).round().div(255) - clean).square().mean()

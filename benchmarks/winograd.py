@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.bench.machine import describe, report
-from fastden.bench.timing import interleaved, summary
+from fastden.bench.timing import Stopwatch, interleaved, summary
 from fastden.network.onednn import Convolution
 
 #: Input channels, output channels, height and width of the result: the network's conv3 at 512 x 768 pixels, a whole
@@ -126,13 +125,7 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
         name: {"error": relative_error(call(), exact)} for name, call in forms.items()
     }
     bound = {f"products alone, {rows} rows": products_only(weight, rows, height, width) for rows in GROUPS}
-
-    def milliseconds(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-
-    times = interleaved({**forms, **bound}, milliseconds, rounds)
+    times = interleaved({**forms, **bound}, Stopwatch(torch.device("cpu")), rounds)
     least = statistics.median(times["direct"])
     for name, values in times.items():
         row = results.setdefault(name, {})

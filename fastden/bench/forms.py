@@ -167,8 +167,8 @@ def export_onnx(network: nn.Module, x: Tensor, path: Path) -> Path:
     return path
 
 
-def openvino(path: Path, x: Tensor, dtype: torch.dtype) -> Call:
-    """Inference by OpenVINO of an ONNX file, in float32 or bfloat16, on as many threads as PyTorch has."""
+def openvino(path: Path, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """OpenVINO on a file, ONNX or its own format, in float32 or bfloat16, on as many threads as PyTorch has."""
     import openvino as ov
 
     settings = {
@@ -177,8 +177,7 @@ def openvino(path: Path, x: Tensor, dtype: torch.dtype) -> Call:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     request = ov.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    image = x.numpy()
-    return lambda: torch.from_numpy(next(iter(request.infer([image]).values())))
+    return lambda x: torch.from_numpy(next(iter(request.infer([x.numpy()]).values())))
 
 
 def onnxruntime(path: Path, x: Tensor) -> Call:

@@ -120,7 +120,7 @@ def _runtime(name: str, model: Denoiser, x: Tensor, dtype: torch.dtype, folder: 
     composed = name.endswith(forms.COMPOSED)
     network: nn.Module = fuse(model) if composed else model
     path = forms.export_onnx(network, x, folder / ("composed.onnx" if composed else "plain.onnx"))
-    return forms.openvino(path, x, dtype) if name.startswith("openvino") else forms.onnxruntime(path, x)
+    return partial(forms.openvino(path, dtype), x) if name.startswith("openvino") else forms.onnxruntime(path, x)
 
 
 def training(
