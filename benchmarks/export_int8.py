@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from skimage.metrics import peak_signal_noise_ratio as psnr
 
 import fastden
 from fastden.bench.scripts import command
 from fastden.bench.tables import write
-from fastden.evaluation import find_pictures
+from fastden.evaluation import find_pictures, psnr
 from fastden.images.codec import read_image
 
 PRECISIONS = ("fp32", "int8")
@@ -50,7 +49,7 @@ def main() -> None:
         noisy = (clean / 255 + noise).astype(np.float32).transpose(2, 0, 1)[None]
         for precision, network in networks.items():
             result = network.run(None, {"input": noisy, "sigma": level})[0][0].transpose(1, 2, 0)
-            figures[precision].append(float(psnr(clean, np.rint(255 * result.clip(0, 1)).astype(np.uint8))))
+            figures[precision].append(psnr(clean, np.rint(255 * result.clip(0, 1))))
     document = {
         "model": arguments.model,
         "set": arguments.folder.resolve().name,

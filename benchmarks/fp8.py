@@ -31,11 +31,11 @@ from fastden.training.data import find_photographs, load_rgb
 ACCEPTED = 0.02
 
 
-def noisy(path: Path, level: float, seed: int) -> tuple[Tensor, Tensor]:
+def with_noise(path: Path, sigma: float, seed: int) -> tuple[Tensor, Tensor]:
     """A photograph and the same with white noise, (1, 3, H, W) in [0, 1]."""
     clean = torch.from_numpy(load_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    return clean, clean + level / 255 * noise
+    return clean, clean + sigma / 255 * noise
 
 
 def psnr(result: Tensor, clean: Tensor) -> float:
@@ -62,7 +62,7 @@ def measure(model: Denoiser, images: list[Path], level: float) -> list[dict[str,
     network, ranges = fuse(model), conv3_ranges(calibrated_ranges(model))
     rows = []
     for index, path in enumerate(images):
-        clean, x = noisy(path, level, index)
+        clean, x = with_noise(path, level, index)
         single, rounded = network(x, level / 255), in_fp8(network, ranges, x, level / 255)
         rows.append({"image": path.name, "float32": psnr(single, clean), "fp8": psnr(rounded, clean)})
     return rows

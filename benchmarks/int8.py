@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fp8 import psnr, with_noise
 from torch import Tensor
 
 from fastden import Denoiser, FusedDenoiser, calibrate, fuse
@@ -30,7 +31,7 @@ from fastden.bench.images import photograph
 from fastden.bench.machine import describe, report
 from fastden.bench.scripts import command
 from fastden.network import int8, onednn
-from fastden.training.data import central_crops, find_photographs, load_rgb
+from fastden.training.data import central_crops, find_photographs
 
 Call = Callable[[Tensor], Tensor]
 #: Noise level of the timed picture, and of the comparison, 0-255 scale.
@@ -160,10 +161,8 @@ def _quality(
         for sigma in SIGMAS:
             scores: dict[str, list[float]] = {}
             for index, file in enumerate(files):
-                clean = torch.from_numpy(load_rgb(file).copy()).permute(2, 0, 1)[None].float().div_(255)
-                noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(index))
-                noisy = clean + sigma / 255 * noise
-                results = {name: network(noisy, sigma / 255) for name, network in own.items()}
+                clean, x = with_noise(file, sigma, index)
+                results = {name: network(x, sigma / 255) for name, network in own.items()}
                 if rivals and sigma == SIGMA:
                     size = tuple(clean.shape[2:])
                     if size not in quantized:
@@ -172,10 +171,9 @@ def _quality(
                         path = forms.export_onnx(model, clean, directory / "plain.onnx")
                         path = _quantized(path, _cut(calibration, size), directory)
                         quantized[size] = forms.openvino(path, torch.float32)
-                    results["openvino int8"] = quantized[size](noisy)
+                    results["openvino int8"] = quantized[size](x)
                 for name, result in results.items():
-                    error = (result.clamp(0, 1).mul(255).round().div(255) - clean).square().mean()
-                    scores.setdefault(name, []).append(float(-10 * error.log10()))
+                    scores.setdefault(name, []).append(psnr(result, clean))
             means[f"{sigma:g}"] = {name: round(float(np.mean(values)), 4) for name, values in scores.items()}
     return means
 
