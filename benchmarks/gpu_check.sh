@@ -3,7 +3,7 @@
 # in the folder says it to benchmarks/prove.py, which turns a folder of results into the table of the automatic choice. Its
 # steps are of one commit and one GPU: a call at another commit begins it anew, one at the same commit adds to it.
 #
-#     benchmarks/gpu_check.sh [FOLDER] [PART...]
+#     benchmarks/gpu_check.sh [FOLDER [PART...]]
 #
 #   first      builds the CUDA extension, and meanwhile checks conv3 on Triton in the order in which mistakes show
 #              soonest; then the same on CUDA                                                          2 to 3 minutes
@@ -42,13 +42,25 @@ out=${1:-benchmarks/results}
 shift || true
 parts=("$@")
 ((${#parts[@]})) || parts=(first quick tests operators network)
+known=(first quick tests operators network proof tune color photo)
+is_part() {
+    local name
+    for name in "${known[@]}"; do
+        if [[ $1 == "$name" ]]; then return 0; fi
+    done
+    return 1
+}
 for part in "${parts[@]}"; do
-    case $part in first | quick | tests | operators | network | proof | tune | color | photo) ;; *)
-        echo "part: $part; accepted: first, quick, tests, operators, network, proof, tune, color, photo" >&2
+    if ! is_part "$part"; then
+        printf -v accepted ', %s' "${known[@]}"
+        echo "part: $part; accepted: ${accepted#, }" >&2
         exit 2
-        ;;
-    esac
+    fi
 done
+if is_part "$out"; then # it would run other parts, into a folder of that name
+    echo "folder: $out is the name of a part; accepted: a folder before the parts (./$out for one of that name)" >&2
+    exit 2
+fi
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}

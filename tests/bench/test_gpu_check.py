@@ -372,6 +372,15 @@ def test_gpu_check_says_what_found_no_time(root: Path, tmp_path: Path) -> None:
     assert "part: check; accepted: first, quick, tests" in done.stderr
 
 
+def test_gpu_check_takes_no_part_for_its_folder(root: Path, tmp_path: Path) -> None:
+    environment = stand_ins(tmp_path / "bin", tmp_path / "log")
+    done = gpu_check(root, environment, "proof")
+    assert done.returncode == 2
+    assert "folder: proof is the name of a part; accepted: a folder before the parts" in done.stderr
+    assert not (root / "proof").exists()
+    assert not (tmp_path / "log").exists()
+
+
 def test_gpu_check_leaves_what_passed_before(root: Path, tmp_path: Path) -> None:
     """A second call at the same commit that finds no time says nothing new; at another commit, that there was none."""
     environment = stand_ins(tmp_path / "bin", tmp_path / "log", failing="--size 512 768")
