@@ -1,4 +1,4 @@
-"""What Lightning's trainer is given: averages of the weights, a limit on time, checkpoints that are whole."""
+"""What Lightning's trainer is given: averages of the weights, the progress bar, a limit on time, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastden.errors import UserError
 from fastden.training.config import TrainConfig
+from fastden.training.denoise import LOOK_EVERY
 from fastden.whole_files import write_bytes
 
 #: Steps between looks at the clock.
@@ -119,6 +120,27 @@ class Averages(WeightAveraging):
         names = trained.state_dict().keys()
         own = {key: {name: checkpoint[key][name] for name in names} for key in ("state_dict", "current_model_state")}
         super().on_load_checkpoint(trainer, trained, {**checkpoint, **own})
+
+
+class LossBar(RichProgressBar):
+    """Lightning's progress bar with the losses of one step in :data:`LOOK_EVERY`, and of the last step of each epoch.
+
+    Lightning makes a Python number of what is logged with ``prog_bar``, at each step, which waits for the GPU.
+    """
+
+    #: Logged values that are shown, where there are such.
+    NAMES = ("train_loss", "train_task_loss")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._losses: dict[str, float] = {}
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        # The training step has looked at the loss of the same step already.
+        if not self._losses or trainer.global_step % LOOK_EVERY == 1 or trainer.is_last_batch:
+            logged = trainer.callback_metrics
+            self._losses = {name: float(logged[name]) for name in self.NAMES if name in logged}
+        return {**super().get_metrics(trainer, pl_module), **self._losses}
 
 
 class Steps(pl.Callback):

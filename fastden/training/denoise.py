@@ -303,7 +303,7 @@ class DenoiserTraining(pl.LightningModule):
             self._wrong = wrong if self._wrong is None else self._wrong | wrong
         if (not loss.is_cuda or self.global_step % LOOK_EVERY == 0) and not torch.isfinite(loss):
             self._stop(loss, batch)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss)  # not with prog_bar, see fastden.training.callbacks.LossBar
         return loss
 
     def _stop(self, loss: Tensor, batch: dict[str, Tensor]) -> None:

@@ -223,7 +223,7 @@ class JointTraining(DenoiserTraining):
         except (TypeError, ValueError) as error:
             raise UserError(f"training: {error}") from error
         self.log("train_denoise_loss", terms.denoise)
-        self.log("train_task_loss", terms.tasks[TASK], prog_bar=True)
+        self.log("train_task_loss", terms.tasks[TASK])
         return terms.total
 
     def _prediction(self, images: Tensor, predict: Callable[[Tensor], Any]) -> Any:

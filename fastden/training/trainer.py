@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from fastden.errors import UserError, in_one_line
 from fastden.network.model import Denoiser
 from fastden.network.own_estimator import OwnEstimator
-from fastden.training.callbacks import Averages, FittedSteps, Steps, TimeLimit, WholeCheckpoints
+from fastden.training.callbacks import Averages, FittedSteps, LossBar, Steps, TimeLimit, WholeCheckpoints
 from fastden.training.config import JointConfig, PhotoConfig, TrainConfig
 from fastden.training.data import tell
 from fastden.training.denoise import DenoiserData, DenoiserTraining
@@ -226,6 +226,7 @@ def _trainer(config: TrainConfig, ema: Averages, last: Path, accelerator: str, d
         plugins=[WholeCheckpoints()],
         callbacks=[
             ema,
+            LossBar(),
             LearningRateMonitor("step"),
             # One file, replaced after every epoch. (save_last with save_top_k=0 would write it only when training
             # ends.)

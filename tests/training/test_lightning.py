@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.connectors.logger_connector import result
+
 from fastden.cli.main import app
 from fastden.errors import UserError
-from fastden.training import trainer
+from fastden.training import callbacks, trainer
 from fastden.training.config import TrainConfig
 from fastden.training.denoise import DenoiserTraining
 from tests.cli.run import fails
+from tests.training.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -89,3 +95,50 @@ def test_ctrl_c_ends_the_command_with_130(photographs: Path, tmp_path: Path, mon
         signal.signal(signal.SIGINT, handler)
     assert done.exit_code == 130, (done.output, done.exception)
     fails("train", config, "--set", *changes, "--minutes", "inf", "--fit", saying="minutes: inf; accepted: a number")
+
+
+def _in_the_progress_bar() -> bool:
+    """Whether what calls is called by the progress bar."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if isinstance(frame.f_locals.get("self"), RichProgressBar):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def test_no_step_waits_for_the_progress_bar(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the losses of the first step, of one in LOOK_EVERY, and of an epoch's last."""
+    monkeypatch.setattr(callbacks, "LOOK_EVERY", 5)
+    step, reads, converted = 0, [], []
+    begin, show = DenoiserTraining.training_step, callbacks.LossBar._update_metrics
+    shown: list[dict[str, Any]] = []
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        nonlocal step
+        step += 1
+        return begin(self, *arguments)
+
+    def number(self: torch.Tensor) -> float:
+        if _in_the_progress_bar():
+            reads.append(step)
+        return self.tolist()
+
+    def convert(values: Any) -> Any:
+        converted.append(step)
+        return values
+
+    def showing(self: Any, *arguments: Any) -> None:
+        show(self, *arguments)
+        shown.append(self._metric_component._metrics)
+
+    monkeypatch.setattr(DenoiserTraining, "training_step", counting)
+    monkeypatch.setattr(callbacks.LossBar, "_update_metrics", showing)
+    monkeypatch.setattr(result, "convert_tensors_to_scalars", convert)
+    monkeypatch.setattr(torch.Tensor, "item", number)
+    monkeypatch.setattr(torch.Tensor, "__float__", number)
+    run(tmp_path / "out", steps=8, epoch_steps=8, validation=0)
+    assert not converted
+    assert sorted(set(reads)) == [1, 6, 8]
+    assert len(shown) >= 8
+    assert all("train_loss" in metrics for metrics in shown)
