@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -22,6 +23,9 @@ from fastden.whole_files import write_bytes
 
 #: Steps between looks at the clock.
 FIT_EVERY = 50
+
+#: A module's parameters or buffers, and the name of one.
+_Place = tuple[dict[str, Any], str]
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -46,6 +50,8 @@ class _AveragedModel(AveragedModel):
     """
 
     _begun = False
+    #: What was averaged last, and where its tensors and those of the averages are.
+    _listed: tuple[list[nn.Module], list[_Place], list[_Place]] | None = None
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -55,12 +61,31 @@ class _AveragedModel(AveragedModel):
             self._begun = True
             return
         assert self.multi_avg_fn is not None
-        both = [[*module.parameters(), *module.buffers()] for module in (self.module, model)]
+        if self._listed is None or not _same(self._listed[0], model):
+            self._listed = [*model.children()], _places(self.module), _places(model)
+        both = [[tensors[name] for tensors, name in places] for places in self._listed[1:]]
         for is_float in (True, False):
             old, new = ([value for value in values if value.is_floating_point() == is_float] for values in both)
             if old:
                 self.multi_avg_fn(old, new, 1)
         self.n_averaged += 1
+
+
+def _same(children: list[nn.Module], model: nn.Module) -> bool:
+    """Whether ``model`` holds these modules; :attr:`DenoiserTraining.trained` makes a new one for the same."""
+    own = [*model.children()]
+    return len(own) == len(children) > 0 and all(map(operator.is_, own, children))
+
+
+def _places(module: nn.Module) -> list[_Place]:
+    """Where a module has its parameters and buffers, each once, in PyTorch's order; the tensors may be replaced."""
+    places: dict[int, _Place] = {}
+    modules = [*module.modules()]
+    for tensors in [part._parameters for part in modules] + [part._buffers for part in modules]:
+        for name, value in tensors.items():
+            if value is not None:
+                places.setdefault(id(value), (tensors, name))
+    return [*places.values()]
 
 
 class Averages(WeightAveraging):
@@ -96,9 +121,6 @@ class Averages(WeightAveraging):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *arguments: Any) -> None:
         super().on_train_batch_end(trainer, pl_module.trained, *arguments)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        super().on_train_epoch_end(trainer, pl_module.trained)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         super().on_train_end(trainer, pl_module.trained)

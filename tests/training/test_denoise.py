@@ -561,6 +561,42 @@ def test_averages_are_those_of_pytorch() -> None:
             torch.testing.assert_close(averages.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
+def test_averages_look_for_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of PyTorch where tensors are replaced and shared, too."""
+    layer = torch.nn.Linear(2, 2)
+    batch_norm = torch.nn.BatchNorm1d(2)
+    model = torch.nn.Sequential(layer, batch_norm, torch.nn.Linear(2, 2))
+    model[2].weight = layer.weight
+    settings: Any = {"multi_avg_fn": callbacks.Averages(0.5)._kwargs["multi_avg_fn"], "use_buffers": True}
+    expected, averages = AveragedModel(model, **settings), callbacks._AveragedModel(model, **settings)
+    walks: list[int] = []
+    walk = torch.nn.Module.named_modules
+
+    def walking(*arguments: Any, **options: Any) -> Any:
+        walks.append(step)
+        return walk(*arguments, **options)
+
+    for step in range(5):
+        with torch.no_grad():
+            layer.weight.add_(torch.randn(2, 2))
+        if step == 3:
+            layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()}, assign=True)
+            model[2].weight = layer.weight
+            batch_norm.running_mean = torch.randn(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Module, "named_modules", walking)
+            averages.update_parameters(torch.nn.ModuleDict({"model": model}))
+        expected.update_parameters(model)
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(averages.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    assert set(walks) == {0, 1}, "PyTorch's own takes in the first"
+    layer.weight.data.fill_(1)
+    other = copy.deepcopy(model)
+    averages.update_parameters(other)
+    expected.update_parameters(other)
+    torch.testing.assert_close(averages.module[0].weight, expected.module[0].weight, rtol=0, atol=0)
+
+
 @pytest.mark.gpu
 def test_no_step_waits_for_averages() -> None:
     if not torch.cuda.is_available():
