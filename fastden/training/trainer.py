@@ -64,6 +64,17 @@ def _without_praise() -> Iterator[None]:
         logger.removeFilter(is_no_praise)
 
 
+@contextmanager
+def _own_choice_of_cudnn() -> Iterator[None]:
+    """Leave PyTorch's flag as it was, which Lightning sets for the whole process."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@_own_choice_of_cudnn()
 @_without_praise()
 def train(
     config: TrainConfig,

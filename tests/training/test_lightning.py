@@ -65,6 +65,24 @@ def test_a_training_leaves_lightnings_logger_as_it_was(tmp_path: Path, monkeypat
     assert list(logger.filters) == before
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_training_leaves_cudnns_choice_as_it_was(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    during: list[bool] = []
+
+    def stop(*_: Any) -> None:
+        during.append(torch.backends.cudnn.benchmark)
+        raise UserError("enough")
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    monkeypatch.setattr(DenoiserTraining, "training_step", stop)
+    with pytest.raises(UserError, match="enough"):
+        run(tmp_path / "out")
+    assert during == [True]
+    assert torch.backends.cudnn.benchmark is before
+
+
 def test_no_log_replaces_an_earlier_one(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.mkdir()
