@@ -25,6 +25,8 @@ def check_preprocess(preprocess: Callable[[Tensor], Any], images: Tensor, name: 
     Rounding, comparing, converting to integers or to NumPy, and ``detach`` all stop the gradient, some of them without
     an error. The denoiser would then learn nothing from the task.
 
+    Nothing is said of gradients that reentrant checkpoints give to a whole backward pass alone (:func:`check_network`).
+
     Raises:
         ValueError: no gradient, one that is zero everywhere, or one that is not finite.
     """
@@ -33,7 +35,12 @@ def check_preprocess(preprocess: Callable[[Tensor], Any], images: Tensor, name: 
     )
     # Where images are beyond white, the gradient of one that cuts them off is zero.
     for values in (images, _random_like(images)):
-        gradient = _gradient_of_preprocess(preprocess, values, name, accepted)
+        try:
+            gradient = _gradient_of_preprocess(preprocess, values, name, accepted)
+        except RuntimeError as error:
+            if _needs_backward(error):
+                return
+            raise
         if gradient is not None and not bool(gradient.isfinite().all()):
             raise ValueError(f"preprocess of {name}: its gradient is not finite; {accepted}")
         if gradient is not None and bool(gradient.any()):
@@ -60,6 +67,11 @@ def _gradient_of_preprocess(
     return gradient
 
 
+def _needs_backward(error: RuntimeError) -> bool:
+    """Whether it is that of checkpoints that ``torch.autograd.grad`` cannot pass, and ``backward`` can."""
+    return "compatible with .grad()" in str(error)
+
+
 def _random_like(images: Tensor) -> Tensor:
     """Images of the same size, uniform in [0, 1]; at least one."""
     return torch.rand((max(len(images), 1), *images.shape[1:]), dtype=images.dtype, device=images.device)
@@ -69,7 +81,8 @@ def check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) -
     """Raise unless gradients pass to ``images`` from what a network predicts for them, and return that.
 
     What it predicts may be tensors in lists, mappings and objects. Where a part of it cannot be looked into, such as a
-    nested tensor, nothing is said.
+    nested tensor, nothing is said. Nor is it of the gradient itself where ``torch.utils.checkpoint`` with
+    ``use_reentrant=True`` gives it to a whole backward pass alone, which would fill the gradients of what is trained.
 
     Without a gradient the loss still has a value, and the denoiser learns from its own part alone. So it does behind a
     forward pass under ``torch.no_grad``, a network in integers, or one that TorchScript has optimised for inference.
@@ -102,6 +115,8 @@ def check_network(predict: Callable[[Tensor], Any], images: Tensor, name: str) -
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                if _needs_backward(error):
+                    return predictions[0]
                 raise ValueError(f"{name}: no gradient passes through the network: {error}; {accepted}") from error
             if not is_whole or (gradient is not None and bool(gradient.any())):
                 return predictions[0]

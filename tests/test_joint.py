@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastden.joint import FrozenTask, JointDenoiser, JointLoss, check_preprocess
 from fastden.network.model import Denoiser
@@ -417,6 +418,31 @@ class TestGradientOfTheNetwork:
     def test_accepted(self, function: Any) -> None:
         joint = JointDenoiser(nn.Identity(), Wrapped(function, classifier()))
         joint(0.1 * labelled_batch()[0])
+
+    @pytest.mark.parametrize("where", ["network", "preprocess"])
+    def test_reentrant_checkpoints_are_accepted(self, where: str) -> None:
+        """torch.autograd.grad refuses them at all times; what is trained beside them keeps its gradients."""
+        noisy, clean, labels = labelled_batch()
+        body = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)).eval().requires_grad_(False)
+        scale = nn.Parameter(torch.ones(()))
+        scale.grad = torch.tensor(7.0)
+
+        def passed(x: Tensor, reentrant: bool) -> Tensor:
+            return scale.detach() * checkpoint(body, scale * x, use_reentrant=reentrant)
+
+        gradients = []
+        for reentrant in (True, False):
+            own = lambda x: passed(x, reentrant)  # noqa: B023, E731
+            network = Wrapped(lambda network, x: network(own(x)), classifier()) if where == "network" else classifier()  # noqa: B023
+            joint = JointDenoiser(nn.Conv2d(3, 3, 1), network, own if where == "preprocess" else None)
+            joint.denoiser.load_state_dict({"weight": torch.eye(3)[..., None, None], "bias": torch.zeros(3)})
+            joint.check(noisy)
+            assert scale.grad == 7
+            JointLoss(1, "classification")(joint(noisy), clean, labels).total.backward()
+            gradients.append(joint.denoiser.weight.grad)
+            scale.grad = torch.tensor(7.0)
+        assert bool(gradients[0].any())
+        torch.testing.assert_close(*gradients)
 
     def test_check_in_front_of_a_compiled_joint(self) -> None:
         """Compiled code verifies nothing, and a checked network is not checked again."""
