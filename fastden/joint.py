@@ -175,8 +175,10 @@ class FrozenTask(nn.Module):
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{self.name}: check within torch.inference_mode(); accepted: a call outside of it")
         self._check_frozen()
-        # A resumed training checks again: it must go on with the random numbers of the one that was not stopped.
-        with random_numbers_apart(images.device):
+        # A resumed training checks again: it must go on with the random numbers of the one that was not stopped. A
+        # checkpoint around this module counts the tensors that are saved for gradients; what it runs again checks none.
+        saved_apart = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved)
+        with random_numbers_apart(images.device), saved_apart:
             if self.preprocess is not None:
                 check_preprocess(self.preprocess, images, self.name)
             prediction = check_network(self._predict, images, self.name)
@@ -205,7 +207,8 @@ class JointDenoiser(nn.Module):
     """A denoiser followed by one or several frozen networks.
 
     The first batch under grad verifies that gradients pass through each ``preprocess`` and network. Under
-    ``torch.compile`` and the transforms of ``torch.func`` no batch does: call :meth:`check` first.
+    ``torch.compile`` and the transforms of ``torch.func`` no batch does: call :meth:`check` first. Call it before
+    ``torch.distributed.fsdp.fully_shard``, too: where it shards a part of a network, the first batch cannot be checked.
 
     Args:
         denoiser: called as ``denoiser(noisy, sigma)``, without ``sigma`` where that is None.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastden.joint import FrozenTask, JointDenoiser, JointLoss, check_preprocess
+from fastden.joint import FrozenTask, JointDenoiser, JointLoss, JointOutput, check_preprocess
 from fastden.network.model import Denoiser
 from fastden.ops.backends import requested, use_backend
 from tests.helpers import labelled_batch, random_network
@@ -442,6 +442,25 @@ class TestGradientOfTheNetwork:
             gradients.append(joint.denoiser.weight.grad)
             scale.grad = torch.tensor(7.0)
         assert bool(gradients[0].any())
+        torch.testing.assert_close(*gradients)
+
+    @pytest.mark.parametrize(("part", "reentrant"), [("joint", False), ("task", False), ("task", True)])
+    def test_inside_of_a_checkpoint(self, part: str, reentrant: bool) -> None:
+        """The first batch has the gradients of the second, without an error."""
+        noisy, clean, labels = labelled_batch()
+        joint = JointDenoiser(nn.Conv2d(3, 3, 1), classifier(), normalise)
+        gradients = []
+        for _ in range(2):
+            joint.zero_grad()
+            if part == "joint":
+                output = checkpoint(joint, noisy, use_reentrant=reentrant)
+            else:
+                denoised = joint.denoiser(noisy)
+                output = JointOutput(
+                    denoised, {"task": checkpoint(joint.tasks["task"], denoised, use_reentrant=reentrant)}
+                )
+            JointLoss(1, "classification")(output, clean, labels).total.backward()
+            gradients.append(joint.denoiser.weight.grad)
         torch.testing.assert_close(*gradients)
 
     def test_check_in_front_of_a_compiled_joint(self) -> None:
