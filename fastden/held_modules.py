@@ -45,10 +45,8 @@ class FunctionModule(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         # A frozen network that nobody put into evaluation mode would move its BN statistics. Here and not when this is
         # made: a module that comes to hold this one may hold nothing but frozen ones by then.
-        if transforming():
-            return self.function(*arguments)
-        frozen = [module for module in (*self._registered(), *_global_modules(self.function)) if _is_frozen(module)]
-        with _evaluating(frozen):
+        named = () if transforming() else _global_modules(self.function)
+        with _evaluating([module for module in (*self._registered(), *named) if _is_frozen(module)]):
             return self.function(*arguments)
 
     def _registered(self) -> Iterator[nn.Module]:

@@ -343,6 +343,29 @@ class TestModules:
         assert not torch.equal(trained[1].running_mean, before[1]["1.running_mean"])
         assert holder.training
 
+    @pytest.mark.parametrize("how", ["compiled", "transformed"])
+    def test_a_frozen_network_in_code_that_is_compiled_or_transformed(self, how: str) -> None:
+        """The loss is that of eager code, and the network has its mode again."""
+        frozen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
+        loss = JointLoss(1, "classification", lambda p, t: F.mse_loss(frozen(p), frozen(t)))
+        denoised, clean, labels = labelled_batch()
+        prediction = torch.zeros(4, 5)
+
+        def denoise_loss(call: Any, image: Tensor) -> Tensor:
+            return call(JointOutput(image, {"task": prediction}), clean, labels).denoise
+
+        image = denoised.clone().requires_grad_()
+        wanted = denoise_loss(loss, image)
+        wanted.backward()
+        if how == "compiled":
+            value = denoise_loss(torch.compile(loss, backend="eager", fullgraph=True), denoised)
+        else:
+            gradient, value = torch.func.grad_and_value(lambda x: denoise_loss(loss, x))(denoised)
+            torch.testing.assert_close(gradient, image.grad)
+        torch.testing.assert_close(value, wanted.detach())
+        assert not bool(frozen[1].running_mean.any())
+        assert all(module.training for module in frozen.modules())
+
     def test_a_frozen_network_that_a_script_names(self) -> None:
         script: dict[str, Any] = {"net": nn.BatchNorm2d(3).requires_grad_(False)}
         exec("loss = lambda denoised, clean: (net(denoised) - net(clean)).square().mean()", script)
