@@ -6,17 +6,14 @@ module of it, so that they are trained, saved, moved and copied with it.
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from functools import lru_cache, partial
-from types import CellType, CodeType, FunctionType, MethodType
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
-
-from fastden.ops.modes import transforming
 
 
 class FunctionModule(nn.Module):
@@ -45,8 +42,7 @@ class FunctionModule(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         # A frozen network that nobody put into evaluation mode would move its BN statistics. Here and not when this is
         # made: a module that comes to hold this one may hold nothing but frozen ones by then.
-        named = () if transforming() else _global_modules(self.function)
-        with _evaluating([module for module in (*self._registered(), *named) if _is_frozen(module)]):
+        with _evaluating([module for module in self._registered() if _is_frozen(module)]):
             return self.function(*arguments)
 
     def _registered(self) -> Iterator[nn.Module]:
@@ -120,21 +116,6 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-@lru_cache(maxsize=256)
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """The names of global variables that code loads; ``co_names`` holds those of attributes too."""
-    return tuple({item.argval: None for item in dis.get_instructions(code) if item.opname == "LOAD_GLOBAL"})
-
-
-def _global_modules(function: Any) -> Iterator[nn.Module]:
-    """Modules that a function of a script names. They are everyone's, and not registered."""
-    if isinstance(function, FunctionType):
-        for name in _global_names(function.__code__):
-            value = function.__globals__.get(name)
-            if isinstance(value, nn.Module):
-                yield value
 
 
 def _is_frozen(module: nn.Module) -> bool:

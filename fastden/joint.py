@@ -301,9 +301,10 @@ class JointLoss(nn.Module):
     Losses that are modules are registered: their parameters are in ``parameters()``, their states in ``state_dict()``.
     So are the modules and parameters that a function holds: in a closure, a default argument, a ``functools.partial``,
     a bound method, or the attributes of a callable object; also behind functions, lists and mappings that these hold.
-    Modules that hold this loss are left out, so ``self.loss = JointLoss(weight, self.method)`` may be written. What a
-    function holds, or names in its script, and is frozen, with no parameter that requires gradients, is in
-    evaluation mode while the function runs: the statistics of a perceptual network do not move.
+    Modules that hold this loss are left out, so ``self.loss = JointLoss(weight, self.method)`` may be written. A module
+    that is registered so and frozen, with no parameter that requires gradients, is in evaluation mode while the
+    function runs: the statistics of a perceptual network do not move. All others keep their mode. Of a function's
+    global variables none is registered: call ``eval()`` on a frozen network there, or hand it over.
 
     Raises:
         ValueError: a negative or non-finite weight, an unknown loss, or names that differ.
