@@ -92,6 +92,12 @@ class JointTerms(NamedTuple):
     tasks: dict[str, Tensor]
 
 
+class _Mark:
+    """Whether gradients are known to pass. The replicas that ``DataParallel`` makes for each batch share it."""
+
+    verified = False
+
+
 class FrozenTask(nn.Module):
     """A network that passes gradients to its input and never changes.
 
@@ -120,7 +126,7 @@ class FrozenTask(nn.Module):
         self.name = name
         self.network = network
         self.preprocess = preprocess
-        self._verified = False
+        self._mark = _Mark()
         self.requires_grad_(False)
         try:
             self.eval()
@@ -146,7 +152,7 @@ class FrozenTask(nn.Module):
         self._check_frozen()
         # Code that is compiled or transformed cannot look at gradients.
         is_batch = isinstance(images, Tensor) and images.numel() > 0
-        if not self._verified and is_batch and torch.is_grad_enabled() and not transforming():
+        if is_batch and torch.is_grad_enabled() and not transforming() and not self._mark.verified:
             self.check(images)
         # Tensors count their changes, but not in inference mode.
         counted = isinstance(images, Tensor) and not transforming() and not images.is_inference()
@@ -182,7 +188,7 @@ class FrozenTask(nn.Module):
             if self.preprocess is not None:
                 check_preprocess(self.preprocess, images, self.name)
             prediction = check_network(self._predict, images, self.name)
-        self._verified = True
+        self._mark.verified = True
         return prediction
 
     def _predict(self, images: Tensor) -> Any:

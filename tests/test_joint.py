@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from contextlib import nullcontext
 from typing import Any
@@ -478,6 +479,23 @@ class TestGradientOfTheNetwork:
         joint.check(noisy[:2])
         joint(noisy)
         assert calls == [2, 4]
+
+    def test_replicas_of_data_parallel_are_checked_once(self) -> None:
+        """Copies go on from what they were copied of, each by itself."""
+        calls: list[int] = []
+        task = FrozenTask(Wrapped(lambda network, x: calls.append(len(x)) or network(x), classifier()))
+        fresh, pickled = copy.deepcopy(task), pickle.loads(pickle.dumps(FrozenTask(classifier())))
+        images = labelled_batch()[0].requires_grad_()
+        for _ in range(2):
+            replica = task._replicate_for_data_parallel()
+            replica._modules = dict(task._modules)
+            replica(images)
+        assert len(calls) == 3
+        assert [each._mark.verified for each in (task, fresh, pickled)] == [True, False, False]
+        fresh(images)
+        assert len(calls) == 5
+        copy.deepcopy(task)(images)
+        assert len(calls) == 6
 
     def test_the_check_draws_no_random_numbers(self) -> None:
         """Else a resumed training, which checks again, would go on with others."""
