@@ -44,10 +44,11 @@ def check_shape(name: str, tensor: Tensor | None, *accepted: int | str) -> None:
     """
     if tensor is None:
         return
-    sizes: dict[int | str, int] = {}
+    sizes: dict[str, int] = {}
     fits = tensor.dim() == len(accepted)
     for size, wanted in zip(tensor.shape, accepted, strict=False):
-        fits = fits and size == (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, size))
+        # Under tracing with symbolic shapes, sizes are torch.SymInt, which is no int and has no hash.
+        fits = fits and size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
     if not fits:
         comma = "," if len(accepted) == 1 else ""
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}; accepted: ({', '.join(map(str, accepted))}{comma})")

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.export import Dim, export
-from torch.func import jvp, vmap
+from torch.func import functional_call, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastden import ops
@@ -174,6 +176,16 @@ def test_export_with_named_dimensions(form: str) -> None:
         for size in ((4, 4), (5, 39), (32, 41)):
             x = torch.rand(2, 3, *size)
             assert max_error(program(x), model(x)) < 1e-5
+
+
+def test_symbolic_shapes(models: tuple[Denoiser, Denoiser]) -> None:
+    sigmas = torch.tensor([0.1, 0.2])
+    for network in networks(models):
+        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+        run = partial(functional_call, network)
+        traced = make_fx(lambda *a, run=run: run(a[0], a[1:]), tracing_mode="symbolic")(state, X, sigmas)
+        assert max_error(traced(state, X, sigmas), network(X, sigmas)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")
