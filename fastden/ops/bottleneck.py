@@ -16,7 +16,7 @@ from fastden.ops._recompute import Recipe
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
 from fastden.ops.conv_bn_relu import conv_bn_relu
-from fastden.ops.tensors import in_autocast, may_overwrite, wants_gradient
+from fastden.ops.tensors import in_autocast, untransformed, wants_gradient
 
 
 def bottleneck(
@@ -73,7 +73,7 @@ def bottleneck(
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)
             return _with_batch_statistics(x, reduce, conv, expand, bns)
         # The operator alone has no derivative, and would drop a tangent without a word.
-        if all(bn is None for bn in bns) and not wants_gradient(*tensors.values()) and may_overwrite():
+        if all(bn is None for bn in bns) and not wants_gradient(*tensors.values()) and untransformed():
             return OPERATORS[backend].bottleneck(*in_autocast(x, reduce, conv, expand), *biases)
     y = conv_bn_relu(x, reduce, biases[0], bn=bns[0], backend=backend)
     y = conv_bn_relu(y, conv, biases[1], bn=bns[1], padding=1, backend=backend)

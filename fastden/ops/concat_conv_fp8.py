@@ -10,7 +10,7 @@ from fastden.ops._checks import check_convolution, check_shape, check_tensors
 from fastden.ops._library import OPERATORS, check, empty_like, shape_of_cuda
 from fastden.ops.backends import choose
 from fastden.ops.modes import without_autocast
-from fastden.ops.tensors import in_autocast, like, may_overwrite, wants_gradient
+from fastden.ops.tensors import in_autocast, like, untransformed, wants_gradient
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -61,7 +61,7 @@ def concat_conv_fp8(
         if ranges.dtype != torch.float32 or ranges.device != a.device:
             raise TypeError(f"ranges: {ranges.dtype} on {ranges.device}; accepted: torch.float32 on {a.device}")
         check_shape("ranges", ranges, weight.shape[1])
-    if wants_gradient(a, b, weight, bias, ranges) or not may_overwrite():
+    if wants_gradient(a, b, weight, bias, ranges) or not untransformed():
         raise RuntimeError(
             "concat_conv_fp8 has no gradient; accepted: tensors that need none, or torch.no_grad(), and no transform of"
             " torch.func or forward mode"

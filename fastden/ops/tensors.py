@@ -26,13 +26,22 @@ def in_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def untransformed() -> bool:
+    """Whether an operator may run what has no derivative and no batching rule, for tensors that need no gradient.
+
+    Not under the transforms of ``torch.func`` and forward-mode differentiation, except where the compiler handles them.
+    """
+    return torch.compiler.is_compiling() or not transform_active()
+
+
 def may_overwrite() -> bool:
     """Whether an operator may write into its own intermediate results.
 
-    Not under the transforms of ``torch.func``: only one of the two tensors may be batched, or carry a tangent.
+    Not under the transforms of ``torch.func``: only one of the two tensors may be batched, or carry a tangent. Not
+    under a dispatch mode, which sees each operation and may keep its result: selective activation checkpointing does.
     """
-    # The compiler handles transforms itself.
-    return torch.compiler.is_compiling() or not transform_active()
+    # The compiler handles transforms itself, and traces under a mode of its own.
+    return torch.compiler.is_compiling() or not (transform_active() or torch._C._len_torch_dispatch_stack())
 
 
 def like(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.func import functional_call, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastden import ops
@@ -23,7 +25,7 @@ from fastden.network import int8
 from fastden.network.fused import fuse
 from fastden.network.level import KNOTS
 from fastden.network.model import Denoiser
-from tests.helpers import max_error, random_network
+from tests.helpers import max_error, random_network, relative_l2
 
 X = torch.rand(2, 3, 7, 9, generator=torch.Generator().manual_seed(3))
 
@@ -186,6 +188,28 @@ def test_symbolic_shapes(models: tuple[Denoiser, Denoiser]) -> None:
         run = partial(functional_call, network)
         traced = make_fx(lambda *a, run=run: run(a[0], a[1:]), tracing_mode="symbolic")(state, X, sigmas)
         assert max_error(traced(state, X, sigmas), network(X, sigmas)) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("composed", [False, True])
+def test_selective_activation_checkpointing(composed: bool, normalised: bool, training: bool) -> None:
+    """What the policy keeps is not overwritten later, so that the gradients are those without checkpoints."""
+    kept = {torch.ops.aten.convolution.default, *([torch.ops.aten.native_batch_norm.default] if normalised else [])}
+
+    def policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    gradients = []
+    for contexts in (None, partial(create_selective_checkpoint_contexts, policy)):
+        model = random_network(composed=composed).train(training)
+        if contexts is None:
+            y = model(X, 0.1)
+        else:
+            y = checkpoint(model, X, 0.1, use_reentrant=False, context_fn=contexts)
+        y.square().mean().backward()
+        gradients.append(torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None]))
+    assert relative_l2(gradients[1], gradients[0]) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastden import ops
 from fastden.cuda import extension, limits
@@ -148,6 +149,14 @@ def test_no_derivative_in_forward_mode_is_lost() -> None:
     given = inputs()
     with pytest.raises(RuntimeError, match=r"no transform of torch\.func or forward mode"):
         torch.func.jvp(lambda a: ops.concat_conv_fp8(**{**given, "a": a}), (given["a"],), (given["a"],))
+
+
+def test_operations_may_be_counted() -> None:
+    given = inputs()
+    with FlopCounterMode(display=False) as counter:
+        counted = ops.concat_conv_fp8(**given)
+    assert counter.get_total_flops() > 0
+    assert torch.equal(counted, ops.concat_conv_fp8(**given))
 
 
 def test_triton_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
