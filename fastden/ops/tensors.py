@@ -6,8 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from fastden.ops.tracing import autocast_enabled, transform_active
+
+#: The modes of selective activation checkpointing, in the forward pass and when it is repeated. A PyTorch that names
+#: them otherwise may use any mode.
+_CHECKPOINTING = tuple(
+    getattr(checkpoint, name, TorchDispatchMode) for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -38,10 +46,15 @@ def may_overwrite() -> bool:
     """Whether an operator may write into its own intermediate results.
 
     Not under the transforms of ``torch.func``: only one of the two tensors may be batched, or carry a tangent. Not
-    under a dispatch mode, which sees each operation and may keep its result: selective activation checkpointing does.
+    under selective activation checkpointing, which keeps results and refuses those that are written to later.
     """
-    # The compiler handles transforms itself, and traces under a mode of its own.
-    return torch.compiler.is_compiling() or not (transform_active() or torch._C._len_torch_dispatch_stack())
+    # The compiler handles transforms and checkpoints itself.
+    if torch.compiler.is_compiling():
+        return True
+    if transform_active():
+        return False
+    modes = torch._C._len_torch_dispatch_stack() and _get_current_dispatch_mode_stack()
+    return not modes or not any(isinstance(mode, _CHECKPOINTING) for mode in modes)
 
 
 def like(bias: Tensor | None, x: Tensor) -> Tensor | None:

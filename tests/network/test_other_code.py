@@ -200,14 +200,12 @@ def test_selective_activation_checkpointing(composed: bool, normalised: bool, tr
     def policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    selective = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     gradients = []
-    for contexts in (None, partial(create_selective_checkpoint_contexts, policy)):
+    for call in (partial.__call__, selective):
         model = random_network(composed=composed).train(training)
-        if contexts is None:
-            y = model(X, 0.1)
-        else:
-            y = checkpoint(model, X, 0.1, use_reentrant=False, context_fn=contexts)
-        y.square().mean().backward()
+        call(partial(model, X, 0.1)).square().mean().backward()
         gradients.append(torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None]))
     assert relative_l2(gradients[1], gradients[0]) < 1e-5
 
