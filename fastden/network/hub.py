@@ -162,8 +162,6 @@ class PretrainedMixin:
 
         Files that are there are replaced when all new ones are written; a model card stays.
         """
-        from fastden.network.own_estimator import ESTIMATOR_FILE
-
         folder = Path(os.path.abspath(save_directory))
         folder.mkdir(parents=True, exist_ok=True)
         upload, repository = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
@@ -179,19 +177,17 @@ class PretrainedMixin:
                     # replace, or of one that Python made here.
                     file.chmod(stat.S_IMODE(target.stat().st_mode if target.exists() else usual))
                     os.replace(file, target)
-            if self.estimator is None:  # that of another model, which was here before
-                (folder / ESTIMATOR_FILE).unlink(missing_ok=True)
+            for name in self._files_it_lacks():  # those of another model, which was here before
+                (folder / name).unlink(missing_ok=True)
         # What is saved stays, if the upload fails.
         return self.push_to_hub(repository or folder.name, **own, **kwargs) if upload else None
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload to the Hugging Face Hub; arguments go to ``huggingface_hub.PyTorchModelHubMixin.push_to_hub``."""
-        from fastden.network.own_estimator import ESTIMATOR_FILE
-
-        some = kwargs.get("allow_patterns") or kwargs.get("ignore_patterns")
-        if self.estimator is None and not some:  # that of another model, which was there before
+        some, lacking = kwargs.get("allow_patterns") or kwargs.get("ignore_patterns"), self._files_it_lacks()
+        if lacking and not some:  # those of another model, which was there before
             others = kwargs.get("delete_patterns") or []
-            kwargs["delete_patterns"] = [*([others] if isinstance(others, str) else others), ESTIMATOR_FILE]
+            kwargs["delete_patterns"] = [*([others] if isinstance(others, str) else others), *lacking]
         return self._on_hub().push_to_hub(repo_id, **kwargs)
 
     def _on_hub(self) -> PyTorchModelHubMixin:
@@ -217,10 +213,25 @@ class PretrainedMixin:
 
         network: Any = self
         save_model(network, str(folder / WEIGHTS_FILE))
-        if self.int8_ranges is not None and self.int8_ranges[1] == int8.fingerprint(network):
+        if self.int8_ranges is not None and self._has_own_ranges():
             int8.save_ranges(folder, *self.int8_ranges)
         if self.estimator is not None:
             self.estimator.save(folder)
+
+    def _has_own_ranges(self) -> bool:
+        """Whether it has ranges of activations, and they belong to its weights as they are now."""
+        from fastden.network import int8
+
+        network: Any = self
+        return self.int8_ranges is not None and self.int8_ranges[1] == int8.fingerprint(network)
+
+    def _files_it_lacks(self) -> list[str]:
+        """The files of a model's folder that this network does not write."""
+        from fastden.network.int8 import RANGES_FILE
+        from fastden.network.own_estimator import ESTIMATOR_FILE
+
+        has = {ESTIMATOR_FILE: self.estimator is not None, RANGES_FILE: self._has_own_ranges()}
+        return [file for file, there in has.items() if not there]
 
 
 def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: bool) -> Path:

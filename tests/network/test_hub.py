@@ -76,6 +76,13 @@ def test_adapted_network_saves_its_own_arguments(tmp_path: Path) -> None:
     assert Denoiser.from_pretrained(tmp_path).noise_level_input is False
 
 
+def test_nothing_of_a_model_that_was_there_before_stays(tmp_path: Path) -> None:
+    Denoiser.from_pretrained("photo").save_pretrained(tmp_path)
+    assert {"noise.safetensors", "int8.safetensors"} < {file.name for file in tmp_path.iterdir()}
+    random_network().save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
 def test_arguments_given_on_loading_win(tmp_path: Path) -> None:
     random_network().save_pretrained(tmp_path)
     assert Denoiser.from_pretrained(tmp_path, composed=True).composed is True
@@ -239,8 +246,11 @@ def test_uploads_what_it_would_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert random_network().push_to_hub("me/mine", private=True) == "address"
     assert uploaded["repo_id"] == "me/mine"
     assert uploaded["files"] == {"config.json", "model.safetensors", "README.md"}
-    # An estimator of another model, which was there before, would judge for this one.
-    assert uploaded["delete_patterns"] == ["noise.safetensors"]
+    # An estimator of another model, which was there before, would judge for this one; its ranges would be refused.
+    assert uploaded["delete_patterns"] == ["noise.safetensors", "int8.safetensors"]
+    assert Denoiser.from_pretrained("color").push_to_hub("me/mine", delete_patterns="*.txt") == "address"
+    assert uploaded["files"] == {"config.json", "model.safetensors", "README.md", "int8.safetensors"}
+    assert uploaded["delete_patterns"] == ["*.txt", "noise.safetensors"]
     random_network().push_to_hub("me/mine", allow_patterns="README.md")  # a new card: the weights there keep theirs
     assert uploaded["delete_patterns"] is None
 
