@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
 
 from fastden import ops
 from fastden.algebra import BORDER, compose_head, compose_stem
@@ -17,7 +19,7 @@ from fastden.network.hub import PretrainedMixin
 from fastden.network.inputs import Sigma, check_input, noise_level, warn_of_scale
 from fastden.network.padding import pad_image
 from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
-from fastden.ops.modes import Undrawn, without_autocast
+from fastden.ops.modes import without_autocast
 from fastden.ops.tracing import autocast_enabled
 from fastden.plain_layers import has_geometry, is_plain_conv, is_plain_norm, is_untouched
 
@@ -191,29 +193,50 @@ class Denoiser(nn.Module, PretrainedMixin):
         """A network with or without noise-level input that starts from this one's weights.
 
         Without the input, conv0 loses the weights of that channel. With it, conv0 gets zeros there: the function stays
-        the same. The result is this very network where nothing changes, else a copy, with the same estimator and the
-        same parameters frozen.
+        the same. The result is this very network where nothing changes, else a copy as ``copy.deepcopy`` makes it, with
+        the same estimator. Parametrisations of conv0 end in the copy: it holds the tensors that they gave.
+
+        Raises:
+            TypeError: conv0 is no ``torch.nn.Conv2d``, or does not hold its weight (pruning, ``weight_norm``).
         """
         if noise_level_input == self.noise_level_input:
             return self
-        with self.conv0.weight.device, Undrawn():
-            other = Denoiser(noise_level_input, self.image_channels, self.composed)
-        other.estimator = self.estimator
-        state = self.state_dict()
-        weight = state["conv0.weight"][:, : self.image_channels]
-        if noise_level_input:
-            weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1)
-        other.to(weight.device, weight.dtype).load_state_dict({**state, "conv0.weight": weight})
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        for name, parameter in other.named_parameters():
-            parameter.requires_grad_(name not in frozen)
-        return other.train(self.training)
+        conv0, own = self.conv0, parametrize.is_parametrized(self.conv0, "weight")
+        if not isinstance(conv0, nn.Conv2d) or not (own or "weight" in conv0._parameters):
+            raise TypeError(f"conv0: {type(conv0).__name__}; accepted: a torch.nn.Conv2d that holds its weight")
+        other = copy.deepcopy(self, {id(self.estimator): self.estimator})
+        conv0 = other.conv0
+        _end_parametrisations(conv0)
+        requires_grad = conv0.weight.requires_grad
+        weight = conv0.weight.detach()[:, : self.image_channels]
+        weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1) if noise_level_input else weight.clone()
+        conv0.weight, conv0.in_channels = nn.Parameter(weight, requires_grad), weight.shape[1]
+        other.noise_level_input = noise_level_input
+        other.int8_ranges = None  # those of other weights
+        return other
 
     def extra_repr(self) -> str:
         return (
             f"noise_level_input={self.noise_level_input}, image_channels={self.image_channels},"
             f" composed={self.composed}"
         )
+
+
+def _end_parametrisations(layer: nn.Module) -> None:
+    """Make parameters of the tensors that parametrisations give.
+
+    PyTorch's ``remove_parametrizations`` changes the class, which a copy shares with its original.
+    """
+    if not parametrize.is_parametrized(layer):
+        return
+    parameters = {}
+    for name, module in layer.parametrizations.items():  # type: ignore[operator, union-attr]
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        parameters[name] = nn.Parameter(getattr(layer, name).detach().clone(), trained)
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    del layer.parametrizations
+    for name, parameter in parameters.items():
+        layer.register_parameter(name, parameter)
 
 
 def _check(name: str, value: Any, values: tuple[int, int], accepted: str) -> None:
