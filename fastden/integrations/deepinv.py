@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastden.images.samples import MAX_SIGMA
 from fastden.integrations._missing import missing_package
+from fastden.network.devices import named_device
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.loading import Model
 from fastden.network.model import Denoiser
@@ -42,26 +44,31 @@ class FastdenDenoiser(_Base):
             :func:`fastden.fuse` made of one.
         trainable: keep the network's parameters, for unfolded methods that train them. False takes its faster
             inference form; gradients with respect to the image flow through both.
-        device: where it computes.
+        device: where it computes. None is the device of a network that is passed, and the CPU for one that is loaded.
+            A network that is passed stays where it is: on another device a copy computes, and is trained.
 
     Raises:
         ValueError: the model takes no noise level; ``trainable`` with a fused network, which has no parameters.
         TypeError: ``model`` has another type.
     """
 
-    def __init__(self, model: Any = "color", *, trainable: bool = False, device: str | torch.device = "cpu") -> None:
-        super().__init__(device)
+    def __init__(
+        self, model: Any = "color", *, trainable: bool = False, device: str | torch.device | None = None
+    ) -> None:
         if not isinstance(model, Model):
             accepted = "a name, folder, Hub id, Denoiser or FusedDenoiser"
             raise TypeError(f"model: {type(model).__name__}; accepted: {accepted}")
         if trainable and isinstance(model, FusedDenoiser):
             raise ValueError("trainable: True, with a FusedDenoiser, which has no parameters; accepted: a Denoiser")
         network = Denoiser.from_pretrained(model) if isinstance(model, str | Path) else model
+        # An empty tensor knows which device "cuda" is.
+        device = network.device if device is None else torch.empty(0, device=named_device(device)).device
+        super().__init__(device)
         if not network.noise_level_input:
             raise ValueError(f"model: {model!r} takes no noise level; accepted: one that does, such as 'color'")
         self.network: Denoiser | FusedDenoiser
         if trainable or isinstance(network, FusedDenoiser):
-            self.network = network.to(device)
+            self.network = network if device == network.device else copy.deepcopy(network).to(device)
         else:
             self.network = fuse(network, device=device)
 
@@ -94,7 +101,7 @@ class FastdenDenoiser(_Base):
             accepted = f"a number, ({n},), ({n}, 1, 1, 1) or ({n}, 1, {height}, {width}), and 1 for the first number"
             raise ValueError(f"sigma: shape {tuple(level.shape)}; accepted for x {tuple(x.shape)}: {accepted}")
         level = level.expand(n, 1, height, width)
-        low, span = _range(x.detach(), level.detach())
+        low, span = _range(x, level)
         scaled = (x - low) / span
         colours = self.network.image_channels
         if channels == 1 and colours == 3:

@@ -75,6 +75,31 @@ def test_gray_and_gradients(denoiser: FastdenDenoiser, picture: Tensor) -> None:
     assert not list(denoiser.parameters())
 
 
+@pytest.mark.parametrize(("scale", "sigma"), [(1.0, 0.1), (3.0, 0.05), (3.0, 1.5)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_are_exact_where_images_are_scaled(channels: int, scale: float, sigma: float) -> None:
+    """The scale depends on the darkest and the brightest pixel, and on the noise level."""
+    torch.manual_seed(0)
+    exact = FastdenDenoiser().double()
+    x = (torch.rand(2, channels, 6, 7, dtype=torch.float64) - 0.3) * scale
+    level = torch.tensor([sigma, 0.5 * sigma], dtype=torch.float64)
+    assert torch.autograd.gradcheck(exact, (x.requires_grad_(), level.requires_grad_()), fast_mode=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_network_that_is_passed_stays_on_its_device(fused: bool) -> None:
+    network = fuse(random_network()) if fused else random_network()
+    elsewhere = FastdenDenoiser(network, trainable=not fused, device="meta")
+    assert elsewhere.network.device.type == "meta"
+    assert network.device.type == "cpu"
+    far = network.to("meta")
+    for device in (None, "meta"):
+        assert FastdenDenoiser(far, trainable=not fused, device=device).network is far
+    assert far.device.type == "meta"
+    with pytest.raises(ValueError, match="device: 'gpu'; accepted: cpu"):
+        FastdenDenoiser(network, device="gpu")
+
+
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (3.0, -1.0), (20.0, 5.0)])
 def test_images_outside_the_range(denoiser: FastdenDenoiser, picture: Tensor, scale: float, shift: float) -> None:
     """An iterate that leaves [0, 1] is denoised about as well as the picture in it."""
