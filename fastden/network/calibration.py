@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -124,7 +123,9 @@ def _examples(model: Denoiser, images: Iterable[Tensor]) -> Iterator[_Example]:
             check_input(image, model.image_channels)
         except (TypeError, ValueError) as error:
             raise type(error)(f"images: number {index}, {str(error).removeprefix('x: ')}") from error
-        low, high = map(float, image.detach().aminmax()) if image.numel() else (math.nan, math.nan)
+        if not image.numel():
+            raise ValueError(f"images: number {index}, shape {tuple(image.shape)}; accepted: at least one picture")
+        low, high = map(float, image.detach().aminmax())
         if not BOUNDS[0] <= low <= high <= BOUNDS[1]:
             raise ValueError(f"images: values from {low:g} to {high:g}; accepted: finite ones in [0, 1]")
         clean = image.detach().float().cpu()

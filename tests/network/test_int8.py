@@ -221,9 +221,11 @@ def test_dtypes_that_no_integers_serve_are_refused() -> None:
 
 def test_calibration_takes_pictures_on_their_scale_alone(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_network()
-    for wrong in (255 * picture, torch.full_like(picture, torch.nan), picture[:0]):
+    for wrong in (255 * picture, torch.full_like(picture, torch.nan)):
         with pytest.raises(ValueError, match=r"images: values from .*; accepted: finite ones in \[0, 1\]"):
             fastden.calibrate(model, [wrong])
+    with pytest.raises(ValueError, match=r"images: number 1, shape \(0, .*\); accepted: at least one picture"):
+        fastden.calibrate(model, [picture, picture[:0]])
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="calibrate: this PyTorch has no oneDNN"):
         fastden.calibrate(model, [picture])
