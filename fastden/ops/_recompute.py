@@ -6,6 +6,11 @@ tensors from which the result is made. A table keeps the recipe of each result, 
 that was changed in place, copied, or stored and loaded has no valid recipe, so the operator saves the tensor itself.
 The operator also saves the tensor itself if saved tensors go through hooks (activation checkpointing,
 ``save_on_cpu``). Such hooks decide what is stored, and need the same number of tensors every time.
+
+A change in place is known by PyTorch's version counter. Writes that it does not count leave the recipe valid, and the
+gradient is then that of the unchanged result: ``y.data.clamp_()``, ``y.detach().numpy()[...] = 0``, and kernels of
+others that write through the pointer. No cheap check finds them. Autograd does not find them either, but a tensor that
+it saved holds what was written.
 """
 
 from __future__ import annotations

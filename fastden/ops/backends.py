@@ -83,6 +83,11 @@ def use_backend(name: str) -> Iterator[None]:
     by ``torch.compile`` keeps the backend that it was traced with. With ``fullgraph=True`` the block must be around the
     call of that function, and not inside of it, where it cannot be traced.
 
+    In training on ``triton``, do not write into an operator's or a block's result where PyTorch does not count it, as
+    through ``y.data`` or the array of ``y.detach().numpy()``: the backward pass makes some results again, and the
+    gradients would be those of the unchanged result. Counted writes, ``y.clamp_()`` under ``torch.no_grad()`` for
+    example, are noticed.
+
     Raises:
         ValueError: there is no such backend.
     """
