@@ -54,6 +54,8 @@ def noise(
             raise UserError(f"map: {map_file} with {what}; accepted: with one picture")
         if map_file.suffix.lower() not in MAP_SUFFIXES:
             raise UserError(f"map: {map_file}; accepted: a name with {', '.join(MAP_SUFFIXES)}, which keep its levels")
+        if os.path.exists(map_file) and os.path.exists(files[0]) and os.path.samefile(map_file, files[0]):
+            raise UserError(f"map: {map_file} is the picture itself; accepted: another file")
         check_target(map_file, overwrite)
     with naming("model"):
         estimator = estimator_of(model)

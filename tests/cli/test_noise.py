@@ -173,6 +173,17 @@ def test_a_map_is_written_where_it_keeps_its_levels(
     fails("noise", picture, "--map", tmp_path / name, saying=f"map: .*{name}; accepted: a name with .png, .tif, .tiff")
 
 
+def test_a_map_does_not_replace_its_picture(picture: Path, tmp_path: Path) -> None:
+    before = picture.read_bytes()
+    link = tmp_path / "link.png"
+    link.symlink_to(picture)
+    for target in (picture, tmp_path / "." / picture.name, link):
+        for options in ([], ["--overwrite"]):
+            fails("noise", picture, "--map", target, *options, saying="^error: map: .* is the picture itself; accepted")
+    fails("noise", link, "--map", picture, "--overwrite", saying="^error: map: .* is the picture itself; accepted")
+    assert picture.read_bytes() == before
+
+
 def test_a_map_as_tiff(picture: Path, tmp_path: Path) -> None:
     works("noise", picture, "--map", tmp_path / "a.png")
     works("noise", picture, "--map", tmp_path / "a.TIF")
