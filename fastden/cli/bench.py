@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastden.cli.options import DeviceOption, ModelOption, naming
+from fastden.cli.options import DeviceOption, ModelOption, check_json_target, naming
 from fastden.errors import UserError
 
 if TYPE_CHECKING:
@@ -212,10 +212,9 @@ def _device(name: str | None) -> torch.device:
 def _check_outputs(options: _Options) -> None:
     """Raise where a result could not be written."""
     from fastden.bench.plots import check_folder
-    from fastden.whole_files import check_target
 
     if options.json is not None:
-        check_target(options.json, overwrite=True)
+        check_json_target(options.json)
     if options.plots is not None:
         check_folder(options.plots)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastden.cli.options import DeviceOption, Dtype, check_model, naming, parse_number
+from fastden.cli.options import DeviceOption, Dtype, check_json_target, check_model, naming, parse_number
 from fastden.errors import FAILURES, UserError
 
 
@@ -55,7 +55,7 @@ def evaluate(
 
     from fastden import evaluation
     from fastden.network.loading import default_model
-    from fastden.whole_files import check_target, write_bytes
+    from fastden.whole_files import write_bytes
 
     accepted = "numbers from 0 to 255"
     sigmas = [parse_number(part, accepted) for word in sigma or [] for part in word.split(",")]
@@ -69,7 +69,7 @@ def evaluate(
     by_noise = model is None and estimated
     model = model or default_model("auto" if by_noise else 0.0)
     if json_file is not None:  # before the long computation
-        check_target(json_file, overwrite=True)
+        check_json_target(json_file)
     settings = {"device": device, "dtype": dtype}
     network = check_model({"model": model, **settings}, eight_bit=False)
     white = check_model({"model": default_model(0.0), **settings}, eight_bit=False) if by_noise else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -175,6 +177,26 @@ def check_output_name(name: str) -> None:
         raise UserError("output: ''; accepted: a file or a folder (this one is .)")
     if name == "-":
         raise UserError("output: -; accepted: a file or a folder (standard output is not written)")
+
+
+def check_json_target(path: Path) -> None:
+    """Raise UserError where JSON cannot be written to ``path``; before a long computation.
+
+    An earlier file of results is replaced, and an empty file; no other file is, a picture for instance.
+    """
+    from fastden.whole_files import check_target
+
+    check_target(path, overwrite=True)
+    if not path.exists():
+        return
+    with path.open("rb") as file, suppress(ValueError, RecursionError):
+        start = file.read(64)
+        if not start:
+            return
+        if start.lstrip()[:1] in (b"{", b"["):  # no large file of another kind is read to its end
+            json.loads(start + file.read())
+            return
+    raise UserError(f"json: {path} exists and holds no JSON; accepted: a new file, or one of earlier results")
 
 
 def parse_sigma(text: str) -> Literal["auto"] | float:

@@ -21,7 +21,7 @@ from fastden.cli.main import app
 from fastden.network import int8
 from fastden.ops import backends
 from tests.cli.run import fails, works
-from tests.image_files import save_model
+from tests.image_files import encoded, pixels, save_model
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--rounds", "2")
 
@@ -334,6 +334,8 @@ def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["model", "--size", "0", "16"], r"size: 0 16; accepted: height and width of at least 1"),
         (["train", "--graphs"], r"graphs: device cpu; accepted: cuda"),
         (["train", "--json", "missing/a.json"], r"missing/a.json: the folder .* does not exist"),
+        (["train", "--json", "picture.png"], r"json: picture.png exists and holds no JSON"),
+        (["batch", "--json", "lines.txt"], r"json: lines.txt exists and holds no JSON"),
         (["train", "--plots", "file.txt/inside"], r"plots: cannot make the folder file.txt/inside"),
         (["model", "--device", "cpu:7x"], r"device: 'cpu:7x'; accepted: cpu, cuda"),
     ],
@@ -341,6 +343,8 @@ def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_mistakes(arguments: list[str], saying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file.txt").touch()
+    Path("lines.txt").write_text("{}\n{}\n")
+    Path("picture.png").write_bytes(encoded(pixels(), "PNG"))
     rest = () if "--device" in arguments else ("--device", "cpu")
     fails("bench", *arguments, *rest, saying=saying)
 

@@ -162,6 +162,22 @@ def test_eval_mistakes(photos: Path, tmp_path: Path, model: str) -> None:
     fails("eval", photos, "--model", model, saying="deep.png: 16 bits; accepted for an evaluation: 8 bits")
 
 
+def test_eval_replaces_results_and_no_other_file(photos: Path, tmp_path: Path, model: str) -> None:
+    words, cut = photos / "notes.txt", tmp_path / "cut.json"
+    cut.write_text('{"sets": [')
+    for file in (photos / "a.png", photos / "b.jpg", words, cut):
+        before = file.read_bytes()
+        message = f"^error: json: {file} exists and holds no JSON; accepted: a new file, or one of earlier results"
+        fails("eval", photos, "--sigma", "25", "--model", model, "--json", file, saying=message)
+        assert file.read_bytes() == before
+    earlier, empty = tmp_path / "earlier.json", tmp_path / "empty"
+    earlier.write_text('{"a": "\u00fc"}')
+    empty.touch()
+    for file in (earlier, empty):
+        works("eval", photos / "inner", "--sigma", "25", "--model", model, "--json", file)
+        assert list(json.loads(file.read_text())["sets"]) == ["inner"]
+
+
 def test_eval_of_colour_with_a_gray_model_is_one_line(photos: Path, tmp_path: Path) -> None:
     gray = save_model(tmp_path / "gray", image_channels=1)
     error = fails(
