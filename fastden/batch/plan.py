@@ -144,22 +144,40 @@ def _sources(
             if not made(path):
                 sources[path] = Path(path.name)
         else:
-            matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
-            top = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-            errors = _passed_over(name)
-            files = [match for match in matches if is_regular(match, errors)]
-            files = [file for file in files if not _written_before(file, top, output)]
-            files = [file for file in _once(files) if not made(file)]
-            if errors and (unreadable is None or not files):
-                raise errors[0]
-            if unreadable is not None:
-                unreadable += errors
-            if not files:
-                raise UserError(f"input: nothing matches {name}")
-            sources.update((file, Path(file.name)) for file in files)
+            sources.update((file, Path(file.name)) for file in expand(name, output, unreadable, made))
     if not sources:
         raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
     return list(sources.items())
+
+
+def expand(
+    pattern: str,
+    output: Path,
+    unreadable: list[OSError] | None = None,
+    made: Callable[[Path], bool] = lambda path: False,
+) -> list[Path]:
+    """The files that a glob pattern matches, sorted, without results of earlier runs.
+
+    Args:
+        pattern, output, unreadable, made: as of :func:`plan`.
+
+    Raises:
+        UserError: nothing matches.
+        OSError: a folder cannot be read, and ``unreadable`` is None or nothing matches.
+    """
+    matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    top = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+    errors = _passed_over(pattern)
+    files = [match for match in matches if is_regular(match, errors)]
+    files = [file for file in files if not _written_before(file, top, output)]
+    files = [file for file in _once(files) if not made(file)]
+    if errors and (unreadable is None or not files):
+        raise errors[0]
+    if unreadable is not None:
+        unreadable += errors
+    if not files:
+        raise UserError(f"input: nothing matches {pattern}")
+    return files
 
 
 def _passed_over(pattern: str) -> list[OSError]:

@@ -191,7 +191,7 @@ def _on_cluster(request: Request, workers: int | None, workers_per_device: int, 
 
     if dry_run:
         raise UserError("dry_run: given with --engine ray; accepted: with --engine local")
-    videos = find_videos(request.inputs)
+    videos = find_videos(request)
     if videos:
         raise UserError(f"input: {videos[0]} is a video, with --engine ray; accepted: images, or --engine local")
     return denoise_on_cluster(request, workers=workers, workers_per_device=workers_per_device)
@@ -200,7 +200,7 @@ def _on_cluster(request: Request, workers: int | None, workers_per_device: int, 
 def _on_this_machine(request: Request, crf: int | None, *, dry_run: bool) -> int:
     """Denoise a video where the input is one, else images; returns the exit code."""
     from fastden.cli.local import denoise_here
-    from fastden.cli.video import denoise_one_video, is_one_video
+    from fastden.cli.video import denoise_one_video, find_one_video
 
     for_images = {
         "format": request.format_name,
@@ -211,8 +211,9 @@ def _on_this_machine(request: Request, crf: int | None, *, dry_run: bool) -> int
         "manifest": request.manifest not in (None, "auto"),
         "dry_run": dry_run,
     }
-    if is_one_video(request.inputs, crf, [name for name, value in for_images.items() if value]):
-        return denoise_one_video(request, crf=crf)
+    video = find_one_video(request, crf, [name for name, value in for_images.items() if value])
+    if video is not None:
+        return denoise_one_video(request, video, crf=crf)
     return denoise_here(request, dry_run=dry_run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastden.batch.denoiser import BatchDenoiser
-from fastden.batch.plan import check_no_url, is_folder
+from fastden.batch.plan import check_no_url, expand, is_folder
 from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import FAILURES, UserError
@@ -21,33 +22,51 @@ from fastden.inference.arguments import parse_memory
 from fastden.video.copy import denoise_video, is_video
 
 
-def find_videos(inputs: list[str]) -> list[str]:
-    """The names of videos among the inputs of the command; a folder is none, whatever its name."""
-    return [name for name in inputs if is_video(name) and not Path(name).is_dir()]
+def find_videos(request: Request) -> list[str]:
+    """The videos among the inputs of the command; a folder is none, whatever its name.
+
+    Raises:
+        UserError: a pattern that names videos matches nothing.
+    """
+    return _videos(_expanded(request))
 
 
-def is_one_video(inputs: list[str], crf: int | None, others: list[str]) -> bool:
-    """Whether the input is a video file.
+def _videos(names: list[str]) -> list[str]:
+    return [name for name in names if is_video(name) and not Path(name).is_dir()]
+
+
+def _expanded(request: Request) -> list[str]:
+    """The inputs; in the place of a pattern that names videos, the files that it matches."""
+    names: list[str] = []
+    for name in request.inputs:
+        is_pattern = is_video(name) and glob.has_magic(name) and "://" not in name and not Path(name).exists()
+        names += map(str, expand(name, Path(request.output))) if is_pattern else [name]
+    return names
+
+
+def find_one_video(request: Request, crf: int | None, others: list[str]) -> Path | None:
+    """The video file that is the input, or None. Videos inside folders are skipped, like all files that are not images.
 
     Args:
-        inputs: of the command. Videos inside folders are skipped, like all files that are not images.
+        request: what the user asked for.
         crf: the option; it is for videos only.
         others: options that were given and are for images.
 
     Raises:
         UserError: a video together with other inputs, or options that do not belong together.
     """
-    videos = find_videos(inputs)
+    inputs = _expanded(request)
+    videos = _videos(inputs)
     if videos and len(inputs) > 1:
         raise UserError(f"input: {videos[0]} with {len(inputs) - 1} more; accepted: a video alone, or images")
     if crf is not None and not videos:
         raise UserError(f"crf: {crf}, but the input is no video; accepted: with a video")
     if videos and others:
         raise UserError(f"{others[0]}: given with a video; accepted: with images")
-    return bool(videos)
+    return Path(videos[0]) if videos else None
 
 
-def denoise_one_video(request: Request, *, crf: int | None) -> int:
+def denoise_one_video(request: Request, source: Path, *, crf: int | None) -> int:
     """Denoise a video into a file or folder with a progress bar, and print what was done; the exit code."""
     settings = request.settings
     check_model(settings)
@@ -58,7 +77,7 @@ def denoise_one_video(request: Request, *, crf: int | None) -> int:
     try:
         with clean_termination():
             _run(
-                Path(request.inputs[0]),
+                source,
                 request.output,
                 settings["sigma"],
                 batch.network,

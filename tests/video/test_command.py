@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastden.cli.main import app
+from tests.cli.run import fails, works
 from tests.helpers import random_network
 from tests.video.clips import make_clip
 
@@ -46,6 +47,23 @@ def test_command(tmp_path: Path, model: str) -> None:
         assert message in failed.stderr
         assert len(failed.stderr.splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_pattern_that_names_a_video(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_clip(tmp_path / "long.mp4", frames=2)
+    for pattern in ("lon?.mp4", "**/lon[g].mp4"):
+        works("denoise", pattern, "-o", "q/", "--crf", 30, "--overwrite", "--model", model)  # q/long.mp4 is no input
+        assert [path.name for path in (tmp_path / "q").iterdir()] == ["long.mp4"]
+    make_clip(tmp_path / "[1].mp4", frames=2)
+    works("denoise", "[1].mp4", "-o", "r/", "--model", model)  # a file of that name is no pattern
+    (tmp_path / "folder.mp4").mkdir()
+    options = ("-o", "s/", "--model", model)
+    fails("denoise", "*.mp4", *options, saying=r"input: \[1\].mp4 with 1 more; accepted: a video alone, or images")
+    fails("denoise", "lon?.mp4", "a.png", *options, saying=r"input: long.mp4 with 1 more; accepted: a video alone")
+    fails("denoise", "none*.mp4", "--crf", 30, *options, saying=r"^error: input: nothing matches none\*.mp4$")
+    fails("denoise", "lon?.mp4", "--engine", "ray", *options, saying="input: long.mp4 is a video, with --engine ray")
+    assert not (tmp_path / "s").exists()
 
 
 def test_an_interrupted_command_says_so(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
