@@ -40,7 +40,7 @@ def export(
     sigma: Annotated[
         str | None, typer.Option(help="Noise level to build in, 0-255 scale; the file then takes the image alone.")
     ] = None,
-    opset: Annotated[int, typer.Option(help="Of ONNX, 13 to 23.")] = 17,
+    opset: Annotated[int | None, typer.Option(help="For ONNX and darktable, 13 to 23; default 17.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a model to a file for other programs: ONNX, torch.export, AOTInductor, darktable.

@@ -48,6 +48,8 @@ def noise(
         from fastden.whole_files import check_target
 
     max_pixels = parse_megapixels(max_megapixels)
+    if overwrite and map_file is None:
+        raise UserError("overwrite: given without --map; accepted: with --map")
     if map_file is not None:
         if len(files) != 1 or os.path.isdir(files[0]):
             what = f"{len(files)} pictures" if len(files) != 1 else "a folder"

@@ -31,6 +31,8 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
 }
 #: Format by the file name's ending; AOTInductor's packages end in .pt2 too, and are asked for by name.
 ENDINGS = {".onnx": "onnx", ".pt2": "pt2", ".dtmodel": "dtmodel"}
+#: The version of ONNX's operators, unless another is asked for.
+OPSET = 17
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def export(
     layout: Layout = "separate",
     composed: bool = True,
     sigma: float | None = None,
-    opset: int = 17,
+    opset: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a network to a file that other programs run.
@@ -126,7 +128,7 @@ def export(
         composed: run conv1 o conv0 and out o cat(conv0, up3) as single convolutions, a third fewer operations;
             False writes the layers as they were trained, batch normalisation folded.
         sigma: a noise level to build in, **on the scale 0-255**; the file then takes the image alone.
-        opset: of ONNX, 13 to 23.
+        opset: of ``onnx`` and ``dtmodel``, 13 to 23; None is 17.
         overwrite: replace an existing file.
 
     Returns:
@@ -147,6 +149,9 @@ def export(
         raise ValueError(f"layout: {layout!r}; accepted: {', '.join(get_args(Layout))}")
     if layout == "dpir" and kind != "onnx":
         raise ValueError(f"layout: 'dpir' with {kind}; accepted: with onnx")
+    if opset is not None and kind not in ("onnx", "dtmodel"):
+        raise ValueError(f"opset: {opset!r} with {kind}; accepted: with onnx and dtmodel")
+    opset = OPSET if opset is None else opset
     if sigma is not None and (isinstance(sigma, bool) or not isinstance(sigma, Real)):
         raise TypeError(f"sigma: {type(sigma).__name__}; accepted: a number from 0 to 255, or None")
     needs = {"onnx": kind in ("onnx", "dtmodel"), "onnxruntime": precision == "int8"}

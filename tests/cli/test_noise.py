@@ -59,6 +59,7 @@ def test_the_map_serves_as_sigma_map(picture: Path, tmp_path: Path) -> None:
     works("denoise", picture, "-o", tmp_path / "out.png", "--sigma-map", target)
     fails("noise", picture, "--map", target, saying="exists")
     works("noise", picture, "--map", target, "--overwrite")
+    fails("noise", picture, "--overwrite", saying="^error: overwrite: given without --map; accepted: with --map")
     fails("noise", picture, picture, "--map", tmp_path / "two.png", saying="with 2 pictures; accepted: with one")
 
 

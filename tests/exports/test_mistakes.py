@@ -31,6 +31,9 @@ from tests.helpers import random_network
         ({"layout": "dpir", "sigma": 25}, "layout: 'dpir' with a network that takes no noise level"),
         ({"opset": 12}, "opset: 12; accepted: 13 to 23"),
         ({"opset": 99}, "opset: 99; accepted: 13 to 23"),
+        ({"opset": 99, "output": "a.dtmodel"}, "opset: 99; accepted: 13 to 23"),
+        ({"opset": 99, "output": "a.pt2"}, "opset: 99 with pt2; accepted: with onnx and dtmodel"),
+        ({"opset": 17, "format": "aoti"}, "opset: 17 with aoti; accepted: with onnx and dtmodel"),
         ({"sigma": 256}, "sigma: 256; accepted: 0 to 255"),
         ({"sigma": float("nan")}, "sigma: nan; accepted: 0 to 255"),
     ],
@@ -105,6 +108,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [value.name for value in onnx.load(tmp_path / "color.onnx").graph.input] == ["input"]
     fails("export", "color", "-o", tmp_path / "color.onnx", saying="exists already")
     fails("export", "color", "-o", tmp_path / "b.onnx", "--opset", 5, saying="opset: 5; accepted: 13 to 23")
+    fails("export", "color", "-o", tmp_path / "b.pt2", "--opset", 17, saying="opset: 17 with pt2; accepted: with onnx")
     fails("export", "nothing", "-o", tmp_path / "b.onnx", saying="model: 'nothing'; accepted: color")
     fails("export", "color", "-o", tmp_path / "b.onnx", "--sigma", "auto", saying="sigma")
     assert [path.name for path in tmp_path.iterdir()] == ["color.onnx"]
