@@ -51,18 +51,21 @@ async function pixelsOf(file) {
   } catch {
     throw new Error(`${file.name}: not a picture that this browser reads; accepted: JPEG, PNG, WebP, AVIF`);
   }
-  const { width, height } = bitmap;
-  if (width * height > MOST) {
-    throw new Error(
-      `${file.name}: ${width} x ${height} pixels; accepted here: at most ${MOST / 1e6} megapixels. ` +
-        "The command fastden denoise takes more.",
-    );
+  try {
+    const { width, height } = bitmap;
+    if (width * height > MOST) {
+      throw new Error(
+        `${file.name}: ${width} x ${height} pixels; accepted here: at most ${MOST / 1e6} megapixels. ` +
+          "The command fastden denoise takes more.",
+      );
+    }
+    const canvas = new OffscreenCanvas(width, height);
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.drawImage(bitmap, 0, 0);
+    return { width, height, pixels: context.getImageData(0, 0, width, height).data };
+  } finally {
+    bitmap.close();
   }
-  const canvas = new OffscreenCanvas(width, height);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0);
-  bitmap.close();
-  return { width, height, pixels: context.getImageData(0, 0, width, height).data };
 }
 
 function encoded(picture, type) {
@@ -84,6 +87,7 @@ async function run() {
   const given = file;
   try {
     const picture = await pixelsOf(given);
+    const { width, height } = picture;
     if (worker !== mine) return; // cancelled meanwhile
     const sigma = parts.auto.checked ? "auto" : Number(parts.sigma.value);
     const done = await new Promise((resolve, reject) => {
@@ -97,17 +101,18 @@ async function run() {
           if (parts.auto.checked) setSigma(data.seen.sigma);
         }
       };
-      mine.postMessage({ picture, sigma, strength: Number(parts.strength.value), gpu });
+      // The pixels move to the worker: they may have 160 MB.
+      mine.postMessage({ picture, sigma, strength: Number(parts.strength.value), gpu }, [picture.pixels.buffer]);
     });
     if (worker !== mine) return;
     gpu = done.how === "WebGPU"; // what failed once is not tried again
     const lossy = given.type === "image/jpeg";
-    const result = { ...picture, pixels: done.pixels };
+    const result = { width, height, pixels: done.pixels };
     const shown = await encoded(result, "image/png");
     const saved = lossy ? await encoded(result, "image/jpeg") : shown;
     if (worker !== mine) return; // another picture, or Cancel, came meanwhile
     offer(given, shown, saved, lossy);
-    const megapixels = (picture.width * picture.height) / 1e6;
+    const megapixels = (width * height) / 1e6;
     const how = `by the model ${done.name} in ${done.seconds.toFixed(1)} s (${done.how})`;
     say(`${inWords(done.seen)} ${megapixels.toFixed(1)} megapixels ${how}.`);
     parts.status.dataset.seconds = done.seconds;

@@ -296,6 +296,35 @@ def test_what_is_refused(page: Any) -> None:
     assert not page.is_visible("#fastden-page .bar")
 
 
+#: What is left in the page of the pixels that a worker was sent, in bytes, and how many decoded pictures were freed.
+COUNTS = """() => {
+    const { postMessage } = Worker.prototype;
+    Worker.prototype.postMessage = function (message, ...rest) {
+        postMessage.call(this, message, ...rest);
+        window.left = message.picture.pixels.byteLength;
+    };
+    const { close } = ImageBitmap.prototype;
+    window.freed = 0;
+    ImageBitmap.prototype.close = function () { window.freed += 1; close.call(this); };
+}"""
+
+
+def test_the_page_keeps_no_copy_of_the_pixels(page: Any) -> None:
+    page.evaluate(COUNTS)
+    drop(page, ZONE, {"noisy.png": encoded(pixels(40, 48), "PNG")})
+    page.wait_for_selector(SAVE)
+    assert page.evaluate("[window.left, window.freed]") == [0, 1]
+    page.click("#fastden-page .again")
+    page.wait_for_selector("#fastden-page .save", state="hidden")
+    page.wait_for_selector(SAVE)
+    assert page.evaluate("[window.left, window.freed]") == [0, 2]
+    sizes = "['before', 'after'].map(name => document.querySelector('fastden-compare')[name].naturalWidth)"
+    page.wait_for_function(f"{sizes}.every(width => width === 48)")
+    drop(page, ZONE, {"large.png": encoded(Image.new("1", (8000, 5500)), "PNG")})
+    page.wait_for_selector("text=large.png: 8000 x 5500 pixels")
+    assert page.evaluate("window.freed") == 3
+
+
 def test_cancel(page: Any) -> None:
     drop(page, ZONE, {"noisy.png": encoded(pixels(300, 520), "PNG")})
     page.wait_for_selector("text=Denoising ...")
