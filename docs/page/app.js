@@ -44,6 +44,31 @@ function clear() {
   show("save", false);
 }
 
+// The kinds of pictures that may hold several frames, by the bytes that they begin with; a name may say another.
+const MOVING = [
+  [/^GIF8/, "image/gif"],
+  [/^\x89PNG/, "image/png"],
+  [/^RIFF.{4}WEBP/s, "image/webp"],
+  [/^.{4}ftypavi[fs]/s, "image/avif"],
+];
+
+// How many frames a picture has; 1 where the browser cannot tell.
+async function framesOf(file) {
+  const start = String.fromCharCode(...new Uint8Array(await file.slice(0, 12).arrayBuffer()));
+  const type = MOVING.find(([pattern]) => pattern.test(start))?.[1];
+  if (type === undefined || !("ImageDecoder" in self)) return 1;
+  let decoder = null;
+  try {
+    decoder = new ImageDecoder({ data: await file.arrayBuffer(), type });
+    await Promise.all([decoder.tracks.ready, decoder.completed]);
+    return Math.max(1, ...Array.from(decoder.tracks, (track) => track.frameCount));
+  } catch {
+    return 1; // damage, or a type that is not decoded here
+  } finally {
+    decoder?.close();
+  }
+}
+
 async function pixelsOf(file) {
   let bitmap;
   try {
@@ -59,6 +84,8 @@ async function pixelsOf(file) {
           "The command fastden denoise takes more.",
       );
     }
+    const frames = await framesOf(file);
+    if (frames > 1) throw new Error(`${file.name}: an animation of ${frames} frames; accepted: one picture`);
     const canvas = new OffscreenCanvas(width, height);
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.drawImage(bitmap, 0, 0);

@@ -287,11 +287,34 @@ def test_a_result_that_came_too_late(page: Any, then: str) -> None:
     assert not page.query_selector("#fastden-page fastden-compare")
 
 
+def animation(kind: str, frames: int) -> bytes:
+    first, *others = (Image.fromarray(pixels(40, 40, seed=seed)) for seed in range(frames))
+    return encoded(first, kind, save_all=True, append_images=others)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("GIF", "gif"), ("WEBP", "webp"), ("AVIF", "avif")])
+def test_one_frame_is_no_animation(page: Any, kind: str, suffix: str) -> None:
+    drop(page, ZONE, {f"a.{suffix}": animation(kind, 1)})
+    page.wait_for_selector(SAVE)
+
+
+def test_the_first_frame_where_the_browser_cannot_count_them(page: Any) -> None:
+    page.evaluate("delete self.ImageDecoder")
+    drop(page, ZONE, {"moving.gif": animation("GIF", 3)})
+    page.wait_for_selector(SAVE)
+
+
 def test_what_is_refused(page: Any) -> None:
     drop(page, ZONE, {"broken.png": encoded(pixels(), "PNG")[:60]})
     page.wait_for_selector("text=broken.png: not a picture that this browser reads; accepted: JPEG, PNG, WebP, AVIF")
     drop(page, ZONE, {"large.png": encoded(Image.new("1", (8000, 5500)), "PNG")})
     page.wait_for_selector("text=large.png: 8000 x 5500 pixels; accepted here: at most 40 megapixels")
+    kinds = {"PNG": "png", "GIF": "gif", "WEBP": "webp", "AVIF": "avif"}
+    for kind, suffix in kinds.items():
+        drop(page, ZONE, {f"moving.{suffix}": animation(kind, 3)})
+        page.wait_for_selector(f"text=moving.{suffix}: an animation of 3 frames; accepted: one picture")
+    drop(page, ZONE, {"renamed.png": animation("GIF", 2)})
+    page.wait_for_selector("text=renamed.png: an animation of 2 frames; accepted: one picture")
     assert not page.is_visible("#fastden-page .save")
     assert not page.is_visible("#fastden-page .bar")
 
