@@ -14,7 +14,7 @@ import gradio as gr
 from fastden.errors import UserError, in_one_line
 from fastden.images.samples import MAX_SIGMA
 from fastden.network.hub import models
-from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, in_words
+from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, in_words, remove_uploads
 
 #: The model that fastden chooses.
 AUTOMATIC = "automatic"
@@ -27,7 +27,7 @@ BY_HAND = (
     "<p>A level set by hand is one of white noise: automatic takes the model color for it. For coarse grain move"
     " Strength instead, or choose the model photo and 1.4 to 2 times the level (docs/noise.md).</p>"
 )
-LOST = "The connection was lost, and the pictures with it: drop them again."
+LOST = "The connection was lost, and the pictures with it: reload the page, and drop them again."
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -54,6 +54,8 @@ class Page:
     def __init__(self, root: Path, limits: Limits, device: str | None = None) -> None:
         self.root, self.limits, self.device = root, limits, device
         self._sessions: dict[str, Session] = {}
+        # Gradio tells once that a window is gone: nobody would end a second session of that window.
+        self._gone: set[str] = set()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -61,16 +63,23 @@ class Page:
         for name in list(self._sessions):
             self._sessions.pop(name).close()
 
-    def _session(self, request: gr.Request) -> Session:
-        """The visitor's session; a new one if there is none, or if the connection was lost for a while."""
+    def _session(self, request: gr.Request) -> Session | None:
+        """The visitor's session; None before the first drop, and after the connection was lost."""
+        return self._sessions.get(request.session_hash or "")
+
+    def _session_of_a_drop(self, request: gr.Request) -> Session | None:
+        """The visitor's session, a new one at the first drop; None after the connection was lost."""
         name = request.session_hash or ""
         with self._lock:
-            if name not in self._sessions:
+            if name not in self._sessions and name not in self._gone:
                 self._sessions[name] = Session(self.root, self.limits, self.device)
-            return self._sessions[name]
+            return self._sessions.get(name)
 
     def _leave(self, request: gr.Request) -> None:
-        session = self._sessions.pop(request.session_hash or "", None)
+        name = request.session_hash or ""
+        with self._lock:
+            self._gone.add(name)
+            session = self._sessions.pop(name, None)
         if session is not None:
             session.close()
 
@@ -115,7 +124,10 @@ class Page:
 
     def _take(self, uploads: list[str] | None, automatic: bool, request: gr.Request) -> tuple[Any, ...]:
         """Take the dropped files, and tell the noise of each."""
-        session = self._session(request)
+        session = self._session_of_a_drop(request)
+        if session is None:
+            remove_uploads(self.root, uploads or [])
+            return (None, gr.Dropdown(visible=False), "", _wrong(LOST), gr.skip(), *_buttons(None))
         try:
             session.take(uploads or [])
         except UserError as error:
@@ -131,7 +143,7 @@ class Page:
     ) -> Iterator[tuple[Any, ...]]:
         """Denoise in a thread, and report its progress; leaving the page ends it."""
         session = self._session(request)
-        if all(picture.estimate is None for picture in session.pictures):
+        if session is None or all(picture.estimate is None for picture in session.pictures):
             yield *[gr.skip()] * 4, *_buttons(session)
             return
         level: Literal["auto"] | float = "auto" if automatic else float(sigma)
@@ -175,7 +187,7 @@ class Page:
     ) -> Iterator[tuple[Any, ...]]:
         """Denoise the pictures that the window shows, if they are still here."""
         session = self._session(request)
-        if session.pictures:
+        if session is not None and session.pictures:
             yield from self._run(automatic, sigma, strength, model, request)
         else:
             yield gr.Dropdown(visible=False), "", _wrong(LOST), gr.skip(), *_buttons(session)
@@ -183,29 +195,31 @@ class Page:
     def _show(self, index: int, automatic: bool, request: gr.Request) -> tuple[Any, ...]:
         return self._view(self._session(request), index, automatic)
 
-    def _view(self, session: Session, index: int, automatic: bool) -> tuple[Any, ...]:
+    def _view(self, session: Session | None, index: int, automatic: bool) -> tuple[Any, ...]:
         """One picture before and after, the text about it, and its level on the slider."""
         picture = _picture(session, index)
         compare = ""
-        if picture is not None and picture.done:
+        if session is not None and picture is not None and picture.done:
             before, after = (f"gradio_api/file={quote(str(path))}" for path in session.previews(picture))
             compare = f'<fastden-compare before="{before}" after="{after}"></fastden-compare>'
         text = _wrong(LOST) if picture is None else _told(picture)
         return compare, text, gr.Slider(**_level(session, index, automatic))
 
     def _cancel(self, request: gr.Request) -> None:
-        self._session(request).cancel()
+        session = self._session(request)
+        if session is not None:
+            session.cancel()
 
     def _automatic(self, index: int | None, automatic: bool, request: gr.Request) -> Any:
         """The slider of the noise level: shows what is estimated, or is set by hand."""
         return gr.Slider(interactive=not automatic, **_level(self._session(request), index or 0, automatic))
 
 
-def _picture(session: Session, index: int) -> Picture | None:
-    return session.pictures[index] if index < len(session.pictures) else None
+def _picture(session: Session | None, index: int) -> Picture | None:
+    return session.pictures[index] if session is not None and index < len(session.pictures) else None
 
 
-def _level(session: Session, index: int, automatic: bool) -> dict[str, Any]:
+def _level(session: Session | None, index: int, automatic: bool) -> dict[str, Any]:
     """What the slider of the noise level shows: what is estimated, unless it is set by hand."""
     picture = _picture(session, index)
     if not automatic or picture is None or picture.estimate is None:
@@ -213,12 +227,13 @@ def _level(session: Session, index: int, automatic: bool) -> dict[str, Any]:
     return {"value": round(picture.estimate.sigma, 1)}
 
 
-def _buttons(session: Session, part: float | None = None) -> tuple[Any, ...]:
+def _buttons(session: Session | None, part: float | None = None) -> tuple[Any, ...]:
     """The bar of progress, and the buttons *Denoise*, *Cancel* and *Download*; ``part`` of a run is done."""
     running = part is not None
-    some = any(picture.estimate is not None for picture in session.pictures)
-    path = None if running else session.download()
-    count = sum(picture.done for picture in session.pictures)
+    pictures = [] if session is None else session.pictures
+    some = any(picture.estimate is not None for picture in pictures)
+    path = None if running or session is None else session.download()
+    count = sum(picture.done for picture in pictures)
     text = "Download" if count < 2 else f"Download all {count} (zip)"
     save = gr.DownloadButton(text, visible=path is not None, value=None if path is None else str(path))
     bar = gr.HTML(f'<progress aria-label="Progress" value="{part or 0:.3f}"></progress>', visible=running)

@@ -125,16 +125,13 @@ class Session:
         Raises:
             UserError: too many, which are removed then; a file that no visitor has uploaded.
         """
-        root = self.folder.parent.resolve()
-        if not all(Path(upload).resolve().is_relative_to(root) for upload in uploads):
-            raise UserError("a file that was not uploaded; accepted: uploads")
+        _check_uploaded(self.folder.parent, uploads)
         self.cancel()
         with self._running:
             self._empty()
             self._round += 1
             if len(uploads) > self.limits.files:
-                for upload in uploads:
-                    Path(upload).unlink(missing_ok=True)
+                remove_uploads(self.folder.parent, uploads)
                 raise UserError(f"{len(uploads)} pictures at a time; accepted: at most {self.limits.files}")
             for index, upload in enumerate(uploads):
                 path = Path(upload)
@@ -152,8 +149,7 @@ class Session:
                 except OSError as error:  # such as a full disk
                     picture.error = f"{picture.name}: the upload cannot be kept: {reason(error)}"
             # The same file may be among them twice: they go when all have been taken.
-            for upload in uploads:
-                Path(upload).unlink(missing_ok=True)
+            remove_uploads(self.folder.parent, uploads)
             for picture in self.pictures:
                 if picture.error is None:
                     self._look(picture)
@@ -261,6 +257,22 @@ class Session:
         self.pictures = []
         for directory in self.folder.iterdir():
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_uploads(root: Path, uploads: Sequence[str | Path]) -> None:
+    """Remove uploads that no session takes; ``root`` as of :class:`Session`.
+
+    Raises:
+        UserError: a file that no visitor has uploaded.
+    """
+    _check_uploaded(root, uploads)
+    for upload in uploads:
+        Path(upload).unlink(missing_ok=True)
+
+
+def _check_uploaded(root: Path, uploads: Sequence[str | Path]) -> None:
+    if not all(Path(upload).resolve().is_relative_to(root.resolve()) for upload in uploads):
+        raise UserError("a file that was not uploaded; accepted: uploads")
 
 
 def _linked(source: Path, target: Path) -> bool:

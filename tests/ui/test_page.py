@@ -194,13 +194,30 @@ def test_pictures_that_went_with_the_connection_are_told(tmp_path: Path) -> None
     page._take([str(uploads[0])], True, request)
     assert "noise of fine grain" in list(page._again(*settings))[-1][2]
     page._leave(request)
-    lost = "The connection was lost, and the pictures with it: drop them again."
+    lost = "The connection was lost, and the pictures with it: reload the page, and drop them again."
     _, compare, told, *_, again, cancel, save = list(page._again(*settings))[-1]
     assert (compare, lost in told, again.interactive, cancel.visible, save.visible) == ("", True, False, False, False)
     assert lost in page._show(0, True, request)[1]
-    # After a drop that was refused there are none either, but its error stands.
+    assert page._automatic(0, False, request).interactive
+    page._cancel(request)
+    # Gradio does not tell a second time that this window is gone: nothing is kept for it.
+    assert lost in page._take([str(uploads[1])], True, request)[3]
+    assert not uploads[1].exists()
+    assert lost not in str(list(page._run(*settings))[-1])  # and what the drop was told stands
+    assert not list(tmp_path.glob("session-*"))
+    page.close()
+
+
+def test_after_a_drop_that_was_refused_its_error_stands(tmp_path: Path) -> None:
+    from fastden.ui.page import Page
+
+    page, request = Page(tmp_path, Limits(files=2)), SimpleNamespace(session_hash="mine")
+    uploads = [tmp_path / f"{name}.jpg" for name in "abc"]
+    for upload in uploads:
+        upload.write_bytes(photo())
     assert "3 pictures at a time" in page._take([str(upload) for upload in uploads], True, request)[3]
-    assert lost not in str(list(page._run(*settings))[-1])
+    _, _, told, *_ = list(page._run(True, 0.0, 1.0, "automatic", request))[-1]
+    assert not isinstance(told, str)
     page.close()
 
 
