@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from fastden.errors import UserError, in_one_line
+from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.samples import MAX_SIGMA
 from fastden.network.hub import models
 from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, in_words, remove_uploads
+from fastden.whole_files import reason
 
 #: The model that fastden chooses.
 AUTOMATIC = "automatic"
@@ -180,7 +182,9 @@ class Page:
         else:
             first = next((index for index, picture in enumerate(session.pictures) if picture.done), 0)
             compare, text, level_shown = self._view(session, first, automatic)
-            yield gr.Dropdown(value=first), compare, _summary(session) + text, level_shown, *_buttons(session)
+            path, wrong = _download(session)
+            buttons = _buttons(session, path=path)
+            yield gr.Dropdown(value=first), compare, _summary(session) + text + wrong, level_shown, *buttons
 
     def _again(
         self, automatic: bool, sigma: float, strength: float, model: str, request: gr.Request
@@ -198,11 +202,13 @@ class Page:
     def _view(self, session: Session | None, index: int, automatic: bool) -> tuple[Any, ...]:
         """One picture before and after, the text about it, and its level on the slider."""
         picture = _picture(session, index)
-        compare = ""
+        compare, text = "", _wrong(LOST) if picture is None else _told(picture)
         if session is not None and picture is not None and picture.done:
-            before, after = (f"gradio_api/file={quote(str(path))}" for path in session.previews(picture))
-            compare = f'<fastden-compare before="{before}" after="{after}"></fastden-compare>'
-        text = _wrong(LOST) if picture is None else _told(picture)
+            try:
+                before, after = (f"gradio_api/file={quote(str(path))}" for path in session.previews(picture))
+                compare = f'<fastden-compare before="{before}" after="{after}"></fastden-compare>'
+            except FAILURES as error:
+                text += _wrong(f"The picture cannot be shown: {_why(session, error)}.")
         return compare, text, gr.Slider(**_level(session, index, automatic))
 
     def _cancel(self, request: gr.Request) -> None:
@@ -227,12 +233,31 @@ def _level(session: Session | None, index: int, automatic: bool) -> dict[str, An
     return {"value": round(picture.estimate.sigma, 1)}
 
 
-def _buttons(session: Session | None, part: float | None = None) -> tuple[Any, ...]:
-    """The bar of progress, and the buttons *Denoise*, *Cancel* and *Download*; ``part`` of a run is done."""
+def _download(session: Session) -> tuple[Path | None, str]:
+    """What the visitor downloads, and a text where it cannot be made, as on a full disk."""
+    try:
+        return session.download(), ""
+    except FAILURES as error:
+        return None, _wrong(f"The download cannot be made: {_why(session, error)}.")
+
+
+def _why(session: Session, error: BaseException) -> str:
+    """The message of an error, without the paths of this machine."""
+    text = reason(error) if isinstance(error, OSError) else in_one_line(error)
+    return text.replace(f"{session.folder}{os.sep}", "")
+
+
+def _buttons(session: Session | None, part: float | None = None, path: Path | None = None) -> tuple[Any, ...]:
+    """The bar of progress, and the buttons *Denoise*, *Cancel* and *Download*.
+
+    Args:
+        session: the visitor's.
+        part: of a run that is done, 0 to 1; None where none is going on.
+        path: what is downloaded.
+    """
     running = part is not None
     pictures = [] if session is None else session.pictures
     some = any(picture.estimate is not None for picture in pictures)
-    path = None if running or session is None else session.download()
     count = sum(picture.done for picture in pictures)
     text = "Download" if count < 2 else f"Download all {count} (zip)"
     save = gr.DownloadButton(text, visible=path is not None, value=None if path is None else str(path))

@@ -24,10 +24,10 @@ from fastden.images.codec import SUFFIXES, read_image
 from fastden.images.encoding import INTERPRETATIONS, described
 from fastden.images.formats import open_file, read_suffixes, result_suffix
 from fastden.images.kinds import check_supported
-from fastden.images.libvips import VIPS_FORMATS, load_vips, vips_errors
+from fastden.images.libvips import VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.strips import read_samples
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
-from fastden.whole_files import reason
+from fastden.whole_files import reason, replacing
 
 #: Called with the picture at work, its index, and the part of the run that is done, 0 to 1.
 Progress = Callable[[int, float], None]
@@ -228,7 +228,11 @@ class Session:
             self.pictures = []
 
     def previews(self, picture: Picture) -> tuple[Path, Path]:
-        """The picture before and after, upright and in sRGB, as PNG files that every browser shows."""
+        """The picture before and after, upright and in sRGB, as PNG files that every browser shows.
+
+        Raises:
+            OSError, UserError: they cannot be written.
+        """
         made = []
         for path in (picture.source, picture.target):
             preview = path.with_name(f"{path.stem}-{path.stat().st_mtime_ns}.png")
@@ -238,11 +242,22 @@ class Session:
         return made[0], made[1]
 
     def download(self) -> Path | None:
-        """The result under its own name, or a zip of several; None where there is none."""
+        """The result under its own name, or a zip of several; None where there is none.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         done = [picture for picture in self.pictures if picture.done]
         if not done:
             return None
         directory = Path(tempfile.mkdtemp(prefix="save-", dir=self.folder))
+        try:
+            return self._save(done, directory)
+        except BaseException:  # such as a full disk
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    def _save(self, done: list[Picture], directory: Path) -> Path:
         if len(self.pictures) == 1:
             path = directory / done[0].result_name
             shutil.copyfile(done[0].target, path) if not _linked(done[0].target, path) else None
@@ -329,7 +344,11 @@ def _write_preview(path: Path, target: Path) -> None:
             image = (image * 255).cast("uchar").copy(interpretation="b-w" if image.bands < 3 else "srgb")
         else:
             image = image.colourspace("srgb")
-        image.cast("uchar").pngsave(str(target), compression=1, keep="none")
+        with replacing(target, ".png") as temporary:
+            try:
+                image.cast("uchar").pngsave(str(temporary), compression=1, keep="none")
+            except vips.Error as error:
+                raise UserError(detail(error)) from error
 
 
 def in_words(estimate: NoiseEstimate) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -205,6 +206,38 @@ def test_pictures_that_went_with_the_connection_are_told(tmp_path: Path) -> None
     assert not uploads[1].exists()
     assert lost not in str(list(page._run(*settings))[-1])  # and what the drop was told stands
     assert not list(tmp_path.glob("session-*"))
+    page.close()
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+
+
+def test_a_disk_that_fills_up_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page says so, its buttons work, and what can still be had is offered."""
+    from fastden.ui.page import Page
+
+    page, request = Page(tmp_path, Limits()), SimpleNamespace(session_hash="mine")
+    settings: Any = (True, 0.0, 1.0, "automatic", request)
+    uploads = [tmp_path / f"{name}.jpg" for name in "ab"]
+    for seed, upload in enumerate(uploads):
+        upload.write_bytes(photo(seed))
+    page._take([str(upload) for upload in uploads], True, request)
+
+    monkeypatch.setattr("fastden.ui.session.ZipFile", full)
+    with monkeypatch.context() as context:
+        context.setattr("fastden.ui.session._write_preview", full)
+        _, compare, told, _, bar, again, cancel, save = list(page._run(*settings))[-1]
+        shown = page._show(0, True, request)
+    assert "The picture cannot be shown: No space left on device." in told
+    assert "The download cannot be made: No space left on device." in told
+    assert (compare, bar.visible, again.interactive, cancel.visible, save.visible) == ("", False, True, False, False)
+    assert shown[0] == ""
+    assert "The picture cannot be shown" in shown[1]
+    assert not list(tmp_path.glob("session-*/save-*"))
+
+    monkeypatch.undo()
+    assert "fastden-compare" in page._show(0, True, request)[0]
     page.close()
 
 

@@ -15,6 +15,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from fastden.errors import UserError
+from fastden.images.libvips import load_vips
 from fastden.inference.estimate import UNDECIDED, NoiseEstimate
 from fastden.training.data import load_rgb
 from fastden.ui.session import Cancelled, Choice, Limits, Session, in_words
@@ -107,6 +108,24 @@ def test_previews_are_upright_and_of_the_present_result(session: Session, tmp_pa
     _, second = session.previews(session.pictures[0])
     assert second.read_bytes() != old
     assert not first.exists()
+
+
+def test_no_part_of_a_preview_is_shown(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.take(upload(tmp_path / "root", a_jpg=jpeg()))
+    session.run(Choice(sigma=10.0))
+    vips = load_vips()
+    with monkeypatch.context() as context:
+
+        def full(image: Any, path: str, **_: Any) -> None:
+            Path(path).write_bytes(b"half")
+            raise vips.Error("unable to call pngsave", "unix error: No space left on device")
+
+        context.setattr(vips.Image, "pngsave", full, raising=False)
+        with pytest.raises(UserError, match=r"^unix error: No space left on device$"):
+            session.previews(session.pictures[0])
+    assert not list(session.folder.glob("*/*.png"))
+    assert not list(session.folder.glob("*/.*"))
+    assert all(Image.open(path).size == (40, 56) for path in session.previews(session.pictures[0]))
 
 
 def test_a_preview_of_a_gray_file_with_a_profile_of_colours(session: Session, tmp_path: Path) -> None:
