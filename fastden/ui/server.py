@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -56,7 +57,10 @@ def serve(
             ready(f"http://{name}:{bound.getsockname()[1]}")
             # An open page keeps a connection: the server does not wait for it.
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-            uvicorn.Server(config).run(sockets=[bound])
+            server = uvicorn.Server(config)
+            # At the end uvicorn tells a traceback for each connection that a page keeps open.
+            logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+            server.run(sockets=[bound])
         finally:
             page.close()
 

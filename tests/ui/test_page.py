@@ -31,11 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 ZONE = "#drop button"
 
 
-def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+def start(folder: Path, *options: str, errors: Any = None) -> tuple[subprocess.Popen[str], str]:
     """The command, and the address that it tells; its temporary files lie below ``folder``."""
     command = [sys.executable, "-m", "fastden", "ui", "--no-browser", "--port", "0", *options]
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     assert process.stdout is not None
     return process, process.stdout.readline().split()[0]
 
@@ -310,6 +310,18 @@ def test_a_file_that_is_too_large(url: str) -> None:
         + b"\r\n--x--\r\n"
     )
     assert answer(f"{url}/gradio_api/upload", body, Content_Type="multipart/form-data; boundary=x") == 413
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_is_quiet_while_a_page_is_open(tmp_path: Path) -> None:
+    with (tmp_path / "errors.txt").open("w") as errors:
+        process, url = start(tmp_path, errors=errors)
+    # As a window does: a stream that stays open.
+    with urllib.request.urlopen(f"{url}/gradio_api/heartbeat/mine", timeout=60) as stream:
+        stream.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+    assert (tmp_path / "errors.txt").read_text() == ""
 
 
 def test_a_port_that_is_taken() -> None:
