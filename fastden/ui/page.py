@@ -5,17 +5,17 @@ from __future__ import annotations
 import html
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 import gradio as gr
 
-from fastden.errors import FAILURES, UserError, in_one_line
+from fastden.errors import FAILURES, in_one_line
 from fastden.images.samples import MAX_SIGMA
 from fastden.network.hub import models
-from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, in_words, remove_uploads
+from fastden.ui.session import Cancelled, Choice, Limits, Picture, Session, Superseded, Turns, in_words, remove_uploads
 from fastden.whole_files import reason
 
 #: The model that fastden chooses.
@@ -55,6 +55,7 @@ class Page:
 
     def __init__(self, root: Path, limits: Limits, device: str | None = None) -> None:
         self.root, self.limits, self.device = root, limits, device
+        self._turns = Turns()
         self._sessions: dict[str, Session] = {}
         # Gradio tells once that a window is gone: nobody would end a second session of that window.
         self._gone: set[str] = set()
@@ -74,7 +75,7 @@ class Page:
         name = request.session_hash or ""
         with self._lock:
             if name not in self._sessions and name not in self._gone:
-                self._sessions[name] = Session(self.root, self.limits, self.device)
+                self._sessions[name] = Session(self.root, self.limits, self.device, self._turns)
             return self._sessions.get(name)
 
     def _leave(self, request: gr.Request) -> None:
@@ -116,66 +117,81 @@ class Page:
             # One run at a time: pictures of several visitors would share the memory.
             running: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "run", **private}
             settings = [automatic, sigma, strength, model]
-            dropped = drop.upload(self._take, [drop, automatic], [drop, *shown, *buttons], **private)
-            dropped.success(self._run, settings, [*shown, *buttons], **running)
+            # A drop ends what is done for an earlier one of the visitor: none waits for the other.
+            at_once: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **private}
+            dropped = drop.upload(self._take, [drop, automatic], [drop, *shown, *buttons], **at_once)
+            dropped.success(self._first_run, settings, [*shown, *buttons], trigger_mode="multiple", **running)
             again.click(self._again, settings, [*shown, *buttons], **running)
             cancel.click(self._cancel, None, None, queue=False, **private)
             which.input(self._show, [which, automatic], [compare, status, sigma], **private)
             automatic.change(self._automatic, [which, automatic], sigma, **private)
         return page
 
-    def _take(self, uploads: list[str] | None, automatic: bool, request: gr.Request) -> tuple[Any, ...]:
+    def _take(self, uploads: list[str] | None, automatic: bool, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Take the dropped files, and tell the noise of each."""
         session = self._session_of_a_drop(request)
+        nothing = (None, gr.Dropdown(visible=False), "")
         if session is None:
             remove_uploads(self.root, uploads or [])
-            return (None, gr.Dropdown(visible=False), "", _wrong(LOST), gr.skip(), *_buttons(None))
-        try:
-            session.take(uploads or [])
-        except UserError as error:
-            return (None, gr.Dropdown(visible=False), "", _wrong(str(error)), gr.skip(), *_buttons(session))
-        choices = [(picture.name, index) for index, picture in enumerate(session.pictures)]
-        first = next((index for index, picture in enumerate(session.pictures) if picture.estimate is not None), 0)
-        which = gr.Dropdown(choices, value=first, visible=len(choices) > 1)
-        level = gr.Slider(**_level(session, first, automatic))
-        return (None, which, "", _told(session.pictures[first]), level, *_buttons(session))
+            yield *nothing, _wrong(LOST), gr.skip(), *_buttons(None)
+            return
+        at = [0]
+
+        def work() -> None:
+            session.take(uploads or [], lambda index: at.__setitem__(0, index))
+
+        def told() -> tuple[str, float]:
+            return _at_work("Looking at", session.pictures, at[0]), at[0] / max(len(session.pictures), 1)
+
+        error = yield from _in_a_thread(session, work, told, gr.skip())
+        if isinstance(error, Superseded):
+            yield (gr.skip(),) * 9
+        elif isinstance(error, Cancelled):
+            yield *nothing, "<p>Cancelled.</p>", gr.skip(), *_buttons(session)
+        elif error is not None:
+            yield *nothing, _wrong(_why(session, error)), gr.skip(), *_buttons(session)
+        else:
+            choices = [(picture.name, index) for index, picture in enumerate(session.pictures)]
+            first = next((index for index, picture in enumerate(session.pictures) if picture.estimate is not None), 0)
+            which = gr.Dropdown(choices, value=first, visible=len(choices) > 1)
+            level = gr.Slider(**_level(session, first, automatic))
+            # A run follows at once.
+            buttons = _buttons(session, 0.0 if _readable(session) else None)
+            yield None, which, "", _told(session.pictures[first]), level, *buttons
+
+    def _first_run(
+        self, automatic: bool, sigma: float, strength: float, model: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Denoise what was dropped, unless other pictures were dropped meanwhile: they have a run of their own."""
+        session = self._session(request)
+        if session is not None and session.fresh:
+            yield from self._run(automatic, sigma, strength, model, request)
+        else:
+            yield (gr.skip(),) * 8
 
     def _run(
         self, automatic: bool, sigma: float, strength: float, model: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Denoise in a thread, and report its progress; leaving the page ends it."""
         session = self._session(request)
-        if session is None or all(picture.estimate is None for picture in session.pictures):
+        if session is None or not _readable(session):
             yield *[gr.skip()] * 4, *_buttons(session)
             return
         level: Literal["auto"] | float = "auto" if automatic else float(sigma)
         choice = Choice(None if model == AUTOMATIC else model, level, float(strength))
-        told: list[tuple[int, float]] = [(0, 0.0)]
-        ended: list[BaseException | None] = []
+        at: list[tuple[int, float]] = [(0, 0.0)]
 
         def work() -> None:
-            try:
-                session.run(choice, lambda index, part: told.__setitem__(0, (index, part)))
-                ended.append(None)
-            except BaseException as error:
-                ended.append(error)
+            session.run(choice, lambda index, part: at.__setitem__(0, (index, part)))
 
-        thread = threading.Thread(target=work, name="fastden-ui", daemon=True)
-        thread.start()
-        said = None
-        try:
-            while thread.is_alive():
-                index, part = told[0]
-                text = _at_work(session, index)
-                # Text that stays is not sent again, or a screen reader would read it again.
-                yield gr.skip(), gr.skip(), gr.skip() if text == said else text, gr.skip(), *_buttons(session, part)
-                said = text
-                thread.join(POLL)
-        finally:
-            if thread.is_alive():
-                session.cancel()
-        error = ended[0]
-        if isinstance(error, Cancelled):
+        def told() -> tuple[str, float]:
+            index, part = at[0]
+            return _at_work("Denoising", _readable(session), index), part
+
+        error = yield from _in_a_thread(session, work, told)
+        if isinstance(error, Superseded):
+            yield (gr.skip(),) * 8
+        elif isinstance(error, Cancelled):
             yield gr.skip(), "", "<p>Cancelled.</p>", gr.skip(), *_buttons(session)
         elif error is not None:
             yield gr.skip(), "", _wrong(in_one_line(error)), gr.skip(), *_buttons(session)
@@ -219,6 +235,51 @@ class Page:
     def _automatic(self, index: int | None, automatic: bool, request: gr.Request) -> Any:
         """The slider of the noise level: shows what is estimated, or is set by hand."""
         return gr.Slider(interactive=not automatic, **_level(self._session(request), index or 0, automatic))
+
+
+def _in_a_thread(
+    session: Session, work: Callable[[], None], told: Callable[[], tuple[str, float]], *first: Any
+) -> Generator[tuple[Any, ...], None, BaseException | None]:
+    """Work in a thread, and report its progress; leaving the page ends it.
+
+    Args:
+        session: the visitor's.
+        work: is called in the thread.
+        told: the status, and the part that is done, 0 to 1.
+        first: goes in front of what is reported: the picture shown, the comparison, the status, the level, the buttons.
+
+    Returns:
+        The error with which it ended, or None.
+    """
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            work()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name="fastden-ui", daemon=True)
+    thread.start()
+    said = None
+    try:
+        while thread.is_alive():
+            text, part = told()
+            # Text that stays is not sent again, or a screen reader would read it again.
+            status = gr.skip() if text == said else text
+            yield *first, gr.skip(), gr.skip(), status, gr.skip(), *_buttons(session, part)
+            said = text
+            thread.join(POLL)
+    finally:
+        if thread.is_alive():
+            session.cancel()
+    return ended[0]
+
+
+def _readable(session: Session) -> list[Picture]:
+    """The pictures that can be denoised."""
+    return [picture for picture in session.pictures if picture.estimate is not None]
 
 
 def _picture(session: Session | None, index: int) -> Picture | None:
@@ -291,14 +352,13 @@ def _summary(session: Session) -> str:
     return f"<p>{done} of {len(session.pictures)} pictures denoised.</p>" + "".join(map(_wrong, wrong))
 
 
-def _at_work(session: Session, index: int) -> str:
+def _at_work(doing: str, pictures: list[Picture], index: int) -> str:
     """Which picture is at work."""
-    names = [picture.name for picture in session.pictures if picture.estimate is not None]
-    if not names:
+    if not pictures:
         return ""
-    name = html.escape(names[min(index, len(names) - 1)])
-    count = f" ({index + 1} of {len(names)})" if len(names) > 1 else ""
-    return f"<p>Denoising {name}{count} ...</p>"
+    name = html.escape(pictures[min(index, len(pictures) - 1)].name)
+    count = f" ({index + 1} of {len(pictures)})" if len(pictures) > 1 else ""
+    return f"<p>{doing} {name}{count} ...</p>"
 
 
 def theme() -> Any:

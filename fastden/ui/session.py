@@ -7,8 +7,9 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import ZIP_STORED, ZipFile
@@ -101,6 +102,21 @@ class Cancelled(BaseException):
     """The visitor has pressed *Cancel*, or left. No :class:`Exception`: no stage takes it for a picture's failure."""
 
 
+class Superseded(Cancelled):
+    """The visitor has dropped other pictures."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Locks of all sessions of a page: the pictures of several visitors would share the memory.
+
+    Attributes:
+        looking: held while the noise of pictures is estimated.
+    """
+
+    looking: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Session:
     """The pictures of one visitor, in a folder that is removed with the session.
 
@@ -108,35 +124,55 @@ class Session:
         root: the folder in which the session's is made.
         limits: of the page.
         device: as in :func:`fastden.denoise`.
+        turns: of the page's sessions.
+
+    Attributes:
+        folder: the session's.
+        pictures: what is worked on.
+        fresh: whether nothing was done yet with the pictures that were taken.
+        waiting: whether it is another visitor's turn.
     """
 
-    def __init__(self, root: Path, limits: Limits, device: str | None = None) -> None:
-        self.limits, self.device = limits, device
+    def __init__(self, root: Path, limits: Limits, device: str | None = None, turns: Turns | None = None) -> None:
+        self.limits, self.device, self.turns = limits, device, turns or Turns()
         self.folder = Path(tempfile.mkdtemp(prefix="session-", dir=root))
         self.pictures: list[Picture] = []
         self._stop = threading.Event()
         self._closed = False
         self._running = threading.Lock()
         self._round = 0
+        self.fresh = self.waiting = False
 
-    def take(self, uploads: Sequence[str | Path]) -> None:
+    def take(self, uploads: Sequence[str | Path], progress: Callable[[int], None] = lambda index: None) -> None:
         """Work on these files from now on, instead of the earlier ones; they are moved into the session's folder.
+
+        Args:
+            uploads: the files.
+            progress: called with the index of each when its noise is to be estimated.
 
         Raises:
             UserError: too many, which are removed then; a file that no visitor has uploaded.
+            Cancelled: :meth:`cancel` or :meth:`close` was called, and there are no pictures then.
+            Superseded: :meth:`take` was called again.
         """
         _check_uploaded(self.folder.parent, uploads)
+        self._round += 1
+        number = self._round
         self.cancel()
         with self._running:
+            self._stop.clear()
+            self.fresh = False
+            if self._closed or number != self._round:
+                remove_uploads(self.folder.parent, uploads)
+                self._check(number)
             self._empty()
-            self._round += 1
             if len(uploads) > self.limits.files:
                 remove_uploads(self.folder.parent, uploads)
                 raise UserError(f"{len(uploads)} pictures at a time; accepted: at most {self.limits.files}")
             for index, upload in enumerate(uploads):
                 path = Path(upload)
                 suffix = path.suffix if path.suffix.lower() in (*SUFFIXES, *read_suffixes()) else ""
-                directory = self.folder / f"{self._round}-{index}"
+                directory = self.folder / f"{number}-{index}"
                 directory.mkdir()
                 # Uploads of the same bytes share a path: a visitor's own copy outlives the other's.
                 source = directory / f"in{suffix}"
@@ -150,9 +186,38 @@ class Session:
                     picture.error = f"{picture.name}: the upload cannot be kept: {reason(error)}"
             # The same file may be among them twice: they go when all have been taken.
             remove_uploads(self.folder.parent, uploads)
-            for picture in self.pictures:
-                if picture.error is None:
-                    self._look(picture)
+            try:
+                with self._turn(self.turns.looking, number):
+                    for index, picture in enumerate(self.pictures):
+                        self._check(number)
+                        progress(index)
+                        if picture.error is None:
+                            self._look(picture)
+            except Cancelled:
+                self._empty()
+                raise
+            self.fresh = True
+
+    def _check(self, number: int) -> None:
+        """Raise Cancelled where what is done for the drop of this number is to end."""
+        if number != self._round:
+            raise Superseded
+        if self._stop.is_set() or self._closed:
+            raise Cancelled
+
+    @contextmanager
+    def _turn(self, lock: threading.Lock, number: int) -> Iterator[None]:
+        """Hold a lock of all sessions; to wait for it can be cancelled."""
+        try:
+            while not lock.acquire(timeout=0.1):
+                self.waiting = True
+                self._check(number)
+        finally:
+            self.waiting = False
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _look(self, picture: Picture) -> None:
         """Estimate the noise of a picture, or find its error."""
@@ -170,13 +235,15 @@ class Session:
         """Denoise the pictures that can be read: what ``fastden denoise`` would write for them.
 
         Raises:
-            Cancelled: :meth:`cancel` was called; there are no results then.
+            Cancelled: :meth:`cancel` or :meth:`close` was called; there are no results then.
+            Superseded: :meth:`take` was called.
             UserError, ValueError, TypeError: a setting that no picture can be denoised with.
         """
         with self._running:
-            self._stop.clear()
-            if self._closed:
-                raise Cancelled
+            if not self.fresh:  # what was pressed between a drop and its run counts
+                self._stop.clear()
+            self.fresh, number = False, self._round
+            self._check(number)
             todo = [picture for picture in self.pictures if picture.estimate is not None]
             by_target = {picture.target: picture for picture in todo}
             for old in (*self.folder.glob("save-*"), *self.folder.glob("*/out*")):
@@ -192,8 +259,7 @@ class Session:
                 picture.error = None if record.error is None else picture.told(record.error)
 
             def part_done(ended: int, part: float) -> None:
-                if self._stop.is_set():
-                    raise Cancelled
+                self._check(number)
                 progress(min(ended, len(todo) - 1), (ended + part) / len(todo))
 
             listener = Listener(record=finished, progress=part_done)
@@ -208,19 +274,18 @@ class Session:
                 jobs = [Job(picture.source, picture.target) for picture in todo]
                 if jobs:
                     batch.run_jobs(jobs, self.folder, manifest=None, listener=listener)
-                if self._stop.is_set():
-                    raise Cancelled
+                self._check(number)
             except BaseException:
                 for picture in todo:
                     picture.target.unlink(missing_ok=True)
                 raise
 
     def cancel(self) -> None:
-        """End the run that is going on; it leaves nothing behind."""
+        """End what is going on; it leaves nothing behind."""
         self._stop.set()
 
     def close(self) -> None:
-        """End the run that is going on, and remove everything."""
+        """End what is going on, and remove everything."""
         self._closed = True
         self.cancel()
         with self._running:

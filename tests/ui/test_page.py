@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -160,6 +161,58 @@ def test_leaving_the_page_removes_its_files(window: Any, url: str, files: Path) 
     assert not mine.exists()
 
 
+def take(page: Any, uploads: list[Path], request: Any) -> Any:
+    """What the page shows after a drop."""
+    return list(page._take([str(upload) for upload in uploads], True, request))[-1]
+
+
+def test_looking_at_pictures_is_told_and_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastden.ui.page import Page
+
+    page, request = Page(tmp_path, Limits()), SimpleNamespace(session_hash="mine")
+    uploads = [tmp_path / f"{name}.jpg" for name in "abc"]
+    for upload in uploads:
+        upload.write_bytes(photo())
+    looked = []
+    look = Session._look
+
+    def slow(session: Session, picture: Any) -> None:
+        looked.append(picture.name)
+        if len(looked) == 2:
+            assert released.wait(60)
+        look(session, picture)
+
+    released = threading.Event()
+    monkeypatch.setattr(Session, "_look", slow)
+    told = []
+    for shown in page._take([str(upload) for upload in uploads], True, request):
+        if isinstance(shown[3], str):
+            told.append(shown[3])
+        if "<p>Looking at b.jpg (2 of 3) ...</p>" in told and not released.is_set():
+            assert shown[-2].visible  # Cancel
+            page._cancel(request)
+            released.set()
+    assert looked == ["a.jpg", "b.jpg"]
+    assert told[-1] == "<p>Cancelled.</p>"
+    assert not any(button.visible for button in (shown[-4], shown[-2], shown[-1]))
+    # The run that follows a drop finds nothing to do, and leaves the text.
+    ((_, _, text, *_),) = page._first_run(True, 0.0, 1.0, "automatic", request)
+    assert not isinstance(text, str)
+    page.close()
+
+
+def test_a_drop_ends_what_is_done_for_an_earlier_one(window: Any, url: str) -> None:
+    with opened(window, url, seconds=120) as page:
+        page.wait_for_selector(ZONE)
+        drop(page, ZONE, {"large.jpg": encoded(pixels(1000, 1500), "JPEG")})
+        page.wait_for_selector("#cancel")
+        drop(page, ZONE, {"small.jpg": photo()})
+        page.wait_for_selector("fastden-compare")
+        page.wait_for_selector("#cancel", state="hidden")
+        assert "small.jpg" in page.inner_text("#status")
+        assert saved(page).suggested_filename == "small-clean.jpg"
+
+
 def test_progress_for_screen_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line is sent once, while the bar moves on, and the bar has a name."""
     from fastden.ui.page import POLL, Page
@@ -173,7 +226,7 @@ def test_progress_for_screen_readers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Session, "run", slow)
     page, request = Page(tmp_path, Limits()), SimpleNamespace(session_hash="mine")
     (tmp_path / "a.jpg").write_bytes(photo())
-    page._take([str(tmp_path / "a.jpg")], True, request)
+    take(page, [tmp_path / "a.jpg"], request)
     *working, ended = list(page._run(True, 0.0, 1.0, "automatic", request))
     assert len(working) > 1
     assert [text for _, _, text, *_ in working if isinstance(text, str)] == ["<p>Denoising a.jpg ...</p>"]
@@ -192,7 +245,7 @@ def test_pictures_that_went_with_the_connection_are_told(tmp_path: Path) -> None
     uploads = [tmp_path / f"{name}.jpg" for name in "abc"]
     for upload in uploads:
         upload.write_bytes(photo())
-    page._take([str(uploads[0])], True, request)
+    take(page, uploads[:1], request)
     assert "noise of fine grain" in list(page._again(*settings))[-1][2]
     page._leave(request)
     lost = "The connection was lost, and the pictures with it: reload the page, and drop them again."
@@ -202,7 +255,7 @@ def test_pictures_that_went_with_the_connection_are_told(tmp_path: Path) -> None
     assert page._automatic(0, False, request).interactive
     page._cancel(request)
     # Gradio does not tell a second time that this window is gone: nothing is kept for it.
-    assert lost in page._take([str(uploads[1])], True, request)[3]
+    assert lost in take(page, uploads[1:2], request)[3]
     assert not uploads[1].exists()
     assert lost not in str(list(page._run(*settings))[-1])  # and what the drop was told stands
     assert not list(tmp_path.glob("session-*"))
@@ -222,7 +275,7 @@ def test_a_disk_that_fills_up_after_the_run(tmp_path: Path, monkeypatch: pytest.
     uploads = [tmp_path / f"{name}.jpg" for name in "ab"]
     for seed, upload in enumerate(uploads):
         upload.write_bytes(photo(seed))
-    page._take([str(upload) for upload in uploads], True, request)
+    take(page, uploads, request)
 
     monkeypatch.setattr("fastden.ui.session.ZipFile", full)
     with monkeypatch.context() as context:
@@ -248,7 +301,7 @@ def test_after_a_drop_that_was_refused_its_error_stands(tmp_path: Path) -> None:
     uploads = [tmp_path / f"{name}.jpg" for name in "abc"]
     for upload in uploads:
         upload.write_bytes(photo())
-    assert "3 pictures at a time" in page._take([str(upload) for upload in uploads], True, request)[3]
+    assert "3 pictures at a time" in take(page, uploads, request)[3]
     _, _, told, *_ = list(page._run(True, 0.0, 1.0, "automatic", request))[-1]
     assert not isinstance(told, str)
     page.close()

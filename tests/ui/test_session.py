@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -18,7 +21,7 @@ from fastden.errors import UserError
 from fastden.images.libvips import load_vips
 from fastden.inference.estimate import UNDECIDED, NoiseEstimate
 from fastden.training.data import load_rgb
-from fastden.ui.session import Cancelled, Choice, Limits, Session, in_words
+from fastden.ui.session import Cancelled, Choice, Limits, Session, Superseded, in_words
 from tests.cli.run import works
 from tests.image_files import encoded, exif, pixels, png_claiming
 from tests.images.test_formats import dng, heic, jxl
@@ -252,6 +255,45 @@ def test_cancel_leaves_nothing(session: Session, tmp_path: Path) -> None:
     assert sorted(path.name for path in session.folder.rglob("*.*")) == ["in.jpg", "in.jpg"]
     session.run(Choice())  # and it can be done again
     assert all(picture.done for picture in session.pictures)
+
+
+def test_cancel_between_a_drop_and_its_run(session: Session, tmp_path: Path) -> None:
+    session.take(upload(tmp_path / "root", a_jpg=jpeg()))
+    session.cancel()
+    with pytest.raises(Cancelled):
+        session.run(Choice())
+    session.run(Choice())  # and it can be done again
+    assert session.pictures[0].done
+
+
+@pytest.mark.parametrize("end", ["leave", "drop again"])
+def test_what_ends_the_look_at_pictures(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    first = upload(tmp_path / "root", a_jpg=jpeg(1), b_jpg=jpeg(2))
+    second = upload(tmp_path / "root", c_jpg=jpeg(3))
+    looked, others = [], []
+    look = Session._look
+
+    def then(session: Session, picture: Any) -> None:
+        looked.append(picture.name)
+        if picture.name == "a.jpg":
+            before = session._round
+            others.append(threading.Thread(target=session.close if end == "leave" else lambda: session.take(second)))
+            others[0].start()
+            while not session._closed and session._round == before:
+                time.sleep(0.001)
+        look(session, picture)
+
+    monkeypatch.setattr(Session, "_look", then)
+    with pytest.raises(Cancelled if end == "leave" else Superseded):
+        session.take(first)
+    others[0].join(60)
+    assert looked == (["a.jpg"] if end == "leave" else ["a.jpg", "c.jpg"])
+    assert [picture.name for picture in session.pictures] == looked[1:]
+    assert not any(file.exists() for file in first)
+    with pytest.raises(Cancelled) if end == "leave" else nullcontext():
+        session.run(Choice())
 
 
 def test_leaving_ends_the_run_and_removes_everything(session: Session, tmp_path: Path) -> None:
