@@ -118,6 +118,9 @@ class Gate:
             return
         headers = dict(scope["headers"])
         refused = self.local and urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname not in LOOPBACK
+        # Any site can make a visitor's browser send a form or an upload: the browser tells the site.
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        refused = refused or any(_netloc(origin) != headers.get(b"host", b"").lower() for origin in origins)
         refused = refused or re.search(r"(file[=/]https?:|/proxy=)", unquote(scope["path"])) is not None
         # Uploads alone need no look: a framework takes many types for JSON, a missing one too, and of two types either.
         kinds = [value.strip().lower() for name, value in scope["headers"] if name == b"content-type"]
@@ -136,6 +139,12 @@ class Gate:
             await send(message)
 
         await self.app(scope, receive, with_policy)
+
+
+def _netloc(origin: bytes) -> bytes | None:
+    """Host and port of an ``Origin`` header, or None where it has none, as ``null``."""
+    found = re.fullmatch(rb"https?://([^/]+)", origin.strip().lower())
+    return found[1] if found else None
 
 
 async def _whole_body(receive: Any) -> tuple[bytes, Any]:

@@ -377,6 +377,29 @@ def test_ctrl_c_is_quiet_while_a_page_is_open(tmp_path: Path) -> None:
     assert (tmp_path / "errors.txt").read_text() == ""
 
 
+def test_another_site_cannot_upload(url: str, files: Path) -> None:
+    name = url.removeprefix("http://")
+
+    def sent(origin: str) -> int:
+        part = b"Content-Disposition: form-data; name=files; filename=other-site.jpg"
+        body = b"--x\r\n" + part + b"\r\n\r\nother site\r\n--x--\r\n"
+        kind = "multipart/form-data; boundary=x"
+        return answer(f"{url}/gradio_api/upload", body, Content_Type=kind, Origin=origin)
+
+    port = int(name.split(":")[1])
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://127.0.0.1:{port + 1}",
+        f"http://127.0.0.1:{port}.evil.example",
+    ):
+        assert sent(origin) == 403, origin
+    (folder,) = files.glob("fastden-ui-*")
+    assert not list(folder.rglob("other-site.jpg"))
+    assert sent(url) == 200
+    assert list(folder.rglob("other-site.jpg"))
+
+
 def test_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
