@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -51,18 +54,21 @@ class Page:
         root: folder of the sessions, below the folder of Gradio's uploads.
         limits: what it takes.
         device: as in :func:`fastden.denoise`.
+        keep: seconds after which an upload that no session has taken is removed.
     """
 
-    def __init__(self, root: Path, limits: Limits, device: str | None = None) -> None:
-        self.root, self.limits, self.device = root, limits, device
+    def __init__(self, root: Path, limits: Limits, device: str | None = None, keep: float = 3600) -> None:
+        self.root, self.limits, self.device, self.keep = root, limits, device, keep
         self._turns = Turns()
         self._sessions: dict[str, Session] = {}
         # Gradio tells once that a window is gone: nobody would end a second session of that window.
         self._gone: set[str] = set()
         self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     def close(self) -> None:
         """End all that is going on."""
+        self._closed.set()
         for name in list(self._sessions):
             self._sessions.pop(name).close()
 
@@ -85,9 +91,26 @@ class Page:
             session = self._sessions.pop(name, None)
         if session is not None:
             session.close()
+        self.remove_old_uploads()
+
+    def remove_old_uploads(self) -> None:
+        """Remove what no session has taken: the visitor went away during the upload, or before it was looked at."""
+        with self._lock:
+            sessions = {session.folder.name for session in self._sessions.values()}
+            oldest = time.time() - self.keep
+            for path in list(self.root.iterdir()):
+                with contextlib.suppress(OSError):  # a session takes it at this moment
+                    if path.name not in sessions and path.stat().st_mtime < oldest:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _remove_now_and_then(self) -> None:
+        while not self._closed.wait(self.keep / 4):
+            self.remove_old_uploads()
 
     def blocks(self) -> gr.Blocks:
         """The page."""
+        threading.Thread(target=self._remove_now_and_then, name="fastden-ui-uploads", daemon=True).start()
+        # Gradio's own removal is no help sooner than in a day: it counts the download of a window that is open, too.
         # Analytics and the search for newer versions are off: the page talks to this machine alone.
         with gr.Blocks(title="fastden", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             gr.HTML(TITLE, elem_id="title")

@@ -262,6 +262,38 @@ def test_pictures_that_went_with_the_connection_are_told(tmp_path: Path) -> None
     page.close()
 
 
+def test_uploads_that_no_session_takes_are_removed(tmp_path: Path) -> None:
+    from fastden.ui.page import Page
+
+    page, request = Page(tmp_path, Limits(), keep=1000), SimpleNamespace(session_hash="mine")
+    (tmp_path / "a.jpg").write_bytes(photo())
+    take(page, [tmp_path / "a.jpg"], request)
+    (mine,) = tmp_path.iterdir()
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").write_bytes(photo())
+    for name in ("tmp-old", "tmp-new"):  # of an upload that was broken off
+        (tmp_path / name).write_bytes(b"half")
+    for path in (mine, tmp_path / "old", tmp_path / "tmp-old"):
+        os.utime(path, (time.time() - 1100,) * 2)
+    page._leave(SimpleNamespace(session_hash="another"))
+    assert set(tmp_path.iterdir()) == {mine, tmp_path / "new", tmp_path / "tmp-new"}
+    page.close()
+
+
+def test_uploads_are_removed_now_and_then(tmp_path: Path) -> None:
+    from fastden.ui.page import Page
+
+    page = Page(tmp_path, Limits(), keep=0.1)
+    (tmp_path / "half").write_bytes(b"half")
+    page.blocks()
+    deadline = time.monotonic() + 30
+    while (tmp_path / "half").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not (tmp_path / "half").exists()
+    page.close()
+
+
 def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
 
