@@ -26,7 +26,30 @@ def load_vips() -> Any:
     except (ImportError, OSError) as error:  # OSError: pyvips is there, the libvips library is not
         message = f"pyvips cannot be loaded ({error}); install it with its library: pip install 'pyvips[binary]'"
         raise UserError(message) from error
+    _decode_all_errors(pyvips.error)
     return pyvips
+
+
+def _decode_all_errors(module: Any) -> None:
+    """Let pyvips read errors that are not UTF-8, such as those that quote a damaged file.
+
+    pyvips decodes libvips' buffer of errors before it clears it. Where that fails, the bytes stay there, and every
+    later error of the process fails in the same way.
+
+    Args:
+        module: pyvips.error; its exceptions decode with the function that is replaced here.
+    """
+    if hasattr(module, "_to_string"):
+        module._to_string = _decoded
+
+
+def _decoded(pointer: Any) -> str:
+    from pyvips import ffi
+
+    if pointer == ffi.NULL:
+        return "NULL"
+    text = ffi.string(pointer)
+    return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else str(text)
 
 
 def detail(error: Exception) -> str:

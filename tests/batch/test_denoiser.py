@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastden
 from fastden.batch import reading, threads
@@ -29,7 +30,7 @@ from fastden.errors import UserError
 from fastden.images.codec import ImageFile, read_image, write_image
 from tests.batch.conftest import outputs
 from tests.helpers import random_network, streaming
-from tests.image_files import cannot_be_looked_at, encoded, pixels
+from tests.image_files import cannot_be_looked_at, encoded, exif, pixels
 
 #: Of one camera.
 ESTIMATE = fastden.NoiseEstimate(tuple(10.0 + knot for knot in range(8)), 13.5, 0.5)
@@ -166,6 +167,21 @@ def test_a_file_that_changes_while_it_is_read(
     report = fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out")
     assert [record.error for record in report.failed] == [f"{photos / '2.png'}: changed while it was read"]
     assert sorted(outputs(tmp_path / "out")) == ["0.png", "1.png", "3.png", "wide.jpg"]
+
+
+def test_an_error_of_libvips_that_is_not_text_concerns_its_file_alone(
+    photos: Path, tmp_path: Path, network: Any
+) -> None:
+    """libvips' error quotes the damaged byte, which is no UTF-8."""
+    good = encoded(Image.fromarray(pixels()), "AVIF", exif=exif(6))
+    assert good.count(b"irot") == 1
+    (photos / "2-damaged.avif").write_bytes(good.replace(b"irot", b"iro\x80"))
+    report = fastden.BatchDenoiser(network, sigma=5).run(photos, tmp_path / "out")
+    (failed,) = report.failed
+    assert failed.error is not None
+    assert failed.error.startswith(f"{photos / '2-damaged.avif'}: ")
+    assert "iro\ufffd" in failed.error
+    assert sorted(outputs(tmp_path / "out")) == ["0.png", "1.png", "2.png", "3.png", "wide.jpg"]
 
 
 def test_a_defect_is_shown_and_ends_the_run(
