@@ -243,24 +243,28 @@ class ThreadedRun:
             self._compute_group(group)
 
     def _compute_group(self, group: list[Picture]) -> None:
-        if len(group) > 1 and not self._may_join(group):
-            for picture in group:
-                self._compute_group([picture])
-            return
-        ended = self._ended()
-        try:
-            self.stages.computing.compute(group, lambda done, total: self._progress(ended, len(group) * done / total))
-        except FAILURES as error:
-            if len(group) > 1:
-                # One by one, so that an error of one does not concern the others.
-                for picture in group:
-                    self._compute_group([picture])
+        record = None
+        if len(group) == 1 or self._may_join(group):
+            ended = self._ended()
+            try:
+                self.stages.computing.compute(
+                    group, lambda done, total: self._progress(ended, len(group) * done / total)
+                )
+            except FAILURES as error:
+                if len(group) == 1:
+                    record = self.stages.writing.failure(group[0].job, error, self.manifest)
             else:
-                self.gate.give_back(group[0].size)
-                self._fail(group[0].job, error)
+                for picture in group:
+                    self._put(self.computed, picture)
+                return
+        # The handler was left first: its exception keeps pixels alive.
+        if record is not None:
+            self._give_back(group[0])
+            self._tell(group[0].job, record)
             return
+        # One by one, so that an error of one does not concern the others.
         for picture in group:
-            self._put(self.computed, picture)
+            self._compute_group([picture])
 
     def _may_join(self, group: list[Picture]) -> bool:
         settings, images = (
@@ -281,7 +285,7 @@ class ThreadedRun:
         except FAILURES as error:
             record = self.stages.writing.failure(picture.job, error, self.manifest)
         finally:
-            self.gate.give_back(picture.size)
+            self._give_back(picture)
         self._tell(picture.job, record)
 
     # In the threads that write.
@@ -298,7 +302,7 @@ class ThreadedRun:
             except BaseException as error:  # a defect, as above; go on, so that no thread waits for this one
                 self.fatal = self.fatal or error
             finally:
-                self.gate.give_back(picture.size)
+                self._give_back(picture)
 
     def _next_computed(self) -> Picture | None:
         while not self.dropped:
@@ -315,6 +319,11 @@ class ThreadedRun:
         thread = threading.current_thread()
         assert isinstance(thread, _Thread)
         thread.picture = picture
+
+    def _give_back(self, picture: Picture) -> None:
+        """Drop what an image holds, and then its claim: threads and queues may know the picture for longer."""
+        picture.image = picture.pinned = picture.pending = picture.level = None
+        self.gate.give_back(picture.size)
 
     def _progress(self, ended: int, part: float) -> None:
         with self.lock:

@@ -7,6 +7,8 @@ import resource
 import subprocess
 import sys
 import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,42 @@ def test_images_that_cannot_be_computed_give_their_memory_back(
     report = batch.run(tmp_path, tmp_path / "out")
     assert [record.error for record in report.failed] == ["no result"] * count
     assert [gate.taken for gate in gates] == [0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_pixels_are_gone_when_their_memory_is_given_back(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The limit admits one image at a time: at that moment those before it must be gone."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(4):
+        write_image(folder / f"{index}.tif", ImageFile(pixels(600, 900, seed=index)))
+    batch = fastden.BatchDenoiser(network, sigma=5, max_memory="12MiB")
+    claimed = batch.stages.reading.open(Job(folder / "0.tif", tmp_path / "0.tif"))
+    assert not claimed.streamed
+    assert 2 * claimed.size > batch.settings.budget.images
+    ended: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    take = Gate.take
+
+    def watched(self: Gate, size: int) -> None:
+        take(self, size)
+        alive.append(sum(pixels() is not None for pixels in ended))
+
+    def compute(pictures: list[Any], _progress: Any) -> None:
+        ended.extend(weakref.ref(picture.image.pixels) for picture in pictures)
+        if fails:
+            raise RuntimeError("no result")
+        for picture in pictures:
+            picture.image = replace(picture.image, pixels=picture.image.pixels.copy())
+            ended.append(weakref.ref(picture.image.pixels))
+
+    monkeypatch.setattr(Gate, "take", watched)
+    monkeypatch.setattr(batch.stages.computing, "compute", compute)
+    report = batch.run(folder, tmp_path / "out")
+    assert (len(report.done), len(report.failed)) == ((0, 4) if fails else (4, 0))
+    assert alive == [0, 0, 0, 0]
 
 
 LIMITED = """
