@@ -193,10 +193,9 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
     Raises:
         UserError: an image that :func:`read_image` refuses.
     """
-    fields = set(image.get_fields())
     loader = image.get("vips-loader").replace("_buffer", "").replace("_source", "").replace("load", "")
     format_name = "avif" if loader == "heif" else _LOADERS.get(loader, loader)
-    pages = int(image.get("n-pages")) if "n-pages" in fields else 1
+    pages = int(image.get("n-pages")) if _has(image, "n-pages") else 1
     notes = []
     if format_name == "tiff" and pages > 1:
         full = full_pages(file)
@@ -207,8 +206,8 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
         _check_pages(pages, format_name, several)
     height = image.get_page_height()
     _check_header(image, pages * height, max_pixels)
-    bits = int(image.get("bits-per-sample")) if "bits-per-sample" in fields else 0
-    metadata = {name: image.get(name) for name in METADATA if name in fields}
+    bits = int(image.get("bits-per-sample")) if _has(image, "bits-per-sample") else 0
+    metadata = {name: image.get(name) for name in METADATA if _has(image, name)}
     if image.interpretation == "cmyk":
         depth = 8 if image.format == "uchar" else 16
         image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
@@ -243,9 +242,14 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
         notes=tuple(notes),
         pages=pages,
         stated=stated_white(file, metadata) if format_name == "tiff" and dtype == np.uint16 else 0,
-        interlaced="interlaced" in fields and bool(image.get("interlaced")),
+        interlaced=_has(image, "interlaced") and bool(image.get("interlaced")),
     )
     return image, header
+
+
+def _has(image: Any, name: str) -> bool:
+    """Whether libvips has a field; the list of all fields is an error where one's name is no UTF-8."""
+    return bool(image.get_typeof(name))
 
 
 def _check_pages(pages: int, format_name: str, several: bool) -> None:

@@ -113,6 +113,16 @@ def test_text_of_png_and_comment_of_jpeg_stay() -> None:
     assert not chunks_of(again(file.getvalue(), "png", strip_metadata=True)[0]).keys() & {b"tEXt", b"zTXt", b"iTXt"}
 
 
+def test_text_of_png_whose_keyword_is_latin_1_stays(tmp_path: Path) -> None:
+    """PNG's keywords are Latin-1; libvips makes them names of fields, which pyvips takes for UTF-8."""
+    text = (b"tEXt", "Größe\0in Öl".encode("latin-1"))
+    source = png_with(text)
+    data, notes = again(source, "png")
+    assert (chunks_of(data)[b"tEXt"], notes) == (text[1], [])
+    (tmp_path / "a.png").write_bytes(source)
+    assert text in StripReader(tmp_path / "a.png").extras()[0].chunks
+
+
 @pytest.mark.parametrize("format_name", ["jpeg", "png", "webp"])
 def test_exif_is_the_sources_bytes(format_name: str) -> None:
     source = jpeg_with(exif=exif(6))
