@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
+from fastden.errors import UserError
 from fastden.images import tiff_tags, xmp
 from fastden.images.containers import (
     APP0,
@@ -80,7 +81,20 @@ def read_extras(
         format_name: of it.
         metadata: what libvips has found.
         has_alpha: whether libvips takes a channel for alpha.
+
+    Raises:
+        UserError: metadata that are damaged in a way that nobody foresaw.
     """
+    try:
+        return _read(file, format_name, metadata, has_alpha)
+    except (struct.error, LookupError, ArithmeticError, AttributeError, ValueError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"metadata that cannot be read ({what}); accepted: a copy without it") from error
+
+
+def _read(
+    file: BinaryIO, format_name: str, metadata: Mapping[str, Any], has_alpha: bool
+) -> tuple[Extras, dict[str, Any]]:
     readers = {"jpeg": _of_jpeg, "png": _of_png, "tiff": _of_tiff, "avif": _of_heif, "heic": _of_heif}
     found = dict(metadata)
     extras = readers[format_name](file, found) if format_name in readers else Extras()
@@ -229,16 +243,24 @@ def _of_tiff(file: BinaryIO, _metadata: dict[str, Any]) -> Extras:
     left: tuple[str, ...] = ()
     file.seek(0)
     if tiff_tags.IMAGEJ in kept and file.read(2) == b"MM":
-        counts = kept.get(tiff_tags.IMAGEJ_COUNTS, {}).get("data") or [0]
-        turned = tiff_tags.imagej_in_little_endian(bytes(kept[tiff_tags.IMAGEJ]["data"]), counts)
+        content, counts = kept[tiff_tags.IMAGEJ]["data"], kept.get(tiff_tags.IMAGEJ_COUNTS, {}).get("data") or [0]
+        turned = None
+        if _are_numbers(counts, 2**32 - 1) and (isinstance(content, bytes) or _are_numbers(content, 255)):
+            turned = tiff_tags.imagej_in_little_endian(bytes(content), counts)
         if turned is None:
             del kept[tiff_tags.IMAGEJ]
             left = ("ImageJ's own metadata, which cannot be read",)
         else:
             kept[tiff_tags.IMAGEJ] = tiff_tags.raw(turned)
     parts = [text for tag, text in tiff_tags.PARTS.items() if tag in tags]
-    samples = tuple(int(value) for value in tags.get(tiff_tags.EXTRA_SAMPLES, {}).get("data", ()))
+    stated = tags.get(tiff_tags.EXTRA_SAMPLES, {}).get("data", ())
+    samples = tuple(stated) if _are_numbers(stated, 65535) else ()
     return Extras(tags=kept, extra_samples=samples, parts=tuple(parts), left=left)
+
+
+def _are_numbers(data: Any, most: int) -> bool:
+    """Whether the content of a tag is whole numbers from 0 to ``most``; a damaged one may have any type."""
+    return isinstance(data, list) and all(isinstance(value, int) and 0 <= value <= most for value in data)
 
 
 def _of_heif(file: BinaryIO, metadata: dict[str, Any]) -> Extras:

@@ -87,7 +87,7 @@ def _number(page: Any, tag: int, default: int) -> int:
     found = None if page is None else page.tags.get(tag)
     try:
         return default if found is None else int(found.value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return default
 
 

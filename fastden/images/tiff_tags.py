@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -246,8 +247,8 @@ def resolution(tags: Tags) -> tuple[float, float] | None:
     """Horizontal and vertical pixels per millimetre that the tags state; None where they state none."""
     unit = _value(tags, 296, 2)  # inches where there is no such tag
     across, down = _value(tags, 282), _value(tags, 283)
-    millimetres = {2: 25.4, 3: 10.0}.get(int(unit))
-    if millimetres is None or across <= 0 or down <= 0:
+    millimetres = 25.4 if unit == 2 else 10.0 if unit == 3 else None
+    if millimetres is None or not (0 < across < math.inf and 0 < down < math.inf):
         return None
     return across / millimetres, down / millimetres
 

@@ -459,6 +459,60 @@ def test_damaged_descriptions_do_no_harm() -> None:
                 continue
 
 
+#: Types of a TIFF's tags.
+ASCII, LONG, FLOAT = 2, 4, 11
+INFINITE, NOT_A_NUMBER = struct.pack("<f", float("inf")), struct.pack("<f", float("nan"))
+
+
+def _tiff_of_tags(order: str, tag: int, kind: int, value: bytes) -> tuple[bytes, bytes]:
+    """A TIFF with one tag of a type of its own, ``value`` being four little-endian bytes; and its pixels."""
+    width, height = 4, 3
+    content = bytes(range(3 * width * height))
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 2, 273: 8, 277: 3, 278: height, 279: len(content)}
+    entries = {number: struct.pack(f"{order}HHII", number, LONG, 1, stated) for number, stated in tags.items()}
+    if tag == tiff_tags.IMAGEJ_COUNTS:
+        entries[tiff_tags.IMAGEJ] = struct.pack(f"{order}HHI4s", tiff_tags.IMAGEJ, 1, 4, b"IJIJ")
+    if order == ">" and kind != ASCII:
+        value = value[::-1]
+    entries[tag] = struct.pack(f"{order}HHI4s", tag, kind, 4 if kind == ASCII else 1, value)
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries[number] for number in sorted(entries))
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    return magic + struct.pack(f"{order}I", 8 + len(content)) + content + directory + bytes(4), content
+
+
+@pytest.mark.parametrize("tag", [296, tiff_tags.IMAGEJ_COUNTS, tiff_tags.IMAGEJ])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(FLOAT, INFINITE), (FLOAT, NOT_A_NUMBER), (ASCII, b"abc\0"), (LONG, b"\xff" * 4)],
+    ids=["infinite", "no number", "text", "large"],
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tag_of_another_type_does_no_harm(order: str, kind: int, value: bytes, tag: int) -> None:
+    """The pixels are read, and what the tag says is passed over."""
+    source, content = _tiff_of_tags(order, tag, kind, value)
+    image = decode_image(source)
+    assert image.pixels.tobytes() == content
+    assert 0 < image.metadata.get("xres", 1.0) < float("inf")
+    for format_name in ("tiff", "jpeg", "png", "webp"):
+        data, _ = encode_image(image, format_name)
+        decode_image(data)
+
+
+@pytest.mark.parametrize(("tag", "value"), [(262, INFINITE), (282, NOT_A_NUMBER), (283, NOT_A_NUMBER)])
+def test_what_libvips_refuses_is_an_error_of_its_file(tag: int, value: bytes) -> None:
+    with pytest.raises(UserError):
+        decode_image(_tiff_of_tags("<", tag, FLOAT, value)[0])
+
+
+def test_metadata_that_nobody_foresaw_are_an_error_of_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> None:
+        raise OverflowError("cannot convert float infinity to integer")
+
+    monkeypatch.setattr(tiff_tags, "resolution", broken)
+    with pytest.raises(UserError, match=r"metadata that cannot be read .*infinity to integer.*; accepted: a copy"):
+        decode_image(tiff_with_tags())
+
+
 def test_a_stack_of_many_thousand_pages_keeps_its_tags(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8000, 8, 8), np.uint8), imagej=True)
     assert read_image(tmp_path / "a.tif", several=True).extras.tags
