@@ -84,7 +84,8 @@ class Listener:
 
     Attributes:
         record: an image is done, or has failed: its job, its record.
-        progress: an image's tiles are done: how many images have ended, and the part of the present one.
+        progress: tiles are done, or an image has ended: how many images have ended, and how many images' worth of the
+            others is computed. The sum never falls.
         note: something that concerns the whole run.
     """
 

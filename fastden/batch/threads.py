@@ -87,6 +87,8 @@ class ThreadedRun:
         self.read: queue.Queue[Picture | None] = queue.Queue(WAITING)
         self.computed: queue.Queue[Picture | None] = queue.Queue(WAITING)
         self.lock = threading.Lock()
+        # Images that are computed and not yet written; the part of those that are computed now; the most progress told.
+        self.between, self.part, self.highest = 0, 0.0, 0.0
         self.stopping = self.dropped = False
         self.fatal: BaseException | None = None
         self.made: list[Path] = []
@@ -175,7 +177,7 @@ class ThreadedRun:
             if self.resume and manifest is not None and self._finished(job, manifest):
                 with self.lock:
                     self.report.skipped.append(job)
-                    self.listener.progress(self._ended(), 0)
+                    self._tell_progress()
                 return None
             self._make_folder(job.target.parent)
             overwrite = self.stages.settings.overwrite
@@ -245,22 +247,21 @@ class ThreadedRun:
     def _compute_group(self, group: list[Picture]) -> None:
         record = None
         if len(group) == 1 or self._may_join(group):
-            ended = self._ended()
             try:
-                self.stages.computing.compute(
-                    group, lambda done, total: self._progress(ended, len(group) * done / total)
-                )
+                self.stages.computing.compute(group, lambda done, total: self._progress(len(group) * done / total))
             except FAILURES as error:
                 if len(group) == 1:
                     record = self.stages.writing.failure(group[0].job, error, self.manifest)
             else:
+                with self.lock:
+                    self.between, self.part = self.between + len(group), 0.0
                 for picture in group:
                     self._put(self.computed, picture)
                 return
         # The handler was left first: its exception keeps pixels alive.
         if record is not None:
             self._give_back(group[0])
-            self._tell(group[0].job, record)
+            self._tell(group[0].job, record, computed=True)
             return
         # One by one, so that an error of one does not concern the others.
         for picture in group:
@@ -280,13 +281,12 @@ class ThreadedRun:
 
     def _stream(self, picture: Picture) -> None:
         try:
-            ended = self._ended()
-            record = self.stages.stream(picture, self.manifest, lambda done, total: self._progress(ended, done / total))
+            record = self.stages.stream(picture, self.manifest, lambda done, total: self._progress(done / total))
         except FAILURES as error:
             record = self.stages.writing.failure(picture.job, error, self.manifest)
         finally:
             self._give_back(picture)
-        self._tell(picture.job, record)
+        self._tell(picture.job, record, computed=True)
 
     # In the threads that write.
 
@@ -298,7 +298,7 @@ class ThreadedRun:
                     record = self.stages.writing.write(picture, self.manifest)
                 except FAILURES as error:
                     record = self.stages.writing.failure(picture.job, error, self.manifest)
-                self._tell(picture.job, record)
+                self._tell(picture.job, record, written=True)
             except BaseException as error:  # a defect, as above; go on, so that no thread waits for this one
                 self.fatal = self.fatal or error
             finally:
@@ -325,18 +325,29 @@ class ThreadedRun:
         picture.image = picture.pinned = picture.pending = picture.level = None
         self.gate.give_back(picture.size)
 
-    def _progress(self, ended: int, part: float) -> None:
+    def _progress(self, part: float) -> None:
         with self.lock:
-            self.listener.progress(ended, part)
+            self.part = part
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        """Tell the listener, under the lock. What is computed again, in smaller tiles or alone, takes nothing back."""
+        ended = self._ended()
+        self.highest = max(self.highest, ended + self.between + self.part)
+        self.listener.progress(ended, self.highest - ended)
 
     def _ended(self) -> int:
         return len(self.report.records) + len(self.report.skipped)
 
-    def _tell(self, job: Job, record: Record) -> None:
+    def _tell(self, job: Job, record: Record, *, computed: bool = False, written: bool = False) -> None:
+        """Count an image that has ended: in the thread that computes, after it was ``written``, or before both."""
         with self.lock:
+            if computed:
+                self.part = 0.0
+            self.between -= written
             self.report.add(record)
             self.listener.record(job, record)
-            self.listener.progress(self._ended(), 0)
+            self._tell_progress()
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._tell(job, self.stages.writing.failure(job, error, self.manifest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,6 +183,28 @@ def test_an_error_of_libvips_that_is_not_text_concerns_its_file_alone(
     assert failed.error.startswith(f"{photos / '2-damaged.avif'}: ")
     assert "iro\ufffd" in failed.error
     assert sorted(outputs(tmp_path / "out")) == ["0.png", "1.png", "2.png", "3.png", "wide.jpg"]
+
+
+def test_progress_never_falls(tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while images wait for being written, and where one ends while the next is computed."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(4):
+        (folder / f"{index}.png").write_bytes(encoded(pixels(150, 170 + index, seed=index), "PNG"))
+    write = Writing.write
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return write(*arguments)
+
+    monkeypatch.setattr(Writing, "write", slow)
+    told: list[float] = []
+    listener = Listener(progress=lambda ended, part: told.append(round(ended + part, 6)))
+    report = fastden.BatchDenoiser(network, sigma=5, tile=40).run(folder, tmp_path / "out", listener=listener)
+    assert len(report.done) == 4
+    assert told == sorted(told)
+    assert told[-1] == 4
+    assert len(set(told)) > 8
 
 
 def test_a_defect_is_shown_and_ends_the_run(
