@@ -108,7 +108,7 @@ def plan_rows(
         for source, relative in _sources(name, output, recursive, left_out):
             stem, suffix = os.path.splitext(relative)
             target = f"{output.rstrip('/')}/{stem}{suffix_of_result(suffix, format_name)}"
-            if target in rows:
+            if rows.get(target, source) != source:
                 raise UserError(f"output: {rows[target]}, {source} would both be written to {target}")
             rows[target] = source
     return [{"input": source, "output": target} for target, source in rows.items()]

@@ -47,6 +47,16 @@ def test_rows_of_urls(memory: Any, photos: Path) -> None:
         plan_rows(["nosuch://x"], "memory://out")
 
 
+def test_an_input_that_is_named_twice_is_one_row(memory: Any) -> None:
+    """As of paths."""
+    for name in ("in/a.png", "in/b.png"):
+        memory.pipe(f"/{name}", b"x")
+    once = plan_rows(["memory://in"], "memory://out")
+    assert len(once) == 2
+    for inputs in (["memory://in", "memory://in"], ["memory://in", "memory://in/*.png"]):
+        assert plan_rows(inputs, "memory://out") == once
+
+
 @pytest.mark.parametrize("asked", [None, "jpeg"])
 def test_one_file_behind_a_url_and_an_output_file(memory: Any, photos: Path, tmp_path: Path, asked: str | None) -> None:
     """As of paths: not a folder named as a file."""
