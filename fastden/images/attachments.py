@@ -25,7 +25,7 @@ from fastden.images.containers import (
     with_png_chunks,
     with_riff_chunk,
 )
-from fastden.images.extras import PNG_SAME_KIND, PNG_TEXT, Extras
+from fastden.images.extras import MOST_DENSITY, PNG_SAME_KIND, PNG_TEXT, Extras
 
 _PHOTOSHOP = b"Photoshop 3.0\0"
 _SRGB_GAMMA = 45455
@@ -140,6 +140,9 @@ def _plan(
     check_colour(extras, format_name, has_profile="icc-profile-data" in metadata)
     missing = list(extras.parts)
     known = "xres" in metadata
+    if extras.dense and (strip_metadata or not _keeps_density(extras, metadata, format_name)):
+        where = "the resolution in pHYs" if format_name == "png" else "the resolution"
+        missing.append(f"{where} (above {MOST_DENSITY:.0f} pixels per millimetre)")
     if strip_metadata:
         chunks = tuple(extras.colour().items()) if format_name == "png" else ()
         tags = _samples(extras) if format_name == "tiff" else {}
@@ -180,6 +183,13 @@ def _plan(
         moved = moved or (bool(block) and tiff_tags.has_maker_note(tiff_tags.exif_directory(block) or {}))
         block = b""
     return Attachment(format_name, exif=block, note=_note(missing, moved))
+
+
+def _keeps_density(extras: Extras, metadata: Mapping[str, Any], format_name: str) -> bool:
+    """Whether a file has a resolution that libvips does not write, in what is attached to it."""
+    if format_name in ("jpeg", "webp"):
+        return bool(extras.tags) or "exif-data" in metadata
+    return format_name == extras.format and format_name in ("tiff", "png")
 
 
 def _exif(

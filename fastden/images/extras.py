@@ -28,6 +28,8 @@ from fastden.images.containers import (
     png_chunks,
 )
 
+#: The highest resolution that libvips takes, pixels per millimetre.
+MOST_DENSITY = 1e6
 #: PNG's chunks of text.
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 #: Texts of PNG in which some programs keep EXIF and XMP.
@@ -55,6 +57,7 @@ class Extras:
         kind: depth and colour type of a PNG.
         parts: other pictures, videos and layers in the file, which no result holds.
         left: metadata that no result holds.
+        dense: whether the resolution is above what libvips takes; it is then in the parts above alone.
     """
 
     format: str = ""
@@ -65,6 +68,7 @@ class Extras:
     kind: bytes = b""
     parts: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    dense: bool = False
 
     def colour(self) -> dict[bytes, bytes]:
         """The chunks of PNG that say what colours the values stand for."""
@@ -101,11 +105,12 @@ def _read(
     # libvips gives 1 pixel per millimetre, or 72 dots an inch, where a file states none, and reads no WebP's or AVIF's.
     density = _resolution(extras, found)
     found.pop("xres", None), found.pop("yres", None)
-    if density is not None:
+    dense = density is not None and max(density) > MOST_DENSITY
+    if density is not None and not dense:
         found["xres"], found["yres"] = density
     # A TIFF whose three channels are not said to be RGB calls two of them extra samples.
     samples = extras.extra_samples if has_alpha else ()
-    return replace(extras, format=format_name, extra_samples=samples), found
+    return replace(extras, format=format_name, extra_samples=samples, dense=dense), found
 
 
 def _resolution(extras: Extras, metadata: Mapping[str, Any]) -> tuple[float, float] | None:

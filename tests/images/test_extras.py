@@ -459,6 +459,22 @@ def test_damaged_descriptions_do_no_harm() -> None:
                 continue
 
 
+def test_a_resolution_above_what_libvips_takes(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of an electron microscope. It stays where tags are copied; elsewhere none is stated, with a note."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels(), photometric="rgb", resolution=(1e8, 1e8), resolutionunit="CENTIMETER")
+    source = file.getvalue()
+    data, notes = again(source, "png")
+    assert b"pHYs" not in chunks_of(data)
+    assert notes == ["not kept: the resolution in pHYs (above 1000000 pixels per millimetre)"]
+    data, notes = again(source, "tiff")
+    assert (stated_density(data, "tiff"), notes) == ((254_000_000, 254_000_000), [])
+    for format_name in ("tiff", "png", "avif"):
+        _, notes = again(source, format_name, strip_metadata=True)
+        assert any("the resolution" in note for note in notes)
+    assert "CRITICAL" not in capfd.readouterr().err
+
+
 #: Types of a TIFF's tags.
 ASCII, LONG, FLOAT = 2, 4, 11
 INFINITE, NOT_A_NUMBER = struct.pack("<f", float("inf")), struct.pack("<f", float("nan"))
