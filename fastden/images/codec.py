@@ -31,7 +31,7 @@ from fastden.images.image_file import Header, ImageFile
 from fastden.images.kinds import OTHER_SUFFIXES, check_supported
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite, to_dtype
-from fastden.images.tiff_directories import fail_on, full_pages, stated_white, white_is_zero
+from fastden.images.tiff_directories import fail_on, full_pages, is_extra_unknown, stated_white, white_is_zero
 from fastden.whole_files import check_no_device, check_target, reason, write_bytes
 
 __all__ = [
@@ -229,6 +229,9 @@ def open_image(image: Any, file: BinaryIO, max_pixels: int, several: bool = Fals
     elif dtype == np.uint8:
         bits = 8
     channels, has_alpha = _channels(image.bands, bool(image.hasalpha()))
+    if has_alpha and format_name == "tiff" and is_extra_unknown(file):
+        place = "fourth" if channels == 3 else "second"
+        notes.append(f"the {place} channel, of unknown meaning, is kept as it is")
     header = Header(
         width=image.width,
         height=height,

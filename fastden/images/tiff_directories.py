@@ -22,7 +22,7 @@ _CFA, _LINEAR_RAW = 32803, 34892
 _REDUCED, _MASK = 1, 4
 #: First bytes of a TIFF.
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PHOTOMETRIC, _TILE_WIDTH, _DEPTH = 262, 322, 32997
+_PHOTOMETRIC, _TILE_WIDTH, _EXTRA_SAMPLES, _DEPTH = 262, 322, 338, 32997
 
 
 class _QuietTifffile(logging.Filter):
@@ -182,6 +182,17 @@ def stated_white(file: BinaryIO, metadata: Mapping[str, Any]) -> int:
 def white_is_zero(file: BinaryIO) -> bool:
     """Whether a TIFF says that 0 is white."""
     return _photometric(_first(file)) == 0
+
+
+@_TIFFFILE.reading()
+def is_extra_unknown(file: BinaryIO) -> bool:
+    """Whether a TIFF leaves open what the first of its channels beside the colours is (ExtraSamples)."""
+    page = _first(file)
+    found = None if page is None else page.tags.get(_EXTRA_SAMPLES)
+    try:
+        return found is not None and int(np.ravel(found.value)[0]) == 0
+    except (TypeError, ValueError, OverflowError, IndexError):
+        return False
 
 
 def slices_of(file: BinaryIO) -> int:

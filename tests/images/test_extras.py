@@ -193,7 +193,31 @@ def test_a_channel_of_unknown_meaning_stays_one() -> None:
     data, _ = again(file.getvalue(), "tiff")
     with tifffile.TiffFile(io.BytesIO(data)) as written:
         assert tuple(map(int, written.pages.first.extrasamples)) == (0,)
-    assert "becomes alpha" in again(file.getvalue(), "png")[1][0]
+    kept, named = again(file.getvalue(), "png")[1]
+    assert kept == "the fourth channel, of unknown meaning, is kept as it is"
+    assert "becomes alpha" in named
+
+
+@pytest.mark.parametrize(
+    ("channels", "options", "place"),
+    [
+        (4, {"photometric": "minisblack", "planarconfig": "contig"}, "fourth"),
+        (4, {"photometric": "rgb", "extrasamples": ["unspecified"]}, "fourth"),
+        (2, {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unspecified"]}, "second"),
+        (4, {"photometric": "rgb", "extrasamples": ["unassalpha"]}, ""),
+    ],
+)
+def test_a_channel_that_may_be_no_alpha_is_told(
+    tmp_path: Path, channels: int, options: dict[str, Any], place: str
+) -> None:
+    """It is not denoised."""
+    values = np.random.default_rng(0).integers(0, 255, (12, 16, channels), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, metadata=None, **options)
+    expected = (f"the {place} channel, of unknown meaning, is kept as it is",) if place else ()
+    image = read_image(tmp_path / "a.tif")
+    assert image.notes == StripReader(tmp_path / "a.tif").header.notes == expected
+    assert image.alpha is not None
+    assert np.array_equal(image.alpha, values[:, :, -1])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
