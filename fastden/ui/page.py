@@ -33,6 +33,9 @@ BY_HAND = (
     " Strength instead, or choose the model photo and 1.4 to 2 times the level (docs/noise.md).</p>"
 )
 LOST = "The connection was lost, and the pictures with it: reload the page, and drop them again."
+WAITING = "<p>Waiting for another visitor's pictures ...</p>"
+#: An encoder of a large picture cannot be interrupted.
+ENDING = "<p>Ending ...</p>"
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -137,8 +140,8 @@ class Page:
             private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
             page.load(None, None, None, js=ANNOUNCED)
             page.unload(self._leave)
-            # One run at a time: pictures of several visitors would share the memory.
-            running: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "run", **private}
+            # Sessions wait for their turn themselves: in Gradio's queue a visitor would see nothing of it.
+            running: dict[str, Any] = {"concurrency_limit": None, **private}
             settings = [automatic, sigma, strength, model]
             # A drop ends what is done for an earlier one of the visitor: none waits for the other.
             at_once: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **private}
@@ -158,6 +161,7 @@ class Page:
             remove_uploads(self.root, uploads or [])
             yield *nothing, _wrong(LOST), gr.skip(), *_buttons(None)
             return
+        yield None, *(gr.skip(),) * 8  # the next drop has room
         at = [0]
 
         def work() -> None:
@@ -187,7 +191,7 @@ class Page:
     ) -> Iterator[tuple[Any, ...]]:
         """Denoise what was dropped, unless other pictures were dropped meanwhile: they have a run of their own."""
         session = self._session(request)
-        if session is not None and session.fresh:
+        if session is not None and session.fresh and not session.busy:
             yield from self._run(automatic, sigma, strength, model, request)
         else:
             yield (gr.skip(),) * 8
@@ -230,7 +234,9 @@ class Page:
     ) -> Iterator[tuple[Any, ...]]:
         """Denoise the pictures that the window shows, if they are still here."""
         session = self._session(request)
-        if session is not None and session.pictures:
+        if session is not None and session.busy:
+            yield (gr.skip(),) * 8  # pressed twice
+        elif session is not None and session.pictures:
             yield from self._run(automatic, sigma, strength, model, request)
         else:
             yield gr.Dropdown(visible=False), "", _wrong(LOST), gr.skip(), *_buttons(session)
@@ -289,6 +295,10 @@ def _in_a_thread(
     try:
         while thread.is_alive():
             text, part = told()
+            if session.ending:
+                text = ENDING
+            elif session.waiting:
+                text = WAITING
             # Text that stays is not sent again, or a screen reader would read it again.
             status = gr.skip() if text == said else text
             yield *first, gr.skip(), gr.skip(), status, gr.skip(), *_buttons(session, part)

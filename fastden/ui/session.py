@@ -112,9 +112,11 @@ class Turns:
 
     Attributes:
         looking: held while the noise of pictures is estimated.
+        running: held while pictures are denoised.
     """
 
     looking: threading.Lock = field(default_factory=threading.Lock)
+    running: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Session:
@@ -195,6 +197,7 @@ class Session:
                             self._look(picture)
             except Cancelled:
                 self._empty()
+                self._stop.clear()
                 raise
             self.fresh = True
 
@@ -243,42 +246,59 @@ class Session:
             if not self.fresh:  # what was pressed between a drop and its run counts
                 self._stop.clear()
             self.fresh, number = False, self._round
-            self._check(number)
-            todo = [picture for picture in self.pictures if picture.estimate is not None]
-            by_target = {picture.target: picture for picture in todo}
-            for old in (*self.folder.glob("save-*"), *self.folder.glob("*/out*")):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-            for picture in todo:
-                picture.error, picture.sigma, picture.model, picture.notes = None, None, None, ()
-
-            def finished(job: Job, record: Record) -> None:
-                picture = by_target[job.target]
-                picture.sigma = record.sigma
-                picture.model = None if record.error is not None else record.model.get("name")
-                picture.notes = tuple(picture.told(note) for note in record.notes)
-                picture.error = None if record.error is None else picture.told(record.error)
-
-            def part_done(ended: int, part: float) -> None:
-                self._check(number)
-                progress(min(ended, len(todo) - 1), (ended + part) / len(todo))
-
-            listener = Listener(record=finished, progress=part_done)
             try:
-                batch = BatchDenoiser(
-                    choice.model,
-                    sigma=choice.sigma,
-                    strength=choice.strength,
-                    device=self.device,
-                    max_pixels=self.limits.pixels,
-                )
-                jobs = [Job(picture.source, picture.target) for picture in todo]
-                if jobs:
-                    batch.run_jobs(jobs, self.folder, manifest=None, listener=listener)
                 self._check(number)
-            except BaseException:
-                for picture in todo:
-                    picture.target.unlink(missing_ok=True)
-                raise
+                with self._turn(self.turns.running, number):
+                    self._denoise(choice, progress, number)
+            finally:
+                self._stop.clear()
+
+    def _denoise(self, choice: Choice, progress: Progress, number: int) -> None:
+        todo = [picture for picture in self.pictures if picture.estimate is not None]
+        by_target = {picture.target: picture for picture in todo}
+        for old in (*self.folder.glob("save-*"), *self.folder.glob("*/out*")):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for picture in todo:
+            picture.error, picture.sigma, picture.model, picture.notes = None, None, None, ()
+
+        def finished(job: Job, record: Record) -> None:
+            picture = by_target[job.target]
+            picture.sigma = record.sigma
+            picture.model = None if record.error is not None else record.model.get("name")
+            picture.notes = tuple(picture.told(note) for note in record.notes)
+            picture.error = None if record.error is None else picture.told(record.error)
+
+        def part_done(ended: int, part: float) -> None:
+            self._check(number)
+            progress(min(ended, len(todo) - 1), (ended + part) / len(todo))
+
+        listener = Listener(record=finished, progress=part_done)
+        try:
+            batch = BatchDenoiser(
+                choice.model,
+                sigma=choice.sigma,
+                strength=choice.strength,
+                device=self.device,
+                max_pixels=self.limits.pixels,
+            )
+            jobs = [Job(picture.source, picture.target) for picture in todo]
+            if jobs:
+                batch.run_jobs(jobs, self.folder, manifest=None, listener=listener)
+            self._check(number)
+        except BaseException:
+            for picture in todo:
+                picture.target.unlink(missing_ok=True)
+            raise
+
+    @property
+    def busy(self) -> bool:
+        """Whether pictures are taken or denoised, or wait for their turn."""
+        return self._running.locked()
+
+    @property
+    def ending(self) -> bool:
+        """Whether what is going on was cancelled."""
+        return self._stop.is_set()
 
     def cancel(self) -> None:
         """End what is going on; it leaves nothing behind."""

@@ -184,13 +184,15 @@ def test_looking_at_pictures_is_told_and_can_be_cancelled(tmp_path: Path, monkey
 
     released = threading.Event()
     monkeypatch.setattr(Session, "_look", slow)
-    told = []
+    told, deadline = [], time.monotonic() + 60
     for shown in page._take([str(upload) for upload in uploads], True, request):
+        assert time.monotonic() < deadline
         if isinstance(shown[3], str):
             told.append(shown[3])
-        if "<p>Looking at b.jpg (2 of 3) ...</p>" in told and not released.is_set():
+        if "<p>Looking at b.jpg (2 of 3) ...</p>" in told and "<p>Ending ...</p>" not in told:
             assert shown[-2].visible  # Cancel
             page._cancel(request)
+        if "<p>Ending ...</p>" in told:  # before the picture ends
             released.set()
     assert looked == ["a.jpg", "b.jpg"]
     assert told[-1] == "<p>Cancelled.</p>"
@@ -201,11 +203,45 @@ def test_looking_at_pictures_is_told_and_can_be_cancelled(tmp_path: Path, monkey
     page.close()
 
 
+def test_waiting_for_another_visitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, can be cancelled, and what is pressed meanwhile starts no second run."""
+    from fastden.ui.page import Page
+
+    page, released, runs = Page(tmp_path, Limits()), threading.Event(), []
+    denoise = Session._denoise
+
+    def slow(session: Session, *given: Any) -> None:
+        runs.append(session)
+        assert released.wait(60)
+        denoise(session, *given)
+
+    monkeypatch.setattr(Session, "_denoise", slow)
+    requests = [SimpleNamespace(session_hash=name) for name in ("first", "second")]
+    for request in requests:
+        (tmp_path / "a.jpg").write_bytes(photo())
+        take(page, [tmp_path / "a.jpg"], request)
+    settings: Any = (True, 0.0, 1.0, "automatic")
+    first, second = (page._first_run(*settings, request) for request in requests)
+    assert next(first)[2] == "<p>Denoising a.jpg ...</p>"
+    waiting = "<p>Waiting for another visitor's pictures ...</p>"
+    while (shown := next(second))[2] != waiting:
+        pass
+    assert shown[-2].visible  # Cancel
+    assert len(list(page._again(*settings, requests[1]))) == 1
+    page._cancel(requests[1])
+    assert list(second)[-1][2] == "<p>Cancelled.</p>"
+    released.set()
+    assert list(first)[-1][-1].visible  # Download
+    assert len(runs) == 1
+    page.close()
+
+
 def test_a_drop_ends_what_is_done_for_an_earlier_one(window: Any, url: str) -> None:
     with opened(window, url, seconds=120) as page:
         page.wait_for_selector(ZONE)
         drop(page, ZONE, {"large.jpg": encoded(pixels(1000, 1500), "JPEG")})
         page.wait_for_selector("#cancel")
+        page.wait_for_selector("#drop >> text=Drop")
         drop(page, ZONE, {"small.jpg": photo()})
         page.wait_for_selector("fastden-compare")
         page.wait_for_selector("#cancel", state="hidden")
