@@ -30,17 +30,17 @@ def ui(
         raise UserError("ui: needs the package gradio; install: pip install 'fastden[ui]'")
     from fastden.network.devices import parse_device
     from fastden.network.onednn import keep_freed_memory
-    from fastden.ui.server import LOOPBACK, serve
+    from fastden.ui.server import serve
     from fastden.ui.session import Limits
 
     limits = Limits(max_files, parse_megapixels(max_megapixels), max_upload * 1_000_000)
     with naming("device"):
         parse_device(device)
-    if host not in LOOPBACK:
-        say(f"note: everybody who can reach this machine at {host} can use the page", error=True)
     keep_freed_memory()
 
-    def ready(url: str) -> None:
+    def ready(url: str, local: bool) -> None:
+        if not local:
+            say(f"note: everybody who can reach this machine at {host} can use the page", error=True)
         say(f"{url}  (Ctrl-C ends it)")
         if browser:
             import webbrowser

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,7 +28,7 @@ LONGEST = 1_000_000
 
 
 def serve(
-    host: str, port: int, limits: Limits, *, device: str | None = None, ready: Callable[[str], None] = lambda url: None
+    host: str, port: int, limits: Limits, *, device: str | None = None, ready: Callable[[str, bool], None] = lambda *_: None
 ) -> None:
     """Serve the page until the process is told to end; then remove all its files.
 
@@ -34,13 +36,14 @@ def serve(
         host, port: to listen on; port 0 is any that is free.
         limits: of the page.
         device: as in :func:`fastden.denoise`.
-        ready: called with the page's address when it is about to answer.
+        ready: called with the page's address, and whether this machine alone can reach it, when it is about to answer.
 
     Raises:
         ModuleNotFoundError: Gradio is missing.
         UserError: the address cannot be used.
     """
     bound = _bind(host, port)
+    local = ip_address(bound.getsockname()[0].split("%")[0]).is_loopback
     # Gradio reads these when it is imported or used.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -52,9 +55,9 @@ def serve(
 
         page = Page(Path(folder), limits, device)
         try:
-            app = application(page, limits, local=host in LOOPBACK)
+            app = application(page, limits, names={*LOOPBACK, host.lower()} if local else None)
             name = f"[{host}]" if ":" in host else host
-            ready(f"http://{name}:{bound.getsockname()[1]}")
+            ready(f"http://{name}:{bound.getsockname()[1]}", local)
             # An open page keeps a connection: the server does not wait for it.
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
             server = uvicorn.Server(config)
@@ -65,13 +68,13 @@ def serve(
             page.close()
 
 
-def application(page: Any, limits: Limits, *, local: bool) -> Any:
+def application(page: Any, limits: Limits, *, names: Collection[str] | None) -> Any:
     """The page as an application for a web server.
 
     Args:
         page: what it shows.
         limits: of the page.
-        local: answer only to names of this machine, so that no page of another name can talk to it.
+        names: answer only to these names of this machine, so that no page of another name can talk to it; None: to all.
     """
     import gradio
     from fastapi import FastAPI
@@ -97,7 +100,7 @@ def application(page: Any, limits: Limits, *, local: bool) -> Any:
         css=CSS,
         head=head(),
     )
-    app.add_middleware(Gate, local=local)
+    app.add_middleware(Gate, names=names)
     return app
 
 
@@ -106,18 +109,19 @@ class Gate:
 
     Args:
         app: behind the gate.
-        local: whether only names of this machine are answered to.
+        names: as of :func:`application`.
     """
 
-    def __init__(self, app: Any, local: bool) -> None:
-        self.app, self.local = app, local
+    def __init__(self, app: Any, names: Collection[str] | None) -> None:
+        self.app, self.names = app, names
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        refused = self.local and urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname not in LOOPBACK
+        host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname
+        refused = self.names is not None and host not in self.names
         # Any site can make a visitor's browser send a form or an upload: the browser tells the site.
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         refused = refused or any(_netloc(origin) != headers.get(b"host", b"").lower() for origin in origins)
@@ -186,14 +190,19 @@ def _names_a_url(body: bytes) -> bool:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    accepted = "accepted: a name or an address of this machine, 0.0.0.0 for all"
+    if not host.strip():  # the system takes it for all addresses
+        raise UserError(f"host: {host!r}; {accepted}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
         bound.listen()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         bound.close()
         why = reason(error) if isinstance(error, OSError) else str(error)
+        if isinstance(error, (socket.gaierror, UnicodeError)) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            raise UserError(f"host: {host} cannot be used: {why}; {accepted}") from error
         raise UserError(f"port: {host}:{port} cannot be used: {why}; accepted: another --port, 0 for any") from error
     return bound

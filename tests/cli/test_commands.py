@@ -242,7 +242,7 @@ def test_the_page_does_not_wait_for_the_browser(url: str, opened: str, monkeypat
         asked.set()
 
     def serve(*_: Any, ready: Any, **__: Any) -> None:
-        ready(url)
+        ready(url, True)
         serving.set()
         assert asked.wait(10)
 

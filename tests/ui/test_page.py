@@ -22,6 +22,8 @@ from zipfile import ZipFile
 
 import pytest
 
+from fastden.errors import UserError
+from fastden.ui.server import serve
 from fastden.ui.session import Limits, Session
 from tests.browser import chromium, drop, opened
 from tests.cli.run import works
@@ -483,3 +485,23 @@ def test_a_port_that_is_taken() -> None:
     assert done.returncode == 1
     assert f"error: port: 127.0.0.1:{port} cannot be used" in done.stderr
     assert "accepted: another --port" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["", " ", "nosuchhost.invalid", "192.0.2.1", "a" * 70])
+def test_a_host_that_cannot_be(host: str) -> None:
+    with pytest.raises(UserError, match=r"^host: .*; accepted: a name or an address of this machine"):
+        serve(host, 0, Limits())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.1 is the only address of its kind")
+@pytest.mark.parametrize("host", ["127.0.0.2", "LOCALHOST"])
+def test_other_names_of_this_machine(host: str, tmp_path: Path) -> None:
+    with (tmp_path / "errors.txt").open("w") as errors:
+        process, url = start(tmp_path, "--host", host, errors=errors)
+    try:
+        assert answer(url) == 200
+        assert answer(url, Host="example.com") == 403
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert "everybody" not in (tmp_path / "errors.txt").read_text()
