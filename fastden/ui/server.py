@@ -28,7 +28,12 @@ LONGEST = 1_000_000
 
 
 def serve(
-    host: str, port: int, limits: Limits, *, device: str | None = None, ready: Callable[[str, bool], None] = lambda *_: None
+    host: str,
+    port: int,
+    limits: Limits,
+    *,
+    device: str | None = None,
+    ready: Callable[[str, bool], None] = lambda *_: None,
 ) -> None:
     """Serve the page until the process is told to end; then remove all its files.
 
