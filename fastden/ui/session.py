@@ -67,7 +67,6 @@ class Picture:
         source, target: files of the session.
         estimate: of its noise; None where it cannot be read.
         error: why there is no result, or None.
-        sigma: the level that was used, 0-255, or None.
         model: the name of the model that was used, or None.
         notes: what the visitor should know of the result.
     """
@@ -77,7 +76,6 @@ class Picture:
     target: Path
     estimate: NoiseEstimate | None = None
     error: str | None = None
-    sigma: float | None = None
     model: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -181,7 +179,7 @@ class Session:
                 picture = Picture(path.name, source, directory / f"out{result_suffix(suffix)}")
                 self.pictures.append(picture)
                 try:
-                    shutil.copyfile(path, source) if not _linked(path, source) else None
+                    _link_or_copy(path, source)
                 except FileNotFoundError:  # another visitor's upload of the same bytes was taken meanwhile
                     picture.error = f"{picture.name}: the upload was lost; drop it again"
                 except OSError as error:  # such as a full disk
@@ -259,11 +257,10 @@ class Session:
         for old in (*self.folder.glob("save-*"), *self.folder.glob("*/out*")):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         for picture in todo:
-            picture.error, picture.sigma, picture.model, picture.notes = None, None, None, ()
+            picture.error, picture.model, picture.notes = None, None, ()
 
         def finished(job: Job, record: Record) -> None:
             picture = by_target[job.target]
-            picture.sigma = record.sigma
             picture.model = None if record.error is not None else record.model.get("name")
             picture.notes = tuple(picture.told(note) for note in record.notes)
             picture.error = None if record.error is None else picture.told(record.error)
@@ -345,7 +342,7 @@ class Session:
     def _save(self, done: list[Picture], directory: Path) -> Path:
         if len(self.pictures) == 1:
             path = directory / done[0].result_name
-            shutil.copyfile(done[0].target, path) if not _linked(done[0].target, path) else None
+            _link_or_copy(done[0].target, path)
             return path
         path = directory / "denoised.zip"
         with ZipFile(path, "w", ZIP_STORED) as archive:  # pictures are compressed already
@@ -375,13 +372,12 @@ def _check_uploaded(root: Path, uploads: Sequence[str | Path]) -> None:
         raise UserError("a file that was not uploaded; accepted: uploads")
 
 
-def _linked(source: Path, target: Path) -> bool:
-    """Make a second name for a file; False where the file system has none."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Make a second name for a file; a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:
-        return False
-    return True
+        shutil.copyfile(source, target)
 
 
 def _unique(names: list[str]) -> list[str]:

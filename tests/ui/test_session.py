@@ -201,7 +201,7 @@ def test_an_upload_that_cannot_be_kept(session: Session, tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     uploads = upload(tmp_path / "root", a_jpg=jpeg())
-    monkeypatch.setattr("fastden.ui.session._linked", lambda *_: False)
+    monkeypatch.setattr("fastden.ui.session.os.link", full)
     monkeypatch.setattr("fastden.ui.session.shutil.copyfile", full)
     session.take(uploads)
     (picture,) = session.pictures
