@@ -78,7 +78,7 @@ def saved(page: Any) -> Any:
 
 def test_drop_wait_slider_download(page: Any, url: str, tmp_path: Path) -> None:
     # Screen readers tell what changes in an element that stays.
-    assert page.get_attribute("#status", "role") == "status"
+    page.wait_for_selector("#status[role=status]", state="attached")  # set when the page has loaded
     page.evaluate("window.kept = document.querySelector('#status')")
     drop(page, ZONE, {"photo.jpg": photo()})
     page.wait_for_selector("fastden-compare")
