@@ -21,7 +21,7 @@ from fastden.bench.tables import write
 from fastden.errors import UserError
 from fastden.evaluation import find_pictures
 from fastden.images.codec import read_image
-from fastden.inference.run import LUMA
+from fastden.inference.tiling import LUMA
 from fastden.training.camera import FINEST_BAND, blur
 
 #: Side of the squares, pixels; number of bands.

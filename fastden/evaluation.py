@@ -29,7 +29,8 @@ from fastden.images.pixels import to_dtype
 from fastden.images.ranges import ORDINARY
 from fastden.images.strips import read_header
 from fastden.inference.estimate import estimate_of
-from fastden.inference.run import LUMA, PLAIN, adapted, denoise_pixels
+from fastden.inference.run import PLAIN, adapted, denoise_pixels
+from fastden.inference.tiling import LUMA
 from fastden.network.fused import FusedDenoiser
 
 Bytes = npt.NDArray[np.uint8]

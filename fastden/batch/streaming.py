@@ -20,7 +20,7 @@ from fastden.images.image_file import Header
 from fastden.images.pixels import Array, to_dtype
 from fastden.images.ranges import ORDINARY, ValueRange
 from fastden.images.samples import sigma_of_gray
-from fastden.inference.run import PLAIN, Wishes, adapted, from_batch, own_level, own_scale, to_batch
+from fastden.inference.run import PLAIN, Wishes, adapted, from_batch, kept_gray, own_level, own_scale, to_batch
 from fastden.inference.tiling import HALO, SMALLEST, denoise_rows, rows_needed, spans
 from fastden.network.fused import FusedDenoiser
 from fastden.network.padding import ALIGNMENT
@@ -125,7 +125,17 @@ def denoise_strips(
             start = time.perf_counter()
             batch = to_batch([strip[:, :, :channels]], network)
             sigma = own if level_rows is None else own_level(_level_tensor(level_rows), values)
-            run = partial(denoise_rows, tiled, batch, sigma, (top, bottom), first, height, scale=scale, keep_gray=True)
+            run = partial(
+                denoise_rows,
+                tiled,
+                batch,
+                sigma,
+                (top, bottom),
+                first,
+                height,
+                scale=scale,
+                keep_gray=kept_gray(wishes),
+            )
             (pixels,) = from_batch(run(side()) if attempt is None else attempt(run), header.dtype)
             seconds += time.perf_counter() - start
             if header.has_alpha:

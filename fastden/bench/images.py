@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastden.inference.run import LUMA
+from fastden.inference.tiling import LUMA
 
 #: Noise level of all benchmarks, on the scale of the image.
 SIGMA = 25 / 255

@@ -17,7 +17,7 @@ from fastden.images.pixels import Array, check_plain
 from fastden.images.ranges import ORDINARY, ValueRange, find_range
 from fastden.inference.arguments import check_strength
 from fastden.inference.estimate import NoiseEstimate, check_dense, estimate_of
-from fastden.inference.tiling import OwnScale, TiledNetwork, denoise_tiled
+from fastden.inference.tiling import LUMA, Gray, OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import as_tensor
 
@@ -31,10 +31,6 @@ def part_of(progress: Progress | None, index: int, count: int) -> Progress | Non
     if progress is None:
         return None
     return lambda done, total: progress(index * total + done, count * total)
-
-
-#: Luma of BT.601, the gray of the field's test sets.
-LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -172,8 +168,13 @@ def run_network(
     """
     level, scale = own_scale(level, values, wishes)
     options: dict[str, Any] = {"tile": tile, "max_memory": max_memory, "progress": progress, "scale": scale}
-    options["keep_gray"] = True
+    options["keep_gray"] = kept_gray(wishes)
     return denoise_tiled(adapted(network, batch.shape[1], wishes), batch, level, **options)
+
+
+def kept_gray(wishes: Wishes) -> Gray:
+    """What gray pixels of colour pictures become: their luma, where it comes from a result of its own."""
+    return "mean" if wishes.chroma in (None, wishes.strength) else "luma"
 
 
 def own_level(level: float | Tensor, values: ValueRange) -> float | Tensor:

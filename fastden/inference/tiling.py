@@ -49,6 +49,12 @@ SMALLEST = 16
 WHOLE = 512
 
 
+#: Luma of BT.601, the gray of the field's test sets.
+LUMA = (0.299, 0.587, 0.114)
+#: What pixels become that stay gray.
+Gray = Literal["mean", "luma"]
+
+
 class TiledNetwork(Protocol):
     """A network that tiles go through; it may be adapted to the image and to the user's wishes."""
 
@@ -96,7 +102,7 @@ def denoise_tiled(
     max_memory: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     scale: OwnScale | None = None,
-    keep_gray: bool = False,
+    keep_gray: Gray | None = None,
 ) -> Tensor:
     """Denoise images tile by tile.
 
@@ -114,8 +120,9 @@ def denoise_tiled(
             Default 1 GiB.
         progress: called after each tile with the pixels done and the pixels in all.
         scale: of the images, which ``sigma`` is on too; None takes them as they are.
-        keep_gray: give a pixel its mean over the channels where the channels of all pixels around it, 7 x 7, are equal:
-            a gray picture with three channels gets no colour. Without it the result is the network's own.
+        keep_gray: give a pixel the ``"mean"`` of its channels, or their ``"luma"`` (BT.601), where the channels of all
+            pixels around it, 7 x 7, are equal: a gray picture with three channels gets no colour. None leaves the
+            result as the network gives it.
 
     Returns:
         Tensor of the shape, dtype and device of ``image``: float results are not clipped, integer ones are clipped and
@@ -159,7 +166,7 @@ def denoise_rows(
     height: int,
     side: int,
     scale: OwnScale | None = None,
-    keep_gray: bool = False,
+    keep_gray: Gray | None = None,
 ) -> Tensor:
     """Denoise some rows of an image of which only a strip is in memory; bit for bit as :func:`denoise_tiled`.
 
@@ -323,7 +330,7 @@ def _run(
     height: int | None = None,
     *,
     scale: OwnScale | None = None,
-    keep_gray: bool = False,
+    keep_gray: Gray | None = None,
 ) -> Tensor:
     """The pixels of ``part``, in the dtype of ``image``, on the model's device.
 
@@ -349,12 +356,15 @@ def _run(
         if excess is not None:
             y = y + excess[:, :, above : above + y.shape[2], before : before + y.shape[3]]
         y = y * scale.span + scale.black
-    if keep_gray:
+    if keep_gray is not None:
         # A window begins at least BORDER pixels before its part, and ends as many behind it.
         around = window[:, :, above - BORDER :, before - BORDER :]
         gray = _gray_inside(around[:, :, : y.shape[2] + 2 * BORDER, : y.shape[3] + 2 * BORDER])
         if gray is not None:
-            y = torch.where(gray.to(y.device), y.float().mean(1, keepdim=True).to(y.dtype), y)
+            wide = y.to(torch.promote_types(y.dtype, torch.float32))
+            weights = wide.new_tensor(LUMA).view(1, -1, 1, 1)
+            one = wide.mean(1, keepdim=True) if keep_gray == "mean" else (wide * weights).sum(1, keepdim=True)
+            y = torch.where(gray.to(y.device), one.to(y.dtype), y)
     return _from_float(y, image.dtype)
 
 

@@ -21,7 +21,7 @@ from fastden.images.finder import find_images, left_out_note
 from fastden.images.image_file import ImageFile
 from fastden.images.libvips import VIPS_FORMATS, load_vips
 from fastden.images.pixels import to_dtype
-from fastden.inference.run import LUMA
+from fastden.inference.tiling import LUMA
 
 Image = npt.NDArray[np.uint8]
 T = TypeVar("T")

@@ -90,7 +90,7 @@ def test_gray_amid_gray_stays_gray(dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         image = (image * torch.iinfo(torch.int16).max).to(dtype) if dtype == torch.uint16 else (image * 255).to(dtype)
     own = denoise_tiled(model, image, 0.1, tile=None)
-    kept = denoise_tiled(model, image, 0.1, tile=None, keep_gray=True)
+    kept = denoise_tiled(model, image, 0.1, tile=None, keep_gray="mean")
     inside = torch.zeros(1, 1, 60, 72, dtype=torch.bool)
     inside[:, :, 23:45, 27:] = True  # the picture is mirrored beyond its edge
     assert torch.equal(kept.to(torch.int32)[~inside.expand_as(kept)], own.to(torch.int32)[~inside.expand_as(own)])
@@ -99,12 +99,12 @@ def test_gray_amid_gray_stays_gray(dtype: torch.dtype) -> None:
         assert (kept - mean).abs()[inside.expand_as(kept)].max() < 1e-6
     assert torch.equal(kept[:, 0].to(torch.int32)[inside[:, 0]], kept[:, 2].to(torch.int32)[inside[:, 0]])
     assert not torch.equal(own[:, 0].to(torch.int32)[inside[:, 0]], own[:, 2].to(torch.int32)[inside[:, 0]])
-    tiled = denoise_tiled(model, image, 0.1, tile=16, keep_gray=True)
+    tiled = denoise_tiled(model, image, 0.1, tile=16, keep_gray="mean")
     assert (tiled.double() - kept.double()).abs().max() <= (1e-9 if dtype.is_floating_point else 0)
     first, last = rows_needed(24, 60, 60)
-    rows = denoise_rows(model, image[:, :, first:last], 0.1, (24, 60), first, 60, 16, keep_gray=True)
+    rows = denoise_rows(model, image[:, :, first:last], 0.1, (24, 60), first, 60, 16, keep_gray="mean")
     assert torch.equal(
-        rows.to(torch.int32), denoise_tiled(model, image, 0.1, tile=16, keep_gray=True)[:, :, 24:].to(torch.int32)
+        rows.to(torch.int32), denoise_tiled(model, image, 0.1, tile=16, keep_gray="mean")[:, :, 24:].to(torch.int32)
     )
 
 
