@@ -379,13 +379,20 @@ def _gray_inside(window: Tensor) -> Tensor | None:
 
 
 def _gray(x: Tensor) -> Tensor:
-    x = x.view(torch.int16) if x.dtype == torch.uint16 else x  # which PyTorch compares on no GPU
+    x = x.view(torch.int16) if x.dtype == torch.uint16 else x  # few operations take uint16
     return (x[:, :1] == x[:, 1:2]) & (x[:, 1:2] == x[:, 2:])
 
 
 def _all_in_squares(true: Tensor, side: int) -> Tensor:
-    false = F.max_pool2d(F.max_pool2d((~true).float(), (side, 1), stride=1), (1, side), stride=1)
-    return false == 0
+    """Whether all of the ``side`` x ``side`` elements from each one on are true: (N, 1, H - side + 1, W - side + 1)."""
+    for dim in (2, 3):
+        reach = 1
+        while reach < side:
+            step = min(reach, side - reach)
+            length = true.shape[dim] - step
+            true = true.narrow(dim, 0, length) & true.narrow(dim, step, length)
+            reach += step
+    return true
 
 
 def _forward(model: TiledNetwork, x: Tensor, level: float | Tensor | None, margin: int) -> Tensor:
