@@ -66,9 +66,13 @@ def files_of(model: str | Path, download: Mapping[str, Any] | None = None, *, ca
         return folder
     if isinstance(model, Path):
         raise ValueError(f"model: {name!r}, a Path but no folder that exists; {accepted} as text")
-    if name.count("/") == 1 and name[0].isalnum():
-        return _downloaded(name, dict(download or {}), accepted, card)
-    raise ValueError(f"model: {name!r}; {accepted}")
+    if "/" not in name and not name.startswith((".", "~")):
+        raise ValueError(f"model: {name!r}; {accepted}")
+    owner, _, repository = name.partition("/")
+    # Asking the Hub takes 20 s where there is no network: a folder's name is not asked for.
+    if not owner[:1].isalnum() or not repository or "/" in repository or Path(owner).is_dir():
+        raise ValueError(f"model: {name!r}, no folder that exists; {accepted}")
+    return _downloaded(name, dict(download or {}), accepted, card)
 
 
 class PretrainedMixin:
@@ -109,7 +113,7 @@ class PretrainedMixin:
 
         Raises:
             ValueError: the name is not a bundled name, a folder with both files, or a repository that can be
-                downloaded.
+                downloaded. ``models/mine`` is a folder where there is a folder ``models``.
             TypeError: it is no text or Path, or ``kwargs`` has another name.
         """
         download = {key: kwargs.pop(key) for key in DOWNLOAD if key in kwargs}
@@ -263,7 +267,9 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: 
             if file == ESTIMATOR_FILE:  # a network without the estimator that was trained with it denoises, and worse
                 why += "; local_files_only=True or HF_HUB_OFFLINE=1 loads it as it is"
             raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
-        except (HFValidationError, HfHubHTTPError, EntryNotFoundError) as error:
+        except HFValidationError as error:  # before anything is asked for
+            raise ValueError(f"model: {repository!r}, no folder that exists; {accepted}") from error
+        except (HfHubHTTPError, EntryNotFoundError) as error:
             if file in others and isinstance(error, EntryNotFoundError):  # not every network has them
                 continue
             raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error

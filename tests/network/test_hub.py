@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -120,6 +121,23 @@ def test_unknown_name(name: str) -> None:
     with pytest.raises(
         ValueError, match=r"model: .*accepted: blind, small, a folder with .*, or a Hugging Face Hub id"
     ):
+        Denoiser.from_pretrained(name)
+
+
+@pytest.mark.usefixtures("bundled")
+@pytest.mark.parametrize(
+    "name",
+    ["models/mine", "./mine", "../mine", "~/mine", "/mine", "a/b/c", "mine/", "owner/not a name", "owner\\x/mine"],
+)
+def test_a_name_that_is_no_repository_is_not_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network the Hub's answer takes 20 s."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("reached for the network"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    message = f"model: {name!r}, no folder that exists; accepted: blind, small, a folder"
+    with pytest.raises(ValueError, match=re.escape(message)):
         Denoiser.from_pretrained(name)
 
 
