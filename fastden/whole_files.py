@@ -46,14 +46,24 @@ def check_target(path: str | Path, overwrite: bool) -> None:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 
 
-def check_no_device(path: str | Path) -> None:
-    """Raise UserError for a device, such as /dev/zero, which has no end. A pipe, such as a shell's <(...), has one."""
+def check_readable(path: str | Path) -> None:
+    """Raise UserError for a device, such as /dev/zero, which has no end, for a socket, and for a named pipe.
+
+    Nobody may ever write to a named pipe, and reading would wait for ever.
+    A pipe without a name has a writer and an end: a shell's <(...), standard input.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError:  # reading tells what is wrong
         return
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise UserError("is a device; accepted: a file")
+    if stat.S_ISSOCK(mode):
+        raise UserError("is a socket; accepted: a file")
+    # On Linux a pipe without a name is a link that leads to no name, on macOS a file in /dev/fd.
+    real = os.path.realpath(path)
+    if stat.S_ISFIFO(mode) and os.path.lexists(real) and not real.startswith("/dev/fd/"):
+        raise UserError("is a named pipe; accepted: a file")
 
 
 def _exists(path: str | Path) -> UserError:

@@ -26,7 +26,7 @@ from fastden.images.samples import sigma_of_gray
 from fastden.images.strips import read_header, read_samples
 from fastden.inference.estimate import estimate_of, noise_of_samples
 from fastden.inference.run import Level, adapted, estimated_level, noise_level_of, to_batch
-from fastden.whole_files import check_target, reason
+from fastden.whole_files import check_readable, check_target, reason
 
 
 class Reading:
@@ -71,6 +71,11 @@ class Reading:
             # Decoding finds the file's fault.
             with suppress(UserError):
                 header = read_header(job.source, max_pixels=self.settings.max_pixels, several=True)
+        else:
+            try:
+                check_readable(job.source)
+            except UserError as error:
+                raise UserError(f"{job.source}: {error}") from error
         size = 2 * status.st_size
         if header is not None:
             check_alpha(header.has_alpha, format_name)

@@ -25,7 +25,7 @@ from fastden.network.hub import WEIGHTS_FILE, files_of, model_folder, models
 from fastden.network.int8 import RANGES_FILE
 from fastden.network.loading import Model, default_model, load_network
 from fastden.network.model import Denoiser
-from fastden.whole_files import check_no_device, digest
+from fastden.whole_files import check_readable, digest
 
 #: The model for white noise, where the noise chooses.
 FOR_WHITE = default_model(0.0)
@@ -72,7 +72,7 @@ class Settings:
         self._lock = threading.Lock()
         try:
             if sigma_map is not None:
-                check_no_device(sigma_map)
+                check_readable(sigma_map)
             self._map_digest = None if sigma_map is None else digest(sigma_map)
         except UserError as error:
             raise UserError(f"sigma_map: {sigma_map} {error}") from error

@@ -32,7 +32,7 @@ from fastden.images.kinds import OTHER_SUFFIXES, check_supported
 from fastden.images.libvips import VIPS_DTYPES, VIPS_FORMATS, detail, load_vips, vips_errors
 from fastden.images.pixels import Array, check_finite, to_dtype
 from fastden.images.tiff_directories import fail_on, full_pages, is_extra_unknown, stated_white, white_is_zero
-from fastden.whole_files import check_no_device, check_target, reason, write_bytes
+from fastden.whole_files import check_readable, check_target, reason, write_bytes
 
 __all__ = [
     "FORMATS",
@@ -108,7 +108,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, several: bool 
             [0, 1] in a floating image. The message begins with the path.
     """
     try:
-        check_no_device(path)
+        check_readable(path)
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from error

@@ -25,7 +25,7 @@ from fastden.images.pixels import Array, check_finite
 from fastden.images.ranges import RangeFinder, ValueRange
 from fastden.images.samples import sample_windows
 from fastden.images.tiff_directories import fail_on
-from fastden.whole_files import check_no_device, reason
+from fastden.whole_files import check_readable, reason
 
 #: Rows that libvips decodes at a time.
 CHUNK = 64
@@ -57,8 +57,10 @@ class StripReader:
         self._opened: Opened | None = None
         self._region: Any = None
         try:
-            check_no_device(path)
+            check_readable(path)
             with open(path, "rb") as file:
+                if not file.seekable():
+                    raise UserError("is a pipe, which can be read once only; accepted: a file")
                 self._opened = open_file(file)
                 if self._opened is not None:
                     self.header = header_of(self._opened, max_pixels)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import socket
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +23,9 @@ from fastden.errors import UserError
 from fastden.images import formats, tiff_directories, tiff_tags
 from fastden.images.codec import ImageFile, decode_image, read_image, write_image
 from fastden.images.finder import left_out_note
-from fastden.images.strips import StripReader
-from tests.image_files import encoded, pixels
+from fastden.images.strips import StripReader, read_header
+from tests.cli.run import fails
+from tests.image_files import encoded, pixels, save_model
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
@@ -335,3 +338,41 @@ def test_a_device_has_no_end(tmp_path: Path) -> None:
         fastden.BatchDenoiser("color", sigma_map="/dev/zero")
     report = fastden.BatchDenoiser("color", sigma=5).run("/dev/zero", tmp_path / "b.png")
     assert [record.error for record in report.failed] == ["/dev/zero: is a device; accepted: a file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("kind", ["named pipe", "socket"])
+def test_what_is_no_file_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may ever write to the pipe. A link to it is refused, too."""
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    model = save_model(tmp_path / "model")
+    if kind == "socket":
+        socket.socket(socket.AF_UNIX).bind("there.png")
+    else:
+        os.mkfifo("there.png")
+    os.symlink("there.png", "link.png")
+    message = f"is a {kind}; accepted: a file"
+    for name in ("there.png", "link.png"):
+        for read in (read_image, read_header, fastden.denoise, fastden.estimate_noise):
+            with pytest.raises(UserError, match=rf"^{name}: {message}$"):
+                read(name)
+        report = fastden.BatchDenoiser(model, sigma=5).run(name, "out.png")
+        assert [record.error for record in report.failed] == [f"{name}: {message}"]
+        rest = ["-o", "out.png", "--model", model]
+        fails("denoise", name, *rest, "--dry-run", saying=f"^error: {name}: {message}\n$")
+        fails("noise", name, saying=f"^error: {name}: {message}\n$")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no names for open files here")
+def test_a_pipe_without_a_name_is_read_once(tmp_path: Path) -> None:
+    """As a shell's <(...), and standard input."""
+    data = encoded(pixels(), "PNG")
+    reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
+    name = f"/dev/fd/{reading}"
+    with pytest.raises(UserError, match="is a pipe, which can be read once only; accepted: a file"):
+        read_header(name)
+    report = fastden.BatchDenoiser(save_model(tmp_path / "model"), sigma=5).run(name, tmp_path / "out.png")
+    assert len(report.done) == 1
+    os.close(reading)
