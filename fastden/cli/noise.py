@@ -61,10 +61,10 @@ def noise(
         check_target(map_file, overwrite)
     with naming("model"):
         estimator = estimator_of(model)
-    pictures, unreadable = _pictures(files)
-    for error in unreadable:
-        say(f"error: {in_one_line(error)}", error=True)
-    failed = bool(unreadable)
+    pictures, errors = _pictures(files)
+    for one in errors:
+        say(f"error: {in_one_line(one)}", error=True)
+    failed = bool(errors)
     for file in pictures:
         try:
             pages = read_header(file, max_pixels=max_pixels, several=True).pages
@@ -95,25 +95,32 @@ def noise(
     raise typer.Exit(1 if failed else 0)
 
 
-def _pictures(files: list[Path]) -> tuple[list[Path], list[OSError]]:
-    """The files, and in the place of each folder its pictures; and the errors of those that cannot be looked at."""
+def _pictures(files: list[Path]) -> tuple[list[Path], list[Exception]]:
+    """The files, and in the place of each folder its pictures; and the errors of what cannot be looked at."""
     from fastden.images.finder import find_images, left_out_note
 
     pictures: list[Path] = []
-    unreadable: list[OSError] = []
+    errors: list[Exception] = []
     for file in files:
         if not os.path.isdir(file):  # False where it cannot be looked at: reading it says why
             pictures.append(file)
             continue
         left_out: list[Path] = []
-        inside = find_images(file, unreadable=unreadable, left_out=left_out)
+        unreadable: list[OSError] = []
+        try:
+            inside = find_images(file, unreadable=unreadable, left_out=left_out)
+        except OSError as error:
+            errors.append(error)
+            continue
+        errors += unreadable
         told = left_out_note(left_out) if left_out else ""
         if not inside:
-            raise UserError(f"file: no images in the folder {file}{f' ({told})' * bool(told)}; accepted: image files")
-        if told:
+            why = f" ({told})" if told else ""
+            errors.append(UserError(f"file: no images in the folder {file}{why}; accepted: image files"))
+        elif told:
             say(f"note: {told}", error=True)
         pictures += inside
-    return pictures, unreadable
+    return pictures, errors
 
 
 def _advice(file: Path, kind: str, model: str | None, max_megapixels: float) -> list[str]:

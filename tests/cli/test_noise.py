@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +99,38 @@ def test_a_bad_file_does_not_stop_the_others(picture: Path, tmp_path: Path) -> N
     bad.write_bytes(b"no picture")
     error = fails("noise", bad, picture, saying="bad.png")
     assert len(error.splitlines()) == 1
+
+
+def test_a_file_that_may_not_be_read_does_not_stop_the_others(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typer asks for the permission of all paths, and fastden for that of none. Root may read everything."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(noisy(20), "PNG"))
+    system, opened = os.access, open
+
+    def access(path: Any, mode: int, **options: Any) -> bool:
+        return os.fspath(path) != str(secret) and system(path, mode, **options)
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if path == secret:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "access", access)
+    monkeypatch.setattr("builtins.open", refuse)
+    done = CliRunner().invoke(app, ["noise", str(secret), str(picture)])
+    said = f"error: {secret}: cannot be read: {os.strerror(errno.EACCES)}\n"
+    assert (done.exit_code, done.stderr) == (1, said)
+    assert f"{picture}: level" in done.stdout
+
+
+def test_a_folder_without_pictures_does_not_stop_the_others(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = CliRunner().invoke(app, ["noise", str(tmp_path / "empty"), str(picture)])
+    said = f"error: file: no images in the folder {tmp_path / 'empty'}; accepted: image files\n"
+    assert (done.exit_code, done.stderr) == (1, said)
+    assert f"{picture}: level" in done.stdout
 
 
 @pytest.mark.parametrize("value", [0, 255])
