@@ -42,8 +42,10 @@ DEFAULTS = {
 #: Environment variables that change which gradients and tiles are measured.
 CHANGING = ("FASTDEN_BACKWARD", "FASTDEN_TUNED")
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write everything measured to a file.")]
-Plots = Annotated[Path | None, typer.Option("--plots", help="Draw bars and a roofline, PNG, into a folder.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write everything measured to a file.", readable=False)]
+Plots = Annotated[
+    Path | None, typer.Option("--plots", help="Draw bars and a roofline, PNG, into a folder.", readable=False)
+]
 Compare = Annotated[
     str | None, typer.Option("--compare", help='Contenders beside fastden, separated by commas; "" for none.')
 ]

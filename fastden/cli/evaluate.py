@@ -16,7 +16,8 @@ from fastden.errors import FAILURES, UserError
 
 def evaluate(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of 8-bit photographs, each a set.")
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folders of 8-bit photographs, each a set.", readable=False),
     ],
     sigma: Annotated[
         list[str] | None,
@@ -43,7 +44,7 @@ def evaluate(
         typer.Option(min=0, help="Seed of the noise, default 0; the image's index is added.", show_default=False),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results, image by image, to a file.")
+        Path | None, typer.Option("--json", help="Write the results, image by image, to a file.", readable=False)
     ] = None,
 ) -> None:
     """Print PSNR and SSIM of a model on folders of photographs.

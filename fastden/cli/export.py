@@ -20,7 +20,9 @@ def export(
             metavar="MODEL", help="Bundled name, folder or Hugging Face Hub id; noise: what estimates the level."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file; its ending tells the format.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file; its ending tells the format.", readable=False)
+    ],
     format: Annotated[
         FileFormat | None,
         typer.Option(help="aoti: compiled for this machine's CPU. dtmodel: for darktable. Default: by the ending."),

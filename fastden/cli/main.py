@@ -121,7 +121,10 @@ def denoise(
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = MAX_MEGAPIXELS,
     sigma_map: Annotated[
         Path | None,
-        typer.Option(help="Gray image of the input's size, its values the noise level; white is 255 at any depth."),
+        typer.Option(
+            help="Gray image of the input's size, its values the noise level; white is 255 at any depth.",
+            readable=False,
+        ),
     ] = None,
     manifest: Annotated[
         str,
@@ -248,7 +251,11 @@ def build_extension(
 def models(
     export_cards: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Write a folder for each model there, ready for the Hugging Face Hub."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Write a folder for each model there, ready for the Hugging Face Hub.",
+            readable=False,
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --export-cards: replace existing files.")
@@ -283,7 +290,7 @@ def _summary(card: Path) -> str:
 
 @app.command(cls=takes_several("--set", lambda word: "=" in word and not word.startswith("-")))
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of the run.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of the run.", readable=False)],
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, overrides the file; several may follow.")
     ] = None,
@@ -317,9 +324,14 @@ def train(
 @app.command("calibrate")
 def calibrate_model(
     model: Annotated[str, typer.Argument(help="A folder with a model, a bundled name or a Hugging Face Hub id.")],
-    pictures: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of clean photographs.")],
+    pictures: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of clean photographs.", readable=False)
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to save the model; default: the folder that it is in.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where to save the model; default: the folder that it is in.", readable=False
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures that are used, evenly spaced.")] = 32,
     overwrite: Annotated[

@@ -22,11 +22,15 @@ MAP_SUFFIXES = (".png", ".tif", ".tiff")
 
 
 def noise(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files, and folders of them.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Image files, and folders of them.", readable=False)
+    ],
     map_file: Annotated[
         Path | None,
         typer.Option(
-            "--map", help="Write the levels that one picture is denoised with as a gray PNG or TIFF, for --sigma-map."
+            "--map",
+            help="Write the levels that one picture is denoised with as a gray PNG or TIFF, for --sigma-map.",
+            readable=False,
         ),
     ] = None,
     model: Annotated[

@@ -39,15 +39,6 @@ class OneLineErrors(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=COMMANDS.index)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        command = super().get_command(ctx, cmd_name)
-        # Typer would refuse a file that may not be read before the command begins, with exit code 2 and the usage, and
-        # with it all others. The command tells of it as of any file that cannot be read.
-        for parameter in getattr(command, "params", ()):
-            if hasattr(parameter.type, "readable"):
-                parameter.type.readable = False
-        return command
-
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

@@ -290,3 +290,12 @@ def test_only_some_of_many_failed_files_are_named_again(tmp_path: Path, model: s
     assert last.endswith("4.png and 2 more, told above")
     assert "5.png" not in last
     assert error.count("5.png") == 1
+
+
+@pytest.mark.parametrize("module", ["bench", "evaluate", "export", "main", "noise"])
+def test_typer_refuses_no_path_for_its_permission(module: str) -> None:
+    """It would end the command with exit code 2 and the usage; a command tells of it as of any file it cannot read."""
+    text = (Path(fastden.__file__).parent / "cli" / f"{module}.py").read_text(encoding="utf-8")
+    paths = re.findall(r"Annotated\[\s*(?:list\[Path\]|Path)[^\]]*?typer\.(?:Option|Argument)\(.*?\]", text, re.DOTALL)
+    assert paths
+    assert [path for path in paths if "readable=False" not in path] == []
