@@ -160,12 +160,13 @@ class NoiseEstimate:
         """One line for a person."""
         if not self.decided:
             return "too little to judge by (flat, clipped or tiny): taken as clean"
+        level = f"level {self._shown(self.sigma)}"
         if self.kind == "clean":
-            return f"clean (level {self._shown(self.sigma)})"
+            return f"{level}, clean"
         tones = (("shadows", 0.15), ("mid-tones", 0.45), ("lights", 0.8))
         parts = ", ".join(f"{self._shown(self.at(brightness))} in the {name}" for name, brightness in tones)
         grain = "white noise" if self.is_white else f"{self.kind} grain"
-        return f"level {self._shown(self.sigma)} ({parts}), {grain}"
+        return f"{level} ({parts}), {grain}"
 
     def _shown(self, sigma: float) -> str:
         return f"{sigma:.1f}" if self.white - self.black >= 1 else f"{sigma:.2g}"

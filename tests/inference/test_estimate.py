@@ -271,3 +271,10 @@ def test_other_default_device_and_dtype_and_autocast() -> None:
     assert estimate_noise(image) == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert estimate_noise(image) == expected
+
+
+def test_the_level_is_told_in_one_way() -> None:
+    """Of a clean picture as of any other."""
+    for sigma, kind in ((0.5, "clean"), (5.0, "fine grain")):
+        estimate = NoiseEstimate((sigma,) * 8, sigma, 0.5, uncertainty=0.6)
+        assert re.fullmatch(rf"level {sigma}( \(.*\))?, {kind}", estimate.describe())
