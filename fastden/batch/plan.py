@@ -16,6 +16,7 @@ from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for, format_of_suffix
 from fastden.images.finder import find_images, is_regular, left_out_note
 from fastden.images.formats import result_suffix
+from fastden.images.strips import read_header
 
 #: The suffix that each format gets when ``--format`` renames a file.
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif", "heic": ".heic"}
@@ -93,6 +94,21 @@ def suffix_of_result(suffix: str, format_name: str | None) -> str:
     if format_name is None:
         return result_suffix(suffix)
     return suffix if SUFFIXES.get(suffix.lower()) == format_name else SUFFIX_OF[format_name]
+
+
+def format_of_result(job: Job, max_pixels: int) -> str:
+    """The format of a job's output.
+
+    Raises:
+        UserError: it cannot be written. An input of a kind that is not read keeps its suffix, such as ``.bmp``, and
+            then the error is that of reading it.
+    """
+    try:
+        return format_for(job.target)
+    except UserError:
+        if job.source.is_file():
+            read_header(job.source, max_pixels=max_pixels, several=True)
+        raise
 
 
 def check_no_url(name: str | Path, argument: str) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from fastden.batch.picture import Picture, stamp
-from fastden.batch.plan import Job
+from fastden.batch.plan import Job, format_of_result
 from fastden.batch.settings import Settings
 from fastden.errors import UserError, shown_bytes
 from fastden.images.attachments import check_colour
-from fastden.images.codec import format_for, read_image
+from fastden.images.codec import read_image
 from fastden.images.encoding import check_alpha, check_pages, check_sides, encoding_memory, plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.pixels import Array
@@ -61,7 +61,6 @@ class Reading:
             UserError: an input that cannot be read, or whose result cannot be written; a map of another size.
             ValueError: a colour image for a gray model.
         """
-        format_name = format_for(job.target)
         try:
             status = os.stat(job.source)
         except OSError as error:
@@ -76,6 +75,7 @@ class Reading:
                 check_readable(job.source)
             except UserError as error:
                 raise UserError(f"{job.source}: {error}") from error
+        format_name = format_of_result(job, self.settings.max_pixels)
         size = 2 * status.st_size
         if header is not None:
             check_alpha(header.has_alpha, format_name)

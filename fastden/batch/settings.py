@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from fastden.batch.memory import Budget, split_memory
-from fastden.batch.plan import Job
+from fastden.batch.plan import Job, format_of_result
 from fastden.batch.transfer import Transfer
 from fastden.errors import UserError, in_one_line
-from fastden.images.codec import format_for
 from fastden.inference.estimate import NoiseEstimate
 from fastden.inference.run import Wishes, check_strengths
 from fastden.network.fused import FusedDenoiser
@@ -136,7 +135,7 @@ class Settings:
             **asdict(self.wishes),
             "model_by_noise": self.by_noise,
             "dtype": str(self.dtype),
-            "format": format_for(job.target),
+            "format": format_of_result(job, self.max_pixels),
             "strip_metadata": self.strip_metadata,
             **({"estimator": self._estimator} if self._estimator else {}),
             # A cluster's driver computes nothing, and wishes for the workers' quality.

@@ -100,6 +100,10 @@ def test_two_inputs_with_one_output(photos: Path, tmp_path: Path, model: str) ->
         (["missing/", "-o", "out"], "input: missing/ does not exist"),
         (["*.tiff", "-o", "out"], r"input: nothing matches \*\.tiff"),
         (["empty", "-o", "out"], "input: no images in empty"),
+        (["a.bmp", "-o", "out"], "a.bmp: BMP is not read here; accepted: a copy as PNG"),
+        (["a.bmp", "-o", "out", "--resume"], "a.bmp: BMP is not read here; accepted: a copy as PNG"),
+        (["a.bmp", "-o", "out", "--dry-run"], "a.bmp: BMP is not read here; accepted: a copy as PNG"),
+        (["a.gif", "-o", "out"], r"cannot write \.gif; accepted: \.jpg"),
         (["photos/a.png", "-o", "out.bmp"], r"cannot write \.bmp; accepted: \.jpg"),
         (
             ["photos/a.png", "-o", "missing/out.png"],
@@ -134,6 +138,8 @@ def test_mistakes_are_one_line(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    for kind in ("BMP", "GIF"):
+        (tmp_path / f"a.{kind.lower()}").write_bytes(encoded(pixels(), kind))
     tifffile.imwrite(tmp_path / "five.tif", pixels(channels=5), photometric="rgb")
     tifffile.imwrite(tmp_path / "nan.tif", np.full((8, 8, 3), np.nan, np.float32), photometric="rgb")
     before = sorted(tmp_path.rglob("*"))
