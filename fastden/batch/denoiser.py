@@ -212,7 +212,6 @@ class BatchDenoiser:
                 self._running = ThreadedRun(
                     self.stages,
                     jobs,
-                    output,
                     manifest=opened,
                     resume=resume,
                     listener=self._listener,

@@ -13,7 +13,7 @@ from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Manifest, open_for_run
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
-from fastden.batch.threads import check_folder, is_made
+from fastden.batch.threads import check_folder
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.attachments import check_colour
 from fastden.images.extras import read_extras
@@ -102,7 +102,7 @@ def rehearse(
         UserError: the manifest cannot be read, or there is none to resume from.
     """
     opened = open_for_run(manifest, jobs, output, resume=resume)
-    steps = [_step(batch, job, output, opened if resume else None) for job in jobs]
+    steps = [_step(batch, job, opened if resume else None) for job in jobs]
     todo = [step for step in steps if not (step.done or step.error)]
     if not todo:
         return Rehearsal(steps, 0.0, 0)
@@ -113,13 +113,15 @@ def rehearse(
     return Rehearsal(steps, sum(amounts.values()) / seconds, _memory(batch.settings, network, todo))
 
 
-def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | None) -> Step:
+def _step(batch: BatchDenoiser, job: Job, manifest: Manifest | None) -> Step:
     settings = batch.settings
     try:
         if manifest is not None and manifest.finished(job, settings.known_weights, settings.options(job)):
             return Step(job, done=True)
         replaces = manifest is not None and manifest.may_replace(job, overwrite=settings.overwrite)
-        _check_output(job, output, replaces or settings.overwrite)
+        check_folder(job.target.parent)
+        if job.target.parent.exists():  # else the run makes it
+            check_target(job.target, replaces or settings.overwrite)
         picture = batch.stages.reading.look(job)
         if picture.header is None:
             if not job.source.is_file():
@@ -147,15 +149,6 @@ def _step(batch: BatchDenoiser, job: Job, output: Path, manifest: Manifest | Non
     header = picture.header
     deep = header.dtype.itemsize > 1
     return Step(job, header.width, header.height, header.pages, sigma, deep, picture.streamed)
-
-
-def _check_output(job: Job, output: Path, replaces: bool) -> None:
-    """Raise the UserError with which a run would refuse an output."""
-    folder = job.target.parent
-    if is_made(folder, output):
-        check_folder(folder)
-    if folder.exists() or not is_made(folder, output):
-        check_target(job.target, replaces)
 
 
 def _rate(settings: Settings, deep: bool) -> float:

@@ -59,7 +59,6 @@ class ThreadedRun:
     Args:
         stages: what is done to each image.
         jobs: the images.
-        output: file or folder.
         manifest: takes the records; None for none.
         resume: leave out what the manifest says is done.
         listener: its functions are called when something happens.
@@ -71,7 +70,6 @@ class ThreadedRun:
         self,
         stages: Stages,
         jobs: Sequence[Job],
-        output: Path,
         *,
         manifest: Manifest | None,
         resume: bool,
@@ -79,7 +77,7 @@ class ThreadedRun:
         equality: Equality,
         workers: int,
     ) -> None:
-        self.stages, self.jobs, self.output = stages, jobs, output
+        self.stages, self.jobs = stages, jobs
         self.manifest, self.resume, self.listener, self.equality = manifest, resume, listener, equality
         self.report = Report(len(jobs))
         self.gate = Gate(self.stages.settings.budget.images)
@@ -191,8 +189,6 @@ class ThreadedRun:
         return manifest.finished(job, self.stages.settings.known_weights, self.stages.settings.options(job))
 
     def _make_folder(self, folder: Path) -> None:
-        if not is_made(folder, self.output):
-            return
         with self.lock:
             check_folder(folder)
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -351,11 +347,6 @@ class ThreadedRun:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._tell(job, self.stages.writing.failure(job, error, self.manifest))
-
-
-def is_made(folder: Path, output: Path) -> bool:
-    """Whether a run makes a folder of outputs that is missing. The folder of an output file has to exist."""
-    return folder == output or folder != output.parent
 
 
 def check_folder(folder: Path) -> None:

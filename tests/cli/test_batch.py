@@ -100,7 +100,7 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, model: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "saying"),
     [
-        (["a.png", "-o", "missing/out.png"], r"missing.out.png: the folder \S+missing does not exist; accepted"),
+        (["a.png", "-o", "b.jpg/out.png"], "output: cannot make the folder b.jpg: b.jpg is a file"),
         (["a.png", "-o", "b.jpg"], "b.jpg: exists already; accepted"),
         (["long.png", "-o", "out.webp"], "long.png: 16384 x 8 pixels; accepted: at most 16383 pixels a side in webp"),
         (["long.png", "-o", "out", "--format", "webp"], "long.png: 16384 x 8 pixels; accepted: at most 16383 pixels"),
