@@ -6,6 +6,9 @@ from typing import Literal
 
 #: Image formats that can be written.
 Format = Literal["jpeg", "png", "tiff", "webp", "avif", "heic"]
+#: What the command line takes for them, in any case; and the formats of the names that are none.
+FormatName = Literal["jpeg", "jpg", "png", "tiff", "tif", "webp", "avif", "heic"]
+OTHER_NAMES: dict[str, Format] = {"jpg": "jpeg", "tif": "tiff"}
 #: Speed or quality: the work spent on a result.
 Quality = Literal["fast", "normal", "best"]
 #: Exported files, their precisions, and the layouts of an ONNX file's inputs.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastden.choices import Format, Quality
+from fastden.choices import OTHER_NAMES, FormatName, Quality
 from fastden.cli.bench import app as bench
 from fastden.cli.console import say
 from fastden.cli.early import without_garbage_collection
@@ -110,7 +110,10 @@ def denoise(
             " flips and turns, at eight times the work."
         ),
     ] = "normal",
-    format: Annotated[Format | None, typer.Option(help="Format of the results; the input's otherwise.")] = None,
+    format: Annotated[
+        FormatName | None,
+        typer.Option(case_sensitive=False, help="Format of the results; the input's otherwise."),
+    ] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Descend into folders, keeping their structure.")
     ] = False,
@@ -174,7 +177,7 @@ def denoise(
         output_name,
         settings,
         recursive=recursive,
-        format_name=format,
+        format_name=None if format is None else OTHER_NAMES.get(format, format),
         manifest=None if manifest == "none" else manifest,
         resume=resume,
     )

@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastden
+from fastden.batch.plan import SUFFIX_OF
 from fastden.batch.ray import plan_rows
 from fastden.cli.main import app
 from fastden.cli.options import TRAINED
@@ -247,3 +248,21 @@ def test_a_separator_at_the_end_means_a_folder_for_a_video(
     arguments = ["denoise", str(tmp_path / "a.mp4"), "-o", f"{tmp_path}/2024.05/", "--model", model]
     assert CliRunner().invoke(app, arguments).exit_code == 130
     assert targets == [tmp_path / "2024.05" / "a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("jpg", ".jpg"), ("JPEG", ".jpg"), ("Jpg", ".jpg"), ("tif", ".tif"), ("TIFF", ".tif"), ("PNG", ".png")],
+)
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_names_of_formats(
+    name: str, suffix: str, engine: str, photos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each format by the names that people and suffixes give it, in any case."""
+    asked: list[Any] = []
+    monkeypatch.setattr("fastden.cli.local.denoise_here", lambda request, **_: asked.append(request) or 0)
+    monkeypatch.setattr("fastden.cli.cluster.denoise_on_cluster", lambda request, **_: asked.append(request) or 0)
+    works("denoise", photos, "-o", tmp_path / "out", "--model", model, "--format", name, "--engine", engine)
+    (request,) = asked
+    assert {SUFFIX_OF[request.format_name]} == {suffix}
+    fails("denoise", photos, "-o", tmp_path / "out", "--format", "bmp", saying="'bmp' is not one of", code=2)
