@@ -166,10 +166,10 @@ class BatchDenoiser:
 
         Returns:
             A :class:`fastden.Report`; a file that fails is in it, and raises nothing. So is one that cannot be looked
-            at.
+            at, one of several inputs that is not there, and files whose outputs would share a name.
 
         Raises:
-            UserError: nothing to do, two inputs with one output, no place for the outputs.
+            UserError: nothing to do, an output that is another one's input, no place for the outputs.
             OSError: a folder cannot be read, or none of its images be looked at.
             ValueError: a format that cannot be written.
             RuntimeError: called by a function of the ``listener`` of a run that is going on.

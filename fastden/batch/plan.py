@@ -6,7 +6,7 @@ import glob
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -21,6 +21,9 @@ from fastden.images.strips import read_header
 #: The suffix that each format gets when ``--format`` renames a file.
 SUFFIX_OF = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif", "heic": ".heic"}
 
+#: Files that the error of an output names, of those that would share it.
+NAMED = 3
+
 
 @dataclass(frozen=True)
 class Job:
@@ -28,6 +31,17 @@ class Job:
 
     source: Path
     target: Path
+
+
+class InputError(UserError, OSError):
+    """An input that gives no picture. Of several inputs the others are done: ``filename`` names it in the report."""
+
+    def __init__(self, message: str, filename: str | Path) -> None:
+        super().__init__(message)
+        self.filename = str(filename)
+
+    def __str__(self) -> str:  # OSError's would be the number, the system's text and the name
+        return str(self.args[0])
 
 
 def plan(
@@ -48,13 +62,15 @@ def plan(
             separator is a folder, whatever its suffix; a ``Path`` has lost the separator.
         recursive: descend into the folders, and keep their structure in ``output``.
         format_name: of the results; the inputs' suffixes otherwise.
-        unreadable: as in :func:`find_images`; of patterns too.
+        unreadable: as in :func:`find_images`; of patterns too. Of several inputs it also gets the error of each that is
+            not there or holds no image, and that of each file whose output another file would have, too. None raises
+            the first, and so does a run in which nothing is left to do.
         made: whether the run that is resumed made a file, which is then not an input; see
             :func:`fastden.batch.manifest.made_before`.
 
     Raises:
-        UserError: an input that does not exist or holds no image; two inputs with one output; an output that is another
-            one's input, or cannot be.
+        InputError: an input that does not exist or holds no image; two inputs with one output.
+        UserError: an output that is another one's input, or cannot be.
     """
     if not inputs:
         raise UserError("input: none; accepted: one or several files, folders and glob patterns")
@@ -68,13 +84,9 @@ def plan(
     if single and not as_folder and output.suffix:
         format_for(output, format_name)
         return [Job(Path(inputs[0]), output)]
-    for name in inputs:  # before the output is checked: with a missing input its message would mislead
-        if not Path(name).exists() and not glob.has_magic(name):
-            if Path(name).is_symlink():
-                raise UserError(
-                    f"input: {name} is a link that leads nowhere; accepted: files, folders and glob patterns"
-                )
-            raise UserError(f"input: {name} does not exist; accepted: files, folders and glob patterns")
+    if len(inputs) == 1 or unreadable is None:
+        for name in inputs:  # before the output is checked: with a missing input its message would mislead
+            _check_exists(name)
     if single and output.exists() and not as_folder:
         raise UserError(f"output: {output} is a file without an image's suffix; accepted: an image file, or a folder")
     if output.exists() and not output.is_dir():
@@ -85,8 +97,7 @@ def plan(
     jobs = []
     for source, relative in _sources(inputs, output, recursive, unreadable, made or (lambda path: False), left_out):
         jobs.append(Job(source, output / relative.with_suffix(suffix_of_result(source.suffix, format_name))))
-    _refuse_collisions(jobs)
-    return jobs
+    return _without_collisions(jobs, unreadable)
 
 
 def suffix_of_result(suffix: str, format_name: str | None) -> str:
@@ -127,6 +138,14 @@ def _is_file(name: str) -> bool:
     return Path(name).exists() and not Path(name).is_dir()
 
 
+def _check_exists(name: str) -> None:
+    """Raise InputError for the name of nothing; a pattern is none."""
+    if Path(name).exists() or glob.has_magic(name):
+        return
+    why = "is a link that leads nowhere" if Path(name).is_symlink() else "does not exist"
+    raise InputError(f"input: {name} {why}; accepted: files, folders and glob patterns", name)
+
+
 def _sources(
     inputs: list[str],
     output: Path,
@@ -137,33 +156,55 @@ def _sources(
 ) -> list[tuple[Path, Path]]:
     """Pairs of an input file and its path below the output folder."""
     sources: dict[Path, Path] = {}
+    errors: list[OSError] = []
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            others: list[Path] = []
-            images_here = find_images(path, recursive, unreadable, others)
-            others = [other for other in others if not _written_before(other, path, output)]
-            if left_out is not None:
-                left_out += others
-            images = [image for image in images_here if not (_written_before(image, path, output) or made(image))]
-            # The pattern photos/* of a shell names the output folder photos/clean too, once it is there.
-            if not images and len(inputs) > 1 and os.path.realpath(path) == os.path.realpath(output):
-                continue
-            if images_here and not images:
-                raise UserError(f"input: all images in {path} are results of earlier runs; accepted: their inputs")
-            if not images:
-                hint = "" if recursive else ", --recursive to descend"
-                told = f" ({left_out_note(others)})" if others else ""
-                raise UserError(f"input: no images in {path}{told}; accepted suffixes: {', '.join(SUFFIXES)}{hint}")
-            sources.update((image, image.relative_to(path)) for image in images)
-        elif path.exists():
-            if not made(path):
-                sources[path] = Path(path.name)
-        else:
-            sources.update((file, Path(file.name)) for file in expand(name, output, unreadable, made))
+        try:
+            sources.update(_sources_of(name, output, recursive, unreadable, made, left_out, alone=len(inputs) == 1))
+        except OSError as error:
+            if unreadable is None:
+                raise
+            errors.append(error)
     if not sources:
+        if errors:
+            raise errors[0]
         raise UserError(f"input: {', '.join(inputs)}: results of the run that is resumed; accepted: its inputs")
+    if unreadable is not None:
+        unreadable += errors
     return list(sources.items())
+
+
+def _sources_of(
+    name: str,
+    output: Path,
+    recursive: bool,
+    unreadable: list[OSError] | None,
+    made: Callable[[Path], bool],
+    left_out: list[Path] | None,
+    *,
+    alone: bool,
+) -> dict[Path, Path]:
+    """The files of one input, each with its path below the output folder; ``alone``: there is no other input."""
+    path = Path(name)
+    if not path.is_dir():
+        _check_exists(name)
+        if path.exists():
+            return {} if made(path) else {path: Path(path.name)}
+        return {file: Path(file.name) for file in expand(name, output, unreadable, made)}
+    others: list[Path] = []
+    images_here = find_images(path, recursive, unreadable, others)
+    others = [other for other in others if not _written_before(other, path, output)]
+    images = [image for image in images_here if not (_written_before(image, path, output) or made(image))]
+    # The pattern photos/* of a shell names the output folder photos/clean too, once it is there.
+    if images or alone or os.path.realpath(path) != os.path.realpath(output):
+        if images_here and not images:
+            raise InputError(f"input: all images in {path} are results of earlier runs; accepted: their inputs", path)
+        if not images:
+            hint = "" if recursive else ", --recursive to descend"
+            told = f" ({left_out_note(others)})" if others else ""
+            raise InputError(f"input: no images in {path}{told}; accepted suffixes: {', '.join(SUFFIXES)}{hint}", path)
+    if left_out is not None:
+        left_out += others
+    return {image: image.relative_to(path) for image in images}
 
 
 def expand(
@@ -178,7 +219,7 @@ def expand(
         pattern, output, unreadable, made: as of :func:`plan`.
 
     Raises:
-        UserError: nothing matches.
+        InputError: nothing matches.
         OSError: a folder cannot be read, and ``unreadable`` is None or nothing matches.
     """
     matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
@@ -192,7 +233,7 @@ def expand(
     if unreadable is not None:
         unreadable += errors
     if not files:
-        raise UserError(f"input: nothing matches {pattern}")
+        raise InputError(f"input: nothing matches {pattern}", pattern)
     return files
 
 
@@ -226,19 +267,44 @@ def _written_before(image: Path, folder: Path, output: Path) -> bool:
     return inside and os.path.realpath(image).startswith(below + os.sep)
 
 
-def _refuse_collisions(jobs: list[Job]) -> None:
+def collisions(sources: Iterable[Sequence[tuple[str | Path, str | Path]]]) -> list[InputError]:
+    """The errors of files that would share an output.
+
+    Nobody can tell which of the results is wanted, so none is made, and each of these files has failed. The others are
+    done: a pair among thousands of pictures must not stop them, and none of its files is touched.
+
+    Args:
+        sources: pairs of a file and its output; those in one sequence have one output.
+    """
+    errors = []
+    for same in sources:
+        if len(same) > 1:
+            for source, target in same:
+                names = [str(source), *(str(other) for other, _ in same if other != source)]
+                shown = f"{', '.join(names[:NAMED])}{f' and {len(names) - NAMED} more' * (len(names) > NAMED)}"
+                why = f"would all be written to {target}; accepted: different names"
+                errors.append(InputError(f"output: {shown} {why}", source))
+    return errors
+
+
+def _without_collisions(jobs: list[Job], unreadable: list[OSError] | None) -> list[Job]:
+    """The jobs that share their output with no other; ``unreadable`` gets the errors of those that do."""
     by_target = defaultdict(list)
     for job in jobs:
         by_target[_identity(job.target)].append(job)
-    for same in by_target.values():
-        if len(same) > 1:
-            names = ", ".join(str(job.source) for job in same)
-            raise UserError(f"output: {names} would all be written to {same[0].target}; accepted: different names")
+    errors = collisions([(job.source, job.target) for job in same] for same in by_target.values())
+    if errors and (unreadable is None or len(errors) == len(jobs)):
+        raise errors[0]
+    if unreadable is not None:
+        unreadable += errors
+    alone = [job for job in jobs if len(by_target[_identity(job.target)]) == 1]
+    writers = {_identity(job.target): job for job in alone}
     for job in jobs:
         # Chance would decide whether it is read before or after it is replaced.
-        (writer,) = by_target.get(_identity(job.source), [job])
+        writer = writers.get(_identity(job.source), job)
         if writer is not job:
             raise UserError(f"output: {writer.target}, of {writer.source}, is an input too; accepted: another folder")
+    return alone
 
 
 def _identity(path: Path) -> str:

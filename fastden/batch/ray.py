@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fastden.batch.manifest import Record
-from fastden.batch.plan import Job, plan, suffix_of_result
+from fastden.batch.plan import InputError, Job, collisions, plan, suffix_of_result
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import SUFFIXES, check_format, format_for, format_of_suffix
 from fastden.images.finder import has_image_name, is_left_out
@@ -81,7 +81,7 @@ def plan_rows(
         output: a folder, or for one file a file; of URLs one that an image's suffix says.
         recursive: descend into folders, keeping their structure.
         format_name: of the results; the inputs' suffixes otherwise.
-        unreadable, made: as in :func:`fastden.batch.plan.plan`; of paths alone.
+        unreadable, made: as in :func:`fastden.batch.plan.plan`; the latter of paths alone.
         left_out: takes files of the folders that are images which are not read here.
 
     Raises:
@@ -103,15 +103,27 @@ def plan_rows(
             raise UserError(f"output: {output} names a file; accepted for more than one input: a folder")
         format_for(output, format_name)
         return [{"input": found[0][0], "output": output}]
-    rows: dict[str, str] = {}
+    rows: dict[str, list[str]] = {}
+    errors: list[InputError] = []
     for name in inputs:
-        for source, relative in _sources(name, output, recursive, left_out):
+        try:
+            sources = _sources(name, output, recursive, left_out)
+        except InputError as error:
+            if unreadable is None or len(inputs) == 1:
+                raise
+            errors.append(error)
+            continue
+        for source, relative in sources:
             stem, suffix = os.path.splitext(relative)
-            target = f"{output.rstrip('/')}/{stem}{suffix_of_result(suffix, format_name)}"
-            if rows.get(target, source) != source:
-                raise UserError(f"output: {rows[target]}, {source} would both be written to {target}")
-            rows[target] = source
-    return [{"input": source, "output": target} for target, source in rows.items()]
+            same = rows.setdefault(f"{output.rstrip('/')}/{stem}{suffix_of_result(suffix, format_name)}", [])
+            same += [] if source in same else [source]
+    errors += collisions([(source, target) for source in same] for target, same in rows.items())
+    alone = [{"input": same[0], "output": target} for target, same in rows.items() if len(same) == 1]
+    if errors and (unreadable is None or not alone):
+        raise errors[0]
+    if unreadable is not None:
+        unreadable += errors
+    return alone
 
 
 def _is_folder(name: str) -> bool:
@@ -172,14 +184,13 @@ def _sources(name: str, output: str, recursive: bool, left_out: list[Path] | Non
         else:
             files = []
     except (OSError, ValueError) as error:  # some patterns are none for fsspec, such as **.png
-        raise UserError(f"input: {name}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"input: {name}: {getattr(error, 'strerror', None) or error}", name) from error
     if folder and left_out is not None:
         left_out += [Path(file) for file in files if is_left_out(file)]
     images = [file for file in files if has_image_name(file)]
     if not images:
-        raise UserError(
-            f"input: no images at {name}; accepted: files, folders and patterns, suffixes {', '.join(SUFFIXES)}"
-        )
+        accepted = f"files, folders and patterns, suffixes {', '.join(SUFFIXES)}"
+        raise InputError(f"input: no images at {name}; accepted: {accepted}", name)
     full = system.unstrip_protocol if has_scheme(name) else os.path.abspath
     return [(full(file), file[len(folder) + 1 :] if folder else Path(file).name) for file in images]
 

@@ -20,8 +20,9 @@ class Report:
         skipped: jobs that an earlier run had done.
         left: jobs that an interrupted run did not begin.
         left_out: image files in the folders of kinds that fastden does not read; of :meth:`fastden.BatchDenoiser.run`.
-        unreadable: errors of files that cannot be looked at, and of folders below that cannot be read, each with its
-            ``filename``; of the same. They are no jobs.
+        unreadable: errors of files that cannot be looked at, and of folders below that cannot be read; of several
+            inputs also of each that is not there or holds no image; and of files whose outputs would share a name. Each
+            has its ``filename``; of the same. They are no jobs.
         seconds: from beginning to end.
         compute_seconds: time of the networks for the images that were done; on a CUDA device by its own clock.
         networks: how many compute at the same time; more than one on a cluster.

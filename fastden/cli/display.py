@@ -30,7 +30,7 @@ class Display:
 
     Args:
         total: images in all.
-        unreadable: folders that could not be read; they count as failures.
+        unreadable: errors of inputs and folders that are no jobs; they count as failures.
     """
 
     def __init__(self, total: int, unreadable: Sequence[OSError] = ()) -> None:
@@ -118,12 +118,12 @@ class Display:
             say(f"{_images(done)}, {report.megapixels:.2f} megapixels, {seconds:.2f} s ({rate})")
         if report.jobs > 1:
             self._table(report)
-            names = [*failed, *(str(error.filename) for error in self.unreadable)]
-            if names:
-                total = report.jobs + len(self.unreadable)
-                more = f" and {len(names) - NAMED} more, told above" if len(names) > NAMED else ""
-                shown = ", ".join(names[:NAMED])
-                say(f"error: {len(names)} of {total} files failed: {shown}{more}", error=True)
+        names = [*failed, *(str(error.filename) for error in self.unreadable)]
+        total = report.jobs + len(self.unreadable)
+        if names and total > 1:
+            more = f" and {len(names) - NAMED} more, told above" if len(names) > NAMED else ""
+            shown = ", ".join(names[:NAMED])
+            say(f"error: {len(names)} of {total} files failed: {shown}{more}", error=True)
         if interrupted:
             rest = "--resume goes on from here" if resumable else "what is named above is complete"
             say(f"error: interrupted; {rest}", error=True)

@@ -51,7 +51,11 @@ def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, network: Any) -> Non
     assert expected == results(tmp_path / "whole") != {}
     cut_as_by_a_kill(photos)
     with pytest.raises(UserError, match=r"0\.png, .*0\.tif would all be written to .*0\.tif"):
-        batch.run(photos, photos, format="tiff")
+        plan([str(photos)], photos, format_name="tiff")
+    unreadable: list[OSError] = []
+    jobs = plan([str(photos)], photos, format_name="tiff", unreadable=unreadable)
+    assert [job.source.name for job in jobs] == ["2.png", "3.png", "wide.jpg"]  # nothing is replaced without --resume
+    assert sorted(Path(error.filename).name for error in unreadable) == ["0.png", "0.tif", "1.png", "1.tif"]
     report = batch.run(photos, photos, format="tiff", resume=True)
     assert report.failed == []
     assert sorted(job.source.name for job in report.skipped) == ["0.png", "1.png"]

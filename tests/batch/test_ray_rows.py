@@ -39,12 +39,18 @@ def test_rows_of_urls(memory: Any, photos: Path) -> None:
     assert row["output"] == "/data/out/a.jpg"
     (row,) = plan_rows([str(photos / "a.png")], "memory://out")
     assert row == {"input": str(photos / "a.png"), "output": "memory://out/a.png"}
-    with pytest.raises(UserError, match=r"would both be written to memory://out/a\.png"):
+    with pytest.raises(UserError, match=r"would all be written to memory://out/a\.png"):
         plan_rows(["memory://in/a.png", str(photos / "a.png")], "memory://out")
     with pytest.raises(UserError, match=r"input: no images at memory://nothing"):
         plan_rows(["memory://nothing"], "memory://out")
     with pytest.raises(UserError, match=r"nosuch://x: Protocol not known"):
         plan_rows(["nosuch://x"], "memory://out")
+    # Of several inputs those that are not there, or would share an output, have failed.
+    unreadable: list[OSError] = []
+    same = ["memory:///in/a.png", str(photos / "a.png")]
+    (row,) = plan_rows(["memory://nothing", *same, "memory://in/b/a.PNG"], "memory://out", unreadable=unreadable)
+    assert row == {"input": "memory:///in/b/a.PNG", "output": "memory://out/a.PNG"}
+    assert [error.filename for error in unreadable] == ["memory://nothing", *same]
 
 
 def test_an_input_that_is_named_twice_is_one_row(memory: Any) -> None:

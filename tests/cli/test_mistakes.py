@@ -89,8 +89,48 @@ def test_two_inputs_with_one_output(photos: Path, tmp_path: Path, model: str) ->
         model,
         saying="would all be written to",
     )
-    fails("denoise", photos, "-o", output, "--format", "png", "--model", model, saying="would all be written to")
     assert not output.exists()
+    # The others are done, and the two are told apart from them at the end.
+    rest = ["-o", output, "--format", "png", "--model", model]
+    both = [photos / "b.jpg", photos / "b.png"]
+    lines = [
+        f"error: output: {one}, {other} would all be written to {output / 'b.png'}; accepted: different names"
+        for one, other in (both, both[::-1])
+    ]
+    assert fails("denoise", photos, *rest, "--dry-run", saying="").splitlines() == lines
+    assert not output.exists()
+    end = f"error: 2 of 3 files failed: {both[0]}, {both[1]}"
+    assert fails("denoise", photos, *rest, saying="").splitlines() == [*lines, end]
+    assert outputs(output) == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "saying"),
+    [
+        ("missing.png", "missing.png does not exist; accepted: files, folders and glob patterns"),
+        ("loop.png", "loop.png is a link that leads nowhere; accepted: files, folders and glob patterns"),
+        ("*.tiff", "nothing matches *.tiff"),
+        ("empty", "no images in empty; accepted suffixes: .jpg"),
+        ("a" * 300, f"{'a' * 300}: {os.strerror(errno.ENAMETOOLONG)}"),
+    ],
+)
+@pytest.mark.parametrize("others", [["a.png"], ["a.png", "inner/c.png"]])
+def test_one_of_several_inputs_that_is_not_there_has_failed(
+    photos: Path, tmp_path: Path, model: str, name: str, saying: str, others: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are done, it is named at the end, and the exit code is 1. Alone it ends the command at once."""
+    monkeypatch.chdir(photos)
+    Path("empty").mkdir()
+    Path("loop.png").symlink_to("nowhere.png")
+    rest = ["-o", tmp_path / "out", "--model", model]
+    first, *more = fails("denoise", name, *others, *rest, "--dry-run", saying=re.escape(saying)).splitlines()
+    assert more == []
+    assert not (tmp_path / "out").exists()
+    end = f"error: 1 of {len(others) + 1} files failed: {name}"
+    assert fails("denoise", name, *others, *rest, saying="").splitlines() == [first, end]
+    assert outputs(tmp_path / "out") == [Path(other).name for other in others]
+    assert fails("denoise", name, *rest, saying="").splitlines() == [first]
+    assert fails("denoise", name, "gone.png", *rest, saying="").splitlines() == [first]  # nothing is left to do
 
 
 @pytest.mark.parametrize(
