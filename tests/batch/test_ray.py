@@ -147,7 +147,7 @@ def test_a_worker_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Its calls say why. An error of the actor's own would be repeated by Ray, with 300 lines."""
     row = Worker({"model": str(tmp_path / "none")}, 1)({"input": "a.png", "output": "b.png"})
     assert row["record"] == ""
-    assert row["broken"].startswith(f"model: '{tmp_path / 'none'}'; accepted:")
+    assert row["broken"].startswith(f"model: '{tmp_path / 'none'}', no folder that exists; accepted:")
     data = SimpleNamespace(
         DataContext=SimpleNamespace(get_current=lambda: SimpleNamespace(enable_progress_bars=True)),
         from_items=lambda *_, **options: SimpleNamespace(
