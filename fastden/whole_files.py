@@ -15,6 +15,8 @@ from pathlib import Path
 
 from fastden.errors import UserError
 
+#: The error of an output that is there, and what its user can do.
+EXISTS, INSTEAD = "exists already", "; accepted: another name, or overwrite (--overwrite)"
 _TEMPORARY = re.compile(r"\.fastden-[0-9a-f]{16}\.tmp(\.\w+)?")
 _in_progress: dict[Path, threading.Thread] = {}
 
@@ -67,7 +69,7 @@ def check_readable(path: str | Path) -> None:
 
 
 def _exists(path: str | Path) -> UserError:
-    return UserError(f"{path}: exists already; accepted: another name, or overwrite (--overwrite)")
+    return UserError(f"{path}: {EXISTS}{INSTEAD}")
 
 
 @contextlib.contextmanager

@@ -286,6 +286,13 @@ def has_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path)
     return manifest is not None and not (manifest == "auto" and is_file)
 
 
+def has_earlier(manifest: str | Path | None, jobs: Sequence[Job], output: Path) -> bool:
+    """Whether an earlier run has left the manifest that :func:`open_manifest` opens."""
+    if manifest is None or not has_manifest(manifest, jobs, output):
+        return False
+    return (output / NAME if manifest == "auto" else Path(manifest)).exists()
+
+
 def made_before(manifest: str | Path | None, output: Path) -> Callable[[Path], bool]:
     """A function that tells whether an earlier run made a file. The resumed run does not take such a file as input.
 

@@ -28,6 +28,7 @@ from fastden.batch.plan import InputError, Job, collisions, plan, suffix_of_resu
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import SUFFIXES, check_format, format_for, format_of_suffix
 from fastden.images.finder import has_image_name, is_left_out
+from fastden.whole_files import EXISTS, INSTEAD
 
 Row = dict[str, str]
 
@@ -280,7 +281,7 @@ class Worker:
                 if has_scheme(target):
                     system, path = _filesystem(target)
                     if not (self.overwrite or replaces) and system.exists(path):
-                        raise UserError(f"{target}: exists already; accepted: another name, or overwrite (--overwrite)")
+                        raise UserError(f"{target}: {EXISTS}{INSTEAD}")
                 record = self._one(job, replaces)
                 if record.status == "done" and has_scheme(target):
                     _send(job.target, target)

@@ -48,7 +48,9 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
     manifest = manifest_of(rows, request.manifest, request.output)
     if request.resume and manifest is None:
         raise UserError("resume: there is no manifest to resume from; accepted: local files and an output folder")
-    display, report, start = Display(len(rows), unreadable), Report(len(rows)), time.perf_counter()
+    earlier = manifest is not None and not request.resume and manifest.path.exists()
+    display = Display(len(rows), unreadable, earlier=earlier)
+    report, start = Report(len(rows)), time.perf_counter()
     rows = mark_absent(rows, request.output)
     if manifest is not None:
         rows, report.skipped = prepare(rows, known, manifest, resume=request.resume)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fastden.whole_files import EXISTS, INSTEAD
+
 if TYPE_CHECKING:
     from fastden.batch.dry_run import Step
     from fastden.batch.manifest import Record
@@ -63,6 +65,34 @@ def error_line(source: str | Path, target: str | Path, error: str) -> str:
     """The line about an image's failure; it names the file once."""
     named = error.startswith((str(source), str(target)))
     return f"error: {error}" if named else f"error: {source}: {error}"
+
+
+class ExistingOutputs:
+    """Outputs of a run that were there already. What to do about them is told once, at the end, not for each.
+
+    Args:
+        several: whether the run is over several files; of a single one its error says it.
+        resumable: whether an earlier run has left a record, and this one does not resume it.
+    """
+
+    def __init__(self, *, several: bool, resumable: bool) -> None:
+        self._several, self._resumable = several, resumable
+        self._count = 0
+
+    def shortened(self, error: str) -> str:
+        """The error of an image, without what is told at the end."""
+        if not self._several or not error.endswith(EXISTS + INSTEAD):
+            return error
+        self._count += 1
+        return error.removesuffix(INSTEAD)
+
+    def say(self) -> None:
+        """Print what to do, if there were any."""
+        if self._count:
+            resume = "--resume, which goes on with the earlier run; " if self._resumable else ""
+            outputs = "1 output exists" if self._count == 1 else f"{self._count} outputs exist"
+            accepted = f"{resume}--overwrite, which replaces {'it' if self._count == 1 else 'them'}; another folder"
+            say(f"error: {outputs} already; accepted: {accepted}", error=True)
 
 
 def size_of(image: Record | Step) -> str:

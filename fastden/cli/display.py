@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastden.cli.console import INTERRUPTED, error_line, printable, say, size_of
+from fastden.cli.console import INTERRUPTED, ExistingOutputs, error_line, printable, say, size_of
 from fastden.errors import in_one_line
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ class Display:
     Args:
         total: images in all.
         unreadable: errors of inputs and folders that are no jobs; they count as failures.
+        earlier: whether an earlier run has left a record, and this one does not resume it.
     """
 
-    def __init__(self, total: int, unreadable: Sequence[OSError] = ()) -> None:
+    def __init__(self, total: int, unreadable: Sequence[OSError] = (), *, earlier: bool = False) -> None:
         self.unreadable = unreadable
+        self._existing = ExistingOutputs(several=total + len(unreadable) > 1, resumable=earlier)
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.completed:.0f} of {task.total:.0f}"),
@@ -73,7 +75,7 @@ class Display:
     def record(self, source: str | Path, target: str | Path, record: Record) -> None:
         """Print the result of an image."""
         if record.error is not None:
-            self._say(error_line(source, target, record.error), error=True)
+            self._say(error_line(source, target, self._existing.shortened(record.error)), error=True)
             return
         white = ", white noise" if (record.noise or {}).get("is_white") else ""
         # The noise may have chosen the model, and with another one the same level does something else.
@@ -124,6 +126,7 @@ class Display:
             more = f" and {len(names) - NAMED} more, told above" if len(names) > NAMED else ""
             shown = ", ".join(names[:NAMED])
             say(f"error: {len(names)} of {total} files failed: {shown}{more}", error=True)
+        self._existing.say()
         if interrupted:
             rest = "--resume goes on from here" if resumable else "what is named above is complete"
             say(f"error: interrupted; {rest}", error=True)

@@ -47,12 +47,32 @@ def test_existing_outputs_are_kept_without_overwrite(photos: Path, tmp_path: Pat
         output,
         "--model",
         model,
-        saying=r"a.png: exists already; accepted: another name, or overwrite \(--overwrite\)",
+        saying=r"a.png: exists already\n(.*\n)*error: 1 output exists already; accepted: --overwrite, which",
     )
     assert (output / "a.png").read_bytes() == b"mine"
     assert (output / "b.jpg").exists()
     works("denoise", photos, "-o", output, "--model", model, "--overwrite")
     assert read_image(output / "a.png").pixels.shape == (32, 40, 3)
+
+
+@pytest.mark.parametrize("manifest", [[], ["--manifest", "record.jsonl"], ["--manifest", "none"]])
+def test_a_second_run_over_a_folder_points_to_resume(
+    photos: Path, tmp_path: Path, model: str, manifest: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, at the end, where there is a record; and to --overwrite."""
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "out"
+    arguments = ["denoise", photos, "-o", output, "--model", model, *manifest]
+    works(*arguments)
+    said = [f"error: {output / name}: exists already" for name in ("a.png", "b.jpg")]
+    resume = "--resume, which goes on with the earlier run; " if "none" not in manifest else ""
+    end = f"error: 2 outputs exist already; accepted: {resume}--overwrite, which replaces them; another folder"
+    failed = f"error: 2 of 2 files failed: {photos / 'a.png'}, {photos / 'b.jpg'}"
+    assert fails(*arguments, saying="").splitlines() == [*said, failed, end]
+    assert fails(*arguments, "--dry-run", saying="").splitlines() == [*said, end]
+    works(*arguments, "--overwrite")
+    if resume:
+        works(*arguments, "--resume")
 
 
 def test_what_cannot_be_written_is_not_computed(
