@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastden.batch.writing import Writing
 from fastden.errors import UserError
 from fastden.images.encoding import plan_encoding
 from fastden.images.image_file import Header
+from fastden.images.pixels import Array
 from fastden.images.strips import StripReader, StripWriter
 from fastden.inference.run import Progress
 from fastden.inference.tiling import automatic_tile
@@ -122,11 +124,16 @@ class Stages:
         )
         picture.notes += [writer.note] if writer.note else []
         tiles = _StripTiles(settings, self.computing, header, network)
+
+        def write(rows: Array) -> None:
+            with _errors_of(picture.job.target):
+                writer.write(rows)
+
         try:
             picture.seconds["compute"] = denoise_strips(
                 network,
                 reader,
-                writer.write,
+                write,
                 self._strip_level(picture),
                 side=tiles.side,
                 dtype=dtype,
@@ -135,7 +142,8 @@ class Stages:
                 progress=progress,
                 values=picture.values[0],
             )
-            writer.close()
+            with _errors_of(picture.job.target):
+                writer.close()
         except BaseException:
             writer.abort()
             raise
@@ -145,6 +153,15 @@ class Stages:
         if self.settings.sigma_map is not None:
             return StripReader(self.settings.sigma_map, max_pixels=self.settings.max_pixels)
         return picture.level
+
+
+@contextmanager
+def _errors_of(target: Path) -> Iterator[None]:
+    """Errors of an encoder name the output: those of a picture that is streamed are taken for its input's otherwise."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{target}: {error}") from error
 
 
 def _whole_image_notes(header: Header, target: str) -> list[str]:

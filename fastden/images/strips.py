@@ -237,6 +237,7 @@ class StripWriter:
             self._options["optimize_coding"] = False
         self._stream = _Stream(_tiff_header(height, width, bands, dtype), height * width * bands * dtype.itemsize)
         self._error: Exception | None = None
+        self._output = _Output(path)
         self._thread = threading.Thread(target=self._save, name="fastden-strip-writer", daemon=True)
         self._thread.start()
 
@@ -246,33 +247,36 @@ class StripWriter:
             source = vips.SourceCustom()
             source.on_read(self._stream.read)
             source.on_seek(self._stream.seek)
+            target = vips.TargetCustom()
+            target.on_write(self._output.write)
+            target.on_read(self._output.read)
+            target.on_seek(self._output.seek)
             image = vips.Image.new_from_source(source, "", access="sequential", fail_on="error")
-            getattr(described(image, self._metadata, strip_metadata=self._strip_metadata), self._saver)(
-                os.fsencode(self._path), **self._options
-            )
+            image = described(image, self._metadata, strip_metadata=self._strip_metadata)
+            with self._output:
+                getattr(image, f"{self._saver}_target")(target, **self._options)
         except vips.Error as error:
             self._error = UserError(f"cannot be written as {self._format_name} ({detail(error)})")
         except Exception as error:  # shown in the thread that waits for this one
             self._error = error
         finally:
+            # Of what the system said, such as that the disk is full, libvips' encoders tell little or nothing.
+            self._error = self._output.error or self._error
             self._stream.closed = True
 
     def write(self, rows: Array) -> None:
         """Hand over the next rows, (n, W, bands) of the writer's dtype; waits while the encoder is behind.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be encoded.
+            OSError: the system refuses to write it.
         """
         if not self._stream.put(for_shift(np.ascontiguousarray(rows, self._dtype), self._bits)):
             self._thread.join()
             raise self._error or UserError(f"cannot be written as {self._format_name}")
 
     def close(self) -> None:
-        """Wait until the file is complete.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Wait until the file is complete; errors as of :meth:`write`."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -290,6 +294,39 @@ class StripWriter:
         """Give up; the file stays incomplete."""
         self._stream.closed = True
         self._thread.join()
+
+
+class _Output:
+    """A file that libvips writes; a context in which it is open.
+
+    Attributes:
+        error: what the system refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+        self.error: OSError | None = None
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("w+b", buffering=0)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: Any) -> int:
+        """How many bytes the system took; -1 where it refuses."""
+        try:
+            return int(self._file.write(data))
+        except OSError as error:
+            self.error = error
+            return -1
+
+    def read(self, size: int) -> bytes | None:
+        return self._file.read(size) or None
+
+    def seek(self, offset: int, whence: int) -> int:
+        return int(self._file.seek(offset, whence))
 
 
 class _Stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_a_writer_that_is_given_up_ends(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written as tiff"):
         writer.write(pixels(100, 100))
     missing = StripWriter(tmp_path / "missing" / "a.tif", (500, 100, 3), np.dtype(np.uint8), "tiff", **options)
-    with pytest.raises(UserError, match="cannot be written as tiff"):
+    with pytest.raises(FileNotFoundError):
         write_all(missing, pixels(500, 100))
 
 
@@ -247,7 +248,8 @@ from fastden import BatchDenoiser
 from tests.helpers import streaming
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 batch = streaming(BatchDenoiser(sys.argv[1], sigma=0, strength=0))
-print(*[record.error for record in batch.run(sys.argv[2], sys.argv[3]).failed])
+for suffix in ("tif", "png", "jpg", "webp", "avif"):
+    print(*[record.error for record in batch.run(sys.argv[2], f"{sys.argv[3]}.{suffix}").failed])
 """
 
 
@@ -257,8 +259,24 @@ def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
     write_image(tmp_path / "a.tif", ImageFile(pixels(*SIZE)))
     model = save_model(tmp_path / "model")
     before = set(tmp_path.iterdir())
-    command = [sys.executable, "-c", LIMITED, str(model), str(tmp_path / "a.tif"), str(tmp_path / "b.tif")]
+    command = [sys.executable, "-c", LIMITED, str(model), str(tmp_path / "a.tif"), str(tmp_path / "b")]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert "cannot be written" in done.stdout
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'b'}.{suffix}: cannot be written: {os.strerror(errno.EFBIG)}"
+        for suffix in ("tif", "png", "jpg", "webp", "avif")
+    ]
     assert set(tmp_path.iterdir()) == before
+
+
+def test_an_encoder_that_fails_is_an_error_of_the_output(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise pyvips.Error("no such encoder")
+
+    write_image(tmp_path / "a.tif", ImageFile(pixels(*SIZE)))
+    monkeypatch.setattr("fastden.images.strips.described", refused)
+    batch = streaming(fastden.BatchDenoiser(network, sigma=20, tile=64))
+    (record,) = batch.run(tmp_path / "a.tif", tmp_path / "b.png").failed
+    assert str(record.error).startswith(f"{tmp_path / 'b.png'}: cannot be written as png (no such encoder")
