@@ -23,7 +23,7 @@ from fastden.images.image_file import Header
 from fastden.images.pixels import Array
 from fastden.images.ranges import ValueRange
 from fastden.images.samples import sigma_of_gray
-from fastden.images.strips import read_header, read_samples
+from fastden.images.strips import CHUNK, StripReader, read_header, read_samples
 from fastden.inference.estimate import estimate_of, noise_of_samples
 from fastden.inference.run import Level, adapted, estimated_level, noise_level_of, to_batch
 from fastden.whole_files import check_readable, check_target, reason
@@ -40,6 +40,7 @@ class Reading:
         self.settings = settings
         self._lock = threading.Lock()
         self._map: Array | None = None
+        self._mean: float | None = None
 
     def open(self, job: Job, *, replaces: bool = False) -> Picture:
         """Find errors before anything is computed, and the memory that the image takes.
@@ -122,6 +123,8 @@ class Reading:
                 sigma = noise_of_samples(crops, values, network.estimator)
             if self.settings.sigma_map is None and network.noise_level_input:
                 self._set_level(picture, noise_level_of(sigma, network, [], (0, 0), [values]))
+            if self.settings.sigma_map is not None:
+                picture.sigma = self._mean_of_map(self.settings.sigma_map)
         else:
             with picture.libvips():
                 image = read_image(job.source, max_pixels=self.settings.max_pixels, several=True)
@@ -188,6 +191,19 @@ class Reading:
             if self._map is None:
                 self._map = sigma_of_gray(read_image(path, max_pixels=self.settings.max_pixels).pixels[:, :, 0])
             return self._map
+
+    def _mean_of_map(self, path: Path) -> float:
+        """The mean on the scale 0-255 of a map that is not in memory, as :func:`noise_level_of` tells it."""
+        with self._lock:
+            if self._mean is None:
+                reader = StripReader(path, max_pixels=self.settings.max_pixels)
+                height, width = reader.header.height, reader.header.width
+                total = 0.0
+                while reader.position < height:
+                    rows = reader.read(min(CHUNK, height - reader.position))
+                    total += float(sigma_of_gray(rows).sum(dtype=np.float64))
+                self._mean = total / (height * width)
+            return self._mean
 
     def check_unchanged(self, picture: Picture) -> None:
         """Raise UserError where an input has changed since it was opened."""

@@ -302,7 +302,8 @@ def noise_level_of(
     low, high = float(level.min()), float(level.max())
     if not 0 <= low <= high <= 255:
         raise ValueError(f"sigma: values from {low:g} to {high:g}; accepted: 0 to 255")
-    return Level(level / 255, float(level.mean()))
+    # In double precision and without a copy, so that a map that is read by strips has the same mean.
+    return Level(level / 255, float(level.numpy().mean(dtype=np.float64)))
 
 
 def estimated_level(estimates: list[NoiseEstimate]) -> Level:

@@ -127,8 +127,12 @@ def test_a_map_is_streamed_too(tmp_path: Path, network: Any) -> None:
     levels = np.linspace(0, 60, SIZE[1], dtype=np.uint8)[None].repeat(SIZE[0], 0)
     write_image(tmp_path / "a.tif", ImageFile(picture))
     write_image(tmp_path / "map.png", ImageFile(levels[:, :, None]))
+    whole = fastden.BatchDenoiser(network, sigma_map=tmp_path / "map.png", tile=64)
+    (in_memory,) = whole.run(tmp_path / "a.tif", tmp_path / "whole.tif").done
     batch = streaming(fastden.BatchDenoiser(network, sigma_map=tmp_path / "map.png", tile=64))
-    assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed == []
+    (record,) = batch.run(tmp_path / "a.tif", tmp_path / "b.tif").done
+    assert record.sigma == pytest.approx(levels.mean(), rel=1e-6)
+    assert (record.sigma, record.sigma_source) == (pytest.approx(in_memory.sigma, rel=1e-12), "map")
     expected = fastden.denoise(picture, levels.astype(np.float32), model=network, tile=64)
     np.testing.assert_array_equal(read_image(tmp_path / "b.tif").pixels, expected)
 
