@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the argument, the value and what is accepted."""
@@ -47,3 +49,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory is used up: Python's, or that of a device, by PyTorch's errors."""
     name = type(error).__name__
     return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def drop_locals(error: BaseException) -> None:
+    """Drop what the calls hold that an error, and what led to it, came through: pixels live as long as they do.
+
+    Calls that are going on keep theirs.
+    """
+    seen: list[BaseException] = []
+    chain = [error]
+    while chain:
+        one = chain.pop()
+        if one not in seen:
+            seen.append(one)
+            traceback.clear_frames(one.__traceback__)
+            chain += [other for other in (one.__cause__, one.__context__) if other is not None]

@@ -51,6 +51,9 @@ class Computing:
             results = self._denoised(
                 [image.pixels for image in images], levels(pictures), network, pictures[0].values[0], progress
             )
+            if len(results) > 1:
+                # They are views of one tensor, which would live until the last of them is written.
+                results = [result.copy() for result in results]
         seconds = (time.perf_counter() - start) / len(pictures)
         for picture, image, result in zip(pictures, images, results, strict=True):
             picture.image = replace(image, pixels=result)

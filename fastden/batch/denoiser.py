@@ -273,6 +273,7 @@ class BatchDenoiser:
         except FAILURES as error:
             return stages.writing.failure(job, error, manifest)
         finally:
+            picture.drop_pixels()
             self._gate.give_back(picture.size)
 
 

@@ -66,6 +66,10 @@ class Picture:
         """Whether all pages have white noise."""
         return bool(self.white) and all(self.white)
 
+    def drop_pixels(self) -> None:
+        """Let go of all that is large, before its claim is given back: threads and queues may know it for longer."""
+        self.image = self.pinned = self.pending = self.level = None
+
     @contextmanager
     def libvips(self) -> Iterator[None]:
         """A context around decoding and encoding."""

@@ -21,7 +21,7 @@ from fastden.batch.reading import Reading
 from fastden.batch.settings import Settings
 from fastden.batch.streaming import denoise_strips, side_for_strips
 from fastden.batch.writing import Writing
-from fastden.errors import UserError
+from fastden.errors import UserError, drop_locals
 from fastden.images.encoding import plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.pixels import Array
@@ -72,7 +72,9 @@ class Stages:
         try:
             admitted(picture)
             self.reading.read(picture)
-        except BaseException:
+        except BaseException as error:
+            drop_locals(error)
+            picture.drop_pixels()
             gate.give_back(picture.size)
             raise
         return picture

@@ -317,8 +317,7 @@ class ThreadedRun:
         thread.picture = picture
 
     def _give_back(self, picture: Picture) -> None:
-        """Drop what an image holds, and then its claim: threads and queues may know the picture for longer."""
-        picture.image = picture.pinned = picture.pending = picture.level = None
+        picture.drop_pixels()
         self.gate.give_back(picture.size)
 
     def _progress(self, part: float) -> None:

@@ -14,7 +14,7 @@ from fastden.batch.manifest import Manifest, Record
 from fastden.batch.picture import Picture
 from fastden.batch.plan import Job
 from fastden.batch.settings import Settings
-from fastden.errors import UserError, in_one_line
+from fastden.errors import UserError, drop_locals, in_one_line
 from fastden.images.codec import encode_image
 from fastden.whole_files import check_target, whole_file, write_synced
 
@@ -74,7 +74,8 @@ class Writing:
         return record
 
     def failure(self, job: Job, error: BaseException, manifest: Manifest | None = None) -> Record:
-        """The record of an image that failed."""
+        """The record of an image that failed; the error lets go of the pixels that it holds."""
+        drop_locals(error)
         record = Record(
             input=os.path.abspath(job.source),
             output=str(job.target) if manifest is None else manifest.name_of(job.target),

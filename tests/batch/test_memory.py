@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import subprocess
@@ -21,8 +22,10 @@ from fastden.batch.plan import Job
 from fastden.batch.report import Listener
 from fastden.errors import shown_bytes
 from fastden.images.codec import ImageFile, read_image, write_image
+from fastden.images.strips import StripWriter
 from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Greedy, outputs
+from tests.helpers import streaming
 from tests.image_files import encoded, pixels
 
 
@@ -177,6 +180,105 @@ def test_pixels_are_gone_when_their_memory_is_given_back(
     report = batch.run(folder, tmp_path / "out")
     assert (len(report.done), len(report.failed)) == ((0, 4) if fails else (4, 0))
     assert alive == [0, 0, 0, 0]
+
+
+def given_back(monkeypatch: pytest.MonkeyPatch, held: list[weakref.ref[Any]]) -> list[int]:
+    """How many of ``held`` are alive whenever a claim is given back."""
+    alive: list[int] = []
+    give_back = Gate.give_back
+
+    def watched(self: Gate, size: int) -> None:
+        alive.append(sum(one() is not None for one in held))
+        give_back(self, size)
+
+    monkeypatch.setattr(Gate, "give_back", watched)
+    return alive
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_error_of_reading_lets_go_of_the_pixels(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """An exception knows the calls that it came through, and they know the pixels."""
+    held: list[weakref.ref[Any]] = []
+
+    def failing(_asked: Any, _network: Any, pages: list[Any], *_: Any) -> Any:
+        held.append(weakref.ref(pages[0].base))
+        try:
+            raise LookupError("cause")
+        except LookupError as error:
+            raise RuntimeError("no level") from error
+
+    write_image(tmp_path / "a.png", ImageFile(pixels()))
+    monkeypatch.setattr("fastden.batch.reading.noise_level_of", failing)
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    alive = given_back(monkeypatch, held)
+    if alone:
+        assert batch.one(Job(tmp_path / "a.png", tmp_path / "b.png")).error == "no level"
+    else:
+        assert batch.run(tmp_path / "a.png", tmp_path / "b.png").failed[0].error == "no level"
+    assert (len(held), alive) == (1, [0])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_pixels_of_one_are_gone_too(tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    held: list[weakref.ref[Any]] = []
+    write_image(tmp_path / "a.png", ImageFile(pixels()))
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    write = batch.stages.writing.write
+
+    def watched(picture: Any, *rest: Any) -> Any:
+        held.append(weakref.ref(picture.image.pixels))
+        return write(picture, *rest)
+
+    monkeypatch.setattr(batch.stages.writing, "write", watched)
+    alive = given_back(monkeypatch, held)
+    if alone:
+        batch.one(Job(tmp_path / "a.png", tmp_path / "b.png"))
+    else:
+        batch.run(tmp_path / "a.png", tmp_path / "b.png")
+    assert (len(held), alive) == (1, [0])
+
+
+def test_an_encoder_that_fails_lets_go_of_the_strips(
+    tmp_path: Path, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer keeps its error, and the error the writer: without help both wait for the garbage collector."""
+    held: list[weakref.ref[Any]] = []
+    write = StripWriter.write
+
+    def watched(self: StripWriter, rows: Any) -> None:
+        held.append(weakref.ref(rows))
+        write(self, rows)
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no encoder")
+
+    write_image(tmp_path / "a.tif", ImageFile(pixels(300, 200)))
+    monkeypatch.setattr(StripWriter, "write", watched)
+    monkeypatch.setattr("fastden.images.strips.described", refused)
+    batch = streaming(fastden.BatchDenoiser(network, sigma=5, tile=64))
+    alive = given_back(monkeypatch, held)
+    gc.disable()
+    try:
+        assert batch.run(tmp_path / "a.tif", tmp_path / "b.tif").failed[0].error == "no encoder"
+    finally:
+        gc.enable()
+    assert held
+    assert alive == [0]
+
+
+def test_images_of_a_group_do_not_hold_each_other(tmp_path: Path, network: Any) -> None:
+    """The claim of each is given back when it is written."""
+    for index in range(3):
+        write_image(tmp_path / f"{index}.png", ImageFile(pixels(seed=index)))
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    gate = Gate(1 << 30)
+    group = [batch.stages.read(Job(tmp_path / f"{i}.png", tmp_path / f"{i}.tif"), gate) for i in range(3)]
+    batch.stages.computing.compute(group)
+    for picture in group:
+        assert picture.image is not None
+        assert picture.image.pixels.base is None  # no view of what the others are views of
 
 
 LIMITED = """
