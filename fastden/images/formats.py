@@ -6,7 +6,7 @@ libvips' binary package reads none of them: HEVC is patented, LibRaw and libjxl 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, BinaryIO
@@ -15,6 +15,7 @@ import numpy as np
 
 from fastden.errors import UserError, in_one_line
 from fastden.images import tiff_tags
+from fastden.images.containers import EXIF
 from fastden.images.kinds import OTHER_SUFFIXES, PACKAGES, is_installed, kind_of_bytes, not_supported
 from fastden.images.pixels import Array
 from fastden.images.tiff_directories import is_raw_tiff
@@ -149,31 +150,61 @@ def _open_heic(file: BinaryIO) -> Opened:
 
 
 def _open_jxl(file: BinaryIO) -> Opened:
-    from PIL import Image
+    # The decoder itself: Image.open measures by Pillow's limit, which holds for the whole process, not by max_pixels.
+    is_jpeg, about, content, profile, *parts = import_module(PACKAGES["JPEG XL"]).Decoder()(file.read())
+    if is_jpeg:
+        return _open_jpeg_in_jxl(content, profile)
+    info = {"icc_profile": profile, "exif": _exif_of_jxl(parts[0] if parts else ())}
+    (width, height), bands = (about.width, about.height), _bands_of_jxl(about.mode)
 
-    import_module(PACKAGES["JPEG XL"])
-    image = Image.open(file, formats=["JXL"])
-    if getattr(image, "is_animated", False):
-        raise UserError("an animation (JPEG XL); accepted: one picture, or a video")
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        raise UserError(f"JPEG XL of mode {image.mode}; accepted: gray or RGB, with or without alpha")
-    bands = len(image.getbands())
-    width, height = image.size
+    def decode() -> Array:
+        return np.frombuffer(content, np.uint8).reshape(height, width, bands)
+
+    return _opened_jxl(width, height, bands, decode, _metadata(info))
+
+
+def _open_jpeg_in_jxl(content: bytes, profile: bytes) -> Opened:
+    """What stands in a JPEG XL that was made of a JPEG, without loss."""
+    from PIL import JpegImagePlugin
+
+    image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))  # not Image.open, as above
+    (width, height), bands = image.size, _bands_of_jxl(image.mode)
 
     def decode() -> Array:
         values: Array = np.array(image)
         return values.reshape(height, width, bands)
 
+    metadata = _metadata({"icc_profile": profile, **image.info})
+    if "exif-data" in metadata:  # unlike other JPEG XL it is not upright
+        metadata["orientation"] = tiff_tags.orientation(metadata["exif-data"].removeprefix(EXIF))
+    return _opened_jxl(width, height, bands, decode, metadata)
+
+
+def _bands_of_jxl(mode: str) -> int:
+    if mode not in ("L", "LA", "RGB", "RGBA"):
+        raise UserError(f"JPEG XL of mode {mode}; accepted: gray or RGB, with or without alpha")
+    return len(mode)
+
+
+def _exif_of_jxl(parts: Iterable[Any]) -> bytes:
+    """The first EXIF among the boxes, without the offset in front of it."""
+    found = next((bytes(part.data) for part in parts if bytes(part.box_type) == b"Exif"), b"")
+    return found[4:] if found[4:8] in (b"II*\0", b"MM\0*") else found
+
+
+def _opened_jxl(
+    width: int, height: int, bands: int, decode: Callable[[], Array], metadata: Mapping[str, Any]
+) -> Opened:
     return Opened(
         width,
         height,
         bands,
-        image.mode.endswith("A"),
+        bands in (2, 4),
         np.dtype(np.uint8),
         8,
         _NAMES["JPEG XL"],
         _guarded("JPEG XL", decode),
-        _metadata(image.info),
+        metadata,
         ("JPEG XL is read with 8 bits a channel",),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 import fastden
 from fastden.errors import UserError
 from fastden.images import formats
-from fastden.images.codec import ImageFile, decode_image, format_for, read_image, write_image
+from fastden.images.codec import ImageFile, decode_image, encode_image, format_for, read_image, write_image
 from fastden.images.finder import find_images, is_left_out, left_out_note
 from fastden.images.strips import StripReader, read_header
 from tests.cli.run import fails, outputs, works
@@ -113,6 +114,44 @@ def test_jpeg_xl(tmp_path: Path, channels: int) -> None:
     found = image.pixels if image.alpha is None else np.dstack([image.pixels, image.alpha])
     np.testing.assert_array_equal(found, picture.reshape(40, 56, -1))
     np.testing.assert_array_equal(StripReader(path).read(40), found)
+
+
+def jxl_of_jpeg(path: Path, **options: Any) -> bytes:
+    """A JPEG XL that holds a JPEG without loss."""
+    pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed")
+    path.write_bytes(encoded(pixels(40, 56), "JPEG", quality=90, **options))
+    with Image.open(path) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plugin says that it does so
+        return encoded(image, "JXL", lossless_jpeg=True)
+
+
+@pytest.mark.parametrize("kind", ["jxl", "jxl of a jpeg", "heic"])
+def test_the_limit_of_pixels_is_not_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Pillow takes more than its limit for a warning, and twice as much for an attack."""
+    made = {"jxl": lambda: jxl(pixels(40, 56)), "heic": lambda: heic(pixels(40, 56))}
+    data = jxl_of_jpeg(tmp_path / "a.jpg") if kind == "jxl of a jpeg" else made[kind]()
+    (tmp_path / "a").write_bytes(data)
+    for limit in (40 * 56 // 2 - 1, 40 * 56 - 1):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read_image(tmp_path / "a").pixels.shape == (40, 56, 3)
+            assert StripReader(tmp_path / "a").read(40).shape == (40, 56, 3)
+        assert limit == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(UserError, match="40 pixels; accepted: at most 0.001 megapixels"):
+        read_image(tmp_path / "a", max_pixels=1000)
+
+
+def test_a_jpeg_in_a_jpeg_xl_is_as_the_jpeg(tmp_path: Path) -> None:
+    """Its turn too: of other JPEG XL the pixels are upright."""
+    data = jxl_of_jpeg(tmp_path / "a.jpg", exif=exif(6).tobytes(), icc_profile=icc_profile())
+    image, jpeg = decode_image(data), read_image(tmp_path / "a.jpg")
+    assert image.metadata["orientation"] == jpeg.metadata["orientation"] == 6
+    assert image.metadata["icc-profile-data"] == icc_profile()
+    np.testing.assert_array_equal(image.pixels, np.array(Image.open(tmp_path / "a.jpg")))
+    plain = decode_image(jxl(pixels(40, 56), exif=exif(6).tobytes()))
+    assert plain.metadata["orientation"] == 1
+    assert MAKE in Image.open(io.BytesIO(encode_image(plain, "png")[0])).getexif()
 
 
 def test_camera_raw(tmp_path: Path) -> None:
