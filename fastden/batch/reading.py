@@ -18,6 +18,7 @@ from fastden.batch.settings import Settings
 from fastden.errors import UserError, shown_bytes
 from fastden.images.attachments import check_colour
 from fastden.images.codec import read_image
+from fastden.images.decoding import decoding_memory
 from fastden.images.encoding import check_alpha, check_pages, check_sides, encoding_memory, plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.pixels import Array
@@ -91,14 +92,15 @@ class Reading:
                 size += 2 * header.nbytes
             if self.settings.sigma_map is not None:
                 size += 12 * header.width * header.height
-        # An image that fits until it is encoded is encoded whole, alone if need be: most take no less for strips.
+        # An image that fits but for its codecs goes through whole, alone if need be: most take no less for strips.
         streamed = header is not None and size > self.settings.budget.images
         if streamed and header is not None and header.pages > 1:
             raise UserError(
                 f"{job.source}: {header.pages} pages take {shown_bytes(size)}; accepted: less than half of --max-memory"
             )
         if header is not None:
-            size = max(size, header.nbytes + self._for_encoding(header, format_name))
+            decoding = 2 * status.st_size + decoding_memory(header)
+            size = max(size, decoding, header.nbytes + self._for_encoding(header, format_name))
         return Picture(job, format_name, stamp(status), header, size, streamed)
 
     def _for_encoding(self, header: Header, format_name: str) -> int:

@@ -22,6 +22,7 @@ from fastden.batch.settings import Settings
 from fastden.batch.streaming import denoise_strips, side_for_strips
 from fastden.batch.writing import Writing
 from fastden.errors import UserError, drop_locals
+from fastden.images.decoding import DECODER
 from fastden.images.encoding import plan_encoding
 from fastden.images.image_file import Header
 from fastden.images.pixels import Array
@@ -169,9 +170,7 @@ def _errors_of(target: Path) -> Iterator[None]:
 def _whole_image_notes(header: Header, target: str) -> list[str]:
     """Notes on coders that hold the whole image in memory, whatever the size of strips."""
     coders = [
-        f"{coder} of {name}"
-        for name, coder in ((header.format, "decoder"), (target, "encoder"))
-        if name in ("webp", "avif", "jxl", "heic", "raw")
+        f"{coder} of {name}" for name, coder in ((header.format, "decoder"), (target, "encoder")) if name in DECODER
     ]
     if header.interlaced:
         passes = "a progressive" if header.format == "jpeg" else "an interlaced"

@@ -22,7 +22,8 @@ from fastden.batch.plan import Job
 from fastden.batch.report import Listener
 from fastden.errors import shown_bytes
 from fastden.images.codec import ImageFile, read_image, write_image
-from fastden.images.strips import StripWriter
+from fastden.images.decoding import decoding_memory
+from fastden.images.strips import StripWriter, read_header
 from fastden.inference.tiling import least_memory
 from tests.batch.conftest import Greedy, outputs
 from tests.helpers import streaming
@@ -68,6 +69,37 @@ def test_what_an_encoder_takes_is_claimed(tmp_path: Path, network: Any, suffix: 
         assert picture.size > batch.settings.budget.images / 2
         report = batch.run(tmp_path, tmp_path / "out", format="webp")
         assert [record.streamed for record in report.done] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "factor"),
+    [("avif", {}, 7), ("webp", {"lossless": True}, 3.6), ("jxl", {}, 3.6)],
+)
+def test_what_a_decoder_takes_is_claimed(
+    tmp_path: Path, network: Any, suffix: str, options: dict[str, Any], factor: float
+) -> None:
+    """What does not fit for that alone is not streamed, which would take no less: it goes through whole, and alone."""
+    if suffix == "jxl":
+        pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed")
+    image = np.full((600, 700, 3), 120, np.uint8)
+    for name in "ab":
+        (tmp_path / f"{name}.{suffix}").write_bytes(encoded(image, suffix.upper(), **options))
+    batch = fastden.BatchDenoiser(network, sigma=5, max_memory="12MiB")
+    source = tmp_path / f"a.{suffix}"
+    picture = batch.stages.reading.look(Job(source, tmp_path / "a.tif"))
+    assert picture.size == int(factor * image.nbytes) + 2 * source.stat().st_size
+    assert not picture.streamed
+    if suffix == "avif":
+        assert picture.size > batch.settings.budget.images
+        report = batch.run(tmp_path, tmp_path / "out", format="tiff")
+        assert [record.streamed for record in report.done] == [False, False]
+
+
+@pytest.mark.parametrize(("progressive", "factor"), [(False, 1.0), (True, 2.4)])
+def test_what_the_decoder_of_a_progressive_jpeg_takes(tmp_path: Path, progressive: bool, factor: float) -> None:
+    image = pixels(80, 90)
+    (tmp_path / "a.jpg").write_bytes(encoded(image, "JPEG", progressive=progressive))
+    assert decoding_memory(read_header(tmp_path / "a.jpg")) == int(factor * image.nbytes)
 
 
 def test_gate() -> None:
