@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -58,42 +57,29 @@ def manifest_of(rows: Sequence[Row], manifest: str | None, output: str) -> Manif
     """
     if any(has_scheme(name) for row in rows for name in row.values()):
         return None
-    return open_manifest(manifest, list(map(_job, rows)), Path(os.path.abspath(output)))
+    opened = open_manifest(manifest, list(map(_job, rows)), Path(os.path.abspath(output)))
+    if opened is not None:
+        opened.take_over()
+    return opened
 
 
 def prepare(rows: Sequence[Row], shared: Settings, manifest: Manifest, *, resume: bool) -> tuple[list[Row], list[Job]]:
-    """The rows to do, and the jobs that an earlier run has done.
-
-    The manifest records each job before it begins. Where an output did not exist before, a resumed run may replace it.
-    """
+    """The rows to do, and the jobs that an earlier run has done."""
+    if not resume:
+        return list(rows), []
     todo: list[Row] = []
     done: list[Job] = []
     for row in rows:
         job = _job(row)
-        try:
-            options = shared.options(job)
-        except UserError:  # the format cannot be written: the worker reports it
-            todo.append(row)
-            continue
-        if resume and manifest.finished(job, shared.known_weights, options):
-            done.append(job)
-            continue
-        todo_row, replaces = row, "replaces" in row
-        if resume and manifest.knows(job):
-            replaces = False
-            with suppress(UserError):  # changed since it was written: the worker reports that it is there
-                replaces = manifest.may_replace(job, overwrite=shared.overwrite)
-            todo_row = {"input": row["input"], "output": row["output"]} | ({"replaces": "yes"} if replaces else {})
-        todo.append(todo_row)
-        if replaces:
-            with suppress(OSError):  # the worker reports it
-                job.target.parent.mkdir(parents=True, exist_ok=True)
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            record = Record(row["input"], row["output"], "writing", now, shared.weights(), dict(options))
-            remember(record, manifest)
-    if resume:
-        for folder in {Path(row["output"]).parent for row in rows}:
-            remove_leftovers(folder)
+        replaces = False
+        with suppress(UserError):  # the format cannot be written, or the output was changed: the worker reports it
+            if manifest.finished(job, shared.known_weights, shared.options(job)):
+                done.append(job)
+                continue
+            replaces = manifest.may_replace(job, overwrite=shared.overwrite)
+        todo.append({"input": row["input"], "output": row["output"], "replaces": "yes"} if replaces else row)
+    for folder in {Path(row["output"]).parent for row in rows}:
+        remove_leftovers(folder)
     return todo, done
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +88,8 @@ def _line(values: dict[str, Any]) -> str:
 class Manifest:
     """A file of records; lines are appended, down to the disk, and never changed.
 
+    The files of a cluster's workers beside it (:class:`WorkersManifest`) are read too.
+
     Args:
         path: of the file. Lines that are not records are skipped, such as one that was cut off when a process was
             killed.
@@ -104,37 +108,66 @@ class Manifest:
         self._last: dict[str, dict[str, Any]] = {}
         # Checksums of all that was written under a name: a run that was killed left the file of the one before.
         self._digests: dict[str, set[str]] = {}
-        # Outputs that a worker of a cluster was to write last, with no word from it since.
-        self._begun: set[str] = set()
-        data = self._read()
+        data = _read(path)
+        for _, record in self._records(data):
+            self._keep(record["output"], record)
+        # A run that was killed early leaves one incomplete line.
+        if not self._last and data[: len(_BEGINNING)] != _BEGINNING[: len(data)]:
+            raise UserError(f"manifest: {path} is no record of a run; accepted: a new file, or one that a run has made")
+        for beside in self._of_workers():
+            for _, record in self._records(_read(beside)):
+                self._keep(record["output"], record)
+
+    def _records(self, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """The lines of a manifest that are records, each with what it says."""
         for line in data.split(b"\n"):
             try:
                 record = json.loads(line)
                 names = (record["input"], record["output"])
-                if isinstance(record["model"], dict) and all(isinstance(name, str) for name in names):
+                if isinstance(record["model"], dict) and all(
+                    isinstance(name, str) for name in (*names, record["status"])
+                ):
                     record["input"], record["output"] = (_of_this_locale(name, self._folder) for name in names)
-                    self._keep(record["output"], record)
+                    yield line, record
             except (ValueError, KeyError, TypeError, RecursionError):  # the last: brackets in brackets
                 continue
-        # A run that was killed early leaves one incomplete line.
-        if not self._last and data[: len(_BEGINNING)] != _BEGINNING[: len(data)]:
-            raise UserError(f"manifest: {path} is no record of a run; accepted: a new file, or one that a run has made")
 
     def _keep(self, output: str, record: dict[str, Any]) -> None:
-        # Without a checksum nothing had been written: a cluster's record says "writing" before its worker begins.
-        begun = record["status"] == "writing" and not record.get("output_sha256")
-        (self._begun.add if begun else self._begun.discard)(output)
+        # Without a checksum it says nothing of the file that is there, which may be anybody's.
+        if record["status"] == "writing" and not record.get("output_sha256"):
+            return
         # A failure does not touch the output of an earlier run, so that run's record still holds.
-        if not (begun or record["status"] == "failed") or not self._last.get(output, {}).get("output_sha256"):
+        if record["status"] != "failed" or not self._last.get(output, {}).get("output_sha256"):
             self._last[output] = record
         if record.get("output_sha256"):
             self._digests.setdefault(output, set()).add(record["output_sha256"])
 
-    def _read(self) -> bytes:
+    def _of_workers(self) -> list[Path]:
+        """The files of a cluster's workers; those of a run that ended early are still there."""
+        ours = re.compile(re.escape(self.path.name) + r"\.[0-9a-f]{16}")
         try:
-            return self.path.read_bytes() if self.path.exists() else b""
-        except OSError as error:
-            raise UserError(f"manifest: {self.path} cannot be read: {reason(error)}") from error
+            return sorted(self._folder / name for name in os.listdir(self._folder) if ours.fullmatch(name))
+        except OSError:  # the folder may have to be made
+            return []
+
+    def take_over(self) -> None:
+        """Move what a cluster's workers recorded into this file; none may be at work.
+
+        Raises:
+            UserError: the system refuses.
+        """
+        paths = self._of_workers()
+        known = {_made(record) for _, record in self._records(_read(self.path))} if paths else set()
+        for path in paths:
+            news = [line + b"\n" for line, record in self._records(_read(path)) if _made(record) not in known]
+            try:
+                with self._lock:
+                    if news:
+                        self._append(b"".join([*(self._held or ()), *news]))
+                        self._held = None
+                path.unlink()
+            except OSError as error:
+                raise UserError(f"manifest: {self.path} cannot be written: {reason(error)}") from error
 
     def name_of(self, output: Path) -> str:
         """An output's path as records give it."""
@@ -196,13 +229,14 @@ class Manifest:
         digests = self._digests.get(name, ())
         in_place = os.path.realpath(job.source) == os.path.realpath(job.target)
         known = self.knows(job)
-        # Of what a cluster's worker was writing when the run was stopped nobody knows the checksum.
-        if not digests or (not in_place and (overwrite or name in self._begun)):
+        if not digests or (not in_place and overwrite):
             return known
         try:
             found = digest(job.target)
             status = os.stat(job.target)
-        except OSError:  # nothing is there; of other errors the caller tells when it looks at the output
+        except FileNotFoundError:  # what appears there meanwhile is someone else's
+            return False
+        except OSError:  # the caller tells of it when it looks at the output
             return known
         if in_place and found in digests:
             raise UserError(f"{job.target}: denoised already, in place; accepted for other settings: its original")
@@ -253,6 +287,36 @@ class Manifest:
             return False
 
 
+class WorkersManifest(Manifest):
+    """What a worker of a cluster is about to name: the driver, which hears of it later, may be killed before.
+
+    Its file lies beside the driver's, in whose name a number follows.
+
+    Args:
+        path: of the driver's manifest.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.with_name(f"{path.name}.{secrets.token_hex(8)}"))
+
+    def add(self, record: Record) -> None:
+        """As of :class:`Manifest`, what is about to get its name alone; the driver records the rest."""
+        if record.status == "writing":
+            super().add(record)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"manifest: {path} cannot be read: {reason(error)}") from error
+
+
+def _made(record: dict[str, Any]) -> tuple[str, str | None]:
+    """The file that a record is about: its name and its checksum."""
+    return record["output"], record.get("output_sha256")
+
+
 def open_for_run(manifest: str | Path | None, jobs: Sequence[Job], output: Path, *, resume: bool) -> Manifest | None:
     """:func:`open_manifest` for a run on this machine, which cannot be resumed without one.
 
@@ -262,6 +326,8 @@ def open_for_run(manifest: str | Path | None, jobs: Sequence[Job], output: Path,
     opened = open_manifest(manifest, jobs, output)
     if resume and opened is None:
         raise UserError("resume: there is no manifest to resume from; accepted: an output folder, or a manifest")
+    if opened is not None:
+        opened.take_over()
     return opened
 
 

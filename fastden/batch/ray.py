@@ -1,8 +1,9 @@
 """Many image files on many devices and machines through Ray Data.
 
-A row is a pair of names, with ``"replaces": "yes"`` where the output may be replaced: an earlier run's, or one that was
-not there when the run began, because Ray repeats a row whose worker died, perhaps when its output was there. Each actor
-reads its inputs and writes its outputs itself, so that no pixel passes through Ray's object store; records come back.
+A row is a pair of names, with ``"replaces": "yes"`` where the output, an earlier run's, may be replaced. ``"absent"``
+instead says that no output was there when the run began: Ray repeats a row whose worker died, perhaps when its output
+was there. Each actor reads its inputs and writes its outputs itself, so that no pixel passes through Ray's object store,
+and records come back.
 Ray places the actors, restarts those that die, and balances the load.
 """
 
@@ -23,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from fastden.batch.manifest import Record
+from fastden.batch.manifest import Manifest, Record, WorkersManifest
 from fastden.batch.plan import InputError, Job, collisions, plan, suffix_of_result
 from fastden.errors import UserError, in_one_line
 from fastden.images.codec import SUFFIXES, check_format, format_for, format_of_suffix
@@ -144,7 +145,7 @@ def _is_file(name: str) -> bool:
 
 
 def mark_absent(rows: Sequence[Row], output: str) -> list[Row]:
-    """The rows, with ``"replaces": "yes"`` where there is no output yet.
+    """The rows, with ``"absent": "yes"`` where there is no output yet.
 
     Args:
         rows, output: of :func:`plan_rows`.
@@ -152,13 +153,13 @@ def mark_absent(rows: Sequence[Row], output: str) -> list[Row]:
     try:
         system, folder = _filesystem(output) if has_scheme(output) else (None, "")
         there = set() if system is None else set(system.find(folder))  # one request, not one for each file
-    except Exception:  # each kind of store has its own errors; where it cannot be listed, no output is replaced
+    except Exception:  # each kind of store has its own errors; where it cannot be listed, no output is absent
         return list(rows)
 
     def is_absent(name: str) -> bool:
         return _is_missing(name) if system is None else system._strip_protocol(name) not in there
 
-    return [{**row, "replaces": "yes"} if is_absent(row["output"]) else row for row in rows]
+    return [{**row, "absent": "yes"} if is_absent(row["output"]) else row for row in rows]
 
 
 def _is_missing(path: str) -> bool:
@@ -226,11 +227,12 @@ class Worker:
     Args:
         settings: keyword arguments of :class:`fastden.BatchDenoiser`.
         cpus: threads to compute with.
+        manifest: of the driver; None for none. The worker records in a file beside it what it is about to name.
 
     What keeps it from starting is told by its calls: of an actor that cannot be made, Ray prints 300 lines.
     """
 
-    def __init__(self, settings: dict[str, Any], cpus: float) -> None:
+    def __init__(self, settings: dict[str, Any], cpus: float, manifest: str | None = None) -> None:
         import torch
 
         from fastden.batch.denoiser import BatchDenoiser
@@ -245,6 +247,8 @@ class Worker:
             self.broken = in_one_line(error)
         self.overwrite = bool(settings.get("overwrite"))
         self.computer = ThreadPoolExecutor(1, "fastden-compute")
+        self.manifest = None if manifest is None else Path(manifest)
+        self.named = None if self.manifest is None else WorkersManifest(self.manifest)
 
     def __call__(self, row: Row) -> dict[str, str]:
         """The record of a row, its names those of the row, as one JSON text: Ray's columns hold no mixed types.
@@ -254,12 +258,27 @@ class Worker:
         if self.broken:
             return {"record": "", "broken": self.broken}
         source, target = row["input"], row["output"]
-        replaces = row.get("replaces") == "yes"
-        if has_scheme(source) or has_scheme(target):
-            record = self._through_copies(source, target, replaces)
+        job = Job(Path(source), Path(target))
+        try:
+            replaces = self._replaces(row, job)
+        except UserError as error:
+            record = self._failure(job, error)
         else:
-            record = self._one(Job(Path(source), Path(target)), replaces)
+            by_copies = has_scheme(source) or has_scheme(target)
+            record = self._through_copies(source, target, replaces) if by_copies else self._one(job, replaces)
         return {"record": replace(record, input=source, output=target).as_json(), "broken": ""}
+
+    def _replaces(self, row: Row, job: Job) -> bool:
+        """Whether the row's output may be replaced. One that was absent may if a worker of this run has named it since.
+
+        Raises:
+            UserError: somebody has changed it since then.
+        """
+        if "absent" not in row:
+            return row.get("replaces") == "yes"
+        if self.manifest is None:  # nobody knows who made it
+            return True
+        return os.path.lexists(job.target) and Manifest(self.manifest).may_replace(job, overwrite=False)
 
     def _one(self, job: Job, replaces: bool) -> Record:
         folder = job.target.parent
@@ -267,7 +286,7 @@ class Worker:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             return self._failure(job, UserError(f"output: cannot make the folder {folder}: {error.strerror}"))
-        return self.denoiser.one(job, replaces=replaces, computer=self.computer)
+        return self.denoiser.one(job, self.named, replaces=replaces, computer=self.computer)
 
     def _through_copies(self, source: str, target: str, replaces: bool) -> Record:
         with tempfile.TemporaryDirectory(prefix="fastden-") as folder:
@@ -384,13 +403,16 @@ def told_by_ray(error: Exception) -> str:
     return next((line for line in reversed(lines) if line), type(error).__name__)
 
 
-def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Generator[Record, None, None]:
+def distribute(
+    rows: Sequence[Row], settings: dict[str, Any], pool: Pool, manifest: str | None = None
+) -> Generator[Record, None, None]:
     """Denoise files on the workers of a Ray cluster.
 
     Args:
         rows: from :func:`plan_rows`, at least one.
         settings: keyword arguments of :class:`fastden.BatchDenoiser`; they travel to every worker.
         pool: from :func:`connect`.
+        manifest: path of the run's manifest; None for none.
 
     Yields:
         The record of each row as it is finished, in no particular order; its names are those of the row.
@@ -405,7 +427,7 @@ def distribute(rows: Sequence[Row], settings: dict[str, Any], pool: Pool) -> Gen
         at_once = files_at_once(pool)
         results = dataset.map(
             Worker,
-            fn_constructor_args=(settings, pool.cpus),
+            fn_constructor_args=(settings, pool.cpus, manifest),
             compute=ray.data.ActorPoolStrategy(
                 size=min(pool.workers, len(rows)),
                 max_concurrent_calls_per_actor=at_once,

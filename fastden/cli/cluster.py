@@ -60,12 +60,15 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
             if rows:
                 pool = connect(workers, workers_per_device, settings["device"])
                 report.networks = min(pool.workers, len(rows))
-                for record in distribute(rows, settings, pool):
+                path = None if manifest is None else os.path.abspath(manifest.path)
+                for record in distribute(rows, settings, pool, path):
                     report.add(record)
                     if manifest is not None:
                         remember(record, manifest)
                     display.record(record.input, record.output, record)
                     display.progress(len(report.skipped) + len(report.records))
+            if manifest is not None:
+                manifest.take_over()
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:

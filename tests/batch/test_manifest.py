@@ -37,7 +37,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_file_that_a_worker_never_wrote_is_not_the_runs(tmp_path: Path, written: bool) -> None:
-    """A cluster's record says "writing" before its worker begins: what lies there after a failure is someone else's."""
+    """Without a checksum, as earlier versions recorded what was to begin, what lies there may be someone else's."""
     job = Job(tmp_path / "a.png", tmp_path / "b.png")
     common = {"input": str(job.source), "output": "b.png", "model": {}}
     records = [

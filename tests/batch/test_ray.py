@@ -236,11 +236,11 @@ def test_same_bytes_as_the_local_engine(photos: Path, tmp_path: Path, model: str
 
 
 def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files on record as done are left out, begun ones of a killed run made again, others and changed ones kept."""
+    """Files on record as done are left out, in a worker's file of a killed run too; others and changed ones stay."""
     asked: list[Row] = []
 
-    def here(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
-        worker = Worker(settings, pool.cpus)
+    def here(rows: list[Row], settings: dict[str, Any], pool: Pool, manifest: str | None) -> Iterator[Record]:
+        worker = Worker(settings, pool.cpus, manifest)
         for row in rows:
             asked.append(row)
             yield Record.from_json(worker(row)["record"])
@@ -254,12 +254,14 @@ def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.Mo
     assert len(expected) == len(asked) == 3
     manifest = out / NAME
     lines = manifest.read_text().splitlines(keepends=True)
-    manifest.write_text("".join(line for line in lines if not ("b.jpg" in line and '"status": "done"' in line)))
+    manifest.write_text("".join(line for line in lines if "b.jpg" not in line))
+    (began,) = (line.replace('"status": "done"', '"status": "writing"') for line in lines if "b.jpg" in line)
+    (out / f"{NAME}.0123456789abcdef").write_text(began)
     (out / "inner" / "c.tif").write_bytes(b"another")
     asked.clear()
     fails("denoise", photos, "-o", out, *options, "--resume", saying=r"c\.tif: exists already")
     assert (out / "inner" / "c.tif").read_bytes() == b"another"
-    assert sorted(Path(row["input"]).name for row in asked) == ["b.jpg", "c.tif"]
+    assert [Path(row["input"]).name for row in asked] == ["c.tif"]
     asked.clear()
     text = works("denoise", photos, "-o", out, *options, "--resume", "--overwrite")
     assert "2 images done before" in text
@@ -281,8 +283,8 @@ def test_a_row_that_ray_repeats(
 ) -> None:
     """A worker dies behind the naming of its output, and Ray gives the row to another one. What was there is kept."""
 
-    def repeating(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
-        worker = Worker(settings, pool.cpus)
+    def repeating(rows: list[Row], settings: dict[str, Any], pool: Pool, manifest: str | None) -> Iterator[Record]:
+        worker = Worker(settings, pool.cpus, manifest)
         for row in rows:
             worker(row)
             yield Record.from_json(worker(row)["record"])
@@ -298,8 +300,8 @@ def test_a_row_that_ray_repeats(
 def test_a_folder_that_cannot_be_made(
     photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(rows: list[Row], settings: dict[str, Any], pool: Pool) -> Iterator[Record]:
-        return (Record.from_json(Worker(settings, pool.cpus)(row)["record"]) for row in rows)
+    def here(rows: list[Row], settings: dict[str, Any], pool: Pool, manifest: str | None) -> Iterator[Record]:
+        return (Record.from_json(Worker(settings, pool.cpus, manifest)(row)["record"]) for row in rows)
 
     monkeypatch.setattr("fastden.cli.cluster.connect", lambda *_: Pool(1, 0, 1))
     monkeypatch.setattr("fastden.cli.cluster.distribute", here)
@@ -464,7 +466,7 @@ def test_cost() -> None:
 
 def test_what_cannot_be_looked_at_is_not_replaced(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"input": "a.png", "output": "memory://out/a.png"}
-    assert mark_absent([row], "memory://out") == [{**row, "replaces": "yes"}]
+    assert mark_absent([row], "memory://out") == [{**row, "absent": "yes"}]
 
     def refused(*_: Any, **__: Any) -> Any:
         raise ValueError("no listing")
@@ -472,6 +474,6 @@ def test_what_cannot_be_looked_at_is_not_replaced(memory: Any, tmp_path: Path, m
     monkeypatch.setattr(type(memory), "find", refused)
     assert mark_absent([row], "memory://out") == [row]
     here = {"input": "a.png", "output": str(tmp_path / "b.png")}
-    assert mark_absent([here], str(tmp_path)) == [{**here, "replaces": "yes"}]
+    assert mark_absent([here], str(tmp_path)) == [{**here, "absent": "yes"}]
     cannot_be_looked_at(tmp_path / "b.png", monkeypatch)
     assert mark_absent([here], str(tmp_path)) == [here]
