@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fastden.batch.manifest import Manifest, Record, open_manifest
 from fastden.batch.plan import Job
 from fastden.batch.ray import Row, has_scheme
 from fastden.batch.settings import Settings
+from fastden.batch.writing import Writing
 from fastden.errors import UserError
 from fastden.network.hub import models
 from fastden.whole_files import remove_leftovers
@@ -63,24 +63,29 @@ def manifest_of(rows: Sequence[Row], manifest: str | None, output: str) -> Manif
     return opened
 
 
-def prepare(rows: Sequence[Row], shared: Settings, manifest: Manifest, *, resume: bool) -> tuple[list[Row], list[Job]]:
-    """The rows to do, and the jobs that an earlier run has done."""
+def prepare(
+    rows: Sequence[Row], shared: Settings, manifest: Manifest, *, resume: bool
+) -> tuple[list[Row], list[Job], list[Record]]:
+    """The rows to do, the jobs that an earlier run has done, and the failures of those that cannot be done again."""
     if not resume:
-        return list(rows), []
+        return list(rows), [], []
     todo: list[Row] = []
     done: list[Job] = []
+    refused: list[Record] = []
     for row in rows:
         job = _job(row)
-        replaces = False
-        with suppress(UserError):  # the format cannot be written, or the output was changed: the worker reports it
+        try:
             if manifest.finished(job, shared.known_weights, shared.options(job)):
                 done.append(job)
                 continue
             replaces = manifest.may_replace(job, overwrite=shared.overwrite)
+        except UserError as error:
+            refused.append(Writing(shared).failure(job, error))
+            continue
         todo.append({"input": row["input"], "output": row["output"], "replaces": "yes"} if replaces else row)
     for folder in {Path(row["output"]).parent for row in rows}:
         remove_leftovers(folder)
-    return todo, done
+    return todo, done, refused
 
 
 def remember(record: Record, manifest: Manifest) -> None:

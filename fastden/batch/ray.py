@@ -2,8 +2,8 @@
 
 A row is a pair of names, with ``"replaces": "yes"`` where the output, an earlier run's, may be replaced. ``"absent"``
 instead says that no output was there when the run began: Ray repeats a row whose worker died, perhaps when its output
-was there. Each actor reads its inputs and writes its outputs itself, so that no pixel passes through Ray's object store,
-and records come back.
+was there. Each actor reads its inputs and writes its outputs itself: no pixel passes through Ray's object store.
+Records come back.
 Ray places the actors, restarts those that die, and balances the load.
 """
 

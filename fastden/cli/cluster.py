@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from fastden.batch.driver import for_any_folder, for_driver, known_settings, manifest_of, prepare, remember
-from fastden.batch.manifest import made_before
+from fastden.batch.manifest import Record, made_before
 from fastden.batch.ray import connect, distribute, mark_absent, plan_rows, told_by_ray
 from fastden.batch.report import Report
 from fastden.cli.console import say
@@ -52,21 +52,28 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
     display = Display(len(rows), unreadable, earlier=earlier)
     report, start = Report(len(rows)), time.perf_counter()
     rows = mark_absent(rows, request.output)
+    refused: list[Record] = []
     if manifest is not None:
-        rows, report.skipped = prepare(rows, known, manifest, resume=request.resume)
+        rows, report.skipped, refused = prepare(rows, known, manifest, resume=request.resume)
+
+    def ended(record: Record) -> None:
+        report.add(record)
+        if manifest is not None:
+            remember(record, manifest)
+        display.record(record.input, record.output, record)
+        display.progress(len(report.skipped) + len(report.records))
+
     interrupted = False
     with display:
         try:
+            for record in refused:
+                ended(record)
             if rows:
                 pool = connect(workers, workers_per_device, settings["device"])
                 report.networks = min(pool.workers, len(rows))
                 path = None if manifest is None else os.path.abspath(manifest.path)
                 for record in distribute(rows, settings, pool, path):
-                    report.add(record)
-                    if manifest is not None:
-                        remember(record, manifest)
-                    display.record(record.input, record.output, record)
-                    display.progress(len(report.skipped) + len(report.records))
+                    ended(record)
             if manifest is not None:
                 manifest.take_over()
         except KeyboardInterrupt:

@@ -158,7 +158,7 @@ def test_on_ray(photos: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(asked) == ["2.png", "3.png", "wide.jpg"]
     assert results(photos) == expected
     (photos / "3.tif").write_bytes(b"edited")
-    fails("denoise", photos, *rest, "--resume", saying=r"3\.tif: exists already")
+    fails("denoise", photos, *rest, "--resume", saying=r"3\.tif: changed since fastden wrote it")
     assert (photos / "3.tif").read_bytes() == b"edited"
 
 
