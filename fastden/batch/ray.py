@@ -128,6 +128,35 @@ def plan_rows(
     return alone
 
 
+def check_places(rows: Iterable[Row]) -> None:
+    """Raise UserError where two rows have one output, or an output is an input: a URL may name a local file, too.
+
+    Args:
+        rows: of :func:`plan_rows`.
+    """
+    writers: dict[Any, Row] = {}
+    for row in rows:
+        writer = writers.setdefault(_place(row["output"]), row)
+        if writer is not row:
+            names = f"{writer['input']}, {row['input']}"
+            raise UserError(f"output: {names} would both be written to {row['output']}; accepted: different names")
+    for row in writers.values():
+        writer = writers.get(_place(row["input"]), {})
+        if writer is row:
+            raise UserError(f"output: {row['output']} is the input; accepted with --engine ray: another folder")
+        if writer:  # chance would decide whether it is read before or after it is replaced
+            what = f"{writer['output']}, of {writer['input']}"
+            raise UserError(f"output: {what}, is an input too; accepted: another folder")
+
+
+def _place(name: str) -> Any:
+    """The same for all names of one file."""
+    if not has_scheme(name):
+        return os.path.realpath(name)
+    system, path = _filesystem(name)
+    return os.path.realpath(path) if getattr(system, "local_file", False) else (system, path)
+
+
 def _is_folder(name: str) -> bool:
     system, path = _filesystem(name)
     try:

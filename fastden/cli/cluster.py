@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastden.batch.driver import for_any_folder, for_driver, known_settings, manifest_of, prepare, remember
 from fastden.batch.manifest import Record, made_before
-from fastden.batch.ray import connect, distribute, mark_absent, plan_rows, told_by_ray
+from fastden.batch.ray import check_places, connect, distribute, mark_absent, plan_rows, told_by_ray
 from fastden.batch.report import Report
 from fastden.cli.console import say
 from fastden.cli.display import Display
@@ -38,9 +38,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
         made=made_before(request.manifest, Path(request.output)) if request.resume else None,
         left_out=left_out,
     )
-    for row in rows:
-        if os.path.realpath(row["input"]) == os.path.realpath(row["output"]):
-            raise UserError(f"output: {row['output']} is the input; accepted with --engine ray: another folder")
+    check_places(rows)
     settings = for_any_folder(request.settings)
     check_model(for_driver(settings))  # before Ray starts
     with naming():

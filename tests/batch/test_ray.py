@@ -274,7 +274,10 @@ def test_resume(photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.Mo
     manifest.unlink()
     fails("denoise", photos, "-o", out, *options, "--resume", saying="exists already")
     assert {path: path.read_bytes() for path in out.rglob("[!.]*.*")} == expected
-    fails("denoise", photos, "-o", photos, *options, "--overwrite", saying="is the input; accepted with --engine ray")
+    for place in (photos, f"file://{photos}"):
+        fails(
+            "denoise", photos, "-o", place, *options, "--overwrite", saying="is the input; accepted with --engine ray"
+        )
     fails("denoise", photos, "-o", "memory://out", *options, "--resume", saying="resume: there is no manifest")
 
 

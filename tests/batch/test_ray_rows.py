@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastden.batch.ray import plan_rows
+from fastden.batch.ray import check_places, plan_rows
 from fastden.errors import UserError
 
 pytest.importorskip("fsspec")
@@ -51,6 +51,34 @@ def test_rows_of_urls(memory: Any, photos: Path) -> None:
     (row,) = plan_rows(["memory://nothing", *same, "memory://in/b/a.PNG"], "memory://out", unreadable=unreadable)
     assert row == {"input": "memory:///in/b/a.PNG", "output": "memory://out/a.PNG"}
     assert [error.filename for error in unreadable] == ["memory://nothing", *same]
+
+
+def test_a_url_may_name_a_local_file(memory: Any, photos: Path, tmp_path: Path) -> None:
+    """Originals were replaced where one side was a path and the other a URL."""
+    (tmp_path / "link").symlink_to(photos)
+    for inputs, output in (
+        ([str(photos)], f"file://{photos}"),
+        ([f"file://{photos}"], str(photos)),
+        ([f"local://{photos}"], f"file://{tmp_path}/link"),
+        ([str(photos / "a.png")], f"file://{photos}/a.png"),
+    ):
+        with pytest.raises(
+            UserError, match=r"output: .*a\.png is the input; accepted with --engine ray: another folder"
+        ):
+            check_places(plan_rows(inputs, output))
+    with pytest.raises(UserError, match=r"other/a\.png, of .*photos/a\.png, is an input too"):
+        check_places(
+            [
+                {"input": f"{photos}/a.png", "output": f"file://{tmp_path}/other/a.png"},
+                {"input": f"{tmp_path}/other/a.png", "output": f"{tmp_path}/out/a.png"},
+            ]
+        )
+    row = {"input": "memory://in/a.png", "output": f"{tmp_path}/out/a.png"}
+    check_places([row])
+    with pytest.raises(UserError, match=r"memory://in/a\.png, memory://in/b\.png would both be written to file://"):
+        check_places([row, {"input": "memory://in/b.png", "output": f"file://{tmp_path}/out/a.png"}])
+    with pytest.raises(UserError, match="is the input"):
+        check_places([{"input": "memory:///in/a.png", "output": "memory://in/a.png"}])
 
 
 def test_an_input_that_is_named_twice_is_one_row(memory: Any) -> None:
