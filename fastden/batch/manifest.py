@@ -332,11 +332,20 @@ def open_for_run(manifest: str | Path | None, jobs: Sequence[Job], output: Path,
 
 
 def open_manifest(manifest: str | Path | None, jobs: Sequence[Job], output: Path) -> Manifest | None:
-    """The manifest that :meth:`fastden.BatchDenoiser.run` means; None for none."""
+    """The manifest that :meth:`fastden.BatchDenoiser.run` means; None for none.
+
+    Raises:
+        UserError: it cannot be read or written, or is an input or an output of the run.
+    """
     if manifest is None:
         return None
     if manifest != "auto":
         path = Path(manifest)
+        place = os.path.realpath(path)
+        for job in jobs:
+            for what, file in (("an output", job.target), ("an input", job.source)):
+                if os.path.realpath(file) == place:
+                    raise UserError(f"manifest: {path} is {what} of this run; accepted: another file")
         if path.parent != output:  # the folder may have to be made
             try:
                 check_target(path, overwrite=True)

@@ -463,3 +463,20 @@ def test_images_that_cannot_go_together_fail_alone(photos: Path, tmp_path: Path)
     gray = fastden.fuse(fastden.Denoiser(image_channels=1))
     report = fastden.BatchDenoiser(gray, sigma=5).run(photos, tmp_path / "out")
     assert len(report.failed) == 5
+
+
+def test_a_file_of_the_run_is_no_manifest(photos: Path, tmp_path: Path, network: Any) -> None:
+    """JSON was appended to a picture."""
+    batch = fastden.BatchDenoiser(network, sigma=5)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "out" / "1.png")
+    originals = {path: path.read_bytes() for path in photos.iterdir()}
+    for name, what in (
+        (tmp_path / "out" / "1.png", "an output"),
+        (tmp_path / "link.png", "an output"),
+        (photos / "0.png", "an input"),
+    ):
+        with pytest.raises(UserError, match=rf"manifest: {name} is {what} of this run; accepted: another file"):
+            batch.run(photos, tmp_path / "out", manifest=name)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert {path: path.read_bytes() for path in photos.iterdir()} == originals
