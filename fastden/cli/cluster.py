@@ -10,7 +10,7 @@ from fastden.batch.driver import for_any_folder, for_driver, known_settings, man
 from fastden.batch.manifest import Record, made_before
 from fastden.batch.ray import check_places, connect, distribute, mark_absent, plan_rows, told_by_ray
 from fastden.batch.report import Report
-from fastden.cli.console import say
+from fastden.cli.console import clean_termination, say
 from fastden.cli.display import Display
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import UserError
@@ -43,6 +43,7 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
     check_model(for_driver(settings))  # before Ray starts
     with naming():
         known = known_settings(settings)
+    request.note_sigma()
     manifest = manifest_of(rows, request.manifest, request.output)
     if request.resume and manifest is None:
         raise UserError("resume: there is no manifest to resume from; accepted: local files and an output folder")
@@ -70,8 +71,9 @@ def denoise_on_cluster(request: Request, *, workers: int | None, workers_per_dev
                 pool = connect(workers, workers_per_device, settings["device"])
                 report.networks = min(pool.workers, len(rows))
                 path = None if manifest is None else os.path.abspath(manifest.path)
-                for record in distribute(rows, settings, pool, path):
-                    ended(record)
+                with clean_termination():  # behind Ray's start, which sets a handler that ends in a crash
+                    for record in distribute(rows, settings, pool, path):
+                        ended(record)
             if manifest is not None:
                 manifest.take_over()
         except KeyboardInterrupt:

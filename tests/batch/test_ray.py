@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -188,6 +189,29 @@ def test_errors_of_rays_own(photos: Path, tmp_path: Path, model: str, monkeypatc
     assert isinstance(CliRunner().invoke(app, list(map(str, command))).exception, KeyError)
     assert ray_module.told_by_ray(KeyError("x")) == ""
     assert ray_module.told_by_ray(RayError()) == "RayError"
+
+
+def test_termination_and_the_note_about_sigma(
+    photos: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of the local engine. Ray's start sets a handler of its own, which ends the process in a crash."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def starts(*_: Any) -> Pool:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return Pool(1, 0, 1)
+
+    def terminated(*_: Any) -> Iterator[Record]:
+        signal.raise_signal(signal.SIGTERM)
+        yield from ()
+
+    monkeypatch.setattr("fastden.cli.cluster.connect", starts)
+    monkeypatch.setattr("fastden.cli.cluster.distribute", terminated)
+    command = ["denoise", photos, "-o", tmp_path / "out", "--model", model, "--sigma", 0.1, "--engine", "ray"]
+    try:
+        fails(*command, saying="^note: sigma 0.1: on the scale 0-255", code=143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_defect_in_a_worker_keeps_its_trace() -> None:
