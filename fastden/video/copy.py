@@ -206,6 +206,8 @@ class _Copy:
         self.total = self.input.expected()
         self.is_matroska = writer.format.name in ("matroska", "webm")
         self.hidden: dict[int, Any] = {}
+        #: Of each copied stream, by index: the decoding time of the last packet.
+        self.last: dict[int, int] = {}
         if writer.format.name == "avi" and reader.format.name != "avi":
             raise UserError(f"output: {target}: AVI has no times of frames; accepted for {source.suffix}: .mkv, .mp4")
 
@@ -227,6 +229,28 @@ class _Copy:
             self.hidden[index] = packet
             return []
         return [self.hidden.pop(index), packet] if index in self.hidden else [packet]
+
+    def _copy(self, packet: Any, output: Any) -> None:
+        """Write a packet of a stream that is copied.
+
+        One whose time goes back is left out, as damage: no writer takes it. With a later time its sound would stay, but
+        no longer where it belongs beside the picture; where one time is far too late, all that follows would move.
+        """
+        index, kind, dts = packet.stream.index, packet.stream.type, packet.dts
+        if dts is not None:
+            last = self.last.get(index, dts - 1)
+            # Matroska, and subtitles and data everywhere, may have one time twice.
+            if dts < last or (dts == last and kind in ("audio", "video") and not self.is_matroska):
+                self.input.damaged += 1
+                return
+            self.last[index] = dts
+        packet.stream = output
+        try:
+            self.writer.mux(packet)
+        except (self.av.error.ArgumentError, self.av.error.InvalidDataError) as error:
+            when = "" if dts is None else f" at {float(dts * packet.time_base):.2f} s"
+            text = f"stream {index} ({kind}) cannot be copied{when}: {error.strerror}"
+            raise UserError(f"{self.target}: cannot be made of {self.source}: {text}") from error
 
     def note(self, text: str) -> None:
         if text not in self.result.notes:
@@ -285,8 +309,7 @@ class _Copy:
             if isinstance(item, self.av.Packet):
                 if item.stream.index in outputs and not self._is_gap(item):
                     for packet in self._heard(item):
-                        packet.stream = outputs[packet.stream.index]
-                        self.writer.mux(packet)
+                        self._copy(packet, outputs[packet.stream.index])
                 continue
             self._check_frame(item, first)
             waiting.append((item, converter.pixels(item)))

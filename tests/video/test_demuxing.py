@@ -12,7 +12,7 @@ from fastden.errors import UserError
 from fastden.network.fused import FusedDenoiser
 from fastden.video import copy
 from fastden.video.demuxing import Input
-from tests.video.clips import HEIGHT, WIDTH, copied, cut, decoded, frame, make_clip, make_video, run
+from tests.video.clips import HEIGHT, WIDTH, copied, cut, decoded, frame, make_clip, make_video, run, streams
 
 av = pytest.importorskip("av")
 
@@ -170,3 +170,39 @@ def test_a_cameras_own_keys(tmp_path: Path, network: FusedDenoiser, caplog: pyte
         with av.open(str(tmp_path / f"b{suffix}")) as reader:
             kept = {key.lower(): value for key, value in reader.metadata.items()}
         assert kept["com.apple.quicktime.make"] == "Apple"
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_one_packet_of_sound_whose_time_goes_back(suffix: str, tmp_path: Path, network: FusedDenoiser) -> None:
+    """It ended the whole video with "Invalid argument". The rest of the sound stays where it was."""
+    source = make_video(tmp_path / "a.mkv", frames=25, sound="aac")
+    data = bytearray(source.read_bytes())
+    before = streams(source, "audio")
+    # A block's time, 16 bits from that of its cluster, lies in front of its flags and its data.
+    place = data.index(before[20][1]) - 3
+    data[place : place + 2] = (100).to_bytes(2, "big")
+    source.write_bytes(data)
+    times = [time for time, _ in streams(source, "audio")]
+    assert times != sorted(times)
+    result = run(source, tmp_path / f"b{suffix}", network)
+    assert result.damaged == 1
+    assert [note[:34] for note in result.notes] == ["1 damaged packets or frames in the"]
+    after = streams(tmp_path / f"b{suffix}", "audio")
+    assert [packet for _, packet in after] == [packet for number, (_, packet) in enumerate(before) if number != 20]
+    kept = [float(time) for number, (time, _) in enumerate(before) if number != 20]
+    assert [float(time) for time, _ in after] == pytest.approx(kept, abs=0.002)
+
+
+def test_a_packet_that_cannot_be_written_is_named(
+    tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_video(tmp_path / "a.mkv", frames=4, sound="aac")
+    monkeypatch.setattr(copy._Copy, "_heard", lambda self, packet: [_earlier(packet)])
+    with pytest.raises(UserError, match=r"b\.mkv: cannot be made of .*a\.mkv: stream 1 \(audio\) cannot be copied at "):
+        run(source, tmp_path / "b.mkv", network)
+    assert not (tmp_path / "b.mkv").exists()
+
+
+def _earlier(packet: Any) -> Any:
+    packet.pts = packet.dts - 1
+    return packet
