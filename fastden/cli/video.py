@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -15,11 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.plan import check_no_url, expand, is_folder
+from fastden.batch.threads import check_folder
 from fastden.cli.console import INTERRUPTED, clean_termination, say
 from fastden.cli.options import Request, check_model, naming
 from fastden.errors import FAILURES, UserError
+from fastden.images.kinds import OTHER_SUFFIXES, VIDEO
 from fastden.inference.arguments import parse_memory
-from fastden.video.copy import denoise_video, is_video
+from fastden.video.copy import denoise_video, is_output, is_video
 
 
 def find_videos(request: Request) -> list[str]:
@@ -63,6 +66,11 @@ def find_one_video(request: Request, crf: int | None, others: list[str]) -> Path
         raise UserError(f"crf: {crf}, but the input is no video; accepted: with a video")
     if videos and others:
         raise UserError(f"{others[0]}: given with a video; accepted: with images")
+    if not videos and is_output(request.output) and not is_folder(request.output):
+        named = ", ".join(OTHER_SUFFIXES[VIDEO])
+        for name in inputs:
+            if os.path.isfile(name):
+                raise UserError(f"input: {name} is no video, and the output {request.output} is one; accepted: {named}")
     return Path(videos[0]) if videos else None
 
 
@@ -105,7 +113,10 @@ def _run(
 ) -> None:
     check_no_url(output, "output")
     named = Path(output)
-    target = named if named.suffix and not is_folder(output) else named / source.name
+    # What is read and cannot be written becomes Matroska, which takes nearly every stream.
+    name = source.name if is_output(source) else f"{source.stem}.mkv"
+    target = named if named.suffix and not is_folder(output) else named / name
+    check_folder(target.parent)
     new_folders = list(takewhile(lambda folder: not folder.exists(), target.absolute().parents))
     target.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)

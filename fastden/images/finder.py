@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastden.images.codec import SUFFIXES
 from fastden.images.formats import read_suffixes
-from fastden.images.kinds import PACKAGES, kind_of_suffix
+from fastden.images.kinds import PACKAGES, VIDEO, kind_of_suffix
 
 
 def has_image_name(path: str | Path) -> bool:
@@ -34,7 +34,7 @@ def find_images(
         recursive: and into the folders in it.
         unreadable: a list that gets the error of each folder below that cannot be read, and of each image file that
             cannot be looked at. None raises the first, and so does a folder in which no image can be looked at.
-        left_out: a list that gets the files that are images of a kind that is not read here, by their names.
+        left_out: a list that gets the files that are images of a kind that is not read here, or videos, by their names.
     """
     refused: list[OSError] | None = None if unreadable is None else []
     files = _walk(folder, refused) if recursive else list(folder.iterdir())
@@ -66,19 +66,26 @@ def is_regular(path: Path, unreadable: list[OSError] | None) -> bool:
 
 
 def is_left_out(path: str | Path) -> bool:
-    """Whether a file's name is that of an image which is not read here."""
+    """Whether a file's name is that of an image which is not read here, or of a video."""
     name = Path(path)
     other = kind_of_suffix(name.suffix) is not None and name.suffix.lower() not in read_suffixes()
     return other and not name.name.startswith(".")
 
 
 def left_out_note(files: Iterable[Path]) -> str:
-    """The note about files that are images of kinds which are not read here."""
+    """The note about files that are images of kinds which are not read here, or videos."""
     kinds = Counter(kind_of_suffix(path.suffix) or "other images" for path in files)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    total = sum(kinds.values())
-    install = "; pip install 'fastden[formats]' reads HEIC, JPEG XL and camera raw" if PACKAGES.keys() & kinds else ""
-    return f"{total} image file{'s' * (total != 1)} left out, not read here: {counts}{install}"
+    videos = kinds.pop(VIDEO, 0)
+    told = []
+    if kinds:
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        total = sum(kinds.values())
+        told = [f"{total} image file{'s' * (total != 1)} left out, not read here: {counts}"]
+    if PACKAGES.keys() & kinds:
+        told.append("pip install 'fastden[formats]' reads HEIC, JPEG XL and camera raw")
+    if videos:
+        told.append(f"{videos} video{'s' * (videos != 1)} left out: give one alone to fastden denoise")
+    return "; ".join(told)
 
 
 def _walk(top: Path, unreadable: list[OSError] | None) -> list[Path]:

@@ -11,7 +11,9 @@ from fastden.errors import UserError
 from fastden.images import tiff_directories
 from fastden.images.containers import PNG_SIGNATURE, behind_jpeg, boxes, jpeg_segments, png_chunks
 
-#: File name suffixes of images that are not read here, by kind; those of a folder are counted.
+#: The kind of files that are videos.
+VIDEO = "video"
+#: File name suffixes of what is not read here as an image, by kind; those of a folder are counted.
 OTHER_SUFFIXES = {
     "HEIC": (".heic", ".heif", ".hif"),
     "JPEG XL": (".jxl",),
@@ -26,6 +28,10 @@ OTHER_SUFFIXES = {
     "GIF": (".gif",),
     "BMP": (".bmp",),
     "other images": (".hdr", ".pfm", ".pgm", ".ppm", ".pnm", ".fits", ".fit", ".tga", ".dds", ".xcf", ".svg", ".ico"),
+    VIDEO: (
+        *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob"),
+        *(".3gp", ".3g2", ".wmv", ".asf", ".flv", ".ogv"),
+    ),
 }
 _BY_SUFFIX = {suffix: kind for kind, suffixes in OTHER_SUFFIXES.items() for suffix in suffixes}
 
@@ -90,7 +96,7 @@ def known_formats() -> list[str]:
 
 
 def kind_of_suffix(suffix: str) -> str | None:
-    """The kind of images that a suffix stands for, of those that are not read here."""
+    """The kind of files that a suffix stands for, of those that are not read here as images."""
     return _BY_SUFFIX.get(suffix.lower())
 
 

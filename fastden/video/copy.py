@@ -22,6 +22,7 @@ import numpy as np
 
 from fastden.errors import UserError
 from fastden.images.codec import MAX_PIXELS, check_size
+from fastden.images.kinds import VIDEO, kind_of_suffix
 from fastden.images.pixels import Array
 from fastden.images.ranges import ORDINARY
 from fastden.video.demuxing import Input, is_cover, opened, tag_errors
@@ -32,6 +33,7 @@ from fastden.whole_files import check_target, sync, whole_file
 if TYPE_CHECKING:
     from fastden.network.fused import FusedDenoiser
 
+#: Of outputs.
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 #: Frames whose noise ``sigma="auto"`` estimates. The whole video gets their median, so that it does not flicker.
 ESTIMATED = 5
@@ -78,7 +80,12 @@ class VideoResult:
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether the suffix is a video's."""
+    """Whether the suffix is that of a video that can be read."""
+    return kind_of_suffix(Path(path).suffix) == VIDEO
+
+
+def is_output(path: str | Path) -> bool:
+    """Whether the suffix is that of a video that can be written."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
@@ -121,7 +128,7 @@ def denoise_video(
     """
     av = _av()
     source, target = Path(source), Path(target)
-    if not is_video(target):
+    if not is_output(target):
         raise UserError(f"output: {target}; accepted suffixes for a video: {', '.join(SUFFIXES)}")
     check_target(target, overwrite)
     if source.exists() and target.exists() and os.path.samefile(source, target):

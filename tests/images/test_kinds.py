@@ -159,6 +159,16 @@ def test_images_of_a_folder_that_are_left_out_are_counted(tmp_path: Path, monkey
     told = left_out_note(left_out)
     assert told.startswith("3 image files left out, not read here: 2 HEIC, 1 camera raw; pip install")
     assert left_out_note([Path("a.exr")]) == "1 image file left out, not read here: 1 OpenEXR"
+    assert left_out_note([Path("a.mp4")]) == "1 video left out: give one alone to fastden denoise"
+    assert left_out_note([Path("a.MOV"), Path("a.exr"), Path("a.ts")]).endswith(
+        "1 OpenEXR; 2 videos left out: give one alone to fastden denoise"
+    )
+    (source / "a.png").rename(source / "a.mp4")
+    with pytest.raises(
+        UserError, match=r"no images in .*DCIM \(3 image .*; 1 video left out: give one alone to fastden denoise\)"
+    ):
+        plan([str(source)], tmp_path / "out")
+    (source / "a.mp4").rename(source / "a.png")
     report = fastden.BatchDenoiser("color", sigma=5).run(source, tmp_path / "out", recursive=True)
     assert len(report.done) == 1
     assert not report.failed

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fastden.cli.main import app
 from tests.cli.run import fails, works
 from tests.helpers import random_network
-from tests.video.clips import make_clip
+from tests.video.clips import copied, decoded, make_clip, make_video, streams
 
 pytest.importorskip("av")
 
@@ -64,6 +64,30 @@ def test_a_pattern_that_names_a_video(tmp_path: Path, model: str, monkeypatch: p
     fails("denoise", "none*.mp4", "--crf", 30, *options, saying=r"^error: input: nothing matches none\*.mp4$")
     fails("denoise", "lon?.mp4", "--engine", "ray", *options, saying="input: long.mp4 is a video, with --engine ray")
     assert not (tmp_path / "s").exists()
+
+
+def test_other_suffixes_of_videos(tmp_path: Path, model: str) -> None:
+    """Their message was that of images, and blamed the output."""
+    source = tmp_path / "a.ts"
+    copied(make_video(tmp_path / "b.mp4", frames=3, sound="aac"), source)
+    works("denoise", source, "-o", tmp_path / "c.mp4", "--model", model)
+    works("denoise", source, "-o", tmp_path / "out", "--model", model)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.mkv"]
+    for made in (tmp_path / "c.mp4", tmp_path / "out" / "a.mkv"):
+        assert len(decoded(made)) == 3
+        assert len(streams(made, "audio")) == len(streams(source, "audio"))
+    fails("denoise", source, "-o", tmp_path / "c.ts", "--model", model, saying=r"output: .*c\.ts; accepted suffixes")
+    for name in ("a.bin", "a.png"):
+        (tmp_path / name).write_bytes(b"x")
+        options = ("-o", tmp_path / "d.mp4", "--model", model)
+        fails(
+            "denoise",
+            tmp_path / name,
+            *options,
+            saying=rf"^error: input: .*{name} is no video, and the output .*d\.mp4 is",
+        )
+    nested = ("-o", tmp_path / "c.mp4" / "d.mp4", "--model", model)
+    fails("denoise", source, *nested, saying=r"output: cannot make the folder .*c\.mp4: .*c\.mp4 is a file$")
 
 
 def test_an_interrupted_command_says_so(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
