@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastden.errors import UserError
 from fastden.images.codec import SUFFIXES, format_for, format_of_suffix
-from fastden.images.finder import find_images, is_regular, left_out_note
+from fastden.images.finder import find_images, has_image_name, is_left_out, is_regular, left_out_note
 from fastden.images.formats import result_suffix
 from fastden.images.strips import read_header
 
@@ -189,7 +189,7 @@ def _sources_of(
         _check_exists(name)
         if path.exists():
             return {} if made(path) else {path: Path(path.name)}
-        return {file: Path(file.name) for file in expand(name, output, unreadable, made)}
+        return {file: Path(file.name) for file in expand(name, output, unreadable, made, left_out)}
     others: list[Path] = []
     images_here = find_images(path, recursive, unreadable, others)
     others = [other for other in others if not _written_before(other, path, output)]
@@ -212,11 +212,14 @@ def expand(
     output: Path,
     unreadable: list[OSError] | None = None,
     made: Callable[[Path], bool] = lambda path: False,
+    left_out: list[Path] | None = None,
 ) -> list[Path]:
     """The files that a glob pattern matches, sorted, without results of earlier runs.
 
+    Of a pattern that names no suffix, such as ``photos/*``, only images by their names, as of folders.
+
     Args:
-        pattern, output, unreadable, made: as of :func:`plan`.
+        pattern, output, unreadable, made, left_out: as of :func:`plan`.
 
     Raises:
         InputError: nothing matches.
@@ -228,6 +231,16 @@ def expand(
     files = [match for match in matches if is_regular(match, errors)]
     files = [file for file in files if not _written_before(file, top, output)]
     files = [file for file in _once(files) if not made(file)]
+    suffix = Path(pattern).suffix
+    if files and (not suffix or glob.has_magic(suffix)):
+        others = [file for file in files if is_left_out(file)]
+        if left_out is not None:
+            left_out += others
+        files = [file for file in files if has_image_name(file)]
+        if not files and not errors:
+            told = f" ({left_out_note(others)})" if others else ""
+            message = f"input: no images match {pattern}{told}; accepted suffixes: {', '.join(SUFFIXES)}"
+            raise InputError(message, pattern)
     if errors and (unreadable is None or not files):
         raise errors[0]
     if unreadable is not None:

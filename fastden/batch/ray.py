@@ -216,7 +216,7 @@ def _sources(name: str, output: str, recursive: bool, left_out: list[Path] | Non
             files = []
     except (OSError, ValueError) as error:  # some patterns are none for fsspec, such as **.png
         raise InputError(f"input: {name}: {getattr(error, 'strerror', None) or error}", name) from error
-    if folder and left_out is not None:
+    if left_out is not None and files != [path]:
         left_out += [Path(file) for file in files if is_left_out(file)]
     images = [file for file in files if has_image_name(file)]
     if not images:

@@ -217,7 +217,8 @@ def test_links_that_lead_to_themselves(photos: Path, tmp_path: Path, network: An
 
 
 def test_a_file_that_is_no_manifest_is_not_written_to(photos: Path, tmp_path: Path, network: Any) -> None:
-    image, settings = photos / "0.png", tmp_path / "settings.json"
+    image, settings = tmp_path / "other.png", tmp_path / "settings.json"
+    image.write_bytes((photos / "0.png").read_bytes())
     settings.write_text('{\n "mine": 1\n}\n')
     for path in (image, settings):
         before = path.read_bytes()

@@ -146,6 +146,22 @@ def test_truncated_files_still_are_called_so(tmp_path: Path) -> None:
         decode_image(data[: len(data) // 2])
 
 
+def test_a_pattern_that_names_no_suffix_takes_images_as_a_folder_does(tmp_path: Path) -> None:
+    """It took every file, and blamed the outputs' names."""
+    for name in ("a.png", "b.JPG", "notes.txt", "c.mp4", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"x")
+    for pattern in ("*", "*.*", "**", "?.*"):
+        left_out: list[Path] = []
+        jobs = plan([str(tmp_path / pattern)], tmp_path / "out", left_out=left_out)
+        assert [job.source.name for job in jobs] == ["a.png", "b.JPG"]
+        assert left_out == [tmp_path / "c.mp4"]
+    assert [job.source.name for job in plan([str(tmp_path / "*.txt")], tmp_path / "out")] == ["notes.txt"]
+    with pytest.raises(
+        UserError, match=r"input: no images match .*c\* \(1 video left out: .*\); accepted suffixes: \.jpg"
+    ):
+        plan([str(tmp_path / "c*")], tmp_path / "out")
+
+
 def test_images_of_a_folder_that_are_left_out_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "is_installed", lambda kind: False)
     source = tmp_path / "DCIM"
