@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastden.errors import UserError
+from fastden.errors import UserError, shown_bytes
 
 #: How far, in seconds, a Matroska file may end before the end that it states. Its last packet may have no duration: of
 #: Opus and FLAC up to 0.12 s.
 UNSURE_END = 0.15
 #: How many of its longest frames a video may lack: FFmpeg moves a cut inside of a frame to its beginning.
 UNSURE_FRAMES = 1.25
+#: Bytes of other streams that are held until the first frame comes: seconds of sound in the usual files.
+MOST_BEFORE = 256 << 20
 
 
 def opened(av: Any, source: Path) -> Any:
@@ -90,9 +93,14 @@ class Input:
         """The first frame, which tells more than the header, and packets and frames from the beginning."""
         items: list[Any] = []
         packets = self._packets()
+        held = 0
         for packet in packets:
             if packet.stream is not self.video:
                 items.append(packet)
+                held += packet.size
+                if held > MOST_BEFORE:
+                    text = f"{shown_bytes(held)} of other streams before the first frame"
+                    raise UserError(f"{self.source}: {text}; accepted: at most {shown_bytes(MOST_BEFORE)}")
                 continue
             frames = self._frames(packet)
             items.extend(frames)
@@ -159,11 +167,22 @@ class Input:
             # Counted from 0 too. Where none is stated (live recordings), FFmpeg guesses one from the bit rate, 2.63 s
             # for 2.40 s, and gives the video one as well.
             stated = self.reader.duration / self.av.time_base
-            end, unsure = max(self._ends.values(), default=0.0), max(UNSURE_END, unsure)
+            unsure = max(UNSURE_END, unsure)
+            own = _seconds(video.metadata.get("DURATION", ""))
+            if end < own - unsure and own < stated + unsure:  # sound may lie in front of the video, and be complete
+                stated = own
+            else:
+                end = max(self._ends.values(), default=0.0)
         else:
             return
         if end < stated - unsure:
             self.note(f"the input ends early, at {end:.2f} s; its header states {stated:.2f} s")
+
+
+def _seconds(text: str) -> float:
+    """A time as Matroska's tags have it, ``00:01:02.345000000``; 0 for other text."""
+    found = re.fullmatch(r"(\d+):(\d\d):(\d\d(\.\d+)?)", text)
+    return 0.0 if found is None else 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3])
 
 
 def _chain(items: list[Any], packets: Iterator[Any]) -> Iterator[Any]:

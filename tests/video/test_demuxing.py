@@ -47,6 +47,36 @@ def test_a_matroska_that_begins_later(tmp_path: Path, network: FusedDenoiser) ->
     assert note.endswith("its header states 4.00 s")
 
 
+def test_a_matroska_whose_sound_came_first_is_cut_off(tmp_path: Path, network: FusedDenoiser) -> None:
+    """The sound was complete, and so nothing was missing from its end."""
+    base = make_video(tmp_path / "base.mkv", "mjpeg", "yuvj420p", frames=50, sound="aac")
+    source = tmp_path / "a.mkv"
+    with av.open(str(base)) as reader, av.open(str(source), "w", options={"max_interleave_delta": "1"}) as writer:
+        outputs = {stream.index: writer.add_stream_from_template(stream) for stream in reader.streams}
+        for packet in sorted((one for one in reader.demux() if one.size), key=lambda one: one.stream.type):
+            packet.stream = outputs[packet.stream.index]
+            writer.mux_one(packet) if hasattr(writer, "mux_one") else writer.mux(packet)
+    assert run(source, tmp_path / "b.mkv", network).notes == []
+    data = source.read_bytes()
+    (tmp_path / "part.mkv").write_bytes(data[: len(data) * 7 // 10])
+    notes = run(tmp_path / "part.mkv", tmp_path / "c.mkv", network).notes
+    assert any(note.startswith("the input ends early, at 0.") and note.endswith("states 2.00 s") for note in notes), (
+        notes
+    )
+
+
+def test_sound_before_the_first_frame_has_a_limit(
+    tmp_path: Path, network: FusedDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_video(tmp_path / "a.mkv", frames=4, sound="aac")
+    monkeypatch.setattr(Input, "_frames", lambda self, packet: [])
+    monkeypatch.setattr("fastden.video.demuxing.MOST_BEFORE", 500)
+    with pytest.raises(
+        UserError, match=r"a\.mkv: .* of other streams before the first frame; accepted: at most 500 bytes"
+    ):
+        run(source, tmp_path / "b.mkv", network)
+
+
 def test_a_duration_that_is_a_guess_is_no_statement(tmp_path: Path, network: FusedDenoiser) -> None:
     """Of a live recording, from its size and the bit rate of its sound: 2.63 s for 2.40 s."""
     source = make_video(tmp_path / "base.mkv", "mpeg4", frames=60, sound="ac3")
