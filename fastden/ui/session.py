@@ -18,7 +18,7 @@ import numpy as np
 
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Record
-from fastden.batch.plan import Job
+from fastden.batch.plan import SUFFIX_OF, Job
 from fastden.batch.report import Listener
 from fastden.errors import FAILURES, UserError, in_one_line
 from fastden.images.codec import SUFFIXES, read_image
@@ -26,7 +26,7 @@ from fastden.images.encoding import INTERPRETATIONS, described
 from fastden.images.formats import open_file, read_suffixes, result_suffix
 from fastden.images.kinds import check_supported
 from fastden.images.libvips import VIPS_FORMATS, detail, load_vips, vips_errors
-from fastden.images.strips import read_samples
+from fastden.images.strips import StripReader, read_samples
 from fastden.inference.estimate import NoiseEstimate, noise_of_samples
 from fastden.whole_files import reason, replacing
 
@@ -64,7 +64,8 @@ class Picture:
 
     Attributes:
         name: as the visitor knows it.
-        source, target: files of the session.
+        source, target: files of the session; the target of a name that says no format has its suffix when the picture
+            has been read.
         estimate: of its noise; None where it cannot be read.
         error: why there is no result, or None.
         model: the name of the model that was used, or None.
@@ -221,16 +222,19 @@ class Session:
             lock.release()
 
     def _look(self, picture: Picture) -> None:
-        """Estimate the noise of a picture, or find its error."""
-        if not picture.source.suffix:
-            kinds = [*sorted({name.upper() for name in SUFFIXES.values()}), *dict.fromkeys(read_suffixes().values())]
-            picture.error = f"{picture.name}: not a kind of picture that is read here; accepted: {', '.join(kinds)}"
-            return
+        """Estimate the noise of a picture, or find its error; what is in the file decides, not its name."""
         try:
             crops, values = read_samples(picture.source, max_pixels=self.limits.pixels, several=True)
+            if not picture.target.suffix:
+                picture.target = picture.target.with_suffix(self._suffix_by_content(picture.source))
             picture.estimate = noise_of_samples(crops, values)
         except FAILURES as error:
             picture.error = picture.told(in_one_line(error))
+
+    def _suffix_by_content(self, path: Path) -> str:
+        """The suffix of a result whose source's name says no format that is written: the command has a name given."""
+        found = StripReader(path, max_pixels=self.limits.pixels, several=True).header.format
+        return {**SUFFIX_OF, "raw": result_suffix(".dng")}.get(found, ".png")
 
     def run(self, choice: Choice, progress: Progress = lambda index, part: None) -> None:
         """Denoise the pictures that can be read: what ``fastden denoise`` would write for them.

@@ -18,6 +18,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from fastden.errors import UserError
+from fastden.images.codec import read_image
 from fastden.images.libvips import load_vips
 from fastden.inference.estimate import UNDECIDED, NoiseEstimate
 from fastden.training.data import load_rgb
@@ -187,6 +188,65 @@ def test_pictures_of_the_extra_formats(
         assert np.abs(np.asarray(image).astype(int) - load_rgb(shown)).max() <= 1
 
 
+def named(folder: Path, name: str, data: bytes) -> Path:
+    """A file whose name :func:`upload` cannot make."""
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "result"),
+    [
+        ("a.gif", "GIF", "a-clean.png"),
+        ("a", "GIF", "a-clean.png"),
+        ("a", "JPEG", "a-clean.jpg"),
+        ("a", "TIFF", "a-clean.tif"),
+        ("IMG_1.dat", "PNG", "IMG_1-clean.png"),
+        ("a.txt", "WEBP", "a-clean.webp"),
+        ("a.bmp", "AVIF", "a-clean.avif"),
+        ("a.png", "JPEG", "a-clean.png"),
+        ("a", "JPEG XL", "a-clean.png"),
+        ("a", "HEIC", "a-clean.heic"),
+        ("a", "camera raw", "a-clean.tif"),
+    ],
+)
+def test_what_is_in_a_file_decides(session: Session, tmp_path: Path, name: str, kind: str, result: str) -> None:
+    """The command reads such files too, where its output is named."""
+    data: bytes = {
+        "JPEG XL": lambda: jxl(pixels(64, 80)),
+        "HEIC": lambda: heic(pixels(64, 80)),
+        "camera raw": lambda: dng(64, 80),
+    }.get(kind, lambda: encoded(pixels(64, 80), kind))()
+    session.take([named(tmp_path / "root", name, data)])
+    session.run(Choice())
+    (picture,) = session.pictures
+    assert picture.error is None
+    path = session.download()
+    assert path is not None
+    assert path.name == result
+    works("denoise", named(tmp_path, name, data), "-o", tmp_path / result)
+    assert path.read_bytes() == (tmp_path / result).read_bytes()
+    assert all(Image.open(preview).size == (80, 64) for preview in session.previews(picture))
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jpg", "b.mp4", "b"])
+@pytest.mark.parametrize("data", [b"text", b"<svg></svg>", b"BM" + bytes(60), b"\0\0\0\x18ftypmp42" + bytes(40), b""])
+def test_a_refusal_is_the_commands(session: Session, tmp_path: Path, name: str, data: bytes) -> None:
+    session.take([named(tmp_path / "root", name, data)])
+    with pytest.raises(UserError) as refused:
+        read_image(named(tmp_path, name, data))
+    assert f"{tmp_path}/{session.pictures[0].error}" == str(refused.value)
+
+
+def test_a_gif_of_several_frames(session: Session, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    frames = [Image.fromarray(pixels(40, 56, seed=seed)) for seed in range(2)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    session.take([named(tmp_path / "root", "a.gif", file.getvalue())])
+    assert session.pictures[0].error == "a.gif: an animation of 2 frames (gif); accepted: one picture, or a video"
+
+
 def test_the_same_upload_twice(session: Session, tmp_path: Path) -> None:
     (path,) = upload(tmp_path / "root", a_jpg=jpeg())
     session.take([path, path])
@@ -216,7 +276,7 @@ def test_what_cannot_be_read(session: Session, tmp_path: Path) -> None:
     session.run(Choice())
     broken, other, huge = (picture.error or "" for picture in session.pictures)
     assert broken.startswith("a.jpg: corrupt or truncated")
-    assert other.startswith("b.txt: not a kind of picture that is read here; accepted: AVIF, JPEG, PNG, TIFF, WEBP")
+    assert other.startswith("b.txt: not an image in a known format; accepted: JPEG, PNG, TIFF, WebP, AVIF")
     assert huge.startswith("c.png: 1000 x 1000")
     assert not any(str(tmp_path) in error for error in (broken, other, huge))
     assert session.download() is None
