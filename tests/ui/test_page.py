@@ -37,7 +37,7 @@ ZONE = "#drop button"
 def start(folder: Path, *options: str, errors: Any = None) -> tuple[subprocess.Popen[str], str]:
     """The command, and the address that it tells; its temporary files lie below ``folder``."""
     command = [sys.executable, "-m", "fastden", "ui", "--no-browser", "--port", "0", *options]
-    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     assert process.stdout is not None
     return process, process.stdout.readline().split()[0]
@@ -480,7 +480,7 @@ def test_a_port_that_is_taken() -> None:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         )
     assert done.returncode == 1
     assert f"error: port: 127.0.0.1:{port} cannot be used" in done.stderr
