@@ -316,6 +316,10 @@ class Session:
     def previews(self, picture: Picture) -> tuple[Path, Path]:
         """The picture before and after, upright and in sRGB, as PNG files that every browser shows.
 
+        A picture with a range of its own, such as floats beyond 1 or 12 bits in a file of 16, is shown from that
+        range's black to its white, before and after alike: as viewers of measured data do (ImageJ, napari), without a
+        curve, since no such file says whether its values are linear light. Results stay on the picture's scale.
+
         Raises:
             OSError, UserError: they cannot be written.
         """
@@ -323,7 +327,7 @@ class Session:
         for path in (picture.source, picture.target):
             preview = path.with_name(f"{path.stem}-{path.stat().st_mtime_ns}.png")
             if not preview.exists():
-                _write_preview(path, preview)
+                _write_preview(path, preview, picture.estimate)
             made.append(preview)
         return made[0], made[1]
 
@@ -413,13 +417,25 @@ def _upright(path: Path) -> Any:
     return described(picture, image.metadata, strip_metadata=True)
 
 
-def _write_preview(path: Path, target: Path) -> None:
+def _on_own_range(image: Any, estimate: NoiseEstimate) -> Any:
+    """A pyvips image of gray or RGB from the black to the white of the picture that was judged; alpha stays."""
+    most = {"uchar": 255, "ushort": 65535}.get(image.format, 1)
+    gain = 1 / (estimate.white - estimate.black)
+    alpha = int(image.hasalpha())
+    colours = image.bands - alpha
+    scaled = image.linear([gain] * colours + [1] * alpha, [-gain * estimate.black * most] * colours + [0] * alpha)
+    return scaled.cast(image.format)
+
+
+def _write_preview(path: Path, target: Path, estimate: NoiseEstimate | None) -> None:
     vips = load_vips()
     with vips_errors():
         image = _upright(path)
         if image.bands > 2 and image.interpretation in ("b-w", "grey16", "multiband"):
             # A TIFF that does not declare RGB: read_image takes it for RGB, libvips for gray with more channels.
             image = image.copy(interpretation=INTERPRETATIONS.get(image.format, ("", "scrgb"))[1])
+        if estimate is not None and (estimate.black, estimate.white) != (0, 1) and image.interpretation != "cmyk":
+            image = _on_own_range(image, estimate)
         if image.get_typeof("icc-profile-data") and image.format in ("uchar", "ushort"):
             try:
                 image = image.icc_transform("srgb", intent="relative")

@@ -54,6 +54,13 @@ def upload(folder: Path, **files: bytes) -> list[Path]:
     return paths
 
 
+def named(folder: Path, name: str, data: bytes) -> Path:
+    """A file whose name :func:`upload` cannot make."""
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
 def jpeg(seed: int = 0) -> bytes:
     return encoded(pixels(40, 56, seed=seed), "JPEG", exif=exif(6), quality=90)
 
@@ -158,6 +165,48 @@ def test_previews_of_colours_that_are_not_declared(
 
 
 @pytest.mark.parametrize(
+    ("dtype", "black", "white"),
+    [
+        (np.float32, 0, 4.0),
+        (np.float32, -2.0, 2.0),
+        (np.float32, 0, 0.02),
+        (np.float32, 0, 1.0),
+        (np.uint16, 0, 4095),
+        (np.uint16, 0, 65535),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_previews_show_the_pictures_own_range(
+    session: Session, tmp_path: Path, dtype: type[np.number[Any]], black: float, white: float, channels: int
+) -> None:
+    """Linear light beyond 1 was white, 12 bits in 16 were black; the result stays the command's."""
+    row = np.linspace(black, white, 96)[:, None] * np.ones((64, 96, min(channels, 3)))
+    if channels == 4:
+        opaque = np.full((64, 96, 1), 65535 if dtype is np.uint16 else 1.0)
+        row = np.concatenate([row, opaque], 2)
+    data = io.BytesIO()
+    photometric = "minisblack" if channels == 1 else "rgb"
+    extra = {"extrasamples": ["unassalpha"]} if channels == 4 else {}
+    tifffile.imwrite(data, np.squeeze(row).astype(dtype), photometric=photometric, **extra)
+    session.take([named(tmp_path / "root", "a.tif", data.getvalue())])
+    session.run(Choice(strength=0.0))
+    (picture,) = session.pictures
+    assert picture.error is None
+    assert picture.estimate is not None
+    most = 65535 if dtype is np.uint16 else 1
+    first, last = picture.estimate.black * most, picture.estimate.white * most
+    assert abs(first - black) <= 0.1 * (white - black)  # by medians of blocks, in steps of 3 %
+    assert abs(last - white) <= 0.1 * (white - black)
+    wanted = np.clip(255 * (np.linspace(black, white, 96)[:, None] - first) / (last - first), 0, 255)
+    for preview in session.previews(picture):
+        shown = np.asarray(Image.open(preview).convert("RGBA")).astype(float)
+        assert np.abs(shown[..., :3] - wanted).max() <= 1
+        assert (shown[..., 3] == 255).all()
+    works("denoise", named(tmp_path, "a.tif", data.getvalue()), "-o", tmp_path / "wanted.tif", "--strength", 0)
+    assert picture.target.read_bytes() == (tmp_path / "wanted.tif").read_bytes()
+
+
+@pytest.mark.parametrize(
     ("name", "make", "result"),
     [
         ("a_heic", lambda: heic(pixels(64, 80)), "a-clean.heic"),
@@ -186,13 +235,6 @@ def test_pictures_of_the_extra_formats(
         image = Image.open(preview).convert("RGB")
         assert image.size == (80, 64)
         assert np.abs(np.asarray(image).astype(int) - load_rgb(shown)).max() <= 1
-
-
-def named(folder: Path, name: str, data: bytes) -> Path:
-    """A file whose name :func:`upload` cannot make."""
-    path = folder / name
-    path.write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize(
