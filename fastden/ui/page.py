@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from fastden.whole_files import reason
 AUTOMATIC = "automatic"
 #: Polling interval of a run, seconds.
 POLL = 0.2
+#: Windows that are remembered after they were left.
+MOST_GONE = 1000
 
 TITLE = "<h1>Denoise photographs</h1><p>They stay on the computer that runs this page.</p>"
 #: As of ``--sigma``: see docs/noise.md.
@@ -57,15 +60,18 @@ class Page:
         root: folder of the sessions, below the folder of Gradio's uploads.
         limits: what it takes.
         device: as in :func:`fastden.denoise`.
-        keep: seconds after which an upload that no session has taken is removed.
+        keep: seconds after which an upload that no session has taken is removed, and after which a session ends that
+            no window has open and that nobody uses: programs tell nobody that they are gone.
     """
 
     def __init__(self, root: Path, limits: Limits, device: str | None = None, keep: float = 3600) -> None:
         self.root, self.limits, self.device, self.keep = root, limits, device, keep
         self._turns = Turns()
         self._sessions: dict[str, Session] = {}
-        # Gradio tells once that a window is gone: nobody would end a second session of that window.
-        self._gone: set[str] = set()
+        # Windows that are open, as far as each holds its connection.
+        self._present: Counter[str] = Counter()
+        # Gradio tells once that a window is gone: a second session of that window would end by its age alone.
+        self._gone: dict[str, None] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -77,7 +83,25 @@ class Page:
 
     def _session(self, request: gr.Request) -> Session | None:
         """The visitor's session; None before the first drop, and after the connection was lost."""
-        return self._sessions.get(request.session_hash or "")
+        with self._lock:
+            return self._found(request.session_hash or "")
+
+    def _found(self, name: str) -> Session | None:
+        session = self._sessions.get(name)
+        if session is not None:
+            session.used = time.monotonic()
+        return session
+
+    @contextlib.contextmanager
+    def present(self, name: str) -> Iterator[None]:
+        """While a window holds its connection; its session stays, however long it is silent."""
+        self._present[name] += 1  # in the server's own thread alone
+        try:
+            yield
+        finally:
+            self._present[name] -= 1
+            if not self._present[name]:
+                del self._present[name]
 
     def _session_of_a_drop(self, request: gr.Request) -> Session | None:
         """The visitor's session, a new one at the first drop; None after the connection was lost."""
@@ -85,12 +109,14 @@ class Page:
         with self._lock:
             if name not in self._sessions and name not in self._gone:
                 self._sessions[name] = Session(self.root, self.limits, self.device, self._turns)
-            return self._sessions.get(name)
+            return self._found(name)
 
     def _leave(self, request: gr.Request) -> None:
         name = request.session_hash or ""
         with self._lock:
-            self._gone.add(name)
+            self._gone[name] = None
+            if len(self._gone) > MOST_GONE:
+                del self._gone[next(iter(self._gone))]
             session = self._sessions.pop(name, None)
         if session is not None:
             session.close()
@@ -106,8 +132,22 @@ class Page:
                     if path.name not in sessions and path.stat().st_mtime < oldest:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def remove_silent_sessions(self) -> None:
+        """End the sessions that nobody has used for ``keep`` seconds, unless their window is open."""
+        oldest = time.monotonic() - self.keep
+        with self._lock:
+            silent = [
+                name
+                for name, session in self._sessions.items()
+                if session.used < oldest and not session.busy and name not in self._present
+            ]
+            ended = [self._sessions.pop(name) for name in silent]
+        for session in ended:
+            session.close()
+
     def _remove_now_and_then(self) -> None:
         while not self._closed.wait(self.keep / 4):
+            self.remove_silent_sessions()
             self.remove_old_uploads()
 
     def blocks(self) -> gr.Blocks:
@@ -305,6 +345,7 @@ def _in_a_thread(
             said = text
             thread.join(POLL)
     finally:
+        session.used = time.monotonic()
         if thread.is_alive():
             session.cancel()
     return ended[0]

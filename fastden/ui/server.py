@@ -10,6 +10,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def application(page: Any, limits: Limits, *, names: Collection[str] | None) -> 
         css=CSS,
         head=head(),
     )
-    app.add_middleware(Gate, names=names)
+    app.add_middleware(Gate, names=names, present=page.present)
     return app
 
 
@@ -115,10 +116,13 @@ class Gate:
     Args:
         app: behind the gate.
         names: as of :func:`application`.
+        present: entered while a window holds its connection, with the window's name.
     """
 
-    def __init__(self, app: Any, names: Collection[str] | None) -> None:
-        self.app, self.names = app, names
+    def __init__(
+        self, app: Any, names: Collection[str] | None, present: Callable[[str], AbstractContextManager[None]]
+    ) -> None:
+        self.app, self.names, self.present = app, names, present
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -147,7 +151,9 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        await self.app(scope, receive, with_policy)
+        window = re.search(r"/heartbeat/([^/]+)$", scope["path"])
+        with self.present(window[1]) if window else nullcontext():
+            await self.app(scope, receive, with_policy)
 
 
 def _netloc(origin: bytes) -> bytes | None:

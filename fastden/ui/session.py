@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ class Session:
         pictures: what is worked on.
         fresh: whether nothing was done yet with the pictures that were taken.
         waiting: whether it is another visitor's turn.
+        used: when the visitor last asked for something, as of :func:`time.monotonic`.
     """
 
     def __init__(self, root: Path, limits: Limits, device: str | None = None, turns: Turns | None = None) -> None:
@@ -143,6 +145,7 @@ class Session:
         self._running = threading.Lock()
         self._round = 0
         self.fresh = self.waiting = False
+        self.used = time.monotonic()
 
     def take(self, uploads: Sequence[str | Path], progress: Callable[[int], None] = lambda index: None) -> None:
         """Work on these files from now on, instead of the earlier ones; they are moved into the session's folder.

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,33 @@ def test_a_file_that_is_too_large(url: str) -> None:
         + b"\r\n--x--\r\n"
     )
     assert answer(f"{url}/gradio_api/upload", body, Content_Type="multipart/form-data; boundary=x") == 413
+
+
+def test_a_window_is_present_while_it_holds_its_connection() -> None:
+    from starlette.testclient import TestClient
+
+    from fastden.ui.server import Gate
+
+    present: list[str] = []
+
+    @contextmanager
+    def entered(name: str) -> Iterator[None]:
+        present.append(name)
+        yield
+        present.remove(name)
+
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(list(present))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    client = TestClient(Gate(app, None, entered))
+    for path in ("/gradio_api/heartbeat/mine", "/gradio_api/queue/data?session_hash=mine", "/"):
+        client.get(path)
+    assert seen == [["mine"], [], []]
+    assert present == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")

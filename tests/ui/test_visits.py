@@ -165,12 +165,80 @@ def test_uploads_are_removed_now_and_then(tmp_path: Path) -> None:
     from fastden.ui.page import Page
 
     page = Page(tmp_path, Limits(), keep=0.1)
+    (tmp_path / "a.jpg").write_bytes(photo())
+    take(page, [tmp_path / "a.jpg"], SimpleNamespace(session_hash="program"))
     (tmp_path / "half").write_bytes(b"half")
     page.blocks()
     deadline = time.monotonic() + 30
-    while (tmp_path / "half").exists() and time.monotonic() < deadline:
+    while ((tmp_path / "half").exists() or list(tmp_path.glob("session-*"))) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not (tmp_path / "half").exists()
+    assert not list(tmp_path.glob("session-*"))
+    page.close()
+
+
+def test_a_session_that_is_silent_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program tells nobody that it is gone; a window whose connection is open keeps its pictures."""
+    from fastden.ui.page import Page
+
+    page, clock = Page(tmp_path, Limits(), keep=1000), [0.0]
+    monkeypatch.setattr("fastden.ui.page.time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    monkeypatch.setattr("fastden.ui.session.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    requests = {name: SimpleNamespace(session_hash=name) for name in ("program", "another", "working", "window")}
+    for request in requests.values():
+        (tmp_path / "a.jpg").write_bytes(photo())
+        take(page, [tmp_path / "a.jpg"], request)
+    with page.present("window"), page.present("window"):
+        pass
+    window = page.present("window")
+    window.__enter__()
+    clock[0] = 500
+    page._show(0, True, requests["another"])
+    clock[0] = 1100
+    with page._sessions["working"]._running:
+        page.remove_silent_sessions()
+    assert set(page._sessions) == {"another", "working", "window"}
+    assert len(list(tmp_path.glob("session-*"))) == 3
+    clock[0] = 1600
+    page.remove_silent_sessions()
+    assert set(page._sessions) == {"window"}
+    window.__exit__(None, None, None)
+    page.remove_silent_sessions()
+    assert not list(tmp_path.glob("session-*"))
+    assert not page._present
+    # It may come again.
+    (tmp_path / "a.jpg").write_bytes(photo())
+    assert "noise of fine grain" in take(page, [tmp_path / "a.jpg"], requests["program"])[3]
+    page.close()
+
+
+def test_what_a_long_run_has_made_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastden.ui.page import Page
+
+    page, request = Page(tmp_path, Limits(), keep=1000), SimpleNamespace(session_hash="program")
+    (tmp_path / "a.jpg").write_bytes(photo())
+    take(page, [tmp_path / "a.jpg"], request)
+    run = Session.run
+
+    def long(session: Session, *given: Any) -> None:
+        run(session, *given)
+        session.used -= 2000
+
+    monkeypatch.setattr(Session, "run", long)
+    list(page._run(True, 0.0, 1.0, "automatic", request))
+    page.remove_silent_sessions()
+    assert page._sessions["program"].pictures[0].done
+    page.close()
+
+
+def test_windows_that_left_are_not_remembered_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastden.ui import page as module
+
+    page = module.Page(tmp_path, Limits())
+    monkeypatch.setattr(module, "MOST_GONE", 3)
+    for name in "abcdc":
+        page._leave(SimpleNamespace(session_hash=name))
+    assert list(page._gone) == ["b", "c", "d"]
     page.close()
 
 
