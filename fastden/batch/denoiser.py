@@ -26,7 +26,7 @@ from fastden.errors import FAILURES, UserError
 from fastden.images.codec import MAX_PIXELS, check_format
 from fastden.inference.arguments import check_max_pixels, parse_memory
 from fastden.inference.estimate import NoiseEstimate
-from fastden.inference.run import Wishes
+from fastden.inference.run import Wishes, check_sigma
 from fastden.inference.tiling import check_tile
 from fastden.network.fused import FusedDenoiser
 from fastden.network.loading import Model
@@ -99,12 +99,7 @@ class BatchDenoiser:
         check_max_pixels(max_pixels)
         memory = parse_memory(max_memory)
         check_tile(tile, memory)
-        accepted = "accepted: 'auto', or 0 to 255 (the scale of 8-bit values), or a NoiseEstimate"
-        # The type first: an array has no single answer to a comparison.
-        if not isinstance(sigma, str | Real | NoiseEstimate) or isinstance(sigma, bool):
-            raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
-        if sigma != "auto" and (isinstance(sigma, str) or (isinstance(sigma, Real) and not 0 <= float(sigma) <= 255)):
-            raise ValueError(f"sigma: {sigma!r}; {accepted}")
+        check_sigma(sigma)
         if sigma_map is not None and sigma != "auto":
             shown = f"{sigma:g}" if isinstance(sigma, Real) else type(sigma).__name__
             raise ValueError(f"sigma_map: given together with sigma={shown}; accepted: one of them")

@@ -306,6 +306,31 @@ def noise_level_of(
     return Level(level / 255, float(level.numpy().mean(dtype=np.float64)))
 
 
+def check_sigma(sigma: Any, *, estimates: bool = True) -> None:
+    """Raise unless ``sigma`` is one level for pictures that are not there yet.
+
+    Args:
+        sigma: accepted are ``"auto"`` and numbers from 0 to 255.
+        estimates: accept a :class:`fastden.NoiseEstimate` too.
+
+    Raises:
+        TypeError: another type.
+        ValueError: another text, or a number outside of 0 to 255.
+    """
+    accepted = (
+        "'auto', a number from 0 to 255, or a NoiseEstimate" if estimates else "'auto', or a number from 0 to 255"
+    )
+    if estimates and isinstance(sigma, NoiseEstimate):
+        return
+    # The type first: an array has no single answer to a comparison.
+    if isinstance(sigma, bool) or not isinstance(sigma, str | Real):
+        shown = repr(sigma) if sigma is None or isinstance(sigma, bool | list | tuple) else type(sigma).__name__
+        raise TypeError(f"sigma: {shown}; accepted: {accepted}")
+    wrong = sigma != "auto" if isinstance(sigma, str) else not 0 <= float(sigma) <= 255  # refuses NaN too
+    if wrong:
+        raise ValueError(f"sigma: {sigma!r}; accepted: {accepted}")
+
+
 def estimated_level(estimates: list[NoiseEstimate]) -> Level:
     """The level of pictures that go together, from their estimates."""
     curves = torch.cat([estimate.curve_on(estimate.black, estimate.white) for estimate in estimates])

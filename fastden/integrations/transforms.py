@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastden.api import denoise
-from fastden.inference.arguments import check_strength
-from fastden.inference.estimate import estimate_noise, median_estimate
+from fastden.inference.estimate import NoiseEstimate, estimate_noise, median_estimate
 from fastden.integrations._missing import missing_package
+from fastden.integrations._settings import check_settings
 from fastden.network.loading import load_network
 
 try:
@@ -42,22 +42,27 @@ class Denoise(v2.Transform):
     The network is loaded where it is first needed, in each worker once: the transform itself is small to pickle.
 
     Args:
-        sigma: the noise level on the scale 0-255, or ``"auto"``, see :func:`fastden.denoise`.
+        sigma: the noise level on the scale 0-255, a :class:`fastden.NoiseEstimate`, or ``"auto"``, see
+            :func:`fastden.denoise`.
         model: a bundled name, a folder, a Hugging Face Hub id, or None, which is :func:`fastden.denoise`'s choice.
         strength: 0 to 2.
         device: where to compute; a CPU by default, because workers that are forked cannot use CUDA.
+
+    Raises:
+        TypeError: another type of ``sigma`` or ``model``.
+        ValueError: a ``sigma`` or ``strength`` outside of its range; no such model or device.
     """
 
     def __init__(
         self,
-        sigma: float | str = "auto",
+        sigma: float | str | NoiseEstimate = "auto",
         *,
         model: str | None = None,
         strength: float = 1.0,
         device: str = "cpu",
     ) -> None:
         super().__init__()
-        check_strength(strength)
+        check_settings(sigma=sigma, model=model, strength=strength, device=device)
         self.sigma, self.model, self.strength, self.device = sigma, model, strength, device
 
     _transformed_types = (_is_image,)

@@ -52,27 +52,40 @@ def files_of(model: str | Path, download: Mapping[str, Any] | None = None, *, ca
     Raises:
         TypeError, ValueError: see :meth:`PretrainedMixin.from_pretrained`.
     """
+    folder = local_files(model)
+    return _downloaded(str(model), dict(download or {}), card) if folder is None else folder
+
+
+def local_files(model: str | Path) -> Path | None:
+    """The folder that holds a model's files on this machine; None for the id of a Hub repository, which is not asked.
+
+    Raises:
+        TypeError, ValueError: see :meth:`PretrainedMixin.from_pretrained`.
+    """
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a bundled name, a folder or a Hugging Face Hub id")
     name, folder = str(model), model_folder(model)
-    accepted = (
-        f"accepted: {', '.join(models()) or 'no bundled names'}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE},"
-        " or a Hugging Face Hub id owner/name"
-    )
     if folder.is_dir():
         missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
         if missing:
-            raise ValueError(f"model: {name!r} holds no {' and no '.join(missing)}; {accepted}")
+            raise ValueError(f"model: {name!r} holds no {' and no '.join(missing)}; {_accepted()}")
         return folder
     if isinstance(model, Path):
-        raise ValueError(f"model: {name!r}, a Path but no folder that exists; {accepted} as text")
+        raise ValueError(f"model: {name!r}, a Path but no folder that exists; {_accepted()} as text")
     if "/" not in name and not name.startswith((".", "~")):
-        raise ValueError(f"model: {name!r}; {accepted}")
+        raise ValueError(f"model: {name!r}; {_accepted()}")
     owner, _, repository = name.partition("/")
     # Asking the Hub takes 20 s where there is no network: a folder's name is not asked for.
     if not owner[:1].isalnum() or not repository or "/" in repository or Path(owner).is_dir():
-        raise ValueError(f"model: {name!r}, no folder that exists; {accepted}")
-    return _downloaded(name, dict(download or {}), accepted, card)
+        raise ValueError(f"model: {name!r}, no folder that exists; {_accepted()}")
+    return None
+
+
+def _accepted() -> str:
+    return (
+        f"accepted: {', '.join(models()) or 'no bundled names'}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE},"
+        " or a Hugging Face Hub id owner/name"
+    )
 
 
 class PretrainedMixin:
@@ -238,7 +251,7 @@ class PretrainedMixin:
         return [file for file, there in has.items() if not there]
 
 
-def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: bool) -> Path:
+def _downloaded(repository: str, settings: dict[str, Any], card: bool) -> Path:
     """Download a Hub repository's files, and return their folder.
 
     Raises:
@@ -266,13 +279,13 @@ def _downloaded(repository: str, settings: dict[str, Any], accepted: str, card: 
             why = f"the Hugging Face Hub cannot be reached, and no earlier download has its {file}"
             if file == ESTIMATOR_FILE:  # a network without the estimator that was trained with it denoises, and worse
                 why += "; local_files_only=True or HF_HUB_OFFLINE=1 loads it as it is"
-            raise ValueError(f"model: {repository!r}: {why}; {accepted}") from error
+            raise ValueError(f"model: {repository!r}: {why}; {_accepted()}") from error
         except HFValidationError as error:  # before anything is asked for
-            raise ValueError(f"model: {repository!r}, no folder that exists; {accepted}") from error
+            raise ValueError(f"model: {repository!r}, no folder that exists; {_accepted()}") from error
         except (HfHubHTTPError, EntryNotFoundError) as error:
             if file in others and isinstance(error, EntryNotFoundError):  # not every network has them
                 continue
-            raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {accepted}") from error
+            raise ValueError(f"model: {repository!r}: {str(error).splitlines()[0]}; {_accepted()}") from error
         if file == WEIGHTS_FILE:
             folder = path.parent
     return folder

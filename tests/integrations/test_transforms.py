@@ -107,3 +107,21 @@ def test_workers(start: str) -> None:
     wanted = torch.stack([transform(picture(index)) for index in range(4)])
     loader = DataLoader(Pictures(transform), batch_size=2, num_workers=1, multiprocessing_context=start)
     assert torch.equal(torch.cat(list(loader)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"sigma": 300}, ValueError, "sigma: 300; accepted: 'auto', a number from 0 to 255"),
+        ({"sigma": "none"}, ValueError, "sigma: 'none'; accepted"),
+        ({"sigma": True}, TypeError, "sigma: True; accepted"),
+        ({"sigma": None}, TypeError, "sigma: None; accepted"),
+        ({"model": "nope"}, ValueError, "model: 'nope'; accepted: .*color"),
+        ({"model": 3}, TypeError, "model: int; accepted"),
+        ({"device": "gpu"}, ValueError, "device: 'gpu'; accepted: cpu"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
+    """They were told at the first sample, in a worker."""
+    with pytest.raises(kind, match=message):
+        Denoise(**settings)
