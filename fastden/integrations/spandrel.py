@@ -10,13 +10,14 @@ The file's tensors alone tell what the network is.
 
 from __future__ import annotations
 
-from numbers import Real
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastden.inference.estimate import estimate_noise
+from fastden.inference.run import check_sigma
 from fastden.integrations._missing import missing_package
 from fastden.network.model import Denoiser
 
@@ -44,12 +45,12 @@ class FastdenArch(Architecture):
             image (:func:`fastden.estimate_noise`), and programs are advised against tiles.
 
     Raises:
-        ValueError: another sigma.
+        TypeError: another type of ``sigma``.
+        ValueError: a number outside of 0 to 255, or another text.
     """
 
     def __init__(self, sigma: float | Literal["auto"] = "auto") -> None:
-        if sigma != "auto" and not (isinstance(sigma, Real) and 0 <= sigma <= 255):
-            raise ValueError(f"sigma: {sigma!r}; accepted: 'auto', or a number from 0 to 255")
+        check_sigma(sigma, estimates=False)
         self.sigma = sigma
         super().__init__(
             id=ID,
@@ -85,22 +86,33 @@ class FastdenArch(Architecture):
             size_requirements=SizeRequirements(),
             # A tile's level would be estimated from the tile alone, and neighbours would differ at the seam.
             tiling=ModelTiling.DISCOURAGED if takes_level and self.sigma == "auto" else ModelTiling.SUPPORTED,
-            call_fn=self._call,
+            call_fn=partial(_call, sigma=self.sigma),  # the tiling above is advised for this sigma
         )
 
-    def _call(self, model: Denoiser, image: Tensor) -> Tensor:
-        if not model.noise_level_input:
-            return model(image)
-        if self.sigma != "auto":
-            return model(image, self.sigma / 255)
-        pictures = image.detach().cpu().float().permute(0, 2, 3, 1).numpy()
-        return model(image, torch.cat([estimate_noise(picture).curve for picture in pictures]))
+
+def _call(model: Denoiser, image: Tensor, *, sigma: float | Literal["auto"]) -> Tensor:
+    if not model.noise_level_input:
+        return model(image)
+    if sigma != "auto":
+        return model(image, sigma / 255)
+    pictures = image.detach().cpu().float().permute(0, 2, 3, 1).numpy()
+    return model(image, torch.cat([estimate_noise(picture).curve for picture in pictures]))
 
 
 def install(sigma: float | Literal["auto"] = "auto") -> None:
-    """Make spandrel's loaders know fastden's networks; once is enough, and the first call's ``sigma`` stays.
+    """Make spandrel's loaders know fastden's networks.
+
+    A later call sets the ``sigma`` of networks that are loaded after it.
 
     Args:
         sigma: as of :class:`FastdenArch`.
+
+    Raises:
+        TypeError, ValueError: as of :class:`FastdenArch`.
     """
-    MAIN_REGISTRY.add(ArchSupport.from_architecture(FastdenArch(sigma)), ignore_duplicates=True)
+    architecture = FastdenArch(sigma)
+    if ID not in MAIN_REGISTRY:
+        MAIN_REGISTRY.add(ArchSupport.from_architecture(architecture))
+        return
+    registered: Any = MAIN_REGISTRY[ID].architecture
+    registered.sigma = architecture.sigma

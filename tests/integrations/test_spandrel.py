@@ -60,6 +60,28 @@ def test_a_fixed_level() -> None:
     assert FastdenArch(np.float32(25)).sigma == 25
     with pytest.raises(ValueError, match="sigma: 300; accepted: 'auto', or a number from 0 to 255"):
         FastdenArch(sigma=300)
+    for wrong in (True, None, [1.0]):
+        with pytest.raises(TypeError, match=r"sigma: .*; accepted: 'auto', or a number from 0 to 255"):
+            FastdenArch(sigma=wrong)  # type: ignore[arg-type]
+
+
+def test_a_later_installation_sets_the_level() -> None:
+    image, file = torch.rand(1, 3, 20, 20), fastden.models()["color"] / "model.safetensors"
+    earlier = spandrel.ModelLoader().load_from_file(file)
+    estimated = earlier(image)
+    try:
+        install(sigma=25)
+        later = spandrel.ModelLoader().load_from_file(file)
+        with torch.no_grad():
+            wanted = Denoiser.from_pretrained("color")(image, 25 / 255).clamp(0, 1)
+        assert (later(image) - wanted).abs().max() < 1e-5
+        assert later.tiling.name == "SUPPORTED"
+        assert torch.equal(earlier(image), estimated)
+        with pytest.raises(ValueError, match="sigma: 300"):
+            install(sigma=300)
+    finally:
+        install()
+    assert spandrel.MAIN_REGISTRY["fastden"].architecture.sigma == "auto"
 
 
 @pytest.mark.parametrize(
