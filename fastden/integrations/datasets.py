@@ -11,15 +11,24 @@ import os
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from numbers import Real
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import fastden
 from fastden.api import denoise
-from fastden.inference.arguments import check_strength
-from fastden.inference.estimate import NoiseEstimate
+from fastden.inference.estimate import WITH_ESTIMATOR, NoiseEstimate
+from fastden.integrations._settings import check_settings
+from fastden.network.hub import CONFIG_FILE, WEIGHTS_FILE, files_of
+from fastden.network.int8 import RANGES_FILE
+from fastden.network.loading import default_model
+from fastden.network.own_estimator import ESTIMATOR_FILE
+
+#: The name of what a pickle says of the model's files; only the fingerprint reads it.
+_MADE_WITH = "made_with"
 
 
 class _Process:
@@ -42,10 +51,15 @@ def _use_one_thread_in_a_fork() -> None:
 class DenoiseColumn:
     """Denoises the images of one column; rows and batches of rows, on any number of processes.
 
-    The network is loaded where it is first needed, in each process once. A process that was forked, as those of
-    ``num_proc`` are on Linux, computes on one thread (``torch.set_num_threads``): in a fork of a process that has
-    computed on several, PyTorch hangs. The settings alone make the fingerprint by
-    which ``datasets`` finds results of an earlier run.
+    Each process loads the network once, when it first needs it. On Linux the processes of ``num_proc`` are forks. A
+    fork computes on one thread (``torch.set_num_threads``), because PyTorch hangs in a fork of a process that has
+    computed on several.
+
+    ``datasets`` finds the results of an earlier run by a fingerprint. It is made of the settings, fastden's version and
+    the model's files: after a training that wrote the files again, ``map`` computes again.
+
+    With the format ``torch``, ``map`` stores the results as nested lists, as it does with all tensors: set that format
+    after ``map``.
 
     Args:
         column: of images: whatever :func:`fastden.denoise` takes, such as the PIL images that ``datasets.Image`` makes.
@@ -54,10 +68,13 @@ class DenoiseColumn:
         into: the column for the results; None replaces the images.
         model, strength, device: as of :func:`fastden.denoise`. A CPU by default, because processes that are forked
             cannot use CUDA.
+        batched: whether a call gets a batch. None: it does where the column holds a list, or an array of more axes
+            than an image has. Gray images 1, 3 or 4 pixels wide that come stacked, as with the format ``numpy``, look
+            like one colour image: say ``batched=True`` for them.
 
     Raises:
-        TypeError, ValueError: a column's name is no text or is empty, ``sigma`` is none of these, or ``strength`` is
-            outside 0 to 2.
+        TypeError, ValueError: a column's name is no text or is empty, ``sigma`` is none of these, ``strength`` is
+            outside 0 to 2, or there is no such model or device.
     """
 
     column: str = "image"
@@ -66,20 +83,37 @@ class DenoiseColumn:
     model: str | None = None
     strength: float = 1.0
     device: str = "cpu"
+    batched: bool | None = None
 
     def __post_init__(self) -> None:
-        check_strength(self.strength)
         for name, column in (("column", self.column), ("into", self.into)):
             if not isinstance(column, str) and not (name == "into" and column is None):
                 raise TypeError(f"{name}: {column!r}; accepted: the name of a column")
             if column == "":
                 raise ValueError(f"{name}: ''; accepted: the name of a column")
-        sigma: Any = self.sigma
-        accepted = "accepted: 'auto', the name of a column, a number from 0 to 255, or a NoiseEstimate"
-        if isinstance(sigma, bool) or not isinstance(sigma, str | Real | NoiseEstimate):
-            raise TypeError(f"sigma: {sigma!r}; {accepted}")
-        if sigma == "" or (isinstance(sigma, Real) and not 0 <= float(sigma) <= 255):  # refuses NaN too
-            raise ValueError(f"sigma: {sigma!r}; {accepted}")
+        if self.batched is not None and not isinstance(self.batched, bool):
+            raise TypeError(f"batched: {self.batched!r}; accepted: True, False or None")
+        sigma: Any = "auto" if self.sigma and self._sigma_is_a_column() else self.sigma
+        try:
+            check_settings(sigma=sigma, model=self.model, strength=self.strength, device=self.device)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("sigma:"):
+                raise
+            raise type(error)(f"{error}; or the name of a column") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings, and what tells one state of the model from another, for the fingerprint of ``datasets``."""
+        return {**self.__dict__, _MADE_WITH: (fastden.__version__, self._digests())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: value for name, value in state.items() if name != _MADE_WITH})
+
+    def _digests(self) -> tuple[str, ...]:
+        """Digests of the files that decide the result: of the models that may compute, and of the bundled estimator."""
+        if self.model is not None and not isinstance(self.model, str | Path):  # a network: its weights are pickled
+            return _digests_of(WITH_ESTIMATOR)
+        names = [self.model] if self.model is not None else [default_model("auto"), default_model(0)]
+        return tuple(digest for name in names for digest in _digests_of(files_of(name))) + _digests_of(WITH_ESTIMATOR)
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Denoise a row, or a batch as ``batched=True`` and ``with_transform`` give it.
@@ -93,14 +127,14 @@ class DenoiseColumn:
         for argument, name in wanted.items():
             if name not in rows:
                 raise KeyError(f"{argument}: {name!r}; accepted: {', '.join(map(str, rows))}")
-        # Rows of map decode a column when it is read, and what is decoded is encoded again, JPEG with losses. So they
-        # are read through a copy, and only the result goes back; map adds it to the other columns. A transform's rows
-        # are decoded, and what it returns is all that there is.
+        # map gives rows that decode a column when it is read. A decoded column is encoded again, JPEG with losses, so
+        # the columns are read from a copy, and only the result is returned: map adds it to the others. A transform gets
+        # decoded rows, and only what it returns is kept.
         lazy = not isinstance(rows, dict)
         source = copy(rows) if lazy else rows
         images = source[self.column]
         sigmas = source[str(self.sigma)] if self._sigma_is_a_column() else self.sigma
-        if _is_a_batch(images):
+        if _is_a_batch(images) if self.batched is None else self.batched:
             each: Any = sigmas if self._sigma_is_a_column() else [sigmas] * len(images)
             result: Any = [self._one(image, sigma) for image, sigma in zip(images, each, strict=True)]
         else:
@@ -115,6 +149,12 @@ class DenoiseColumn:
             return None
         _use_one_thread_in_a_fork()
         return denoise(image, sigma, model=self.model, strength=self.strength, device=self.device)
+
+
+def _digests_of(folder: Path) -> tuple[str, ...]:
+    """SHA-256 of the files of a model's folder; "" for a file that is not there."""
+    files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, ESTIMATOR_FILE, RANGES_FILE)]
+    return tuple(sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files)
 
 
 def _is_a_batch(images: Any) -> bool:

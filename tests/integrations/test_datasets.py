@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 import fastden
 from fastden.integrations.datasets import DenoiseColumn
+from fastden.network.model import Denoiser
+from tests.helpers import random_network
 from tests.integrations.installed import package
 
 datasets = package("datasets")
@@ -79,10 +82,41 @@ def test_with_transform(table: Any) -> None:
     assert np.array_equal(np.array(rows["image"][1]), fastden.denoise(picture(1), 25))
 
 
-def test_the_fingerprint_is_the_settings() -> None:
+def test_the_fingerprint_follows_settings_and_model(
+    table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fingerprint = datasets.fingerprint.Hasher.hash
     assert fingerprint(DenoiseColumn(sigma=25)) == fingerprint(DenoiseColumn(sigma=25))
     assert fingerprint(DenoiseColumn(sigma=25)) != fingerprint(DenoiseColumn(sigma=26))
+    folder = tmp_path / "model"
+    random_network().save_pretrained(folder)
+    column = DenoiseColumn(sigma=25, model=str(folder))
+    first, pictures = fingerprint(column), [np.array(row["image"]) for row in table.map(column)]
+    assert fingerprint(column) == first == fingerprint(DenoiseColumn(sigma=25, model=str(folder)))
+    Denoiser.from_pretrained("color").save_pretrained(folder)  # trained again
+    assert fingerprint(column) != first
+    again = [np.array(row["image"]) for row in table.map(column)]
+    assert not any(np.array_equal(*pair) for pair in zip(pictures, again, strict=True))
+    second = fingerprint(column)
+    (folder / "model.safetensors").touch()
+    assert fingerprint(column) == second
+    monkeypatch.setattr(fastden, "__version__", "0")
+    assert fingerprint(column) != second
+    copied = pickle.loads(pickle.dumps(column))
+    assert copied == column
+    assert vars(copied) == vars(column)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_batches_of_narrow_gray_arrays(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacked, they look like one image with colours."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    arrays = np.random.default_rng(0).integers(0, 256, (6, 16, width), np.uint8)
+    columns = {"image": [PIL.Image.fromarray(array) for array in arrays]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).with_format("numpy")
+    result = table.map(DenoiseColumn(sigma=25, batched=True), batched=True).with_format(None)
+    for array, row in zip(arrays, result, strict=True):
+        assert np.array_equal(np.array(row["image"]), fastden.denoise(array, 25))
 
 
 def test_mistakes(table: Any) -> None:

@@ -65,7 +65,7 @@ def test_a_column_in_a_fork_of_a_process_with_threads() -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"sigma": 300}, ValueError, "sigma: 300; accepted: 'auto', the name of a column, a number from 0 to 255"),
+        ({"sigma": 300}, ValueError, "sigma: 300; accepted: 'auto', a number from 0 to 255.*; or the name of a column"),
         ({"sigma": float("nan")}, ValueError, "sigma: nan; accepted"),
         ({"sigma": ""}, ValueError, "sigma: ''; accepted"),
         ({"sigma": None}, TypeError, "sigma: None; accepted"),
@@ -74,6 +74,11 @@ def test_a_column_in_a_fork_of_a_process_with_threads() -> None:
         ({"column": 3}, TypeError, "column: 3; accepted: the name of a column"),
         ({"column": ""}, ValueError, "column: ''; accepted: the name of a column"),
         ({"into": 3}, TypeError, "into: 3; accepted: the name of a column"),
+        ({"batched": 1}, TypeError, "batched: 1; accepted: True, False or None"),
+        ({"model": "nope"}, ValueError, "model: 'nope'; accepted: .*color"),
+        ({"model": 3}, TypeError, "model: int; accepted"),
+        ({"device": "gpu"}, ValueError, "device: 'gpu'; accepted: cpu"),
+        ({"strength": 3}, ValueError, "strength: 3; accepted"),
     ],
 )
 def test_wrong_settings_of_a_column(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
