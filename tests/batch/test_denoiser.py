@@ -298,8 +298,8 @@ def test_sigma_map(tmp_path: Path, network: Any) -> None:
     ("options", "message"),
     [
         ({"sigma": 300}, "sigma: 300; accepted"),
-        ({"sigma": None}, "sigma: NoneType; accepted: 'auto', or 0 to 255"),
-        ({"sigma": [25]}, "sigma: list; accepted"),
+        ({"sigma": None}, "sigma: None; accepted: 'auto', a number from 0 to 255, or a NoiseEstimate"),
+        ({"sigma": [25]}, r"sigma: \[25\]; accepted"),
         ({"sigma": np.array([25.0, 30.0])}, "sigma: ndarray; accepted"),
         ({"sigma_map": "missing.png"}, "sigma_map: missing.png: No such file"),
         ({"sigma": "much"}, "sigma: 'much'"),
