@@ -12,6 +12,7 @@ import numpy as np
 from fastden.api import denoise
 from fastden.errors import FAILURES, in_one_line
 from fastden.images.pixels import Array
+from fastden.images.ranges import FEW_VALUES
 from fastden.images.samples import MAX_SIGMA
 from fastden.integrations._missing import missing_package
 
@@ -36,13 +37,15 @@ def denoise_layer(
 ) -> Array:
     """Denoise a layer's pixels, plane by plane.
 
-    Values of other types than uint8 are scaled by the data's own range, and back: a microscope's 12 bits fill a part of
-    16, and its noise is judged against that part.
+    8 bits are denoised as they are. Other values are scaled by the layer's own range, and back: a microscope's 12 bits
+    fill a part of 16, and its noise is judged against that part. The range is that of the colours of all planes,
+    without the darkest and the brightest 0.1 % of each plane, so that a hot pixel does not change it.
 
     Args:
-        data: (..., H, W), or (..., H, W, 3 or 4) where ``rgb``; integers or floating.
+        data: (..., H, W), or (..., H, W, 3 or 4) where ``rgb``; integers or floating, not empty. Alpha is not touched.
         rgb: whether the last axis holds colours.
-        sigma: ``"auto"``, estimated from each plane, or a number on the scale 0-255 of the range.
+        sigma: ``"auto"``, estimated from each plane, or a number on a scale where 255 is the length of that range; of
+            uint8, 255 is white.
         strength, tile: as in :func:`fastden.denoise`.
         progress: called with the part that is done, 0 to 1; what it raises ends the work.
 
@@ -50,29 +53,52 @@ def denoise_layer(
         As ``data``.
 
     Raises:
-        ValueError: values that are not finite; what :func:`fastden.denoise` raises.
+        TypeError: complex values.
+        ValueError: an empty layer; values that are not finite; what :func:`fastden.denoise` raises.
     """
     values = np.asarray(data)
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"layer: dtype {values.dtype}; accepted: integers or floating")
+    if 0 in values.shape:
+        raise ValueError(f"layer: shape {values.shape}; accepted: no empty dimension")
     planes = values.reshape(-1, *values.shape[-3 if rgb else -2 :])
-    scaled = values.dtype != np.uint8
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if not math.isfinite(high - low):
+    colours = planes[..., :3] if rgb else planes
+    lowest, highest = float(colours.min()), float(colours.max())
+    if not math.isfinite(highest - lowest):
         raise ValueError("layer: holds NaN or infinity; accepted: finite values")
-    if scaled and high == low:  # flat, or empty
+    has_own_range = values.dtype != np.uint8
+    if strength == 0 or (has_own_range and highest == lowest):
         return values.copy()
-    results = np.empty_like(planes)
-    for index, plane in enumerate(planes):
+    low, high = _range_without_outliers(colours) if has_own_range else (lowest, highest)
+    results = planes.copy()
+    cleaned = results[..., :3] if rgb else results
+    for index, plane in enumerate(colours):
 
         def part(done: int, total: int, index: int = index) -> None:
             progress((index + done / max(total, 1)) / len(planes))
 
-        image = ((plane.astype(np.float64) - low) / (high - low)).astype(np.float32) if scaled else plane
+        image = ((plane.astype(np.float64) - low) / (high - low)).astype(np.float32) if has_own_range else plane
         clean = denoise(image, sigma, strength=strength, tile=tile, progress=part)
-        if scaled:
-            clean = np.clip(clean.astype(np.float64), 0, 1) * (high - low) + low
+        if has_own_range:
+            clean = np.clip(clean.astype(np.float64) * (high - low) + low, lowest, highest)
             clean = np.rint(clean) if values.dtype.kind in "biu" else clean
-        results[index] = clean
+        cleaned[index] = clean
     return results.reshape(values.shape)
+
+
+def _range_without_outliers(planes: Array) -> tuple[float, float]:
+    """The lowest and the highest value, without a share :data:`FEW_VALUES` of each plane at both ends.
+
+    Where all others are equal the outliers are the picture, and count.
+    """
+    ends = []
+    for plane in planes:  # one by one: sorting copies
+        flat = plane.reshape(-1)
+        few = int(FEW_VALUES * flat.size)
+        ordered = np.partition(flat, (few, flat.size - 1 - few))
+        ends.append((float(ordered[few]), float(ordered[flat.size - 1 - few])))
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    return (low, high) if low < high else (float(planes.min()), float(planes.max()))
 
 
 def _work(*arguments: Any, **options: Any) -> Array | str:

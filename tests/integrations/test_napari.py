@@ -125,14 +125,57 @@ def test_the_result_keeps_what_the_layer_says(viewer: Any, widget: Any) -> None:
     assert result.visible
 
 
+#: What :func:`denoise_layer` is asked for beside the pixels.
+OPTIONS: dict[str, Any] = {
+    "rgb": False,
+    "sigma": 25.0,
+    "strength": 1.0,
+    "tile": "auto",
+    "progress": lambda part: None,
+}
+
+
+@pytest.mark.parametrize("sigma", [25.0, "auto"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_alpha_does_not_change_the_range(dtype: Any, sigma: Any) -> None:
+    """12 bits of colour beside 16 bits of alpha."""
+    colours = np.rint(4095 * noisy((40, 3, 48)).transpose(0, 2, 1)).astype(dtype)
+    alpha = np.random.default_rng(1).integers(0, 65536, (40, 48, 1)).astype(dtype)
+    options = {**OPTIONS, "rgb": True, "sigma": sigma}
+    result = ours.denoise_layer(np.concatenate([colours, alpha], -1), **options)
+    assert np.array_equal(result[..., :3], ours.denoise_layer(colours, **options))
+    assert np.array_equal(result[..., 3:], alpha)
+    assert np.std(result[..., :3] / 4095 - np.linspace(0.2, 0.8, 48)[:, None]) < 0.05
+
+
+@pytest.mark.parametrize("sigma", [25.0, "auto"])
+def test_outliers_do_not_change_what_sigma_means(sigma: Any) -> None:
+    picture = np.rint(4095 * noisy((2, 64, 64))).astype(np.uint16)
+    flawed = picture.copy()
+    flawed[0, 40, 40], flawed[1, 41, 41] = 65535, 0
+    options = {**OPTIONS, "sigma": sigma}
+    wanted, result = (ours.denoise_layer(stack, **options)[:, :16].astype(float) for stack in (picture, flawed))
+    assert np.abs(result - wanted).max() < 0.01 * 4095
+    lone = np.zeros((64, 64), np.uint16)
+    lone[3, 3] = 9
+    assert ours.denoise_layer(lone, **options).shape == lone.shape
+
+
+def test_strength_0_and_what_is_refused() -> None:
+    wide = np.random.default_rng(0).integers(0, 2**32, (20, 20), np.uint32)
+    result = ours.denoise_layer(wide, **{**OPTIONS, "strength": 0.0})
+    assert np.array_equal(result, wide)
+    assert not np.shares_memory(result, wide)
+    with pytest.raises(TypeError, match="layer: dtype complex64; accepted: integers or floating"):
+        ours.denoise_layer(np.ones((4, 4), np.complex64), **OPTIONS)
+    for dtype in (np.uint8, np.uint16):
+        for shape in ((0, 4, 4), (3, 0, 4)):
+            with pytest.raises(ValueError, match=r"layer: shape .*; accepted: no empty dimension"):
+                ours.denoise_layer(np.ones(shape, dtype), **OPTIONS)
+
+
 def test_values_on_any_scale_and_flat_ones() -> None:
-    options: dict[str, Any] = {
-        "rgb": False,
-        "sigma": 25.0,
-        "strength": 1.0,
-        "tile": "auto",
-        "progress": lambda part: None,
-    }
+    options = OPTIONS
     picture = noisy((40, 48)).astype(np.float32)
     low, high = picture.min(), picture.max()
     wanted = fastden.denoise((picture - low) / (high - low), 25) * (high - low) + low
