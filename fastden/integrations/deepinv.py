@@ -8,18 +8,23 @@
 from __future__ import annotations
 
 import copy
+import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastden.images.samples import MAX_SIGMA
 from fastden.integrations._missing import missing_package
-from fastden.network.devices import named_device
+from fastden.network.devices import parse_device
 from fastden.network.fused import FusedDenoiser, fuse
+from fastden.network.inputs import as_tensor, check_input
 from fastden.network.loading import Model
 from fastden.network.model import Denoiser
+from fastden.ops.modes import runs_as_written
 
 try:
     from deepinv.models import Denoiser as _Base
@@ -30,14 +35,20 @@ except ModuleNotFoundError as error:
 TRAINED = MAX_SIGMA / 255
 #: Values further outside [0, 1] than so many standard deviations of the noise are not noise.
 EXCESS = 4.0
+#: An image is scaled up where its brightest value is below LIGHT; below DARK it fills the range then. Between the two
+#: the scale changes smoothly, because the brightest value of an iterate moves.
+DARK, LIGHT = 0.3, 0.6
+#: The shortest range: that of a black image without noise would be empty.
+SHORTEST = 1e-4
 
 
 class FastdenDenoiser(_Base):
     """fastden's network as a denoiser of deepinv: ``denoiser(x, sigma) -> y``.
 
-    Iterates of plug-and-play methods leave [0, 1], and their noise levels leave what the network was trained for. An
-    image whose values lie further out than its noise explains, or whose noise is above 75 / 255, is scaled into the
-    range, denoised at the scaled level, and scaled back.
+    The network was trained on images in [0, 1], with noise of up to 75 / 255. Plug-and-play methods make images and
+    noise levels beyond both. So an image is scaled, denoised at the scaled level, and scaled back: where its values lie
+    further outside of [0, 1] than its noise explains, where its noise is stronger, and where it is darker than 0.6
+    everywhere.
 
     Args:
         model: a bundled name, a folder, a Hugging Face Hub id, a :class:`fastden.Denoiser`, or what
@@ -48,7 +59,8 @@ class FastdenDenoiser(_Base):
             A network that is passed stays where it is: on another device a copy computes, and is trained.
 
     Raises:
-        ValueError: the model takes no noise level; ``trainable`` with a fused network, which has no parameters.
+        ValueError: the model takes no noise level; ``trainable`` with a fused network, which has no parameters; no such
+            device.
         TypeError: ``model`` has another type.
     """
 
@@ -61,8 +73,9 @@ class FastdenDenoiser(_Base):
         if trainable and isinstance(model, FusedDenoiser):
             raise ValueError("trainable: True, with a FusedDenoiser, which has no parameters; accepted: a Denoiser")
         network = Denoiser.from_pretrained(model) if isinstance(model, str | Path) else model
-        # An empty tensor knows which device "cuda" is.
-        device = network.device if device is None else torch.empty(0, device=named_device(device)).device
+        # An empty tensor has the number of the device that "cuda" is.
+        named = None if device is None else parse_device(device, any_kind=True)
+        device = network.device if named is None else torch.empty(0, device=named).device
         super().__init__(device)
         if not network.noise_level_input:
             raise ValueError(f"model: {model!r} takes no noise level; accepted: one that does, such as 'color'")
@@ -76,7 +89,7 @@ class FastdenDenoiser(_Base):
         """Denoise a batch.
 
         Args:
-            x: (N, 3, H, W) or (N, 1, H, W), floating; gray is denoised as colour with equal channels.
+            x: (N, 3, H, W) or (N, 1, H, W), of any floating dtype; gray is denoised as colour with equal channels.
             sigma: standard deviation of the noise on the scale of ``x``: a number, a list or tensor (N,),
                 (N, 1, 1, 1), or a map (N or 1, 1, H, W).
             **kwargs: what deepinv passes to some denoisers; not used.
@@ -85,37 +98,63 @@ class FastdenDenoiser(_Base):
             As ``x``, not clipped.
 
         Raises:
-            ValueError: ``sigma`` of another shape; an image of other dimensions or channels.
-            TypeError: ``sigma`` is no number.
+            ValueError: ``sigma`` of another shape, or (not checked on a GPU) negative or not finite; an image of other
+                dimensions or channels, or with NaN or infinity (not checked on a GPU).
+            TypeError: ``x`` is no floating tensor; ``sigma`` is no number.
         """
-        if x.dim() != 4:
-            raise ValueError(f"x: shape {tuple(x.shape)}; accepted: (N, {self.network.image_channels}, H, W)")
-        if sigma is None or isinstance(sigma, str):
-            raise TypeError(f"sigma: {sigma!r}; accepted: a number, or numbers, on the scale of x")
-        n, channels, height, width = x.shape
-        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        if level.dim() < 2:
-            level = level.reshape(-1, 1, 1, 1)
-        sizes = ((1, n), (1,), (1, height), (1, width))
-        if level.dim() != 4 or any(size not in ones for size, ones in zip(level.shape, sizes, strict=True)):
-            accepted = f"a number, ({n},), ({n}, 1, 1, 1) or ({n}, 1, {height}, {width}), and 1 for the first number"
-            raise ValueError(f"sigma: shape {tuple(level.shape)}; accepted for x {tuple(x.shape)}: {accepted}")
-        level = level.expand(n, 1, height, width)
-        low, span = _range(x, level)
-        scaled = (x - low) / span
         colours = self.network.image_channels
-        if channels == 1 and colours == 3:
+        is_gray = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == 1
+        check_input(x, 1 if is_gray else colours)
+        level = _level(sigma, x)
+        low, span = _range(x, level)
+        if runs_as_written(x) and x.device.type == "cpu" and not bool((span - low).isfinite().all()):
+            raise ValueError("x: NaN or infinity among the values; accepted: finite values")
+        scaled, level = (x - low) / span, level / span
+        if is_gray and colours == 3:
             scaled = scaled.expand(-1, 3, -1, -1)
-        y = self.network(scaled, level / span)
-        if channels == 1 and colours == 3:
+        if isinstance(self.network, Denoiser):  # a fused network takes any dtype, and keeps the image's precision
+            scaled, level = scaled.to(self.network.dtype), level.to(self.network.dtype)
+        y = self.network(scaled, level).to(x.dtype)
+        if is_gray and colours == 3:
             y = y.mean(1, keepdim=True)
         return y * span + low
+
+
+def _level(sigma: Any, x: Tensor) -> Tensor:
+    """``sigma`` as (N, 1, H, W), in the dtype and on the device of ``x``.
+
+    Raises:
+        TypeError, ValueError: as of :meth:`FastdenDenoiser.forward`.
+    """
+    if isinstance(sigma, bool) or not isinstance(sigma, Real | Tensor | np.ndarray | np.generic | list | tuple):
+        shown = repr(sigma) if sigma is None or isinstance(sigma, bool | str) else type(sigma).__name__
+        raise TypeError(f"sigma: {shown}; accepted: a number, or numbers, on the scale of x")
+    level = torch.as_tensor(float(sigma), dtype=torch.float64) if isinstance(sigma, Real) else as_tensor(sigma)
+    if runs_as_written(level) and level.device.type == "cpu" and level.numel():
+        low, high = (float(end) for end in level.detach().double().aminmax())
+        if not 0 <= low <= high < math.inf:  # refuses NaN too
+            values = f"{low:g}" if low == high or level.numel() == 1 else f"values from {low:g} to {high:g}"
+            raise ValueError(f"sigma: {values}; accepted: finite numbers of at least 0, on the scale of x")
+    level = level.to(x)
+    n, _, height, width = x.shape
+    if level.dim() < 2:
+        level = level.reshape(-1, 1, 1, 1)
+    accepted_sizes = ((1, n), (1,), (1, height), (1, width))
+    if level.dim() != 4 or any(size not in sizes for size, sizes in zip(level.shape, accepted_sizes, strict=True)):
+        accepted = f"a number, ({n},), ({n}, 1, 1, 1) or ({n}, 1, {height}, {width}), and 1 for the first number"
+        raise ValueError(f"sigma: shape {tuple(level.shape)}; accepted for x {tuple(x.shape)}: {accepted}")
+    return level.expand(n, 1, height, width)
 
 
 def _range(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     """Lower end and length of each image's range, (N, 1, 1, 1); 0 and 1 where [0, 1] will do."""
     dimensions = (1, 2, 3)
     noise = EXCESS * level.mean(dimensions, keepdim=True)
+    top = x.amax(dimensions, keepdim=True)
     low = (x.amin(dimensions, keepdim=True) + noise).clamp(max=0)
-    high = (x.amax(dimensions, keepdim=True) - noise).clamp(min=1)
+    # One standard deviation, not EXCESS: the level may be that of a clean image, which must not go far beyond 1.
+    brightest = top - noise / EXCESS
+    slope = (1 - DARK) / (LIGHT - DARK)
+    dark = torch.maximum(brightest, 1 - slope * (LIGHT - brightest)).clamp(min=SHORTEST)
+    high = torch.where(brightest < LIGHT, dark, (top - noise).clamp(min=1))
     return low, torch.maximum(high - low, level.amax(dimensions, keepdim=True) / TRAINED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from skimage import data
@@ -75,7 +77,7 @@ def test_gray_and_gradients(denoiser: FastdenDenoiser, picture: Tensor) -> None:
     assert not list(denoiser.parameters())
 
 
-@pytest.mark.parametrize(("scale", "sigma"), [(1.0, 0.1), (3.0, 0.05), (3.0, 1.5)])
+@pytest.mark.parametrize(("scale", "sigma"), [(1.0, 0.1), (3.0, 0.05), (3.0, 1.5), (0.1, 0.01), (0.7, 0.01)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_are_exact_where_images_are_scaled(channels: int, scale: float, sigma: float) -> None:
     """The scale depends on the darkest and the brightest pixel, and on the noise level."""
@@ -111,6 +113,66 @@ def test_images_outside_the_range(denoiser: FastdenDenoiser, picture: Tensor, sc
     ]
     assert gains[1] > 7
     assert gains[0] > gains[1] - 0.5
+
+
+@pytest.mark.parametrize("sigma", [15 / 255, 50 / 255])
+@pytest.mark.parametrize("factor", [0.01, 0.1, 3.0, 20.0])
+def test_a_factor_changes_next_to_nothing(
+    denoiser: FastdenDenoiser, picture: Tensor, factor: float, sigma: float
+) -> None:
+    noisy = picture + sigma * torch.randn(picture.shape)
+    result = denoiser(factor * noisy, factor * sigma) / factor
+    assert abs(psnr(result, picture) - psnr(denoiser(noisy, sigma), picture)) < 0.1
+
+
+def test_dark_flat_and_clean_images(denoiser: FastdenDenoiser, picture: Tensor) -> None:
+    black = torch.zeros(1, 3, 24, 24)
+    for sigma in (0.0, 1e-6, 0.1, 2.0):
+        for x in (black, black + 1e-7, black + 0.05, black - 0.05, black + 0.5, 1e-3 * picture):
+            image = x.clone().requires_grad_()
+            result = denoiser(image, sigma)
+            result.sum().backward()
+            assert image.grad is not None
+            assert image.grad.isfinite().all()
+            assert (result - image).abs().max() <= 1e-6 + 0.1 * float(x.abs().max()) + 0.2 * sigma
+    for brightest in (0.3, 0.6):  # no jump of the scale
+        scaled = picture / picture.max()
+        below, above = (denoiser((brightest + 0.02 + step) * scaled, 0.02) for step in (-1e-5, 1e-5))
+        assert (below - above).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_images_of_any_dtype(picture: Tensor, dtype: torch.dtype, trainable: bool) -> None:
+    model = FastdenDenoiser(trainable=trainable)
+    result = model(picture.to(dtype), 0.1)
+    assert result.dtype == dtype
+    # bfloat16 has 8 bits
+    assert (result.float() - model(picture, 0.1)).abs().max() < 2**-6
+
+
+def test_mistakes_are_told_in_what_was_passed(
+    denoiser: FastdenDenoiser, picture: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: list[tuple[Any, Any, type[Exception], str]] = [
+        ((255 * picture).byte(), 25, TypeError, r"x: dtype torch.uint8; accepted: a floating dtype"),
+        ([1], 0.1, TypeError, r"x: list; accepted"),
+        (picture[..., :0], 0.1, ValueError, r"x: shape \(1, 3, 96, 0\); accepted: height and width of at least 1"),
+        (picture[:, :2], 0.1, ValueError, r"x: shape \(1, 2, 96, 96\); accepted: \(N, 3, H, W\)"),
+        (picture * torch.nan, 0.1, ValueError, r"x: NaN or infinity"),
+        (picture, {"sigma": 0.1}, TypeError, r"sigma: dict; accepted: a number"),
+        (picture, True, TypeError, r"sigma: True; accepted: a number"),
+        (picture, 1j, TypeError, r"sigma: complex; accepted: a number"),
+        (20 * picture, -2.0, ValueError, r"sigma: -2; accepted: finite numbers of at least 0, on the scale of x"),
+        (20 * picture, torch.nan, ValueError, r"sigma: nan; accepted"),
+        (20 * picture.repeat(2, 1, 1, 1), [3.0, -2.0], ValueError, r"sigma: values from -2 to 3; accepted"),
+    ]
+    for x, sigma, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            denoiser(x, sigma)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: 'cuda', but PyTorch finds no CUDA device"):
+        FastdenDenoiser(device="cuda")
 
 
 def test_levels_above_the_trained_ones(denoiser: FastdenDenoiser, picture: Tensor) -> None:
