@@ -6,6 +6,8 @@ import { at, CELL, curveOf, estimate, isWhite, windows } from "./estimate.js";
 const HALO = 24;
 // Pixels on each side over which brightness is averaged for the level.
 const RADIUS = 2;
+// A pixel stays gray where all pixels within so many pixels are.
+const BORDER = 3;
 
 let runtime = null;
 
@@ -113,18 +115,31 @@ async function look(picture) {
   return estimate(all);
 }
 
-function isGray(pixels) {
-  for (let index = 0; index < pixels.length; index += 4) {
-    if (pixels[index] !== pixels[index + 1] || pixels[index] !== pixels[index + 2]) return false;
+// Whether all pixels within BORDER of each pixel of a window have equal channels: fastden/inference/tiling.py.
+function grayInside(picture, [top, bottom], [left, right]) {
+  const { pixels } = picture;
+  const width = right - left;
+  const result = new Uint8Array((bottom - top) * width).fill(1);
+  const coloured = new Uint8Array(width); // whether a pixel of the row within BORDER of the column has a colour
+  for (let y = Math.max(top - BORDER, 0); y < Math.min(bottom + BORDER, picture.height); y++) {
+    coloured.fill(0);
+    for (let x = Math.max(left - BORDER, 0); x < Math.min(right + BORDER, picture.width); x++) {
+      const from = 4 * (y * picture.width + x);
+      if (pixels[from] === pixels[from + 1] && pixels[from] === pixels[from + 2]) continue;
+      coloured.fill(1, Math.max(x - BORDER - left, 0), Math.min(x + BORDER + 1, right) - left);
+    }
+    for (let row = Math.max(y - BORDER, top); row < Math.min(y + BORDER + 1, bottom); row++) {
+      const start = (row - top) * width;
+      for (let x = 0; x < width; x++) if (coloured[x]) result[start + x] = 0;
+    }
   }
-  return true;
+  return result;
 }
 
 async function denoise(picture, network, curve, strength) {
   const { ort, tile } = runtime;
   const result = new Uint8ClampedArray(picture.pixels);
   const area = picture.width * picture.height;
-  const gray = isGray(picture.pixels);
   let done = 0;
   for (let y = 0; y < picture.height && strength > 0; y += tile) {
     for (let x = 0; x < picture.width; x += tile) {
@@ -137,13 +152,14 @@ async function denoise(picture, network, curve, strength) {
         input: new ort.Tensor("float32", planes(picture, rows, columns), [1, 3, height, width]),
         sigma: new ort.Tensor("float32", levels(picture, rows, columns, curve, strength), [1, 1, height, width]),
       });
+      const gray = grayInside(picture, [y, ends[0]], [x, ends[1]]);
       for (let row = y; row < ends[0]; row++) {
         for (let column = x; column < ends[1]; column++) {
           const from = (row - rows[0]) * width + column - columns[0];
           const to = 4 * (row * picture.width + column);
           for (let c = 0; c < 3; c++) result[to + c] = 255 * output.data[c * plane + from];
-          if (gray) {
-            // A gray picture stays gray: its channels are averaged, as the command does.
+          if (gray[(row - y) * (ends[1] - x) + column - x]) {
+            // What is gray stays gray: its channels are averaged, as the command does.
             const mean = (output.data[from] + output.data[plane + from] + output.data[2 * plane + from]) / 3;
             result[to] = result[to + 1] = result[to + 2] = 255 * mean;
           }

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import maximum_filter
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
@@ -258,6 +259,25 @@ def test_gray_stays_gray(page: Any) -> None:
     result = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
     assert np.abs(result - result[..., :1]).max() == 0
     assert np.abs(result[..., 0] - fastden.denoise(gray, dtype="float32")).max() <= 2
+
+
+def test_gray_parts_of_a_colour_picture_stay_gray(page: Any) -> None:
+    """Each pixel whose neighbours are gray, as the command does; also where tiles meet and at the borders."""
+    picture = np.repeat(pixels(300, 320, channels=0)[..., None], 3, -1)
+    picture[100:140, 200:270] = pixels(40, 70)
+    picture[0, 0] = picture[297, 9] = (200, 40, 40)
+    drop(page, ZONE, {"stamped.png": encoded(picture, "PNG")})
+    page.wait_for_selector(SAVE)
+    with page.expect_download() as download:
+        page.click(SAVE)
+    result = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+    wanted = fastden.denoise(picture, dtype="float32").astype(int)
+    assert np.abs(result - wanted).max() <= 2
+    coloured = (picture != picture[..., :1]).any(-1)
+    far = ~maximum_filter(coloured, 7, mode="constant")
+    assert far.mean() > 0.9
+    assert np.abs(result - result[..., :1])[far].max() == 0
+    assert np.abs(result - result[..., :1])[~far].max() > 0
 
 
 @pytest.mark.parametrize("then", ["another", "cancel"])
