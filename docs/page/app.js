@@ -12,7 +12,12 @@ const parts = Object.fromEntries(
   ),
 );
 
+// It is kept for the next picture with what it loaded, and ended where a run is cancelled or fails.
 let worker = null;
+// The file whose pixels the worker has.
+let sent = null;
+// The run that is going on; a run that is not this one any more shows nothing.
+let current = null;
 let file = null;
 let urls = [];
 let gpu = true;
@@ -30,8 +35,15 @@ function show(part, visible) {
 
 // Ends what is going on; its worker, and the memory that it holds, go with it.
 function stop() {
-  worker?.terminate();
-  worker = null;
+  if (current !== null) {
+    worker?.terminate();
+    worker = sent = null;
+  }
+  rest();
+}
+
+function rest() {
+  current = null;
   show("bar", false);
   show("cancel", false);
   parts.again.disabled = file === null;
@@ -109,17 +121,18 @@ async function run() {
   show("bar", true);
   show("cancel", true);
   parts.bar.removeAttribute("value");
-  const mine = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
-  worker = mine;
+  const mine = (current = {});
   const given = file;
   try {
-    const picture = await pixelsOf(given);
-    const { width, height } = picture;
-    if (worker !== mine) return; // cancelled meanwhile
+    // The worker has the pixels of a picture that is denoised again.
+    const picture = sent === given ? null : await pixelsOf(given);
+    if (current !== mine) return; // cancelled meanwhile
+    worker ??= new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
+    sent = given;
     const sigma = parts.auto.checked ? "auto" : Number(parts.sigma.value);
     const done = await new Promise((resolve, reject) => {
-      mine.onerror = (event) => reject(new Error(event.message || "this copy of the pages was built without the network"));
-      mine.onmessage = ({ data }) => {
+      worker.onerror = (event) => reject(new Error(event.message || "this copy of the pages was built without the network"));
+      worker.onmessage = ({ data }) => {
         if (data.error) reject(new Error(data.error));
         else if (data.progress) parts.bar.value = data.progress;
         else if (data.pixels) resolve(data);
@@ -129,25 +142,28 @@ async function run() {
         }
       };
       // The pixels move to the worker: they may have 160 MB.
-      mine.postMessage({ picture, sigma, strength: Number(parts.strength.value), gpu }, [picture.pixels.buffer]);
+      const settings = { sigma, strength: Number(parts.strength.value), gpu };
+      worker.postMessage({ picture, ...settings }, picture ? [picture.pixels.buffer] : []);
     });
-    if (worker !== mine) return;
+    if (current !== mine) return;
     gpu = done.how === "WebGPU"; // what failed once is not tried again
+    const { width, height } = done;
     const lossy = given.type === "image/jpeg";
-    const result = { width, height, pixels: done.pixels };
-    const shown = await encoded(result, "image/png");
-    const saved = lossy ? await encoded(result, "image/jpeg") : shown;
-    if (worker !== mine) return; // another picture, or Cancel, came meanwhile
+    const shown = await encoded(done, "image/png");
+    const saved = lossy ? await encoded(done, "image/jpeg") : shown;
+    if (current !== mine) return; // another picture, or Cancel, came meanwhile
     offer(given, shown, saved, lossy);
     const megapixels = (width * height) / 1e6;
     const how = `by the model ${done.name} in ${done.seconds.toFixed(1)} s (${done.how})`;
     say(`${inWords(done.seen)} ${megapixels.toFixed(1)} megapixels ${how}.`);
     parts.status.dataset.seconds = done.seconds;
     parts.status.dataset.how = done.how;
+    rest();
   } catch (error) {
-    if (worker === mine) say(error.message, true);
-  } finally {
-    if (worker === mine) stop();
+    if (current === mine) {
+      say(error.message, true);
+      stop();
+    }
   }
 }
 

@@ -10,6 +10,8 @@ const RADIUS = 2;
 const BORDER = 3;
 
 let runtime = null;
+// The picture that came last, and what the estimator saw in it: it may be denoised again with other settings.
+let last = null;
 
 // The runtime and the estimator, on WebGPU where there is a graphics card and `gpu` allows it.
 async function load(gpu) {
@@ -172,19 +174,22 @@ async function denoise(picture, network, curve, strength) {
   return result;
 }
 
+// Without a picture in it, a message is about the last one.
 self.onmessage = async ({ data: { picture, sigma, strength, gpu } }) => {
   try {
     runtime ??= await load(gpu);
-    const seen = await look(picture);
+    if (picture) last = { picture, seen: await look(picture) };
+    const { seen } = last;
     self.postMessage({ seen });
     const curve = sigma === "auto" ? curveOf(seen) : Array(seen.sigmas.length).fill(sigma / 255);
     const name = sigma !== "auto" || isWhite(seen) ? "color" : "photo";
     const { pixels, seconds } = await withNetwork(name, async (network) => {
       const start = performance.now();
-      const pixels = await denoise(picture, network, curve, strength);
+      const pixels = await denoise(last.picture, network, curve, strength);
       return { pixels, seconds: (performance.now() - start) / 1000 };
     });
-    self.postMessage({ pixels, seen, seconds, name, how: runtime.how }, [pixels.buffer]);
+    const { width, height } = last.picture;
+    self.postMessage({ pixels, width, height, seen, seconds, name, how: runtime.how }, [pixels.buffer]);
   } catch (error) {
     self.postMessage({ error: String(error?.message ?? error) });
   }
