@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastden.api import denoise
 from fastden.images.samples import MAX_SIGMA
+from fastden.integrations._frames import level_of_frames
 from fastden.network.hub import models
+from fastden.network.loading import load_network
 
 #: The model that fastden chooses.
 CHOICE = "auto"
@@ -23,7 +25,9 @@ class FastdenDenoise:
     FUNCTION = "denoise"
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
-    DESCRIPTION = "Removes noise from images and keeps their detail. Sigma 0 estimates the noise of each image."
+    DESCRIPTION = (
+        "Removes noise from images and keeps their detail. Sigma 0 estimates the noise, one level for a batch."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -52,21 +56,27 @@ class FastdenDenoise:
         Args:
             image: (N, H, W, 1, 3 or 4), float in [0, 1], as ComfyUI has images; a fourth channel is not touched.
             model: a bundled name, or ``"auto"``: as :func:`fastden.denoise` chooses.
-            sigma: on the scale 0-255; 0 estimates it from each image.
+            sigma: on the scale 0-255; 0 estimates it, as the median of the images, so that frames do not flicker.
+                (Images that are denoised on a range of their own, see :func:`fastden.denoise`, get each its own.)
             strength: 0 to 2.
 
         Returns:
             As ``image``, limited to [0, 1].
+
+        Raises:
+            ValueError: a ``sigma`` above 0 for a model that takes none; what :func:`fastden.denoise` raises.
         """
         pixels, alpha = image[..., :3], image[..., 3:]
         batch = pixels.permute(0, 3, 1, 2)
-        asked: Any = sigma if sigma > 0 else "auto"
-        chosen = None if model == CHOICE else model
+        chosen, device = None if model == CHOICE else model, _device()
+        if sigma > 0 and chosen is not None and not load_network(chosen, device).noise_level_input:
+            raise ValueError(f"sigma: {sigma:g}, but the model {chosen} takes no noise level; accepted: 0")
+        asked = sigma if sigma > 0 else level_of_frames(batch, chosen, device)
         cleaned = []
         for index, picture in enumerate(batch):
             report = _Report(index, len(batch))
             cleaned.append(
-                denoise(picture, asked, model=chosen, strength=strength, device=_device(), progress=report).clamp(0, 1)
+                denoise(picture, asked, model=chosen, strength=strength, device=device, progress=report).clamp(0, 1)
             )
         result = torch.stack(cleaned).permute(0, 2, 3, 1) if cleaned else pixels
         return (torch.cat([result, alpha], -1),)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastden.api import denoise
-from fastden.inference.estimate import NoiseEstimate, estimate_noise, median_estimate
+from fastden.inference.estimate import NoiseEstimate
+from fastden.integrations._frames import level_of_frames
 from fastden.integrations._missing import missing_package
 from fastden.integrations._settings import check_settings
-from fastden.network.loading import load_network
 
 try:
     from torchvision import tv_tensors
@@ -76,18 +76,8 @@ class Denoise(v2.Transform):
         is_video = isinstance(inpt, tv_tensors.Video)
         # Images and videos may have any dimensions in front.
         batches = plain[None].flatten(0, -5) if is_video else [plain.reshape(-1, *plain.shape[-3:])]
-        cleaned = [denoise(batch, self._level(batch) if is_video else self.sigma, **options) for batch in batches]
+        shared = is_video and isinstance(self.sigma, str)
+        levels = [level_of_frames(batch, self.model, self.device) if shared else self.sigma for batch in batches]
+        cleaned = [denoise(batch, level, **options) for batch, level in zip(batches, levels, strict=True)]
         result = (cleaned[0] if len(cleaned) == 1 else torch.stack(cleaned)).reshape(plain.shape)
         return tv_tensors.wrap(result, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else result
-
-    def _level(self, frames: Tensor) -> Any:
-        """The ``sigma`` of :func:`fastden.denoise` for all frames (N, C, H, W) of a video."""
-        if self.sigma != "auto":
-            return self.sigma
-        model = self.model
-        network = None if model is None else load_network(model, self.device, eight_bit=frames.dtype == torch.uint8)
-        if network is not None and not network.noise_level_input:
-            return "auto"
-        estimates = [estimate_noise(frame, network) for frame in frames]
-        ordinary = all((estimate.black, estimate.white) == (0, 1) for estimate in estimates)
-        return median_estimate(estimates) if ordinary else "auto"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastden
+from fastden.inference.estimate import median_estimate
 
 
 @pytest.fixture
@@ -54,6 +55,28 @@ def test_sigma_0_estimates(node: Any) -> None:
     images = (0.5 + 0.1 * torch.randn(1, 40, 40, 3)).clamp(0, 1)
     (result,) = node().denoise(images, "auto", 0.0, 1.0)
     assert (result - 0.5).std() < 0.3 * (images - 0.5).std()
+
+
+def test_a_batch_has_one_level(node: Any) -> None:
+    """Levels that are estimated from each frame would make a video flicker."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.linspace(0.2, 0.8, 64).expand(48, 64)[..., None]
+    noise = torch.randn((3, 48, 64, 3), generator=generator) * torch.tensor([0.05, 0.06, 0.15]).view(3, 1, 1, 1)
+    frames = (clean + noise).clamp(0, 1)
+    estimates = [fastden.estimate_noise(frame.permute(2, 0, 1)) for frame in frames]
+    shared = median_estimate(estimates)
+    for model in ("auto", "photo"):
+        (result,) = node().denoise(frames, model, 0.0, 1.0)
+        for frame, cleaned in zip(frames, result, strict=True):
+            wanted = fastden.denoise(frame.permute(2, 0, 1), shared, model=None if model == "auto" else model)
+            assert (cleaned - wanted.clamp(0, 1).permute(1, 2, 0)).abs().max() < 1e-5
+    assert node().denoise(frames[:0], "auto", 0.0, 1.0)[0].shape == (0, 48, 64, 3)
+    assert node().denoise(frames, "color-blind", 0.0, 1.0)[0].shape == frames.shape
+
+
+def test_a_level_for_a_blind_model_is_refused_in_the_terms_of_the_node(node: Any) -> None:
+    with pytest.raises(ValueError, match=r"sigma: 25, but the model color-blind takes no noise level; accepted: 0$"):
+        node().denoise(torch.rand(1, 20, 20, 3), "color-blind", 25.0, 1.0)
 
 
 def test_progress_and_the_cancel_button(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
