@@ -129,7 +129,8 @@ def denoise_array(
             it. Of a Dask array, whose chunks Dask would keep meanwhile, images above 1 GiB are taken as they are, with
             a warning.
         out: None, or where to write, chunk by chunk in parallel: the path of a Zarr array that does not exist yet,
-            which appears when it is complete, or a writable ``zarr.Array`` of the same shape and dtype.
+            which appears when it is complete and has the chunks, codecs, fill value and attributes of a Zarr array that
+            is denoised, or a writable ``zarr.Array`` of the same shape and dtype.
 
     Returns:
         With ``out`` the written ``zarr.Array``; else a Dask array, computed when asked for, or for a NumPy array a
@@ -431,6 +432,8 @@ def _write(da: Any, result: Any, out: Any, source: Any) -> Any:
         names = getattr(source.metadata, "dimension_names", None)
         like = {"chunks": source.chunks, "shards": source.shards, "attributes": dict(source.attrs)}
         like |= {"dimension_names": names, "zarr_format": source.metadata.zarr_format}
+        like |= {name: getattr(source, name) for name in ("compressors", "filters", "fill_value")}
+        like |= {"serializer": source.serializer} if source.metadata.zarr_format == 3 else {"order": source.order}
     temporary = path.with_name(f".fastden-{secrets.token_hex(8)}.tmp")
     try:
         with _writing(path):

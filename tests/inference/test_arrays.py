@@ -29,6 +29,9 @@ from tests.image_files import pixels
 da = pytest.importorskip("dask.array")
 zarr = pytest.importorskip("zarr")
 
+from numcodecs import Delta, GZip  # noqa: E402
+from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, TransposeCodec  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -236,6 +239,24 @@ def test_zarr_lazily_and_written(model: str, tmp_path: Path) -> None:
     assert (written.chunks, dict(written.attrs)) == (source.chunks, {"unit": "nm"})
     assert written.metadata.dimension_names == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "b.zarr"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compressors": BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle"), "fill_value": 7},
+        {"compressors": None, "filters": TransposeCodec(order=(1, 0, 2)), "serializer": BytesCodec(endian="big")},
+        {"shards": (60, 60, 3), "compressors": GzipCodec(level=1), "fill_value": 3},
+        {"zarr_format": 2, "compressors": GZip(level=1), "filters": [Delta("u2")], "fill_value": 9, "order": "F"},
+        {"zarr_format": 2, "compressors": None, "fill_value": None},
+    ],
+)
+def test_codecs_and_fill_value_are_those_of_the_source(model: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    image = pixels(40, 30, 3, np.uint16)
+    source = stored(tmp_path / "a.zarr", image, (30, 30, 3), **options)
+    written = denoise_array(source, 20, model=model, dtype="float64", out=tmp_path / "b.zarr")
+    assert written.metadata == source.metadata
+    same(written[:], fastden.denoise(image, 20, model=model, dtype="float64"))
 
 
 @pytest.mark.parametrize(
