@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastden.images.samples import MAX_SIGMA
-from fastden.integrations._missing import missing_package
+from fastden.integrations._missing import import_failure
 from fastden.network.devices import parse_device
 from fastden.network.fused import FusedDenoiser, fuse
 from fastden.network.inputs import as_tensor, check_input
@@ -28,8 +28,8 @@ from fastden.ops.modes import runs_as_written
 
 try:
     from deepinv.models import Denoiser as _Base
-except ModuleNotFoundError as error:
-    raise missing_package(error, "deepinv") from error
+except (ModuleNotFoundError, RuntimeError) as error:
+    raise import_failure(error, "deepinv") from error
 
 #: The largest noise level that the bundled models were trained for, on the scale of the image.
 TRAINED = MAX_SIGMA / 255

@@ -14,15 +14,15 @@ from fastden.errors import FAILURES, in_one_line
 from fastden.images.pixels import Array
 from fastden.images.ranges import FEW_VALUES
 from fastden.images.samples import MAX_SIGMA
-from fastden.integrations._missing import missing_package
+from fastden.integrations._missing import import_failure
 
 try:
     import napari
     from magicgui.widgets import Container, Label, ProgressBar, PushButton, create_widget
     from napari.qt.threading import create_worker
     from superqt.utils import ensure_main_thread
-except ModuleNotFoundError as error:
-    raise missing_package(error, "napari") from error
+except (ModuleNotFoundError, RuntimeError) as error:
+    raise import_failure(error, "napari") from error
 
 #: Side of the tiles, pixels; the result is the same.
 TILES = ("automatic", "256", "512", "1024")

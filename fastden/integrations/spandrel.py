@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastden.inference.estimate import estimate_noise
 from fastden.inference.run import check_sigma
-from fastden.integrations._missing import missing_package
+from fastden.integrations._missing import import_failure
 from fastden.network.model import Denoiser
 
 try:
@@ -31,8 +31,8 @@ try:
         SizeRequirements,
     )
     from spandrel.util import KeyCondition
-except ModuleNotFoundError as error:
-    raise missing_package(error, "spandrel") from error
+except (ModuleNotFoundError, RuntimeError) as error:
+    raise import_failure(error, "spandrel") from error
 
 ID = "fastden"
 

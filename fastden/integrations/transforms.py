@@ -15,14 +15,14 @@ from torch import Tensor
 from fastden.api import denoise
 from fastden.inference.estimate import NoiseEstimate
 from fastden.integrations._frames import level_of_frames
-from fastden.integrations._missing import missing_package
+from fastden.integrations._missing import import_failure
 from fastden.integrations._settings import check_settings
 
 try:
     from torchvision import tv_tensors
     from torchvision.transforms import v2
-except ModuleNotFoundError as error:
-    raise missing_package(error, "torchvision") from error
+except (ModuleNotFoundError, RuntimeError) as error:
+    raise import_failure(error, "torchvision") from error
 
 
 def _is_image(value: Any) -> bool:

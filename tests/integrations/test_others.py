@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,29 @@ def test_a_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         ModuleNotFoundError, match=rf"needs the package {package}; install: pip install 'fastden\[{package}\]'"
+    ):
+        importlib.import_module(f"fastden.integrations.{name}")
+
+
+@pytest.mark.parametrize("name", ["deepinv", "spandrel", "transforms"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "operator torchvision::nms does not exist",
+        "Detected that PyTorch and torchvision were compiled with different CUDA major versions.",
+    ],
+)
+def test_a_torchvision_for_another_pytorch(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = {"transforms": "torchvision"}.get(name, name)
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, f"fastden.integrations.{name}", raising=False)
+    (tmp_path / f"{package}.py").write_text(f"raise RuntimeError({message!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ImportError, match=f"cannot import {package}: torchvision was built for another PyTorch; install"
     ):
         importlib.import_module(f"fastden.integrations.{name}")
 
