@@ -1,4 +1,6 @@
 // Denoises a PPM with a package that `fastden export color -o color.pt2 --format aoti` wrote. docs/use-from.md says how to build.
+#include <cstdlib>
+#include <exception>
 #include <fstream>
 #include <iostream>
 #include <string>
@@ -6,9 +8,17 @@
 #include <torch/torch.h>
 #include <vector>
 
-int main(int count, char **words) {
+constexpr int64_t LONGEST = 1 << 20; // of a side: the number of bytes fits 64 bits
+
+int main(int count, char **words) try {
   if (count != 5) {
     std::cerr << "usage: denoise color.pt2 noisy.ppm clean.ppm SIGMA (0-75)\n";
+    return 2;
+  }
+  char *end = nullptr;
+  const double level = std::strtod(words[4], &end);
+  if (end == words[4] || *end != '\0' || !(level >= 0 && level <= 75)) {
+    std::cerr << "SIGMA: " << words[4] << "; accepted: a number from 0 to 75\n";
     return 2;
   }
   std::ifstream file(words[2], std::ios::binary);
@@ -20,6 +30,10 @@ int main(int count, char **words) {
     std::cerr << words[2] << ": not a binary PPM of 8 bits without comments\n";
     return 1;
   }
+  if (width < 1 || height < 1 || width > LONGEST || height > LONGEST) {
+    std::cerr << words[2] << ": " << width << " x " << height << " pixels; accepted: sides of 1 to " << LONGEST << "\n";
+    return 1;
+  }
   std::vector<uint8_t> pixels(width * height * 3);
   if (!file.read(reinterpret_cast<char *>(pixels.data()), pixels.size())) {
     std::cerr << words[2] << ": ends too early\n";
@@ -28,7 +42,7 @@ int main(int count, char **words) {
   const c10::InferenceMode inference;
   const auto bytes = torch::from_blob(pixels.data(), {height, width, 3}, torch::kUInt8);
   const auto image = bytes.permute({2, 0, 1}).unsqueeze(0).to(torch::kFloat32).div(255).contiguous();
-  const auto sigma = torch::full({1, 1, height, width}, std::stod(words[4]) / 255, torch::kFloat32);
+  const auto sigma = torch::full({1, 1, height, width}, level / 255, torch::kFloat32);
 
   torch::inductor::AOTIModelPackageLoader network(words[1]);
   const auto result = network.run({image, sigma}).at(0);
@@ -38,4 +52,8 @@ int main(int count, char **words) {
   output << "P6\n" << width << " " << height << "\n255\n";
   output.write(reinterpret_cast<const char *>(clean.const_data_ptr<uint8_t>()), clean.numel());
   return output.flush() ? 0 : 1;
+} catch (const std::exception &error) {
+  const std::string why = error.what();
+  std::cerr << words[1] << ": cannot be run: " << why.substr(0, why.find('\n')) << "\n"; // behind it is PyTorch's trace
+  return 1;
 }

@@ -98,6 +98,40 @@ def test_composed_does_less() -> None:
     assert 220e3 < counts[1] < 225e3
 
 
+def built_example(root: Path, folder: Path) -> Path:
+    """The program of ``examples/aoti``, or skip."""
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler")
+    build = folder / "build"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["cmake", "-S", root / "examples" / "aoti", "-B", build, prefix], ["cmake", "--build", build]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "denoise"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FASTDEN_TEST_AOTI" not in os.environ, reason="takes minutes; FASTDEN_TEST_AOTI=1 runs it")
+def test_mistakes_of_the_example_in_cpp(tmp_path: Path, root: Path) -> None:
+    program, picture = built_example(root, tmp_path), tmp_path / "noisy.ppm"
+
+    def said(header: str, sigma: str) -> tuple[int, str]:
+        picture.write_bytes(header.encode() + bytes(12))
+        words = [program, tmp_path / "missing.pt2", picture, tmp_path / "clean.ppm", sigma]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    for sigma in ("abc", "", "25x", "-1", "76", "nan", "1e999"):
+        assert said("P6\n2 2\n255\n", sigma) == (2, f"SIGMA: {sigma}; accepted: a number from 0 to 75\n")
+    for size in ("-2 2", "2 0", "2 4000000"):
+        code, text = said(f"P6\n{size}\n255\n", "25")
+        assert code == 1
+        assert f"{size.replace(' ', ' x ')} pixels; accepted: sides of 1 to 1048576" in text
+    code, text = said("P6\n2 2\n255\n", "25")  # the package is missing
+    assert code == 1
+    assert "missing.pt2" in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("FASTDEN_TEST_AOTI" not in os.environ, reason="takes minutes; FASTDEN_TEST_AOTI=1 runs it")
 def test_a_compiled_package_in_python_and_cpp(tmp_path: Path, root: Path) -> None:
@@ -107,24 +141,18 @@ def test_a_compiled_package_in_python_and_cpp(tmp_path: Path, root: Path) -> Non
         image, level = torch.rand(batch, 3, height, width), 0.3 * torch.rand(batch, 1, height, width)
         with torch.no_grad():
             assert (network(image, level) - model(image, level)).abs().max() < 1e-5
-    if shutil.which("cmake") is None or shutil.which("c++") is None:
-        pytest.skip("no cmake or no C++ compiler")
-    build = tmp_path / "build"
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (["cmake", "-S", root / "examples" / "aoti", "-B", build, prefix], ["cmake", "--build", build]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    program = built_example(root, tmp_path)
     header = b"P6\n50 37\n255\n"
     picture = np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)
     (tmp_path / "noisy.ppm").write_bytes(header + picture.tobytes())
     files = [package, tmp_path / "noisy.ppm", tmp_path / "clean.ppm"]
-    done = subprocess.run([build / "denoise", *files, "25"], capture_output=True, text=True, check=False)
+    done = subprocess.run([program, *files, "25"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "clean.ppm").read_bytes()
     assert written.startswith(header)
     clean = np.frombuffer(written[len(header) :], np.uint8).reshape(picture.shape)
     assert np.abs(clean.astype(int) - fastden.denoise(picture, 25, dtype="float32")).max() <= 1
     (tmp_path / "noisy.ppm").write_bytes(b"P6\n50 37\n255\n short")
-    done = subprocess.run([build / "denoise", *files, "25"], capture_output=True, text=True, check=False)
+    done = subprocess.run([program, *files, "25"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ends too early" in done.stderr
