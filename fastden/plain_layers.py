@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
@@ -77,3 +79,16 @@ def has_geometry(conv: nn.Conv2d, kernel: int, stride: int, padding: int) -> boo
     """Whether ``conv`` has this size of kernel, stride and padding."""
     geometry = tuple(conv.kernel_size), tuple(conv.stride), conv.padding
     return geometry == ((kernel, kernel), (stride, stride), (padding, padding))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set ``module`` to evaluation mode inside the context; afterwards each part has its own mode again."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        for part in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

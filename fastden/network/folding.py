@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from fastden.algebra import fold_batch_norm
 from fastden.network.model import Denoiser
 from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
-from fastden.plain_layers import has_geometry, is_plain_conv, is_untouched
+from fastden.plain_layers import evaluating, has_geometry, is_plain_conv, is_untouched
 
 Pair = tuple[Tensor, Tensor]
 _NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
@@ -32,6 +31,12 @@ def weights(model: Denoiser) -> dict[str, Pair]:
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model: on meta, without weights; accepted: one with weights (load_state_dict(assign=True))")
+    # In training, parametrisations may draw (dropout) or move buffers of theirs (spectral_norm) when a weight is read.
+    with evaluating(model):
+        return _weights(model)
+
+
+def _weights(model: Denoiser) -> dict[str, Pair]:
     check_call(model)
     for name in ("forward_padded", "_trunk", "_forward_composed"):
         if getattr(type(model), name) is not getattr(Denoiser, name) or name in vars(model):
@@ -120,25 +125,12 @@ def _check_hooks(
         return
     made = inputs()
     arguments = made if isinstance(made, tuple) else (made,)
-    with _evaluating(module):
+    with evaluating(module):
         result, expected = module(*arguments), plain(*arguments)
     tolerance = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     same = isinstance(result, Tensor) and result.shape == expected.shape
     if not same or not torch.allclose(result, expected, rtol=0.0, atol=tolerance):
         raise ValueError(_refusal(name, module, "has hooks that change its result"))
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Set ``module`` to evaluation mode inside the context; afterwards each part has its own mode again."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        for part in modes:
-            part.training = False
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def _ramp(like: Tensor | None, *shape: int) -> Tensor:

@@ -265,6 +265,27 @@ def test_adapters_by_parametrisation() -> None:
             assert max_error(fuse(model)(X, 0.1), y) < 1e-5
 
 
+class Drop(nn.Module):
+    """A parametrisation that draws in training."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.dropout(weight, 0.5, self.training)
+
+
+def test_fusing_reads_weights_as_evaluation_does() -> None:
+    model = random_network().train()
+    parametrize.register_parametrization(model.conv3.conv, "weight", Drop(), unsafe=True)
+    parametrize.register_parametrization(model.conv1.bn, "weight", Drop(), unsafe=True)
+    parametrizations.spectral_norm(model.conv2.conv)
+    state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    fused = fuse(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(part.training for part in model.modules())
+    with torch.no_grad():
+        assert max_error(fused(X, 0.1), model.eval()(X, 0.1)) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_quantisation_aware_training_observes() -> None:
     model = random_network().train()
