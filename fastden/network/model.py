@@ -21,7 +21,7 @@ from fastden.network.padding import pad_image
 from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
 from fastden.ops.modes import without_autocast
 from fastden.ops.tracing import autocast_enabled
-from fastden.plain_layers import has_geometry, is_plain_conv, is_plain_norm, is_untouched
+from fastden.plain_layers import evaluating, has_geometry, is_plain_conv, is_plain_norm, is_untouched
 
 
 def _for_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,7 +194,8 @@ class Denoiser(nn.Module, PretrainedMixin):
 
         Without the input, conv0 loses the weights of that channel. With it, conv0 gets zeros there: the function stays
         the same. The result is this very network where nothing changes, else a copy as ``copy.deepcopy`` makes it, with
-        the same estimator. Parametrisations of conv0 end in the copy: it holds the tensors that they gave.
+        the same estimator. Parametrisations of conv0 end in the copy: it holds the tensors that they
+        give in evaluation.
 
         Raises:
             TypeError: conv0 is no ``torch.nn.Conv2d``, or does not hold its weight (pruning, ``weight_norm``).
@@ -232,7 +233,8 @@ def _end_parametrisations(layer: nn.Module) -> None:
     parameters = {}
     for name, module in layer.parametrizations.items():  # type: ignore[operator, union-attr]
         trained = any(parameter.requires_grad for parameter in module.parameters())
-        parameters[name] = nn.Parameter(getattr(layer, name).detach().clone(), trained)
+        with evaluating(layer):  # in training they may draw, or move buffers
+            parameters[name] = nn.Parameter(getattr(layer, name).detach().clone(), trained)
     layer.__class__ = parametrize.type_before_parametrizations(layer)
     del layer.parametrizations
     for name, parameter in parameters.items():
