@@ -29,7 +29,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastden import ops
 from fastden.ops.tracing import autocast_enabled
-from fastden.plain_layers import has_geometry, is_hooked, is_plain_conv, is_plain_norm, is_untouched
+from fastden.plain_layers import has_geometry, has_tensor, is_hooked, is_plain_conv, is_plain_norm, is_untouched
 
 __all__ = ["Bottleneck", "ConcatConvBNReLU", "ConvBNReLU", "Upsample"]
 
@@ -226,7 +226,7 @@ class Bottleneck(nn.Module):
             isinstance(x, Tensor)  # not the stand-ins of torch.fx
             and not _has_any_global_hook()
             and all(is_plain_conv(conv) and has_geometry(conv, kernel, 1, padding) for conv, kernel, padding in convs)
-            and all(conv.bias is None for conv, _, _ in convs)
+            and not any(has_tensor(conv, "bias") for conv, _, _ in convs)
             and all(is_plain_norm(bn) for bn in (self.bn1, self.bn2, self.bn3))
         )
 

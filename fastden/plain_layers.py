@@ -58,10 +58,24 @@ def is_plain_norm(layer: nn.Module) -> bool:
     """Whether calling ``layer`` normalises as its :class:`fastden.ops.BatchNorm` does."""
     if not is_untouched(layer, nn.BatchNorm2d, _NORM_FORWARD, hooks=False):
         return False
-    tensors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
     if layer.training and not layer.track_running_stats:  # then PyTorch leaves the running statistics as they are
         return False
-    return layer.momentum is not None and all(tensor is not None for tensor in tensors)
+    tensors = ("weight", "bias", "running_mean", "running_var")
+    return layer.momentum is not None and all(has_tensor(layer, name) for name in tensors)
+
+
+def is_parametrised(layer: nn.Module, name: str | None = None) -> bool:
+    """Whether reading a tensor of ``layer``, or any, runs a parametrisation.
+
+    PyTorch's own function raises and catches an error for each layer without one.
+    """
+    parametrised: Any = layer._modules.get("parametrizations")
+    return parametrised is not None and (name is None or name in parametrised)
+
+
+def has_tensor(layer: nn.Module, name: str) -> bool:
+    """Whether ``layer`` has a tensor of this name, and not None; no parametrisation runs: it may draw, or cost."""
+    return is_parametrised(layer, name) or getattr(layer, name) is not None
 
 
 def has_own_forward(layer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from fastden.bench.counts import PARTS, TRAINING, UNITS
 from fastden.bench.timing import Call
 from fastden.errors import UserError
 from fastden.network.fused import FusedDenoiser, fuse
-from fastden.network.model import Denoiser, composed_head, composed_stem
+from fastden.network.model import Denoiser, composed_head, composed_stem, pair_of
 from fastden.network.padding import padding_for
 from fastden.nn import Bottleneck
 from fastden.ops.backends import use_backend
@@ -47,7 +47,7 @@ class _Stem(nn.Module):
         self.conv0, self.conv1, self.composed = model.conv0, model.conv1, composed
 
     def forward(self, x: Tensor) -> Tensor:
-        return composed_stem(self.conv0, self.conv1, x) if self.composed else self.conv1(self.conv0(x))
+        return composed_stem(pair_of(self.conv0), self.conv1, x) if self.composed else self.conv1(self.conv0(x))
 
 
 class _Head(nn.Module):
@@ -59,7 +59,7 @@ class _Head(nn.Module):
 
     def forward(self, features: Tensor, x: Tensor) -> Tensor:
         if self.composed:
-            return composed_head(self.conv0, self.up3, self.out, features, x)
+            return composed_head(pair_of(self.conv0), self.up3, self.out, features, x)
         y = self.out(torch.cat([self.conv0(x), self.up3(features)], 1))
         return x[:, : self.out.out_channels, BORDER:-BORDER, BORDER:-BORDER] + y
 

@@ -21,7 +21,15 @@ from fastden.network.padding import pad_image
 from fastden.nn import Bottleneck, ConcatConvBNReLU, ConvBNReLU, Upsample, is_plain_upsample
 from fastden.ops.modes import without_autocast
 from fastden.ops.tracing import autocast_enabled
-from fastden.plain_layers import evaluating, has_geometry, is_plain_conv, is_plain_norm, is_untouched
+from fastden.plain_layers import (
+    evaluating,
+    has_geometry,
+    has_tensor,
+    is_parametrised,
+    is_plain_conv,
+    is_plain_norm,
+    is_untouched,
+)
 
 
 def _for_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,31 +48,58 @@ def _for_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.float()  # autocast's convolutions take the other 16-bit dtype too, its torch.cat does not
 
 
-def composed_stem(conv0: nn.Conv2d, conv1: ConvBNReLU, x: Tensor) -> Tensor:
-    """conv1 o conv0 as one convolution, of layers with biases: the padded input (N, C, H, W) -> (N, 128, h, w)."""
-    conv = conv1.conv
-    assert conv0.bias is not None
-    assert conv.bias is not None
+#: Weight and bias of a layer.
+Pair = tuple[Tensor, Tensor]
+
+
+def pair_of(layer: nn.Conv2d | nn.ConvTranspose2d) -> Pair:
+    """Weight and bias of a layer that has both, each read once: a parametrisation may draw, or cost."""
+    weight, bias = layer.weight, layer.bias
+    assert bias is not None
+    return weight, bias
+
+
+def composed_stem(conv0: Pair, conv1: ConvBNReLU, x: Tensor) -> Tensor:
+    """conv1 o conv0 as one convolution.
+
+    Args:
+        conv0: weight and bias of the layer.
+        conv1: the layer, with a bias.
+        x: (N, C, H, W), the padded input.
+
+    Returns:
+        (N, 128, h, w).
+    """
     # Autocast would round the factors before they are composed. Composing is cheap, so it runs in their own dtype.
     with without_autocast(x.device):
-        stem = compose_stem(conv0.weight, conv0.bias, conv.weight, conv.bias)
+        stem = compose_stem(*conv0, *pair_of(conv1.conv))
     return ops.stem(x, stem.weight, stem.bias, bn=ops.BatchNorm.of(conv1.bn))
 
 
-def composed_head(conv0: nn.Conv2d, up3: Upsample, out: nn.Conv2d, features: Tensor, x: Tensor) -> Tensor:
-    """out o cat(conv0, up3), each in one convolution, and the added input, of layers with biases.
+def composed_head(conv0: Pair, up3: Upsample, out: nn.Conv2d, features: Tensor, x: Tensor) -> Tensor:
+    """out o cat(conv0, up3), each in one convolution, and the added input.
 
     Args:
-        conv0, up3, out: the layers.
+        conv0: weight and bias of the layer.
+        up3, out: the layers, with biases.
         features: (N, 256, h, w), the last ones.
         x: (N, C, H, W), the padded input.
     """
-    assert conv0.bias is not None
-    assert up3.bias is not None
-    assert out.bias is not None
     with without_autocast(x.device):  # as in composed_stem
-        head = compose_head(conv0.weight, conv0.bias, up3.weight, up3.bias, out.weight, out.bias)
+        head = compose_head(*conv0, *pair_of(up3), *pair_of(out))
     return ops.head(features, x, head.weight, head.image_weight, head.bias, composed=True)
+
+
+def _taken(conv0: nn.Conv2d) -> Tensor | None:
+    """A tensor of conv0 that has the device and dtype of the images that it takes; None where that is not known.
+
+    Hooks before a call may convert the image. No parametrisation runs.
+    """
+    if not is_plain_conv(conv0, hooks=True) or conv0._forward_pre_hooks:
+        return None
+    if not is_parametrised(conv0):
+        return conv0.weight
+    return next((own for own in conv0.parameters() if own.is_floating_point()), None)
 
 
 class Denoiser(nn.Module, PretrainedMixin):
@@ -137,10 +172,9 @@ class Denoiser(nn.Module, PretrainedMixin):
         Warns:
             ScaleWarning: once in a process, if values of ``x`` are far above 1, as in a picture on the scale 0-255.
         """
-        plain = is_plain_conv(self.conv0)
-        height, width = check_input(x, self.image_channels, self.conv0.weight.device if plain else None)
-        dtype = self.conv0.weight.dtype if plain else x.dtype
-        x = _for_autocast(x, dtype)
+        taken = _taken(self.conv0)
+        height, width = check_input(x, self.image_channels, None if taken is None else taken.device)
+        x = _for_autocast(x, x.dtype if taken is None else taken.dtype)
         warn_of_scale(x)
         level = noise_level(x, sigma, self.noise_level_input)
         padded = pad_image(x if level is None else torch.cat([x, level], 1))
@@ -177,11 +211,14 @@ class Denoiser(nn.Module, PretrainedMixin):
             return False
         convs = ((conv0, 5, 1, 0), (conv1.conv, 3, 2, 1), (out, 3, 1, 0))
         plain = all(is_plain_conv(conv) and has_geometry(conv, *geometry) for conv, *geometry in convs)
-        return plain and is_plain_upsample(up3) and all(c.bias is not None for c in (conv0, conv1.conv, up3, out))
+        layers = (conv0, conv1.conv, up3, out)
+        return plain and is_plain_upsample(up3) and all(has_tensor(layer, "bias") for layer in layers)
 
     def _forward_composed(self, x: Tensor) -> Tensor:
-        features = self._trunk(composed_stem(self.conv0, self.conv1, x))
-        return composed_head(self.conv0, self.up3, self.out, features, x)
+        with without_autocast(x.device):  # as in composed_stem
+            conv0 = pair_of(self.conv0)  # read once: stem and head have the same conv0
+        features = self._trunk(composed_stem(conv0, self.conv1, x))
+        return composed_head(conv0, self.up3, self.out, features, x)
 
     def _trunk(self, x: Tensor) -> Tensor:
         """Run res1 to res3, at half resolution: (N, 128, h, w) -> (N, 256, h, w)."""

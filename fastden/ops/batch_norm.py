@@ -48,23 +48,17 @@ class BatchNorm(NamedTuple):
         if isinstance(module, nn.SyncBatchNorm) and module.training:
             # Its statistics are those of all processes, but an operator sees only one process.
             raise ValueError("bn: SyncBatchNorm in training; accepted: BatchNorm2d, or SyncBatchNorm in evaluation")
-        if module.running_mean is None or module.running_var is None:
+        # Each is read once: a parametrisation may draw, or cost.
+        weight, bias, mean, variance = module.weight, module.bias, module.running_mean, module.running_var
+        if mean is None or variance is None:
             raise ValueError("bn: track_running_stats=False; accepted: True")
-        if module.weight is None or module.bias is None:
+        if weight is None or bias is None:
             raise ValueError("bn: affine=False; accepted: True")
         if module.momentum is None:
             raise ValueError("bn: momentum=None (a cumulative average); accepted: a number")
         if module.training and module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
-        return cls(
-            module.weight,
-            module.bias,
-            module.running_mean,
-            module.running_var,
-            module.training,
-            module.momentum,
-            module.eps,
-        )
+        return cls(weight, bias, mean, variance, module.training, module.momentum, module.eps)
 
 
 def batch_statistics(*bns: BatchNorm | None) -> bool:

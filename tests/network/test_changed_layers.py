@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import disable_observer, get_default_qat_qconfig, prepare_qat
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from fastden.network.fused import fuse
 from fastden.network.model import Denoiser
@@ -263,6 +264,47 @@ def test_adapters_by_parametrisation() -> None:
         with torch.no_grad():
             assert max_error(y, by_layers(model, X)) < 1e-5
             assert max_error(fuse(model)(X, 0.1), y) < 1e-5
+
+
+class Counted(nn.Module):
+    """A parametrisation that counts its calls, and gives another tensor in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        self.calls += 1
+        return tensor * (1 + 0.1 * (self.calls - 1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_call_reads_each_tensor_once(composed: bool, training: bool) -> None:
+    model = random_network(composed=composed).train(training)
+    expected = copy.deepcopy(model)(X, 0.1)
+    counts = {}
+    for name, part in list(model.named_modules()):
+        for tensor in ("weight", "bias"):
+            if isinstance(getattr(part, tensor, None), nn.Parameter):
+                counts[f"{name}.{tensor}"] = counted = Counted()
+                parametrize.register_parametrization(part, tensor, counted, unsafe=True)
+                counted.calls = 0
+    assert torch.equal(model(X, 0.1), expected)
+    assert {name: counted.calls for name, counted in counts.items()} == dict.fromkeys(counts, 1)
+    checkpoint(model, X.clone().requires_grad_(), 0.1, use_reentrant=False)
+    assert {counted.calls for counted in counts.values()} == {2}
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_parametrised_layers_compile(composed: bool) -> None:
+    model = random_network(composed=composed)
+    parametrizations.spectral_norm(model.conv0)
+    for part in (model.conv1.bn, model.out):
+        parametrize.register_parametrization(part, "weight", Drop())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert max_error(compiled(X, 0.1), model(X, 0.1)) < 1e-6
 
 
 class Drop(nn.Module):

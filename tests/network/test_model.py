@@ -530,3 +530,20 @@ def test_untrained_network_has_the_default_initialisation() -> None:
     torch.manual_seed(0)
     weight = Denoiser().conv3.conv.weight
     assert weight.abs().max() <= (1 / (160 * 9)) ** 0.5 + 1e-7
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_on_the_first_layer_leave_the_check_of_the_input(kind: str) -> None:
+    model = random_network()
+    getattr(model.conv0, kind)(lambda *_: None)
+    with pytest.raises(TypeError, match=r"x: dtype torch.float64; accepted: torch.float32, the network's"):
+        model(torch.rand(1, 3, 8, 8, dtype=torch.float64), 0.1)
+    with pytest.raises(ValueError, match=r"x: on meta; accepted: cpu, where the network is"):
+        model(torch.rand(1, 3, 8, 8, device="meta"), 0.1)
+
+
+def test_a_hook_before_the_first_layer_may_convert_the_input() -> None:
+    model = random_network()
+    model.conv0.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    assert max_error(model(x, 0.1), random_network()(x.float(), 0.1)) < 1e-6
