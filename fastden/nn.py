@@ -9,11 +9,10 @@ choice (:mod:`fastden.ops.backends`).
 A block hands its layers' tensors to a fused operator where each layer is what the operator computes. Where one is not,
 the block calls its layers one by one, as a plain sequence would: with hooks on a layer (also those of ``weight_norm``,
 ``spectral_norm``, pruning and FSDP2) or on all modules, with a layer of another class (adapters such as LoRA,
-quantisation, ``SyncBatchNorm``), with another ``padding_mode``, dilation or grouping, with a normalisation that
-averages cumulatively (``momentum=None``, which ``update_bn`` sets) or has no running statistics, with a module in the
-place of the flag ``relu`` (another activation), and under
-``torch.fx.symbolic_trace``. Parametrisations (``torch.nn.utils.parametrize``) need no call: reading the tensor applies
-them.
+quantisation, ``SyncBatchNorm`` in training), with another ``padding_mode``, dilation or grouping, with a normalisation
+that averages cumulatively (``momentum=None``, which ``update_bn`` sets) or has no running statistics, with a module in
+the place of the flag ``relu`` (another activation), and under ``torch.fx.symbolic_trace``. Parametrisations
+(``torch.nn.utils.parametrize``) need no call: reading the tensor applies them.
 
 Under autocast a block's result has autocast's dtype, and a residual in float32 is rounded to it, whether or not the
 layers are called one by one. (In a plain sequence ``y + residual`` would be float32, twice the memory to read.)

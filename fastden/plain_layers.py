@@ -12,7 +12,7 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: PyTorch's own methods, as they were at import. Where one is replaced later, the replacement must run.
 _CONV_FORWARD, _CONV_FORWARD_WITH = nn.Conv2d.forward, nn.Conv2d._conv_forward
-_NORM_FORWARD = nn.BatchNorm2d.forward
+_NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -56,7 +56,9 @@ def is_plain_conv(layer: nn.Module, *, hooks: bool = False) -> bool:
 
 def is_plain_norm(layer: nn.Module) -> bool:
     """Whether calling ``layer`` normalises as its :class:`fastden.ops.BatchNorm` does."""
-    if not is_untouched(layer, nn.BatchNorm2d, _NORM_FORWARD, hooks=False):
+    if not is_untouched(layer, (nn.BatchNorm2d, nn.SyncBatchNorm), *_NORM_FORWARDS, hooks=False):
+        return False
+    if layer.training and isinstance(layer, nn.SyncBatchNorm):  # the statistics of all processes
         return False
     if layer.training and not layer.track_running_stats:  # then PyTorch leaves the running statistics as they are
         return False

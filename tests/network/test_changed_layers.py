@@ -383,6 +383,17 @@ def test_other_normalisations(norm: str, training: bool) -> None:
             fuse(model)
 
 
+def test_synchronised_normalisation_fuses_in_evaluation() -> None:
+    model = random_network(composed=True)
+    expected = model(X, 0.1)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for training in (False, True):
+        synchronised.train(training)
+        fuses = (synchronised._composes(), synchronised.conv2._fuses(X), synchronised.res1._fuses(X))
+        assert fuses == (not training,) * 3
+    assert torch.equal(synchronised.eval()(X, 0.1), expected)
+
+
 @pytest.mark.parametrize("composed", [False, True])
 def test_another_activation(composed: bool) -> None:
     model, activation = random_network(composed=composed), nn.PReLU(init=0.9)
