@@ -29,7 +29,7 @@ from torch import Tensor
 from fastden.ops._triton_start import why_not_started
 from fastden.ops.modes import runs_as_written
 from fastden.ops.proven import PROVEN, SHAPES
-from fastden.ops.tensors import wants_gradient
+from fastden.ops.tensors import differentiated_otherwise, wants_gradient
 from fastden.ops.tracing import autocast_enabled, constant_result, exporting, transform_active
 
 
@@ -143,12 +143,17 @@ def choose(
         _make_ready(name)
         _check_traced(operator, name, batch_statistics, **tensors)
     else:
-        _check(operator, name, batch_statistics, **tensors)
+        _check(operator, name, batch_statistics, False, **tensors)
     return name
 
 
-def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **tensors: Tensor | None) -> list[str]:
+def why_not(
+    operator: str, backend: str, *, batch_statistics: bool = False, traced: bool = False, **tensors: Tensor | None
+) -> list[str]:
     """Why ``operator`` cannot run on ``backend`` with these inputs; empty if it can. Arguments as in :func:`choose`.
+
+    Args:
+        traced: whether ``torch.compile`` traces the call, and so handles transforms itself.
 
     Raises:
         ValueError: there is no such backend.
@@ -160,6 +165,8 @@ def why_not(operator: str, backend: str, *, batch_statistics: bool = False, **te
     if missing:
         return missing
     reasons = _why_not_statistics(entry) if batch_statistics else []
+    if not traced and differentiated_otherwise(*tensors.values()):
+        reasons.append("a transform of torch.func or forward-mode differentiation is active; accepted: backend torch")
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     devices = {tensor.device.type for tensor in present.values()}
     if devices != {"cuda"} and not (_runs_on_cpu(entry) and devices == {"cpu"}):
@@ -260,17 +267,17 @@ def _known(name: str, what: str) -> str:
     return name
 
 
-def _check(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
+def _check(operator: str, name: str, batch_statistics: bool, traced: bool, **tensors: Tensor | None) -> None:
     """Raise BackendError with the reasons if ``operator`` cannot run on ``name``."""
-    if why_not(operator, name, batch_statistics=batch_statistics, **tensors):
-        raise BackendError(_refusal(operator, name, batch_statistics, tensors))
+    if why_not(operator, name, batch_statistics=batch_statistics, traced=traced, **tensors):
+        raise BackendError(_refusal(operator, name, batch_statistics, traced, tensors))
 
 
 def _check_traced(operator: str, name: str, batch_statistics: bool, **tensors: Tensor | None) -> None:
     """:func:`_check` with the sizes of the first call."""
     seen = _of_first_call(tensors)
     if seen is not None:
-        _check(operator, name, batch_statistics, **seen)
+        _check(operator, name, batch_statistics, True, **seen)
 
 
 def _ask_traced(operator: str, name: str, **tensors: Tensor | None) -> None:
@@ -279,7 +286,7 @@ def _ask_traced(operator: str, name: str, **tensors: Tensor | None) -> None:
     Dynamo calls this function with fake tensors. From such a function it accepts no result but tensors and None.
     """
     seen = _of_first_call(tensors)
-    _answer.set(seen is not None and not why_not(operator, name, batch_statistics=False, **seen))
+    _answer.set(seen is not None and not why_not(operator, name, batch_statistics=False, traced=True, **seen))
 
 
 @constant_result
@@ -362,7 +369,7 @@ def _can_run(operator: str, name: str, device: torch.device, tensors: dict[str, 
     if left_out(name, device):
         return False
     if not torch.compiler.is_compiling():
-        return not why_not(operator, name, batch_statistics=False, **tensors)
+        return not why_not(operator, name, batch_statistics=False, traced=False, **tensors)
     if not _make_ready(name):
         return False
     _ask_traced(operator, name, **tensors)
@@ -430,7 +437,7 @@ def _proven_on(operator: str, index: int | None, dtype: torch.dtype) -> tuple[st
 _proven_on_index = cache(_proven_on)
 
 
-def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str, Tensor | None]) -> str:
+def _refusal(operator: str, name: str, batch_statistics: bool, traced: bool, tensors: dict[str, Tensor | None]) -> str:
     inputs = "; ".join(
         f"{key}: {tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
         for key, tensor in tensors.items()
@@ -438,7 +445,7 @@ def _refusal(operator: str, name: str, batch_statistics: bool, tensors: dict[str
     )
     lines = [f"backend {name!r} was asked for and cannot run {operator} on {inputs}"]
     for backend in NAMES:
-        reasons = why_not(operator, backend, batch_statistics=batch_statistics, **tensors)
+        reasons = why_not(operator, backend, batch_statistics=batch_statistics, traced=traced, **tensors)
         lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'can run'}")
     return "\n".join(lines)
 

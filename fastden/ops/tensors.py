@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -40,6 +41,18 @@ def untransformed() -> bool:
     Not under the transforms of ``torch.func`` and forward-mode differentiation, except where the compiler handles them.
     """
     return torch.compiler.is_compiling() or not transform_active()
+
+
+def differentiated_otherwise(*tensors: Tensor | None) -> bool:
+    """Whether operations on these tensors need more than a gradient: kernels have no other derivative.
+
+    Under a transform of ``torch.func`` all have. In forward-mode differentiation those have that carry a tangent.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def may_overwrite() -> bool:

@@ -252,6 +252,26 @@ def test_no_derivative_in_forward_mode_is_lost(name: str, mode: str, device: str
             with forward_ad.dual_level():
                 calls[name](forward_ad.make_dual(x, torch.ones_like(x)))
 
-    # PyTorch's own words for a function without a derivative in this mode.
-    with pytest.raises(RuntimeError, match=r"must override the setup_context|You must implement the jvp"):
+    reason = "a transform of torch.func or forward-mode differentiation is active; accepted: backend torch"
+    with pytest.raises(ops.BackendError, match=rf"triton: {reason}\n"):
         derived()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batching(device: str, compiled: bool) -> None:
+    """Refused by name; the compiler batches operators itself."""
+    x, weight = torch.randn(2, 3, 6, 6, device=device), torch.randn(4, 3, 3, 3, device=device)
+    batched = torch.func.vmap(lambda x: ops.conv_bn_relu(x[None], weight, backend="triton")[0])
+    if compiled:
+        found = torch.compile(batched, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(found, ops.conv_bn_relu(x, weight, backend="torch"), rtol=1e-4, atol=1e-4)
+        return
+    with pytest.raises(ops.BackendError, match=r"triton: a transform of torch\.func .* accepted: backend torch"):
+        batched(x)
+
+
+def test_tensors_without_a_tangent_run_as_ever(device: str) -> None:
+    x, weight = torch.randn(1, 3, 6, 6, device=device), torch.randn(4, 3, 3, 3, device=device)
+    expected = ops.conv_bn_relu(x, weight, backend="triton")
+    with forward_ad.dual_level():
+        assert torch.equal(ops.conv_bn_relu(x, weight, backend="triton"), expected)
