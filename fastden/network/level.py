@@ -52,7 +52,7 @@ def level_map(curves: Tensor, x: Tensor) -> Tensor:
         x: (N, C, H, W), values in about [0, 1].
 
     Returns:
-        (N, 1, H, W), float32.
+        (N, 1, H, W), float32; float64 where ``x`` is.
     """
     rows = reflected_index(-BRIGHTNESS_RADIUS, x.shape[2] + BRIGHTNESS_RADIUS, x.shape[2], x.device)
     columns = reflected_index(-BRIGHTNESS_RADIUS, x.shape[3] + BRIGHTNESS_RADIUS, x.shape[3], x.device)
@@ -62,7 +62,7 @@ def level_map(curves: Tensor, x: Tensor) -> Tensor:
 def level_inside(curves: Tensor, x: Tensor) -> Tensor:
     """:func:`level_map` of a window without its outer :data:`BRIGHTNESS_RADIUS` pixels on each side."""
     side = 2 * BRIGHTNESS_RADIUS + 1
-    gray = x.float().mean(1, keepdim=True)
+    gray = (x if x.dtype == torch.float64 else x.float()).mean(1, keepdim=True)
     # An average over one axis after the other takes a third of the additions.
     brightness = F.avg_pool2d(F.avg_pool2d(gray, (side, 1), stride=1), (1, side), stride=1)
     return interpolated(curves, brightness)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastden.network import level
 from fastden.network.level import KNOTS, NoiseEstimator, basis, fit_curve, interpolated, level_inside, level_map
+from tests.helpers import max_error, random_network
 
 
 def test_basis_sums_to_one_and_interpolates() -> None:
@@ -158,3 +159,12 @@ def test_coarseness_is_that_of_the_least_coarse_cells() -> None:
 def test_what_levels_are_multiplied_by(coarseness: float, uncertainty: float, factor: float) -> None:
     found = level.white_factor(torch.tensor([coarseness]), torch.tensor([uncertainty]))
     assert float(found) == pytest.approx(factor, abs=1e-5)
+
+
+def test_a_float64_network_has_float64_levels() -> None:
+    model = random_network(dtype=torch.float64)
+    x = torch.rand(1, 3, 3, 4, dtype=torch.float64)
+    even = torch.full((1, KNOTS), 0.1, dtype=torch.float64)
+    assert max_error(model(x, even), model(x, 0.1)) < 1e-12
+    curve = (torch.rand(1, KNOTS, dtype=torch.float64) * 0.2).requires_grad_()
+    assert torch.autograd.gradcheck(model, (x.requires_grad_(), curve), fast_mode=True)
