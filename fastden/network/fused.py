@@ -212,9 +212,9 @@ class FusedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Sigma = None) -> Tensor:
         """Denoise a batch. Arguments, errors and warning are those of :meth:`fastden.Denoiser.forward`.
 
-        ``x`` may have any floating dtype. Activations are computed in this module's dtype. The network's correction,
-        which is small, is added to ``x`` at the precision of ``x``, and the result has that precision too. Autocast
-        changes nothing here, with or without gradients: :func:`fuse` set the precision.
+        ``x`` may be float64, float32, bfloat16 or float16. Activations are computed in this module's dtype. The
+        network's correction, which is small, is added to ``x`` at the precision of ``x``, and the result has that
+        precision too. Autocast changes nothing here, with or without gradients: :func:`fuse` set the precision.
 
         Returns:
             (N, 3, H, W), contiguous, not clipped, in the dtype of ``x``.

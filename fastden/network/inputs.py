@@ -24,6 +24,9 @@ Sigma: TypeAlias = float | Tensor | npt.NDArray[Any] | Sequence[Any] | None
 _ARRAYS = (np.ndarray, np.generic)
 _LISTS = (list, tuple)
 
+#: Floating dtypes of images and noise levels. PyTorch has others, such as float8, and computes little in them.
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 #: An image with values above this is probably on another scale than [0, 1]. Noisy images stay below it, and so do the
 #: images that plug-and-play methods pass to a denoiser.
 LARGEST_VALUE = 16.0
@@ -44,13 +47,17 @@ def check_input(x: Tensor, channels: int, device: torch.device | None = None) ->
         device: of the network's weights; None does not compare it.
 
     Raises:
-        TypeError: ``x`` is not a dense floating tensor.
+        TypeError: ``x`` is not a dense tensor of one of :data:`FLOATING`.
         ValueError: ``x`` is not (N, ``channels``, H, W) with H, W >= 1, or it is on another device.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: {type(x).__name__}; accepted: a torch.Tensor of shape (N, {channels}, H, W)")
+    if x.is_nested:
+        raise TypeError("x: a nested tensor; accepted: a dense one (torch.stack for images of one size)")
     if x.layout != torch.strided:
         raise TypeError(f"x: layout {x.layout}; accepted: torch.strided (x.to_dense())")
+    if x.is_floating_point() and x.dtype not in FLOATING:
+        raise TypeError(f"x: dtype {x.dtype}; accepted: float64, float32, bfloat16 or float16 (x.float())")
     if not x.is_floating_point():
         raise TypeError(
             f"x: dtype {x.dtype}; accepted: a floating dtype, values in [0, 1] (divide integers by their maximum)"
@@ -71,7 +78,7 @@ def noise_level(x: Tensor, sigma: Sigma, wanted: bool) -> Tensor | None:
     A curve (N, 8) or (1, 8) holds levels at eight values of brightness (:mod:`fastden.network.level`).
 
     Raises:
-        TypeError: ``sigma`` does not hold real numbers.
+        TypeError: ``sigma`` does not hold real numbers, or is no dense tensor.
         ValueError: ``sigma`` is missing, or given to a blind network; its shape does not fit; or a value is outside
             [0, 1] (on a GPU the values of a tensor are not checked).
     """
@@ -140,7 +147,10 @@ def as_tensor(sigma: Any) -> Tensor:
             raise TypeError(f"sigma: {type(sigma).__name__} holds values that are not numbers; {accepted}") from error
     if not isinstance(sigma, Tensor):
         raise TypeError(f"sigma: {type(sigma).__name__}; {accepted}")
-    if sigma.is_complex() or sigma.dtype == torch.bool:
+    if sigma.is_nested or sigma.layout != torch.strided or sigma.is_quantized:
+        kind = "nested" if sigma.is_nested else str(sigma.dtype if sigma.is_quantized else sigma.layout)
+        raise TypeError(f"sigma: a tensor of another kind ({kind}); accepted: a dense tensor")
+    if sigma.is_complex() or sigma.dtype == torch.bool or (sigma.is_floating_point() and sigma.dtype not in FLOATING):
         raise TypeError(f"sigma: dtype {sigma.dtype}; {accepted}")
     return sigma
 

@@ -156,7 +156,8 @@ class Denoiser(nn.Module, PretrainedMixin):
         """Denoise a batch.
 
         Args:
-            x: (N, 3, H, W), float, in [0, 1] (noise may exceed it), any H, W >= 1, any memory format.
+            x: (N, 3, H, W), a dense tensor of float64, float32, bfloat16 or float16, in [0, 1] (noise may exceed it),
+                any H, W >= 1, any memory format.
             sigma: standard deviation of the noise on the scale of ``x`` (25 of 255 is 25 / 255), 0 to 1. It is one
                 number; one number for each image, (N,), (N, 1) or (N, 1, 1, 1); a map (N, 1, H, W) or (1, 1, H, W); or
                 a curve (N, 8) or (1, 8) over brightness (:mod:`fastden.network.level`). Its type is a number, list,

@@ -129,3 +129,35 @@ def test_values_that_are_no_other_scale(models: tuple[Denoiser, Denoiser], monke
         inputs._Scale.warned = False
         monkeypatch.setenv(inputs.SCALE_ENVIRONMENT, "0")
         models[0](X * 255, 0.1)
+
+
+def nested(*shape: int) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.rand(shape), torch.rand(shape)])
+
+
+OTHER_TENSORS = {
+    "nested": (lambda: nested(3, 7, 9), lambda: nested(1), "a nested tensor", r"a tensor of another kind \(nested\)"),
+    "sparse": (
+        X.to_sparse,
+        torch.full((2,), 0.1).to_sparse,
+        "layout torch.sparse_coo",
+        r"a tensor of another kind \(torch.sparse_coo\)",
+    ),
+    "float8": (
+        lambda: X.to(torch.float8_e4m3fn),
+        lambda: torch.full((2,), 0.1).to(torch.float8_e4m3fn),
+        "dtype torch.float8_e4m3fn; accepted: float64, float32, bfloat16 or float16",
+        "dtype torch.float8_e4m3fn",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OTHER_TENSORS)
+def test_tensors_of_other_kinds_are_named(kind: str, models: tuple[Denoiser, Denoiser]) -> None:
+    image, level, of_image, of_level = OTHER_TENSORS[kind]
+    for network in (models[0], fuse(models[0])):
+        with pytest.raises(TypeError, match=f"x: {of_image}"):
+            network(image(), 0.1)
+        with pytest.raises(TypeError, match=f"sigma: {of_level}"):
+            network(X, level())
