@@ -65,6 +65,8 @@ def local_files(model: str | Path) -> Path | None:
     if not isinstance(model, str | Path):
         raise TypeError(f"model: {type(model).__name__}; accepted: a bundled name, a folder or a Hugging Face Hub id")
     name, folder = str(model), model_folder(model)
+    if not name:  # else the working directory
+        raise ValueError(f"model: {name!r}; {_accepted()}")
     if folder.is_dir():
         missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
         if missing:
@@ -126,7 +128,8 @@ class PretrainedMixin:
 
         Raises:
             ValueError: the name is not a bundled name, a folder with both files, or a repository that can be
-                downloaded. ``models/mine`` is a folder where there is a folder ``models``.
+                downloaded (``models/mine`` is a folder where there is a folder ``models``); the device is none that
+                PyTorch has here; or an argument asks for weights of other shapes.
             TypeError: it is no text or Path, or ``kwargs`` has another name.
         """
         download = {key: kwargs.pop(key) for key in DOWNLOAD if key in kwargs}
@@ -135,10 +138,15 @@ class PretrainedMixin:
             for key in kwargs.keys() - known.keys():
                 accepted = ", ".join((*DOWNLOAD, *known))
                 raise TypeError(f"{key}: {kwargs[key]!r}, an argument that is not known; accepted: {accepted}")
-        if str(map_location).partition(":")[0] == "meta":
+        from fastden.network.devices import parse_device  # here, as a list of the models does not need PyTorch
+
+        if map_location is None:
+            raise ValueError("map_location: None; accepted: a device, such as cpu or cuda")
+        device = str(parse_device(map_location, any_kind=True, name="map_location"))
+        if device.partition(":")[0] == "meta":
             raise ValueError(f"map_location: {str(map_location)!r}, which holds no weights; accepted: another device")
         folder = files_of(pretrained_model_name_or_path, download)
-        return cls._from_folder(folder, str(map_location), strict, kwargs)
+        return cls._from_folder(folder, device, strict, kwargs)
 
     @classmethod
     def _from_folder(
@@ -165,6 +173,10 @@ class PretrainedMixin:
             if str(error).split(":")[0] not in own:
                 raise
             raise ValueError(f"model: {folder / CONFIG_FILE}: {error}") from error
+        for key in ("noise_level_input", "image_channels"):  # the shapes of conv0 and out follow from these
+            if key in saved and key in arguments and arguments[key] != saved[key] and hasattr(model, key):
+                change = f" (then .adapt({key}={arguments[key]!r}))" if key == "noise_level_input" else ""
+                raise ValueError(f"{key}: {arguments[key]!r}; accepted: {saved[key]!r}, as in {folder}{change}")
         if dtype is not None:
             model.to(dtype)
         with torch.device(map_location), naming_file(folder / WEIGHTS_FILE):

@@ -372,3 +372,25 @@ def test_a_connection_that_is_lost_drops_no_estimator(
     absent = huggingface_hub._CACHED_NO_EXIST
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: absent)
     assert Denoiser.from_pretrained("owner/name").estimator is None
+
+
+@pytest.mark.parametrize("location", [None, {"cuda:0": "cpu"}, "nowhere", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(location: Any) -> None:
+    with pytest.raises(ValueError, match=r"map_location: .*; accepted: .*c(pu|uda)"):
+        Denoiser.from_pretrained("color", map_location=location)
+
+
+def test_arguments_for_weights_of_other_shapes() -> None:
+    with pytest.raises(ValueError, match=r"noise_level_input: False; accepted: True.*adapt\(noise_level_input=False\)"):
+        Denoiser.from_pretrained("color", noise_level_input=False)
+    with pytest.raises(ValueError, match=r"image_channels: 1; accepted: 3, as in .*color$"):
+        Denoiser.from_pretrained("color", image_channels=1)
+    assert Denoiser.from_pretrained("color", noise_level_input=True, image_channels=3, composed=True).composed
+
+
+def test_no_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_network().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"model: ''; accepted: .*color"):
+        Denoiser.from_pretrained("")
+    assert isinstance(Denoiser.from_pretrained("."), Denoiser)
