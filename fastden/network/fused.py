@@ -71,9 +71,10 @@ def fuse(
 
     Raises:
         TypeError: ``model`` is not a Denoiser.
-        ValueError: the device, dtype or quality is not accepted; the device, the dtype or the model cannot run
-            ``quality="fast"``; or a layer was replaced, or is changed by hooks, so that it cannot be folded. Hooks that
-            change nothing are accepted, and do not run in the result. To test this, a layer with hooks is called once.
+        ValueError: the device, dtype, quality or ``differentiable`` is not accepted; the device, the dtype or the
+            model cannot run ``quality="fast"``; or a layer was replaced, or is changed by hooks, so that it cannot be
+            folded. Hooks that change nothing are accepted, and do not run in the result. To test this, a layer with
+            hooks is called once.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"model: {type(model).__name__}; accepted: fastden.Denoiser")
@@ -84,6 +85,8 @@ def fuse(
     device = own.device if device is None else named_device(device)
     if device != own.device:
         parse_device(device, any_kind=True)
+    if not isinstance(differentiable, bool):
+        raise ValueError(f"differentiable: {differentiable!r}; accepted: True or False")
     if quality not in ("normal", "fast"):
         raise ValueError(f"quality: {quality!r}; accepted: 'normal', 'fast'")
     ranges = None
@@ -188,6 +191,7 @@ class FusedDenoiser(nn.Module):
         self._onednn: tuple[Snapshot, onednn.OneDnnTiledNetwork] | None = None
         self.eval()
 
+    @torch.inference_mode(mode=False)  # as in fuse(): tensors of that mode would refuse later gradients
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDenoiser:
         before = {name: buffer for name, buffer in self.named_buffers() if name.endswith(("_bias", "_ranges"))}
         if self._calibrated is not None and self.conv3_ranges.is_meta:  # as behind to_empty(), no state dict has them

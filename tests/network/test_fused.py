@@ -408,3 +408,17 @@ def test_a_cuda_device_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_device("cuda:1")
     with pytest.raises(ValueError, match=r"^device: 'cuda:1'; accepted: cuda:0 to cuda:0$"):
         fuse(Denoiser.from_pretrained("color"), "float16", "cuda:1", quality="fast")
+
+
+def test_differentiable_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="differentiable: 'no'; accepted: True or False"):
+        fuse(random_network(), differentiable="no")  # type: ignore[arg-type]
+
+
+def test_buffers_cast_in_inference_mode_have_gradients() -> None:
+    fused, x = fuse(random_network()), torch.rand(1, 3, 8, 8, requires_grad=True)
+    with torch.inference_mode():
+        fused.to(torch.bfloat16).float()
+    assert not any(buffer.is_inference() for buffer in fused.buffers())
+    fused(x, 0.1).sum().backward()
+    assert x.grad is not None
