@@ -9,17 +9,21 @@ from fastden.ops.batch_norm import BatchNorm
 from fastden.ops.tracing import autocast_enabled
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
+def check_tensors(optional: tuple[str, ...] = (), /, **tensors: Tensor | None) -> None:
     """Raise unless all are floating tensors on the device of the first and, outside autocast, with its dtype.
 
     Biases may always be float32.
+
+    Args:
+        optional: names of those that may be None.
+        **tensors: by the names of the operator's arguments.
 
     Raises:
         TypeError, ValueError: names the argument, its value and the accepted values.
     """
     reference: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {type(tensor).__name__}; accepted: a torch.Tensor")
@@ -54,6 +58,28 @@ def check_shape(name: str, tensor: Tensor | None, *accepted: int | str) -> None:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}; accepted: ({', '.join(map(str, accepted))}{comma})")
 
 
+def check_filled(**tensors: Tensor) -> None:
+    """Raise unless no dimension of any of these is empty: no backend has a convolution of nothing.
+
+    Raises:
+        ValueError: names the argument, its shape and the accepted shape.
+    """
+    for name, tensor in tensors.items():
+        if 0 in tuple(tensor.shape):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; accepted: no empty dimension")
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise unless all are truth values.
+
+    Raises:
+        ValueError: names the argument, its value and the accepted values.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}: {flag!r}; accepted: True or False")
+
+
 def check_batch_norm(name: str, bn: BatchNorm | None, channels: int) -> None:
     """Raise unless ``bn`` is a :class:`fastden.ops.BatchNorm` over ``channels``.
 
@@ -74,6 +100,7 @@ def check_convolution(
     bias: Tensor | None,
     bn: BatchNorm | None,
     residual: Tensor | None,
+    relu: bool,
     stride: int,
     padding: int,
 ) -> None:
@@ -86,16 +113,18 @@ def check_convolution(
     """
     if torch.compiler.is_compiling():
         return
-    check_tensors(**sources, weight=weight, bias=bias, residual=residual)
+    check_tensors(("bias", "residual"), **sources, weight=weight, bias=bias, residual=residual)
+    check_flags(relu=relu)
     name, first = next(iter(sources.items()))
     check_shape(name, first, "N", "C", "H", "W")
     batch, _, height, width = first.shape
     for other, tensor in sources.items():
         check_shape(other, tensor, batch, "C", height, width)
     check_shape("weight", weight, "O", sum(tensor.shape[1] for tensor in sources.values()), "k", "k")
+    check_filled(weight=weight)
     outputs, kernel = weight.shape[0], weight.shape[-1]
     for what, value, least in (("stride", stride, 1), ("padding", padding, 0)):
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{what}: {value!r}; accepted: a whole number of at least {least}")
     if min(height, width) + 2 * padding < kernel:
         raise ValueError(

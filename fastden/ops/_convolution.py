@@ -15,7 +15,7 @@ from fastden.algebra import fold_batch_norm
 from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
 from fastden.ops._gradients import conv_gradients, first_derivative_only, kind_of, ways
-from fastden.ops._library import OPERATORS, Operator, check, empty_like
+from fastden.ops._library import OPERATORS, Operator, check, check_not_empty, empty_like
 from fastden.ops._recompute import Recipe
 from fastden.ops.batch_norm import BatchNorm, check_values, update_running_statistics, vectors
 
@@ -94,6 +94,7 @@ def _empty_result(
         channels += b.shape[1]
     fits = weight.dim() == 4 and weight.shape[1] == channels and weight.shape[2] == weight.shape[3]
     check(fits, "weight", weight, f"(O, {channels}, k, k)")
+    check_not_empty(weight=weight)
     outputs, kernel = weight.shape[0], weight.shape[2]
     if bias is not None:
         check(bias.dim() == 1 and bias.shape[0] == outputs, "bias", bias, f"({outputs},)")

@@ -100,3 +100,9 @@ def empty_like(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = No
 def check(fits: bool, name: str, tensor: Tensor, accepted: str) -> None:
     """Refuse a tensor whose shape does not fit; for shape functions, where sizes may be symbols."""
     torch._check(fits, lambda: f"{name}: shape {tuple(tensor.shape)}; accepted: {accepted}")
+
+
+def check_not_empty(**weights: Tensor) -> None:
+    """Refuse weights with an empty dimension, as the CUDA operators do; for shape functions."""
+    for name, weight in weights.items():
+        check(all(size != 0 for size in weight.shape), name, weight, "no empty dimension")

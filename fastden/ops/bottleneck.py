@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastden.kernels._layout import channels_last
 from fastden.ops import _recompute
-from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
+from fastden.ops._checks import check_batch_norm, check_filled, check_shape, check_tensors
 from fastden.ops._gradients import conv_gradients, first_derivative_only, ways
-from fastden.ops._library import OPERATORS, Operator, check, empty_like
+from fastden.ops._library import OPERATORS, Operator, check, check_not_empty, empty_like
 from fastden.ops._recompute import Recipe
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_statistics, check_values, update_running_statistics
@@ -50,14 +50,19 @@ def bottleneck(
         RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     names = ("reduce_bias", "conv_bias", "expand_bias")
+    for what, given in (("biases", biases), ("bns", bns)):
+        if not isinstance(given, tuple | list) or len(given) != 3:
+            told = type(given).__name__ + (f" of {len(given)}" if isinstance(given, tuple | list) else "")
+            raise TypeError(f"{what}: {told}; accepted: a tuple of three, one for each convolution (None for none)")
     tensors = {"x": x, "reduce": reduce, "conv": conv, "expand": expand, **dict(zip(names, biases, strict=True))}
     if not torch.compiler.is_compiling():
-        check_tensors(**tensors)
+        check_tensors(names, **tensors)
         check_shape("x", x, "N", "C", "H", "W")
         check_shape("reduce", reduce, "M", x.shape[1], 1, 1)
         channels, middle = x.shape[1], reduce.shape[0]
         check_shape("conv", conv, middle, middle, 3, 3)
         check_shape("expand", expand, channels, middle, 1, 1)
+        check_filled(reduce=reduce)
         for index, size in enumerate((middle, middle, channels)):
             check_shape(names[index], biases[index], size)
             check_batch_norm(f"bns[{index}]", bns[index], size)
@@ -69,7 +74,7 @@ def bottleneck(
         **tensors,
     )
     if backend != "torch":
-        if all(bn is not None and bn.training for bn in bns) and biases == (None, None, None):
+        if all(bn is not None and bn.training for bn in bns) and all(bias is None for bias in biases):
             x, reduce, conv, expand = in_autocast(x, reduce, conv, expand)
             return _with_batch_statistics(x, reduce, conv, expand, bns)
         # The operator alone has no derivative, and would drop a tangent without a word.
@@ -119,6 +124,7 @@ def _(
     ):
         if weight is not None:
             check(tuple(weight.shape) == shape, name, weight, str(shape))
+    check_not_empty(reduce=reduce)
     return empty_like(x, tuple(x.shape))
 
 

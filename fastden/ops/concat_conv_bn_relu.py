@@ -44,7 +44,7 @@ def concat_conv_bn_relu(
         TypeError, ValueError: names the argument, its value and the accepted values.
         RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
-    check_convolution({"a": a, "b": b}, weight, bias, bn, None, 1, padding)
+    check_convolution({"a": a, "b": b}, weight, bias, bn, None, relu, 1, padding)
     tensors = {"a": a, "b": b, "weight": weight, "bias": bias}
     plain = bn is None and relu and padding == 1
     backend = choose(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.ops._checks import check_convolution, check_shape, check_tensors
-from fastden.ops._library import OPERATORS, check, empty_like, shape_of_cuda
+from fastden.ops._library import OPERATORS, check, check_not_empty, empty_like, shape_of_cuda
 from fastden.ops.backends import choose
 from fastden.ops.modes import without_autocast
 from fastden.ops.tensors import in_autocast, like, untransformed, wants_gradient
@@ -55,7 +55,7 @@ def concat_conv_fp8(
         RuntimeError: a gradient is wanted; or the requested backend cannot run, with every backend's reasons.
     """
     if not torch.compiler.is_compiling():
-        check_convolution({"a": a, "b": b}, weight, bias, None, None, 1, 1)
+        check_convolution({"a": a, "b": b}, weight, bias, None, None, relu, 1, 1)
         check_shape("weight", weight, *weight.shape[:2], KERNEL, KERNEL)
         check_tensors(ranges=ranges)
         if ranges.dtype != torch.float32 or ranges.device != a.device:
@@ -108,6 +108,7 @@ def _(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, ranges: Tensor,
     channels += b.shape[1]
     fits = weight.dim() == 4 and tuple(weight.shape[1:]) == (channels, KERNEL, KERNEL)
     check(fits, "weight", weight, f"(O, {channels}, {KERNEL}, {KERNEL})")
+    check_not_empty(weight=weight)
     outputs = weight.shape[0]
     if bias is not None:
         check(bias.dim() == 1 and bias.shape[0] == outputs, "bias", bias, f"({outputs},)")

@@ -45,7 +45,7 @@ def conv_bn_relu(
         TypeError, ValueError: names the argument, its value and the accepted values.
         RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
-    check_convolution({"x": x}, weight, bias, bn, residual, stride, padding)
+    check_convolution({"x": x}, weight, bias, bn, residual, relu, stride, padding)
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     backend = choose(
         "conv_bn_relu", backend, batch_statistics=batch_statistics(bn), as_measured=bn is None and relu, **tensors

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from fastden.algebra import BORDER, image_phases, paired_head, separated_head, unshuffled_weight
 from fastden.kernels._layout import channels_last
 from fastden.ops import pixel_pairs, post_operations
-from fastden.ops._checks import check_shape, check_tensors
+from fastden.ops._checks import check_filled, check_flags, check_shape, check_tensors
 from fastden.ops._gradients import Ways, conv_gradients, first_derivative_only, ways
-from fastden.ops._library import OPERATORS, Operator, check
+from fastden.ops._library import OPERATORS, Operator, check, check_not_empty
 from fastden.ops.activations import fold, zeros_for
 from fastden.ops.backends import choose
 from fastden.ops.stem import check_input_size
@@ -63,6 +63,7 @@ def head(
     tensors = {"features": features, "x": x, "weight": weight, "image_weight": image_weight, "bias": bias}
     if not torch.compiler.is_compiling():
         _check(tensors, image)
+        check_flags(add_input=add_input, clamp=clamp, composed=composed)
     k = image_weight.shape[0]
     if not add_input:
         image = None
@@ -142,6 +143,7 @@ def _check(tensors: dict[str, Tensor], image: Tensor | None) -> None:
         raise ValueError(f"image_weight: shape {tuple(image_weight.shape)}; accepted: {accepted}")
     check_shape("features", features, batch, "M", (height - 4) // 2, (width - 4) // 2)
     check_shape("weight", weight, 4 * k, features.shape[1], 4, 4)
+    check_filled(weight=weight, image_weight=image_weight)
     check_shape("bias", bias, k)
     if image is not None:
         check_tensors(image=image)
@@ -191,6 +193,7 @@ def _(
     fits = k <= channels and tuple(image_weight.shape) == (k, channels, 7, 7)
     check(fits, "image_weight", image_weight, f"(K, {channels}, 7, 7), K <= {channels}")
     check(tuple(weight.shape) == (4 * k, maps, 4, 4), "weight", weight, f"({4 * k}, {maps}, 4, 4)")
+    check_not_empty(weight=weight, image_weight=image_weight)
     check(tuple(bias.shape) == (k,), "bias", bias, f"({k},)")
     if image is not None:
         fits = image.shape[1] >= k and (image.shape[0], *image.shape[2:]) == (n, height, width)

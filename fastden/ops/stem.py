@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from fastden.algebra import paired_stem
 from fastden.kernels._layout import channels_last
 from fastden.ops import pixel_pairs, post_operations
-from fastden.ops._checks import check_batch_norm, check_shape, check_tensors
+from fastden.ops._checks import check_batch_norm, check_filled, check_flags, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, ways
-from fastden.ops._library import OPERATORS, Operator, check, empty_like
+from fastden.ops._library import OPERATORS, Operator, check, check_not_empty, empty_like
 from fastden.ops.backends import choose
 from fastden.ops.batch_norm import BatchNorm, batch_norm_relu, batch_statistics, finish, split_bias
 from fastden.ops.modes import transforming
@@ -54,8 +54,10 @@ def stem(
         check_tensors(x=x, weight=weight, bias=bias)
         check_input_size(x)
         check_shape("weight", weight, 4, "O", x.shape[1], 7, 7)
+        check_filled(weight=weight)
         check_shape("bias", bias, 4, weight.shape[1])
         check_batch_norm("bn", bn, weight.shape[1])
+        check_flags(relu=relu)
     backend = choose(
         "stem",
         backend,
@@ -213,6 +215,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
     check(even, "x", x, "(N, C, H, W), H and W even and at least 8")
     outputs = weight.shape[1]
     check(tuple(weight.shape) == (4, outputs, channels, 7, 7), "weight", weight, f"(4, O, {channels}, 7, 7)")
+    check_not_empty(weight=weight)
     check(tuple(bias.shape) == (4, outputs), "bias", bias, f"(4, {outputs})")
     return empty_like(x, (n, outputs, (height - 4) // 2, (width - 4) // 2))
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastden.kernels._layout import channels_last
-from fastden.ops._checks import check_shape, check_tensors
+from fastden.ops._checks import check_filled, check_shape, check_tensors
 from fastden.ops._gradients import first_derivative_only, upsample_gradients, ways
-from fastden.ops._library import OPERATORS, Operator, check, empty_like
+from fastden.ops._library import OPERATORS, Operator, check, check_not_empty, empty_like
 from fastden.ops.backends import choose
 from fastden.ops.tensors import in_autocast, like
 
@@ -33,9 +33,10 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: 
         RuntimeError: the requested backend cannot run; the message gives every backend's reasons.
     """
     if not torch.compiler.is_compiling():
-        check_tensors(x=x, weight=weight, bias=bias)
+        check_tensors(("bias",), x=x, weight=weight, bias=bias)
         check_shape("x", x, "N", "C", "H", "W")
         check_shape("weight", weight, x.shape[1], "O", 4, 4)
+        check_filled(weight=weight)
         check_shape("bias", bias, weight.shape[1])
     backend = choose("upsample", backend, x=x, weight=weight, bias=bias)
     if backend != "torch":
@@ -59,6 +60,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Gradients also use a kernel of 8.
     sizes = weight.dim() == 4 and tuple(weight.shape[2:]) in ((4, 4), (8, 8))
     check(sizes and weight.shape[0] == channels, "weight", weight, f"({channels}, O, 4, 4)")
+    check_not_empty(weight=weight)
     outputs = weight.shape[1]
     if bias is not None:
         check(bias.dim() == 1 and bias.shape[0] == outputs, "bias", bias, f"({outputs},)")

@@ -158,3 +158,78 @@ def test_autocast_takes_mixed_dtypes() -> None:
     function, arguments = case("conv_bn_relu")
     with torch.autocast("cpu", torch.bfloat16):
         assert function(**{**arguments, "x": arguments["x"].bfloat16()}).dtype in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_required_tensors(name: str) -> None:
+    function, arguments = case(name)
+    optional = {"bias", "residual"} if name not in ("stem", "head") else set()
+    for argument, value in arguments.items():
+        if isinstance(value, torch.Tensor) and argument not in optional:
+            with pytest.raises(TypeError, match=rf"^{argument}: NoneType; accepted: a torch.Tensor"):
+                function(**{**arguments, argument: None})
+        elif argument in optional:
+            function(**{**arguments, argument: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("conv_bn_relu", "relu"),
+        ("concat_conv_bn_relu", "relu"),
+        ("stem", "relu"),
+        ("head", "add_input"),
+        ("head", "clamp"),
+        ("head", "composed"),
+    ],
+)
+def test_flags(name: str, argument: str) -> None:
+    function, arguments = case(name)
+    with pytest.raises(ValueError, match=rf"{argument}: 'no'; accepted: True or False"):
+        function(**arguments, **{argument: "no"})
+
+
+def test_numbers_are_no_truth_values() -> None:
+    function, arguments = case("conv_bn_relu")
+    for argument in ("stride", "padding"):
+        with pytest.raises(ValueError, match=rf"{argument}: True; accepted: a whole number"):
+            function(**{**arguments, argument: True})
+
+
+#: Operator, its arguments that change, and the one that the error names.
+EMPTY: list[tuple[str, dict[str, Callable[[torch.Tensor], torch.Tensor]], str]] = [
+    ("conv_bn_relu", {"x": lambda t: t[:, :0], "weight": lambda t: t[:, :0]}, "weight"),
+    ("conv_bn_relu", {"weight": lambda t: t[:0], "bias": lambda t: t[:0], "residual": lambda t: t[:, :0]}, "weight"),
+    ("conv_bn_relu", {"weight": lambda t: t[..., :0, :0]}, "weight"),
+    ("concat_conv_bn_relu", {"weight": lambda t: t[:0], "bias": lambda t: t[:0]}, "weight"),
+    ("upsample", {"x": lambda t: t[:, :0], "weight": lambda t: t[:0]}, "weight"),
+    ("upsample", {"weight": lambda t: t[:, :0], "bias": lambda t: t[:0]}, "weight"),
+    ("bottleneck", {"reduce": lambda t: t[:0], "conv": lambda t: t[:0, :0], "expand": lambda t: t[:, :0]}, "reduce"),
+    ("stem", {"weight": lambda t: t[:, :0], "bias": lambda t: t[:, :0]}, "weight"),
+    ("head", {"weight": lambda t: t[:0], "image_weight": lambda t: t[:0], "bias": lambda t: t[:0]}, "weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), EMPTY)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_empty_dimensions(
+    backend: str, name: str, changes: dict[str, Callable[[torch.Tensor], torch.Tensor]], named: str
+) -> None:
+    function, arguments = case(name)
+    arguments |= {argument: change(arguments[argument]) for argument, change in changes.items()}
+    with pytest.raises(ValueError, match=rf"{named}: shape \(.*\b0\b.*\); accepted: no empty dimension"):
+        function(**arguments, backend=backend)
+
+
+def test_shape_functions_refuse_empty_dimensions() -> None:
+    x, weight = torch.empty(1, 3, 4, 4, device="meta"), torch.empty(0, 3, 3, 3, device="meta")
+    with pytest.raises(RuntimeError, match=r"weight: shape \(0, 3, 3, 3\); accepted: no empty dimension"):
+        torch.ops.fastden.conv_bn_relu(x, weight, None, None, True, 1, 1)
+
+
+def test_three_biases_and_normalisations() -> None:
+    function, arguments = case("bottleneck")
+    with pytest.raises(TypeError, match="biases: tuple of 1; accepted: a tuple of three"):
+        function(**arguments, biases=(None,))
+    with pytest.raises(TypeError, match="bns: NoneType; accepted: a tuple of three"):
+        function(**arguments, bns=None)
