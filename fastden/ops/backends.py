@@ -129,6 +129,9 @@ def choose(
             the same settings. Otherwise the automatic choice is ``torch``.
         **tensors: the inputs, by the names of the operator's arguments.
 
+    Returns:
+        Its name; ``"torch"`` for an empty batch that is normalised with its own statistics.
+
     Raises:
         ValueError: there is no such backend.
         BackendError: the requested backend cannot run. Under ``torch.compile``, PyTorch raises its own RuntimeError at
@@ -144,7 +147,8 @@ def choose(
         _check_traced(operator, name, batch_statistics, **tensors)
     else:
         _check(operator, name, batch_statistics, False, **tensors)
-    return name
+    # An empty batch has no statistics, and leaves a kernel nothing to run: PyTorch's operations keep the running ones.
+    return "torch" if batch_statistics and _first(tensors).shape[0] == 0 else name
 
 
 def why_not(
@@ -310,8 +314,12 @@ def _of_first_call(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None
     return seen
 
 
+def _first(tensors: dict[str, Tensor | None]) -> Tensor:
+    return next(tensor for tensor in tensors.values() if tensor is not None)
+
+
 def _automatic(operator: str, as_measured: bool, tensors: dict[str, Tensor | None]) -> str:
-    first = next(tensor for tensor in tensors.values() if tensor is not None)
+    first = _first(tensors)
     proven = proven_backends(operator, first.device, _as_run(first))
     # What is proven is inference. A trace of torch.jit would record comparisons of sizes: it is asked for first.
     if not proven or not as_measured or wants_gradient(*tensors.values()) or _recorded(tensors):

@@ -252,12 +252,11 @@ def test_statistics_where_the_mean_dwarfs_the_deviation(device: str) -> None:
     torch.testing.assert_close(bn.running_var.double(), stored.var((0, 2, 3)), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("batch", [0, 1])
-def test_too_few_values_for_batch_statistics(device: str, batch: int) -> None:
+def test_too_few_values_for_batch_statistics(device: str) -> None:
     bn = normalisation(4, device, True)
-    with pytest.raises(ValueError, match=rf"bn: {batch} values a channel in the batch; accepted .*: 2 or more"):
+    with pytest.raises(ValueError, match=r"bn: 1 values a channel in the batch; accepted .*: 2 or more"):
         ops.conv_bn_relu(
-            random(device, batch, 3, 1, 1), random(device, 4, 3, 1, 1), bn=ops.BatchNorm.of(bn), backend="triton"
+            random(device, 1, 3, 1, 1), random(device, 4, 3, 1, 1), bn=ops.BatchNorm.of(bn), backend="triton"
         )
 
 

@@ -495,3 +495,15 @@ def test_training_mode_without_gradients(device: str) -> None:
             first = other[0](x)
             assert first not in _recompute._recipes
             assert max_error(other[1](first), expected) < 1e-5
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_an_empty_batch_trains_as_on_pytorchs_operations(device: str, composed: bool) -> None:
+    model = random_network(composed=composed).to(device).train()
+    state = {name: value.clone() for name, value in model.named_buffers() if value.is_floating_point()}
+    with ops.use_backend("triton"):
+        y = model(torch.rand(0, 3, 8, 8, device=device), 0.1)
+        y.sum().backward()
+    assert y.shape == (0, 3, 8, 8)
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(torch.equal(value, state[name]) for name, value in model.named_buffers() if name in state)
