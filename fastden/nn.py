@@ -59,9 +59,8 @@ class _SumOfProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total, None
+        # Not the sum alone: it has a gradient of its own, for second derivatives.
+        return _SumOfProcesses.apply(grads[0], ctx.group), None
 
 
 def normalise(bn: nn.Module, x: Tensor) -> Tensor:
@@ -70,6 +69,9 @@ def normalise(bn: nn.Module, x: Tensor) -> Tensor:
     Args:
         bn: any module.
         x: (N, C, H, W); N may differ between processes.
+
+    Raises:
+        ValueError: all processes together have one value a channel.
     """
     if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or x.device.type != "cpu" or is_hooked(bn):
         return bn(x)
@@ -82,10 +84,12 @@ def normalise(bn: nn.Module, x: Tensor) -> Tensor:
     counted = torch.cat([wide.sum((0, 2, 3)), wide.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])])
     total = _SumOfProcesses.apply(counted, group)
     count = total[-1].detach()
+    if count == 1:  # as PyTorch's
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     mean = total[:-1] / count
     centred = wide - mean[:, None, None]
     variance = _SumOfProcesses.apply(centred.square().sum((0, 2, 3)), group) / count
-    if bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
+    if count > 0 and bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
         with torch.no_grad():
             assert bn.num_batches_tracked is not None
             bn.num_batches_tracked.add_(1)

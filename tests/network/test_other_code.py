@@ -276,6 +276,29 @@ for composed in (False, True):
     one.eval()
     assert (two(whole, 0.1) - one(whole, 0.1)).abs().max() < 1e-9
     assert (fastden.fuse(two)(whole, 0.1) - one(whole, 0.1)).abs().max() < 1e-9
+# Second derivatives pass through the sums of processes, too.
+from fastden.nn import normalise
+leaf = mine[:, :, :3, :3].clone().requires_grad_()
+alone = whole[:, :, :3, :3].clone().requires_grad_()
+norm = nn.SyncBatchNorm(3).double().train()
+plain = nn.BatchNorm2d(3).double().train()
+twice = []
+for bn, x in ((norm, leaf), (plain, alone)):
+    y = normalise(bn, x).pow(3).sum()
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    twice.append(torch.autograd.grad(first.square().sum(), x)[0])
+part = twice[1][:1] if rank == 0 else twice[1][1:]
+assert (twice[0] - part).abs().max() < 1e-7 * part.abs().max(), (twice[0] - part).abs().max()
+# One value a channel in all processes together.
+try:
+    normalise(norm, torch.ones(1 - rank, 3, 1, 1, dtype=torch.float64))
+except ValueError as error:
+    assert "Expected more than 1 value per channel when training" in str(error), error
+else:
+    raise AssertionError("no error for one value a channel")
+# Nothing in all processes together: no NaN.
+normalise(norm, torch.ones(0, 3, 1, 1, dtype=torch.float64))
+assert norm.running_mean.isfinite().all(), norm.running_mean
 # FSDP2 layer by layer: each layer's weights are gathered when the layer is called.
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
