@@ -27,8 +27,17 @@ def weights(model: Denoiser) -> dict[str, Pair]:
         By name: conv0, conv1, res1_reduce, res1_conv, res1_expand, conv2, ..., up2, conv3, up3, out.
 
     Raises:
-        ValueError: a layer is not a plain one; the error names it. Or the model is on meta.
+        ValueError: a layer is not a plain one, or its tensors are shared among processes; the error names it. Or the
+            model is on meta.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):  # without an import of a second
+            raise ValueError(
+                f"{name.rpartition('.')[0]}: its {name.rpartition('.')[2]} is a DTensor, shared among processes (FSDP2,"
+                " tensor parallelism); accepted by fuse(): whole tensors (load get_model_state_dict(model,"
+                " options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict into a new"
+                " Denoiser)"
+            )
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model: on meta, without weights; accepted: one with weights (load_state_dict(assign=True))")
     # In training, parametrisations may draw (dropout) or move buffers of theirs (spectral_norm) when a weight is read.

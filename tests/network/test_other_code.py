@@ -316,6 +316,23 @@ for composed in (False, True):
     found.square().sum().backward()
     for (name, a), b in zip(one.named_parameters(), two.parameters()):
         assert (a.grad - b.grad.full_tensor()).abs().max() <= 1e-7 * max(1.0, a.grad.abs().max()), name
+# Blocks are shared among the processes, and the rest is whole: fuse() names the first of them, and its advice works.
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+one = random_network(dtype=torch.float64).eval()
+two = copy.deepcopy(one)
+for block in (two.res1, two.conv3):
+    fully_shard(block, mesh=mesh)
+fully_shard(two, mesh=mesh)
+two(whole, 0.1)
+try:
+    fastden.fuse(two)
+except ValueError as error:
+    assert str(error).startswith("res1.reduce: its weight is a DTensor"), error
+else:
+    raise AssertionError("shared tensors were folded")
+three = fastden.Denoiser().double()
+three.load_state_dict(get_model_state_dict(two, options=StateDictOptions(full_state_dict=True)))
+assert (fastden.fuse(three)(whole, 0.1) - one(whole, 0.1)).abs().max() < 1e-9
 dist.barrier()
 print("equal", flush=True)
 dist.destroy_process_group()
