@@ -123,8 +123,9 @@ def denoise(
             image has a range of its own, sigma is divided with it. ``"auto"`` estimates it from each image
             (:func:`fastden.estimate_noise`), as a curve of level over brightness; an estimate may be passed too. Else a
             number, a map (H, W), or for a batch of tensors also (N,), (N, 1), (N, 1, 1, 1) or (N, 1, H, W); arrays,
-            tensors or lists. ``color`` knows 0 to 75,
-            ``photo`` 0 to 60. A blind model takes only ``"auto"``, and ignores it.
+            tensors or lists. ``color`` knows 0 to 75, ``photo`` 0 to 60. Where sigma times ``strength`` is above 75,
+            the image is divided until it is 75, denoised, and multiplied again; of a map, values above 100 count as
+            100. A blind model takes only ``"auto"``, and ignores it.
         model: None is ``"color"``, which knows white noise best, where sigma is given or the estimate finds white noise
             (``is_white`` of :class:`fastden.NoiseEstimate`), and ``"photo"`` for all other noise. Else a bundled name
             (:func:`fastden.models`), a folder, a Hugging Face Hub id, or a network. Networks loaded by name are kept

@@ -26,7 +26,7 @@ BLOCK = 8
 #: Share of the blocks, and of the values, that may lie beyond a range without changing it.
 FEW_BLOCKS, FEW_VALUES = 0.01, 0.001
 #: The highest level that the shipped models know, on the scale 0-1. Noise goes to six times a level.
-_STRONGEST, _NOISE_REACH = MAX_SIGMA / 255, 6.0
+STRONGEST, _NOISE_REACH = MAX_SIGMA / 255, 6.0
 # A bin holds the floats that share sign, exponent and five bits of the mantissa: it is 3 % wide.
 _SHIFT = 18
 _BINS = 1 << (31 - _SHIFT)
@@ -82,7 +82,7 @@ class ValueRange:
         Args:
             level: the highest noise level on the picture's own scale; None for one that is not known.
         """
-        reach = _NOISE_REACH * min(_STRONGEST if level is None else level, 1.0)
+        reach = _NOISE_REACH * min(STRONGEST if level is None else level, 1.0)
         low, high = LOWEST - reach, HIGHEST + reach
         inside = low <= (self.low - self.black) / self.span and (self.high - self.black) / self.span <= high
         return None if inside else (low, high)

@@ -14,15 +14,19 @@ from torch import Tensor
 from fastden.algebra import BORDER
 from fastden.choices import Quality
 from fastden.images.pixels import Array, check_plain
-from fastden.images.ranges import ORDINARY, ValueRange, find_range
+from fastden.images.ranges import ORDINARY, STRONGEST, ValueRange, find_range
 from fastden.inference.arguments import check_strength
 from fastden.inference.estimate import NoiseEstimate, check_dense, estimate_of
 from fastden.inference.tiling import LUMA, Gray, OwnScale, TiledNetwork, denoise_tiled
 from fastden.network.fused import FusedDenoiser
 from fastden.network.inputs import as_tensor
+from fastden.network.level import KNOTS, interpolated
 
 #: What the argument ``sigma`` takes, for messages.
 _SIGMAS = "'auto', a NoiseEstimate, a number from 0 to 255, a map (H, W), or numbers for a batch"
+#: The highest level of a map, on the scale 0-1. By strips its highest level is not known, so that :func:`own_scale`
+#: cannot divide the picture; and from sigma 110 on ``color`` puts out values far outside of a picture's range.
+HIGHEST_OF_MAPS = 100 / 255
 Progress = Callable[[int, int], None]
 
 
@@ -121,8 +125,7 @@ class Adapted:
             return inside
         colours = self.network.image_channels
         equal = image if colours == self.image_channels else image.expand(-1, colours, -1, -1)
-        # A noise level is at most 1: noise as strong as the whole scale.
-        y = self._ensemble(torch.cat([equal, (level * strength).clamp(max=1)], 1))
+        y = self._ensemble(torch.cat([equal, (level * strength).clamp(max=HIGHEST_OF_MAPS)], 1))
         if colours != self.image_channels:
             y = y.mean(1, keepdim=True)
         return y if self.noise_level_input else torch.lerp(inside, y, strength)
@@ -178,7 +181,9 @@ def kept_gray(wishes: Wishes) -> Gray:
 
 
 def own_level(level: float | Tensor, values: ValueRange) -> float | Tensor:
-    """A noise level on a picture's own scale, at most 1."""
+    """A noise level on a picture's own scale, at most 1; of a map at most :data:`HIGHEST_OF_MAPS`."""
+    if isinstance(level, Tensor) and level.dim() == 4:
+        return (level / values.span).clamp(max=HIGHEST_OF_MAPS)
     is_curve = isinstance(level, Tensor) and level.dim() == 2  # perhaps another picture's, which may be above 1
     if values.ordinary and not is_curve:
         return level
@@ -201,10 +206,36 @@ def own_scale(
     if isinstance(own, Tensor) and own.dim() < 4 and own.numel():
         known = float(own.max())
     limits = values.limits(known)
-    if wishes.idle or (values.ordinary and limits is None):
+    smaller = _smaller(known, wishes)
+    if wishes.idle or (values.ordinary and limits is None and smaller == 1):
         return own, None
     # Where there is no noise, or brightness stays, a lone bright pixel is no hot one: a star keeps its light.
-    return own, OwnScale(values.black, values.span, limits, lone=known == 0 or wishes.strength == 0)
+    lone = known == 0 or wishes.strength == 0
+    if smaller == 1:
+        return own, OwnScale(values.black, values.span, limits, lone)
+    assert own is not None
+    if isinstance(own, Tensor) and own.dim() == 2:
+        own = _curves_of_smaller(own, smaller)
+    if limits is not None:
+        limits = limits[0] / smaller, limits[1] / smaller
+    return own / smaller, OwnScale(values.black, values.span * smaller, limits, lone)
+
+
+def _smaller(known: float | None, wishes: Wishes) -> float:
+    """What a picture is divided by for its noise to be as strong as networks know it; 1 where it is weaker.
+
+    Of white noise of sigma 150 ``color`` leaves 23.3 dB so, and 15.0 if it is told 150; from about 110 on it puts out
+    values far outside of the picture's, whatever the noise (crop of a photograph, 128 x 128, which has 4.6 dB).
+    """
+    most = 0.0 if known is None else known * max(wishes.strength, wishes.chroma or 0.0)
+    # A level in single precision that is the highest may be rounded up.
+    return most / STRONGEST if most > STRONGEST * (1 + 1e-6) else 1.0
+
+
+def _curves_of_smaller(curves: Tensor, smaller: float) -> Tensor:
+    """Curves (N, KNOTS) over the brightness of pictures that are divided by ``smaller``."""
+    brightness = (torch.linspace(0, 1, KNOTS, device=curves.device, dtype=curves.dtype) * smaller).view(1, 1, 1, -1)
+    return interpolated(curves, brightness.expand(len(curves), -1, -1, -1)).reshape(len(curves), KNOTS)
 
 
 def adapted(network: FusedDenoiser, channels: int, wishes: Wishes) -> TiledNetwork:
