@@ -10,19 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as PIL
 
 pytest.importorskip("lightning")
 pytest.importorskip("pydantic")
 
+from fastden.network.model import Denoiser
 from fastden.training.config import JointConfig, TrainConfig
 from fastden.training.trainer import train
 
 Run = Callable[..., Path]
+#: The file of the networks that tests train in front of.
+NETWORKS = str(Path(__file__).with_name("networks.py"))
 
 
 def configuration(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({"data": ["photographs"], "output": "run", **changes})
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return Denoiser.from_pretrained(model).state_dict()
 
 
 def smooth(random: np.random.Generator, size: tuple[int, int] = (44, 40)) -> PIL.Image:
@@ -111,5 +119,24 @@ def run(photographs: Path) -> Run:
             warnings.simplefilter("ignore")
             own = kind.model_validate({**settings, **changes})
             return train(own, resume=resume, minutes=minutes, fit=fit, accelerator="cpu", devices="1")
+
+    return start
+
+
+@pytest.fixture
+def joint(run: Run, classified: Path, segmented: Path) -> Run:
+    """A joint run of four steps from random weights."""
+
+    def start(output: Path, kind: str = "classify", resume: bool = False, **changes: Any) -> Path:
+        data = classified if kind == "classify" else segmented
+        settings: dict[str, Any] = {
+            "objective": f"joint-{kind}",
+            "data": [data],
+            "validation_data": data,
+            "validation": 3,
+            "network": f"{NETWORKS}:{'classifier' if kind == 'classify' else 'segmenter'}",
+            "init": None,
+        }
+        return run(output, resume, **{**settings, **changes})
 
     return start
