@@ -81,6 +81,7 @@ gpu_tests=(tests/ops/test_backends.py tests/ops/test_triton_start.py tests/infer
     tests/bench/test_timing.py)
 # Those that run only where these packages are: pytest ends with an error if it cannot import the first's conftest.py.
 gpu_tests_of_packages=(
+    "tests/training/test_averages.py lightning pydantic"
     "tests/training/test_denoise.py lightning pydantic"
     "tests/batch/test_denoiser.py pyvips tifftools"
     "tests/inference/test_arrays.py dask zarr"

@@ -123,6 +123,14 @@ def run(photographs: Path) -> Run:
     return start
 
 
+@pytest.fixture(scope="module")
+def finished(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("run")
+    assert run(output) == output / "model"
+    return output
+
+
 @pytest.fixture
 def joint(run: Run, classified: Path, segmented: Path) -> Run:
     """A joint run of four steps from random weights."""
