@@ -1,4 +1,4 @@
-"""Networks with random statistics, and measures of error."""
+"""Networks with random statistics, small networks behind a denoiser, and measures of error."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,3 +184,25 @@ def labelled_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     clean = torch.rand(4, 3, 20, 24, generator=generator)
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=generator)
     return noisy, clean, torch.randint(5, (4,), generator=generator)
+
+
+def classifier(classes: int = 5, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+
+
+def segmenter(classes: int = 4) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, classes, 3, stride=2, padding=1), nn.BatchNorm2d(classes))
+
+
+def normalise(images: Tensor) -> Tensor:
+    return F.interpolate((images - 0.5) / 0.25, size=16, mode="bilinear", align_corners=False)
