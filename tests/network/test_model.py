@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastden
 from fastden.network.model import Denoiser
 from fastden.network.padding import pad_image, padding_for
-from tests.helpers import level, max_error, poison_freed_memory, random_network, randomise
+from tests.helpers import level, max_error, random_network
 
 NAMES = ["conv0", "conv1", "res1", "conv2", "res2", "up2", "conv3", "res3", "up3", "out"]
 
@@ -213,69 +209,6 @@ def test_one_pixel_trains() -> None:
     assert model.conv2.conv.weight.grad is not None
 
 
-@pytest.mark.parametrize("composed", [False, True])
-def test_autocast(composed: bool) -> None:
-    model = random_network(composed=composed)
-    x = torch.rand(1, 3, 21, 18)
-    with torch.no_grad():
-        exact = model(x, 0.1)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = model(x, 0.1)
-    assert y.shape == x.shape
-    assert 0 < max_error(y, exact) < 0.05
-
-
-@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_takes_both_short_dtypes(autocast: torch.dtype, dtype: torch.dtype) -> None:
-    """Its torch.cat, with the level, refuses the one that is not its own; a convolution does not."""
-    model, x = random_network(), torch.rand(1, 3, 21, 18).to(dtype)
-    hooked = copy.deepcopy(model)
-    hooked.conv0.register_forward_hook(lambda *_: None)
-    with torch.no_grad():
-        exact = model(x.float(), 0.1)
-        for network in (model, hooked, fastden.fuse(model)):
-            with torch.autocast("cpu", autocast):
-                y = network(x, 0.1)
-            assert max_error(y, exact) < 0.05
-    assert y.dtype == dtype  # of a fused network, which autocast does not change
-
-
-def test_autocast_does_not_convert_double() -> None:
-    for model, x in (
-        (random_network(), torch.rand(1, 3, 9, 9).double()),
-        (random_network().double(), torch.rand(1, 3, 9, 9)),
-    ):
-        accepted = rf"accepted: {model.dtype}, the network's \(convert x or the network\)$"
-        for on in (True, False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=on), pytest.raises(TypeError, match=accepted):
-                model(x, 0.1)
-
-
-@pytest.mark.parametrize("composed", [False, True])
-def test_autocast_trains(composed: bool) -> None:
-    model = random_network(composed=composed).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(torch.rand(2, 3, 14, 14), 0.1).float().square().mean()
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.dtype == torch.float32
-        assert bool(parameter.grad.isfinite().all()), name
-
-
-@pytest.mark.parametrize("composed", [False, True])
-@pytest.mark.parametrize("size", [(1, 1), (30, 1), (30, 2), (2, 30), (33, 40)])
-def test_bfloat16_reads_only_what_was_written(composed: bool, size: tuple[int, int]) -> None:
-    """oneDNN 3.12's bf16 convolution picks up freed memory where an output is one column wide; none may be."""
-    model = random_network(composed=composed).to(memory_format=torch.channels_last)
-    x = torch.rand(1, 3, *size)
-    for _ in range(3):
-        poison_freed_memory()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            assert bool(model(x, 0.1).isfinite().all())
-
-
 def test_copies_are_equal_and_apart() -> None:
     model = random_network(noise_level_input=False, composed=True)
     x = torch.rand(1, 3, 9, 9)
@@ -326,110 +259,6 @@ def test_gradient_of_the_input() -> None:
     x = torch.rand(1, 3, 3, 2, dtype=torch.float64, requires_grad=True)
     sigma = torch.rand(1, dtype=torch.float64).mul_(0.2).requires_grad_()
     assert torch.autograd.gradcheck(model, (x, sigma), fast_mode=True)
-
-
-def test_adapt_keeps_the_estimator_and_draws_nothing() -> None:
-    photo, before = Denoiser.from_pretrained("photo"), torch.get_rng_state()
-    with torch.device("meta"):
-        adapted = photo.adapt(noise_level_input=False).adapt(noise_level_input=True)
-    assert photo.estimator is not None
-    assert adapted.estimator is photo.estimator
-    assert adapted.int8_ranges is None  # its weights are others
-    assert adapted.out.weight.device.type == "cpu"
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_adapt_keeps_what_is_frozen() -> None:
-    model = random_network()
-    model.res1.requires_grad_(False)
-    model.conv0.requires_grad_(False)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    adapted = model.adapt(noise_level_input=False)
-    assert {name for name, parameter in adapted.named_parameters() if not parameter.requires_grad} == frozen
-
-
-class Own(Denoiser):
-    """A user's network, with a setting of its own."""
-
-    gain = 1.0
-
-    def forward(self, x: Tensor, sigma: Any = None) -> Tensor:
-        return self.gain * super().forward(x, sigma)
-
-
-@pytest.mark.parametrize("composed", [False, True])
-def test_adapt_keeps_what_no_state_dict_holds(composed: bool) -> None:
-    model = Own(noise_level_input=False, composed=composed)
-    randomise(model, 0).eval().to(memory_format=torch.channels_last)
-    model.gain = 0.5
-    model.conv1.bn.eps, model.conv1.bn.momentum = 0.01, 0.02
-    model.conv2.train()
-    model.conv3.relu = nn.LeakyReLU(0.2)
-    model.res1 = nn.SyncBatchNorm.convert_sync_batchnorm(model.res1)
-    model.res2.conv.padding_mode, model.res2.conv._reversed_padding_repeated_twice = "circular", [1] * 4
-    called: list[str] = []
-    model.res3.register_forward_hook(lambda *_: called.append("res3"))
-    adapted, x = model.adapt(noise_level_input=True), torch.rand(1, 3, 9, 11)
-    assert (type(adapted), adapted.composed, adapted.conv0.in_channels) == (Own, composed, 4)
-    assert [part.training for part in adapted.modules()] == [part.training for part in model.modules()]
-    assert adapted.conv1.bn.momentum == 0.02
-    assert adapted.conv0.weight.is_contiguous(memory_format=torch.channels_last)
-    model.conv2.eval()
-    adapted.conv2.eval()
-    assert max_error(adapted(x, 0.3), model(x)) < 1e-6
-    assert called == ["res3", "res3"]
-    assert model.noise_level_input is False
-    back = adapted.adapt(noise_level_input=False)
-    assert torch.equal(back(x), model(x))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_adapt_ends_parametrisations_of_the_first_weight(training: bool) -> None:
-    model = random_network(noise_level_input=False).requires_grad_(False).train(training)
-    for part in (model.conv0, model.out):
-        parametrizations.spectral_norm(part)
-    model.conv0.parametrizations.weight.original.requires_grad_()
-    state = copy.deepcopy(model.state_dict())
-    adapted = model.adapt(noise_level_input=True)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert isinstance(adapted.conv0.weight, nn.Parameter)
-    assert adapted.conv0.weight.requires_grad
-    assert parametrize.is_parametrized(adapted.out, "weight")
-    assert not adapted.out.parametrizations.weight.original.requires_grad
-    assert adapted.conv0.training == training
-    x = torch.rand(1, 3, 9, 11)
-    assert max_error(adapted.eval()(x, 0.3), model.eval()(x)) < 1e-5
-
-
-def test_adapt_refuses_a_first_layer_that_it_cannot_change() -> None:
-    pruned, wrapped = random_network(), random_network()
-    prune.l1_unstructured(pruned.conv0, "weight", amount=0.3)
-    wrapped.conv0 = nn.Sequential(wrapped.conv0)
-    for model, kind in ((pruned, "Conv2d"), (wrapped, "Sequential")):
-        with pytest.raises(TypeError, match=rf"conv0: {kind}; accepted: a torch\.nn\.Conv2d that holds its weight"):
-            model.adapt(noise_level_input=False)
-
-
-@pytest.mark.parametrize("noise_level_input", [False, True])
-def test_adapt(noise_level_input: bool) -> None:
-    model = random_network(noise_level_input)
-    other = model.adapt(not noise_level_input)
-    x = torch.rand(1, 3, 9, 11)
-    assert other.noise_level_input != noise_level_input
-    assert not other.training
-    assert model.adapt(noise_level_input) is model
-    assert torch.equal(other.out.weight, model.out.weight)
-    if not noise_level_input:
-        # The added channel has zero weights: the function stays the same at every level.
-        assert max_error(other(x, 0.3), model(x)) < 1e-5
-    else:
-        assert torch.equal(other.conv0.weight, model.conv0.weight[:, :3])
-    with torch.no_grad():
-        other.out.weight.zero_()
-    assert model.out.weight.abs().max() > 0
-    double = random_network(noise_level_input).double()
-    double.conv3.conv.weight.data += 1e-12
-    assert torch.equal(double.adapt(not noise_level_input).conv3.conv.weight, double.conv3.conv.weight)
 
 
 WRONG: dict[str, tuple[bool, object, object, type[Exception], str]] = {
