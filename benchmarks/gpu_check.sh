@@ -77,7 +77,7 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -m "not slow")
 repeatable=(env CI=1)
 # The files outside of tests/kernels and tests/cuda that hold tests which wait for a GPU. The others are not named: without
 # pyvips four of them cannot be collected.
-gpu_tests=(tests/ops/test_backends.py tests/ops/test_triton_start.py tests/inference/test_tile_memory.py tests/test_api.py
+gpu_tests=(tests/ops/test_backends.py tests/ops/test_triton_start.py tests/inference/test_tile_memory.py tests/api/test_images.py
     tests/bench/test_timing.py)
 # Those that run only where these packages are: pytest ends with an error if it cannot import the first's conftest.py.
 gpu_tests_of_packages=(
