@@ -6,8 +6,11 @@ than each rival that is right: its third quartile below the rival's first. These
 the network without CUDA graphs, and at 256 x 256 pixels the host decides: there the whole network has to be faster on
 the backend than on PyTorch's operations, and so has the mixture of backends that was chosen automatically
 (``fastden-auto``), if the file has it. If two backends are proven for an operator, the table has the faster one
-first. What the table says of other capabilities and dtypes stays. All results, and the checks, have to be of one commit
-and one GPU. They have to lie in the repository, for they are committed with the table.
+first. All results, and the checks, have to be of one commit and one GPU. They have to lie in the repository, for they
+are committed with the table.
+
+What the table has stays, unless these results show it wrong or not faster, or its backend failed a check: a run that
+found no time for a kernel, a size or a check says nothing of it.
 
 The table also has the shapes of the weights that the operators were measured with: for others, nothing is chosen.
 
@@ -29,7 +32,7 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -108,6 +111,16 @@ def why_not_faster(rows: dict[str, Any], own: str) -> list[str]:
     return [f"not faster than {', '.join(slower)}"] if slower else []
 
 
+def is_judged(rows: dict[str, Any], own: str) -> bool:
+    """Whether contender ``own`` was measured: its result was compared and, if it is right, a right rival was timed.
+
+    One that failed has no result: the fault may be that of the contender before it.
+    """
+    mine = rows.get(own, {})
+    rivals = [row for name, row in rows.items() if name != own and (not row["own"] or name == "fastden-torch")]
+    return "right" in mine and (not mine["right"] or any(row.get("right") for row in rivals))
+
+
 def why_not_called(calls: dict[str, Any] | None, capability: str, dtype: str, backend: str) -> list[str]:
     """Why calls of the network are not right and faster on ``backend`` than on PyTorch's operations; empty if they are.
 
@@ -123,12 +136,16 @@ def why_not_called(calls: dict[str, Any] | None, capability: str, dtype: str, ba
     if measured != (capability, dtype):
         return [f"{CALLS}: of {' '.join(measured)}; accepted: {capability} {dtype}"]
     own = f"fastden-{backend}"
-    contenders = calls["results"][0]["contenders"]
-    rows = {name: row for name, row in contenders.items() if name in (own, AUTO, "fastden-torch")}
+    rows = called(calls["results"][0], own)
     reasons = [f"{CALLS}: {reason}" for reason in why_not_faster(rows, own)]
     if AUTO in rows:
         reasons += [f"{CALLS}: {AUTO}: {reason}" for reason in why_not_faster(rows, AUTO)]
     return reasons
+
+
+def called(result: dict[str, Any], own: str) -> dict[str, Any]:
+    """The contenders that decide on calls of the network."""
+    return {name: row for name, row in result["contenders"].items() if name in (own, AUTO, "fastden-torch")}
 
 
 def prove(
@@ -200,10 +217,52 @@ def changed(table: dict[Key, Entry]) -> list[Key]:
     return [key for key, (_, measured) in table.items() if digest(ROOT, *key[:3]) != measured]
 
 
-def merged(entries: dict[Key, Entry], tried: Iterable[tuple[tuple[int, int], str]]) -> dict[Key, Entry]:
-    """The table with ``entries`` in place of those of the capabilities and dtypes that were ``tried``."""
-    tried = set(tried)
-    return {key: entry for key, entry in PROVEN.items() if key[2:] not in tried} | entries
+def refuted(
+    table: Iterable[Key],
+    documents: dict[str, dict[str, Any]],
+    calls: dict[str, Any] | None,
+    failed: Collection[str] = (),
+) -> set[Key]:
+    """The kernels of a table that results show wrong or not faster, at any size, also where other results are missing.
+
+    Args:
+        table: its kernels.
+        documents, calls: as of :func:`prove`.
+        failed: backends with a check that failed.
+    """
+    found = set()
+    for key in table:
+        backend, operator, (major, minor), dtype = key
+        machine = (f"{major}.{minor}", dtype)
+        own = f"fastden-{backend}"
+        alike, calls_alike = (
+            [one for one in some if (one["machine"]["compute_capability"], one["settings"]["dtype"]) == machine]
+            for some in (documents.values(), [calls] if calls else [])
+        )
+        comparisons = [
+            (result["contenders"], own)
+            for document in alike
+            for result in document["results"]
+            if result["name"].split()[0] == operator
+        ]
+        comparisons += [
+            (called(result, own), name) for one in calls_alike for result in one["results"] for name in (own, AUTO)
+        ]
+        is_slower = any(is_judged(rows, name) and why_not_faster(rows, name) for rows, name in comparisons)
+        if is_slower or (alike and backend in failed):
+            found.add(key)
+    return found
+
+
+def merged(entries: dict[Key, Entry], out: Iterable[Key]) -> dict[Key, Entry]:
+    """The table with ``entries``, and without the other kernels in ``out``."""
+    out = set(out)
+    kept = {key: entry for key, entry in PROVEN.items() if key not in out and key not in entries}
+    # Where two backends were not compared, they keep their order.
+    before, uncompared = list(PROVEN), {key[1:] for key in kept}
+    together = kept | entries
+    order = {key: before.index(key) if key in PROVEN and key[1:] in uncompared else len(before) for key in together}
+    return {key: together[key] for key in sorted(together, key=order.__getitem__)}
 
 
 def write(table: dict[Key, Entry], path: Path) -> None:
@@ -283,12 +342,14 @@ def main() -> int:
         notes.append(f"{backend} {operator} {major}.{minor} {dtype}: {since}")
     print("\n".join(f"proven: {key}" for key in entries) or "nothing is proven")
     print("\n".join(f"left out: {note}" for note in notes))
+    failed = [name for name, checks in CHECKS.items() if any(status.get(check) == "failed" for check in checks)]
+    table = merged(entries, refuted(PROVEN, files, calls, failed))
+    print("".join(f"taken out: {key}\n" for key in PROVEN if key not in table), end="")
+    measured_on = {document["machine"]["compute_capability"] for document in files.values()}
+    unmeasured = [key for key in table if key not in entries and ".".join(map(str, key[2])) in measured_on]
+    print("".join(f"stays, for nothing here refutes it: {key}\n" for key in unmeasured), end="")
     if arguments.write:
-        tried = {
-            (tuple(map(int, document["machine"]["compute_capability"].split("."))), document["settings"]["dtype"])
-            for document in files.values()
-        }
-        write(merged(entries, tried), TABLE)  # type: ignore[arg-type]
+        write(table, TABLE)
     return 0
 
 

@@ -1,10 +1,9 @@
-"""What results have to show before the automatic choice takes a kernel."""
+"""What results have to show before the automatic choice takes a kernel, and before it loses one."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,13 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastden.ops import proven
-from tests.scripts import load
-
-
-@pytest.fixture(scope="module")
-def command(root: Path) -> ModuleType:
-    return load(root / "benchmarks" / "prove.py")
+from tests.bench.conftest import Checkout
 
 
 def row(milliseconds: float, own: bool = False, right: bool = True) -> dict[str, Any]:
@@ -181,58 +174,6 @@ def test_a_folder_without_results_proves_nothing(
     assert table.read_text() == "as it was"
 
 
-class Checkout:
-    """A repository with the kernels' sources at a commit, and an empty table."""
-
-    def __init__(self, root: Path, folder: Path, command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.command, self.monkeypatch = folder, command, monkeypatch
-        for path in command.PATHS:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if (root / path).is_dir() else shutil.copy)(root / path, folder / path)
-        self.git("init", "--quiet")
-        self.git("add", ".")
-        self.git("commit", "--quiet", "--message", "kernels")
-        self.commit = self.git("rev-parse", "--short", "HEAD").strip()
-        self.table = folder / "proven.py"
-        shutil.copy(command.TABLE, self.table)
-        command.write({}, self.table)
-        monkeypatch.setattr(command, "ROOT", folder)
-        monkeypatch.setattr(command, "TABLE", self.table)
-
-    def git(self, *words: str) -> str:
-        command = ["git", "-C", str(self.folder), "-c", "user.name=a", "-c", "user.email=a@example.org", *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    def replace(self, file: str, old: str, new: str) -> None:
-        text = (self.folder / file).read_text()
-        assert old in text
-        (self.folder / file).write_text(text.replace(old, new))
-
-    def prove(self, *arguments: str) -> int:
-        """Call ``prove.py``."""
-        self.monkeypatch.setattr(self.command, "PROVEN", self.proven())
-        self.monkeypatch.setattr(sys, "argv", ["prove.py", *arguments])
-        return int(self.command.main())
-
-    def proven(self) -> dict[Any, Any]:
-        read: dict[str, Any] = {}
-        exec(self.table.read_text(), read)
-        return dict(read["PROVEN"])
-
-    def digests(self) -> dict[str, str]:
-        kernels = {"cuda": "csrc/*.cu", "triton": "kernels/[!_]*.py"}
-        return {
-            f"{backend} {path.stem}": self.command.digest(self.folder, backend, path.stem, (9, 0))
-            for backend, pattern in kernels.items()
-            for path in self.folder.glob(pattern)
-        }
-
-
-@pytest.fixture
-def checkout(root: Path, tmp_path: Path, command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Checkout:
-    return Checkout(root, tmp_path, command, monkeypatch)
-
-
 def test_what_is_proven_is_what_was_measured(checkout: Checkout, capsys: pytest.CaptureFixture[str]) -> None:
     """Results prove nothing of a kernel that has changed since, whether it is in the table by then or not."""
     key, file = ("triton", "upsample", (9, 0), "bfloat16"), "results/ops-2160.json"
@@ -268,101 +209,6 @@ def test_a_commit_that_is_not_there(checkout: Checkout, capsys: pytest.CaptureFi
     assert "nothing is proven:\n" in told
     assert "c0ffee" in told
     assert checkout.proven() == {}
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "changed"),
-    [
-        ("csrc/head.cu", "\n}", "\nint added;}", {"cuda head"}),
-        ("csrc/patch.cuh", "\n}", "\nint added;}", {"cuda head", "cuda stem"}),
-        # A header that a header includes.
-        ("csrc/tensor_map.cuh", "const", "", {"cuda bottleneck", "cuda concat_conv_bn_relu", "cuda concat_conv_fp8"}),
-        # conv3 runs another kernel.
-        ("csrc/convolution.cuh", "#pragma once", "", {"cuda conv_bn_relu", "cuda upsample"}),
-        ("csrc/upsample.cu", "phases.kernel = 2", "phases.kernel = 0x2", {"cuda upsample"}),
-        ("csrc/bindings.cpp", "\n}", "\nint added;}", set()),
-        ("kernels/head.py", " + ", " - ", {"triton head"}),
-        ("kernels/stem.py", " + ", " - ", {"triton head", "triton stem"}),
-        # The default tiles, which the kernels' own files do not import all.
-        (
-            "kernels/_tiles.py",
-            "warps=8, stages=3",
-            "warps=4, stages=3",
-            {
-                f"triton {name}"
-                for name in ("bottleneck", "concat_conv_bn_relu", "conv_bn_relu", "upsample", "weight_gradient")
-            },
-        ),
-        # Neither comments nor white space, and no docstrings.
-        ("csrc/convolution.cuh", "#pragma once", "#pragma  once  // of 'all' // headers\n/* once\n\"*/", set()),
-        ("csrc/upsample.cu", "Convolution phases = {};", "Convolution\n    phases={ /* = {1} */ } ;", set()),
-        ("kernels/_tiles.py", '"""Tiles', '"""Some tiles', set()),
-        ("kernels/_tiles.py", '    """Store', '    # A comment.\n\n    """It stores', set()),
-        ("kernels/_tiles.py", "(acc < 0.0, 0.0, acc)", "(\n        acc < 0.0, 0.0, acc,\n    )", set()),
-    ],
-)
-def test_which_change_is_one_of_a_kernel(checkout: Checkout, file: str, old: str, new: str, changed: set[str]) -> None:
-    before = checkout.digests()
-    checkout.replace(file, old, new)
-    after = checkout.digests()
-    assert {name for name in before if before[name] != after[name]} == changed
-
-
-def test_flags_of_the_compiler_are_of_a_cuda_kernel(checkout: Checkout) -> None:
-    before = checkout.digests()
-    checkout.replace("fastden/cuda/build.py", '"-lineinfo"', '"-lineinfo", "--use_fast_math"')
-    after = checkout.digests()
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {name for name in before if name.startswith("cuda ")} != set()
-
-
-def test_what_is_left_out_is_for_other_shapes(root: Path) -> None:
-    """conv3's kernel of 9.0 includes nothing of the one for other shapes, and takes the shapes that were measured."""
-    sources = load(root / "benchmarks" / "kernel_sources.py")
-    assert set(sources.OTHER_SHAPES) == {("concat_conv_bn_relu", (9, 0))}
-    left = [root / "csrc" / "concat_hopper.cuh"]
-    found: set[str] = set()
-    while left:
-        path = left.pop()
-        if path.name not in found and path.is_file():
-            found.add(path.name)
-            left += sources.included(path)
-    assert {"concat_hopper.cuh", "hopper.cuh"} <= found
-    assert not found & set(sources.OTHER_SHAPES["concat_conv_bn_relu", (9, 0)])
-    ((weight,),) = proven.SHAPES["concat_conv_bn_relu"]
-    outputs, channels, *kernel = weight
-    # As hopper::fits of csrc/concat_conv_bn_relu.cu: 128 and 32 channels, 256 outputs, 3 x 3.
-    constants = (root / "csrc" / "concat_hopper.cuh").read_text()
-    assert "kTileOutputs = 256;" in constants
-    assert "kStepChannels = 64;" in constants
-    assert (outputs % 256, (channels - 32) % 64, kernel) == (0, 0, [3, 3])
-
-
-def test_tokens_of_cuda(root: Path) -> None:
-    """Texts, operators and the lines of directives stay what they are."""
-    plain = load(root / "benchmarks" / "kernel_sources.py").plain_cuda
-    apart = [
-        'a = "x  // y";',
-        'a = "x // y";',
-        "a = b + +c;",
-        "a = b++ c;",
-        "int ab;",
-        "int a b;",
-        "#define A 1\nb",
-        "#define A 1 b",
-        "#define A (x)",
-        "#define A(x)",
-        "a = 1'000; // '",
-        "a = 1'0; b = '\"'; // \"",
-    ]
-    assert len(set(map(plain, apart))) == len(apart)
-    for one, other in (
-        ("a(b,c)", "a( b, // c\n  c )"),
-        ("#define A \\\n 1", "#define A 1"),
-        ("a = 1'000; // '", "a = 1'000;"),
-        ("a = '\"'; // \"", "a = '\"';"),
-    ):
-        assert plain(one) == plain(other)
 
 
 def test_all_sizes_are_needed(command: ModuleType) -> None:
@@ -466,15 +312,97 @@ def test_the_table_keeps_what_other_gpus_proved(
     table = tmp_path / "proven.py"
     table.write_text(command.TABLE.read_text())
     new = {key: (file, "facade") for key, file in entries.items()}
-    command.write(command.merged(new, [((9, 0), "bfloat16")]), table)
+    command.write(command.merged(new, command.refuted(old, documents(command), calls())), table)
     read: dict[str, Any] = {}
     exec(table.read_text(), read)
-    assert read["PROVEN"] == {
-        ("triton", "head", (8, 0), "bfloat16"): ("b.json", "decaf"),
-        ("triton", "upsample", (9, 0), "bfloat16"): ("ops-2160.json", "facade"),
-    }
+    assert read["PROVEN"] == {**old, ("triton", "upsample", (9, 0), "bfloat16"): ("ops-2160.json", "facade")}
     command.write(proven, table)
     assert table.read_text() == command.TABLE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "left"),
+    [
+        ("an operator is missing", ["triton", "cuda"]),
+        ("a height is missing", ["triton", "cuda"]),
+        ("a height is not complete", ["triton", "cuda"]),
+        ("calls are missing", ["triton", "cuda"]),
+        ("calls are of another dtype", ["triton", "cuda"]),
+        ("a check did not run", ["triton", "cuda"]),
+        ("a check found no time", ["triton", "cuda"]),
+        ("a contender broke", ["triton", "cuda"]),
+        ("rivals are wrong", ["triton", "cuda"]),
+        ("another gpu", ["triton", "cuda"]),
+        ("a check failed", ["triton"]),
+        ("wrong at one height", ["triton"]),
+        ("slower at the only height", ["triton"]),
+        ("slower calls", ["triton"]),
+        ("a slower mixture", []),
+    ],
+)
+def test_what_a_run_did_not_measure_stays(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str], case: str, left: list[str]
+) -> None:
+    """Only results that show a kernel wrong or not faster take it out of the table; all of its cases are on CUDA."""
+    command, folder = checkout.command, checkout.folder / "results"
+    folder.mkdir()
+    before = {(name, "upsample", (9, 0), "bfloat16"): ("before.json", "c0ffee") for name in ("triton", "cuda")}
+    command.write(before, checkout.table)
+    found, status = results(command, checkout.commit)
+    status |= dict.fromkeys(command.CHECKS["cuda"], "passed")
+    for name in found:
+        if name != "model-256.json":
+            found[name]["results"][0]["contenders"]["fastden-cuda"] = row(0.5, own=True)
+    at_512 = found["ops-512.json"]["results"][0]["contenders"]
+    mixture = row(3.0, own=True)
+    if case == "an operator is missing":
+        for name in found:
+            if name != "model-256.json":
+                found[name]["results"][0]["name"] = "stem"
+    elif case == "a height is missing":
+        del found["ops-1080.json"]
+    elif case == "a height is not complete":
+        found["ops-1080.json"] |= {"complete": False, "results": []}
+    elif case == "calls are missing":
+        del found["model-256.json"]
+    elif case == "calls are of another dtype":
+        found["model-256.json"]["settings"]["dtype"] = "float16"
+        found["model-256.json"]["results"][0]["contenders"]["fastden-auto"] = mixture
+    elif case == "a check did not run":
+        del status["first-cuda-graph"]
+    elif case == "a check found no time":
+        status["sanitizer-cuda-memcheck"] = "no time left"
+    elif case == "a contender broke":
+        at_512["fastden-cuda"] = {"own": True, "failed": "AcceleratorError: CUDA error"}
+    elif case == "rivals are wrong":
+        for name in ("fastden-torch", "compile"):
+            at_512[name] = row(3.0, own=name == "fastden-torch", right=False)
+    elif case == "another gpu":
+        for one in found.values():
+            one["machine"]["compute_capability"] = "8.0"
+            one["results"][0]["contenders"]["fastden-cuda"] = row(9.0, own=True)
+    elif case == "a check failed":
+        status["first-cuda-graph"] = "failed"
+    elif case == "wrong at one height":
+        at_512["fastden-cuda"] = row(0.5, own=True, right=False)
+    elif case == "slower at the only height":
+        found = {name: found[name] for name in ("ops-512.json", "model-256.json")}
+        at_512["fastden-cuda"] = row(2.0, own=True)
+    elif case == "slower calls":
+        found["model-256.json"]["results"][0]["contenders"]["fastden-cuda"] = row(2.0, own=True)
+    elif case == "a slower mixture":
+        found["model-256.json"]["results"][0]["contenders"]["fastden-auto"] = mixture
+    write(folder, found, status)
+    assert checkout.prove(str(folder), "--write") == 0
+    after = checkout.proven()
+    assert {name for name, *other in after if other == ["upsample", (9, 0), "bfloat16"]} == set(left)
+    told = capsys.readouterr().out
+    for key, entry in before.items():
+        assert (f"taken out: {key}\n" in told) == (key not in after)
+        if case != "another gpu":
+            assert (f"stays, for nothing here refutes it: {key}\n" in told) == (after.get(key) == entry)
+    # Backends that were not compared keep their order.
+    assert [key for key in after if key in before] == [key for key in before if key in after]
 
 
 @pytest.mark.parametrize("check", ["one-pixel", "thread"])
