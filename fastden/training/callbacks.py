@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -154,7 +155,8 @@ class LossBar(RichProgressBar):
     NAMES = ("train_loss", "train_task_loss")
 
     def __init__(self) -> None:
-        super().__init__()
+        # Lightning's three decimals show a loss of 0.0004 as 0.000.
+        super().__init__(theme=RichProgressBarTheme(metrics_format="#.4g"))
         self._losses: dict[str, float] = {}
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

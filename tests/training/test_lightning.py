@@ -83,6 +83,17 @@ def test_a_training_leaves_cudnns_choice_as_it_was(
     assert torch.backends.cudnn.benchmark is before
 
 
+def test_the_progress_bar_shows_four_digits() -> None:
+    """Of a loss of 0.00042, and of a PSNR."""
+    text = callbacks.LossBar().theme.metrics_format
+    assert [format(value, text) for value in (0.00042, 0.051239, -0.0021, 31.4159)] == [
+        "0.0004200",
+        "0.05124",
+        "-0.002100",
+        "31.42",
+    ]
+
+
 def test_no_log_replaces_an_earlier_one(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.mkdir()
