@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -64,17 +66,36 @@ def _without_praise() -> Iterator[None]:
         logger.removeFilter(is_no_praise)
 
 
+#: What Lightning writes into the environment. ``seed_everything()`` of a program's own reads the seed there.
+VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUDA_DEVICE_ORDER")
+
+
 @contextmanager
-def _own_choice_of_cudnn() -> Iterator[None]:
-    """Leave PyTorch's flag as it was, which Lightning sets for the whole process."""
-    before = torch.backends.cudnn.benchmark
+def _process_as_it_was() -> Iterator[None]:
+    """Leave the whole process's random numbers, environment and cuDNN flag as they were, which a run sets for itself.
+
+    Those of a GPU that was not in use before, and all of a run on several devices, stay as Lightning leaves them.
+    """
+    variables = {name: os.environ.get(name) for name in VARIABLES}
+    benchmark = torch.backends.cudnn.benchmark
+    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 -- seeded by Lightning
+    # Asking a GPU for the state of its random numbers would start CUDA.
+    drawn_on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = benchmark
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])  # noqa: NPY002
+        torch.set_rng_state(drawn[2])
+        torch.cuda.set_rng_state_all(drawn_on_gpus)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
-@_own_choice_of_cudnn()
+@_process_as_it_was()
 @_without_praise()
 def train(
     config: TrainConfig,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import random
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -81,6 +85,49 @@ def test_a_training_leaves_cudnns_choice_as_it_was(
         run(tmp_path / "out")
     assert during == [True]
     assert torch.backends.cudnn.benchmark is before
+
+
+@pytest.mark.parametrize("ends", ["well", "in an error", "by Ctrl-C"])
+@pytest.mark.parametrize("before", [None, "5"])
+def test_a_training_leaves_the_process_as_it_was(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, ends: str
+) -> None:
+    """Its random numbers, environment and all else that a program may have set."""
+
+    def state() -> dict[str, Any]:
+        return {
+            "environment": {name: os.environ.get(name) for name in trainer.VARIABLES},
+            "random": random.getstate(),
+            "numpy": [str(part) for part in np.random.get_state()],  # noqa: NPY002
+            "torch": torch.get_rng_state().tolist(),
+            "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+            "warnings": [*warnings.filters],
+            "levels": [logging.getLogger(name).level for name in ("", "lightning.pytorch", "lightning.fabric")],
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "dtype": torch.get_default_dtype(),
+            "threads": torch.get_num_threads(),
+            "precision": torch.get_float32_matmul_precision(),
+            "cudnn": [getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")],
+            "gradients": torch.is_grad_enabled(),
+        }
+
+    def stop(*_: Any) -> None:
+        raise UserError("enough") if ends == "in an error" else KeyboardInterrupt
+
+    for name in trainer.VARIABLES:
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+    random.seed(7)
+    torch.manual_seed(7)
+    if ends != "well":
+        monkeypatch.setattr(DenoiserTraining, "training_step", stop)
+    expected = state()
+    with nullcontext() if ends == "well" else pytest.raises((UserError, KeyboardInterrupt)):
+        run(tmp_path / "out", steps=1, validation=0)
+    found = state()
+    assert [name for name, value in expected.items() if found[name] != value] == []
 
 
 def test_the_progress_bar_shows_four_digits() -> None:
