@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cost import Cost
 
-from fastden.batch.cost import Cost
 from fastden.batch.denoiser import BatchDenoiser
 from fastden.batch.manifest import Record
 from fastden.batch.plan import Job

@@ -1,4 +1,4 @@
-"""The Ray engine: rows of names, records back, the local engine's bytes; and the cost model."""
+"""The Ray engine: rows of names, records back, the local engine's bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import pytest
 from typer.testing import CliRunner
 
 from fastden.batch import ray as ray_module
-from fastden.batch.cost import Cost
 from fastden.batch.manifest import NAME, Record
 from fastden.batch.plan import Job
 from fastden.batch.ray import Pool, Row, Worker, choose_pool, connect, distribute, mark_absent, plan_rows
@@ -470,26 +469,6 @@ def test_a_worker_that_streams(photos: Path, tmp_path: Path, worker: Worker, mon
         pair = (read_image(tmp_path / folder / name).pixels for folder in ("whole", "streamed"))
         assert np.array_equal(*pair)
     assert worker.denoiser._gate.taken == 0
-
-
-def test_cost() -> None:
-    """100 ms a megapixel of network, 20 and 30 of reading and writing."""
-    blank = Record("in.png", "out.png", "done", "", {}, {})
-    records = [
-        replace(blank, width=1000, height=1000, seconds={"read": 0.02, "compute": 0.1, "write": 0.03}),
-        replace(blank, width=2000, height=1000, seconds={"read": 0.04, "compute": 0.2, "write": 0.06}),
-        replace(blank, status="failed"),
-    ]
-    cost = Cost.of(records)
-    assert (cost.read, cost.compute, cost.write) == pytest.approx((20, 100, 30))
-    assert cost.images_an_hour(24) == pytest.approx(1000)
-    assert cost.images_an_hour(24, workers=2) == pytest.approx(1500)
-    assert cost.images_an_hour(24, files_at_once=9) == pytest.approx(1500)
-    # Half of each core is reading or writing while the network has the other halves.
-    assert cost.images_an_hour(24, files_at_once=3, cores=2) == pytest.approx(1200)
-    assert cost.images_an_hour(24, files_at_once=1, cores=2) == pytest.approx(1000)
-    with pytest.raises(ValueError, match=r"records: none is done"):
-        Cost.of(records[2:])
 
 
 def test_what_cannot_be_looked_at_is_not_replaced(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
