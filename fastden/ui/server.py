@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from fastden.errors import UserError
 from fastden.ui.session import Limits
+from fastden.ui.uploads import Uploads
 from fastden.whole_files import reason
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -106,7 +107,7 @@ def application(page: Any, limits: Limits, *, names: Collection[str] | None) -> 
         css=CSS,
         head=head(),
     )
-    app.add_middleware(Gate, names=names, present=page.present)
+    app.add_middleware(Gate, names=names, limits=limits, present=page.present)
     return app
 
 
@@ -115,14 +116,19 @@ class Gate:
 
     Args:
         app: behind the gate.
-        names: as of :func:`application`.
+        names, limits: as of :func:`application`.
         present: entered while a window holds its connection, with the window's name.
     """
 
     def __init__(
-        self, app: Any, names: Collection[str] | None, present: Callable[[str], AbstractContextManager[None]]
+        self,
+        app: Any,
+        names: Collection[str] | None,
+        limits: Limits,
+        present: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.app, self.names, self.present = app, names, present
+        self.uploads = Uploads(app, limits)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -138,6 +144,8 @@ class Gate:
         # Uploads alone need no look: a framework takes many types for JSON, a missing one too, and of two types either.
         kinds = [value.strip().lower() for name, value in scope["headers"] if name == b"content-type"]
         upload = len(kinds) == 1 and kinds[0].startswith(b"multipart/form-data")
+        # Elsewhere Gradio holds the files of a form in memory.
+        refused = refused or (upload and not scope["path"].endswith("/upload"))
         if not refused and scope["method"] not in ("GET", "HEAD") and not upload:
             body, receive = await _whole_body(receive)
             refused = _names_a_url(body)
@@ -153,7 +161,7 @@ class Gate:
 
         window = re.search(r"/heartbeat/([^/]+)$", scope["path"])
         with self.present(window[1]) if window else nullcontext():
-            await self.app(scope, receive, with_policy)
+            await (self.uploads if upload else self.app)(scope, receive, with_policy)
 
 
 def _netloc(origin: bytes) -> bytes | None:

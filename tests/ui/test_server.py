@@ -93,7 +93,7 @@ def test_a_window_is_present_while_it_holds_its_connection() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    client = TestClient(Gate(app, None, entered))
+    client = TestClient(Gate(app, None, Limits(), entered))
     for path in ("/gradio_api/heartbeat/mine", "/gradio_api/queue/data?session_hash=mine", "/"):
         client.get(path)
     assert seen == [["mine"], [], []]
