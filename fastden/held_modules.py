@@ -121,7 +121,7 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _is_frozen(module: nn.Module) -> bool:
     """Whether a module has parameters or statistics, and none of them is to be trained."""
     parameters = list(module.parameters())
-    has_state = bool(parameters) or any(True for _ in module.buffers())
+    has_state = len(parameters) > 0 or any(True for _ in module.buffers())
     return has_state and not any(parameter.requires_grad for parameter in parameters)
 
 

@@ -120,7 +120,8 @@ def images_of_one_directory(file: BinaryIO) -> int:
         if stated is not None:
             count = int(stated[1])
         else:
-            count = math.prod(json.loads(text)["shape"]) // first.size if text.startswith('{"shape"') else 1
+            # tifffile's own description. Before 2026 it put "truncated" in front of the shape.
+            count = math.prod(json.loads(text)["shape"]) // first.size if text.startswith("{") else 1
         size = file.seek(0, os.SEEK_END)
         return count if first.dataoffsets[0] + count * first.nbytes <= size else 1
     except Exception:  # as above

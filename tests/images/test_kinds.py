@@ -119,6 +119,12 @@ def test_a_stack_behind_one_directory_is_refused_and_not_cut(tmp_path: Path) -> 
                 read(tmp_path / "cut.tif")
         tifffile.imwrite(tmp_path / f"{name}.tif", stack, **options)
         assert read_image(tmp_path / f"{name}.tif", several=True).pages == 10
+    described = '{"truncated": true, "shape": [10, 24, 32]}'  # as earlier versions of tifffile write it
+    tifffile.imwrite(tmp_path / "earlier.tif", stack[0], description=described, metadata=None)
+    with (tmp_path / "earlier.tif").open("ab") as file:
+        file.write(stack[1:].tobytes())
+    with pytest.raises(UserError, match="a stack of 10 images behind one TIFF directory"):
+        read_image(tmp_path / "earlier.tif")
     description = "ImageJ=1.54\nimages=10\n"  # of a program that took one image out
     tifffile.imwrite(tmp_path / "one.tif", stack[0], description=description, metadata=None)
     assert np.array_equal(read_image(tmp_path / "one.tif").pixels.squeeze(), stack[0])
