@@ -23,8 +23,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# An interpreted kernel cannot be compiled.
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
 
 import triton
 from launches import CALLS, DTYPES, Launch, launches

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.scripts import load
 
@@ -34,6 +36,11 @@ LISTING = """
 @pytest.fixture(scope="module")
 def counts(root: Path) -> Any:
     return load(root / "benchmarks" / "kernel_counts.py")
+
+
+def test_the_interpreter_stays_on(counts: Any) -> None:
+    """Tests of kernels behind this one in the same process are interpreted, unless there is a GPU."""
+    assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"
 
 
 def test_innermost_loop(counts: Any) -> None:

@@ -27,7 +27,8 @@ def library(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL
     options = ("-std=c++17", "--expt-relaxed-constexpr", "-DFASTDEN_HOPPER", "-cudart=none")
     sources = (root / "tests" / "cuda" / "runtime.cpp", root / "csrc" / "concat_conv_bn_relu.cu")
     options += ("-gencode=arch=compute_90a,code=compute_90a",)  # no binary code: quicker, and nothing runs it
-    command = [f"{toolkit}/bin/nvcc", *options, "-Xcompiler", "-fPIC", "-shared", f"-I{root / 'csrc'}", *sources]
+    own = ("-Xlinker", "-Bsymbolic")  # else calls go to the runtime that PyTorch's CUDA builds have loaded
+    command = [f"{toolkit}/bin/nvcc", *options, "-Xcompiler", "-fPIC", "-shared", *own, f"-I{root / 'csrc'}", *sources]
     subprocess.run([*command, "-o", target], check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.concat.restype = ctypes.c_char_p
