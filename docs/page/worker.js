@@ -8,6 +8,8 @@ const HALO = 24;
 const RADIUS = 2;
 // A pixel stays gray where all pixels within so many pixels are.
 const BORDER = 3;
+// The highest level that the networks know.
+const STRONGEST = 75 / 255;
 
 let runtime = null;
 // The picture that came last, and what the estimator saw in it: it may be denoised again with other settings.
@@ -54,14 +56,14 @@ function mirrored(index, size) {
   return Math.min(phase, period - phase);
 }
 
-// Rows and columns of RGBA bytes as planes of floats in [0, 1].
-function planes(picture, [top, bottom], [left, right]) {
+// Rows and columns of RGBA bytes as planes of floats in [0, `white`].
+function planes(picture, [top, bottom], [left, right], white = 1) {
   const [height, width] = [bottom - top, right - left];
   const values = new Float32Array(3 * height * width);
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
       const from = 4 * ((top + y) * picture.width + left + x);
-      for (let c = 0; c < 3; c++) values[(c * height + y) * width + x] = picture.pixels[from + c] / 255;
+      for (let c = 0; c < 3; c++) values[(c * height + y) * width + x] = (white * picture.pixels[from + c]) / 255;
     }
   }
   return values;
@@ -140,6 +142,8 @@ function grayInside(picture, [top, bottom], [left, right]) {
 
 async function denoise(picture, network, curve, strength) {
   const { ort, tile } = runtime;
+  // Above the strongest noise that networks know, the picture is divided until its noise is that: fastden/inference/run.py.
+  const white = Math.min(STRONGEST / (strength * Math.max(...curve)), 1);
   const result = new Uint8ClampedArray(picture.pixels);
   const area = picture.width * picture.height;
   let done = 0;
@@ -151,19 +155,19 @@ async function denoise(picture, network, curve, strength) {
       const [height, width] = [rows[1] - rows[0], columns[1] - columns[0]];
       const plane = height * width;
       const { output } = await network.run({
-        input: new ort.Tensor("float32", planes(picture, rows, columns), [1, 3, height, width]),
-        sigma: new ort.Tensor("float32", levels(picture, rows, columns, curve, strength), [1, 1, height, width]),
+        input: new ort.Tensor("float32", planes(picture, rows, columns, white), [1, 3, height, width]),
+        sigma: new ort.Tensor("float32", levels(picture, rows, columns, curve, strength * white), [1, 1, height, width]),
       });
       const gray = grayInside(picture, [y, ends[0]], [x, ends[1]]);
       for (let row = y; row < ends[0]; row++) {
         for (let column = x; column < ends[1]; column++) {
           const from = (row - rows[0]) * width + column - columns[0];
           const to = 4 * (row * picture.width + column);
-          for (let c = 0; c < 3; c++) result[to + c] = 255 * output.data[c * plane + from];
+          for (let c = 0; c < 3; c++) result[to + c] = (255 / white) * output.data[c * plane + from];
           if (gray[(row - y) * (ends[1] - x) + column - x]) {
             // What is gray stays gray: its channels are averaged, as the command does.
             const mean = (output.data[from] + output.data[plane + from] + output.data[2 * plane + from]) / 3;
-            result[to] = result[to + 1] = result[to + 2] = 255 * mean;
+            result[to] = result[to + 1] = result[to + 2] = (255 / white) * mean;
           }
         }
       }

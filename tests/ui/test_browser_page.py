@@ -149,20 +149,22 @@ def test_a_photograph(page: Any, url: str, site: Path, tmp_path: Path) -> None:
     assert [asked for asked in page.asked if not asked.startswith((url, "data:", f"blob:{url}"))] == []
 
 
-def test_settings(page: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sigma", "strength"), [(40, 0.5), (75, 2)])
+def test_settings(page: Any, tmp_path: Path, sigma: int, strength: float) -> None:
+    """Also above the level that the networks know."""
     noisy = pixels(64, 80)
     drop(page, ZONE, {"noisy.png": encoded(noisy, "PNG")})
     page.wait_for_selector(SAVE)
     page.uncheck("#fastden-page .auto")
-    page.locator("#fastden-page .sigma").fill("40")
-    page.locator("#fastden-page .strength").fill("0.5")
+    page.locator("#fastden-page .sigma").fill(str(sigma))
+    page.locator("#fastden-page .strength").fill(str(strength))
     page.click("#fastden-page .again")
     page.wait_for_selector("#fastden-page .save", state="hidden")
     page.wait_for_selector(SAVE)
     with page.expect_download() as download:
         page.click(SAVE)
     result = np.asarray(Image.open(download.value.path()).convert("RGB"))
-    wanted = fastden.denoise(noisy, 40, strength=0.5, dtype="float32")
+    wanted = fastden.denoise(noisy, sigma, strength=strength, dtype="float32")
     assert np.abs(result.astype(int) - wanted).max() <= 2
     # As with --sigma, noise of a level set by hand counts as white.
     assert " by the model color in " in status(page)
