@@ -15,7 +15,7 @@ import numpy as np
 
 from fastden.errors import UserError, in_one_line
 from fastden.images import tiff_tags
-from fastden.images.containers import EXIF
+from fastden.images.containers import EXIF, boxes
 from fastden.images.kinds import OTHER_SUFFIXES, PACKAGES, is_installed, kind_of_bytes, not_supported
 from fastden.images.pixels import Array
 from fastden.images.tiff_directories import is_raw_tiff
@@ -152,7 +152,52 @@ def _open_heic(file: BinaryIO) -> Opened:
     )
 
 
+class _Bits:
+    """Numbers in a JPEG XL's header: lowest bits first (ISO/IEC 18181-1)."""
+
+    def __init__(self, data: bytes) -> None:
+        self._left = int.from_bytes(data, "little")
+
+    def take(self, count: int) -> int:
+        value = self._left & ((1 << count) - 1)
+        self._left >>= count
+        return value
+
+    def skip_size(self) -> None:
+        """Width and height; the latter may be a share of the former."""
+        small = self.take(1)
+        for axis in range(2):
+            if axis == 0 or self.take(3) == 0:
+                self.take(5 if small else (9, 13, 18, 30)[self.take(2)])
+
+
+def _is_animated_jxl(file: BinaryIO) -> bool:
+    """Whether a JPEG XL has several frames: its decoder gives the last one and tells nothing of it."""
+    file.seek(0)
+    head = file.read(64)
+    if not head.startswith(b"\xff\x0a"):
+        # A codestream in one box, or in parts, each with a number in front of it.
+        head = b""
+        for name, _ in boxes(file):
+            if name in (b"jxlc", b"jxlp"):
+                head = file.read(68)[4 if name == b"jxlp" else 0 :]
+                break
+    bits = _Bits(head)
+    if bits.take(16) != 0x0AFF:
+        return False
+    bits.skip_size()
+    if bits.take(1) or not bits.take(1):  # all of its metadata is the default, or no more than colours
+        return False
+    bits.take(3)  # orientation
+    if bits.take(1):  # the size at which it should be shown
+        bits.skip_size()
+    return not bits.take(1) and bool(bits.take(1))  # behind a preview, which hardly any file has, it is not looked for
+
+
 def _open_jxl(file: BinaryIO) -> Opened:
+    if _is_animated_jxl(file):
+        raise UserError("an animation (JPEG XL); accepted: one picture, or a video")
+    file.seek(0)
     # The decoder itself: Image.open measures by Pillow's limit, which holds for the whole process, not by max_pixels.
     is_jpeg, about, content, profile, *parts = import_module(PACKAGES["JPEG XL"]).Decoder()(file.read())
     if is_jpeg:

@@ -25,7 +25,7 @@ from fastden.network.level import KNOTS, interpolated
 #: What the argument ``sigma`` takes, for messages.
 _SIGMAS = "'auto', a NoiseEstimate, a number from 0 to 255, a map (H, W), or numbers for a batch"
 #: The highest level of a map, on the scale 0-1. By strips its highest level is not known, so that :func:`own_scale`
-#: cannot divide the picture; and from sigma 110 on ``color`` puts out values far outside of a picture's range.
+#: cannot divide the picture; and from sigma 120 on ``color`` puts out values far outside of a picture's range.
 HIGHEST_OF_MAPS = 100 / 255
 Progress = Callable[[int, int], None]
 
@@ -224,7 +224,7 @@ def own_scale(
 def _smaller(known: float | None, wishes: Wishes) -> float:
     """What a picture is divided by for its noise to be as strong as networks know it; 1 where it is weaker.
 
-    Of white noise of sigma 150 ``color`` leaves 23.3 dB so, and 15.0 if it is told 150; from about 110 on it puts out
+    Of white noise of sigma 150 ``color`` leaves 23.3 dB so, and 15.0 if it is told 150; from 120 on it puts out
     values far outside of the picture's, whatever the noise (crop of a photograph, 128 x 128, which has 4.6 dB).
     """
     most = 0.0 if known is None else known * max(wishes.strength, wishes.chroma or 0.0)

@@ -38,6 +38,34 @@ def test_an_animated_avif_is_refused() -> None:
             decode_image(bytes(data))
 
 
+#: 8 x 8 pixels by cjxl -d 0: red, then blue; and red alone.
+ANIMATED_JXL = (
+    "ff0a41040308282e090802920900005c004b188b15c24902e6052200d8fffed00000000000000000080292050054004b188b15c249415e20"
+    "0200fa030000000000000000"
+)
+RED_JXL = "ff0a4140407121080201005c004b188b15c24902e6052200d8fffed00000000000000000"
+
+
+def test_an_animated_jpeg_xl_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed")
+    animated, still = bytes.fromhex(ANIMATED_JXL), bytes.fromhex(RED_JXL)
+    first, second = animated[:40], animated[40:]
+    signature = b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0\0\0\x14ftypjxl \0\0\0\0jxl "
+
+    def box(name: bytes, content: bytes) -> bytes:
+        return (8 + len(content)).to_bytes(4, "big") + name + content
+
+    parts = box(b"jxlp", bytes(4) + first) + box(b"jxlp", b"\x80\0\0\1" + second)
+    for data in (animated, signature + box(b"jxlc", animated), signature + parts):
+        (tmp_path / "a.jxl").write_bytes(data)
+        for read in (read_image, StripReader):
+            with pytest.raises(UserError, match=r"an animation \(JPEG XL\); accepted: one picture, or a video"):
+                read(tmp_path / "a.jxl")
+    for data in (still, signature + box(b"jxlc", still)):
+        (tmp_path / "a.jxl").write_bytes(data)
+        assert (read_image(tmp_path / "a.jxl").pixels == [255, 0, 0]).all()
+
+
 def test_an_animated_png_is_refused(tmp_path: Path) -> None:
     frames = [Image.fromarray(pixels()), Image.fromarray(255 - pixels())]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
